@@ -1,0 +1,141 @@
+"""finetune_nb: finetuning LLM agents by reinforcement learning, from a notebook.
+
+    import finetune_nb as ft
+
+    run = ft.Run(workflow, reward, dataset="train.json")
+    epoch = await run.next_epoch()
+
+The public names, by what they are for. Each is loaded when it is first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    # the notebook
+    "run": ("Run",),
+    "engine": ("enable_nested_asyncio", "run_sync"),
+    "loading": ("load_config",),
+    # what components are made of
+    "interfaces": ("Policy", "Trainer", "TrainerAdapter", "TrajectoryBuilder"),
+    "registry": (
+        "Builder",
+        "register_evaluator",
+        "register_function",
+        "register_llm_provider",
+        "register_trainer",
+        "register_trainer_adapter",
+        "register_trajectory_builder",
+    ),
+    "config": (
+        "Config",
+        "CurriculumLearningConfig",
+        "CurriculumSettings",
+        "EvaluatorBaseConfig",
+        "FinetuneConfig",
+        "FinetuneRunConfig",
+        "FunctionBaseConfig",
+        "LLMBaseConfig",
+        "RewardFunctionConfig",
+        "TrainerAdapterConfig",
+        "TrainerConfig",
+        "TrajectoryBuilderConfig",
+    ),
+    # the components that we ship
+    "trajectory_builder": ("EvalTrajectoryBuilder", "EvalTrajectoryBuilderConfig"),
+    "trainer": ("EpochTrainer", "EpochTrainerConfig"),
+    "evaluation.evaluate": ("EvaluationRun",),
+    # records
+    "types": (
+        "DPOItem",
+        "Epoch",
+        "EpisodeItem",
+        "EpisodeItemRole",
+        "EvalInput",
+        "EvalInputItem",
+        "EvalOutput",
+        "EvalOutputItem",
+        "EvaluationRunConfig",
+        "EvaluationRunOutput",
+        "IntermediateStep",
+        "LLMCall",
+        "OpenAIMessage",
+        "RolloutFailure",
+        "SamplingParams",
+        "TrainingJobRef",
+        "TrainingJobStatus",
+        "TrainingStatusEnum",
+        "Trajectory",
+        "TrajectoryCollection",
+        "Validation",
+    ),
+    "errors": (
+        "BackendError",
+        "ConfigError",
+        "DatasetError",
+        "FinetuneError",
+        "JobFailed",
+        "MissingExtra",
+        "MissingLogprobs",
+        "RolloutTimeout",
+        "RunError",
+        "StalePolicy",
+        "WorkflowError",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+if TYPE_CHECKING:
+    from .config import Config as Config
+    from .config import CurriculumLearningConfig as CurriculumLearningConfig
+    from .config import CurriculumSettings as CurriculumSettings
+    from .config import EvaluatorBaseConfig as EvaluatorBaseConfig
+    from .config import FinetuneConfig as FinetuneConfig
+    from .config import FinetuneRunConfig as FinetuneRunConfig
+    from .config import FunctionBaseConfig as FunctionBaseConfig
+    from .config import LLMBaseConfig as LLMBaseConfig
+    from .config import RewardFunctionConfig as RewardFunctionConfig
+    from .config import TrainerAdapterConfig as TrainerAdapterConfig
+    from .config import TrainerConfig as TrainerConfig
+    from .config import TrajectoryBuilderConfig as TrajectoryBuilderConfig
+    from .engine import enable_nested_asyncio as enable_nested_asyncio
+    from .engine import run_sync as run_sync
+    from .errors import *  # noqa: F403
+    from .evaluation.evaluate import EvaluationRun as EvaluationRun
+    from .interfaces import Policy as Policy
+    from .interfaces import Trainer as Trainer
+    from .interfaces import TrainerAdapter as TrainerAdapter
+    from .interfaces import TrajectoryBuilder as TrajectoryBuilder
+    from .loading import load_config as load_config
+    from .registry import Builder as Builder
+    from .registry import register_evaluator as register_evaluator
+    from .registry import register_function as register_function
+    from .registry import register_llm_provider as register_llm_provider
+    from .registry import register_trainer as register_trainer
+    from .registry import register_trainer_adapter as register_trainer_adapter
+    from .registry import register_trajectory_builder as register_trajectory_builder
+    from .run import Run as Run
+    from .trainer import EpochTrainer as EpochTrainer
+    from .trainer import EpochTrainerConfig as EpochTrainerConfig
+    from .trajectory_builder import EvalTrajectoryBuilder as EvalTrajectoryBuilder
+    from .trajectory_builder import EvalTrajectoryBuilderConfig as EvalTrajectoryBuilderConfig
+    from .types import *  # noqa: F403
+
+__all__ = [*_MODULE_OF, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{module}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,96 @@
+"""The errors that finetune_nb raises, one tree, drawn here:
+
+    FinetuneError
+    ├── ConfigError      (ValueError)    a setting, a YAML file or an argument is wrong
+    ├── DatasetError     (ValueError)    a dataset cannot be read, or its rows do not fit
+    ├── WorkflowError    (RuntimeError)  an agent workflow cannot be called, or returned nothing
+    ├── RolloutTimeout   (TimeoutError)  a rollout took longer than it was allowed to
+    ├── MissingLogprobs  (ValueError)    a sampled turn has no logprobs, so it cannot be trained on
+    ├── BackendError     (RuntimeError)  a training backend is unhealthy or refused the trajectories
+    │   ├── StalePolicy  (RuntimeError)  trajectories were sampled by older weights than are trained
+    │   └── JobFailed    (RuntimeError)  a training job ended as failed or canceled
+    ├── RunError         (RuntimeError)  a Run was asked for something that its state does not allow
+    └── MissingExtra     (ImportError)   an optional package is not installed; the message names the extra
+
+Every message says what was found, what was expected, and what to do next. Catch `FinetuneError` for all of them; each is
+also the standard error that it stands for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BackendError",
+    "ConfigError",
+    "DatasetError",
+    "FinetuneError",
+    "JobFailed",
+    "MissingExtra",
+    "MissingLogprobs",
+    "RolloutTimeout",
+    "RunError",
+    "StalePolicy",
+    "WorkflowError",
+    "did_you_mean",
+]
+
+
+class FinetuneError(Exception):
+    """Base of every error that finetune_nb raises on purpose."""
+
+
+class ConfigError(FinetuneError, ValueError):
+    """A setting, a YAML file or an argument is wrong."""
+
+
+class DatasetError(FinetuneError, ValueError):
+    """A dataset cannot be read, or its rows do not fit."""
+
+
+class WorkflowError(FinetuneError, RuntimeError):
+    """An agent workflow cannot be called with the given row, or it returned nothing."""
+
+
+class RolloutTimeout(FinetuneError, TimeoutError):
+    """A rollout took longer than `eval.general.item_timeout` seconds."""
+
+
+class MissingLogprobs(FinetuneError, ValueError):
+    """A turn that the policy sampled carries no logprobs."""
+
+
+class BackendError(FinetuneError, RuntimeError):
+    """A training backend is unhealthy, or refused what was submitted."""
+
+
+class StalePolicy(BackendError):
+    """Trajectories were sampled by an older policy version than the one that would be trained."""
+
+
+class JobFailed(BackendError):
+    """A training job ended as failed or canceled. `epoch` is its Epoch record, where there is one."""
+
+    epoch: object | None = None
+
+
+class RunError(FinetuneError, RuntimeError):
+    """A Run was asked for something that its state does not allow."""
+
+
+class MissingExtra(FinetuneError, ImportError):
+    """An optional package is missing."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f'{what} needs packages that are not installed: pip install "finetune_nb[{extra}]"')
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """A sentence for an error message: the nearest known name, and all of them. Empty where nothing is known."""
+    names = sorted(str(name) for name in known)
+    if not names:
+        return "None is known."
+    near = difflib.get_close_matches(str(found), names, n=1, cutoff=0.6)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Known: {', '.join(names)}."

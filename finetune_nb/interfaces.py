@@ -1,0 +1,301 @@
+"""The contracts, to read first: TrajectoryBuilder collects, TrainerAdapter trains, Trainer joins them into epochs.
+Subclass one, register it (registry.py), name it in the YAML. Policy is what a training backend samples from.
+
+The three abstract classes are those of the NVIDIA NeMo Agent Toolkit's finetuning harness, word for word in names and
+signatures. Nothing here knows a Run, a store or a widget.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .errors import ConfigError
+from .observe import resolve, unobserved
+from .types import (
+    EpisodeKey,
+    EvalOutputItem,
+    EvaluationRunConfig,
+    EvaluationRunOutput,
+    Sample,
+    SamplingParams,
+    TrainingJobRef,
+    TrainingJobStatus,
+    TrajectoryCollection,
+)
+
+if TYPE_CHECKING:
+    from .config import (
+        CurriculumLearningConfig,
+        FinetuneConfig,
+        FinetuneRunConfig,
+        TrainerAdapterConfig,
+        TrainerConfig,
+        TrajectoryBuilderConfig,
+    )
+
+__all__ = ["Policy", "Trainer", "TrainerAdapter", "TrajectoryBuilder"]
+
+logger = logging.getLogger(__name__)
+
+
+class Policy(Protocol):
+    """A model that is sampled and trained: one set of weights. Built by a TrainerAdapter as `adapter.policy`."""
+
+    version: int
+    """Counts the weight updates, from 0. Every trajectory carries the version that sampled it."""
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        previous_ids: Sequence[int] | None = None,
+    ) -> list[int]:
+        """Prompt ids for the next assistant turn. With `previous_ids` (prompt + reply of the turn before, exactly as
+        sampled) only what follows the last assistant message is rendered, behind them."""
+        ...
+
+    async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
+        """Samples one reply. The same ids, params, seed and weights give the same reply."""
+        ...
+
+    def parse(self, ids: Sequence[int]) -> dict[str, Any]:
+        """Reply ids -> OpenAI assistant message (`content`, and `tool_calls` where the model called tools)."""
+        ...
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token."""
+        ...
+
+    def episode(self, key: EpisodeKey) -> AbstractContextManager[None]:
+        """Entered for as long as a rollout lives, so that a batch can wait for every live one."""
+        ...
+
+
+class TrajectoryBuilder(ABC):
+    """Runs the workflow over a dataset and turns what happened into trajectories."""
+
+    def __init__(self, trajectory_builder_config: TrajectoryBuilderConfig):
+        self.trajectory_builder_config = trajectory_builder_config
+        self.run_config: FinetuneConfig = None  # type: ignore[assignment]  # set by initialize
+
+    async def initialize(self, run_config: FinetuneConfig) -> None:
+        """Called once, before the first epoch. Override to open what the builder needs; call super first."""
+        self.run_config = run_config
+        self.trajectory_builder_config.reward = self.run_config.reward_function
+
+    async def run_eval(self) -> EvaluationRunOutput:
+        """One generation: the workflow once over the dataset, scored by every evaluator."""
+        run = _run_configuration(self.run_config)
+        evaluation = resolve("finetune_nb.evaluation.evaluate:EvaluationRun")
+        config = EvaluationRunConfig(
+            config_file=run.config_file,
+            dataset=None if run.dataset is None else str(run.dataset),
+            result_json_path=run.result_json_path,
+            endpoint=run.endpoint,
+            endpoint_timeout=run.endpoint_timeout,
+            override=run.override,
+        )
+        return await evaluation(config=config).run_and_evaluate()
+
+    @abstractmethod
+    async def start_run(self, run_id: str, meta: dict | None = None) -> None:
+        """Starts collecting. `meta["epoch"]` is the epoch."""
+        raise NotImplementedError
+
+    @abstractmethod
+    async def finalize(self, run_id: str, meta: dict | None = None) -> TrajectoryCollection:
+        """Waits for what `start_run` began and returns the trajectories, one group an example."""
+        raise NotImplementedError
+
+    async def compute_reward(self, output_item: EvalOutputItem, meta: dict | None = None) -> float:
+        """The reward of a scored item: its score. Override to shape it."""
+        return float(output_item.score) if output_item.score is not None else 0.0
+
+    @abstractmethod
+    def log_progress(self, run_id: str, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        """Writes down how the collecting went."""
+        raise NotImplementedError
+
+
+class TrainerAdapter(ABC):
+    """The bridge to a training backend. One that samples from its own weights offers them as `policy`."""
+
+    policy: Policy | None = None
+
+    def __init__(self, adapter_config: TrainerAdapterConfig):
+        self.adapter_config = adapter_config
+        self.run_config: FinetuneConfig = None  # type: ignore[assignment]  # set by initialize
+
+    async def initialize(self, run_config: FinetuneConfig) -> None:
+        """Called once, before the first epoch. Override to connect or to load weights; call super first."""
+        self.run_config = run_config
+        self.adapter_config.reward = self.run_config.reward_function
+
+    @abstractmethod
+    async def is_healthy(self) -> bool:
+        """Whether the backend can train. Asked before the first epoch; False stops the run."""
+        raise NotImplementedError
+
+    @abstractmethod
+    async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
+        """Hands trajectories over; returns at once with a ref to a job that has an id of its own."""
+        raise NotImplementedError
+
+    @abstractmethod
+    async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
+        """How the job stands. Reading changes nothing and can be repeated, also after its end."""
+        raise NotImplementedError
+
+    @abstractmethod
+    async def wait_until_complete(self, ref: TrainingJobRef, poll_interval: float = 10.0) -> TrainingJobStatus:
+        """Returns the job's last status once it has ended, well or badly. `poll_interval`: seconds between questions to
+        a backend that must be asked."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        """Writes down how the training went."""
+        raise NotImplementedError
+
+
+class Trainer(ABC):
+    """Joins a builder and an adapter into epochs."""
+
+    trains_in_run: bool = False
+    """True for a Trainer that trains only in `run()`; a Run then offers no single epochs and no live curriculum."""
+
+    def __init__(self, trainer_config: TrainerConfig, **kwargs: Any) -> None:
+        self.trainer_config = trainer_config
+        self.run_config: FinetuneConfig = None  # type: ignore[assignment]  # set by initialize
+        self.curriculum_config: CurriculumLearningConfig = None  # type: ignore[assignment]
+        self.trajectory_builder: TrajectoryBuilder = None  # type: ignore[assignment]
+        self.trainer_adapter: TrainerAdapter = None  # type: ignore[assignment]
+        self._curriculum_state: dict[str, Any] = None  # type: ignore[assignment]
+
+    async def bind_components(self, trajectory_builder: TrajectoryBuilder, trainer_adapter: TrainerAdapter) -> None:
+        """Called once, before `initialize`."""
+        self.trajectory_builder = trajectory_builder
+        self.trainer_adapter = trainer_adapter
+
+    async def initialize(self, run_config: FinetuneConfig) -> None:
+        """Sets the curriculum to its start and initializes the two components."""
+        self.run_config = run_config
+        self.curriculum_config = run_config.curriculum_learning
+        self._curriculum_state = {
+            "current_percentile": self.curriculum_config.initial_percentile,
+            "last_expansion_epoch": -1,
+            "total_groups": 0,
+            "included_groups": set(),
+        }
+        self.trainer_config.reward = run_config.reward_function
+        await self.trajectory_builder.initialize(run_config)
+        await self.trainer_adapter.initialize(run_config)
+
+    @abstractmethod
+    async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
+        """One epoch: collect, select, submit. None where nothing was submitted."""
+        raise NotImplementedError
+
+    @abstractmethod
+    async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
+        """All epochs, from 0."""
+        raise NotImplementedError
+
+    @abstractmethod
+    async def get_metrics(self, run_id: str) -> dict[str, Any]:
+        """What is known of the run's jobs."""
+        raise NotImplementedError
+
+    @abstractmethod
+    async def cleanup(self) -> None:
+        """Releases what the trainer holds. Called once."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def log_progress(self, epoch: int, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        """Writes down how the epoch went."""
+        raise NotImplementedError
+
+    async def run_validation_evaluation(self, epoch: int, run_id: str) -> dict[str, Any]:
+        """One evaluation on `run_configuration.validation_dataset`, by a copy of the builder: nothing of the run that
+        goes on meanwhile is touched.
+
+        Returns avg_reward, min_reward, max_reward, num_examples, scores, epoch, dataset_type. An evaluation that fails
+        has avg_reward NaN and `error`; an item without a score does not count.
+        """
+        try:
+            builder = unobserved(self.trajectory_builder)
+            builder.run_config = copy.deepcopy(self.run_config)
+            run = _run_configuration(builder.run_config)
+            run.dataset = run.validation_dataset
+            if run.validation_config_file:
+                run.config_file = Path(run.validation_config_file)
+            metrics = self._calculate_validation_metrics(await builder.run_eval())
+        except Exception as error:
+            logger.exception("validation before epoch %d failed", epoch)
+            metrics = {**_NO_VALIDATION, "error": f"{type(error).__name__}: {error}"}
+        return {**metrics, "epoch": epoch, "dataset_type": "validation"}
+
+    def _calculate_validation_metrics(self, eval_output: EvaluationRunOutput) -> dict[str, Any]:
+        """Means of what every evaluator said; the reward is the one that the config names."""
+        scores: dict[str, list[float]] = {}
+        for name, output in eval_output.evaluation_results:
+            values = [item.score for item in output.eval_output_items]
+            scores[name] = [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
+        reward = self.trainer_config.reward or self.run_config.reward_function
+        rewards = scores.get(reward.name, []) if reward else []
+        metrics: dict[str, Any] = {
+            **_NO_VALIDATION,
+            "scores": {name: sum(values) / len(values) for name, values in scores.items() if values},
+        }
+        if not rewards:
+            name = reward.name if reward else None
+            return {**metrics, "error": f"no item has a score of {name!r}; evaluators: {', '.join(scores) or 'none'}"}
+        return {
+            **metrics,
+            "avg_reward": sum(rewards) / len(rewards),
+            "min_reward": min(rewards),
+            "max_reward": max(rewards),
+            "num_examples": len(rewards),
+        }
+
+    def apply_curriculum_learning(
+        self, trajectory_collection: TrajectoryCollection, epoch: int
+    ) -> TrajectoryCollection:
+        """The groups to train on, in order."""
+        raise NotImplementedError(
+            "Curriculum learning not implemented for this trainer. Override to implement curriculum learning."
+        )
+
+    def get_curriculum_state(self) -> dict[str, Any]:
+        """The curriculum's state, ready for JSON."""
+        return {
+            **self._curriculum_state,
+            "included_groups": sorted(self._curriculum_state["included_groups"]),
+            "config": self.curriculum_config.model_dump() if self.curriculum_config else None,
+        }
+
+
+def _run_configuration(config: FinetuneConfig) -> FinetuneRunConfig:
+    if config is None or config.run_configuration is None:
+        raise ConfigError(
+            "there is no run_configuration, which names the config and the dataset to evaluate. Call initialize with a "
+            "FinetuneConfig that has one; a Run does it for you."
+        )
+    return config.run_configuration
+
+
+_NO_VALIDATION = {
+    "avg_reward": math.nan,
+    "min_reward": math.nan,
+    "max_reward": math.nan,
+    "num_examples": 0,
+    "scores": {},
+}

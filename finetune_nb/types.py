@@ -1,0 +1,600 @@
+"""Every noun of finetuning, in the order of an epoch's road: dataset rows and model calls, what an evaluation returns,
+episodes and trajectories, the curriculum's choice, training jobs, and the record of an epoch.
+
+pydantic models are the seed's (field names, defaults and validators of nvidia-nat-core 1.9.0, so that a dump of one
+validates as the other); frozen dataclasses are values made inside. Missing numbers are NaN, never 0. No logic lives here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
+
+from .observe import resolve
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .config import CurriculumSettings
+
+# ── model calls ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class EpisodeKey(NamedTuple):
+    """Which rollout something belongs to. Sorts in the order of the draw; the same key always samples the same way."""
+
+    phase: str
+    """"train", "validation" or "try" (an example run by hand)."""
+    epoch: int
+    """Counts from 0. For a validation: the policy's version, so that two at one epoch do not collide."""
+    example: int
+    """Position in the drawn examples, from 0."""
+    generation: int
+    """Which of the group's rollouts, from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a reply is sampled."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy. Logprobs are those of the distribution that was sampled from."""
+    max_tokens: int = 256
+    """Longest reply, in tokens; a longer one is cut and its finish reason is "length"."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a reply. The token that completed one is kept, so that training sees what was sampled."""
+
+
+class Sample(NamedTuple):
+    """What a policy sampled."""
+
+    ids: list[int]
+    logprobs: list[float]
+    """One natural logarithm a token, of the distribution that it was drawn from."""
+    finish_reason: str
+    """"stop" (the model ended its turn, or a stop text came) or "length"."""
+
+
+@dataclass(frozen=True, slots=True)
+class LLMCall:
+    """One call of a language model: all that is needed to show it and to train on it exactly."""
+
+    episode: EpisodeKey | None
+    sequence: int
+    """Counts the calls of the episode, from 0."""
+    model: str
+    """The llm's name in the config."""
+    messages: list[dict[str, Any]]
+    """The prompt, OpenAI chat format."""
+    tools: list[dict[str, Any]] | None
+    reply: dict[str, Any]
+    """The assistant message: content, tool_calls."""
+    prompt_ids: list[int] | None
+    response_ids: list[int] | None
+    tokens: list[str] | None
+    """Text of each response token."""
+    logprobs: list[float] | None
+    finish_reason: str | None
+    policy_version: int | None
+    """None where the model is not one of ours."""
+    sampling: SamplingParams
+    seconds: float
+    exact: bool
+    """The ids are those that the model really saw and sampled, not a re-tokenized text."""
+
+
+# ── evaluation (nvidia-nat-core and nvidia-nat-eval 1.9.0) ────────────────────────────────────────────────────────────
+
+
+class IntermediateStepCategory(StrEnum):
+    LLM = "LLM"
+    TOOL = "TOOL"
+    WORKFLOW = "WORKFLOW"
+    TASK = "TASK"
+    FUNCTION = "FUNCTION"
+    CUSTOM = "CUSTOM"
+    SPAN = "SPAN"
+    TTC = "TTC"
+
+
+class IntermediateStepState(StrEnum):
+    START = "START"
+    CHUNK = "CHUNK"
+    END = "END"
+
+
+class IntermediateStepType(StrEnum):
+    LLM_START = "LLM_START"
+    LLM_END = "LLM_END"
+    LLM_NEW_TOKEN = "LLM_NEW_TOKEN"
+    TOOL_START = "TOOL_START"
+    TOOL_END = "TOOL_END"
+    WORKFLOW_START = "WORKFLOW_START"
+    WORKFLOW_END = "WORKFLOW_END"
+    TASK_START = "TASK_START"
+    TASK_END = "TASK_END"
+    TTC_START = "TTC_START"
+    TTC_END = "TTC_END"
+    FUNCTION_START = "FUNCTION_START"
+    FUNCTION_END = "FUNCTION_END"
+    CUSTOM_START = "CUSTOM_START"
+    CUSTOM_END = "CUSTOM_END"
+    SPAN_START = "SPAN_START"
+    SPAN_CHUNK = "SPAN_CHUNK"
+    SPAN_END = "SPAN_END"
+
+
+class InvocationNode(BaseModel):
+    """The function that was running when a step was made."""
+
+    function_id: str
+    function_name: str
+    parent_id: str | None = None
+    parent_name: str | None = None
+
+
+class StreamEventData(BaseModel):
+    """What went in and came out. `payload` is the LLMCall for steps that finetune_nb recorded."""
+
+    model_config = ConfigDict(extra="allow")
+
+    input: Any | None = None
+    output: Any | None = None
+    chunk: Any | None = None
+    payload: Any | None = None
+
+
+class IntermediateStepPayload(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    event_type: IntermediateStepType
+    event_timestamp: float = Field(default_factory=time.time)
+    span_event_timestamp: float | None = None
+    framework: str | None = None
+    name: str | None = None
+    tags: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    data: StreamEventData | None = None
+    usage_info: Any | None = None
+    UUID: str = Field(default_factory=lambda: str(uuid.uuid4()))
+
+    @property
+    def event_category(self) -> IntermediateStepCategory:
+        return IntermediateStepCategory(self.event_type.split("_")[0])
+
+    @property
+    def event_state(self) -> IntermediateStepState:
+        last = self.event_type.split("_")[-1]
+        return IntermediateStepState.CHUNK if last == "TOKEN" else IntermediateStepState(last)
+
+    @model_validator(mode="after")
+    def check_span_event_timestamp(self) -> IntermediateStepPayload:
+        if self.event_state != IntermediateStepState.END and self.span_event_timestamp is not None:
+            raise ValueError("span_event_timestamp can only be provided for events with an END state")
+        return self
+
+
+class IntermediateStep(BaseModel):
+    """One event of a workflow's run: a model call, a tool call."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    parent_id: str
+    function_ancestry: InvocationNode
+    payload: IntermediateStepPayload
+
+    @property
+    def event_type(self) -> IntermediateStepType:
+        return self.payload.event_type
+
+    @property
+    def event_timestamp(self) -> float:
+        return self.payload.event_timestamp
+
+    @property
+    def span_event_timestamp(self) -> float | None:
+        return self.payload.span_event_timestamp
+
+    @property
+    def name(self) -> str | None:
+        return self.payload.name
+
+    @property
+    def tags(self) -> list[str] | None:
+        return self.payload.tags
+
+    @property
+    def metadata(self) -> dict[str, Any] | None:
+        return self.payload.metadata
+
+    @property
+    def data(self) -> StreamEventData | None:
+        return self.payload.data
+
+    @property
+    def usage_info(self) -> Any | None:
+        return self.payload.usage_info
+
+    @property
+    def UUID(self) -> str:  # noqa: N802  # NAT's name
+        return self.payload.UUID
+
+    @property
+    def event_category(self) -> IntermediateStepCategory:
+        return self.payload.event_category
+
+    @property
+    def event_state(self) -> IntermediateStepState:
+        return self.payload.event_state
+
+
+class EvalInputItem(BaseModel):
+    """One dataset row and, after its rollout, what the workflow made of it."""
+
+    id: Any
+    input_obj: Any
+    expected_output_obj: Any
+    output_obj: Any = None
+    expected_trajectory: list[IntermediateStep] = Field(default_factory=list)
+    trajectory: list[IntermediateStep] = Field(default_factory=list)
+    full_dataset_entry: Any
+
+    def copy_with_updates(self, **updates: Any) -> EvalInputItem:
+        return EvalInputItem(**{**dict(self), **updates})
+
+
+class EvalInput(BaseModel):
+    eval_input_items: list[EvalInputItem]
+
+
+class EvalOutputItem(BaseModel):
+    """One evaluator's verdict on one item. `score` None (with `error`) means that there is none."""
+
+    id: Any
+    score: Any
+    reasoning: Any
+    error: str | None = None
+
+
+class EvalOutput(BaseModel):
+    average_score: Any
+    eval_output_items: list[EvalOutputItem]
+
+
+class EvaluationRunConfig(BaseModel):
+    """What one evaluation run needs: a config (file or model) and, if not the config's own, a dataset."""
+
+    config_file: Path | BaseModel
+    dataset: str | None = None
+    result_json_path: str = "$"
+    skip_workflow: bool = False
+    skip_completed_entries: bool = False
+    endpoint: str | None = None
+    endpoint_timeout: int = 300
+    reps: int = 1
+    override: tuple[tuple[str, str], ...] = ()
+    write_output: bool = True
+    adjust_dataset_size: bool = False
+    num_passes: int = 0
+    export_timeout: float = 60.0
+    user_id: str = "nat_eval_user_id"
+
+
+class UsageStats(BaseModel):
+    """Seconds that the evaluation took, and what each item cost."""
+
+    min_timestamp: float = 0.0
+    max_timestamp: float = 0.0
+    total_runtime: float = 0.0
+    usage_stats_items: dict[Any, Any] = {}
+
+
+class EvaluationRunOutput(BaseModel):
+    """What one evaluation run returns: all items with their outputs, and each evaluator's verdicts."""
+
+    workflow_output_file: Path | None
+    evaluator_output_files: list[Path]
+    workflow_interrupted: bool
+    eval_input: EvalInput
+    evaluation_results: list[tuple[str, Any]]
+    usage_stats: UsageStats | None = None
+    profiler_results: Any = None
+    config_original_file: Path | None = None
+    config_effective_file: Path | None = None
+    config_metadata_file: Path | None = None
+    failures: SkipValidation[list[RolloutFailure]] = Field(default_factory=list, exclude=True)
+    """Items whose workflow raised, hung or returned nothing; no evaluator saw them."""
+
+
+# ── episodes and trajectories ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class EpisodeItemRole(StrEnum):
+    USER = "user"
+    ASSISTANT = "assistant"
+    SYSTEM = "system"
+    FUNCTION = "function"
+    TOOL = "tool"
+    ENVIRONMENT = "environment"
+    OTHER = "other"
+
+
+class EpisodeItem(BaseModel):
+    """One message of an episode.
+
+    `logprobs` of an assistant turn: one float a sampled token; `[]` for a turn that the policy did not sample (masked in
+    training). `metadata` keys: token_ids, tokens (their text), prompt_token_ids, temperature, finish_reason, tool_calls,
+    tool_call_id.
+    """
+
+    role: EpisodeItemRole
+    content: str
+    logprobs: Any | None = None
+    metadata: dict | None = None
+
+    @model_validator(mode="after")
+    def check_logprobs(self) -> EpisodeItem:
+        if self.role == EpisodeItemRole.ASSISTANT and self.logprobs is None:
+            raise ValueError("logprobs must be provided for assistant role.")
+        return self
+
+
+class OpenAIMessage(BaseModel):
+    role: str
+    content: str
+
+
+class DPOItem(BaseModel):
+    """A preference: of two responses to one prompt, the better and the worse."""
+
+    prompt: list[OpenAIMessage] | str
+    chosen_response: str
+    rejected_response: str
+
+
+class Trajectory(BaseModel):
+    """One rollout of one example, with its reward (NaN where there is none: `metadata["reward_error"]` says why).
+
+    `metadata` keys: id, generation, run_id, reasoning, policy_version, scores (every evaluator's score by name).
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    episode: list[EpisodeItem] | list[DPOItem]
+    reward: float
+    shaped_rewards: list[float] | None = None
+    metadata: dict | None = None
+
+    def _repr_html_(self) -> str:
+        return resolve("finetune_nb.viewer:trajectory_html")(self)
+
+
+@dataclass(frozen=True)
+class RolloutFailure:
+    """A rollout that ended without a trajectory. It is data: never reward 0, never gone."""
+
+    example_id: Any
+    generation: int
+    error: str
+    """The error's type and message."""
+    steps: list[IntermediateStep] = field(default_factory=list, repr=False)
+    """What had happened until then."""
+
+
+class TrajectoryCollection(BaseModel):
+    """Groups of trajectories; one group = one example. Groups are keyed by `metadata["id"]`, never by position."""
+
+    trajectories: list[list[Trajectory]]
+    run_id: str
+    failures: SkipValidation[list[RolloutFailure]] = Field(default_factory=list, exclude=True)
+
+
+# ── the curriculum's choice ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class GroupReason(StrEnum):
+    """Why a group is trained on, or is not. `Selection.reasons` holds positions in this list."""
+
+    KEPT = "kept"
+    NO_REWARD_SPREAD = "no_reward_spread"
+    BEYOND_PERCENTILE = "beyond_percentile"
+    SUBSAMPLED = "subsampled"
+    NO_REWARD = "no_reward"
+    INFINITE_REWARD = "infinite_reward"
+
+
+GROUP_REASONS: tuple[GroupReason, ...] = tuple(GroupReason)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupStatistics:
+    """The rewards of one epoch as columns: G groups, N trajectories, both in the collection's order.
+
+    This is the record that selection, metrics, store, frames, plots and previews all read.
+    """
+
+    example_ids: Sequence[Any]
+    """(G,) the example that each group belongs to."""
+    rewards: np.ndarray
+    """(N,) float64; NaN = no reward."""
+    offsets: np.ndarray
+    """(G+1,) int64; group g is `rewards[offsets[g]:offsets[g + 1]]`."""
+    counts: np.ndarray
+    """(G,) int64, rewards that are not NaN."""
+    means: np.ndarray
+    """(G,) float64 over the rewards that are not NaN; NaN where there is none, inf where one is infinite."""
+    spreads: np.ndarray
+    """(G,) float64, largest minus smallest reward; NaN where there is none or one is infinite."""
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+
+@dataclass(frozen=True)
+class CurriculumState:
+    """Where the curriculum stands. Stored with every epoch."""
+
+    percentile: float
+    """Share of the groups with spread that is trained on, in (0, 1]."""
+    last_expansion_epoch: int = -1
+    total_groups: int = 0
+    """Groups with spread in the first epoch that had any; informational."""
+    included_groups: frozenset[int] = frozenset()
+    """Positions of the groups last trained on, in their epoch's list."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which groups of an epoch are trained on, and why the others are not."""
+
+    example_ids: Sequence[Any]
+    """(G,)"""
+    reasons: np.ndarray
+    """(G,) int8, positions in GROUP_REASONS; 0 = kept."""
+    kept: np.ndarray
+    """(K,) positions of the kept groups, in the order in which they are submitted."""
+    state: CurriculumState
+    """The state after this selection."""
+    settings: CurriculumSettings
+    inferred: bool = False
+    """True where someone else's Trainer chose, and the reasons are only what can be concluded from its choice."""
+
+    def reason_of(self, position: int) -> GroupReason:
+        return GROUP_REASONS[int(self.reasons[position])]
+
+    def left_out(self) -> dict[GroupReason, list[Any]]:
+        """Example ids of the groups that are not trained on, by reason."""
+        out: dict[GroupReason, list[Any]] = {}
+        for example_id, code in zip(self.example_ids, self.reasons.tolist(), strict=True):
+            if code:
+                out.setdefault(GROUP_REASONS[code], []).append(example_id)
+        return out
+
+
+# ── training jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class TrainingJobRef(BaseModel):
+    """A job at a backend. Its own id is `metadata["job_id"]`; `run_id` is shared by all jobs of a run."""
+
+    run_id: str
+    backend: str
+    metadata: dict | None = None
+
+
+class TrainingStatusEnum(StrEnum):
+    PENDING = "pending"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+
+class TrainingJobStatus(BaseModel):
+    """`progress` runs from 0 to 100. `metadata["metrics"]` holds what the backend measured (loss, kl, ...)."""
+
+    run_id: str
+    backend: str
+    status: TrainingStatusEnum
+    progress: float | None = None
+    message: str | None = None
+    metadata: dict | None = None
+
+
+# ── the record of an epoch ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """What an epoch looked like in numbers. Rewards are over all trajectories that have a finite one."""
+
+    mean_reward: float
+    min_reward: float
+    max_reward: float
+    reward_quantiles: tuple[float, float, float]
+    """10, 50 and 90 %."""
+    trajectories: int
+    groups: int
+    failures: int
+    groups_with_spread: int
+    """Groups whose rewards differ: only these can teach."""
+    kept_trajectories: int
+    kept_groups: int
+    kept_mean_reward: float
+    sampled_tokens: int
+    """Tokens that the policy sampled, in all trajectories."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Mean of every evaluator, by name."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One evaluation of the policy on the validation dataset."""
+
+    epoch: int
+    policy_version: int | None
+    mean_reward: float
+    """NaN where there is none; `error` then says why."""
+    examples: int
+    scores: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = math.nan
+    error: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch:
+    """All that is known of one epoch."""
+
+    index: int
+    """Counts from 0."""
+    run_id: str
+    collection: TrajectoryCollection
+    statistics: GroupStatistics
+    selection: Selection
+    job: TrainingJobStatus | None
+    """None where nothing was submitted; `reason` then says why."""
+    reason: str | None
+    metrics: EpochMetrics
+    validations: tuple[Validation, ...]
+    policy_versions: tuple[int | None, int | None]
+    """The version that sampled, and the one after training."""
+    started_at: float
+    """Seconds since 1970, UTC."""
+    seconds: Mapping[str, float]
+    """What each part took: rollouts, selection, training, validation, total."""
+
+    @property
+    def curriculum(self) -> CurriculumSettings:
+        return self.selection.settings
+
+    @property
+    def train_metrics(self) -> Mapping[str, float]:
+        """What the backend measured while training; empty where it says nothing."""
+        return ((self.job.metadata if self.job else None) or {}).get("metrics") or {}
+
+    def _repr_html_(self) -> str:
+        return resolve("finetune_nb.viewer:epoch_html")(self)
+
+
+EvaluationRunOutput.model_rebuild()
+
+
+def logprob_values(logprobs: Any) -> list[float] | None:
+    """Logprobs in whatever form they came (floats, OpenAI's `{"content": [{"logprob": ...}]}` or objects like it) as
+    one float a token; None where there are none."""
+    if logprobs is None:
+        return None
+    content = logprobs.get("content") if isinstance(logprobs, Mapping) else getattr(logprobs, "content", logprobs)
+    if content is None:
+        return None
+    return [
+        float(entry["logprob"] if isinstance(entry, Mapping) else getattr(entry, "logprob", entry)) for entry in content
+    ]
