@@ -1,0 +1,211 @@
+"""The base classes of component configs: a subclass with the class keyword `name="..."` is what `_type: ...` in YAML
+names.
+
+    class MyTrainerConfig(TrainerConfig, name="my_trainer"):
+        warmup_epochs: int = 2
+
+Fields and defaults are those of nvidia-nat-core 1.9.0. How a config becomes a live component is registry.py's.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+
+from .redaction import MASK, is_credential, redact
+
+__all__ = [
+    "APITypeEnum",
+    "EvalDatasetBaseConfig",
+    "EvalDatasetCsvConfig",
+    "EvalDatasetJsonConfig",
+    "EvalDatasetJsonlConfig",
+    "EvalDatasetParquetConfig",
+    "EvalDatasetStructureConfig",
+    "EvalFilterConfig",
+    "EvalFilterEntryConfig",
+    "EvaluatorBaseConfig",
+    "FunctionBaseConfig",
+    "LLMBaseConfig",
+    "RewardFunctionConfig",
+    "TrainerAdapterConfig",
+    "TrainerConfig",
+    "TrajectoryBuilderConfig",
+    "TypedBaseModel",
+]
+
+
+class TypedBaseModel(BaseModel):
+    """A config that knows its `_type`. Its repr hides credentials, and its validation errors hide what was given."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    type: str = Field(
+        default="unknown",
+        serialization_alias="_type",
+        validation_alias=AliasChoices("type", "_type"),
+        title="Type",
+        repr=False,
+    )
+    """The class's own `_type`, whatever was given; "unknown" for a class without one."""
+
+    full_type: ClassVar[str]
+    _typed_model_name: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            package = getattr(sys.modules.get(cls.__module__), "__package__", None) or cls.__module__
+            cls._typed_model_name = name
+            cls.full_type = f"{package}/{name}"
+
+    def model_post_init(self, context: Any, /) -> None:
+        if self._typed_model_name is not None:
+            # Not through setattr: the type is the class's, not a value that somebody set.
+            object.__setattr__(self, "type", self._typed_model_name)
+
+    @classmethod
+    def static_type(cls) -> str | None:
+        """The name that `_type` gives it, or None."""
+        return cls._typed_model_name
+
+    @classmethod
+    def static_full_type(cls) -> str:
+        """The name with its package in front."""
+        return cls.full_type
+
+    @staticmethod
+    def discriminator(value: Any) -> str | None:
+        """The `_type` of a config or of its dump."""
+        return value.get("_type", value.get("type")) if isinstance(value, dict) else value.type
+
+    def __repr_args__(self) -> Any:
+        for name, value in super().__repr_args__():
+            yield name, MASK if name and is_credential(name) and isinstance(value, str) else redact(value)
+
+
+class RewardFunctionConfig(BaseModel):
+    """Which evaluator's score is the reward."""
+
+    name: str
+
+
+class TrainerConfig(TypedBaseModel):
+    """Base of a Trainer's config."""
+
+    reward: RewardFunctionConfig | None = None
+
+
+class TrajectoryBuilderConfig(TypedBaseModel):
+    """Base of a TrajectoryBuilder's config."""
+
+    reward: RewardFunctionConfig | None = None
+
+
+class TrainerAdapterConfig(TypedBaseModel):
+    """Base of a TrainerAdapter's config."""
+
+    reward: RewardFunctionConfig | None = None
+
+
+class EvaluatorBaseConfig(TypedBaseModel):
+    """Base of an evaluator's config."""
+
+
+class FunctionBaseConfig(TypedBaseModel):
+    """Base of a workflow's config."""
+
+    name: str | None = None
+    """What the workflow is called where it is shown; None: its type."""
+    middleware: list[str] = Field(default_factory=list)
+    """Always empty: NAT has function middleware, finetune_nb does not."""
+
+    @field_validator("middleware")
+    @classmethod
+    def check_middleware(cls, names: list[str]) -> list[str]:
+        if names:
+            raise ValueError("NAT has function middleware, finetune_nb does not; call it inside the workflow instead")
+        return names
+
+
+class APITypeEnum(StrEnum):
+    CHAT_COMPLETION = "chat_completion"
+    RESPONSES = "responses"
+
+
+class LLMBaseConfig(TypedBaseModel):
+    """Base of a language model's config."""
+
+    api_type: APITypeEnum = APITypeEnum.CHAT_COMPLETION
+
+
+class EvalFilterEntryConfig(BaseModel):
+    """Values by column."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    field: dict[str, list[str | int | float]] = {}
+
+
+class EvalFilterConfig(BaseModel):
+    """Which rows of a dataset are used: those that are allowed, less those that are denied."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    allowlist: EvalFilterEntryConfig | None = None
+    denylist: EvalFilterEntryConfig | None = None
+
+
+class EvalDatasetStructureConfig(BaseModel):
+    """Which columns hold what."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    disable: bool = False
+    """True: the workflow's input is the whole row."""
+    question_key: str = "question"
+    answer_key: str = "answer"
+    generated_answer_key: str = "generated_answer"
+    trajectory_key: str = "intermediate_steps"
+    expected_trajectory_key: str = "expected_intermediate_steps"
+
+
+class EvalDatasetBaseConfig(TypedBaseModel):
+    """Base of a dataset's config: a local file of rows."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id_key: str = "id"
+    structure: EvalDatasetStructureConfig = EvalDatasetStructureConfig()
+    filter: EvalFilterConfig | None = EvalFilterConfig()
+    s3: None = None
+    """Always None: NAT reads S3, finetune_nb does not."""
+    remote_file_path: None = None
+    """Always None, as `s3`."""
+    file_path: Path | str = Path(".tmp/nat/examples/default/default.json")
+
+    @field_validator("s3", "remote_file_path", mode="before")
+    @classmethod
+    def check_remote(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("NAT reads datasets from S3, finetune_nb does not; download the file and set file_path")
+
+
+class EvalDatasetJsonConfig(EvalDatasetBaseConfig, name="json"):
+    """A JSON file: a list of rows."""
+
+
+class EvalDatasetJsonlConfig(EvalDatasetBaseConfig, name="jsonl"):
+    """One JSON row a line."""
+
+
+class EvalDatasetCsvConfig(EvalDatasetBaseConfig, name="csv"):
+    """A CSV file with a header."""
+
+
+class EvalDatasetParquetConfig(EvalDatasetBaseConfig, name="parquet"):
+    """A Parquet file."""

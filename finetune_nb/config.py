@@ -1,0 +1,328 @@
+"""What a config holds: the finetuning and evaluation sections, the curriculum's settings, and `Config` itself.
+
+Names, defaults and validators are those of nvidia-nat-core 1.9.0, so that a dump of one validates as the other; what is
+stricter or ours alone says so. The base classes of component configs (component.py) are importable from here too.
+Reading YAML is loading.py's, building components registry.py's.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import html
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    SerializeAsAny,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+
+from .component import (
+    APITypeEnum,
+    EvalDatasetBaseConfig,
+    EvalDatasetCsvConfig,
+    EvalDatasetJsonConfig,
+    EvalDatasetJsonlConfig,
+    EvalDatasetParquetConfig,
+    EvalDatasetStructureConfig,
+    EvalFilterConfig,
+    EvalFilterEntryConfig,
+    EvaluatorBaseConfig,
+    FunctionBaseConfig,
+    LLMBaseConfig,
+    RewardFunctionConfig,
+    TrainerAdapterConfig,
+    TrainerConfig,
+    TrajectoryBuilderConfig,
+    TypedBaseModel,
+)
+from .curriculum_settings import CurriculumLearningConfig, CurriculumSettings
+from .errors import did_you_mean
+from .redaction import MASK, SHORTEST_SECRET, is_text, names_credential, plain, redact, redact_text
+from .redaction import Path as KeyPath
+from .yaml_text import dump_yaml
+
+if TYPE_CHECKING:
+    from .builder import Builder
+
+__all__ = [
+    "APITypeEnum",
+    "Config",
+    "CurriculumLearningConfig",
+    "CurriculumSettings",
+    "EvalConfig",
+    "EvalDatasetBaseConfig",
+    "EvalDatasetCsvConfig",
+    "EvalDatasetJsonConfig",
+    "EvalDatasetJsonlConfig",
+    "EvalDatasetParquetConfig",
+    "EvalDatasetStructureConfig",
+    "EvalFilterConfig",
+    "EvalFilterEntryConfig",
+    "EvalGeneralConfig",
+    "EvaluatorBaseConfig",
+    "FinetuneConfig",
+    "FinetuneRunConfig",
+    "FunctionBaseConfig",
+    "LLMBaseConfig",
+    "Placeholder",
+    "RewardFunctionConfig",
+    "RunSettings",
+    "TrainerAdapterConfig",
+    "TrainerConfig",
+    "TrajectoryBuilderConfig",
+    "TypedBaseModel",
+    "redact",
+    "redact_text",
+]
+
+# ── finetuning ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class FinetuneRunConfig(BaseModel):
+    """What a run is started with: in NAT these are arguments of the command line."""
+
+    config_file: Path | BaseModel = None  # type: ignore[assignment]  # as in NAT
+    """A config to evaluate with, as a file or a Config."""
+    dataset: str | Path | None = None
+    """Overrides the config's dataset."""
+    result_json_path: str = "$"
+    endpoint: str | None = None
+    """Always None when loaded from YAML: NAT can run a remote workflow, finetune_nb cannot."""
+    endpoint_timeout: int = 300
+    override: tuple[tuple[str, str], ...] = ()
+    validation_dataset: str | Path | None = None
+    validation_interval: int = Field(default=5, ge=1)
+    """Epochs between two validations."""
+    validation_config_file: str | Path | None = None
+
+    @field_validator("config_file", mode="wrap")
+    @classmethod
+    def allow_none(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        # None is the default, so a dump holds it; the annotation alone would refuse to read it back.
+        return None if value is None else handler(value)
+
+
+class FinetuneConfig(BaseModel):
+    """The `finetuning` section."""
+
+    enabled: bool = False
+    trainer: str | None = None
+    """A name of the `trainers` section; so with the next two."""
+    trajectory_builder: str | None = None
+    trainer_adapter: str | None = None
+    reward_function: RewardFunctionConfig | None = None
+    target_functions: list[str] = ["<workflow>"]
+    target_model: str | None = None
+    """Only calls of this llm make a trajectory; None: every call."""
+    curriculum_learning: CurriculumLearningConfig = CurriculumLearningConfig()
+    num_epochs: int = Field(default=1, ge=1)
+    output_dir: Path = Path("./.tmp/nat/finetuning/")
+    run_configuration: FinetuneRunConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def validate_finetuning_enabled(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("enabled", False):
+            missing = [
+                name for name in ("trainer", "trajectory_builder", "trainer_adapter") if values.get(name) is None
+            ]
+            if missing:
+                raise ValueError(f"When fine-tuning is enabled, the following fields must be set: {', '.join(missing)}")
+        return values
+
+
+# ── evaluation, run ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class EvalGeneralConfig(BaseModel):
+    """The `eval.general` section: what is evaluated, and how many at once."""
+
+    max_concurrency: int = Field(default=8, ge=1)
+    """Rollouts at one time."""
+    workflow_alias: str | None = None
+    output_dir: Path = Path("./.tmp/nat/examples/default/")
+    dataset: SerializeAsAny[EvalDatasetBaseConfig] | None = None
+    item_timeout: float | None = Field(default=None, gt=0)
+    """Seconds that a rollout may take; None: as long as it likes. Ours alone."""
+    retries: int = Field(default=0, ge=0)
+    """Attempts after a transient failure (a timeout, a lost connection). Ours alone."""
+
+
+class EvalConfig(BaseModel):
+    """The `eval` section."""
+
+    general: EvalGeneralConfig = Field(default_factory=EvalGeneralConfig)
+    evaluators: dict[str, SerializeAsAny[EvaluatorBaseConfig]] = Field(default_factory=dict)
+
+
+ENGINES = ("local",)
+
+
+class RunSettings(BaseModel):
+    """The `run` section. Ours alone."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    engine: str = "local"
+    """Where the run is driven: "local", in this process."""
+    seed: int = 0
+    """Of every draw and every sampled token."""
+    deterministic: bool = False
+    """True: a repeat is equal to the last digit, at the price of waiting for the slowest rollout of a batch."""
+
+    @field_validator("engine")
+    @classmethod
+    def check_engine(cls, engine: str) -> str:
+        if engine not in ENGINES:
+            raise ValueError(f"there is no engine {engine!r}. {did_you_mean(engine, ENGINES)}")
+        return engine
+
+
+# ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """What stood where a value came from the environment."""
+
+    template: str
+    """The text as written, `${NAME}` and all."""
+    value: Any = dataclasses.field(repr=False)
+    """What became of it."""
+    secrets: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    """Values of the variables in the template whose name, or whose key, names a credential, by variable."""
+
+
+class Config(BaseModel):
+    """A whole config. Components are config instances here; `load_config` makes them from YAML or a dict."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    llms: dict[str, SerializeAsAny[LLMBaseConfig]] = Field(default_factory=dict)
+    workflow: SerializeAsAny[FunctionBaseConfig] | None = None
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    trajectory_builders: dict[str, SerializeAsAny[TrajectoryBuilderConfig]] = Field(default_factory=dict)
+    trainer_adapters: dict[str, SerializeAsAny[TrainerAdapterConfig]] = Field(default_factory=dict)
+    trainers: dict[str, SerializeAsAny[TrainerConfig]] = Field(default_factory=dict)
+    finetuning: FinetuneConfig = Field(default_factory=FinetuneConfig)
+    run: RunSettings = Field(default_factory=RunSettings)
+
+    _builder: Any = PrivateAttr(default=None)
+    _placeholders: dict[KeyPath, Placeholder] = PrivateAttr(default_factory=dict)
+
+    @property
+    def builder(self) -> Builder | None:
+        """The live components, while a run holds them. Copies of the config share it."""
+        return self._builder
+
+    @builder.setter
+    def builder(self, builder: Builder | None) -> None:
+        self._builder = builder
+
+    def problems(self) -> list[tuple[KeyPath, str]]:
+        """What does not fit together when finetuning is enabled: names that stand in no section, a curriculum under
+        which nothing could train."""
+        tuning = self.finetuning
+        if not tuning.enabled:
+            return []
+        found: list[tuple[KeyPath, str]] = []
+        names: tuple[tuple[KeyPath, str | None, Collection[str], str], ...] = (
+            (("trainer",), tuning.trainer, self.trainers, "trainers"),
+            (("trajectory_builder",), tuning.trajectory_builder, self.trajectory_builders, "trajectory_builders"),
+            (("trainer_adapter",), tuning.trainer_adapter, self.trainer_adapters, "trainer_adapters"),
+            (
+                ("reward_function", "name"),
+                getattr(tuning.reward_function, "name", None),
+                self.eval.evaluators,
+                "eval.evaluators",
+            ),
+        )
+        for path, name, section, title in names:
+            if name is not None and name not in section:
+                found.append(
+                    (("finetuning", *path), f"{name!r} does not stand in {title}. {did_you_mean(name, section)}")
+                )
+        builder, curriculum = self.trajectory_builders.get(tuning.trajectory_builder or ""), tuning.curriculum_learning
+        single = getattr(builder, "num_generations", None) == 1
+        if single and curriculum.enabled and curriculum.min_reward_diff > 0:
+            problem = (
+                "1 rollout an example has no spread of rewards, so the curriculum would leave every group out and "
+                "nothing could train. Set num_generations to at least 2, or curriculum_learning.min_reward_diff to 0"
+            )
+            found.append((("trajectory_builders", tuning.trajectory_builder or "", "num_generations"), problem))
+        return found
+
+    def stored(self) -> dict[str, Any]:
+        """This config as plain data for a YAML file: `load_config` reads it back. `${NAME}` stands where it stood, and
+        other credentials are asterisks."""
+        named: dict[str, str] = {}  # a secret -> what stands for it, wherever else it stands
+
+        def collect(path: KeyPath, node: Any) -> Any:
+            written = self._placeholders.get(path)
+            if written is not None:
+                named.update({value: f"${{{name}}}" for name, value in written.secrets.items()})
+            elif isinstance(node, SecretStr):
+                named.setdefault(node.get_secret_value(), MASK)
+            elif is_text(node) and names_credential(path):
+                named.setdefault(node, MASK)
+            return node
+
+        plain(self, collect)
+        secrets = sorted((value for value in named if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
+
+        def replace(path: KeyPath, node: Any) -> Any:
+            placeholder = self._placeholders.get(path)
+            if placeholder is not None and placeholder.value == node:
+                return placeholder.template
+            if isinstance(node, BaseModel) and path[-1:] == ("config_file",):
+                return None  # a config in memory, which is this one or has a file of its own
+            if is_text(node):
+                if node and names_credential(path):
+                    return MASK
+                # What stands in a value is no placeholder, so it must not become one when the file is read again.
+                text = node.replace("${", "$${")
+                for secret in secrets:
+                    text = text.replace(secret, named[secret])
+                return text if text != node else node
+            return node
+
+        return plain(self, replace)
+
+    def redacted(self) -> dict[str, Any]:
+        """This config as plain data to look at: every secret, and every value that came from the environment, is
+        asterisks."""
+
+        def hide(path: KeyPath, node: Any) -> Any:
+            if path in self._placeholders or (is_text(node) and node and names_credential(path)):
+                return MASK
+            return redact_text(node) if is_text(node) else node
+
+        return plain(self, hide)
+
+    def __repr_args__(self) -> Any:
+        return self.redacted().items()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(dump_yaml(self.redacted()))}</pre>"
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Config:
+        # A run's config holds itself (finetuning.run_configuration.config_file), so the copy must be known before its
+        # parts are copied.
+        memo = {} if memo is None else memo
+        twin = type(self).model_construct()
+        memo[id(self)] = twin
+        object.__setattr__(twin, "__dict__", copy.deepcopy(self.__dict__, memo))
+        object.__setattr__(twin, "__pydantic_fields_set__", set(self.model_fields_set))
+        twin._builder, twin._placeholders = self._builder, dict(self._placeholders)
+        return twin
