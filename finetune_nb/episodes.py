@@ -1,0 +1,161 @@
+"""Recorded model calls -> the messages of an episode, with the ids and logprobs that training needs.
+
+Calls that carry one conversation on become one sequence of messages; a call that starts anew begins another one behind it
+(`metadata["conversation"]` counts them). Each sampled turn keeps its own prompt ids, so it can be trained on exactly
+whatever stands around it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import MissingLogprobs
+from .types import (
+    EpisodeItem,
+    EpisodeItemRole,
+    EvalInputItem,
+    IntermediateStep,
+    IntermediateStepType,
+    LLMCall,
+    SamplingParams,
+    logprob_values,
+)
+
+__all__ = ["episode_of"]
+
+_ROLES = {
+    **{role.value: role for role in EpisodeItemRole},
+    "human": EpisodeItemRole.USER,
+    "ai": EpisodeItemRole.ASSISTANT,
+}
+
+
+def episode_of(
+    item: EvalInputItem,
+    target_functions: Sequence[str] | None = None,
+    target_model: str | None = None,
+    include_tool_calls: bool = True,
+) -> tuple[list[EpisodeItem], int | None]:
+    """The episode of one finished rollout, and the oldest policy version that sampled in it.
+
+    Steps of other functions or models than the targets are left out. Raises ValueError where nothing is left that could
+    be trained on, MissingLogprobs where a sampled turn has no logprobs.
+    """
+    calls = [
+        call
+        for step in item.trajectory
+        if step.event_type == IntermediateStepType.LLM_END
+        and (target_functions is None or step.function_ancestry.function_name in target_functions)
+        and (call := call_of(step)) is not None
+        and (target_model is None or target_model in (call.model, step.name))
+    ]
+    if not calls:
+        targets = f" to {target_model!r}" if target_model else ""
+        raise ValueError(f"the workflow made no model call{targets}: there is nothing to train on")
+    episode: list[EpisodeItem] = []
+    so_far: list[dict[str, Any]] = []
+    conversation = 0
+    for call in calls:
+        known = len(so_far)
+        if not _carries_on(so_far, call.messages):
+            conversation, known = conversation + bool(so_far), 0
+        episode += [_context(message, conversation) for message in call.messages[known:]]
+        episode.append(_sampled(call, conversation))
+        so_far = [*call.messages, call.reply]
+    if not include_tool_calls:
+        episode = [item for item in episode if item.role not in (EpisodeItemRole.TOOL, EpisodeItemRole.FUNCTION)]
+    versions = [call.policy_version for call in calls if call.policy_version is not None]
+    return episode, min(versions, default=None)
+
+
+def call_of(step: IntermediateStep) -> LLMCall | None:
+    """The recorded call of a step. Steps that someone else recorded are read as far as they go: messages from the input,
+    text from the output, logprobs from the payload's `logprobs` or `response_metadata`."""
+    data = step.data
+    if data is None or isinstance(data.payload, LLMCall):
+        return data and data.payload
+    messages = data.input if isinstance(data.input, list) else [{"role": "user", "content": _text(data.input)}]
+    if not all(isinstance(message, Mapping) and "role" in message for message in messages):
+        messages = [{"role": "user", "content": _text(data.input)}]
+    payload = data.payload
+    logprobs = _get(payload, "logprobs") or _get(_get(payload, "response_metadata"), "logprobs")
+    return LLMCall(
+        episode=None,
+        sequence=0,
+        model=step.name or "",
+        messages=[dict(message) for message in messages],
+        tools=None,
+        reply={"role": "assistant", "content": _text(data.output)},
+        prompt_ids=_get(payload, "prompt_token_ids"),
+        response_ids=_get(payload, "token_ids"),
+        tokens=None,
+        logprobs=logprob_values(logprobs),
+        finish_reason=_get(payload, "finish_reason"),
+        policy_version=None,
+        sampling=SamplingParams(),
+        seconds=float("nan"),
+        exact=False,
+    )
+
+
+def _carries_on(so_far: list[dict[str, Any]], messages: list[dict[str, Any]]) -> bool:
+    if not so_far or len(messages) < len(so_far):
+        return False
+    return all(_essence(a) == _essence(b) for a, b in zip(so_far, messages, strict=False))
+
+
+def _essence(message: Mapping[str, Any]) -> tuple[Any, ...]:
+    return message.get("role"), message.get("content") or "", message.get("tool_calls") or []
+
+
+def _context(message: Mapping[str, Any], conversation: int) -> EpisodeItem:
+    """A message that the policy did not sample: an assistant turn among them is masked by `logprobs=[]`."""
+    role = _ROLES.get(str(message.get("role")), EpisodeItemRole.OTHER)
+    metadata = {key: message[key] for key in ("tool_calls", "tool_call_id", "name") if message.get(key)}
+    if conversation:
+        metadata["conversation"] = conversation
+    return EpisodeItem.model_construct(
+        role=role,
+        content=_text(message.get("content")),
+        logprobs=[] if role == EpisodeItemRole.ASSISTANT else None,
+        metadata=metadata or None,
+    )
+
+
+def _sampled(call: LLMCall, conversation: int) -> EpisodeItem:
+    if call.logprobs is None:
+        raise MissingLogprobs(
+            f"turn {call.sequence} of model {call.model!r} was sampled without logprobs, so it cannot be trained on. "
+            "Ask the server for logprobs, or leave this model out with finetuning.target_model."
+        )
+    metadata: dict[str, Any] = {
+        "finish_reason": call.finish_reason,
+        "temperature": call.sampling.temperature,
+        "seconds": call.seconds,
+    }
+    if call.response_ids is not None:
+        metadata |= {"token_ids": call.response_ids, "prompt_token_ids": call.prompt_ids, "exact": call.exact}
+    if call.tokens is not None:
+        metadata["tokens"] = call.tokens
+    if call.reply.get("tool_calls"):
+        metadata["tool_calls"] = call.reply["tool_calls"]
+    if conversation:
+        metadata["conversation"] = conversation
+    return EpisodeItem.model_construct(
+        role=EpisodeItemRole.ASSISTANT,
+        content=_text(call.reply.get("content")),
+        logprobs=call.logprobs,
+        metadata=metadata,
+    )
+
+
+def _text(content: Any) -> str:
+    if content is None:
+        return ""
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
+
+
+def _get(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)

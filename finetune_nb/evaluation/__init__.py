@@ -1,0 +1,1 @@
+"""Running a workflow over a dataset: datasets, the executor, the recorder of model calls, evaluators, the evaluation run."""

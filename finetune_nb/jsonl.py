@@ -1,0 +1,28 @@
+"""One record a line, appended: the seed's log files. Values that JSON does not know are written so that any reader takes them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+__all__ = ["append_jsonl"]
+
+
+def append_jsonl(path: Path, line: Mapping[str, Any]) -> None:
+    """Appends one record with its time stamp. NaN is written as null, so that every reader takes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"), **_finite(line)}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, default=str) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,204 @@
+"""Small true things for tests and for trying things out: a policy that says what a script says, a builder that deals out
+given rewards, an adapter that trains nothing, and a dataset of sums. Public: use them in your own tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from .config import TrainerAdapterConfig, TrajectoryBuilderConfig
+from .interfaces import TrainerAdapter, TrajectoryBuilder
+from .types import (
+    EpisodeItem,
+    EpisodeItemRole,
+    EpisodeKey,
+    RolloutFailure,
+    Sample,
+    SamplingParams,
+    TrainingJobRef,
+    TrainingJobStatus,
+    TrainingStatusEnum,
+    Trajectory,
+    TrajectoryCollection,
+)
+
+__all__ = ["FakeAdapter", "ScriptedBuilder", "ScriptedPolicy", "make_trajectory", "sums"]
+
+
+class ScriptedPolicy:
+    """A policy whose reply is `script(messages, seed)`. One token a character; every token has logprob -1.
+
+    The script may be any function; without one the reply is "ok".
+    """
+
+    def __init__(self, script: Callable[[list[dict[str, Any]], int], str] | None = None) -> None:
+        self.version = 0
+        self.script = script or (lambda messages, seed: "ok")
+        self.live: set[EpisodeKey] = set()
+        """The rollouts that are going on."""
+        self._rendered: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        previous_ids: Sequence[int] | None = None,
+    ) -> list[int]:
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+        new = messages[last + 1 :] if previous_ids is not None else messages
+        text = "".join(f"<{m['role']}>{m.get('content') or ''}" for m in new)
+        ids = [*(previous_ids or ()), *map(ord, text)]
+        self._rendered[tuple(ids)] = list(messages)
+        return ids
+
+    async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
+        await asyncio.sleep(0)
+        text = self.script(self._rendered.get(tuple(ids), []), seed)[: params.max_tokens]
+        return Sample([ord(c) for c in text], [-1.0] * len(text), "stop")
+
+    def parse(self, ids: Sequence[int]) -> dict[str, Any]:
+        return {"role": "assistant", "content": "".join(map(chr, ids))}
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        return [chr(i) for i in ids]
+
+    @contextmanager
+    def episode(self, key: EpisodeKey) -> Iterator[None]:
+        self.live.add(key)
+        try:
+            yield
+        finally:
+            self.live.discard(key)
+
+
+class FakeAdapter(TrainerAdapter):
+    """An adapter whose jobs train nothing: they complete, fail or are canceled as told.
+
+    submitted: every collection that was handed over, in order. outcome: the status in which jobs end. delay: seconds that
+    a job takes. policy: what is sampled; its version counts the completed jobs.
+    """
+
+    def __init__(
+        self,
+        adapter_config: TrainerAdapterConfig | None = None,
+        *,
+        policy: Any = None,
+        outcome: str = "completed",
+        delay: float = 0.0,
+        healthy: bool = True,
+        message: str | None = None,
+    ) -> None:
+        super().__init__(adapter_config or TrainerAdapterConfig())
+        self.policy = ScriptedPolicy() if policy is None else policy
+        self.outcome, self.delay, self.healthy, self.message = TrainingStatusEnum(outcome), delay, healthy, message
+        self.submitted: list[TrajectoryCollection] = []
+        self.progress: list[dict[str, Any]] = []
+        """What log_progress was told."""
+        self._jobs: dict[str, asyncio.Task[None]] = {}
+
+    async def is_healthy(self) -> bool:
+        return self.healthy
+
+    async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
+        self.submitted.append(trajectories)
+        job_id = uuid.uuid4().hex
+        self._jobs[job_id] = asyncio.create_task(self._train())
+        return TrainingJobRef(run_id=trajectories.run_id, backend="fake", metadata={"job_id": job_id})
+
+    async def _train(self) -> None:
+        await asyncio.sleep(self.delay)
+        if self.outcome == TrainingStatusEnum.COMPLETED and self.policy is not None:
+            self.policy.version += 1
+
+    async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
+        job = self._jobs[(ref.metadata or {})["job_id"]]
+        state = self.outcome if job.done() else TrainingStatusEnum.RUNNING
+        if job.cancelled():
+            state = TrainingStatusEnum.CANCELED
+        metadata = {"metrics": {"loss": 0.0}} if state == TrainingStatusEnum.COMPLETED else None
+        return TrainingJobStatus(
+            run_id=ref.run_id, backend="fake", status=state, message=self.message, metadata=metadata
+        )
+
+    async def wait_until_complete(self, ref: TrainingJobRef, poll_interval: float = 10.0) -> TrainingJobStatus:
+        await asyncio.wait([self._jobs[(ref.metadata or {})["job_id"]]])
+        return await self.status(ref)
+
+    async def cancel(self, ref: TrainingJobRef) -> None:
+        self._jobs[(ref.metadata or {})["job_id"]].cancel()
+
+    def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        self.progress.append(metrics)
+
+    async def aclose(self) -> None:
+        for job in self._jobs.values():
+            job.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await job
+
+
+class ScriptedBuilder(TrajectoryBuilder):
+    """A builder that runs nothing: `rewards(epoch)` gives the rewards of each group, by example id.
+
+    A reward of None is a failed rollout.
+    """
+
+    def __init__(
+        self,
+        rewards: Callable[[int], Mapping[Any, Sequence[float | None]]],
+        config: TrajectoryBuilderConfig | None = None,
+    ) -> None:
+        super().__init__(config or TrajectoryBuilderConfig())
+        self.rewards = rewards
+        self.progress: list[dict[str, Any]] = []
+
+    async def start_run(self, run_id: str, meta: dict | None = None) -> None:
+        pass
+
+    async def finalize(self, run_id: str, meta: dict | None = None) -> TrajectoryCollection:
+        groups, failures = [], []
+        for example, rewards in self.rewards((meta or {}).get("epoch", 0)).items():
+            group = []
+            for generation, reward in enumerate(rewards):
+                if reward is None:
+                    failures.append(RolloutFailure(example, generation, "RuntimeError: scripted failure"))
+                else:
+                    group.append(make_trajectory(reward, example, generation, run_id))
+            if group:
+                groups.append(group)
+        return TrajectoryCollection(trajectories=groups, run_id=run_id, failures=failures)
+
+    def log_progress(self, run_id: str, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        self.progress.append(metrics)
+
+
+def make_trajectory(
+    reward: float, example: Any = "0", generation: int = 0, run_id: str = "run", reply: str = "ok", **metadata: Any
+) -> Trajectory:
+    """A question and a sampled reply, one token a character."""
+    return Trajectory(
+        episode=[
+            EpisodeItem(role=EpisodeItemRole.USER, content=str(example)),
+            EpisodeItem(
+                role=EpisodeItemRole.ASSISTANT,
+                content=reply,
+                logprobs=[-1.0] * len(reply),
+                metadata={"token_ids": [ord(c) for c in reply], "prompt_token_ids": [0], "temperature": 1.0},
+            ),
+        ],
+        reward=reward,
+        metadata={"id": example, "generation": generation, "run_id": run_id, **metadata},
+    )
+
+
+def sums(rows: int = 8, seed: int = 0) -> list[dict[str, Any]]:
+    """A dataset of sums: question "3+4", answer "7"."""
+    rng = random.Random(seed)
+    pairs = [(rng.randint(0, 9), rng.randint(0, 9)) for _ in range(rows)]
+    return [{"id": f"sum-{i}", "question": f"{a}+{b}", "answer": str(a + b)} for i, (a, b) in enumerate(pairs)]

@@ -1,0 +1,18 @@
+"""What all tests share: CI never skips silently, and nothing reaches for a model hub."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
+    """In CI a skip is a failure: what a test needs is installed there."""
+    if os.environ.get("CI") and call.excinfo is not None and call.excinfo.errisinstance(pytest.skip.Exception):
+        call.excinfo = pytest.ExceptionInfo.from_exception(
+            AssertionError(f"skipped in CI: {call.excinfo.value}").with_traceback(call.excinfo.tb)
+        )

@@ -1,0 +1,107 @@
+"""Datasets: files, lists and frames become items; what is wrong with them is said."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from finetune_nb.config import EvalDatasetBaseConfig, EvalDatasetStructureConfig
+from finetune_nb.errors import DatasetError
+from finetune_nb.evaluation.datasets import load_dataset, to_items
+
+ROWS = [{"id": "007", "question": "3+4", "answer": "7"}, {"id": "b", "question": "1+1", "answer": "2"}]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+def test_every_kind_of_file_keeps_ids_and_questions(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    frame = pd.DataFrame(ROWS)
+    if suffix == "json":
+        path.write_text(json.dumps(ROWS))
+    elif suffix == "jsonl":
+        path.write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
+    elif suffix == "csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)
+    items = load_dataset(path)
+    assert [item.id for item in items] == ["007", "b"]
+    assert [item.input_obj for item in items] == ["3+4", "1+1"]
+    assert str(items[0].expected_output_obj) == "7"
+
+
+def test_list_and_frame_give_the_same_items():
+    assert load_dataset(ROWS) == load_dataset(pd.DataFrame(ROWS))
+
+
+def test_missing_ids_are_made_and_clash_with_no_given_one():
+    items = to_items([{"question": "a"}, {"question": "b", "id": "0"}, {"question": "c", "id": None}])
+    ids = [str(item.id) for item in items]
+    assert len(set(ids)) == 3
+    assert ids[1] == "0"
+
+
+def test_duplicate_ids_are_named():
+    with pytest.raises(DatasetError, match=r"'x'.*needs its own"):
+        to_items([{"id": "x", "question": "a"}, {"id": "x", "question": "b"}, {"id": "y", "question": "c"}])
+
+
+def test_an_empty_cell_of_a_table_is_missing_not_nan(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("id,question,answer\n1,,7\n2,1+1,2\n")
+    assert load_dataset(path)[0].input_obj is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is empty"),
+        ("{}", "expected a list"),
+        ("[1]", "row 0"),
+        ("[", "not readable as json"),
+        ('[{"qestion": "a"}]', "Did you mean 'qestion'"),
+        ('[{"id": ["a"], "question": "a"}]', "expected a text or a number"),
+    ],
+)
+def test_a_bad_file_is_a_clear_error(tmp_path, text, message):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(path)
+
+
+def test_a_missing_file_says_where_it_was_looked_for(tmp_path):
+    with pytest.raises(DatasetError, match=r"none\.json.*Looked in"):
+        load_dataset(tmp_path / "none.json")
+
+
+def test_an_unknown_kind_of_file_names_the_known_ones(tmp_path):
+    with pytest.raises(DatasetError, match=r"\.parquet"):
+        load_dataset_of(tmp_path / "rows.pickle")
+
+
+def load_dataset_of(path):
+    path.write_bytes(b"")
+    return load_dataset(path)
+
+
+def test_structure_names_the_columns():
+    config = EvalDatasetBaseConfig(structure=EvalDatasetStructureConfig(question_key="prompt", answer_key="target"))
+    (item,) = to_items([{"id": 1, "prompt": "p", "target": "t"}], config)
+    assert (item.input_obj, item.expected_output_obj) == ("p", "t")
+
+
+def test_filters_allow_and_deny_rows():
+    config = EvalDatasetBaseConfig.model_validate(
+        {"filter": {"allowlist": {"field": {"level": [1, 2]}}, "denylist": {"field": {"id": ["b"]}}}}
+    )
+    rows = [{"id": i, "question": "q", "level": level} for i, level in (("a", 1), ("b", 2), ("c", 3))]
+    assert [item.id for item in to_items(rows, config)] == ["a"]
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS))
+    assert len(load_dataset(path)) == 2
+    path.write_text(json.dumps([*ROWS, {"id": "c", "question": "2+2", "answer": "4"}]))
+    assert len(load_dataset(path)) == 3
