@@ -1,0 +1,227 @@
+"""LocalGRPOAdapter: GRPO on this machine, on the very weights that the policy samples from.
+
+Here are the config and the adapter's face: what is refused, and how jobs are asked about. A job's life is jobs.py's,
+what it learns from sequences.py's, how it learns training.py's. Without torch this module can be imported, not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field
+
+from ...config import FinetuneConfig, TrainerAdapterConfig
+from ...errors import BackendError, FinetuneError, MissingExtra, StalePolicy, did_you_mean
+from ...interfaces import TrainerAdapter
+from ...jsonl import append_jsonl
+from ...registry import Builder, register_trainer_adapter
+from ...types import TrainingJobRef, TrainingJobStatus, TrajectoryCollection
+from .sequences import experience
+
+if TYPE_CHECKING:
+    from .jobs import TrainingJob
+    from .policy import LocalPolicy
+    from .training import Learner
+
+__all__ = ["LocalGRPOAdapter", "LocalGRPOConfig"]
+
+logger = logging.getLogger(__name__)
+
+
+class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
+    """GRPO in this process, with torch and transformers."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    model: str = "embedded"
+    """"embedded" (ships with finetune_nb), a Hugging Face model directory, or a name on the hub."""
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """Of AdamW, constant. The default suits the embedded model; a real one wants 1e-6 to 1e-5."""
+    optimizer_steps: int = Field(default=8, ge=1)
+    """Steps in one pass over all trajectories of an epoch; fewer where there are fewer trajectories."""
+    inner_epochs: int = Field(default=1, ge=1)
+    """Passes over the trajectories of an epoch."""
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    """A token whose probability fell below 1 - clip_low of what it was gives no further push down."""
+    clip_high: float = Field(default=0.2, ge=0)
+    """A token whose probability rose above 1 + clip_high of what it was gives no further push up."""
+    loss: Literal["dapo", "grpo"] = "dapo"
+    """"dapo": mean over all tokens of an optimizer batch; "grpo": mean over each sequence, then over sequences."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence from the initial weights. Above 0 a frozen copy of them is kept in memory."""
+    scale_rewards: bool = True
+    """Advantages are divided by the standard deviation of their group's rewards."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """A longer gradient is shortened to this."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the gradient's mean and of its square's."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    micro_batch_tokens: int = Field(default=4096, ge=1)
+    """Tokens, padding included, in one forward and backward pass: less needs less memory and changes no result."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Policy versions by which a trajectory may be older than the weights that it trains."""
+    device: str = "auto"
+    """A torch device; "auto": cuda where there is one, else cpu."""
+    dtype: str = "auto"
+    """A torch dtype; "auto": float32."""
+    threads: int | None = Field(default=None, ge=1)
+    """Torch threads; None: 1 for a small model, else torch's own setting (2 in a deterministic run)."""
+
+
+class LocalGRPOAdapter(TrainerAdapter):
+    """Trains `policy` on the trajectories that it is given.
+
+    seed: of the order in which trajectories are trained on. deterministic: a repeat is equal to the last digit. policy:
+    one that is loaded already; otherwise `adapter_config.model` is loaded by `initialize`, or at first use.
+    """
+
+    adapter_config: LocalGRPOConfig
+
+    def __init__(
+        self,
+        adapter_config: LocalGRPOConfig,
+        seed: int = 0,
+        deterministic: bool = False,
+        *,
+        policy: LocalPolicy | None = None,
+    ) -> None:
+        super().__init__(adapter_config)
+        self.seed, self.deterministic = seed, deterministic
+        self._policy = policy
+        self._learner: Learner | None = None
+        self._loading = threading.Lock()
+        self._jobs: dict[str, TrainingJob] = {}
+
+    @property
+    def policy(self) -> LocalPolicy:  # type: ignore[override]  # never None, and nobody else sets it
+        """What is sampled and trained. Loads the model if need be; MissingExtra without torch and transformers."""
+        return self._load()[0]
+
+    def _load(self) -> tuple[LocalPolicy, Learner]:
+        with self._loading:
+            if self._policy is None or self._learner is None:
+                try:
+                    import torch  # noqa: F401
+                    import transformers  # noqa: F401
+                except ImportError as error:
+                    raise MissingExtra("the training backend local_grpo", "local") from error
+                from .policy import LocalPolicy
+                from .training import Learner
+
+                config = self.adapter_config
+                if self._policy is None:
+                    self._policy = LocalPolicy.load(
+                        config.model, config.device, config.dtype, self.deterministic, config.threads
+                    )
+                self._learner = Learner(self._policy, config)
+            return self._policy, self._learner
+
+    async def initialize(self, run_config: FinetuneConfig) -> None:
+        await super().initialize(run_config)
+        await asyncio.to_thread(self._load)
+
+    async def is_healthy(self) -> bool:
+        """Whether the model can be loaded; the log says why not."""
+        try:
+            await asyncio.to_thread(self._load)
+        except FinetuneError as error:
+            logger.error("local_grpo is not healthy: %s", error)
+            return False
+        return True
+
+    async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
+        """Starts a job. Raises StalePolicy for trajectories of older weights, BackendError or MissingLogprobs for those
+        that cannot be trained on; nothing is then started."""
+        policy, learner = await asyncio.to_thread(self._load)
+        from .jobs import TrainingJob  # needs torch, which is known to be there by now
+
+        self._check_versions(trajectories, policy.version)
+        learned = experience(trajectories, self.adapter_config.scale_rewards)
+        learner.check(learned)
+        job = TrainingJob(
+            trajectories.run_id, policy.version, learned, before=next(reversed(self._jobs.values()), None)
+        )
+        rng = np.random.default_rng([self.seed % 2**64, len(self._jobs)])
+        self._jobs[job.id] = job
+
+        def train() -> None:
+            with policy.exclusive.hold(job.stopped) as alone:
+                if not alone or not learned.trajectories:
+                    return
+                self._check_versions(trajectories, policy.version)  # a job before this one may have trained
+                try:
+                    learner.train(learned, rng, job.report, job.stepped, job.stopped)
+                finally:
+                    policy.version += bool(job.report.steps)
+                    job.policy_version = policy.version
+
+        job.start(train)
+        return job.ref
+
+    def _check_versions(self, trajectories: TrajectoryCollection, current: int) -> None:
+        for trajectory in (t for group in trajectories.trajectories for t in group):
+            version = (trajectory.metadata or {}).get("policy_version")
+            if version is None or 0 <= current - version <= self.adapter_config.max_staleness:
+                continue
+            age = "older" if version < current else "newer"
+            raise StalePolicy(
+                f"a trajectory of example {(trajectory.metadata or {}).get('id')!r} was sampled by policy version "
+                f"{version}, {age} than version {current}, which would be trained; expected at most "
+                f"{self.adapter_config.max_staleness} older. Collect it anew, or raise max_staleness."
+            )
+
+    # ── asking about jobs ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
+        """How the job stands. `metadata`: job_id, policy_version, and metrics (TrainingReport.metrics and counts)."""
+        return self._job(ref).status()
+
+    async def wait_until_complete(self, ref: TrainingJobRef, poll_interval: float = 10.0) -> TrainingJobStatus:
+        """The last status, as soon as there is one; nothing is polled. A job that failed is returned, not raised."""
+        job = self._job(ref)
+        await asyncio.wrap_future(job.ended)
+        return job.status()
+
+    async def cancel(self, ref: TrainingJobRef) -> None:
+        """Asks the job to stop before its next optimizer step; returns at once. Steps already made stay."""
+        self._job(ref).canceled.set()
+
+    def _job(self, ref: TrainingJobRef) -> TrainingJob:
+        job_id = str((ref.metadata or {}).get("job_id"))
+        if job_id not in self._jobs:
+            raise BackendError(f"this adapter has no training job {job_id!r}. {did_you_mean(job_id, self._jobs)}")
+        return self._jobs[job_id]
+
+    def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        """Appends a line to trainer_adapter_<run id>.jsonl in `output_dir` (default: the config's), NaN as null."""
+        folder = output_dir or (self.run_config.output_dir if self.run_config else None)
+        if folder is None:
+            raise BackendError("log_progress got no output_dir, and the adapter has no config. Call initialize first.")
+        run_id = re.sub(r"[^\w.-]", "_", ref.run_id)  # it names a file, and must not lead out of the folder
+        line = {"run_id": ref.run_id, "backend": ref.backend, **metrics}
+        append_jsonl(Path(folder) / f"trainer_adapter_{run_id}.jsonl", line)
+
+    async def save(self, directory: str | Path) -> Path:
+        """Writes model and tokenizer to `directory`; from_pretrained, and `model` in the config, read them."""
+        return await asyncio.to_thread(self.policy.save, directory)
+
+    async def aclose(self) -> None:
+        """Cancels what still runs, and waits for it."""
+        for job in self._jobs.values():
+            job.canceled.set()
+        for job in list(self._jobs.values()):
+            await asyncio.wrap_future(job.ended)
+
+
+@register_trainer_adapter(config_type=LocalGRPOConfig)
+async def local_grpo(config: LocalGRPOConfig, builder: Builder):
+    run = builder.config.run
+    adapter = LocalGRPOAdapter(config, seed=run.seed, deterministic=run.deterministic)
+    yield adapter
+    await adapter.aclose()

@@ -1,0 +1,98 @@
+"""A training job: its id, its daemon thread, its status. What the thread does is handed in as a function.
+
+A status is made anew whenever something changes and is never altered: reading one needs no lock and changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+
+from ...types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
+from .daemons import leaving, start_daemon
+from .sequences import Experience
+from .training import TrainingReport
+
+__all__ = ["TrainingJob"]
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingJob:
+    """Starts after the job `before` has ended. Of `learned` only numbers are kept once it has ended itself."""
+
+    def __init__(self, run_id: str, policy_version: int, learned: Experience, before: TrainingJob | None) -> None:
+        self.id = uuid.uuid4().hex
+        self.ref = TrainingJobRef(run_id=run_id, backend="local_grpo", metadata={"job_id": self.id})
+        self.report = TrainingReport()
+        self.policy_version = policy_version
+        self.canceled = threading.Event()
+        self.ended: Future[None] = Future()
+        self.ended.set_running_or_notify_cancel()  # so that a waiter who is canceled does not cancel the job's end
+        self._before = before
+        self._trajectories, self._groups = len(learned.trajectories), learned.groups
+        self._without_signal = learned.groups_without_signal
+        self._started = time.perf_counter()
+        self._status = self._make(TrainingStatusEnum.PENDING, "waiting for the weights")
+
+    def start(self, train: Callable[[], None]) -> None:
+        """`train` fills in `report`, calls `stepped` after each step and returns early once `stopped()`."""
+        start_daemon(lambda: self._work(train), "finetune_nb training")
+
+    def stopped(self) -> bool:
+        return self.canceled.is_set() or leaving.is_set()
+
+    def stepped(self) -> None:
+        report = self.report
+        self._status = self._make(TrainingStatusEnum.RUNNING, f"step {report.steps} of {report.steps_planned}")
+
+    def status(self) -> TrainingJobStatus:
+        return self._status.model_copy(deep=True)
+
+    def _work(self, train: Callable[[], None]) -> None:
+        try:
+            while self._before is not None and not self.stopped():
+                if wait([self._before.ended], timeout=0.05).done:
+                    self._before = None
+            self._started = time.perf_counter()
+            train()
+            self._status = self._last()
+        except BaseException as error:  # the thread's last word: whoever waits must hear of it
+            logger.exception("training job %s failed", self.id)
+            self._status = self._make(TrainingStatusEnum.FAILED, f"{type(error).__name__}: {error}")
+        finally:
+            self._before = None
+            self.ended.set_result(None)
+
+    def _last(self) -> TrainingJobStatus:
+        report = self.report
+        if not self._trajectories:
+            message = f"nothing to train on: none of {self._without_signal} groups has rewards that differ"
+            return self._make(TrainingStatusEnum.COMPLETED, message)
+        if report.steps == report.steps_planned > 0:
+            return self._make(TrainingStatusEnum.COMPLETED, f"{report.steps} optimizer steps")
+        message = f"canceled after {report.steps} of {report.steps_planned or 'the'} optimizer steps"
+        return self._make(TrainingStatusEnum.CANCELED, message)
+
+    def _make(self, status: TrainingStatusEnum, message: str) -> TrainingJobStatus:
+        report = self.report
+        progress = 100.0 * report.steps / report.steps_planned if report.steps_planned else 0.0
+        metrics = {
+            **report.metrics(),
+            "trained_trajectories": self._trajectories if report.steps else 0,
+            "trained_groups": self._groups if report.steps else 0,
+            "groups_without_signal": self._without_signal,
+            "seconds": time.perf_counter() - self._started,
+        }
+        return TrainingJobStatus(
+            run_id=self.ref.run_id,
+            backend=self.ref.backend,
+            status=status,
+            progress=100.0 if status == TrainingStatusEnum.COMPLETED else progress,
+            message=message,
+            metadata={"job_id": self.id, "policy_version": self.policy_version, "metrics": metrics},
+        )

@@ -1,0 +1,179 @@
+"""Samples a batch of prompts with one KV cache: tensors and a loop. When a batch forms is left to batching.py.
+
+A reply depends on its own prompt, parameters and seed, and on the weights: each request draws from a random stream of
+its own, so what else is in the batch changes a logit's last bits and nothing more. Equal prompts are prefilled once.
+Shapes are in the names: U different prompts, B rows (one a request), T tokens, V vocabulary entries.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...types import Sample, SamplingParams
+
+__all__ = ["SampleRequest", "sample_batch"]
+
+COMPACT_BELOW = 0.75
+"""Rows that have ended are cut out of the cache once at most this share still runs: cutting copies the whole cache."""
+
+
+@dataclass(eq=False, slots=True)
+class SampleRequest:
+    """What to sample, and what has been sampled of it."""
+
+    ids: Sequence[int]
+    """The prompt, at least one token."""
+    params: SamplingParams
+    """`max_tokens` at least 1."""
+    seed: int
+    """Any integer; taken modulo 2**128."""
+    gone: Callable[[], bool] = lambda: False
+    """True once nobody waits any more: the row then ends early, with whatever it has."""
+    reply: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: str | None = None
+
+    def take(self, token: int, logprob: float, end_ids: frozenset[int], text: Callable[[list[int]], str]) -> None:
+        """Adds a sampled token and sees whether the reply ends with it."""
+        self.reply.append(token)
+        self.logprobs.append(logprob)
+        if token in end_ids or (self.params.stop and self._stops(text)):
+            self.ended = "stop"
+        elif len(self.reply) >= self.params.max_tokens:
+            self.ended = "length"
+        elif self.gone():
+            self.ended = "gone"
+
+    def _stops(self, text: Callable[[list[int]], str]) -> bool:
+        # A token is at least one byte of text, so a stop text that ends here began in this tail.
+        longest = max(len(stop.encode()) for stop in self.params.stop)
+        tail = text(self.reply[-longest - 4 :])
+        return any(stop in tail for stop in self.params.stop)
+
+    def sample(self) -> Sample:
+        return Sample(self.reply, self.logprobs, "length" if self.ended == "length" else "stop")
+
+
+def sample_batch(
+    model: Any,
+    requests: Sequence[SampleRequest],
+    *,
+    end_ids: frozenset[int],
+    pad_id: int,
+    text: Callable[[list[int]], str],
+    stopped: Callable[[], bool] = lambda: False,
+    max_tokens: int = 131_072,
+) -> None:
+    """Fills in every request's reply.
+
+    model: a Hugging Face causal language model in eval mode. end_ids: tokens that end a turn. text: ids -> text, for
+    stop texts. stopped: asked before each token; True ends the batch early. max_tokens: rows times their longest
+    possible length that one cache may hold; more requests are sampled in several goes.
+    """
+    for chunk in _chunks(requests, max_tokens):
+        _sample_chunk(model, chunk, end_ids, pad_id, text, stopped)
+
+
+def _chunks(requests: Sequence[SampleRequest], max_tokens: int) -> list[list[SampleRequest]]:
+    """Requests of like length together, so that little is padded; within one length their order stays."""
+    chunks: list[list[SampleRequest]] = []
+    longest = 0
+    for request in sorted(requests, key=lambda r: len(r.ids) + r.params.max_tokens):
+        longest = max(longest, len(request.ids) + request.params.max_tokens)
+        if not chunks or longest * (len(chunks[-1]) + 1) > max_tokens:
+            chunks.append([])
+        chunks[-1].append(request)
+    return chunks
+
+
+@torch.inference_mode()
+def _sample_chunk(
+    model: Any,
+    rows: list[SampleRequest],
+    end_ids: frozenset[int],
+    pad_id: int,
+    text: Callable[[list[int]], str],
+    stopped: Callable[[], bool],
+) -> None:
+    device = model.device
+    accepted = inspect.signature(model.forward).parameters
+    unique: dict[tuple[int, ...], int] = {}
+    prompt_of_row = torch.tensor([unique.setdefault(tuple(row.ids), len(unique)) for row in rows], device=device)
+    prompts = list(unique)
+    lengths_U = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width, steps = int(lengths_U.max()), max(row.params.max_tokens for row in rows)
+
+    ids_UT = torch.full((len(prompts), width), pad_id)
+    for row, prompt in enumerate(prompts):
+        ids_UT[row, width - len(prompt) :] = torch.tensor(prompt)
+    ids_UT = ids_UT.to(device)
+    mask_UT = torch.arange(width, device=device) >= width - lengths_U[:, None]
+
+    def forward(ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "past_key_values": cache, "use_cache": True}
+        if "position_ids" in accepted:
+            inputs["position_ids"] = positions_BT
+        if "logits_to_keep" in accepted:
+            inputs["logits_to_keep"] = 1
+        out = model(**inputs)
+        return out.logits[:, -1].float(), out.past_key_values
+
+    positions_UT = (mask_UT.long().cumsum(1) - 1).clamp(min=0)
+    logits_BV, cache = forward(ids_UT, mask_UT.long(), positions_UT, None)
+    if len(prompts) < len(rows):
+        logits_BV = logits_BV[prompt_of_row]
+        cache.batch_select_indices(prompt_of_row)
+    # The mask of the longest possible reply at once; each step looks at its beginning.
+    prompt_mask_BT = mask_UT[prompt_of_row].long()
+    mask_BT = torch.cat([prompt_mask_BT, torch.ones((len(rows), steps), dtype=torch.long, device=device)], 1)
+    next_position_B = lengths_U[prompt_of_row]
+    draws_BT = _uniforms(rows, steps).to(device)
+    heat_B = torch.tensor([row.params.temperature for row in rows], device=device)
+
+    live = rows
+    for step in range(steps):
+        chosen_B, logprobs_B = _choose(logits_BV, draws_BT[:, step], heat_B)
+        for row, token, logprob in zip(live, chosen_B.tolist(), logprobs_B.tolist(), strict=True):
+            if row.ended is None:
+                row.take(token, logprob, end_ids, text)
+        running = [i for i, row in enumerate(live) if row.ended is None]
+        if not running or stopped():
+            return
+        if len(running) <= COMPACT_BELOW * len(live):
+            keep = torch.tensor(running, device=device)
+            live = [live[i] for i in running]
+            cache.batch_select_indices(keep)
+            chosen_B, mask_BT, next_position_B = chosen_B[keep], mask_BT[keep], next_position_B[keep]
+            draws_BT, heat_B = draws_BT[keep], heat_B[keep]
+        logits_BV, cache = forward(chosen_B[:, None], mask_BT[:, : width + step + 1], next_position_B[:, None], cache)
+        next_position_B = next_position_B + 1
+
+
+def _uniforms(rows: list[SampleRequest], steps: int) -> Tensor:
+    """(B, steps) in [0, 1): row b's numbers come from its seed alone (Philox, a counter-based generator)."""
+    draws_BT = np.zeros((len(rows), steps), dtype=np.float32)
+    for draws_T, row in zip(draws_BT, rows, strict=True):
+        count = row.params.max_tokens
+        draws_T[:count] = np.random.Generator(np.random.Philox(key=row.seed % 2**128)).random(count, dtype=np.float32)
+    return torch.from_numpy(draws_BT)
+
+
+def _choose(logits_BV: Tensor, draws_B: Tensor, heat_B: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) token ids and (B,) their log probabilities. Temperature 0 takes the likeliest token, with its log
+    probability at temperature 1; others invert the cumulative distribution at `draws_B`."""
+    greedy_B = heat_B == 0
+    logprobs_BV = (logits_BV / torch.where(greedy_B, 1.0, heat_B)[:, None]).log_softmax(1)
+    cumulative_BV = logprobs_BV.exp().cumsum(1)
+    total_B1 = cumulative_BV[:, -1:]
+    # Strictly below the total, whatever rounding did: the found token then has a probability above 0.
+    target_B1 = torch.minimum(draws_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    chosen_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
+    chosen_B = torch.where(greedy_B, logprobs_BV.argmax(1), chosen_B)
+    return chosen_B, logprobs_BV.gather(1, chosen_B[:, None]).squeeze(1)

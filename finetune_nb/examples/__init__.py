@@ -1,0 +1,1 @@
+"""Example workflows, complete enough to be trained."""

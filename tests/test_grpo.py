@@ -1,0 +1,202 @@
+"""The GRPO loss: its value by hand, what it ignores, and its agreement with TRL's GRPOTrainer."""
+
+import math
+import os
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from finetune_nb.backends.local.grpo import policy_loss, token_logprobs  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    directory = tmp_path_factory.mktemp("model")  # TRL loads its reference from where the model came from
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    return transformers.LlamaForCausalLM.from_pretrained(directory).eval()
+
+
+def batch(rows=12, columns=15, seed=1):
+    """Right-padded random sequences of different lengths, with random masks; no row without a trained token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(1, 40, (rows, columns), generator=generator)
+    lengths_B = torch.randint(6, columns + 1, (rows,), generator=generator)
+    attention_BT = (torch.arange(columns) < lengths_B[:, None]).long()
+    mask_BT = (torch.rand(rows, columns, generator=generator) < 0.6) & attention_BT.bool()
+    mask_BT[:, :3], mask_BT[:, 3] = False, True
+    return ids_BT * attention_BT, attention_BT, mask_BT
+
+
+def noise(like_BT, scale, seed):
+    return scale * torch.randn(like_BT.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()]).clone()
+
+
+def test_token_logprobs_are_those_of_the_full_softmax_at_the_rows_temperature(model):
+    ids_BT, attention_BT, mask_BT = batch()
+    temperature_B = torch.linspace(0.5, 2.0, len(ids_BT))
+    with torch.no_grad():
+        logprobs_BT = token_logprobs(model, ids_BT, attention_BT, mask_BT, temperature_B)
+        logits_BTV = model(input_ids=ids_BT, attention_mask=attention_BT).logits / temperature_B[:, None, None]
+    for row, column in mask_BT.nonzero().tolist():
+        expected = logits_BTV[row, column - 1].log_softmax(0)[ids_BT[row, column]]
+        assert logprobs_BT[row, column].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert (logprobs_BT[~mask_BT] == 0).all()
+
+
+def test_training_on_a_first_token_is_refused(model):
+    ids_BT, attention_BT, mask_BT = batch()
+    mask_BT[0, 0] = True
+    with pytest.raises(ValueError, match="column 0"):
+        token_logprobs(model, ids_BT, attention_BT, mask_BT)
+
+
+def test_loss_and_clip_counts_by_hand():
+    """Four tokens: unclipped, clipped high, clipped low, and beyond the bound on the side that is not clipped."""
+    ratios_BT = torch.tensor([[1.1, 1.5], [0.5, 1.5]])
+    value, statistics = policy_loss(
+        ratios_BT.log(), torch.zeros(2, 2), torch.tensor([2.0, -1.0]), torch.ones(2, 2, dtype=torch.bool), clip_high=0.3
+    )
+    assert value.item() == pytest.approx((-2 * 1.1 - 2 * 1.3 + 0.8 + 1.5) / 4)
+    assert (statistics.clipped_high, statistics.clipped_low, statistics.tokens) == (1, 1, 4)
+    assert statistics.mean("ratio") == pytest.approx(4.6 / 4)
+    expected_kl = sum(r - 1 - math.log(r) for r in (1.1, 1.5, 0.5, 1.5)) / 4
+    assert statistics.mean("kl_old") == pytest.approx(expected_kl, rel=1e-5)
+
+
+def test_positive_advantage_raises_the_probability_of_what_was_sampled():
+    logprobs_BT = torch.tensor([[-1.0], [-1.0]], requires_grad=True)
+    mask_BT = torch.ones(2, 1, dtype=torch.bool)
+    value, _ = policy_loss(logprobs_BT, logprobs_BT.detach(), torch.tensor([1.0, -1.0]), mask_BT)
+    value.backward()
+    assert logprobs_BT.grad[0] < 0 < logprobs_BT.grad[1]  # descending the loss raises the first, lowers the second
+
+
+@pytest.mark.parametrize("ignored", [float("nan"), float("inf"), 1e9])
+def test_values_at_masked_positions_change_neither_loss_nor_gradient(ignored):
+    logprobs_BT = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
+    mask_BT = torch.tensor([[True, True, False]])
+    old_BT, reference_BT = torch.tensor([[-1.1, -1.9, ignored]]), torch.tensor([[-1.2, -1.7, ignored]])
+    value, statistics = policy_loss(
+        logprobs_BT, old_BT, torch.tensor([1.0]), mask_BT, kl_coef=0.1, reference_logprobs_BT=reference_BT
+    )
+    value.backward()
+    short = logprobs_BT.detach()[:, :2].requires_grad_()
+    expected, expected_statistics = policy_loss(
+        short,
+        old_BT[:, :2],
+        torch.tensor([1.0]),
+        mask_BT[:, :2],
+        kl_coef=0.1,
+        reference_logprobs_BT=reference_BT[:, :2],
+    )
+    expected.backward()
+    assert value.item() == expected.item()
+    assert logprobs_BT.grad.tolist() == [[*short.grad[0].tolist(), 0.0]]
+    assert statistics == expected_statistics
+
+
+@pytest.mark.parametrize("loss", ["dapo", "grpo"])
+def test_losses_of_micro_batches_add_up_to_the_loss_of_the_batch(loss):
+    _, _, mask_BT = batch()
+    logprobs_BT, old_BT, advantages_B = noise(mask_BT, 1, 2), noise(mask_BT, 1, 3), torch.linspace(-1, 1, 12)
+    whole, statistics = policy_loss(logprobs_BT, old_BT, advantages_B, mask_BT, loss=loss)
+    parts = [
+        policy_loss(
+            logprobs_BT[rows], old_BT[rows], advantages_B[rows], mask_BT[rows], loss=loss,
+            batch_tokens=mask_BT.sum(), batch_sequences=12,
+        )
+        for rows in (slice(0, 5), slice(5, 12))
+    ]  # fmt: skip
+    assert sum(value.item() for value, _ in parts) == pytest.approx(whole.item(), rel=1e-5)
+    summed = parts[0][1] + parts[1][1]
+    assert summed.tokens == statistics.tokens
+    assert summed.kl_old == pytest.approx(statistics.kl_old, rel=1e-5)
+
+
+def test_kl_needs_a_reference_and_unknown_losses_are_refused():
+    tensors = torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="reference"):
+        policy_loss(*tensors, kl_coef=0.1)
+    with pytest.raises(ValueError, match=r"'gpro'.*expected 'dapo'"):
+        policy_loss(*tensors, loss="gpro")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("loss", ["dapo", "grpo"])
+def test_loss_and_gradient_agree_with_trl(model, loss, beta, tmp_path):
+    """Two micro-batches with different numbers of tokens, clipping active on both sides."""
+    if os.environ.get("CI"):
+        import trl
+    else:
+        trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    ids_BT, attention_BT, mask_BT = batch()
+    advantages_B = torch.randn(12, generator=torch.Generator().manual_seed(4))
+    temperature = 0.8
+    with torch.no_grad():
+        current_BT = token_logprobs(model, ids_BT, attention_BT, mask_BT, temperature)
+    old_BT, reference_BT = current_BT + noise(mask_BT, 0.5, 5), current_BT + noise(mask_BT, 0.3, 6)
+    halves = [slice(0, 5), slice(5, 12)] if loss == "dapo" else [slice(0, 6), slice(6, 12)]  # TRL averages the halves
+
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=6, gradient_accumulation_steps=2, num_generations=4,
+        loss_type=loss, beta=beta, epsilon=0.2, epsilon_high=0.28, temperature=temperature,
+        use_bias_correction_kl=False, use_cpu=True, bf16=False, activation_checkpointing=False, report_to=[],
+    )  # fmt: skip
+    from tokenizers import Tokenizer, models
+
+    vocabulary = Tokenizer(models.WordLevel({str(i): i for i in range(40)}, unk_token="0"))
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list([{"prompt": "1"}] * 12),
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=vocabulary, pad_token="0", eos_token="1", unk_token="0"
+        ),
+    )
+    trainer.current_gradient_accumulation_steps = 2
+    trainer.model.train()  # the normalizers differ in eval mode; the model has no dropout
+    model.zero_grad()
+    theirs = 0.0
+    for rows in halves:
+        value = trainer._compute_loss(
+            trainer.model,
+            {
+                "prompt_ids": ids_BT[rows, :3], "prompt_mask": attention_BT[rows, :3],
+                "completion_ids": ids_BT[rows, 3:], "completion_mask": attention_BT[rows, 3:],
+                "tool_mask": mask_BT[rows, 3:].long(), "advantages": advantages_B[rows],
+                "old_per_token_logps": old_BT[rows, 3:], "ref_per_token_logps": reference_BT[rows, 3:],
+                "num_items_in_batch": mask_BT.sum(),
+            },
+        )  # fmt: skip
+        value.backward()
+        theirs += value.item()
+    their_gradient = gradient(model)
+
+    model.zero_grad()
+    ours, clipped_low, clipped_high = 0.0, 0.0, 0.0
+    for rows in halves:
+        value, statistics = policy_loss(
+            token_logprobs(model, ids_BT[rows], attention_BT[rows], mask_BT[rows], temperature),
+            old_BT[rows], advantages_B[rows], mask_BT[rows], clip_low=0.2, clip_high=0.28, loss=loss,
+            kl_coef=beta, reference_logprobs_BT=reference_BT[rows], batch_tokens=mask_BT.sum(), batch_sequences=12,
+        )  # fmt: skip
+        value.backward()
+        ours += value.item()
+        clipped_low, clipped_high = clipped_low + statistics.clipped_low, clipped_high + statistics.clipped_high
+    our_gradient = gradient(model)
+
+    assert clipped_low >= 3 and clipped_high >= 3
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ((our_gradient - their_gradient).norm() / their_gradient.norm()).item() < 1e-5
