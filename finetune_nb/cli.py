@@ -1,0 +1,88 @@
+"""The command line: `finetune-nb demo` trains the example before your eyes, `finetune-nb lab` opens the notebooks."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .errors import FinetuneError
+
+__all__ = ["main", "notebooks_folder"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except FinetuneError as error:
+        print(f"finetune-nb: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("finetune-nb: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="finetune-nb", description="Finetune LLM agents by reinforcement learning.")
+    parser.add_argument("--version", action="version", version=f"finetune_nb {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="train the embedded model on the example, epoch by epoch")
+    demo.add_argument("--seed", type=int, default=0, help="of draws, sampling and training (default 0)")
+    demo.add_argument("--epochs", type=_positive, default=15, help="how many (default 15)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("finetune-nb-demo"), help="folder for config, data, run and notebook"
+    )
+    demo.add_argument("--json", type=Path, help="write the figures to this file")
+    demo.set_defaults(command=_demo)
+
+    lab = commands.add_parser("lab", help="copy the notebooks here and open them in JupyterLab")
+    lab.add_argument("folder", type=Path, nargs="?", default=Path("finetune-nb-notebooks"), help="where to copy them")
+    lab.add_argument("--no-open", action="store_true", help="only copy")
+    lab.set_defaults(command=_lab)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    return run_demo(arguments.seed, arguments.epochs, arguments.out, arguments.json)
+
+
+def _lab(arguments: argparse.Namespace) -> int:
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for notebook in sorted(notebooks_folder().glob("*.ipynb")):
+        copy = folder / notebook.name
+        if copy.exists():
+            print(f"{copy} is there already and stays as it is")
+        else:
+            shutil.copyfile(notebook, copy)
+            print(f"copied {copy}")
+    if arguments.no_open:
+        return 0
+    return subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)])
+
+
+def notebooks_folder() -> Path:
+    """The tutorial notebooks: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "notebooks"
+    return inside if inside.is_dir() else package.parent / "notebooks"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,495 @@
+"""The driver: runs epochs of any Trainer and makes a record of each, by watching its builder and adapter from outside.
+
+It lives on the engine thread and is all async; it knows Controls and records, no widget and no notebook. What a Trainer of
+ours tells of its own (its Selection) is taken; what someone else's does not tell is concluded from what it submitted, and
+marked as inferred.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .config import Config, CurriculumSettings
+from .controls import Controls
+from .curriculum import group_statistics, infer_selection, state_from_dict, state_to_dict, steer
+from .errors import BackendError, ConfigError, JobFailed, RunError
+from .evaluation.evaluate import EvaluationContext, Progress, dataset_of, evaluation_context, progress, workflow_of
+from .evaluation.recording import ChatReply, Episode
+from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
+from .metrics import epoch_metrics
+from .observe import observe, unobserve
+from .registry import Builder
+from .trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
+from .types import (
+    EpisodeKey,
+    Epoch,
+    GroupStatistics,
+    RolloutFailure,
+    Selection,
+    TrainingJobRef,
+    TrainingJobStatus,
+    TrainingStatusEnum,
+    Trajectory,
+    TrajectoryCollection,
+    Validation,
+)
+
+__all__ = ["Driver"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Watch:
+    """What was seen of the epoch that is running."""
+
+    epoch: int
+    started_at: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    collection: TrajectoryCollection | None = None
+    collected: float | None = None
+    settings: CurriculumSettings | None = None
+    version: int | None = None
+    submitted: list[TrajectoryCollection] = field(default_factory=list)
+    refs: list[TrainingJobRef] = field(default_factory=list)
+    waited: list[TrainingJobRef] = field(default_factory=list)
+    statuses: list[TrainingJobStatus] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
+    logged: set[str] = field(default_factory=set)
+
+    def unwaited(self) -> list[TrainingJobRef]:
+        return [ref for ref in self.refs if not any(ref is seen or ref == seen for seen in self.waited)]
+
+    def add_seconds(self, part: str, since: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - since
+
+
+class Driver:
+    """Drives one Trainer. All methods run on one event loop; one epoch at a time."""
+
+    def __init__(self, config: Config, builder: Builder, run_id: str, controls: Controls) -> None:
+        self.config, self.builder, self.run_id, self.controls = config, builder, run_id, controls
+        self.epochs: list[Epoch] = []
+        self.validations: list[Validation] = []
+        """Those that belong to no epoch: asked for by hand."""
+        self.progress = Progress()
+        self.trainer: Trainer = None  # type: ignore[assignment]  # set by open
+        self.trajectory_builder: TrajectoryBuilder = None  # type: ignore[assignment]
+        self.adapter: TrainerAdapter = None  # type: ignore[assignment]
+        self._watch: _Watch | None = None
+        self._busy: str | None = None
+        self._tries = 0
+        self._owner: dict[int, int] = {}  # id of a trajectory -> its epoch; the epochs keep the trajectories alive
+        self._late: list[tuple[int, TrajectoryCollection, TrainingJobRef]] = []  # submitted after their epoch's record
+
+    # ── opening and closing ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def open(self) -> None:
+        """Builds the three components, initializes them and checks that the backend is healthy. Once; later calls do
+        nothing."""
+        if self.trainer is not None:
+            return
+        names = self.config.finetuning
+        if names.trainer is None or names.trajectory_builder is None or names.trainer_adapter is None:
+            raise ConfigError("finetuning needs trainer, trajectory_builder and trainer_adapter. Name all three.")
+        trainer = await self.builder.get_trainer(names.trainer)
+        self.trajectory_builder = await self.builder.get_trajectory_builder(names.trajectory_builder)
+        self.adapter = await self.builder.get_trainer_adapter(names.trainer_adapter)
+        await trainer.bind_components(self.trajectory_builder, self.adapter)
+        await trainer.initialize(names)
+        await self._preflight()
+        if not await self.adapter.is_healthy():
+            name = type(self.adapter).__name__
+            raise BackendError(
+                f"the training backend is not healthy: {name}.is_healthy() is False. No rollout was started. "
+                "Start or repair the backend, then run the epoch again."
+            )
+        self._observe(trainer)
+        self.trainer = trainer
+
+    async def _preflight(self) -> None:
+        """Reads the dataset and binds the workflow, so that what is wrong there is said before the first rollout."""
+        run = self.config.finetuning.run_configuration
+        if isinstance(self.trajectory_builder, EvalTrajectoryBuilder):
+            items = dataset_of(self.config, self.builder, str(run.dataset) if run and run.dataset else None)
+            (await workflow_of(self.config, self.builder)).check(items)
+        if run and run.validation_dataset:
+            dataset_of(self.config, self.builder, str(run.validation_dataset))
+
+    def _observe(self, trainer: Trainer) -> None:
+        observe(self.trajectory_builder, "start_run", self._start_run)
+        observe(self.trajectory_builder, "finalize", self._finalize)
+        observe(self.adapter, "submit", self._submit)
+        observe(self.adapter, "wait_until_complete", self._wait_until_complete)
+        observe(trainer, "run_validation_evaluation", self._validate)
+        for part, component in (("trainer", trainer), ("builder", self.trajectory_builder), ("adapter", self.adapter)):
+            observe(component, "log_progress", self._logger_of(part))
+
+    async def close(self) -> None:
+        """Takes the wrappers off and ends every component, once. All are ended even if one raises."""
+        if self.trainer is not None:
+            await self._settle_late_jobs()
+        trainer, components = self.trainer, (self.trainer, self.trajectory_builder, self.adapter)
+        for component in components:
+            if component is not None:
+                unobserve(component)
+        try:
+            if trainer is not None:
+                await trainer.cleanup()
+        finally:
+            await self.builder.close()
+
+    # ── what a run is asked for ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def next_epoch(self) -> Epoch:
+        """One epoch, recorded. A job that failed raises JobFailed, with the record in its `epoch`."""
+        return await self._alone("an epoch", self._next_epoch)
+
+    async def _next_epoch(self) -> Epoch:
+        await self.open()
+        self.require_single_epochs()
+        await self._settle_late_jobs()
+        watch = self._watch = _Watch(len(self.epochs))
+        self.progress = Progress("rollouts")
+        token = progress.set(self.progress)
+        try:
+            ref = await self.trainer.run_epoch(watch.epoch, self.run_id)
+            await self._wait_for_jobs(watch, ref)
+        except asyncio.CancelledError:
+            await self._cancel_jobs(watch)
+            raise
+        except Exception as error:
+            if watch.collection is not None:
+                epoch = self._record(watch, error)
+                if isinstance(error, JobFailed):
+                    error.epoch = epoch
+            raise
+        finally:
+            progress.reset(token)
+            self._watch = None
+        epoch = self._record(watch, None)
+        if epoch.job is not None and epoch.job.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
+            failure = JobFailed(
+                f"epoch {epoch.index}: the training job {epoch.job.status}: {epoch.job.message or 'no reason given'}"
+            )
+            failure.epoch = epoch
+            raise failure
+        self._log_what_was_left(watch, epoch)
+        return epoch
+
+    @property
+    def busy(self) -> bool:
+        """Whether an epoch or a validation is running."""
+        return self._busy is not None
+
+    def require_single_epochs(self) -> None:
+        """Raises RunError for a Trainer that trains only in its run()."""
+        if self.trainer is not None and self.trainer.trains_in_run:
+            raise RunError(
+                f"{type(self.trainer).__name__} trains only in its run(): it offers neither single epochs nor a curriculum "
+                "that can be changed while it runs."
+            )
+
+    async def validate(self) -> Validation:
+        """The validation evaluation with the policy as it is now. Raises RunError without a validation dataset."""
+        return await self._alone("a validation", self._validate_now)
+
+    async def _validate_now(self) -> Validation:
+        await self.open()
+        run = self.config.finetuning.run_configuration
+        if not run or not run.validation_dataset:
+            raise RunError(
+                "this run has no validation dataset: give validation=... or run_configuration.validation_dataset."
+            )
+        watch = self._watch = _Watch(len(self.epochs))
+        try:
+            await self.trainer.run_validation_evaluation(watch.epoch, self.run_id)
+        finally:
+            self._watch = None
+        self.validations += watch.validations
+        return watch.validations[-1]
+
+    async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
+        """One rollout of one example: its position in the dataset, or its id. It is not recorded in any epoch."""
+        await self.open()
+        run = self.config.finetuning.run_configuration
+        source = str(run.dataset) if run and run.dataset else None
+        ids = [item.id for item in dataset_of(self.config, self.builder, source)]
+        if example in ids:
+            position = ids.index(example)
+        elif isinstance(example, int) and -len(ids) <= example < len(ids):
+            position = example % len(ids)
+        else:
+            raise RunError(f"no example {example!r}: the dataset has {len(ids)} rows, with ids like {ids[0]!r}.")
+        self._tries += 1
+        builder = EvalTrajectoryBuilder(EvalTrajectoryBuilderConfig(num_generations=1, min_episode_length=1))
+        await builder.initialize(self.config.finetuning)
+        token = evaluation_context.set(EvaluationContext("try", self._tries, 0, lambda rows: [position]))
+        try:
+            collection = await builder.collect([await builder.run_eval()], self.run_id)
+        finally:
+            evaluation_context.reset(token)
+        return collection.trajectories[0][0] if collection.trajectories else collection.failures[0]
+
+    async def chat(self, messages: Any, **options: Any) -> ChatReply:
+        """One reply of the policy to a text or to OpenAI messages."""
+        await self.open()
+        llm = (await workflow_of(self.config, self.builder)).llm
+        if llm is None:
+            raise RunError("this run's workflow uses no llm, so there is nothing to talk to.")
+        self._tries += 1
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        episode = Episode(EpisodeKey("try", self._tries, 0, 0), self.config.run.seed)
+        with episode.live([llm.policy] if llm.policy else []):
+            return await llm.chat(messages, **options)
+
+    async def save_model(self, directory: str) -> str:
+        await self.open()
+        save = getattr(self.adapter, "save", None)
+        if save is None:
+            raise RunError(f"{type(self.adapter).__name__} cannot save its model: it has no save(directory).")
+        saved = save(directory)
+        return str(await saved if isinstance(saved, Awaitable) else saved)
+
+    async def _alone(self, what: str, work: Callable[[], Awaitable[Any]]) -> Any:
+        if self._busy:
+            raise RunError(f"{self._busy} is running in this run already: await it before you start {what}.")
+        self._busy = what
+        try:
+            return await work()
+        finally:
+            self._busy = None
+
+    # ── what is seen of the components ───────────────────────────────────────────────────────────────────────────────
+
+    async def _start_run(self, original: Callable[..., Awaitable[None]], *args: Any, **kwargs: Any) -> None:
+        watch = self._watch
+        if watch is not None:
+            watch.version = getattr(self.adapter.policy, "version", None)
+            watch.collected = time.perf_counter()
+        await original(*args, **kwargs)
+
+    async def _finalize(
+        self, original: Callable[..., Awaitable[TrajectoryCollection]], *args: Any, **kwargs: Any
+    ) -> TrajectoryCollection:
+        collection = await original(*args, **kwargs)
+        watch = self._watch
+        if watch is not None:
+            watch.collection = collection
+            watch.add_seconds("rollouts", watch.collected or watch.started)
+            watch.collected = time.perf_counter()
+            watch.settings = self._steer(watch.epoch)
+            self.progress.phase = "training"
+        return collection
+
+    def _steer(self, epoch: int) -> CurriculumSettings:
+        """Puts the pending controls into the trainer, right before it selects."""
+        settings, resumed = self.controls.apply(epoch)
+        trainer = self.trainer
+        if trainer._curriculum_state is not None:
+            state = steer(state_from_dict(trainer._curriculum_state), settings, epoch, resumed)
+            trainer._curriculum_state = {**trainer._curriculum_state, **state_to_dict(state)}
+            initial = self.config.finetuning.curriculum_learning.initial_percentile
+            trainer.curriculum_config = settings.to_config(initial)
+        return settings
+
+    async def _submit(
+        self,
+        original: Callable[..., Awaitable[TrainingJobRef]],
+        trajectories: TrajectoryCollection,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TrainingJobRef:
+        watch, started = self._watch, time.perf_counter()
+        owner = next((self._owner.get(id(t)) for group in trajectories.trajectories for t in group), None)
+        if watch is not None and watch.collected is not None:
+            watch.add_seconds("selection", watch.collected)
+        ref = await original(trajectories, *args, **kwargs)
+        if owner is not None:
+            self._late.append((owner, trajectories, ref))
+        elif watch is not None:
+            watch.submitted.append(trajectories)
+            watch.refs.append(ref)
+            watch.add_seconds("training", started)
+        return ref
+
+    async def _wait_until_complete(
+        self, original: Callable[..., Awaitable[TrainingJobStatus]], ref: TrainingJobRef, *args: Any, **kwargs: Any
+    ) -> TrainingJobStatus:
+        started = time.perf_counter()
+        status = await original(ref, *args, **kwargs)
+        if self._watch is not None and not any(ref is late for _, _, late in self._late):
+            self._watch.waited.append(ref)
+            self._watch.statuses.append(status)
+            self._watch.add_seconds("training", started)
+        return status
+
+    async def _validate(
+        self, original: Callable[..., Awaitable[dict[str, Any]]], epoch: int, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        version = getattr(self.adapter.policy, "version", None)
+        started, before = time.perf_counter(), self.progress.phase
+        self.progress.phase = "validation"
+        token = evaluation_context.set(EvaluationContext("validation", version or 0))
+        meter = progress.set(None)
+        try:
+            metrics = await original(epoch, *args, **kwargs)
+        finally:
+            progress.reset(meter)
+            evaluation_context.reset(token)
+            self.progress.phase = before
+        if self._watch is not None:
+            self._watch.add_seconds("validation", started)
+            self._watch.validations.append(_validation(epoch, version, metrics, time.perf_counter() - started))
+        return metrics
+
+    def _logger_of(self, part: str) -> Callable[..., None]:
+        def log_progress(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+            if self._watch is not None:
+                self._watch.logged.add(part)
+            original(*args, **kwargs)
+
+        return log_progress
+
+    # ── the record ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _wait_for_jobs(self, watch: _Watch, ref: TrainingJobRef | None) -> None:
+        """Waits for every job that the trainer left behind."""
+        if ref is not None and not any(ref is seen or ref == seen for seen in watch.refs):
+            watch.refs.append(ref)
+        for unwaited in watch.unwaited():
+            await self.adapter.wait_until_complete(unwaited)
+
+    async def _settle_late_jobs(self) -> None:
+        """Jobs that were submitted after their epoch's record: waited for, and put into that record."""
+        while self._late:
+            owner, trajectories, ref = self._late.pop(0)
+            status = await self.adapter.wait_until_complete(ref)
+            epoch = self.epochs[owner]
+            selection = epoch.selection
+            if selection.inferred:
+                selection = self._infer([trajectories], epoch.collection, epoch.statistics, selection.settings)
+            metrics = epoch_metrics(epoch.collection, epoch.statistics, selection)
+            self.epochs[owner] = replace(epoch, job=status, reason=None, selection=selection, metrics=metrics)
+
+    async def _cancel_jobs(self, watch: _Watch) -> None:
+        cancel = getattr(self.adapter, "cancel", None)
+        for ref in watch.unwaited():
+            if cancel is not None:
+                await cancel(ref)
+        aclose = getattr(self.trajectory_builder, "aclose", None)
+        if aclose is not None:
+            await aclose()
+
+    def _record(self, watch: _Watch, error: Exception | None) -> Epoch:
+        collection = watch.collection or TrajectoryCollection(trajectories=[], run_id=self.run_id)
+        statistics = group_statistics(collection.trajectories)
+        settings = watch.settings or self.controls.applied
+        selection = getattr(self.trainer, "selection", None)
+        if isinstance(selection, Selection) and len(selection.reasons) == len(statistics):
+            selection = replace(selection, settings=replace(selection.settings, schedule=settings.schedule))
+        else:
+            selection = self._infer(watch.submitted, collection, statistics, settings)
+        self.controls.settle(selection.settings.percentile)
+        job = watch.statuses[-1] if watch.statuses else None
+        watch.seconds["total"] = time.perf_counter() - watch.started
+        epoch = Epoch(
+            index=watch.epoch,
+            run_id=self.run_id,
+            collection=collection,
+            statistics=statistics,
+            selection=selection,
+            job=job,
+            reason=None if job is not None else self._reason(watch, collection, selection, error),
+            metrics=epoch_metrics(collection, statistics, selection),
+            validations=tuple(watch.validations),
+            policy_versions=(watch.version, getattr(self.adapter.policy, "version", None)),
+            started_at=watch.started_at,
+            seconds=watch.seconds,
+        )
+        for group in collection.trajectories:
+            self._owner.update((id(trajectory), epoch.index) for trajectory in group)
+        self.epochs.append(epoch)
+        return epoch
+
+    def _infer(
+        self,
+        submitted: list[TrajectoryCollection],
+        collection: TrajectoryCollection,
+        statistics: GroupStatistics,
+        settings: CurriculumSettings,
+    ) -> Selection:
+        """What someone else's Trainer kept: by identity of what it submitted, then by (id, generation)."""
+        place = {id(t): g for g, group in enumerate(collection.trajectories) for t in group}
+        names = {_name(t): g for g, group in enumerate(collection.trajectories) for t in group}
+        kept: dict[int, None] = {}
+        for trajectory in (t for c in submitted for group in c.trajectories for t in group):
+            position = place.get(id(trajectory))
+            if position is None:
+                position = names.get(_name(trajectory))
+            if position is not None:
+                kept[position] = None
+        state = state_from_dict(self.trainer._curriculum_state) if self.trainer._curriculum_state else None
+        return infer_selection(statistics, list(kept), settings, state)
+
+    def _reason(
+        self, watch: _Watch, collection: TrajectoryCollection, selection: Selection, error: Exception | None
+    ) -> str:
+        """Why no job came of the epoch."""
+        if error is not None:
+            return f"{type(error).__name__}: {error}"
+        if not collection.trajectories:
+            if collection.failures:
+                return f"all {len(collection.failures)} rollouts failed; the first: {collection.failures[0].error}"
+            return "no trajectories were collected"
+        left_out = selection.left_out()
+        if left_out and not len(selection.kept):
+            parts = (f"{len(examples)} with {reason.replace('_', ' ')}" for reason, examples in left_out.items())
+            return f"no group is left to train on: {', '.join(parts)}"
+        return "the trainer submitted nothing"
+
+    def _log_what_was_left(self, watch: _Watch, epoch: Epoch) -> None:
+        """The three log_progress are called once an epoch: those that someone else's Trainer left out, by us."""
+        folder = str(self.config.finetuning.output_dir / self.run_id)
+        found = epoch.metrics
+        metrics = {
+            "epoch": epoch.index,
+            "avg_reward": found.mean_reward,
+            "num_trajectories": found.trajectories,
+            "num_groups": found.groups,
+        }
+        calls: dict[str, Callable[[], None]] = {
+            "trainer": lambda: self.trainer.log_progress(epoch.index, metrics, folder),
+            "builder": lambda: self.trajectory_builder.log_progress(self.run_id, metrics, folder),
+        }
+        if watch.refs:
+            calls["adapter"] = lambda: self.adapter.log_progress(watch.refs[-1], dict(epoch.train_metrics), folder)
+        for part, call in calls.items():
+            if part not in watch.logged:
+                try:
+                    call()
+                except Exception:
+                    logger.warning("log_progress of the %s failed", part, exc_info=True)
+
+
+def _name(trajectory: Trajectory) -> tuple[str, Any]:
+    metadata = trajectory.metadata or {}
+    return str(metadata.get("id")), metadata.get("generation")
+
+
+def _validation(epoch: int, version: int | None, metrics: Mapping[str, Any], seconds: float) -> Validation:
+    return Validation(
+        epoch=epoch,
+        policy_version=version,
+        mean_reward=float(metrics.get("avg_reward", float("nan"))),
+        examples=int(metrics.get("num_examples", 0)),
+        scores=dict(metrics.get("scores") or {}),
+        seconds=seconds,
+        error=metrics.get("error"),
+    )

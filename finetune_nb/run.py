@@ -1,0 +1,389 @@
+"""Run: the notebook's handle on a finetuning run.
+
+It builds the config and the components, hands the work to a driver on the engine thread, and shows what is recorded. A
+cell only waits: the run does not care which thread or loop it is asked from. No epoch, selection or model is made here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import re
+import secrets
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import Config, CurriculumSettings
+from .controls import Controls
+from .display import ProgressLine, watch_progress
+from .driver import Driver
+from .engine import EngineThread
+from .errors import ConfigError, RunError
+from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
+from .loading import load_config, redact_text
+from .registry import Builder
+from .types import Epoch, RolloutFailure, Trajectory, Validation
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .evaluation.evaluate import Progress
+    from .evaluation.recording import ChatReply
+
+__all__ = ["Run"]
+
+_open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+
+
+class Run:
+    """A finetuning run, from plain functions; `Run.from_config` makes one from a YAML file.
+
+        run = ft.Run(solve, correct, dataset="train.json", generations=8)
+        epoch = await run.next_epoch()
+
+    workflow: your agent, `async def solve(question, llm)` or a sync function; parameters are filled by name (`question`,
+        `llm`, `item`, or a column of the dataset).
+    reward: `def correct(item) -> float`, sync or async; `item` carries input_obj, expected_output_obj, output_obj, trajectory.
+    dataset: a JSON, JSONL, CSV or Parquet file, a list of dicts, or a DataFrame.
+    model: "embedded" (a tiny transformer that learns on a CPU), or the directory or name of a Hugging Face causal LM.
+    generations: rollouts of each example, the size of a group.
+    examples_per_epoch: examples drawn for an epoch; None = all.
+    validation: a second dataset, evaluated before every `validation_interval`-th epoch and after the last one.
+    num_epochs: how many are planned; you may run fewer or more.
+    evaluators: more functions of the item, by name; their means are shown beside the reward.
+    curriculum: fields of CurriculumLearningConfig; giving it switches the curriculum on unless it says `enabled`.
+    sampling: temperature, max_tokens, stop. training: fields of the trainer adapter's config (learning_rate, ...).
+    max_concurrency: rollouts at once. item_timeout: seconds a rollout may take. retries: after transient failures.
+    seed: of draws, sampling and training. deterministic: a repeat is equal to the last digit.
+    name: the run's id and the name of its folder in `output_dir`; a number is added where that exists.
+    builder, adapter, trainer: components of your own in place of ours.
+    """
+
+    def __init__(
+        self,
+        workflow: Callable[..., Any] | None = None,
+        reward: Callable[..., Any] | None = None,
+        dataset: Any = None,
+        *,
+        model: str = "embedded",
+        generations: int = 8,
+        examples_per_epoch: int | None = None,
+        validation: Any = None,
+        validation_interval: int = 5,
+        evaluators: Mapping[str, Callable[..., Any]] | None = None,
+        curriculum: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        training: Mapping[str, Any] | None = None,
+        num_epochs: int = 20,
+        max_concurrency: int = 64,
+        item_timeout: float | None = None,
+        retries: int = 0,
+        seed: int = 0,
+        deterministic: bool = False,
+        name: str | None = None,
+        output_dir: str | Path = "runs",
+        builder: TrajectoryBuilder | None = None,
+        adapter: TrainerAdapter | None = None,
+        trainer: Trainer | None = None,
+    ) -> None:
+        if builder is None and (workflow is None or reward is None or dataset is None):
+            raise ConfigError(
+                "Run needs workflow, reward and dataset, or a builder= of your own. See help(finetune_nb.Run)."
+            )
+        if adapter is not None and (training or model != "embedded"):
+            raise ConfigError("adapter= brings its own model and settings: leave model= and training= out.")
+        scores = {"reward": reward, **(evaluators or {})} if reward is not None else dict(evaluators or {})
+        settings: dict[str, Any] = {
+            "llms": {"policy": {"_type": "policy", "adapter": "adapter", **(sampling or {})}},
+            "eval": {
+                "general": {"max_concurrency": max_concurrency, "item_timeout": item_timeout, "retries": retries},
+                "evaluators": {key: {"_type": "python_function"} for key in scores},
+            },
+            "trajectory_builders": {
+                "builder": {
+                    "_type": "eval_traj_builder",
+                    "num_generations": generations,
+                    "examples_per_epoch": examples_per_epoch,
+                }
+            },
+            "trainer_adapters": {"adapter": {"_type": "local_grpo", "model": model, **(training or {})}},
+            "trainers": {"trainer": {"_type": "epoch_trainer"}},
+            "finetuning": {
+                "enabled": True,
+                "trainer": "trainer",
+                "trajectory_builder": "builder",
+                "trainer_adapter": "adapter",
+                "num_epochs": num_epochs,
+                "output_dir": str(output_dir),
+                "curriculum_learning": {"enabled": True, **curriculum} if curriculum is not None else {},
+                "run_configuration": {"validation_interval": validation_interval},
+            },
+            "run": {"seed": seed, "deterministic": deterministic},
+        }
+        if workflow is not None:
+            settings["workflow"] = {"_type": "python_function"}
+        if reward is not None:
+            settings["finetuning"]["reward_function"] = {"name": "reward"}
+        config = load_config(settings)
+        components = Builder(config)
+        if workflow is not None:
+            components.add("function", "workflow", workflow)
+        for key, function in scores.items():
+            components.add("evaluator", key, function)
+        run_config = config.finetuning.run_configuration
+        assert run_config is not None
+        if dataset is not None:
+            run_config.dataset = _dataset(components, "train", dataset)
+        if validation is not None:
+            run_config.validation_dataset = _dataset(components, "validation", validation)
+        if builder is not None:
+            config.trajectory_builders["builder"] = builder.trajectory_builder_config
+            components.add("trajectory_builder", "builder", builder)
+        if adapter is not None:
+            config.trainer_adapters["adapter"] = adapter.adapter_config
+            components.add("trainer_adapter", "adapter", adapter)
+            if adapter.policy is None:
+                config.llms.clear()
+        if trainer is not None:
+            config.trainers["trainer"] = trainer.trainer_config
+            components.add("trainer", "trainer", trainer)
+        self._begin(config, components, name)
+
+    @classmethod
+    def from_config(
+        cls, config: str | Path | Mapping[str, Any] | Config, *, name: str | None = None, **overrides: Any
+    ) -> Run:
+        """A run from the YAML of the NeMo Agent Toolkit's finetuning harness.
+
+        overrides: values for single settings by dotted path, dots written as two underscores: `run__seed=1`,
+        `finetuning__num_epochs=3`. Raises ConfigError, which lists everything that is wrong with the config.
+        """
+        if not isinstance(config, Config):
+            config = load_config(config, override=[(key.replace("__", "."), value) for key, value in overrides.items()])
+        elif overrides:
+            raise ConfigError("overrides go with a YAML file or a dict; this Config is complete already.")
+        run = cls.__new__(cls)
+        run._begin(config, Builder(config), name)
+        return run
+
+    def _begin(self, config: Config, builder: Builder, name: str | None) -> None:
+        from .config import FinetuneRunConfig
+
+        run_config = config.finetuning.run_configuration or FinetuneRunConfig()
+        config.finetuning.run_configuration = run_config
+        run_config.config_file = config
+        config.builder = builder
+        self.id = free_id(name, Path(config.finetuning.output_dir))
+        self.config = config
+        settings = CurriculumSettings.from_config(config.finetuning.curriculum_learning)
+        self._controls = Controls(settings)
+        self._driver = Driver(config, builder, self.id, self._controls)
+        self._engine = EngineThread(f"ft-{self.id}")
+        self._error: str | None = None
+        self._closed = False
+        _open_runs.add(self)
+
+    # ── doing ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def next_epoch(self) -> Epoch:
+        """Runs one epoch: collect, select, train, record. Returns its record.
+
+        Raises RunError while another epoch of this run is running, JobFailed (with the record in `.epoch`) where the
+        training job failed or was canceled, BackendError for an unhealthy backend, ConfigError and DatasetError for what
+        is wrong with the config. Interrupting aborts the epoch.
+        """
+        return await self._run(watch_progress(self._ask(self._driver.next_epoch()), self._progress_line))
+
+    def _progress_line(self, seconds: float, done: bool = False) -> ProgressLine:
+        progress = self._driver.progress
+        phase = "done" if done else progress.phase or "starting"
+        return ProgressLine(phase, progress.done, progress.failed, progress.total, seconds)
+
+    async def validate(self) -> Validation:
+        """Evaluates the policy, as it is now, on the validation dataset."""
+        return await self._run(self._ask(self._driver.validate()))
+
+    async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
+        """Tries one example, by position or id: one rollout, scored and shown as a conversation, recorded nowhere."""
+        return await self._run(self._ask(self._driver.rollout(example)))
+
+    async def chat(self, messages: Any, **options: Any) -> ChatReply:
+        """The policy's reply to a text or to OpenAI messages. options: tools, temperature, max_tokens, stop."""
+        return await self._run(self._ask(self._driver.chat(messages, **options)))
+
+    def save_model(self, directory: str | Path) -> Path:
+        """Writes the trained model and its tokenizer, loadable by `from_pretrained`."""
+        self._require_open()
+        return Path(self._engine.submit(self._driver.save_model(str(directory))).result())
+
+    async def _ask(self, coroutine: Any) -> Any:
+        if self._closed:
+            coroutine.close()
+            self._require_open()
+        return await self._engine.run(coroutine)
+
+    async def _run(self, coroutine: Any) -> Any:
+        try:
+            result = await coroutine
+        except Exception as error:
+            self._error = redact_text(f"{type(error).__name__}: {error}")
+            raise
+        self._error = None
+        return result
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RunError(f"run {self.id!r} is closed: its records can be read, but nothing more can be run.")
+
+    # ── steering ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def curriculum(self) -> CurriculumSettings:
+        """The settings that the next selection uses. Set it to a dict of changes, or to whole CurriculumSettings: they
+        count from the next selection, also that of an epoch whose rollouts are running. A percentile that is set stays
+        ("manual") until `schedule="automatic"`."""
+        self._driver.require_single_epochs()
+        return self._controls.curriculum
+
+    @curriculum.setter
+    def curriculum(self, changes: Mapping[str, Any] | CurriculumSettings) -> None:
+        self._driver.require_single_epochs()
+        self._controls.change(changes)
+
+    # ── looking ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def __len__(self) -> int:
+        return len(self._driver.epochs)
+
+    def __getitem__(self, index: int) -> Epoch:
+        return self._driver.epochs[index]
+
+    @property
+    def progress(self) -> Progress:
+        """How far the rollouts of the running epoch are."""
+        return self._driver.progress
+
+    @property
+    def folder(self) -> Path:
+        """All that the run leaves behind."""
+        return Path(self.config.finetuning.output_dir) / self.id
+
+    def trajectories(self) -> pd.DataFrame:
+        """One row = one trajectory or one failed rollout. Columns: see frames.trajectories."""
+        from . import frames
+
+        return frames.trajectories(self._driver.epochs)
+
+    def groups(self) -> pd.DataFrame:
+        """One row = one group of one epoch. Columns: see frames.groups."""
+        from . import frames
+
+        return frames.groups(self._driver.epochs)
+
+    def epochs(self) -> pd.DataFrame:
+        """One row = one epoch. Columns: see frames.epochs."""
+        from . import frames
+
+        return frames.epochs(self._driver.epochs)
+
+    def plot_rewards(self, ax: Any = None, **options: Any) -> Any:
+        """Reward per epoch, with validation and curriculum. Returns a figure, or draws on `ax`."""
+        from . import plots
+
+        return plots.plot_rewards(self._driver.epochs, ax=ax, **options)
+
+    def plot_reward_distribution(self, ax: Any = None, **options: Any) -> Any:
+        """How the rewards of each epoch are distributed. Returns a figure, or draws on `ax`."""
+        from . import plots
+
+        return plots.plot_reward_distribution(self._driver.epochs, ax=ax, **options)
+
+    def plot_scores(self, names: Sequence[str] | None = None, ax: Any = None, **options: Any) -> Any:
+        """The mean of every evaluator per epoch. Returns a figure, or draws on `ax`."""
+        from . import plots
+
+        return plots.plot_scores(self._driver.epochs, names=names, ax=ax, **options)
+
+    @property
+    def state(self) -> str:
+        """ "new", "ready" (between epochs), "running", "failed" (the last call raised) or "closed"."""
+        if self._closed:
+            return "closed"
+        if self._driver.busy:
+            return "running"
+        if self._error:
+            return "failed"
+        return "ready" if self._driver.epochs else "new"
+
+    def __repr__(self) -> str:
+        from .viewer import run_text
+
+        return run_text(name=self.id, state=self.state, epochs=self._driver.epochs, error=self._error)
+
+    def _repr_html_(self) -> str:
+        from .viewer import run_html
+
+        adapter = self.config.finetuning.trainer_adapter
+        model = getattr(self.config.trainer_adapters.get(adapter or ""), "model", None)
+        return run_html(
+            name=self.id,
+            state=self.state,
+            epochs=self._driver.epochs,
+            error=self._error,
+            folder=str(self.folder),
+            model=model,
+        )
+
+    # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def close(self) -> None:
+        """Ends every component, once. The records can still be read. Also done at the interpreter's exit."""
+        if self._closed:
+            return
+        self._closed = True
+        _open_runs.discard(self)
+        try:
+            self._engine.submit(self._driver.close()).result(timeout=10.0)
+        finally:
+            self._engine.close()
+
+    async def __aenter__(self) -> Run:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await asyncio.to_thread(self.close)
+
+
+@atexit.register
+def _close_all() -> None:
+    for run in list(_open_runs):
+        try:
+            run.close()
+        except Exception:  # at exit there is nobody left to tell
+            pass
+
+
+def _dataset(builder: Builder, role: str, dataset: Any) -> str:
+    """A file's path as it is; rows under the name of their role."""
+    if isinstance(dataset, str | Path):
+        return str(dataset)
+    from .evaluation.datasets import read_rows
+
+    builder.add("dataset", role, read_rows(dataset))
+    return role
+
+
+def free_id(name: str | None, output_dir: Path) -> str:
+    if name is None:
+        return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ConfigError(
+            f"run name {name!r}: expected letters, digits, '.', '_' and '-', at most 100, no leading sign."
+        )
+    run_id, n = name, 1
+    while (output_dir / run_id).exists():
+        run_id, n = f"{name}-{n + 1}", n + 1
+    return run_id
