@@ -26,7 +26,7 @@ from .component import (
 )
 from .config import Config
 from .errors import ConfigError, RunError, did_you_mean
-from .redaction import MASK, Path, plain
+from .redaction import MASK, Path, is_text, plain
 from .type_names import KINDS, Build, config_class, registered
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ def _build_of(kind: str, name: str, config: TypedBaseModel) -> Build:
 
     def refuse_mask(path: Path, node: Any) -> Any:
         text = node.get_secret_value() if isinstance(node, SecretStr) else node
-        if text == MASK:
+        if is_text(text) and MASK in text:
             where = ".".join(map(str, path))
             raise ConfigError(f"{kind} {name!r}: {where} was left out when the config was stored. Pass it again.")
         return node

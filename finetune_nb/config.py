@@ -279,7 +279,9 @@ class Config(BaseModel):
             return node
 
         plain(self, collect)
-        secrets = sorted((value for value in named if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
+        # A short literal may be a word ("ollama"); hiding it elsewhere would spoil a file that is to be read again.
+        secrets = [value for value, shown in named.items() if len(value) >= (12 if shown == MASK else SHORTEST_SECRET)]
+        secrets.sort(key=len, reverse=True)
 
         def replace(path: KeyPath, node: Any) -> Any:
             placeholder = self._placeholders.get(path)

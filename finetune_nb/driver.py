@@ -1,8 +1,7 @@
 """The driver: runs epochs of any Trainer and makes a record of each, by watching its builder and adapter from outside.
 
-It lives on the engine thread and is all async; it knows Controls and records, no widget and no notebook. What a Trainer of
-ours tells of its own (its Selection) is taken; what someone else's does not tell is concluded from what it submitted, and
-marked as inferred.
+It lives on the engine thread and is all async; it knows Controls and records, no widget and no notebook. What a record is
+made of stands in watch.py.
 """
 
 from __future__ import annotations
@@ -10,25 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from .config import Config, CurriculumSettings
 from .controls import Controls
-from .curriculum import group_statistics, infer_selection, state_from_dict, state_to_dict, steer
+from .curriculum import state_from_dict, state_to_dict, steer
 from .errors import BackendError, ConfigError, JobFailed, RunError
 from .evaluation.evaluate import EvaluationContext, Progress, dataset_of, evaluation_context, progress, workflow_of
 from .evaluation.recording import ChatReply, Episode
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
-from .metrics import epoch_metrics
 from .observe import observe, unobserve
 from .registry import Builder
 from .trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from .types import (
     EpisodeKey,
     Epoch,
-    GroupStatistics,
     RolloutFailure,
     Selection,
     TrainingJobRef,
@@ -38,36 +34,11 @@ from .types import (
     TrajectoryCollection,
     Validation,
 )
+from .watch import Watch, record, settled_late, validation_of
 
 __all__ = ["Driver"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Watch:
-    """What was seen of the epoch that is running."""
-
-    epoch: int
-    started_at: float = field(default_factory=time.time)
-    started: float = field(default_factory=time.perf_counter)
-    seconds: dict[str, float] = field(default_factory=dict)
-    collection: TrajectoryCollection | None = None
-    collected: float | None = None
-    settings: CurriculumSettings | None = None
-    version: int | None = None
-    submitted: list[TrajectoryCollection] = field(default_factory=list)
-    refs: list[TrainingJobRef] = field(default_factory=list)
-    waited: list[TrainingJobRef] = field(default_factory=list)
-    statuses: list[TrainingJobStatus] = field(default_factory=list)
-    validations: list[Validation] = field(default_factory=list)
-    logged: set[str] = field(default_factory=set)
-
-    def unwaited(self) -> list[TrainingJobRef]:
-        return [ref for ref in self.refs if not any(ref is seen or ref == seen for seen in self.waited)]
-
-    def add_seconds(self, part: str, since: float) -> None:
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - since
 
 
 class Driver:
@@ -82,7 +53,7 @@ class Driver:
         self.trainer: Trainer = None  # type: ignore[assignment]  # set by open
         self.trajectory_builder: TrajectoryBuilder = None  # type: ignore[assignment]
         self.adapter: TrainerAdapter = None  # type: ignore[assignment]
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
         self._busy: str | None = None
         self._tries = 0
         self._owner: dict[int, int] = {}  # id of a trajectory -> its epoch; the epochs keep the trajectories alive
@@ -155,7 +126,7 @@ class Driver:
         await self.open()
         self.require_single_epochs()
         await self._settle_late_jobs()
-        watch = self._watch = _Watch(len(self.epochs))
+        watch = self._watch = Watch(len(self.epochs))
         self.progress = Progress("rollouts")
         token = progress.set(self.progress)
         try:
@@ -173,7 +144,7 @@ class Driver:
         finally:
             progress.reset(token)
             self._watch = None
-        epoch = self._record(watch, None)
+        epoch = self._record(watch)
         if epoch.job is not None and epoch.job.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
             failure = JobFailed(
                 f"epoch {epoch.index}: the training job {epoch.job.status}: {epoch.job.message or 'no reason given'}"
@@ -207,7 +178,7 @@ class Driver:
             raise RunError(
                 "this run has no validation dataset: give validation=... or run_configuration.validation_dataset."
             )
-        watch = self._watch = _Watch(len(self.epochs))
+        watch = self._watch = Watch(len(self.epochs))
         try:
             await self.trainer.run_validation_evaluation(watch.epoch, self.run_id)
         finally:
@@ -346,7 +317,7 @@ class Driver:
             self.progress.phase = before
         if self._watch is not None:
             self._watch.add_seconds("validation", started)
-            self._watch.validations.append(_validation(epoch, version, metrics, time.perf_counter() - started))
+            self._watch.validations.append(validation_of(epoch, version, metrics, time.perf_counter() - started))
         return metrics
 
     def _logger_of(self, part: str) -> Callable[..., None]:
@@ -359,7 +330,7 @@ class Driver:
 
     # ── the record ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _wait_for_jobs(self, watch: _Watch, ref: TrainingJobRef | None) -> None:
+    async def _wait_for_jobs(self, watch: Watch, ref: TrainingJobRef | None) -> None:
         """Waits for every job that the trainer left behind."""
         if ref is not None and not any(ref is seen or ref == seen for seen in watch.refs):
             watch.refs.append(ref)
@@ -371,14 +342,9 @@ class Driver:
         while self._late:
             owner, trajectories, ref = self._late.pop(0)
             status = await self.adapter.wait_until_complete(ref)
-            epoch = self.epochs[owner]
-            selection = epoch.selection
-            if selection.inferred:
-                selection = self._infer([trajectories], epoch.collection, epoch.statistics, selection.settings)
-            metrics = epoch_metrics(epoch.collection, epoch.statistics, selection)
-            self.epochs[owner] = replace(epoch, job=status, reason=None, selection=selection, metrics=metrics)
+            self.epochs[owner] = settled_late(self.epochs[owner], trajectories, status)
 
-    async def _cancel_jobs(self, watch: _Watch) -> None:
+    async def _cancel_jobs(self, watch: Watch) -> None:
         cancel = getattr(self.adapter, "cancel", None)
         for ref in watch.unwaited():
             if cancel is not None:
@@ -387,74 +353,25 @@ class Driver:
         if aclose is not None:
             await aclose()
 
-    def _record(self, watch: _Watch, error: Exception | None) -> Epoch:
-        collection = watch.collection or TrajectoryCollection(trajectories=[], run_id=self.run_id)
-        statistics = group_statistics(collection.trajectories)
-        settings = watch.settings or self.controls.applied
-        selection = getattr(self.trainer, "selection", None)
-        if isinstance(selection, Selection) and len(selection.reasons) == len(statistics):
-            selection = replace(selection, settings=replace(selection.settings, schedule=settings.schedule))
-        else:
-            selection = self._infer(watch.submitted, collection, statistics, settings)
-        self.controls.settle(selection.settings.percentile)
-        job = watch.statuses[-1] if watch.statuses else None
-        watch.seconds["total"] = time.perf_counter() - watch.started
-        epoch = Epoch(
-            index=watch.epoch,
-            run_id=self.run_id,
-            collection=collection,
-            statistics=statistics,
-            selection=selection,
-            job=job,
-            reason=None if job is not None else self._reason(watch, collection, selection, error),
-            metrics=epoch_metrics(collection, statistics, selection),
-            validations=tuple(watch.validations),
-            policy_versions=(watch.version, getattr(self.adapter.policy, "version", None)),
-            started_at=watch.started_at,
-            seconds=watch.seconds,
+    def _record(self, watch: Watch, error: Exception | None = None) -> Epoch:
+        told = getattr(self.trainer, "selection", None)
+        state = state_from_dict(self.trainer._curriculum_state) if self.trainer._curriculum_state else None
+        epoch = record(
+            watch,
+            self.run_id,
+            told if isinstance(told, Selection) else None,
+            watch.settings or self.controls.applied,
+            state,
+            getattr(self.adapter.policy, "version", None),
+            error,
         )
-        for group in collection.trajectories:
+        self.controls.settle(epoch.curriculum.percentile)
+        for group in epoch.collection.trajectories:
             self._owner.update((id(trajectory), epoch.index) for trajectory in group)
         self.epochs.append(epoch)
         return epoch
 
-    def _infer(
-        self,
-        submitted: list[TrajectoryCollection],
-        collection: TrajectoryCollection,
-        statistics: GroupStatistics,
-        settings: CurriculumSettings,
-    ) -> Selection:
-        """What someone else's Trainer kept: by identity of what it submitted, then by (id, generation)."""
-        place = {id(t): g for g, group in enumerate(collection.trajectories) for t in group}
-        names = {_name(t): g for g, group in enumerate(collection.trajectories) for t in group}
-        kept: dict[int, None] = {}
-        for trajectory in (t for c in submitted for group in c.trajectories for t in group):
-            position = place.get(id(trajectory))
-            if position is None:
-                position = names.get(_name(trajectory))
-            if position is not None:
-                kept[position] = None
-        state = state_from_dict(self.trainer._curriculum_state) if self.trainer._curriculum_state else None
-        return infer_selection(statistics, list(kept), settings, state)
-
-    def _reason(
-        self, watch: _Watch, collection: TrajectoryCollection, selection: Selection, error: Exception | None
-    ) -> str:
-        """Why no job came of the epoch."""
-        if error is not None:
-            return f"{type(error).__name__}: {error}"
-        if not collection.trajectories:
-            if collection.failures:
-                return f"all {len(collection.failures)} rollouts failed; the first: {collection.failures[0].error}"
-            return "no trajectories were collected"
-        left_out = selection.left_out()
-        if left_out and not len(selection.kept):
-            parts = (f"{len(examples)} with {reason.replace('_', ' ')}" for reason, examples in left_out.items())
-            return f"no group is left to train on: {', '.join(parts)}"
-        return "the trainer submitted nothing"
-
-    def _log_what_was_left(self, watch: _Watch, epoch: Epoch) -> None:
+    def _log_what_was_left(self, watch: Watch, epoch: Epoch) -> None:
         """The three log_progress are called once an epoch: those that someone else's Trainer left out, by us."""
         folder = str(self.config.finetuning.output_dir / self.run_id)
         found = epoch.metrics
@@ -476,20 +393,3 @@ class Driver:
                     call()
                 except Exception:
                     logger.warning("log_progress of the %s failed", part, exc_info=True)
-
-
-def _name(trajectory: Trajectory) -> tuple[str, Any]:
-    metadata = trajectory.metadata or {}
-    return str(metadata.get("id")), metadata.get("generation")
-
-
-def _validation(epoch: int, version: int | None, metrics: Mapping[str, Any], seconds: float) -> Validation:
-    return Validation(
-        epoch=epoch,
-        policy_version=version,
-        mean_reward=float(metrics.get("avg_reward", float("nan"))),
-        examples=int(metrics.get("num_examples", 0)),
-        scores=dict(metrics.get("scores") or {}),
-        seconds=seconds,
-        error=metrics.get("error"),
-    )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ from matplotlib.axes import Axes
 
 from .errors import ConfigError
 
-__all__ = ["THEMES", "Figure", "Theme", "theme_named"]
+__all__ = ["THEMES", "Figure", "Theme", "legend_above", "styled", "theme_named"]
 
 DPI = 192
 """Pixels an inch in the PNG: twice those of the screen, so that it is sharp on every display."""
@@ -32,20 +34,40 @@ class Theme:
     """Text, axes."""
     faint: str
     """Grid, and whatever is only context."""
+    halo: str
+    """Around a line that runs over coloured areas."""
     colours: tuple[str, ...]
     sequence: tuple[str, str, str]
     """From low to high, of values that have an order."""
 
 
 THEMES = {
-    "light": Theme("#ffffff", "#24292f", "#d0d4d9", ("#3f90da", "#d95f02", "#832db6", "#717581", "#a96b59", "#bd1f01"),
-                   ("#d9c66f", "#3f90da", "#1d2a6b")),
-    "dark": Theme("#111111", "#e6e6e6", "#3a3d42", ("#5aa9f0", "#ffa90e", "#c58be8", "#94a4a2", "#c98b79", "#ff6f52"),
-                  ("#4a4020", "#3f90da", "#cfe8ff")),
+    "light": Theme(
+        background="#ffffff",
+        ink="#24292f",
+        faint="#d0d4d9",
+        halo="#ffffff",
+        colours=("#3f90da", "#d95f02", "#832db6", "#717581", "#a96b59", "#bd1f01"),
+        sequence=("#c9b458", "#3f90da", "#1d2a6b"),
+    ),
+    "dark": Theme(
+        background="#111111",
+        ink="#e6e6e6",
+        faint="#3a3d42",
+        halo="#111111",
+        colours=("#5aa9f0", "#ffa90e", "#c58be8", "#94a4a2", "#c98b79", "#ff6f52"),
+        sequence=("#7d6c34", "#3f90da", "#cfe8ff"),
+    ),
     # No background, and colours of middle lightness: at least 3:1 in contrast on white and on near-black alike.
-    "": Theme("none", "#767b82", "#8a8f9640", ("#3f90da", "#dd6b10", "#a65fd0", "#7d838c", "#a96b59", "#d6452b"),
-              ("#b9a24a", "#3f90da", "#6f4fc0")),
-}  # fmt: skip
+    "": Theme(
+        background="none",
+        ink="#787d84",
+        faint="#8a8f9640",
+        halo="#ffffff",
+        colours=("#3f90da", "#dd6b10", "#a65fd0", "#7d838c", "#a96b59", "#d6452b"),
+        sequence=("#a3914a", "#3f90da", "#7a5cc9"),
+    ),
+}
 
 
 def theme_named(name: Literal["light", "dark"] | None) -> Theme:
@@ -97,3 +119,38 @@ def styled(ax: Axes, theme: Theme) -> Axes:
         spine.set_color(theme.ink)
         spine.set_linewidth(0.8)
     return ax
+
+
+def legend_above(ax: Axes, theme: Theme) -> None:
+    """One legend for all that is drawn in that place, twin axes included, above the data rather than on it."""
+    handles, labels = [], []
+    for each in ax.figure.axes:
+        if each is ax or (each.bbox.bounds == ax.bbox.bounds and each.get_shared_x_axes().joined(each, ax)):
+            found = each.get_legend_handles_labels()
+            handles += found[0]
+            labels += found[1]
+    if not handles:
+        return
+    legend = ax.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=_columns(labels),
+        frameon=False,
+        fontsize="small",
+        borderaxespad=0.2,
+        columnspacing=1.4,
+    )
+    for text in legend.get_texts():
+        text.set_color(theme.ink)
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Most columns, up to four, in which the labels fit above the axes; matplotlib fills one after the other."""
+    for columns in (4, 3, 2):
+        deep = math.ceil(len(labels) / columns)
+        widths = [max(map(len, labels[start : start + deep])) + 7 for start in range(0, len(labels), deep)]
+        if len(widths) <= columns and sum(widths) <= 96:
+            return len(widths)
+    return 1

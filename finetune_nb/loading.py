@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from .component import TypedBaseModel
 from .config import Config, Placeholder
@@ -243,10 +243,13 @@ class _Reading:
         return config
 
     def note_value(self, path: KeyPath, node: Any) -> Any:
-        """Keeps what a `${NAME}` became after validation, so that a later change of the field is told apart."""
+        """Keeps what a `${NAME}` became after validation, so that a later change of the field is told apart; remembers the
+        credentials of components that were given ready-made."""
         if path in self.placeholders:
             written = self.placeholders[path]
             self.placeholders[path] = Placeholder(written.template, node, written.secrets)
+        elif isinstance(node, SecretStr) or (is_text(node) and names_credential(path)):
+            remember_secret(node.get_secret_value() if isinstance(node, SecretStr) else node)
         return node
 
     def component(self, kind: str, raw: Any, path: KeyPath) -> TypedBaseModel:

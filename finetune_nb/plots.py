@@ -46,13 +46,13 @@ def plot_rewards(
     ax, figure, look = _start(ax, theme, "epoch", "reward")
     several = len(runs) > 1
     for place, (name, records) in enumerate(runs.items()):
-        _reward_lines(ax, records, look, place if several else 0, plain(name), several)
+        _reward_lines(ax, records, look, place if several else 0, _label(name) if name else "", several)
     if baseline is not None and math.isfinite(baseline):
         ax.axhline(baseline, color=look.ink, linewidth=1, linestyle=LINES[1], label=f"baseline {number(baseline)}")
     records = [] if several else next(iter(runs.values()), [])
     if any(epoch.curriculum.enabled for epoch in records):
         _percentile_line(ax, records, look)
-    _finish(ax, look)
+    _finish(ax, look, empty=not any(runs.values()))
     if figure is None:
         return ax
     figure.alt_text = ". ".join(
@@ -80,7 +80,7 @@ def plot_reward_distribution(epochs: Sequence[Epoch], ax: Axes | None = None, th
         _reward_violins(ax, epochs, (float(values[0]), float(values[-1])), look)
         low, middle, high = np.quantile(finite, [0.1, 0.5, 0.9])
         said = f"median {number(float(middle))}, 10-90 % from {number(float(low))} to {number(float(high))}"
-    _finish(ax, look)
+    _finish(ax, look, empty=not epochs)
     if figure is None:
         return ax
     figure.alt_text = f"Distribution of rewards over {len(epochs)} epochs: {said or 'no rewards'}"
@@ -119,10 +119,10 @@ def plot_scores(
             floor = top
         else:
             _line(ax, where, column, colour, label, MARKERS[place % 8], LINES[place % 4])
-    _finish(ax, look)
+    _finish(ax, look, empty=not epochs)
     if figure is None:
         return ax
-    said = "; ".join(f"{_label(name)} {_course(column)}" for name, column in zip(chosen, columns, strict=True))
+    said = "; ".join(f"{plain(name)} {_course(column)}" for name, column in zip(chosen, columns, strict=True))
     figure.alt_text = f"Mean score per epoch: {said or 'no scores'}"
     return figure
 
@@ -131,6 +131,7 @@ def plot_groups(epochs: Sequence[Epoch], ax: Axes | None = None, theme: ThemeNam
     """What became of each epoch's groups: trained on or left out, by reason; and, as a line, how many can teach (their
     rewards differ)."""
     import numpy as np
+    from matplotlib.patheffects import withStroke
 
     ax, figure, look = _start(ax, theme, "epoch", "groups")
     at = [epoch.index for epoch in epochs]
@@ -139,13 +140,15 @@ def plot_groups(epochs: Sequence[Epoch], ax: Axes | None = None, theme: ThemeNam
     for code, reason in enumerate(GROUP_REASONS):
         if not len(at) or not counts[:, code].any():
             continue
-        style = {"color": look.colours[code % len(look.colours)], "hatch": HATCHES[code], "edgecolor": look.faint}
-        ax.bar(at, counts[:, code], bottom=floor, width=0.8, label=reason.value.replace("_", " "), linewidth=0, **style)
+        style: dict[str, Any] = {"color": look.colours[code], "alpha": 0.5 if code else 0.9, "linewidth": 0}
+        style |= {"hatch": HATCHES[code], "edgecolor": look.ink}
+        ax.bar(at, counts[:, code], bottom=floor, width=0.8, label=reason.value.replace("_", " "), **style)
         floor = floor + counts[:, code]
     teach = _of(epochs, "groups_with_spread")
     where = _span(epochs)
     _line(ax, where, _at(where, epochs, teach), look.ink, "rewards differ", "D", LINES[0])
-    _finish(ax, look)
+    ax.lines[-1].set_path_effects([withStroke(linewidth=3.5, foreground=look.halo)])
+    _finish(ax, look, empty=not epochs)
     if figure is None:
         return ax
     figure.alt_text = f"Groups per epoch; those whose rewards differ: {_course(teach)}"
@@ -199,8 +202,10 @@ def _percentile_line(ax: Axes, epochs: Sequence[Epoch], look: Theme) -> None:
     used = [epoch.curriculum.percentile if epoch.curriculum.enabled else math.nan for epoch in epochs]
     share = ax.twinx()
     shown = _at(where, epochs, used)
-    share.step(where, shown, where="mid", color=look.colours[3], linewidth=1.2, linestyle=LINES[2], marker="_",
-               markersize=12, markevery=_alone(shown).nonzero()[0].tolist(), label="curriculum percentile")  # fmt: skip
+    alone = _alone(shown).nonzero()[0].tolist()
+    style: dict[str, Any] = {"color": look.colours[3], "linewidth": 1.2, "linestyle": LINES[2]}
+    style |= {"marker": "_" if alone else "", "markersize": 12, "markevery": alone}
+    share.step(where, shown, where="mid", label="curriculum percentile", **style)
     share.set(ylim=(-0.05, 1.05), ylabel="curriculum percentile")  # the margins of rewards from 0 to 1
     styled(share, look).grid(False)
     share.spines["right"].set_visible(True)
@@ -251,7 +256,7 @@ def _reward_violins(ax: Axes, epochs: Sequence[Epoch], limits: tuple[float, floa
         first = index == shown[0][0]
         ax.fill_betweenx(middles, index - half, index + half, color=look.colours[0], alpha=0.4, linewidth=0,
                          label="density" if first else None)  # fmt: skip
-        ax.vlines(index, low, high, color=look.colours[0], linewidth=2.5, label="10–90 %" if first else None)
+        ax.vlines(index, low, high, color=look.colours[0], linewidth=2.5, label="10–90 %" if first else "")
         ax.plot(index, middle, "o", color=look.ink, markersize=4, label="median" if first else None)
     if every > 1:
         ax.set_xlabel(f"epoch (1 in {every} is shown)")
@@ -284,31 +289,14 @@ def _start(ax: Axes | None, theme: ThemeName, x: str, y: str) -> tuple[Axes, Fig
     return ax, figure, look
 
 
-def _finish(ax: Axes, look: Theme) -> None:
-    """The legend of all axes in that place, above the data rather than on it."""
-    handles, labels = [], []
-    for each in ax.figure.axes:
-        if each is ax or (each.bbox.bounds == ax.bbox.bounds and each.get_shared_x_axes().joined(each, ax)):
-            found = each.get_legend_handles_labels()
-            handles += found[0]
-            labels += found[1]
-    if handles:
-        legend = ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=_columns(labels),
-                           frameon=False, fontsize="small", borderaxespad=0.2, columnspacing=1.4)  # fmt: skip
-        for text in legend.get_texts():
-            text.set_color(look.ink)
+def _finish(ax: Axes, look: Theme, empty: bool) -> None:
+    from .figure import legend_above
+
+    if empty:
+        ax.set(xticks=[], yticks=[])
+        ax.text(0.5, 0.5, "no epoch yet", ha="center", va="center", transform=ax.transAxes, color=look.ink)
     else:
-        ax.text(0.5, 0.5, "no data yet", ha="center", va="center", transform=ax.transAxes, color=look.ink)
-
-
-def _columns(labels: Sequence[str]) -> int:
-    """Most columns, up to four, in which the labels fit above the axes; matplotlib fills one after the other."""
-    for columns in (4, 3, 2):
-        deep = math.ceil(len(labels) / columns)
-        widths = [max(map(len, labels[i : i + deep])) + 7 for i in range(0, len(labels), deep)]
-        if len(widths) <= columns and sum(widths) <= 96:
-            return len(widths)
-    return 1
+        legend_above(ax, look)
 
 
 def _span(epochs: Sequence[Epoch]) -> np.ndarray:
@@ -344,7 +332,8 @@ def _of(epochs: Sequence[Epoch], name: str) -> list[float]:
 
 def _label(name: Any) -> str:
     """A name as matplotlib shows it literally: a "$" would begin a formula, a leading "_" hide it from the legend."""
-    return cut(plain(name), 40).replace("$", r"\$").lstrip("_") or "(no name)"
+    text = " ".join(cut(plain(name), 40).split()).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text or "(no name)"
 
 
 def _course(values: Sequence[float] | np.ndarray) -> str:

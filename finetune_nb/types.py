@@ -1,4 +1,4 @@
-"""Every noun of finetuning, in the order of an epoch's road: dataset rows and model calls, what an evaluation returns,
+"""Every noun of finetuning, in the order of an epoch's road: model calls, what an evaluation returns (in eval_types.py),
 episodes and trajectories, the curriculum's choice, training jobs, and the record of an epoch.
 
 pydantic models are the seed's (field names, defaults and validators of nvidia-nat-core 1.9.0, so that a dump of one
@@ -8,22 +8,76 @@ validates as the other); frozen dataclasses are values made inside. Missing numb
 from __future__ import annotations
 
 import math
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
+from .eval_types import (
+    EvalInput,
+    EvalInputItem,
+    EvalOutput,
+    EvalOutputItem,
+    EvaluationRunConfig,
+    EvaluationRunOutput,
+    IntermediateStep,
+    IntermediateStepCategory,
+    IntermediateStepPayload,
+    IntermediateStepState,
+    IntermediateStepType,
+    InvocationNode,
+    RolloutFailure,
+    StreamEventData,
+    UsageStats,
+)
 from .observe import resolve
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .config import CurriculumSettings
+
+__all__ = [
+    "CurriculumState",
+    "DPOItem",
+    "EpisodeItem",
+    "EpisodeItemRole",
+    "EpisodeKey",
+    "Epoch",
+    "EpochMetrics",
+    "EvalInput",
+    "EvalInputItem",
+    "EvalOutput",
+    "EvalOutputItem",
+    "EvaluationRunConfig",
+    "EvaluationRunOutput",
+    "GROUP_REASONS",
+    "GroupReason",
+    "GroupStatistics",
+    "IntermediateStep",
+    "IntermediateStepCategory",
+    "IntermediateStepPayload",
+    "IntermediateStepState",
+    "IntermediateStepType",
+    "InvocationNode",
+    "LLMCall",
+    "OpenAIMessage",
+    "RolloutFailure",
+    "Sample",
+    "SamplingParams",
+    "Selection",
+    "StreamEventData",
+    "TrainingJobRef",
+    "TrainingJobStatus",
+    "TrainingStatusEnum",
+    "Trajectory",
+    "TrajectoryCollection",
+    "UsageStats",
+    "Validation",
+    "logprob_values",
+]
 
 # ── model calls ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -91,229 +145,6 @@ class LLMCall:
     """The ids are those that the model really saw and sampled, not a re-tokenized text."""
 
 
-# ── evaluation (nvidia-nat-core and nvidia-nat-eval 1.9.0) ────────────────────────────────────────────────────────────
-
-
-class IntermediateStepCategory(StrEnum):
-    LLM = "LLM"
-    TOOL = "TOOL"
-    WORKFLOW = "WORKFLOW"
-    TASK = "TASK"
-    FUNCTION = "FUNCTION"
-    CUSTOM = "CUSTOM"
-    SPAN = "SPAN"
-    TTC = "TTC"
-
-
-class IntermediateStepState(StrEnum):
-    START = "START"
-    CHUNK = "CHUNK"
-    END = "END"
-
-
-class IntermediateStepType(StrEnum):
-    LLM_START = "LLM_START"
-    LLM_END = "LLM_END"
-    LLM_NEW_TOKEN = "LLM_NEW_TOKEN"
-    TOOL_START = "TOOL_START"
-    TOOL_END = "TOOL_END"
-    WORKFLOW_START = "WORKFLOW_START"
-    WORKFLOW_END = "WORKFLOW_END"
-    TASK_START = "TASK_START"
-    TASK_END = "TASK_END"
-    TTC_START = "TTC_START"
-    TTC_END = "TTC_END"
-    FUNCTION_START = "FUNCTION_START"
-    FUNCTION_END = "FUNCTION_END"
-    CUSTOM_START = "CUSTOM_START"
-    CUSTOM_END = "CUSTOM_END"
-    SPAN_START = "SPAN_START"
-    SPAN_CHUNK = "SPAN_CHUNK"
-    SPAN_END = "SPAN_END"
-
-
-class InvocationNode(BaseModel):
-    """The function that was running when a step was made."""
-
-    function_id: str
-    function_name: str
-    parent_id: str | None = None
-    parent_name: str | None = None
-
-
-class StreamEventData(BaseModel):
-    """What went in and came out. `payload` is the LLMCall for steps that finetune_nb recorded."""
-
-    model_config = ConfigDict(extra="allow")
-
-    input: Any | None = None
-    output: Any | None = None
-    chunk: Any | None = None
-    payload: Any | None = None
-
-
-class IntermediateStepPayload(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    event_type: IntermediateStepType
-    event_timestamp: float = Field(default_factory=time.time)
-    span_event_timestamp: float | None = None
-    framework: str | None = None
-    name: str | None = None
-    tags: list[str] | None = None
-    metadata: dict[str, Any] | None = None
-    data: StreamEventData | None = None
-    usage_info: Any | None = None
-    UUID: str = Field(default_factory=lambda: str(uuid.uuid4()))
-
-    @property
-    def event_category(self) -> IntermediateStepCategory:
-        return IntermediateStepCategory(self.event_type.split("_")[0])
-
-    @property
-    def event_state(self) -> IntermediateStepState:
-        last = self.event_type.split("_")[-1]
-        return IntermediateStepState.CHUNK if last == "TOKEN" else IntermediateStepState(last)
-
-    @model_validator(mode="after")
-    def check_span_event_timestamp(self) -> IntermediateStepPayload:
-        if self.event_state != IntermediateStepState.END and self.span_event_timestamp is not None:
-            raise ValueError("span_event_timestamp can only be provided for events with an END state")
-        return self
-
-
-class IntermediateStep(BaseModel):
-    """One event of a workflow's run: a model call, a tool call."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    parent_id: str
-    function_ancestry: InvocationNode
-    payload: IntermediateStepPayload
-
-    @property
-    def event_type(self) -> IntermediateStepType:
-        return self.payload.event_type
-
-    @property
-    def event_timestamp(self) -> float:
-        return self.payload.event_timestamp
-
-    @property
-    def span_event_timestamp(self) -> float | None:
-        return self.payload.span_event_timestamp
-
-    @property
-    def name(self) -> str | None:
-        return self.payload.name
-
-    @property
-    def tags(self) -> list[str] | None:
-        return self.payload.tags
-
-    @property
-    def metadata(self) -> dict[str, Any] | None:
-        return self.payload.metadata
-
-    @property
-    def data(self) -> StreamEventData | None:
-        return self.payload.data
-
-    @property
-    def usage_info(self) -> Any | None:
-        return self.payload.usage_info
-
-    @property
-    def UUID(self) -> str:  # noqa: N802  # NAT's name
-        return self.payload.UUID
-
-    @property
-    def event_category(self) -> IntermediateStepCategory:
-        return self.payload.event_category
-
-    @property
-    def event_state(self) -> IntermediateStepState:
-        return self.payload.event_state
-
-
-class EvalInputItem(BaseModel):
-    """One dataset row and, after its rollout, what the workflow made of it."""
-
-    id: Any
-    input_obj: Any
-    expected_output_obj: Any
-    output_obj: Any = None
-    expected_trajectory: list[IntermediateStep] = Field(default_factory=list)
-    trajectory: list[IntermediateStep] = Field(default_factory=list)
-    full_dataset_entry: Any
-
-    def copy_with_updates(self, **updates: Any) -> EvalInputItem:
-        return EvalInputItem(**{**dict(self), **updates})
-
-
-class EvalInput(BaseModel):
-    eval_input_items: list[EvalInputItem]
-
-
-class EvalOutputItem(BaseModel):
-    """One evaluator's verdict on one item. `score` None (with `error`) means that there is none."""
-
-    id: Any
-    score: Any
-    reasoning: Any
-    error: str | None = None
-
-
-class EvalOutput(BaseModel):
-    average_score: Any
-    eval_output_items: list[EvalOutputItem]
-
-
-class EvaluationRunConfig(BaseModel):
-    """What one evaluation run needs: a config (file or model) and, if not the config's own, a dataset."""
-
-    config_file: Path | BaseModel
-    dataset: str | None = None
-    result_json_path: str = "$"
-    skip_workflow: bool = False
-    skip_completed_entries: bool = False
-    endpoint: str | None = None
-    endpoint_timeout: int = 300
-    reps: int = 1
-    override: tuple[tuple[str, str], ...] = ()
-    write_output: bool = True
-    adjust_dataset_size: bool = False
-    num_passes: int = 0
-    export_timeout: float = 60.0
-    user_id: str = "nat_eval_user_id"
-
-
-class UsageStats(BaseModel):
-    """Seconds that the evaluation took, and what each item cost."""
-
-    min_timestamp: float = 0.0
-    max_timestamp: float = 0.0
-    total_runtime: float = 0.0
-    usage_stats_items: dict[Any, Any] = {}
-
-
-class EvaluationRunOutput(BaseModel):
-    """What one evaluation run returns: all items with their outputs, and each evaluator's verdicts."""
-
-    workflow_output_file: Path | None
-    evaluator_output_files: list[Path]
-    workflow_interrupted: bool
-    eval_input: EvalInput
-    evaluation_results: list[tuple[str, Any]]
-    usage_stats: UsageStats | None = None
-    profiler_results: Any = None
-    config_original_file: Path | None = None
-    config_effective_file: Path | None = None
-    config_metadata_file: Path | None = None
-    failures: SkipValidation[list[RolloutFailure]] = Field(default_factory=list, exclude=True)
-    """Items whose workflow raised, hung or returned nothing; no evaluator saw them."""
-
-
 # ── episodes and trajectories ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -375,18 +206,6 @@ class Trajectory(BaseModel):
 
     def _repr_html_(self) -> str:
         return resolve("finetune_nb.viewer:trajectory_html")(self)
-
-
-@dataclass(frozen=True)
-class RolloutFailure:
-    """A rollout that ended without a trajectory. It is data: never reward 0, never gone."""
-
-    example_id: Any
-    generation: int
-    error: str
-    """The error's type and message."""
-    steps: list[IntermediateStep] = field(default_factory=list, repr=False)
-    """What had happened until then."""
 
 
 class TrajectoryCollection(BaseModel):
@@ -582,9 +401,6 @@ class Epoch:
 
     def _repr_html_(self) -> str:
         return resolve("finetune_nb.viewer:epoch_html")(self)
-
-
-EvaluationRunOutput.model_rebuild()
 
 
 def logprob_values(logprobs: Any) -> list[float] | None:

@@ -1,0 +1,147 @@
+"""What is seen of one epoch, and the record that is made of it.
+
+A Watch collects while the epoch runs; `record` makes the Epoch. What a Trainer of ours tells of its own (its Selection) is
+taken; what someone else's does not tell is concluded from what it submitted, and marked as inferred.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .config import CurriculumSettings
+from .curriculum import group_statistics, infer_selection
+from .metrics import epoch_metrics
+from .redaction import redact_text
+from .types import (
+    CurriculumState,
+    Epoch,
+    Selection,
+    TrainingJobRef,
+    TrainingJobStatus,
+    Trajectory,
+    TrajectoryCollection,
+    Validation,
+)
+
+__all__ = ["Watch", "record", "settled_late", "validation_of"]
+
+
+@dataclass
+class Watch:
+    """What was seen of the epoch that is running."""
+
+    epoch: int
+    started_at: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    collection: TrajectoryCollection | None = None
+    collected: float | None = None
+    settings: CurriculumSettings | None = None
+    version: int | None = None
+    submitted: list[TrajectoryCollection] = field(default_factory=list)
+    refs: list[TrainingJobRef] = field(default_factory=list)
+    waited: list[TrainingJobRef] = field(default_factory=list)
+    statuses: list[TrainingJobStatus] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
+    logged: set[str] = field(default_factory=set)
+
+    def unwaited(self) -> list[TrainingJobRef]:
+        return [ref for ref in self.refs if not any(ref is seen or ref == seen for seen in self.waited)]
+
+    def add_seconds(self, part: str, since: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - since
+
+
+def record(
+    watch: Watch,
+    run_id: str,
+    told: Selection | None,
+    settings: CurriculumSettings,
+    state: CurriculumState | None,
+    version: int | None,
+    error: Exception | None = None,
+) -> Epoch:
+    """The Epoch.
+
+    told: the Trainer's own Selection, if it has one. settings, state: the curriculum in force. version: the policy's, now.
+    error: what ended the epoch before its time.
+    """
+    collection = watch.collection or TrajectoryCollection(trajectories=[], run_id=run_id)
+    statistics = group_statistics(collection.trajectories)
+    if told is not None and len(told.reasons) == len(statistics):
+        selection = replace(told, settings=replace(told.settings, schedule=settings.schedule))
+    else:
+        kept = _kept(watch.submitted, collection)
+        selection = infer_selection(statistics, kept, settings, state)
+    job = watch.statuses[-1] if watch.statuses else None
+    return Epoch(
+        index=watch.epoch,
+        run_id=run_id,
+        collection=collection,
+        statistics=statistics,
+        selection=selection,
+        job=job,
+        reason=None if job is not None else _why_no_job(collection, selection, error),
+        metrics=epoch_metrics(collection, statistics, selection),
+        validations=tuple(watch.validations),
+        policy_versions=(watch.version, version),
+        started_at=watch.started_at,
+        seconds={**watch.seconds, "total": time.perf_counter() - watch.started},
+    )
+
+
+def settled_late(epoch: Epoch, submitted: TrajectoryCollection, status: TrainingJobStatus) -> Epoch:
+    """The record, once a job has ended that was submitted after it had been made."""
+    selection = epoch.selection
+    if selection.inferred:
+        kept = _kept([submitted], epoch.collection)
+        selection = infer_selection(epoch.statistics, kept, selection.settings, selection.state)
+    metrics = epoch_metrics(epoch.collection, epoch.statistics, selection)
+    return replace(epoch, job=status, reason=None, selection=selection, metrics=metrics)
+
+
+def _kept(submitted: Sequence[TrajectoryCollection], collection: TrajectoryCollection) -> list[int]:
+    """Positions of the groups that were submitted, in that order: found by identity, then by (id, generation)."""
+    place = {id(t): g for g, group in enumerate(collection.trajectories) for t in group}
+    names = {_name(t): g for g, group in enumerate(collection.trajectories) for t in group}
+    kept: dict[int, None] = {}
+    for trajectory in (t for handed in submitted for group in handed.trajectories for t in group):
+        position = place.get(id(trajectory), names.get(_name(trajectory)))
+        if position is not None:
+            kept[position] = None
+    return list(kept)
+
+
+def _name(trajectory: Trajectory) -> tuple[str, Any]:
+    metadata = trajectory.metadata or {}
+    return str(metadata.get("id")), metadata.get("generation")
+
+
+def _why_no_job(collection: TrajectoryCollection, selection: Selection, error: Exception | None) -> str:
+    if error is not None:
+        return redact_text(f"{type(error).__name__}: {error}")
+    if not collection.trajectories:
+        if collection.failures:
+            return f"all {len(collection.failures)} rollouts failed; the first: {collection.failures[0].error}"
+        return "no trajectories were collected"
+    left_out = selection.left_out()
+    if left_out and not len(selection.kept):
+        parts = (f"{len(examples)} with {reason.replace('_', ' ')}" for reason, examples in left_out.items())
+        return f"no group is left to train on: {', '.join(parts)}"
+    return "the trainer submitted nothing"
+
+
+def validation_of(epoch: int, version: int | None, metrics: Mapping[str, Any], seconds: float) -> Validation:
+    """What `run_validation_evaluation` returned, as a record."""
+    return Validation(
+        epoch=epoch,
+        policy_version=version,
+        mean_reward=float(metrics.get("avg_reward", float("nan"))),
+        examples=int(metrics.get("num_examples", 0)),
+        scores=dict(metrics.get("scores") or {}),
+        seconds=seconds,
+        error=metrics.get("error"),
+    )
