@@ -12,7 +12,7 @@ from pathlib import Path
 from . import __version__
 from .errors import FinetuneError
 
-__all__ = ["main", "notebooks_folder"]
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.command(arguments)
     except FinetuneError as error:
         print(f"finetune-nb: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(f"finetune-nb: cannot write or read{where}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("finetune-nb: interrupted", file=sys.stderr)
@@ -50,10 +54,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -63,9 +66,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _lab(arguments: argparse.Namespace) -> int:
-    folder: Path = arguments.folder
+    from .demo import notebooks_folder
+
+    folder, source = arguments.folder, notebooks_folder()
+    notebooks = sorted(source.glob("*.ipynb"))
+    if not notebooks:
+        raise FinetuneError(f"there are no notebooks in {source}. Install finetune_nb again: its wheel brings them.")
     folder.mkdir(parents=True, exist_ok=True)
-    for notebook in sorted(notebooks_folder().glob("*.ipynb")):
+    for notebook in notebooks:
         copy = folder / notebook.name
         if copy.exists():
             print(f"{copy} is there already and stays as it is")
@@ -75,13 +83,6 @@ def _lab(arguments: argparse.Namespace) -> int:
     if arguments.no_open:
         return 0
     return subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)])
-
-
-def notebooks_folder() -> Path:
-    """The tutorial notebooks: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    inside = package / "notebooks"
-    return inside if inside.is_dir() else package.parent / "notebooks"
 
 
 if __name__ == "__main__":

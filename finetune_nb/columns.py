@@ -40,20 +40,15 @@ def objects(values: list[Any]) -> pd.Series:
 
 
 def counts(values: Sequence[Any]) -> Any:
-    """Whole numbers, <NA> where one is missing or is none."""
+    """Whole numbers, <NA> where one is missing, is none, or does not fit into 64 bits."""
     import numpy as np
     import pandas as pd
 
-    if {int}.issuperset(map(type, values)):
-        missing = np.zeros(len(values), dtype=bool)
-    else:
-        whole = [isinstance(value, Integral) and not isinstance(value, bool) for value in values]
-        values = [value if ok else 0 for value, ok in zip(values, whole, strict=True)]
-        missing = ~np.array(whole, dtype=bool)
-    try:
-        return pd.arrays.IntegerArray(np.array(values, dtype=np.int64), missing)
-    except OverflowError:  # somebody's numbering does not fit into 64 bits
-        return counts([value if abs(value) < 2**63 else None for value in values])
+    if {int}.issuperset(map(type, values)) and (not values or max(map(abs, values)) < 2**63):
+        return pd.arrays.IntegerArray(np.array(values, dtype=np.int64), np.zeros(len(values), dtype=bool))
+    whole = [isinstance(v, Integral) and not isinstance(v, bool) and abs(int(v)) < 2**63 for v in values]
+    known = [value if ok else 0 for value, ok in zip(values, whole, strict=True)]
+    return pd.arrays.IntegerArray(np.array(known, dtype=np.int64), ~np.array(whole, dtype=bool))
 
 
 def texts(values: list[Any]) -> Any:

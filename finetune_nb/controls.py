@@ -41,7 +41,7 @@ class Controls:
         self._applied = curriculum
         self._pending: CurriculumSettings | None = None
         self._journal: list[Change] = []
-        self._waiting: list[int] = []
+        self._waiting: dict[str, int] = {}  # field -> place in the journal of its last change
 
     @property
     def applied(self) -> CurriculumSettings:
@@ -68,7 +68,7 @@ class Controls:
             for name in (f.name for f in fields(after)):
                 old, new = getattr(before, name), getattr(after, name)
                 if old != new:
-                    self._waiting.append(len(self._journal))
+                    self._waiting[name] = len(self._journal)
                     self._journal.append(Change(time.time(), source, name, old, new))
             self._pending = after
             return after
@@ -79,7 +79,7 @@ class Controls:
         with self._lock:
             before, after = self._applied, self._pending or self._applied
             self._applied, self._pending = after, None
-            for i in self._waiting:
+            for i in self._waiting.values():
                 self._journal[i] = replace(self._journal[i], epoch=epoch)
             self._waiting.clear()
             resumed = after.schedule == "automatic" and (

@@ -119,4 +119,4 @@ def _json(value: Any) -> str:
 
 def short(value: Any, limit: int = 300) -> str:
     """A name, an id or a note, as text without unseen characters."""
-    return cut(plain(value), limit)
+    return plain(cut(value, limit))

@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .cli import notebooks_folder
 from .errors import FinetuneError
 from .examples import calculator
 from .run import free_id
 
-__all__ = ["run_demo"]
+__all__ = ["notebooks_folder", "run_demo"]
 
 _NOTEBOOK = "01_first_run.ipynb"
 
@@ -37,11 +36,11 @@ def run_demo(seed: int, epochs: int, out: Path, figures: Path | None = None) -> 
     name = free_id(f"demo-seed{seed}", out / "runs")
     folder = out / "runs" / name
     notebook = nbformat.read(notebooks_folder() / _NOTEBOOK, as_version=4)
-    _set_parameters(notebook, CONFIG="config.yml", SEED=seed, EPOCHS=epochs, NAME=name)
+    set_parameters(notebook, CONFIG="config.yml", SEED=seed, EPOCHS=epochs, NAME=name)
 
     print(f"A transformer of 0.2 M weights learns to use its calculator: {epochs} epochs, seed {seed}.")
     print(f"Config and data are in {out}; starting a notebook kernel ...", flush=True)
-    error = asyncio.run(_execute(notebook, out, folder))
+    error = asyncio.run(execute(notebook, out, folder))
     nbformat.write(notebook, out / "demo.ipynb")
     if error:
         print(f"finetune-nb demo: the notebook failed; {out / 'demo.ipynb'} shows where.\n{error}", file=sys.stderr)
@@ -58,7 +57,14 @@ def run_demo(seed: int, epochs: int, out: Path, figures: Path | None = None) -> 
     return 0
 
 
-def _set_parameters(notebook: Any, **values: Any) -> None:
+def notebooks_folder() -> Path:
+    """The tutorial notebooks: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "notebooks"
+    return inside if inside.is_dir() else package.parent / "notebooks"
+
+
+def set_parameters(notebook: Any, **values: Any) -> None:
     """Replaces the source of the cell that is tagged "parameters"."""
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", ()):
@@ -67,16 +73,23 @@ def _set_parameters(notebook: Any, **values: Any) -> None:
     raise FinetuneError(f"{_NOTEBOOK} has no cell tagged 'parameters'.")
 
 
-async def _execute(notebook: Any, out: Path, folder: Path) -> str | None:
+async def execute(notebook: Any, out: Path, folder: Path) -> str | None:
     """Runs the notebook in a kernel of this Python, telling of each epoch. Returns the error, if any."""
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-    kernel = AsyncKernelManager()
-    assert kernel.kernel_spec is not None
-    kernel.kernel_spec.argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    client = NotebookClient(notebook, km=kernel, timeout=None, resources={"metadata": {"path": str(out)}})
+    class Kernel(AsyncKernelManager):
+        def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
+            return [sys.executable, *super().format_kernel_cmd(extra_arguments)[1:]]
+
+    client = NotebookClient(
+        notebook,
+        kernel_manager_class=Kernel,
+        extra_arguments=["--IPKernelApp.log_level=40"],
+        timeout=None,
+        resources={"metadata": {"path": str(out)}},
+    )
     teller = asyncio.create_task(_tell(folder))
     try:
         await client.async_execute()
@@ -103,7 +116,7 @@ async def _tell(folder: Path) -> None:
 def _epoch_line(line: dict[str, Any]) -> str:
     reward = _number(line["avg_reward"])
     bar = "█" * round(20 * reward) if math.isfinite(reward) else ""
-    scores = "  ".join(f"{name} {value:.2f}" for name, value in line["scores"].items() if name != "correct")
+    scores = "  ".join(f"{name} {_number(value):.2f}" for name, value in line["scores"].items() if name != "correct")
     teach = f"{line['groups_with_spread']}/{line['num_groups']} groups teach"
     return f"epoch {line['epoch']:>2}  reward {reward:.3f} {bar:<20}  {scores}  {teach}"
 
@@ -126,15 +139,16 @@ def _summary(folder: Path, seed: int) -> dict[str, Any]:
         }
         for line in _read(folder / "training_metrics.jsonl")
     ]
-    return {"seed": seed, "held_out_before": validations[0], "held_out_after": validations[-1], "epochs": epochs}
+    before, after = (validations[0], validations[-1]) if validations else (math.nan, math.nan)
+    return {"seed": seed, "held_out_before": before, "held_out_after": after, "epochs": epochs}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a log that may be growing."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    # Bytes, because the end of a growing file may lie inside a character.
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
 
 
 def _number(value: float | None) -> float:

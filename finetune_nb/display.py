@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .html import bar, duration, view
+from .html import bar, view
 
 __all__ = ["ProgressLine", "in_notebook", "watch_progress"]
 
@@ -24,22 +23,19 @@ _INTERVAL = 0.5
 
 @dataclass(frozen=True)
 class ProgressLine:
-    """How far an epoch is, as one line."""
+    """How far something is, as one line with a bar."""
 
-    phase: str
+    text: str
     done: int
-    failed: int
     total: int
-    seconds: float
 
     def __str__(self) -> str:
-        left_out = f", {self.failed} failed" if self.failed else ""
-        return f"{self.phase}: {self.done} of {self.total} rollouts{left_out}, {duration(self.seconds)}"
+        return self.text
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return str(view(bar(self.done, self.total or 1, str(self))))
+        return str(view(bar(self.done, self.total or 1, self.text)))
 
 
 def in_notebook() -> bool:
@@ -51,26 +47,36 @@ def in_notebook() -> bool:
     return getattr(get_ipython(), "kernel", None) is not None
 
 
-async def watch_progress(work: Awaitable[T], show: Callable[..., Any]) -> T:
-    """Awaits `work`. In a notebook, shows meanwhile what `show(seconds)` returns; once done, with `done=True`."""
-    if not in_notebook():
-        return await work
+_shown: tuple[int, Any] | None = None  # the cell's execution count, and the display that it has
+
+
+def _show(line: ProgressLine) -> None:
+    """Shows the line in the running cell: in its first display, however many epochs the cell runs."""
+    global _shown
+    from IPython import get_ipython
     from IPython.display import display
 
+    cell = getattr(get_ipython(), "execution_count", 0)
+    if _shown is not None and _shown[0] == cell:
+        _shown[1].update(line)
+    else:
+        _shown = (cell, display(line, display_id=True))
+
+
+async def watch_progress(work: Awaitable[T], show: Callable[[bool], ProgressLine]) -> T:
+    """Awaits `work`. In a notebook, shows meanwhile what `show(done)` returns, at most twice a second."""
+    if not in_notebook():
+        return await work
     task = asyncio.ensure_future(work)
-    started = time.monotonic()
-    handle: Any = None
-    shown = ""
+    last = None
     try:
         while True:
             done, _ = await asyncio.wait({task}, timeout=_INTERVAL)
-            line = show(time.monotonic() - started, done=bool(done))
-            if str(line) != shown:
-                shown = str(line)
-                if handle is None:
-                    handle = display(line, display_id=True)
-                else:
-                    handle.update(line)
+            failed = bool(done) and not task.cancelled() and task.exception() is not None
+            line = show(bool(done) and not failed)
+            if line != last and not failed:
+                _show(line)
+                last = line
             if done:
                 return task.result()
     except asyncio.CancelledError:

@@ -31,13 +31,30 @@ class EngineThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop())
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Awaits a coroutine of the thread from any other loop. Cancelling cancels it there, and waits until it is."""
-        future = self.submit(coroutine)
+        """Awaits a coroutine of the thread from any other loop. Cancelling cancels it there, and waits until it has ended
+        (a second at most: something that will not end must not hold the caller)."""
+        loop = self._running_loop()
+        tasks: list[asyncio.Task[T]] = []
+        ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def end(task: asyncio.Task[T]) -> None:
+            if not task.cancelled():
+                task.exception()  # seen, also where nobody waits any more
+            ended.set_result(None)
+
+        def start() -> None:
+            tasks.append(loop.create_task(coroutine))
+            tasks[0].add_done_callback(end)
+
+        loop.call_soon_threadsafe(start)
+        waiting = asyncio.wrap_future(ended)
         try:
-            return await asyncio.wrap_future(future)
+            await asyncio.shield(waiting)
         except asyncio.CancelledError:
-            future.cancel()
+            loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            await asyncio.wait([waiting], timeout=1.0)
             raise
+        return tasks[0].result()
 
     @property
     def is_current(self) -> bool:
@@ -57,9 +74,7 @@ class EngineThread:
         try:
             loop.run_forever()
         finally:
-            for task in asyncio.all_tasks(loop):
-                task.cancel()
-            loop.run_until_complete(asyncio.sleep(0))
+            loop.run_until_complete(_cancel_the_rest())
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
@@ -71,6 +86,16 @@ class EngineThread:
             loop.call_soon_threadsafe(loop.stop)
             if thread is not threading.current_thread():
                 thread.join(timeout=1.0)
+
+
+async def _cancel_the_rest() -> None:
+    """Cancels every other task of the loop, and leaves each half a second to end."""
+    await asyncio.sleep(0)  # what was submitted at the last moment becomes a task first
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    if rest:
+        await asyncio.wait(rest, timeout=0.5)
 
 
 _shared = EngineThread("ft-run-sync")

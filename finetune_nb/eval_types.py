@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
+from .observe import resolve
+
 __all__ = [
     "EvalInput",
     "EvalInputItem",
@@ -245,6 +247,9 @@ class RolloutFailure:
     """The error's type and message."""
     steps: list[IntermediateStep] = field(default_factory=list, repr=False)
     """What had happened until then."""
+
+    def _repr_html_(self) -> str:
+        return resolve("finetune_nb.viewer:failure_html")(self)
 
 
 class EvaluationRunOutput(BaseModel):

@@ -1,7 +1,7 @@
 """Figure: a matplotlib figure that shows itself in a notebook, with a text for those who do not see it; and the themes.
 
-No pyplot, no backend, no rcParams: nothing outlives the figure, any thread may make one, and the user's own plots stay as
-they are. Imports matplotlib, so it is imported where a figure is made.
+No pyplot, no backend, no rcParams: nothing outlives the figure, any thread may make one, and the user's own plots stay
+as they are. Imports matplotlib, so it is imported where a figure is made.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ DPI = 192
 
 @dataclass(frozen=True)
 class Theme:
-    """What a figure is drawn with. The colours are petroff10's (arXiv 2107.02270, made to be told apart also by the
-    colour-blind), lightened where they would vanish on the background; a line style or a marker always says the same."""
+    """What a figure is drawn with.
+
+    The colours are petroff10's (arXiv 2107.02270, made to be told apart also by the colour-blind), lightened where they
+    would vanish on the background; a line style, a marker or a hatch always says the same.
+    """
 
     background: str
     ink: str
@@ -151,6 +154,6 @@ def _columns(labels: Sequence[str]) -> int:
     for columns in (4, 3, 2):
         deep = math.ceil(len(labels) / columns)
         widths = [max(map(len, labels[start : start + deep])) + 7 for start in range(0, len(labels), deep)]
-        if len(widths) <= columns and sum(widths) <= 96:
+        if len(widths) <= columns and sum(widths) <= 86:
             return len(widths)
     return 1

@@ -51,12 +51,14 @@ _UNSEEN = re.compile(
 def plain(value: Any) -> str:
     """Any value as one text that can be printed and encoded: control characters as their pictures (␀, ␛), other unseen
     ones, bidi controls and lone surrogates as [U+202E]. Never raises; line breaks and tabs stay."""
-    if not isinstance(value, str):
-        try:
-            value = str(value)
-        except Exception as error:
-            value = f"<{type(value).__name__} whose text cannot be made: {type(error).__name__}>"
-    return _UNSEEN.sub(_visible, value.replace("\r\n", "\n"))
+    return _UNSEEN.sub(_visible, _text(value).replace("\r\n", "\n"))
+
+
+def _text(value: Any) -> str:
+    try:
+        return value if isinstance(value, str) else str(value)
+    except Exception as error:
+        return f"<{type(value).__name__} whose text cannot be made: {type(error).__name__}>"
 
 
 def _visible(match: re.Match[str]) -> str:
@@ -76,7 +78,7 @@ def escape(value: Any) -> Html:
 def cut(value: Any, limit: int) -> str:
     """A text of at most `limit` characters of the value: its beginning and, as the end is often the outcome, its end.
     The note between them says how much is left out and comes on top of the limit."""
-    text = value if isinstance(value, str) else plain(value)
+    text = _text(value)
     if len(text) <= limit:
         return text
     tail = limit // 4
@@ -87,7 +89,7 @@ def cut(value: Any, limit: int) -> str:
 def number(value: Any, digits: int = 3) -> str:
     """A number to `digits` significant digits; "–" where it is missing (None or NaN)."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        return "–" if value is None else cut(plain(value), 40)
+        return "–" if value is None else plain(cut(value, 40))
     if isinstance(value, Integral):
         return f"{int(value):,}" if abs(int(value)) < 10**15 else "beyond ±10¹⁵"
     value = float(value)
@@ -129,19 +131,31 @@ def details(summary: Any, *body: Any, open: bool = False) -> Html:
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[Any] | None = None, caption: Any = None) -> Html:
-    """A table. Without headers the first cell of a row is the row's name."""
-    head = element("thead", element("tr", *(element("th", h, scope="col") for h in headers))) if headers else None
+    """A table. Without headers the first cell of a row is the row's name; with them, columns of numbers stand right."""
+    rows = list(rows)
+    numeric = [_is_number(cell) for cell in rows[0]] if rows and headers else []
+    head = None
+    if headers:
+        kinds = [*numeric, *[False] * (len(headers) - len(numeric))]
+        cells = (element("th", h, scope="col", class_="n" if n else None) for h, n in zip(headers, kinds, strict=False))
+        head = element("thead", element("tr", *cells))
     body = [
-        element("tr", *(_cell(cell, name=headers is None and place == 0) for place, cell in enumerate(row)))
+        element("tr", *(_cell(c, named=not headers and place == 0, right=bool(headers)) for place, c in enumerate(row)))
         for row in rows
     ]
     return element("table", caption and element("caption", caption), head, element("tbody", *body))
 
 
-def _cell(value: Any, name: bool) -> Html:
-    if name:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _cell(value: Any, named: bool, right: bool) -> Html:
+    if named:
         return element("th", value, scope="row")
-    return element("td", number(value), class_="n") if isinstance(value, int | float) else element("td", value)
+    if _is_number(value):
+        return element("td", number(value), class_="n" if right else None)
+    return element("td", value)
 
 
 def bar(value: float, largest: float = 1.0, text: Any = None) -> Html:
@@ -187,7 +201,7 @@ _STYLE = """
 --bg:var(--jp-layout-color0,var(--vscode-editor-background,#fff));
 --bad:var(--jp-error-color1,var(--vscode-errorForeground,#b3261e));--on:var(--jp-brand-color1,#1a73b8);
 color:var(--fg);background:var(--bg);font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);
-padding:8px 12px;max-width:64em;overflow-wrap:anywhere}
+padding:8px 12px;max-width:64em;overflow-wrap:break-word;overflow-x:auto}
 @media(prefers-color-scheme:dark){.ft{--fg:var(--jp-content-font-color1,var(--vscode-editor-foreground,#e6e6e6));
 --bg:var(--jp-layout-color0,var(--vscode-editor-background,#161616));
 --bad:var(--jp-error-color1,var(--vscode-errorForeground,#ff8a80));--on:var(--jp-brand-color1,#64b5f6)}}
@@ -199,8 +213,8 @@ padding:8px 12px;max-width:64em;overflow-wrap:anywhere}
 .ft tbody tr,.ft tbody tr:nth-child(even),.ft tbody tr:hover{background:var(--bg);color:var(--fg)}
 .ft th,.ft td{text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0;white-space:normal;max-width:40em}
 .ft thead th{border-bottom:1px solid rgba(128,128,128,.5)}
-.ft td.n{text-align:right;font-variant-numeric:tabular-nums}
-.ft pre{color:var(--fg);background:rgba(128,128,128,.09);white-space:pre-wrap;margin:2px 0;padding:4px 8px;
+.ft .n{text-align:right;font-variant-numeric:tabular-nums}
+.ft pre{color:var(--fg);background:rgba(128,128,128,.09);white-space:pre-wrap;overflow-wrap:anywhere;margin:2px 0;padding:4px 8px;
 font:12.5px/1.5 var(--jp-code-font-family,ui-monospace,monospace);max-height:28em;overflow:auto}
 .ft summary{cursor:pointer}
 .ft .ft-turn{border-left:4px solid rgba(128,128,128,.6);padding:1px 0 1px 10px;margin:8px 0}

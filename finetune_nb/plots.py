@@ -1,8 +1,8 @@
 """Records -> figures: rewards, their distribution, scores and groups over the epochs.
 
 Each function draws on the given `ax` and returns it, or makes a Figure that shows itself. No pyplot state, no backend
-call, no rcParams. Missing values are gaps; failures and missing rewards are drawn as what they are, never as 0. The figure
-itself and the themes are in figure.py.
+call, no rcParams. Missing values are gaps; failures and missing rewards are drawn as what they are, never as 0. The
+figure itself and the themes are in figure.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ ThemeName = Literal["light", "dark"] | None
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "++", "--")
-MOST_VIOLINS = 24
 
 
 def plot_rewards(
@@ -36,11 +35,11 @@ def plot_rewards(
     theme: ThemeName = None,
     baseline: float | None = None,
 ) -> Figure | Axes:
-    """Mean reward per epoch, with its 10-90 % range, the mean of the groups that were trained on where that is not all of
-    them, and validation. A curriculum's percentile is a step line on an axis of its own, from 0 to 1.
+    """Mean reward per epoch, with its 10-90 % range, the mean of the groups that were trained on where that is not all
+    of them, and validation. A curriculum's percentile is a step line on an axis of its own, from 0 to 1.
 
-    epochs: of one run, or several runs by name: then each is one line with its validation. baseline: a reward to compare
-    with, the untrained model's say.
+    epochs: of one run, or several runs by name: then each is one line with its validation. baseline: a reward to
+    compare with, the untrained model's say. Raises ConfigError for an unknown theme, as all of these functions do.
     """
     runs = epochs if isinstance(epochs, Mapping) else {"": epochs}
     ax, figure, look = _start(ax, theme, "epoch", "reward")
@@ -63,9 +62,12 @@ def plot_rewards(
 
 
 def plot_reward_distribution(epochs: Sequence[Epoch], ax: Axes | None = None, theme: ThemeName = None) -> Figure | Axes:
-    """How each epoch's rewards are distributed. At most six different values: stacked bars, the share of the rollouts with
-    each of them, lowest at the bottom, then those without a reward and those that failed. More: a violin an epoch (width =
-    density, on one scale; the thick line is the 10-90 % range, the dot the median); of many epochs, evenly spaced ones."""
+    """How each epoch's rewards are distributed.
+
+    At most six different values: stacked bars, the share of the rollouts with each of them, lowest at the bottom, then
+    those without a finite reward and those that failed. More: a violin an epoch (width = density, on one scale; the
+    thick line is the 10-90 % range, the dot the median); of many epochs, evenly spaced ones.
+    """
     import numpy as np
 
     ax, figure, look = _start(ax, theme, "epoch", "share of rollouts")
@@ -94,10 +96,10 @@ def plot_scores(
     theme: ThemeName = None,
     stacked: bool = False,
 ) -> Figure | Axes:
-    """The mean of every evaluator per epoch, one line each. names: which, in this order. stacked: as layers on top of one
-    another, for scores that are shares of one whole (what kind each episode is of).
+    """The mean of every evaluator per epoch, one line each.
 
-    Raises ConfigError for a name that no epoch has a score of.
+    names: which, in this order; None: all. stacked: as layers on top of one another, for scores that are shares of one
+    whole (what kind each episode is of). Raises ConfigError for a name that no epoch has a score of.
     """
     import numpy as np
 
@@ -240,7 +242,7 @@ def _reward_bars(ax: Axes, epochs: Sequence[Epoch], values: np.ndarray, look: Th
 def _reward_violins(ax: Axes, epochs: Sequence[Epoch], limits: tuple[float, float], look: Theme) -> None:
     import numpy as np
 
-    every = math.ceil(len(epochs) / MOST_VIOLINS)
+    every = math.ceil(len(epochs) / 24)  # more violins could not be told apart
     edges = np.linspace(*limits, 65)
     middles = (edges[:-1] + edges[1:]) / 2
     kernel = np.exp(-0.5 * (np.arange(-6, 7) / 2) ** 2)
@@ -332,7 +334,7 @@ def _of(epochs: Sequence[Epoch], name: str) -> list[float]:
 
 def _label(name: Any) -> str:
     """A name as matplotlib shows it literally: a "$" would begin a formula, a leading "_" hide it from the legend."""
-    text = " ".join(cut(plain(name), 40).split()).replace("$", r"\$")
+    text = " ".join(plain(cut(name, 40)).split()).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text or "(no name)"
 
 

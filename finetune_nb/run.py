@@ -22,10 +22,12 @@ from .display import ProgressLine, watch_progress
 from .driver import Driver
 from .engine import EngineThread
 from .errors import ConfigError, RunError
+from .html import duration
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .loading import load_config, redact_text
 from .registry import Builder
 from .types import Epoch, RolloutFailure, Trajectory, Validation
+from .viewer import epoch_text, run_html, run_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,10 +199,14 @@ class Run:
         """
         return await self._run(watch_progress(self._ask(self._driver.next_epoch()), self._progress_line))
 
-    def _progress_line(self, seconds: float, done: bool = False) -> ProgressLine:
-        progress = self._driver.progress
-        phase = "done" if done else progress.phase or "starting"
-        return ProgressLine(phase, progress.done, progress.failed, progress.total, seconds)
+    def _progress_line(self, done: bool) -> ProgressLine:
+        progress, epochs = self._driver.progress, self._driver.epochs
+        if done and epochs:
+            return ProgressLine(epoch_text(epochs[-1]), progress.done, progress.total)
+        left_out = f", {progress.failed} failed" if progress.failed else ""
+        rollouts = f"{progress.done} of {progress.total} rollouts{left_out}"
+        text = f"epoch {len(epochs)}  {progress.phase or 'starting'}  {rollouts}  {duration(progress.seconds)}"
+        return ProgressLine(text, progress.done, progress.total)
 
     async def validate(self) -> Validation:
         """Evaluates the policy, as it is now, on the validation dataset."""
@@ -319,13 +325,9 @@ class Run:
         return "ready" if self._driver.epochs else "new"
 
     def __repr__(self) -> str:
-        from .viewer import run_text
-
         return run_text(name=self.id, state=self.state, epochs=self._driver.epochs, error=self._error)
 
     def _repr_html_(self) -> str:
-        from .viewer import run_html
-
         adapter = self.config.finetuning.trainer_adapter
         model = getattr(self.config.trainer_adapters.get(adapter or ""), "model", None)
         return run_html(

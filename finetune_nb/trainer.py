@@ -85,7 +85,7 @@ class EpochTrainer(Trainer):
         settings = CurriculumSettings.from_config(self.curriculum_config)
         selection = select(statistics, settings, state_from_dict(self._curriculum_state), epoch, self.seed)
         self.selection = selection
-        self._curriculum_state = state_to_dict(selection.state)
+        self._curriculum_state |= state_to_dict(selection.state)
         self._metrics = epoch_metrics(trajectory_collection, statistics, selection)
         if not settings.enabled:
             return trajectory_collection

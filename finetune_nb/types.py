@@ -207,6 +207,13 @@ class Trajectory(BaseModel):
     def _repr_html_(self) -> str:
         return resolve("finetune_nb.viewer:trajectory_html")(self)
 
+    def __repr__(self) -> str:
+        known = self.metadata or {}
+        name = f"example={known.get('id')!r}, generation={known.get('generation')}"
+        return f"Trajectory({name}, reward={self.reward:g}, {len(self.episode)} messages)"
+
+    __str__ = __repr__
+
 
 class TrajectoryCollection(BaseModel):
     """Groups of trajectories; one group = one example. Groups are keyed by `metadata["id"]`, never by position."""
@@ -214,6 +221,12 @@ class TrajectoryCollection(BaseModel):
     trajectories: list[list[Trajectory]]
     run_id: str
     failures: SkipValidation[list[RolloutFailure]] = Field(default_factory=list, exclude=True)
+
+    def __repr__(self) -> str:
+        rollouts = f"{sum(map(len, self.trajectories))} trajectories, {len(self.failures)} failures"
+        return f"TrajectoryCollection(run_id={self.run_id!r}, {len(self.trajectories)} groups, {rollouts})"
+
+    __str__ = __repr__
 
 
 # ── the curriculum's choice ───────────────────────────────────────────────────────────────────────────────────────────
@@ -368,7 +381,7 @@ class Validation:
     error: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Epoch:
     """All that is known of one epoch."""
 
@@ -401,6 +414,9 @@ class Epoch:
 
     def _repr_html_(self) -> str:
         return resolve("finetune_nb.viewer:epoch_html")(self)
+
+    def __repr__(self) -> str:
+        return resolve("finetune_nb.viewer:epoch_text")(self)
 
 
 def logprob_values(logprobs: Any) -> list[float] | None:

@@ -64,7 +64,7 @@ def failure_html(failure: RolloutFailure) -> str:
     """A rollout that failed: its error, and the conversation up to there as far as model calls were recorded."""
     calls = [step.data.payload for step in failure.steps if step.data and isinstance(step.data.payload, LLMCall)]
     messages = [*calls[-1].messages, {**calls[-1].reply, "finish_reason": calls[-1].finish_reason}] if calls else []
-    so_far = f"{len(calls)} model calls until then" if calls else "no model call was recorded"
+    so_far = f"{_count(len(calls), 'model call')} until then" if calls else "no model call was recorded"
     return view(
         _title(f"example {short(failure.example_id)}", _generation(failure.generation), "failed"),
         _bad("error: ", cut(failure.error, ERROR_LIMIT)),
@@ -138,7 +138,11 @@ def _training(epoch: Epoch) -> Any:
     status = f"{job.status} ({short(job.backend, 80)})"
     good = job.status == TrainingStatusEnum.COMPLETED
     message = job.message and element("div", cut(job.message, 4 * SHORT), class_=None if good else "ft-bad")
-    return [status if good else element("strong", status, class_="ft-bad"), message, _scores(epoch.train_metrics)]
+    return [
+        status if good else element("strong", status, class_="ft-bad"),
+        message,
+        _line(_scores(epoch.train_metrics)),
+    ]
 
 
 def _failures(failures: Sequence[RolloutFailure]) -> Any:
@@ -214,8 +218,10 @@ def _row(epoch: Epoch) -> list[Any]:
     metrics = epoch.metrics
     validation = epoch.validations[-1] if epoch.validations else None
     checked = "" if validation is None else "failed" if validation.error else number(validation.mean_reward)
-    teach = f"{metrics.groups_with_spread:,} of {metrics.groups:,}"
-    took = duration(epoch.seconds.get("total"))
+    teach, took = (
+        text.replace(" ", "\u00a0")  # stays on one line
+        for text in (f"{metrics.groups_with_spread:,} of {metrics.groups:,}", duration(epoch.seconds.get("total")))
+    )
     return [epoch.index, metrics.mean_reward, teach, metrics.kept_groups, metrics.failures, checked, took, _job(epoch)]
 
 
@@ -264,7 +270,7 @@ def _bad(label: str, text: str) -> Html:
 
 
 def _one_line(text: Any) -> str:
-    return " ".join(cut(plain(text), SHORT).split())
+    return " ".join(plain(cut(text, SHORT)).split())
 
 
 def _generation(generation: Any) -> str:

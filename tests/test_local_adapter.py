@@ -190,7 +190,9 @@ async def test_finished_job_tells_what_it_did():
         "groups_without_signal": 1,
     }
     assert metrics["trained_trajectories"] == 32
-    assert metrics["trained_tokens"] == sum(len(t.episode[0].logprobs) for g in trajectories.trajectories[:4] for t in g)
+    assert metrics["trained_tokens"] == sum(
+        len(t.episode[0].logprobs) for g in trajectories.trajectories[:4] for t in g
+    )
     assert metrics["logprob_gap"] < 1e-4
     assert metrics["grad_norm"] > 0 and metrics["kl"] > 0 and metrics["seconds"] > 0
     assert metrics["learning_rate"] == 5e-4
@@ -370,10 +372,10 @@ async def test_staleness_is_counted_in_versions_and_newer_is_never_right(version
 async def test_trajectories_of_another_model_are_refused():
     a = adapter()
     foreign = [trajectory(float(i), turn([3], [5 + 400 * i], [-1.0])) for i in range(2)]
-    with pytest.raises(BackendError, match="token id 405.*262"):
+    with pytest.raises(BackendError, match=r"token id 405.*262"):
         await a.submit(collection(foreign))
     long = [trajectory(float(i), turn([3] * 200, [5], [-1.0])) for i in range(2)]
-    with pytest.raises(BackendError, match="201 tokens.*128"):
+    with pytest.raises(BackendError, match=r"201 tokens.*128"):
         await a.submit(collection(long))
 
 

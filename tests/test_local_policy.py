@@ -327,6 +327,14 @@ async def test_model_error_reaches_every_caller_and_the_policy_stays_usable(monk
     assert (await p.sample([3, 10], TEN, 0)).ids
 
 
+async def test_weights_that_diverged_are_named_as_the_cause():
+    p = policy()
+    with torch.no_grad():
+        p.model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(BackendError, match="not finite"):
+        await p.sample([3, 10], TEN, 0)
+
+
 async def test_sampling_does_not_block_the_event_loop():
     p = policy(positions=4000)
     p._end_ids = frozenset()
@@ -399,7 +407,7 @@ def test_model_without_chat_template_is_refused_with_the_way_out():
 
 def test_messages_that_the_template_refuses_are_an_error_of_ours():
     p = policy(template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(BackendError, match="roles user.*must alternate"):
+    with pytest.raises(BackendError, match=r"roles user.*must alternate"):
         p.render(USER)
 
 

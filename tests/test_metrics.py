@@ -60,6 +60,7 @@ def test_kept_numbers_are_of_the_kept_groups():
     easy, hard = [rollout(1.0), rollout(0.5), rollout(NAN)], [rollout(0.25), rollout(0.0)]
     found = measured([hard, easy, [rollout(0.7)] * 2], percentile=0.5)
     assert (found.kept_groups, found.kept_trajectories, found.kept_mean_reward) == (1, 3, 0.75)
+    assert (found.groups, found.groups_with_spread, found.trajectories) == (3, 2, 7)
 
 
 def test_an_epoch_without_any_reward_has_nan_and_not_zero():
@@ -82,7 +83,13 @@ def test_failed_rollouts_are_counted_and_are_no_rewards():
 
 
 def test_scores_are_means_over_finite_values_and_nan_where_there_is_none():
-    scores = [{"right": 1.0, "short": None}, {"right": 0, "short": NAN}, {"right": "n/a", "short": INF}, None]
+    scores = [
+        {"right": 1.0, "short": None},
+        {"right": 0, "short": NAN},
+        {"right": "n/a", "short": INF},
+        {"right": INF},
+        None,
+    ]
     found = measured([[rollout(1.0, scores=s) for s in scores]]).scores
     assert found["right"] == 0.5 and math.isnan(found["short"]) and set(found) == {"right", "short"}
 
@@ -163,4 +170,5 @@ def test_group_without_spread_has_advantage_zero():
 def test_signal_is_a_finite_spread_above_rounding():
     stats = of_rewards([1, 0], [0.1 + 0.2, 0.3], [0.5], [], [NAN], [INF, 0], [0.5, NAN, 0.499])
     assert has_signal(stats).tolist() == [True, False, False, False, False, False, True]
+    assert has_signal(of_rewards([1e308, -1e308])).tolist() == [False]  # the difference overflows
     assert has_signal(of_rewards()).tolist() == [] and advantages(of_rewards()).tolist() == []

@@ -15,12 +15,26 @@ from finetune_nb import types
 
 pytestmark = pytest.mark.slow
 
-TYPES = "EpisodeItem DPOItem OpenAIMessage Trajectory TrajectoryCollection TrainingJobRef TrainingJobStatus".split()
-CONFIGS = "RewardFunctionConfig CurriculumLearningConfig FinetuneRunConfig FinetuneConfig".split()
-BASES = "TrainerConfig TrajectoryBuilderConfig TrainerAdapterConfig EvaluatorBaseConfig FunctionBaseConfig".split()
+TYPES = [
+    "EpisodeItem",
+    "DPOItem",
+    "OpenAIMessage",
+    "Trajectory",
+    "TrajectoryCollection",
+    "TrainingJobRef",
+    "TrainingJobStatus",
+]
+CONFIGS = ["RewardFunctionConfig", "CurriculumLearningConfig", "FinetuneRunConfig", "FinetuneConfig"]
+BASES = [
+    "TrainerConfig",
+    "TrajectoryBuilderConfig",
+    "TrainerAdapterConfig",
+    "EvaluatorBaseConfig",
+    "FunctionBaseConfig",
+]
 BASES += ["LLMBaseConfig"]
-DATASETS = "EvalDatasetJsonConfig EvalDatasetJsonlConfig EvalDatasetCsvConfig EvalDatasetParquetConfig".split()
-EVALUATION = "EvalInputItem EvalInput EvalOutputItem EvalOutput IntermediateStep".split()
+DATASETS = ["EvalDatasetJsonConfig", "EvalDatasetJsonlConfig", "EvalDatasetCsvConfig", "EvalDatasetParquetConfig"]
+EVALUATION = ["EvalInputItem", "EvalInput", "EvalOutputItem", "EvalOutput", "IntermediateStep"]
 OURS: dict[str, type[BaseModel]] = {
     **{name: getattr(types, name) for name in TYPES + EVALUATION},
     **{name: getattr(ours, name) for name in [*CONFIGS, *BASES, *DATASETS, "EvalGeneralConfig"]},

@@ -63,6 +63,10 @@ class Progress:
     total: int = 0
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
 
 _ALONE = EvaluationContext()
 evaluation_context: ContextVar[EvaluationContext] = ContextVar("finetune_nb_evaluation", default=_ALONE)

@@ -85,26 +85,26 @@ async def _batched(batch: Callable[[EvalInput], Awaitable[EvalOutput]], items: S
     by_id = {item.id: item for item in output.eval_output_items}
     verdicts = []
     for item in items:
-        given = by_id.get(item.id)
-        if given is None:
-            given = no_score(item.id, "the evaluator returned nothing for this item")
-        elif given.error is None:
-            given = verdict(item.id, {"score": given.score, "reasoning": given.reasoning})
-        verdicts.append(given)
+        given = by_id.get(item.id, no_score(item.id, "the evaluator returned nothing for this item"))
+        verdicts.append(verdict(item.id, given))
     return _output(verdicts)
 
 
 def verdict(item_id: Any, value: Any) -> EvalOutputItem:
     """What an evaluator returned, as a score with its reasoning. inf stays inf: the curriculum leaves its group out."""
-    if isinstance(value, EvalOutputItem):
-        return value
     reasoning: Any = {}
-    if isinstance(value, Mapping):
+    if isinstance(value, EvalOutputItem):
+        if value.error is not None:
+            return no_score(item_id, value.error, value.reasoning)
+        value, reasoning = value.score, value.reasoning
+    elif isinstance(value, Mapping):
         value, reasoning = value.get("score"), value.get("reasoning", {})
     if value is None or isinstance(value, str | bytes):
         return no_score(item_id, f"the reward is {value!r:.60}; expected a number", reasoning)
     try:
         score = float(value)
+    except OverflowError:
+        return no_score(item_id, "the reward is an integer too large for a float", reasoning)
     except (TypeError, ValueError):
         return no_score(item_id, f"the reward is of type {type(value).__name__}; expected a number", reasoning)
     if math.isnan(score):

@@ -13,6 +13,7 @@ import itertools
 import logging
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -144,15 +145,19 @@ class Batcher:
                         self._worker = None
                         return
                     self._changed.wait(self._seconds_until_due(time.monotonic()) if self._pending else IDLE_SECONDS)
-            try:
-                self._run(batch)
-                error = None
-            except BaseException as raised:  # whatever it is, callers must not wait for ever
-                error = raised
-            for request in batch:
-                if not request.future.done():
-                    request.settle(_refusal(error))
+            self._answer(batch)
             del batch  # an idle worker holds on to no reply
+
+    def _answer(self, batch: list[Request]) -> None:
+        error = None
+        try:
+            self._run(batch)
+        except BaseException as raised:  # whatever it is, callers must not wait for ever
+            traceback.clear_frames(raised.__traceback__)  # they hold the cache, and errors are kept for long
+            error = raised
+        for request in batch:
+            if not request.future.done():
+                request.settle(_refusal(error))
 
     def _take(self, now: float) -> list[Request]:
         """The batch to sample now, in its order; empty if it is not time yet. Called under the lock."""

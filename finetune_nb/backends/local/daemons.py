@@ -1,8 +1,8 @@
 """Daemon threads that leave before the interpreter does.
 
-A daemon thread never keeps a process from ending, which is right for work that somebody abandoned. But one that is inside
-torch, or frees the last tensor, while the interpreter is taken down crashes the process. So at exit `leaving` is set, which
-the work looks at between its steps, and the threads get a moment to come to their end.
+A daemon thread never keeps a process from ending, which is right for work that somebody abandoned. But one that is
+inside torch, or frees the last tensor, while the interpreter is taken down crashes the process. So at exit `leaving` is
+set, which the work looks at between its steps, and the threads get a moment to come to their end.
 """
 
 from __future__ import annotations

@@ -11,13 +11,14 @@ clip bounds: DAPO, arXiv 2503.14476; the KL estimate: k3 of http://joschu.net/bl
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["LossStatistics", "policy_loss", "token_logprobs"]
+__all__ = ["LossStatistics", "forward_parameters", "policy_loss", "token_logprobs"]
 
 Loss = Literal["dapo", "grpo"]
 
@@ -48,6 +49,12 @@ class LossStatistics:
         return getattr(self, name) / self.tokens if self.tokens else float("nan")
 
 
+def forward_parameters(model: Any) -> Collection[str]:
+    """Names of what the model's forward pass takes; of the model inside, where PEFT adapters are wrapped around it."""
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(inside.forward).parameters
+
+
 def token_logprobs(
     model: Any, ids_BT: Tensor, attention_BT: Tensor, mask_BT: Tensor, temperature_B: Tensor | float = 1.0
 ) -> Tensor:
@@ -62,7 +69,7 @@ def token_logprobs(
         raise ValueError("mask_BT trains on column 0, but nothing predicts a first token: put the prompt before it")
     before_K = columns_K - 1  # the logits at t - 1 speak of token t
     inputs = {"input_ids": ids_BT, "attention_mask": attention_BT, "use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in forward_parameters(model):
         logits_BKV = model(**inputs, logits_to_keep=before_K).logits
     else:
         logits_BKV = model(**inputs).logits[:, before_K]

@@ -11,8 +11,8 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,8 @@ class LocalPolicy:
             raise ConfigError(f"dtype is {dtype!r}; expected 'auto', 'float32', 'bfloat16' or 'float16'")
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=chosen_dtype, use_safetensors=True)
+            with _no_progress_bars():
+                model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=chosen_dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model {str(name_or_dir)!r} cannot be loaded: {error} Expected 'embedded', a directory that "
@@ -97,7 +98,12 @@ class LocalPolicy:
     @property
     def longest(self) -> int | None:
         """Tokens that prompt and reply may have together; None where the model sets no bound."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows; ids are below it."""
+        return self.model.config.get_text_config().vocab_size
 
     # ── text and tokens ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -194,10 +200,9 @@ class LocalPolicy:
         empty, too long or of unknown tokens, and where the model fails.
         """
         ids = list(ids)
-        vocabulary = self.model.config.vocab_size
-        if not ids or not all(0 <= token < vocabulary for token in (min(ids), max(ids))):
+        if not ids or not all(0 <= token < self.vocabulary for token in (min(ids), max(ids))):
             found = f"ids from {min(ids)} to {max(ids)}" if ids else "no ids"
-            raise BackendError(f"the prompt has {found}; expected at least one id, each in 0..{vocabulary - 1}")
+            raise BackendError(f"the prompt has {found}; expected at least one id, each in 0..{self.vocabulary - 1}")
         if params.max_tokens < 1 or not params.temperature >= 0:
             raise BackendError(
                 f"max_tokens is {params.max_tokens} and temperature {params.temperature}; expected at least 1 and 0"
@@ -233,7 +238,8 @@ class LocalPolicy:
         """Writes model and tokenizer; `from_pretrained` and `LocalPolicy.load` read them. Waits for a batch at work."""
         directory = Path(directory)
         with self.exclusive.hold():
-            self.model.save_pretrained(directory)
+            with _no_progress_bars():
+                self.model.save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
         return directory
 
@@ -302,3 +308,17 @@ def _openai_message(parsed: Any, ids: Sequence[int]) -> dict[str, Any] | None:
     if isinstance(thinking, str):
         message["reasoning_content"] = thinking
     return message
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Without transformers' progress bars: in a notebook they are widgets, which a saved notebook cannot show."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -7,7 +7,6 @@ Shapes are in the names: U different prompts, B rows (one a request), T tokens, 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import BackendError
 from ...types import Sample, SamplingParams
+from .grpo import forward_parameters
 
 __all__ = ["SampleRequest", "sample_batch"]
 
@@ -103,7 +104,7 @@ def _sample_chunk(
     stopped: Callable[[], bool],
 ) -> None:
     device = model.device
-    accepted = inspect.signature(model.forward).parameters
+    accepted = forward_parameters(model)
     unique: dict[tuple[int, ...], int] = {}
     prompt_of_row = torch.tensor([unique.setdefault(tuple(row.ids), len(unique)) for row in rows], device=device)
     prompts = list(unique)
@@ -172,6 +173,8 @@ def _choose(logits_BV: Tensor, draws_B: Tensor, heat_B: Tensor) -> tuple[Tensor,
     logprobs_BV = (logits_BV / torch.where(greedy_B, 1.0, heat_B)[:, None]).log_softmax(1)
     cumulative_BV = logprobs_BV.exp().cumsum(1)
     total_B1 = cumulative_BV[:, -1:]
+    if not total_B1.isfinite().all():
+        raise BackendError("the model's logits are not finite: its weights have diverged. Start from saved ones.")
     # Strictly below the total, whatever rounding did: the found token then has a probability above 0.
     target_B1 = torch.minimum(draws_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     chosen_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)

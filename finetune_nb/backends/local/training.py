@@ -78,7 +78,7 @@ class Learner:
 
     def check(self, experience: Experience) -> None:
         """Raises BackendError for sequences that this model cannot hold."""
-        vocabulary, longest = self.policy.model.config.vocab_size, self.policy.longest
+        vocabulary, longest = self.policy.vocabulary, self.policy.longest
         for sequence in experience.sequences():
             if max(sequence.ids) >= vocabulary:
                 raise BackendError(

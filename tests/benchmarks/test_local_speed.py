@@ -1,0 +1,101 @@
+"""Speed of the local backend with the embedded model, on one torch thread. Figures are printed (pytest -s); only ratios
+of one run can fail.
+"""
+
+import asyncio
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig  # noqa: E402
+from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
+from finetune_nb.types import EpisodeItem, EpisodeKey, SamplingParams, Trajectory, TrajectoryCollection  # noqa: E402
+
+pytestmark = pytest.mark.benchmark
+ROWS, NEW = 320, 24
+
+
+@pytest.fixture(scope="module")
+def policy():
+    policy = LocalPolicy.load("embedded", threads=1)
+    policy._end_ids = frozenset()  # every reply has NEW tokens, so that both sides do the same work
+    return policy
+
+
+@pytest.fixture(scope="module")
+def prompts(policy):
+    """40 different ones, each for a group of 8."""
+    questions = [f"{10 + i}{'+7' * (1 + i % 4)}" for i in range(ROWS // 8)]
+    return [policy.render([{"role": "user", "content": q}]) for q in questions for _ in range(8)]
+
+
+async def rollouts(policy, prompts):
+    async def one(i, prompt):
+        with policy.episode(EpisodeKey("train", 0, i // 8, i % 8)):
+            return await policy.sample(prompt, SamplingParams(1.0, NEW), seed=i)
+
+    return await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts)))
+
+
+def cpu_seconds(work, repeats=3):
+    """The fastest of several, in seconds of this process: others on the machine do not count."""
+    times = []
+    for _ in range(repeats):
+        started = time.process_time()
+        work()
+        times.append(time.process_time() - started)
+    return min(times)
+
+
+def test_concurrent_requests_are_sampled_no_slower_than_one_generate_of_the_same_batch(policy, prompts):
+    batch = policy.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    lengths = {"max_new_tokens": NEW, "min_new_tokens": NEW}
+
+    def generate():
+        with policy.exclusive.hold(), torch.inference_mode():
+            policy.model.generate(**batch, **lengths, do_sample=True, top_k=0, top_p=1.0)
+
+    asyncio.run(rollouts(policy, prompts)), generate()  # warm
+    ours = cpu_seconds(lambda: asyncio.run(rollouts(policy, prompts)))
+    theirs = cpu_seconds(generate)
+    tokens = ROWS * NEW
+    print(f"\n{ROWS} concurrent requests: {tokens / ours:,.0f} tokens/s; one generate: {tokens / theirs:,.0f} tokens/s")
+    assert ours < 1.1 * theirs
+
+
+def test_concurrent_requests_are_sampled_at_least_five_times_faster_than_one_by_one(policy, prompts):
+    async def one_by_one():
+        for i, prompt in enumerate(prompts[::10]):
+            await policy.sample(prompt, SamplingParams(1.0, NEW), seed=i)
+
+    together = cpu_seconds(lambda: asyncio.run(rollouts(policy, prompts))) / ROWS
+    alone = cpu_seconds(lambda: asyncio.run(one_by_one()), repeats=1) / len(prompts[::10])
+    print(f"\none by one: {NEW / alone:,.0f} tokens/s; together {alone / together:.0f} times faster")
+    assert alone > 5 * together
+
+
+def test_training_step_costs_less_than_the_rollouts_that_it_learns_from(policy, prompts):
+    samples = asyncio.run(rollouts(policy, prompts))
+    groups = []
+    for start in range(0, ROWS, 8):
+        group = []
+        for i in range(start, start + 8):
+            metadata = {"prompt_token_ids": prompts[i], "token_ids": samples[i].ids, "temperature": 1.0}
+            item = EpisodeItem(role="assistant", content="", logprobs=samples[i].logprobs, metadata=metadata)
+            group.append(Trajectory(episode=[item], reward=float(i % 2), metadata={"id": start}))
+        groups.append(group)
+    adapter = LocalGRPOAdapter(LocalGRPOConfig(), policy=policy)
+
+    async def epoch():
+        collection = TrajectoryCollection(trajectories=groups, run_id="speed")
+        return await adapter.wait_until_complete(await adapter.submit(collection))
+
+    status = asyncio.run(epoch())
+    assert status.metadata["metrics"]["optimizer_steps"] == 8
+    step = cpu_seconds(lambda: asyncio.run(epoch())) / 8
+    sampling = cpu_seconds(lambda: asyncio.run(rollouts(policy, prompts)))
+    print(f"\n{step:.3f} s per optimizer step of {ROWS // 8} trajectories; rollouts {sampling:.3f} s")
+    assert step < sampling

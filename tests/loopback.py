@@ -1,0 +1,111 @@
+"""An OpenAI-compatible server on 127.0.0.1 for tests: standard library only, a thread of its own, every request kept.
+
+What it answers is a function of the request; one character is one token, whose id is its code point.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class Request:
+    path: str
+    headers: dict[str, str]
+    """Names in lower case."""
+    body: dict[str, Any]
+
+
+@dataclass
+class Refusal:
+    """An answer that is an error."""
+
+    status: int
+    message: str = "no"
+
+
+@dataclass
+class LoopbackServer:
+    """`with LoopbackServer() as server:` answers at `server.base_url`.
+
+    reply: the text of a request's answer, an assistant message (a mapping), or a Refusal. logprobs: whether the server
+    knows any. token_ids: whether it gives ids when it is asked for them, as vLLM does.
+    """
+
+    reply: Callable[[Request], str | Mapping[str, Any] | Refusal] = lambda request: "ok"
+    logprobs: bool = True
+    token_ids: bool = True
+    requests: list[Request] = field(default_factory=list)
+
+    def __enter__(self) -> LoopbackServer:
+        server = self
+
+        class Answer(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:  # noqa: N802  # the standard library's name
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                request = Request(self.path, {k.lower(): v for k, v in self.headers.items()}, body)
+                server.requests.append(request)
+                status, answer = server.answer(request)
+                content = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.send_header("retry-after-ms", "1")  # so that retrying takes no time
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self._http.daemon_threads = True
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), name="loopback", daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+
+    def answer(self, request: Request) -> tuple[int, dict[str, Any]]:
+        if request.path != "/v1/chat/completions":
+            return 404, {"error": {"message": f"no such path: {request.path}"}}
+        reply = self.reply(request)
+        if isinstance(reply, Refusal):
+            return reply.status, {"error": {"message": reply.message}}
+        message = {"role": "assistant", "content": reply} if isinstance(reply, str) else dict(reply)
+        sampled = message.get("content") or json.dumps(message.get("tool_calls"))
+        choice: dict[str, Any] = {
+            "index": 0,
+            "message": message,
+            "finish_reason": "tool_calls" if message.get("tool_calls") else "stop",
+            "logprobs": None,
+        }
+        completion: dict[str, Any] = {
+            "id": f"chatcmpl-{len(self.requests)}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": request.body["model"],
+            "choices": [choice],
+        }
+        if self.logprobs and request.body.get("logprobs"):
+            choice["logprobs"] = {"content": [_token(position, c) for position, c in enumerate(sampled)]}
+        if self.token_ids and request.body.get("return_token_ids"):
+            completion["prompt_token_ids"] = [ord(c) for m in request.body["messages"] for c in m.get("content") or ""]
+            choice["token_ids"] = [ord(c) for c in sampled]
+        return 200, completion
+
+
+def _token(position: int, text: str) -> dict[str, Any]:
+    return {"token": text, "logprob": -0.5 - position / 100, "bytes": list(text.encode()), "top_logprobs": []}

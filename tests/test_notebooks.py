@@ -1,0 +1,49 @@
+"""The tutorial notebooks: each runs top to bottom in a real kernel, and is stored so that it reads well without one."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from finetune_nb.demo import execute, set_parameters
+
+pytest.importorskip("torch")
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def test_there_are_notebooks():
+    assert [path.name for path in NOTEBOOKS] == ["01_first_run.ipynb"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+async def test_notebook_runs_top_to_bottom(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    set_parameters(notebook, CONFIG=None, SEED=0, EPOCHS=3, NAME="test")
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("CONFIG = None", "CONFIG = calculator.CONFIG")
+    assert await execute(notebook, tmp_path, tmp_path) is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stored_with_static_outputs_and_is_small(path):
+    assert path.stat().st_size <= 300_000
+    text = path.read_text(encoding="utf-8")
+    assert "widget" not in json.dumps(json.loads(text)["metadata"])
+    assert "application/vnd.jupyter.widget-view" not in text
+    assert str(Path.home()) not in text
+    assert "image/png" in text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_cells_are_short_and_have_prose_before_them(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert cells[0].cell_type == "markdown"
+    assert max(len(cell.source.splitlines()) for cell in code_cells(path)) <= 10
+    assert sum(cell.cell_type == "markdown" for cell in cells) >= len(cells) / 3
