@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -75,11 +74,12 @@ def _lab(arguments: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for notebook in notebooks:
         copy = folder / notebook.name
-        if copy.exists():
-            print(f"{copy} is there already and stays as it is")
-        else:
-            shutil.copyfile(notebook, copy)
+        try:
+            with copy.open("xb") as file:
+                file.write(notebook.read_bytes())
             print(f"copied {copy}")
+        except FileExistsError:
+            print(f"{copy} is there already and stays as it is")
     if arguments.no_open:
         return 0
     return subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)])

@@ -35,7 +35,7 @@ class ProgressLine:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return str(view(bar(self.done, self.total or 1, self.text)))
+        return str(view(bar(self.done, self.total or 1, self.text.replace("  ", " · "))))
 
 
 def in_notebook() -> bool:

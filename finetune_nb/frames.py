@@ -123,7 +123,8 @@ def epochs(epochs: Iterable[Epoch]) -> pd.DataFrame:
     ===================== ================ =====================================================================
     epoch                 int64            counts from 0
     started_at            datetime, UTC    when it began
-    mean_reward           float64          over all finite rewards; so are min_reward, max_reward, reward_p10, p50, p90
+    mean_reward           float64          over all finite rewards; so are min_reward and max_reward
+    group_p10 ...         float64          10, 50 and 90 % quantiles of the groups' mean rewards
     kept_mean_reward      float64          over the groups that were trained on
     trajectories ...      int64            also groups, groups_with_spread (those that can teach), kept_trajectories,
                                            kept_groups, failures, sampled_tokens
@@ -154,8 +155,8 @@ def epochs(epochs: Iterable[Epoch]) -> pd.DataFrame:
     }
     for name in ("mean_reward", "min_reward", "max_reward", "kept_mean_reward"):
         columns[name] = floats(getattr(values, name) for values in metrics)
-    for place, name in enumerate(("reward_p10", "reward_p50", "reward_p90")):
-        columns[name] = floats(values.reward_quantiles[place] for values in metrics)
+    for place, name in enumerate(("group_p10", "group_p50", "group_p90")):
+        columns[name] = floats(values.group_quantiles[place] for values in metrics)
     for name in _COUNTED:
         columns[name] = np.array([getattr(values, name) for values in metrics], dtype=np.int64)
     columns |= {

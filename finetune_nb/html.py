@@ -209,11 +209,11 @@ padding:8px 12px;max-width:64em;overflow-wrap:break-word;overflow-x:auto}
 .ft .ft-dim{opacity:.75}
 .ft .ft-bad{color:var(--bad);font-weight:600}
 .ft table{border-collapse:collapse;margin:6px 0;color:var(--fg);background:var(--bg);font-size:13px}
-.ft caption{text-align:left;font-weight:600;padding:2px 0}
-.ft tbody tr,.ft tbody tr:nth-child(even),.ft tbody tr:hover{background:var(--bg);color:var(--fg)}
-.ft th,.ft td{text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0;white-space:normal;max-width:40em}
-.ft thead th{border-bottom:1px solid rgba(128,128,128,.5)}
-.ft .n{text-align:right;font-variant-numeric:tabular-nums}
+.ft.ft caption{text-align:left;font-weight:600;padding:2px 0}
+.ft.ft tbody tr,.ft.ft tbody tr:nth-child(even),.ft.ft tbody tr:hover{background:var(--bg);color:var(--fg)}
+.ft.ft th,.ft.ft td{text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0;white-space:normal;max-width:40em}
+.ft.ft thead th{border-bottom:1px solid rgba(128,128,128,.5)}
+.ft.ft .n{text-align:right;font-variant-numeric:tabular-nums}
 .ft pre{color:var(--fg);background:rgba(128,128,128,.09);white-space:pre-wrap;overflow-wrap:anywhere;margin:2px 0;padding:4px 8px;
 font:12.5px/1.5 var(--jp-code-font-family,ui-monospace,monospace);max-height:28em;overflow:auto}
 .ft summary{cursor:pointer}

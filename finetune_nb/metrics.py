@@ -32,13 +32,14 @@ def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics,
     finite = np.isfinite(statistics.rewards)
     rewards = statistics.rewards[finite]
     kept_rewards = statistics.rewards[finite & np.repeat(kept, sizes)]
-    low, median, high = np.quantile(rewards, [0.1, 0.5, 0.9]).tolist() if len(rewards) else [math.nan] * 3
+    means = statistics.means[np.isfinite(statistics.means)]
+    low, median, high = np.quantile(means, [0.1, 0.5, 0.9]).tolist() if len(means) else [math.nan] * 3
     tokens, scores = _tokens_and_scores(trajectory for group in collection.trajectories for trajectory in group)
     return EpochMetrics(
         mean_reward=_mean(rewards),
         min_reward=float(rewards.min()) if len(rewards) else math.nan,
         max_reward=float(rewards.max()) if len(rewards) else math.nan,
-        reward_quantiles=(low, median, high),
+        group_quantiles=(low, median, high),
         trajectories=len(statistics.rewards),
         groups=len(statistics),
         failures=len(collection.failures),

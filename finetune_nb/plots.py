@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ConfigError, did_you_mean
 from .html import cut, number, plain
-from .types import GROUP_REASONS, Epoch
+from .types import GROUP_REASONS, Epoch, Validation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -167,9 +167,9 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
     colour = look.colours[place % len(look.colours)]
     mean = _at(where, epochs, _of(epochs, "mean_reward"))
     if not several:
-        quantiles = np.array([epoch.metrics.reward_quantiles for epoch in epochs]).reshape(-1, 3)
+        quantiles = np.array([epoch.metrics.group_quantiles for epoch in epochs]).reshape(-1, 3)
         low, high = _at(where, epochs, quantiles[:, 0]), _at(where, epochs, quantiles[:, 2])
-        ax.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0, label="10–90 % of trajectories")
+        ax.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0, label="10–90 % of groups")
         alone = _alone(low)  # between gaps a band has no width
         ax.vlines(where[alone], low[alone], high[alone], color=colour, alpha=0.35, linewidth=5)
     _line(ax, where, mean, colour, name or "mean of all trajectories", MARKERS[place % 8], LINES[place % 4])
@@ -177,11 +177,12 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
     if not several and any(epoch.metrics.kept_groups < epoch.metrics.groups for epoch in epochs):
         _line(ax, where, kept, look.colours[1], "mean of the groups trained on", "^", LINES[1])
     checks = [validation for epoch in epochs for validation in epoch.validations]
+    when = {id(check): _place_of(check, epoch) for epoch in epochs for check in epoch.validations}
     good = [check for check in checks if math.isfinite(check.mean_reward)]
     failed = [check for check in checks if not math.isfinite(check.mean_reward)]
     own = colour if several else look.colours[2]
     if good:
-        at, reward = [check.epoch for check in good], [check.mean_reward for check in good]
+        at, reward = [when[id(check)] for check in good], [check.mean_reward for check in good]
         style = {
             "s": 52 if len(good) <= 40 else 14,
             "marker": "*",
@@ -192,9 +193,15 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
         }
         ax.scatter(at, reward, label=None if place else "validation", **style)
     if failed:  # on the lower edge, as there is no value
-        at, edge = [check.epoch for check in failed], [0.02] * len(failed)
+        at, edge = [when[id(check)] for check in failed], [0.02] * len(failed)
         style = {"marker": "x", "color": own, "transform": ax.get_xaxis_transform(), "zorder": 4}
         ax.scatter(at, edge, label=None if place else "validation failed", **style)
+
+
+def _place_of(check: Validation, epoch: Epoch) -> int:
+    """An epoch's rewards are those before its update: a validation after it stands where the next epoch would."""
+    before, after = epoch.policy_versions
+    return epoch.index + (after is not None and after != before and check.policy_version == after)
 
 
 def _percentile_line(ax: Axes, epochs: Sequence[Epoch], look: Theme) -> None:

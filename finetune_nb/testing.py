@@ -59,8 +59,9 @@ class ScriptedPolicy:
 
     async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
         await asyncio.sleep(0)
-        text = self.script(self._rendered.get(tuple(ids), []), seed)[: params.max_tokens]
-        return Sample([ord(c) for c in text], [-1.0] * len(text), "stop")
+        whole = self.script(self._rendered.get(tuple(ids), []), seed)
+        text = whole[: params.max_tokens]
+        return Sample([ord(c) for c in text], [-1.0] * len(text), "stop" if text == whole else "length")
 
     def parse(self, ids: Sequence[int]) -> dict[str, Any]:
         return {"role": "assistant", "content": "".join(map(chr, ids))}

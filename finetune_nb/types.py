@@ -351,8 +351,8 @@ class EpochMetrics:
     mean_reward: float
     min_reward: float
     max_reward: float
-    reward_quantiles: tuple[float, float, float]
-    """10, 50 and 90 %."""
+    group_quantiles: tuple[float, float, float]
+    """10, 50 and 90 % quantiles of the groups' mean rewards: how easy and how hard the examples were."""
     trajectories: int
     groups: int
     failures: int

@@ -80,8 +80,8 @@ def epoch_html(epoch: Epoch) -> str:
     """An epoch as a card: its rewards, which groups were trained on and why the others were not, failures, the training
     job, validation, versions, times."""
     metrics = epoch.metrics
-    low, _, high = metrics.reward_quantiles
-    spread = f" (10–90 %: {number(low)} to {number(high)})" if math.isfinite(low) else ""
+    low, _, high = metrics.group_quantiles
+    spread = f" (most groups {number(low)} to {number(high)})" if math.isfinite(low) else ""
     reward = element("span", bar(metrics.mean_reward) if 0 <= metrics.mean_reward <= 1 else number(metrics.mean_reward))
     by_reason = epoch.selection.left_out()
     groups = [_line(f"{metrics.kept_groups:,} of {metrics.groups:,} {REASONS[GroupReason.KEPT]}")]

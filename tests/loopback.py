@@ -14,6 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # five, the default, makes the sixth of many clients wait a second
+
+
 @dataclass
 class Request:
     path: str
@@ -49,7 +54,7 @@ class LoopbackServer:
         class Answer(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_POST(self) -> None:  # noqa: N802  # the standard library's name
+            def do_POST(self) -> None:  # the standard library's name
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 request = Request(self.path, {k.lower(): v for k, v in self.headers.items()}, body)
                 server.requests.append(request)
@@ -65,8 +70,7 @@ class LoopbackServer:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-        self._http.daemon_threads = True
+        self._http = _Http(("127.0.0.1", 0), Answer)
         threading.Thread(target=self._http.serve_forever, args=(0.01,), name="loopback", daemon=True).start()
         return self
 

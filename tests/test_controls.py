@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import threading
 from dataclasses import fields, replace
 
@@ -14,6 +15,15 @@ from finetune_nb.controls import Change, Controls
 from finetune_nb.errors import ConfigError
 
 START = CurriculumSettings(enabled=True, percentile=0.3)
+
+
+@pytest.fixture(autouse=True)
+def threads_take_turns_often():
+    """So that a step without its lock is interrupted in the middle, here and not once a year."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
 
 
 def in_threads(*works):

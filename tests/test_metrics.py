@@ -52,7 +52,7 @@ def test_rewards_are_summed_up_over_finite_ones_only():
     found = measured([[rollout(1.0), rollout(0.0), rollout(NAN)], [rollout(INF), rollout(0.5)], [rollout(-2.0)], []])
     assert found.mean_reward == pytest.approx(-0.125)
     assert (found.min_reward, found.max_reward) == (-2.0, 1.0)
-    assert found.reward_quantiles == pytest.approx(tuple(np.quantile([1, 0, 0.5, -2], [0.1, 0.5, 0.9])))
+    assert found.group_quantiles == pytest.approx(tuple(np.quantile([0.5, -2], [0.1, 0.5, 0.9])))
     assert (found.trajectories, found.groups, found.groups_with_spread) == (6, 4, 1)
 
 
@@ -71,7 +71,7 @@ def test_an_epoch_without_any_reward_has_nan_and_not_zero():
             found.min_reward,
             found.max_reward,
             found.kept_mean_reward,
-            *found.reward_quantiles,
+            *found.group_quantiles,
         )
         assert all(map(math.isnan, numbers))
         assert (found.kept_groups, found.groups_with_spread) == (0, 0)

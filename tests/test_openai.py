@@ -11,13 +11,14 @@ import pytest
 
 pytest.importorskip("openai")
 
+from loopback import LoopbackServer, Refusal
+
 import finetune_nb as ft
 from finetune_nb.config import EvaluatorBaseConfig, FunctionBaseConfig, TrainerAdapterConfig
 from finetune_nb.evaluation.recording import Episode
 from finetune_nb.redaction import MASK
 from finetune_nb.testing import FakeAdapter, sums
 from finetune_nb.types import EpisodeKey
-from loopback import LoopbackServer, Refusal
 
 KEY = "sk-loopback-3f9a7c51d2"
 TOOL = {

@@ -37,12 +37,12 @@ def legend(figure) -> list[str]:
 
 
 def test_mean_reward_is_a_line_with_its_range() -> None:
-    ax = plots.plot_rewards([make_epoch([[1, 0]], 0), make_epoch([[1, 1, 0, 1]], 1)]).axes[0]
+    ax = plots.plot_rewards([make_epoch([[0, 0], [1, 1]], 0), make_epoch([[1, 1, 0, 1]], 1)]).axes[0]
     line = labelled(ax, "mean of all trajectories")
     assert line.get_xdata().tolist() == [0, 1]
     assert line.get_ydata().tolist() == [0.5, 0.75]
-    band = labelled(ax, "10–90 % of trajectories").get_paths()[0].vertices
-    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.1, 1.0))
+    band = labelled(ax, "10–90 % of groups").get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.1, 0.9))
 
 
 def test_missing_rewards_and_missing_epochs_are_gaps() -> None:

@@ -10,6 +10,7 @@ import logging
 from unittest.mock import AsyncMock  # the guide's own "Testing" sample uses it
 
 import pytest
+from loopback import LoopbackServer
 from pydantic import BaseModel, Field, ValidationError
 
 import finetune_nb as ft
@@ -37,7 +38,6 @@ from finetune_nb import (
     register_trajectory_builder,
 )
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, sums
-from loopback import LoopbackServer
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,7 @@ class MyTrainer(EpochTrainer):
 
     async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
         try:
+            # ... epoch logic
             self.log_start(epoch)
             return await super().run_epoch(epoch, run_id)
         except Exception as e:
@@ -398,7 +399,7 @@ def sample_run(tmp_path, **adapter):
 
 
 async def test_the_error_sample_logs_and_raises_what_went_wrong_in_the_epoch(tmp_path, caplog):
-    run, trainer = sample_run(tmp_path, outcome="failed", message="out of memory")
+    run, _ = sample_run(tmp_path, outcome="failed", message="out of memory")
     with pytest.raises(ft.JobFailed, match="out of memory") as caught:
         await run.next_epoch()
     await asyncio.to_thread(run.close)
@@ -409,7 +410,7 @@ async def test_the_error_sample_logs_and_raises_what_went_wrong_in_the_epoch(tmp
 
 
 async def test_the_logging_sample_tells_of_the_epoch_and_its_trajectories(tmp_path, caplog):
-    run, trainer = sample_run(tmp_path)
+    run, _ = sample_run(tmp_path)
     with caplog.at_level(logging.DEBUG, logger=__name__):
         await run.next_epoch()
     await asyncio.to_thread(run.close)

@@ -1,0 +1,237 @@
+"""The command line: what it says, what it copies and never overwrites, and how it reads logs that are still growing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import finetune_nb as ft
+from finetune_nb import demo
+from finetune_nb.cli import main
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch) -> Path:
+    """A folder of notebooks in place of ours."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name in ("01_first_run.ipynb", "02_read_trajectories.ipynb"):
+        (folder / name).write_text(json.dumps({"cells": [], "name": name}))
+    (folder / "README.md").write_text("not a notebook")
+    monkeypatch.setattr(demo, "notebooks_folder", lambda: folder)
+    return folder
+
+
+# ── finetune-nb ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"finetune_nb {ft.__version__}\n"
+
+
+def test_the_module_can_be_run():
+    command = [sys.executable, "-m", "finetune_nb.cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("finetune_nb ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "the following arguments are required: command"),
+        (["train"], "invalid choice: 'train'"),
+        (["demo", "--epochs", "0"], "--epochs: expected a whole number of at least 1, found '0'"),
+        (["demo", "--epochs", "many"], "--epochs: expected a whole number of at least 1, found 'many'"),
+        (["demo", "--seed", "one"], "--seed: invalid int value: 'one'"),
+        (["demo", "--sed", "1"], "unrecognized arguments: --sed"),
+        (["lab", "a", "b"], "unrecognized arguments: b"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_an_error_of_ours_is_one_line_and_no_traceback(monkeypatch, capsys):
+    def fail(*args):
+        raise ft.ConfigError("the config is odd. Repair it.")
+
+    monkeypatch.setattr(demo, "run_demo", fail)
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err == "finetune-nb: the config is odd. Repair it.\n"
+
+
+def test_an_interrupt_ends_with_the_usual_code(monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_demo", interrupt)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "finetune-nb: interrupted\n"
+
+
+def test_the_demo_gets_its_arguments(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(demo, "run_demo", lambda *args: given.append(args) or 0)
+    assert main(["demo", "--seed", "3", "--epochs", "2", "--out", str(tmp_path), "--json", "f.json"]) == 0
+    assert main(["demo"]) == 0
+    assert given == [(3, 2, tmp_path, Path("f.json")), (0, 15, Path("finetune-nb-demo"), None)]
+
+
+# ── lab ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_lab_copies_the_notebooks(notebooks, tmp_path, capsys):
+    target = tmp_path / "new" / "folder"
+    assert main(["lab", "--no-open", str(target)]) == 0
+    assert sorted(p.name for p in target.iterdir()) == ["01_first_run.ipynb", "02_read_trajectories.ipynb"]
+    assert (target / "01_first_run.ipynb").read_bytes() == (notebooks / "01_first_run.ipynb").read_bytes()
+    assert capsys.readouterr().out.count("copied ") == 2
+
+
+def test_lab_never_overwrites_and_says_so(notebooks, tmp_path, capsys):
+    target = tmp_path / "mine"
+    target.mkdir()
+    mine = target / "01_first_run.ipynb"
+    mine.write_text("my own work")
+    assert main(["lab", "--no-open", str(target)]) == 0
+    assert mine.read_text() == "my own work"
+    assert (target / "02_read_trajectories.ipynb").exists()
+    assert f"{mine} is there already and stays as it is" in capsys.readouterr().out
+
+
+def test_lab_leaves_even_a_dangling_link_as_it_is(notebooks, tmp_path):
+    target = tmp_path / "mine"
+    target.mkdir()
+    elsewhere = tmp_path / "elsewhere.ipynb"
+    (target / "01_first_run.ipynb").symlink_to(elsewhere)
+    assert main(["lab", "--no-open", str(target)]) == 0
+    assert not elsewhere.exists()
+
+
+def test_lab_opens_the_folder_unless_told_not_to(notebooks, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(subprocess, "call", lambda command: opened.append(command) or 7)
+    assert main(["lab", str(tmp_path / "here")]) == 7
+    assert opened == [[sys.executable, "-m", "jupyterlab", str(tmp_path / "here")]]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(notebooks, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main(["lab", "--no-open", str(file)]) == 1
+    assert capsys.readouterr().err == f"finetune-nb: cannot write or read {file}: File exists\n"
+
+
+def test_no_notebooks_at_all_is_an_error(notebooks, tmp_path, capsys):
+    for notebook in notebooks.glob("*.ipynb"):
+        notebook.unlink()
+    assert main(["lab", "--no-open", str(tmp_path / "here")]) == 1
+    assert "there are no notebooks in" in capsys.readouterr().err
+    assert not (tmp_path / "here").exists()
+
+
+def test_our_own_notebooks_are_looked_for_beside_the_package_or_in_it():
+    folder = demo.notebooks_folder()
+    assert folder.name == "notebooks"
+    assert folder.is_dir()
+
+
+# ── the demo's readers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def training(epoch, reward=0.5, **scores):
+    return {
+        "epoch": epoch,
+        "avg_reward": reward,
+        "scores": {"correct": reward, **scores},
+        "groups_with_spread": 3,
+        "num_groups": 4,
+        "training": {"status": "completed"},
+    }
+
+
+def validation(reward, version):
+    return {"avg_reward": reward, "num_examples": 8, "policy_version": version}
+
+
+def write(path: Path, *lines, rest: bytes = b""):
+    path.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines) + rest)
+
+
+HALF_WRITTEN = [
+    b"",
+    b"{",
+    b'{"epoch": 2, "avg_rew',
+    '{"epoch": 2, "name": "é'.encode()[:-1],
+    json.dumps(training(2)).encode(),
+]
+
+
+@pytest.mark.parametrize("rest", HALF_WRITTEN)
+def test_a_half_written_line_is_left_for_later(rest, tmp_path):
+    write(tmp_path / "training_metrics.jsonl", training(0), training(1, None), rest=rest)
+    write(tmp_path / "validation_metrics.jsonl", validation(0.25, 0), validation(0.75, 2), rest=rest)
+    summary = demo._summary(tmp_path, seed=3)
+    assert [line["epoch"] for line in summary["epochs"]] == [0, 1]
+    assert math.isnan(summary["epochs"][1]["mean_reward"])
+    assert (summary["seed"], summary["held_out_before"], summary["held_out_after"]) == (3, 0.25, 0.75)
+
+
+def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes('{"text": "a\u2028b\u0085c"}\n'.encode())
+    assert demo._read(tmp_path / "log.jsonl") == [{"text": "a\u2028b\u0085c"}]
+
+
+def test_a_summary_without_any_log_has_no_numbers(tmp_path):
+    summary = demo._summary(tmp_path / "nowhere", seed=0)
+    assert summary["epochs"] == []
+    assert math.isnan(summary["held_out_before"])
+    assert math.isnan(summary["held_out_after"])
+
+
+async def test_the_teller_tells_each_line_once_and_when_it_is_complete(tmp_path, capsys):
+    log, held_out = tmp_path / "training_metrics.jsonl", tmp_path / "validation_metrics.jsonl"
+    teller = asyncio.create_task(demo._tell(tmp_path))
+    try:
+        await asyncio.sleep(0.15)
+        write(held_out, validation(None, 0))
+        write(log, training(0, 0.5, tools=0.25), rest=b'{"epoch": 1, "avg')
+        await asyncio.sleep(0.25)
+        write(log, training(0, 0.5, tools=0.25), training(1, None, tools=None))
+        write(held_out, validation(None, 0), validation(0.75, 2))
+        await asyncio.sleep(0.25)
+        assert not teller.done(), teller
+    finally:
+        teller.cancel()
+    told = [" ".join(line.replace("█", "").split()) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(told) == [
+        "epoch 0 reward 0.500 tools 0.25 3/4 groups teach",
+        "epoch 1 reward nan tools nan 3/4 groups teach",
+        "held out reward 0.750 on 8 questions, after update 2",
+        "held out reward nan on 8 questions, before training",
+    ]
+
+
+def test_parameters_are_put_into_the_tagged_cell_of_a_notebook():
+    nbformat = pytest.importorskip("nbformat")
+    cells = [
+        nbformat.v4.new_code_cell("first"),
+        nbformat.v4.new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    demo.set_parameters(notebook, SEED=3, NAME="demo")
+    assert [cell.source for cell in notebook.cells] == ["first", "SEED = 3\nNAME = 'demo'"]
+    with pytest.raises(ft.FinetuneError, match="no cell tagged 'parameters'"):
+        demo.set_parameters(nbformat.v4.new_notebook(cells=cells[:1]), SEED=3)
