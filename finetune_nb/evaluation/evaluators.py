@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field, field_validator
 
@@ -42,12 +42,12 @@ async def evaluate_items(evaluator: Any, items: Sequence[EvalInputItem], max_con
             f"an evaluator is a function of the item, or has evaluate(EvalInput); got {type(evaluator).__name__}."
         )
     if inspect.iscoroutinefunction(evaluator) or inspect.iscoroutinefunction(type(evaluator).__call__):
-        gate = asyncio.Semaphore(max_concurrency)
+        gate, ask = asyncio.Semaphore(max_concurrency), cast(Callable[[EvalInputItem], Awaitable[Any]], evaluator)
 
         async def score(item: EvalInputItem) -> EvalOutputItem:
             async with gate:
                 try:
-                    return verdict(item.id, await evaluator(item))
+                    return verdict(item.id, await ask(item))
                 except Exception as error:
                     return no_score(item.id, error)
 
