@@ -176,7 +176,7 @@ class RunSettings(BaseModel):
 
     engine: str = "local"
     """Where the run is driven: "local", in this process."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of every draw and every sampled token."""
     deterministic: bool = False
     """True: a repeat is equal to the last digit, at the price of waiting for the slowest rollout of a batch."""

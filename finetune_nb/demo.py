@@ -17,6 +17,7 @@ from typing import Any
 
 from .errors import FinetuneError
 from .examples import calculator
+from .jsonl import finite
 from .run import free_id
 
 __all__ = ["notebooks_folder", "run_demo"]
@@ -53,7 +54,7 @@ def run_demo(seed: int, epochs: int, out: Path, figures: Path | None = None) -> 
     print(f"Look at {out / 'demo.html'}, or open {out / 'demo.ipynb'} in JupyterLab.")
     if figures is not None:
         figures.parent.mkdir(parents=True, exist_ok=True)
-        figures.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        figures.write_text(json.dumps(finite(summary), indent=2), encoding="utf-8")
     return 0
 
 

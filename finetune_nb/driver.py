@@ -7,7 +7,6 @@ made of stands in watch.py.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -20,6 +19,7 @@ from .evaluation.evaluate import EvaluationContext, Progress, dataset_of, evalua
 from .evaluation.recording import ChatReply, Episode
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .observe import observe, unobserve
+from .redaction import redacting_logger
 from .registry import Builder
 from .trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from .types import (
@@ -38,7 +38,7 @@ from .watch import Watch, record, settled_late, validation_of
 
 __all__ = ["Driver"]
 
-logger = logging.getLogger(__name__)
+logger = redacting_logger(__name__)
 
 
 class Driver:

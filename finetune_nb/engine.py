@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+from .redaction import redacting_logger
 
 __all__ = ["EngineThread", "enable_nested_asyncio", "run_sync"]
 
 T = TypeVar("T")
+logger = redacting_logger(__name__)
 
 
 class EngineThread:
@@ -86,6 +89,25 @@ class EngineThread:
             loop.call_soon_threadsafe(loop.stop)
             if thread is not threading.current_thread():
                 thread.join(timeout=1.0)
+
+    def close_after(self, last: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Runs a last coroutine, ten seconds at most, and closes. Raises what that raised."""
+        try:
+            self.submit(last()).result(timeout=10.0)
+        finally:
+            self.close()
+
+    def close_in_background(self, last: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """The same for the garbage collector, which may call from any thread, this one included: nobody waits."""
+
+        def end() -> None:
+            try:
+                self.close_after(last)
+            except Exception:
+                logger.warning("%s could not be closed well", self.name, exc_info=True)
+
+        if self._loop is not None:  # else nothing ever ran on it
+            threading.Thread(target=end, name=f"{self.name}-close", daemon=True).start()
 
 
 async def _cancel_the_rest() -> None:

@@ -192,6 +192,8 @@ class EvalInputItem(BaseModel):
 
 
 class EvalInput(BaseModel):
+    """The items of one evaluation."""
+
     eval_input_items: list[EvalInputItem]
 
 
@@ -205,6 +207,8 @@ class EvalOutputItem(BaseModel):
 
 
 class EvalOutput(BaseModel):
+    """One evaluator's verdicts on all items, and their mean."""
+
     average_score: Any
     eval_output_items: list[EvalOutputItem]
 

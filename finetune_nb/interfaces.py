@@ -8,7 +8,6 @@ signatures. Nothing here knows a Run, a store or a widget.
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import ConfigError
 from .observe import resolve, unobserved
+from .redaction import redact_text, redacting_logger
 from .types import (
     EpisodeKey,
     EvalOutputItem,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Policy", "Trainer", "TrainerAdapter", "TrajectoryBuilder"]
 
-logger = logging.getLogger(__name__)
+logger = redacting_logger(__name__)
 
 
 class Policy(Protocol):
@@ -240,7 +240,7 @@ class Trainer(ABC):
             metrics = self._calculate_validation_metrics(await builder.run_eval())
         except Exception as error:
             logger.exception("validation before epoch %d failed", epoch)
-            metrics = {**_NO_VALIDATION, "error": f"{type(error).__name__}: {error}"}
+            metrics = {**_NO_VALIDATION, "error": redact_text(f"{type(error).__name__}: {error}")}
         return {**metrics, "epoch": epoch, "dataset_type": "validation"}
 
     def _calculate_validation_metrics(self, eval_output: EvaluationRunOutput) -> dict[str, Any]:

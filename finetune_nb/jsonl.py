@@ -9,20 +9,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_jsonl"]
+__all__ = ["append_jsonl", "finite"]
 
 
 def append_jsonl(path: Path, line: Mapping[str, Any]) -> None:
     """Appends one record with its time stamp. NaN is written as null, so that every reader takes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"), **_finite(line)}
+    record = {"timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"), **finite(line)}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, default=str) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for every NaN and infinity, which JSON does not know."""
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

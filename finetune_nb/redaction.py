@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import json
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +31,9 @@ __all__ = [
     "names_credential",
     "plain",
     "redact",
+    "redact_exception",
     "redact_text",
+    "redacting_logger",
     "remember_secret",
 ]
 
@@ -91,6 +94,40 @@ def remember_secret(value: str) -> None:
 def redact_text(text: str) -> str:
     """`text` with every secret value that was met so far in this process replaced by asterisks."""
     return _secrets.pattern.sub(MASK, text) if _secrets.pattern else text
+
+
+def redact_exception(error: BaseException) -> bool:
+    """Takes the secrets out of an exception's messages and of those that caused it, in place. False where that does not
+    help, because it makes its text of something else: do not show it."""
+    clean = True
+    while error is not None:
+        if redact_text(str(error)) != str(error):
+            error.args = tuple(redact_text(part) if isinstance(part, str) else part for part in error.args)
+            clean = clean and redact_text(str(error)) == str(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return clean
+
+
+def redacting_logger(name: str) -> logging.Logger:
+    """The logger of a module of ours: what it logs, tracebacks included, names no secret."""
+    logger = logging.getLogger(name)
+    if not any(isinstance(known, _Redact) for known in logger.filters):
+        logger.addFilter(_Redact())
+    return logger
+
+
+class _Redact(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and not record.exc_text:
+            record.exc_text = _formatter.formatException(record.exc_info)
+        if record.exc_text:
+            record.exc_text = redact_text(record.exc_text)
+            record.exc_info = None  # the text stands for it: a handler must not format the exception again
+        record.msg, record.args = redact_text(record.getMessage()), ()
+        return True
+
+
+_formatter = logging.Formatter()
 
 
 def redact(value: Any, secrets: Iterable[str] = ()) -> Any:

@@ -10,7 +10,6 @@ The names stand in type_names.py; making live components is builder.py's (`Build
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from .component import (
     TrajectoryBuilderConfig,
 )
 from .errors import ConfigError
+from .redaction import redacting_logger
 from .type_names import KINDS, OUR_TYPES, Registration, registered
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
     "register_trajectory_builder",
 ]
 
-logger = logging.getLogger(__name__)
+logger = redacting_logger(__name__)
 
 F = TypeVar("F", bound=Callable[..., AsyncGenerator[Any, None]])
 

@@ -21,10 +21,11 @@ from .controls import Controls
 from .display import ProgressLine, watch_progress
 from .driver import Driver
 from .engine import EngineThread
-from .errors import ConfigError, RunError
+from .errors import ConfigError, FinetuneError, RunError
 from .html import duration
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
-from .loading import load_config, redact_text
+from .loading import load_config
+from .redaction import redact_exception, redact_text
 from .registry import Builder
 from .types import Epoch, RolloutFailure, Trajectory, Validation
 from .viewer import epoch_text, run_html, run_text
@@ -167,6 +168,8 @@ class Run:
             config = load_config(config, override=[(key.replace("__", "."), value) for key, value in overrides.items()])
         elif overrides:
             raise ConfigError("overrides go with a YAML file or a dict; this Config is complete already.")
+        elif config.builder is not None:
+            raise ConfigError("this Config belongs to an open run already. Load it again for another one.")
         run = cls.__new__(cls)
         run._begin(config, Builder(config), name)
         return run
@@ -187,6 +190,9 @@ class Run:
         self._error: str | None = None
         self._closed = False
         _open_runs.add(self)
+        # The cell that made the run is run again, say: nobody holds the old one, and its components must end.
+        self._left = weakref.finalize(self, self._engine.close_in_background, self._driver.close)
+        self._left.atexit = False  # _close_all does it then, and waits
 
     # ── doing ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -236,6 +242,8 @@ class Run:
             result = await coroutine
         except Exception as error:
             self._error = redact_text(f"{type(error).__name__}: {error}")
+            if not redact_exception(error):  # a server that repeats the key it was given, say: no cell may show that
+                raise FinetuneError(self._error) from None
             raise
         self._error = None
         return result
@@ -342,15 +350,15 @@ class Run:
     # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def close(self) -> None:
-        """Ends every component, once. The records can still be read. Also done at the interpreter's exit."""
+        """Ends every component, once. The records can still be read. Also done at the interpreter's exit, and when nobody
+        holds the run any more."""
         if self._closed:
             return
         self._closed = True
         _open_runs.discard(self)
-        try:
-            self._engine.submit(self._driver.close()).result(timeout=10.0)
-        finally:
-            self._engine.close()
+        self._left.detach()
+        self.config.builder = None
+        self._engine.close_after(self._driver.close)
 
     async def __aenter__(self) -> Run:
         return self

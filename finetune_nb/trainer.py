@@ -6,7 +6,6 @@ plot. The cost of an epoch does not depend on how many went before.
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from .errors import BackendError, JobFailed, RunError
 from .interfaces import Trainer
 from .jsonl import append_jsonl
 from .metrics import epoch_metrics
+from .redaction import redact_text, redacting_logger
 from .registry import Builder, register_trainer
 from .types import (
     EpochMetrics,
@@ -30,7 +30,7 @@ from .types import (
 
 __all__ = ["EpochTrainer", "EpochTrainerConfig"]
 
-logger = logging.getLogger(__name__)
+logger = redacting_logger(__name__)
 
 
 class EpochTrainerConfig(TrainerConfig, name="epoch_trainer"):
@@ -198,7 +198,7 @@ class EpochTrainer(Trainer):
             try:
                 entry["status"] = (await self.trainer_adapter.status(ref)).model_dump()
             except Exception as error:
-                entry["error"] = f"{type(error).__name__}: {error}"
+                entry["error"] = redact_text(f"{type(error).__name__}: {error}")
             jobs.append(entry)
         return {"run_id": run_id, "total_epochs": len(self._jobs), "jobs": jobs}
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 from pydantic import Field
@@ -23,6 +23,7 @@ from .evaluation.evaluate import EvaluationContext, evaluation_context
 from .evaluation.executor import LocalExecutor, RolloutExecutor
 from .interfaces import TrajectoryBuilder
 from .jsonl import append_jsonl
+from .redaction import redact_text, redacting_logger
 from .registry import Builder, register_trajectory_builder
 from .types import (
     EvalInputItem,
@@ -35,7 +36,7 @@ from .types import (
 
 __all__ = ["EvalTrajectoryBuilder", "EvalTrajectoryBuilderConfig", "draw_examples"]
 
-logger = logging.getLogger(__name__)
+logger = redacting_logger(__name__)
 
 
 class EvalTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="eval_traj_builder"):
@@ -118,10 +119,14 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         failures: list[RolloutFailure] = []
         for generation, output in enumerate(outputs):
             if isinstance(output, BaseException):
-                logger.error("generation %d failed", generation, exc_info=output)
-                failures.append(RolloutFailure(None, generation, f"{type(output).__name__}: {output}"))
+                logger.error("generation %d failed:\n%s", generation, redact_text("".join(format_exception(output))))
+                failures.append(RolloutFailure(None, generation, redact_text(f"{type(output).__name__}: {output}")))
                 continue
             failures += output.failures
+            if output.workflow_interrupted:
+                failures.append(
+                    RolloutFailure(None, generation, "the evaluation was interrupted before all items were done")
+                )
             await self._collect(output, generation, run_id, meta, groups, failures)
         if failures:
             logger.warning("%d rollouts failed; the first: %s", len(failures), failures[0].error)
@@ -187,7 +192,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
             "scores": {name: v.score for name, v in verdicts.items()},
         }
         if error:
-            metadata["reward_error"] = error
+            metadata["reward_error"] = redact_text(error)
         return Trajectory(episode=episode, reward=reward, metadata=metadata)
 
     async def _reward(

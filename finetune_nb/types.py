@@ -149,6 +149,8 @@ class LLMCall:
 
 
 class EpisodeItemRole(StrEnum):
+    """Who speaks in an episode."""
+
     USER = "user"
     ASSISTANT = "assistant"
     SYSTEM = "system"
@@ -179,6 +181,8 @@ class EpisodeItem(BaseModel):
 
 
 class OpenAIMessage(BaseModel):
+    """A chat message, plain."""
+
     role: str
     content: str
 
@@ -323,6 +327,8 @@ class TrainingJobRef(BaseModel):
 
 
 class TrainingStatusEnum(StrEnum):
+    """How a job stands; the last three are final."""
+
     PENDING = "pending"
     RUNNING = "running"
     COMPLETED = "completed"

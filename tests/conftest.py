@@ -6,8 +6,16 @@ import os
 
 import pytest
 
+from finetune_nb import redaction
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def forget_secrets(monkeypatch):
+    """Secrets are remembered for the whole process; a test's own must not mask the messages of the next one."""
+    monkeypatch.setattr(redaction, "_secrets", redaction._Secrets())
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ import pytest
 
 import finetune_nb as ft
 from finetune_nb.engine import EngineThread
-from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
+from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
 
 
 @pytest.fixture
@@ -286,6 +287,30 @@ async def test_after_an_aborted_epoch_the_next_one_can_begin_at_once(tmp_path):
     adapter.delay = 0
     assert (await run.next_epoch()).job.status == "completed"
     await asyncio.to_thread(run.close)
+
+
+async def test_a_run_that_nobody_holds_any_more_is_closed(tmp_path, caplog):
+    class Trainer(ft.EpochTrainer):
+        ended = threading.Event()
+
+        async def cleanup(self):
+            self.ended.set()
+
+    builder = ScriptedBuilder(lambda epoch: {"a": [0, 1]})
+    options = {"builder": builder, "adapter": FakeAdapter(), "output_dir": tmp_path}
+    run = ft.Run(**options, trainer=Trainer(ft.TrainerConfig()), name="old")
+    epoch = await run.next_epoch()
+    assert not Trainer.ended.is_set()
+    del run
+    gc.collect()
+    assert await asyncio.to_thread(Trainer.ended.wait, 5)
+    for _ in range(100):
+        if not any(thread.name.startswith("ft-old") for thread in threading.enumerate()):
+            break
+        await asyncio.sleep(0.02)
+    assert [t.name for t in threading.enumerate() if t.name.startswith("ft-old")] == []
+    assert epoch.metrics.trajectories == 2  # its records stay
+    assert "destroyed" not in caplog.text
 
 
 @pytest.mark.parametrize("way", ["background thread", "cancelled task"])

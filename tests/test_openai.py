@@ -3,9 +3,11 @@ something goes wrong, without ever saying the key."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
+import traceback
 
 import pytest
 
@@ -16,7 +18,7 @@ from loopback import LoopbackServer, Refusal
 import finetune_nb as ft
 from finetune_nb.config import EvaluatorBaseConfig, FunctionBaseConfig, TrainerAdapterConfig
 from finetune_nb.evaluation.recording import Episode
-from finetune_nb.redaction import MASK
+from finetune_nb.redaction import MASK, remember_secret
 from finetune_nb.testing import FakeAdapter, sums
 from finetune_nb.types import EpisodeKey
 
@@ -340,6 +342,45 @@ async def test_the_key_is_sent_and_otherwise_nowhere_to_be_seen(make_run, tmp_pa
     assert MASK in epoch.reason
     assert [text[:300] for text in seen if KEY in text] == []
     assert run.config.stored()["llms"]["remote"]["api_key"] == "${LOOPBACK_API_KEY}"
+
+
+async def test_a_key_that_an_error_quotes_is_hidden_in_records_and_in_the_log(tmp_path, caplog):
+    class Indiscreet(ft.EvalTrajectoryBuilder):
+        evaluations = 0
+
+        async def run_eval(self):
+            self.evaluations += 1
+            if self.evaluations == 1:
+                raise RuntimeError(f"refused {KEY}")
+            return await super().run_eval()
+
+    def judge(item):
+        raise RuntimeError(f"the judge refused {KEY}")
+
+    async def solve(question, llm):
+        return (await llm.chat([{"role": "user", "content": question}])).content
+
+    remember_secret(KEY)
+    builder = Indiscreet(ft.EvalTrajectoryBuilderConfig(num_generations=2))
+    run = ft.Run(solve, judge, sums(2), builder=builder, adapter=FakeAdapter(), output_dir=tmp_path)
+    epoch = await run.next_epoch()
+    await asyncio.to_thread(run.close)
+    (failure,) = epoch.collection.failures
+    assert failure.error == f"RuntimeError: refused {MASK}"
+    errors = [t.metadata["reward_error"] for group in epoch.collection.trajectories for t in group]
+    assert errors == [f"RuntimeError: the judge refused {MASK}"] * 2
+    assert "generation 0 failed" in caplog.text
+    assert KEY not in caplog.text
+
+
+async def test_a_key_that_a_server_repeats_reaches_no_cell(make_run):
+    with LoopbackServer(lambda request: Refusal(401, f"no entry with {request.headers['authorization']}")) as server:
+        run = make_run(server.base_url)
+        with pytest.raises(Exception, match="no entry with") as caught:
+            await run.chat("hello")
+    shown = "".join(traceback.format_exception(caught.value)) + repr(run) + run._repr_html_()
+    assert MASK in shown
+    assert KEY not in shown
 
 
 async def test_a_key_written_into_the_config_is_masked_where_it_is_stored():

@@ -73,10 +73,6 @@ ATTRIBUTES = {
     },
 }
 
-SPEAK_FOR_THEMSELVES = {"EpisodeItemRole", "EvalInput", "EvalOutput", "OpenAIMessage", "TrainingStatusEnum"}
-"""Plain lists of values or fields, without a docstring of their own."""
-
-
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -139,7 +135,7 @@ def own_docstring(thing) -> str | None:
 
 def test_every_public_class_and_function_has_a_docstring():
     silent = {name for name in ft.__all__ if name != "__version__" and not own_docstring(getattr(ft, name))}
-    assert silent <= SPEAK_FOR_THEMSELVES
+    assert silent == set()
 
 
 # `_`-free methods that a subclass or a cell calls; those of the other classes are NAT's properties and validators.

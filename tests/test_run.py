@@ -185,7 +185,6 @@ async def test_an_aborted_epoch_cancels_its_job_and_the_run_goes_on(make_run):
         await task
     assert time.monotonic() - started < 1
     fake_of(run).delay = 0
-    await asyncio.sleep(0.05)
     assert (await run.next_epoch()).job.status == "completed"
 
 
@@ -480,6 +479,12 @@ async def test_a_closed_run_can_be_read_but_not_run(make_run):
     assert len(run.trajectories()) == 24
     with pytest.raises(ft.RunError, match="is closed"):
         await run.next_epoch()
+
+
+async def test_a_config_belongs_to_one_open_run(make_run):
+    config = make_run().config
+    with pytest.raises(ft.ConfigError, match="belongs to an open run"):
+        ft.Run.from_config(config)
 
 
 async def test_async_with_closes(make_run):

@@ -8,7 +8,6 @@ which rows are drawn and where rollouts run; without one the whole dataset is ru
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -20,6 +19,7 @@ from ..config import Config
 from ..errors import RolloutTimeout, WorkflowError
 from ..interfaces import Policy
 from ..loading import load_config, redact_text
+from ..redaction import redacting_logger
 from ..registry import Builder
 from ..types import (
     EpisodeKey,
@@ -38,7 +38,7 @@ from .workflow import Workflow
 
 __all__ = ["EvaluationContext", "EvaluationRun", "Progress", "evaluation_context", "progress"]
 
-logger = logging.getLogger(__name__)
+logger = redacting_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ what it learns from sequences.py's, how it learns training.py's. Without torch t
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import threading
 from pathlib import Path
@@ -20,6 +19,7 @@ from ...config import FinetuneConfig, TrainerAdapterConfig
 from ...errors import BackendError, FinetuneError, MissingExtra, StalePolicy, did_you_mean
 from ...interfaces import TrainerAdapter
 from ...jsonl import append_jsonl
+from ...redaction import redacting_logger
 from ...registry import Builder, register_trainer_adapter
 from ...types import TrainingJobRef, TrainingJobStatus, TrajectoryCollection
 from .sequences import experience
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalGRPOAdapter", "LocalGRPOConfig"]
 
-logger = logging.getLogger(__name__)
+logger = redacting_logger(__name__)
 
 
 class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import threading
 import time
 import traceback
@@ -22,12 +21,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from ...errors import BackendError, FinetuneError
+from ...redaction import redacting_logger
 from ...types import EpisodeKey, Sample, SamplingParams
 from .daemons import leaving, start_daemon
 
 __all__ = ["Batcher", "Request"]
 
-logger = logging.getLogger(__name__)
+logger = redacting_logger(__name__)
 
 QUIET_SECONDS = 0.005
 """A batch forms when no request has come for this long ..."""

@@ -5,13 +5,13 @@ A status is made anew whenever something changes and is never altered: reading o
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 
+from ...redaction import redacting_logger
 from ...types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 from .daemons import leaving, start_daemon
 from .sequences import Experience
@@ -19,7 +19,7 @@ from .training import TrainingReport
 
 __all__ = ["TrainingJob"]
 
-logger = logging.getLogger(__name__)
+logger = redacting_logger(__name__)
 
 
 class TrainingJob:

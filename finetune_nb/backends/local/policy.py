@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from ...errors import BackendError, ConfigError
+from ...redaction import redacting_logger
 from ...types import EpisodeKey, Sample, SamplingParams
 from .batching import Batcher, Request
 from .daemons import leaving
@@ -28,7 +28,7 @@ from .sampling import SampleRequest, sample_batch
 
 __all__ = ["EMBEDDED", "LocalPolicy"]
 
-logger = logging.getLogger(__name__)
+logger = redacting_logger(__name__)
 
 EMBEDDED = Path(__file__).parent / "tiny" / "model"
 """The model that ships with finetune_nb: a quarter of a million weights, enough for the calculator example."""
