@@ -22,6 +22,7 @@ from .display import ProgressLine, watch_progress
 from .driver import Driver
 from .engine import EngineThread
 from .errors import ConfigError, FinetuneError, RunError
+from .from_functions import from_functions
 from .html import duration
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .loading import load_config
@@ -92,67 +93,30 @@ class Run:
         adapter: TrainerAdapter | None = None,
         trainer: Trainer | None = None,
     ) -> None:
-        if builder is None and (workflow is None or reward is None or dataset is None):
-            raise ConfigError(
-                "Run needs workflow, reward and dataset, or a builder= of your own. See help(finetune_nb.Run)."
-            )
-        if adapter is not None and (training or model != "embedded"):
-            raise ConfigError("adapter= brings its own model and settings: leave model= and training= out.")
-        scores = {"reward": reward, **(evaluators or {})} if reward is not None else dict(evaluators or {})
-        settings: dict[str, Any] = {
-            "llms": {"policy": {"_type": "policy", "adapter": "adapter", **(sampling or {})}},
-            "eval": {
-                "general": {"max_concurrency": max_concurrency, "item_timeout": item_timeout, "retries": retries},
-                "evaluators": {key: {"_type": "python_function"} for key in scores},
-            },
-            "trajectory_builders": {
-                "builder": {
-                    "_type": "eval_traj_builder",
-                    "num_generations": generations,
-                    "examples_per_epoch": examples_per_epoch,
-                }
-            },
-            "trainer_adapters": {"adapter": {"_type": "local_grpo", "model": model, **(training or {})}},
-            "trainers": {"trainer": {"_type": "epoch_trainer"}},
-            "finetuning": {
-                "enabled": True,
-                "trainer": "trainer",
-                "trajectory_builder": "builder",
-                "trainer_adapter": "adapter",
-                "num_epochs": num_epochs,
-                "output_dir": str(output_dir),
-                "curriculum_learning": {"enabled": True, **curriculum} if curriculum is not None else {},
-                "run_configuration": {"validation_interval": validation_interval},
-            },
-            "run": {"seed": seed, "deterministic": deterministic},
-        }
-        if workflow is not None:
-            settings["workflow"] = {"_type": "python_function"}
-        if reward is not None:
-            settings["finetuning"]["reward_function"] = {"name": "reward"}
-        config = load_config(settings)
-        components = Builder(config)
-        if workflow is not None:
-            components.add("function", "workflow", workflow)
-        for key, function in scores.items():
-            components.add("evaluator", key, function)
-        run_config = config.finetuning.run_configuration
-        assert run_config is not None
-        if dataset is not None:
-            run_config.dataset = _dataset(components, "train", dataset)
-        if validation is not None:
-            run_config.validation_dataset = _dataset(components, "validation", validation)
-        if builder is not None:
-            config.trajectory_builders["builder"] = builder.trajectory_builder_config
-            components.add("trajectory_builder", "builder", builder)
-        if adapter is not None:
-            config.trainer_adapters["adapter"] = adapter.adapter_config
-            components.add("trainer_adapter", "adapter", adapter)
-            if adapter.policy is None:
-                config.llms.clear()
-        if trainer is not None:
-            config.trainers["trainer"] = trainer.trainer_config
-            components.add("trainer", "trainer", trainer)
+        config, components = from_functions(
+            workflow,
+            reward,
+            dataset,
+            model=model,
+            generations=generations,
+            examples_per_epoch=examples_per_epoch,
+            validation=validation,
+            validation_interval=validation_interval,
+            evaluators=evaluators or {},
+            curriculum=curriculum,
+            sampling=sampling or {},
+            training=training or {},
+            num_epochs=num_epochs,
+            max_concurrency=max_concurrency,
+            item_timeout=item_timeout,
+            retries=retries,
+            seed=seed,
+            deterministic=deterministic,
+            output_dir=str(output_dir),
+            builder=builder,
+            adapter=adapter,
+            trainer=trainer,
+        )
         self._begin(config, components, name)
 
     @classmethod
@@ -374,16 +338,6 @@ def _close_all() -> None:
             run.close()
         except Exception:  # at exit there is nobody left to tell
             pass
-
-
-def _dataset(builder: Builder, role: str, dataset: Any) -> str:
-    """A file's path as it is; rows under the name of their role."""
-    if isinstance(dataset, str | Path):
-        return str(dataset)
-    from .evaluation.datasets import read_rows
-
-    builder.add("dataset", role, read_rows(dataset))
-    return role
 
 
 def free_id(name: str | None, output_dir: Path) -> str:
