@@ -167,7 +167,7 @@ class Run:
         training job failed or was canceled, BackendError for an unhealthy backend, ConfigError and DatasetError for what
         is wrong with the config. Interrupting aborts the epoch.
         """
-        return await self._run(watch_progress(self._ask(self._driver.next_epoch()), self._progress_line))
+        return await self._run(watch_progress(self._ask(self._driver.next_epoch()), self._progress_line), states=True)
 
     def _progress_line(self, done: bool) -> ProgressLine:
         progress, epochs = self._driver.progress, self._driver.epochs
@@ -201,15 +201,17 @@ class Run:
             self._require_open()
         return await self._engine.run(coroutine)
 
-    async def _run(self, coroutine: Any) -> Any:
+    async def _run(self, coroutine: Any, states: bool = False) -> Any:
+        """Awaits it, and lets no secret out with its error. `states`: whether the run has failed if this does."""
         try:
             result = await coroutine
         except Exception as error:
-            self._error = redact_text(f"{type(error).__name__}: {error}")
+            text = redact_text(f"{type(error).__name__}: {error}")
+            self._error = text if states else self._error
             if not redact_exception(error):  # a server that repeats the key it was given, say: no cell may show that
-                raise FinetuneError(self._error) from None
+                raise FinetuneError(text) from None
             raise
-        self._error = None
+        self._error = None if states else self._error
         return result
 
     def _require_open(self) -> None:
@@ -287,7 +289,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """ "new", "ready" (between epochs), "running", "failed" (the last call raised) or "closed"."""
+        """ "new", "ready" (between epochs), "running", "failed" (the last epoch raised) or "closed"."""
         if self._closed:
             return "closed"
         if self._driver.busy:

@@ -283,6 +283,7 @@ async def test_rollout_tries_one_example_by_position_or_id(make_run):
     assert len(run) == 0
     with pytest.raises(ft.RunError, match="no example 'sum-99'"):
         await run.rollout("sum-99")
+    assert run.state == "new"  # a slip of the hand is no failure of the run
 
 
 async def test_a_rollout_that_fails_is_shown_as_a_failure(make_run):
