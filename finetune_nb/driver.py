@@ -104,8 +104,11 @@ class Driver:
 
     async def close(self) -> None:
         """Takes the wrappers off and ends every component, once. All are ended even if one raises."""
-        if self.trainer is not None:
-            await self._settle_late_jobs()
+        if self._late:
+            try:
+                await asyncio.wait_for(self._settle_late_jobs(), 5.0)
+            except Exception:
+                logger.warning("a job that was submitted late has not ended well", exc_info=True)
         trainer, components = self.trainer, (self.trainer, self.trajectory_builder, self.adapter)
         for component in components:
             if component is not None:
