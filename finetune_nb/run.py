@@ -28,12 +28,11 @@ from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .loading import load_config
 from .redaction import redact_exception, redact_text
 from .registry import Builder
+from .run_views import RunViews
 from .types import Epoch, RolloutFailure, Trajectory, Validation
-from .viewer import epoch_text, run_html, run_text
+from .viewer import epoch_text
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from .evaluation.evaluate import Progress
     from .evaluation.recording import ChatReply
 
@@ -42,7 +41,7 @@ __all__ = ["Run"]
 _open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
-class Run:
+class Run(RunViews):
     """A finetuning run, from plain functions; `Run.from_config` makes one from a YAML file.
 
         run = ft.Run(solve, correct, dataset="train.json", generations=8)
@@ -151,7 +150,7 @@ class Run:
         self._controls = Controls(settings)
         self._driver = Driver(config, builder, self.id, self._controls)
         self._engine = EngineThread(f"ft-{self.id}")
-        self._error: str | None = None
+        self.error = None
         self._closed = False
         _open_runs.add(self)
         # The cell that made the run is run again, say: nobody holds the old one, and its components must end.
@@ -207,11 +206,11 @@ class Run:
             result = await coroutine
         except Exception as error:
             text = redact_text(f"{type(error).__name__}: {error}")
-            self._error = text if states else self._error
+            self.error = text if states else self.error
             if not redact_exception(error):  # a server that repeats the key it was given, say: no cell may show that
                 raise FinetuneError(text) from None
             raise
-        self._error = None if states else self._error
+        self.error = None if states else self.error
         return result
 
     def _require_open(self) -> None:
@@ -233,13 +232,12 @@ class Run:
         self._driver.require_single_epochs()
         self._controls.change(changes)
 
-    # ── looking ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── looking: the tables, plots and reprs are those of RunViews ───────────────────────────────────────────────────
 
-    def __len__(self) -> int:
-        return len(self._driver.epochs)
-
-    def __getitem__(self, index: int) -> Epoch:
-        return self._driver.epochs[index]
+    @property
+    def records(self) -> Sequence[Epoch]:
+        """One Epoch for each epoch that has ended."""
+        return self._driver.epochs
 
     @property
     def progress(self) -> Progress:
@@ -251,67 +249,22 @@ class Run:
         """All that the run leaves behind."""
         return Path(self.config.finetuning.output_dir) / self.id
 
-    def trajectories(self) -> pd.DataFrame:
-        """One row = one trajectory or one failed rollout. Columns: see frames.trajectories."""
-        from . import frames
-
-        return frames.trajectories(self._driver.epochs)
-
-    def groups(self) -> pd.DataFrame:
-        """One row = one group of one epoch. Columns: see frames.groups."""
-        from . import frames
-
-        return frames.groups(self._driver.epochs)
-
-    def epochs(self) -> pd.DataFrame:
-        """One row = one epoch. Columns: see frames.epochs."""
-        from . import frames
-
-        return frames.epochs(self._driver.epochs)
-
-    def plot_rewards(self, ax: Any = None, **options: Any) -> Any:
-        """Reward per epoch, with validation and curriculum. Returns a figure, or draws on `ax`."""
-        from . import plots
-
-        return plots.plot_rewards(self._driver.epochs, ax=ax, **options)
-
-    def plot_reward_distribution(self, ax: Any = None, **options: Any) -> Any:
-        """How the rewards of each epoch are distributed. Returns a figure, or draws on `ax`."""
-        from . import plots
-
-        return plots.plot_reward_distribution(self._driver.epochs, ax=ax, **options)
-
-    def plot_scores(self, names: Sequence[str] | None = None, ax: Any = None, **options: Any) -> Any:
-        """The mean of every evaluator per epoch. Returns a figure, or draws on `ax`."""
-        from . import plots
-
-        return plots.plot_scores(self._driver.epochs, names=names, ax=ax, **options)
+    @property
+    def model(self) -> str | None:
+        """What is trained, where the adapter's config says it."""
+        adapter = self.config.trainer_adapters.get(self.config.finetuning.trainer_adapter or "")
+        return getattr(adapter, "model", None)
 
     @property
     def state(self) -> str:
-        """ "new", "ready" (between epochs), "running", "failed" (the last epoch raised) or "closed"."""
+        """One of: new, ready (between epochs), running, failed (the last epoch raised), closed."""
         if self._closed:
             return "closed"
         if self._driver.busy:
             return "running"
-        if self._error:
+        if self.error:
             return "failed"
         return "ready" if self._driver.epochs else "new"
-
-    def __repr__(self) -> str:
-        return run_text(name=self.id, state=self.state, epochs=self._driver.epochs, error=self._error)
-
-    def _repr_html_(self) -> str:
-        adapter = self.config.finetuning.trainer_adapter
-        model = getattr(self.config.trainer_adapters.get(adapter or ""), "model", None)
-        return run_html(
-            name=self.id,
-            state=self.state,
-            epochs=self._driver.epochs,
-            error=self._error,
-            folder=str(self.folder),
-            model=model,
-        )
 
     # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -23,7 +23,7 @@ LAYERS = {
     "contracts": "interfaces type_names builder registry known_keys loading",
     "engine": "controls curriculum metrics jsonl episodes evaluation* trajectory_builder trainer watch driver engine",
     "views": "conversation columns frames figure plots viewer display",
-    "surface": "from_functions run cli demo testing",
+    "surface": "from_functions run_views run cli demo testing",
     "edge": "backends* examples*",
 }
 BELOW_THE_EDGE = ("nouns", "contracts", "engine")

@@ -1,0 +1,103 @@
+"""What can be seen of a run: tables, plots and how it shows itself, from its records alone.
+
+Everything here works on records that are in memory or read from disk, whoever's Trainer made them. Running is run.py's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .types import Epoch
+from .viewer import run_html, run_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["RunViews"]
+
+
+class RunViews(ABC):
+    """A run to look at. `run[3]` is the record of epoch 3, `len(run)` their number."""
+
+    id: str
+    """The run's name, and that of its folder."""
+    error: str | None = None
+    """What the last epoch raised."""
+
+    @property
+    @abstractmethod
+    def records(self) -> Sequence[Epoch]:
+        """One Epoch for each epoch that has ended."""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """All that the run leaves behind."""
+
+    @property
+    @abstractmethod
+    def state(self) -> str:
+        """What the run is doing, in a word."""
+
+    @property
+    def model(self) -> str | None:
+        """What is trained, where that is known."""
+        return None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Epoch:
+        return self.records[index]
+
+    def trajectories(self) -> pd.DataFrame:
+        """One row = one trajectory or one failed rollout. Columns: see frames.trajectories."""
+        from . import frames
+
+        return frames.trajectories(self.records)
+
+    def groups(self) -> pd.DataFrame:
+        """One row = one group of one epoch. Columns: see frames.groups."""
+        from . import frames
+
+        return frames.groups(self.records)
+
+    def epochs(self) -> pd.DataFrame:
+        """One row = one epoch. Columns: see frames.epochs."""
+        from . import frames
+
+        return frames.epochs(self.records)
+
+    def plot_rewards(self, ax: Any = None, **options: Any) -> Any:
+        """Reward per epoch, with validation and curriculum. Returns a figure, or draws on `ax`."""
+        from . import plots
+
+        return plots.plot_rewards(self.records, ax=ax, **options)
+
+    def plot_reward_distribution(self, ax: Any = None, **options: Any) -> Any:
+        """How the rewards of each epoch are distributed. Returns a figure, or draws on `ax`."""
+        from . import plots
+
+        return plots.plot_reward_distribution(self.records, ax=ax, **options)
+
+    def plot_scores(self, names: Sequence[str] | None = None, ax: Any = None, **options: Any) -> Any:
+        """The mean of every evaluator per epoch. Returns a figure, or draws on `ax`."""
+        from . import plots
+
+        return plots.plot_scores(self.records, names=names, ax=ax, **options)
+
+    def __repr__(self) -> str:
+        return run_text(name=self.id, state=self.state, epochs=self.records, error=self.error)
+
+    def _repr_html_(self) -> str:
+        return run_html(
+            name=self.id,
+            state=self.state,
+            epochs=self.records,
+            error=self.error,
+            folder=str(self.folder),
+            model=self.model,
+        )
