@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import ConfigError
 from .types import Epoch
 from .viewer import run_html, run_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["RunViews"]
+    from .comparison import Comparison
+
+__all__ = ["RunViews", "compare"]
 
 
 class RunViews(ABC):
@@ -101,3 +104,17 @@ class RunViews(ABC):
             folder=str(self.folder),
             model=self.model,
         )
+
+
+def compare(runs: Sequence[RunViews], confidence: float = 0.95) -> Comparison:
+    """Holds the other runs against the first one, on the examples that they have in common in the same epoch.
+
+    Shows a table; `.frame` has the pairs, `.differences` the numbers with their bootstrap intervals, `.plot()` the curves.
+    Raises ConfigError for fewer than two different runs.
+    """
+    from .comparison import compare_runs
+
+    names = [run.id for run in runs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"a run is held against others, not against itself; got {', '.join(names)}.")
+    return compare_runs({run.id: run.records for run in runs}, confidence)

@@ -22,7 +22,7 @@ LAYERS = {
     "nouns": "errors html observe redaction yaml_text eval_types types component curriculum_settings config",
     "contracts": "interfaces type_names builder registry known_keys loading",
     "engine": "controls curriculum metrics jsonl episodes evaluation* trajectory_builder trainer watch driver engine",
-    "views": "conversation columns frames figure plots viewer display",
+    "views": "conversation columns frames figure plots viewer comparison display",
     "surface": "from_functions run_views run cli demo testing",
     "edge": "backends* examples*",
 }

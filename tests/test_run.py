@@ -525,3 +525,13 @@ async def test_logs_have_nats_names_and_keys(make_run, tmp_path):
 async def test_missing_arguments_are_said():
     with pytest.raises(ft.ConfigError, match="needs workflow, reward and dataset"):
         ft.Run(guess, right)
+
+
+async def test_runs_are_compared_on_the_examples_that_they_share(make_run):
+    first, second = make_run(), make_run(seed=1)
+    for run in (first, second):
+        await run.next_epoch()
+    (difference,) = ft.compare([first, second]).differences
+    assert (difference.run, difference.pairs) == (second.id, 6)
+    with pytest.raises(ft.ConfigError, match="not against itself"):
+        ft.compare([first, first])
