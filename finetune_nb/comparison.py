@@ -91,7 +91,7 @@ def compare_runs(
     differences = []
     for name in others:
         both = pairs[[first, name]].dropna()
-        gain = (both[name] - both[first]).to_numpy()
+        gain = both[name].to_numpy() - both[first].to_numpy()
         examples = both.index.get_level_values("example").astype(str).to_numpy()
         low, high = _bootstrap(gain, examples, confidence, resamples, seed)
         mean = float(gain.mean()) if len(gain) else math.nan
