@@ -91,7 +91,8 @@ def compare_runs(
     differences = []
     for name in others:
         both = pairs[[first, name]].dropna()
-        gain = both[name].to_numpy() - both[first].to_numpy()
+        held, gained = both.to_numpy().T
+        gain = gained - held
         examples = both.index.get_level_values("example").astype(str).to_numpy()
         low, high = _bootstrap(gain, examples, confidence, resamples, seed)
         mean = float(gain.mean()) if len(gain) else math.nan
