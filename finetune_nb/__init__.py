@@ -85,6 +85,7 @@ _NAMES = {
         "RolloutTimeout",
         "RunError",
         "StalePolicy",
+        "StoreError",
         "WorkflowError",
     ),
 }

@@ -180,6 +180,10 @@ class RunSettings(BaseModel):
     """Of every draw and every sampled token."""
     deterministic: bool = False
     """True: a repeat is equal to the last digit, at the price of waiting for the slowest rollout of a batch."""
+    checkpoint_every: int = Field(default=1, ge=0)
+    """Epochs between checkpoints of the weights, without which a run cannot go on after its process has ended; 0 = none."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """The newest ones that are kept, beside the one that validated best."""
 
     @field_validator("engine")
     @classmethod

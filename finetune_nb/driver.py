@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from .config import Config, CurriculumSettings
 from .controls import Controls
 from .curriculum import state_from_dict, state_to_dict, steer
 from .errors import BackendError, ConfigError, JobFailed, RunError
-from .evaluation.evaluate import EvaluationContext, Progress, dataset_of, evaluation_context, progress, workflow_of
-from .evaluation.recording import ChatReply, Episode
+from .evaluation.evaluate import EvaluationContext, Progress, evaluation_context, progress
+from .evaluation.recording import ChatReply
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .observe import observe, unobserve
-from .redaction import redacting_logger
+from .recorder import Recorder
+from .redaction import redact_text, redacting_logger
 from .registry import Builder
-from .trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
+from .trajectory_builder import EvalTrajectoryBuilder
+from .trial import Trial
 from .types import (
-    EpisodeKey,
     Epoch,
     RolloutFailure,
-    Selection,
     TrainingJobRef,
     TrainingJobStatus,
     TrainingStatusEnum,
@@ -34,7 +36,7 @@ from .types import (
     TrajectoryCollection,
     Validation,
 )
-from .watch import Watch, record, settled_late, validation_of
+from .watch import Watch, log_what_was_left, record, settled_late, told_by, validation_of
 
 __all__ = ["Driver"]
 
@@ -44,9 +46,13 @@ logger = redacting_logger(__name__)
 class Driver:
     """Drives one Trainer. All methods run on one event loop; one epoch at a time."""
 
-    def __init__(self, config: Config, builder: Builder, run_id: str, controls: Controls) -> None:
+    def __init__(
+        self, config: Config, builder: Builder, run_id: str, controls: Controls, epochs: Sequence[Epoch] = ()
+    ) -> None:
         self.config, self.builder, self.run_id, self.controls = config, builder, run_id, controls
-        self.epochs: list[Epoch] = []
+        self.epochs: list[Epoch] = list(epochs)
+        self.recorder: Recorder | None = None
+        """Set by open."""
         self.validations: list[Validation] = []
         """Those that belong to no epoch: asked for by hand."""
         self.progress = Progress()
@@ -55,8 +61,8 @@ class Driver:
         self.adapter: TrainerAdapter = None  # type: ignore[assignment]
         self._watch: Watch | None = None
         self._busy: str | None = None
-        self._tries = 0
-        self._owner: dict[int, int] = {}  # id of a trajectory -> its epoch; the epochs keep the trajectories alive
+        self._trial = Trial(config, builder, run_id)
+        self._recent: deque[tuple[int, TrajectoryCollection]] = deque(maxlen=3)  # epochs that may be submitted late
         self._late: list[tuple[int, TrajectoryCollection, TrainingJobRef]] = []  # submitted after their epoch's record
 
     # ── opening and closing ──────────────────────────────────────────────────────────────────────────────────────────
@@ -74,24 +80,28 @@ class Driver:
         self.adapter = await self.builder.get_trainer_adapter(names.trainer_adapter)
         await trainer.bind_components(self.trajectory_builder, self.adapter)
         await trainer.initialize(names)
-        await self._preflight()
+        await self._trial.preflight(reads_rows=isinstance(self.trajectory_builder, EvalTrajectoryBuilder))
         if not await self.adapter.is_healthy():
             name = type(self.adapter).__name__
             raise BackendError(
                 f"the training backend is not healthy: {name}.is_healthy() is False. No rollout was started. "
                 "Start or repair the backend, then run the epoch again."
             )
+        run = self.config.run
+        self.recorder = self.recorder or await Recorder.open(
+            self.folder, self.run_id, self.config.stored(), run.checkpoint_every, run.keep_checkpoints
+        )
+        self.epochs = list(self.recorder.store.epochs)
+        state = await self.recorder.restore(self.adapter)
+        if state is not None and state["curriculum"] and trainer._curriculum_state is not None:
+            trainer._curriculum_state |= state_to_dict(state_from_dict(state["curriculum"]))
         self._observe(trainer)
         self.trainer = trainer
 
-    async def _preflight(self) -> None:
-        """Reads the dataset and binds the workflow, so that what is wrong there is said before the first rollout."""
-        run = self.config.finetuning.run_configuration
-        if isinstance(self.trajectory_builder, EvalTrajectoryBuilder):
-            items = dataset_of(self.config, self.builder, str(run.dataset) if run and run.dataset else None)
-            (await workflow_of(self.config, self.builder)).check(items)
-        if run and run.validation_dataset:
-            dataset_of(self.config, self.builder, str(run.validation_dataset))
+    @property
+    def folder(self) -> Path:
+        """All that the run leaves behind."""
+        return Path(self.config.finetuning.output_dir) / self.run_id
 
     def _observe(self, trainer: Trainer) -> None:
         observe(self.trajectory_builder, "start_run", self._start_run)
@@ -117,7 +127,12 @@ class Driver:
             if trainer is not None:
                 await trainer.cleanup()
         finally:
-            await self.builder.close()
+            try:
+                if self.recorder is not None:
+                    self.recorder.journal(self.controls)
+                    await self.recorder.close("closed")
+            finally:
+                await self.builder.close()
 
     # ── what a run is asked for ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -129,7 +144,10 @@ class Driver:
         await self.open()
         self.require_single_epochs()
         await self._settle_late_jobs()
-        watch = self._watch = Watch(len(self.epochs))
+        watch = self._watch = Watch(self.epochs[-1].index + 1 if self.epochs else 0)
+        assert self.recorder is not None
+        self.recorder.journal(self.controls)
+        await self.recorder.begun(watch, getattr(self.adapter.policy, "version", None))
         self.progress = Progress("rollouts")
         token = progress.set(self.progress)
         try:
@@ -139,22 +157,23 @@ class Driver:
             await self._cancel_jobs(watch)
             raise
         except Exception as error:
+            self.recorder.event("error", epoch=watch.epoch, error=redact_text(f"{type(error).__name__}: {error}"))
             if watch.collection is not None:
-                epoch = self._record(watch, error)
+                epoch = await self._record(watch, error)
                 if isinstance(error, JobFailed):
                     error.epoch = epoch
             raise
         finally:
             progress.reset(token)
             self._watch = None
-        epoch = self._record(watch)
+        epoch = await self._record(watch)
         if epoch.job is not None and epoch.job.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
             failure = JobFailed(
                 f"epoch {epoch.index}: the training job {epoch.job.status}: {epoch.job.message or 'no reason given'}"
             )
             failure.epoch = epoch
             raise failure
-        self._log_what_was_left(watch, epoch)
+        log_what_was_left(watch, epoch, self.trainer, self.folder)
         return epoch
 
     @property
@@ -187,41 +206,19 @@ class Driver:
         finally:
             self._watch = None
         self.validations += watch.validations
+        if self.recorder is not None:
+            await self.recorder.validated(watch.validations[-1])
         return watch.validations[-1]
 
     async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
         """One rollout of one example: its position in the dataset, or its id. It is not recorded in any epoch."""
         await self.open()
-        run = self.config.finetuning.run_configuration
-        source = str(run.dataset) if run and run.dataset else None
-        ids = [item.id for item in dataset_of(self.config, self.builder, source)]
-        if example in ids:
-            position = ids.index(example)
-        elif isinstance(example, int) and -len(ids) <= example < len(ids):
-            position = example % len(ids)
-        else:
-            raise RunError(f"no example {example!r}: the dataset has {len(ids)} rows, with ids like {ids[0]!r}.")
-        self._tries += 1
-        builder = EvalTrajectoryBuilder(EvalTrajectoryBuilderConfig(num_generations=1, min_episode_length=1))
-        await builder.initialize(self.config.finetuning)
-        token = evaluation_context.set(EvaluationContext("try", self._tries, 0, lambda rows: [position]))
-        try:
-            collection = await builder.collect([await builder.run_eval()], self.run_id)
-        finally:
-            evaluation_context.reset(token)
-        return collection.trajectories[0][0] if collection.trajectories else collection.failures[0]
+        return await self._trial.rollout(example)
 
     async def chat(self, messages: Any, **options: Any) -> ChatReply:
         """One reply of the policy to a text or to OpenAI messages."""
         await self.open()
-        llm = (await workflow_of(self.config, self.builder)).llm
-        if llm is None:
-            raise RunError("this run's workflow uses no llm, so there is nothing to talk to.")
-        self._tries += 1
-        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        episode = Episode(EpisodeKey("try", self._tries, 0, 0), self.config.run.seed)
-        with episode.live([llm.policy] if llm.policy else []):
-            return await llm.chat(messages, **options)
+        return await self._trial.chat(messages, **options)
 
     async def save_model(self, directory: str) -> str:
         await self.open()
@@ -258,6 +255,8 @@ class Driver:
             watch.collection = collection
             watch.add_seconds("rollouts", watch.collected or watch.started)
             watch.collected = time.perf_counter()
+            if self.recorder is not None:
+                await self.recorder.collected(watch.epoch, collection, watch.seconds["rollouts"])
             watch.settings = self._steer(watch.epoch)
             self.progress.phase = "training"
         return collection
@@ -281,7 +280,7 @@ class Driver:
         **kwargs: Any,
     ) -> TrainingJobRef:
         watch, started = self._watch, time.perf_counter()
-        owner = next((self._owner.get(id(t)) for group in trajectories.trajectories for t in group), None)
+        owner = self._owner_of(trajectories)
         if watch is not None and watch.collected is not None:
             watch.add_seconds("selection", watch.collected)
         ref = await original(trajectories, *args, **kwargs)
@@ -290,6 +289,8 @@ class Driver:
         elif watch is not None:
             watch.submitted.append(trajectories)
             watch.refs.append(ref)
+            if self.recorder is not None:
+                await self.recorder.submitted(watch.epoch, ref)
             watch.add_seconds("training", started)
         return ref
 
@@ -345,7 +346,10 @@ class Driver:
         while self._late:
             owner, trajectories, ref = self._late.pop(0)
             status = await self.adapter.wait_until_complete(ref)
-            self.epochs[owner] = settled_late(self.epochs[owner], trajectories, status)
+            place = next(i for i, epoch in enumerate(self.epochs) if epoch.index == owner)
+            self.epochs[place] = settled_late(self.epochs[place], trajectories, status)
+            if self.recorder is not None:
+                self.epochs[place] = await self.recorder.amended(self.epochs[place])
 
     async def _cancel_jobs(self, watch: Watch) -> None:
         cancel = getattr(self.adapter, "cancel", None)
@@ -356,43 +360,31 @@ class Driver:
         if aclose is not None:
             await aclose()
 
-    def _record(self, watch: Watch, error: Exception | None = None) -> Epoch:
-        told = getattr(self.trainer, "selection", None)
+    def _owner_of(self, trajectories: TrajectoryCollection) -> int | None:
+        """The recorded epoch to which submitted trajectories belong; None for those of the running one."""
+        first = next((t for group in trajectories.trajectories for t in group), None)
+        for index, collection in self._recent:
+            if any(first is t for group in collection.trajectories for t in group):
+                return index
+        return None
+
+    async def _record(self, watch: Watch, error: Exception | None = None) -> Epoch:
         state = state_from_dict(self.trainer._curriculum_state) if self.trainer._curriculum_state else None
         epoch = record(
             watch,
             self.run_id,
-            told if isinstance(told, Selection) else None,
+            told_by(self.trainer),
             watch.settings or self.controls.applied,
             state,
             getattr(self.adapter.policy, "version", None),
             error,
         )
         self.controls.settle(epoch.curriculum.percentile)
-        for group in epoch.collection.trajectories:
-            self._owner.update((id(trajectory), epoch.index) for trajectory in group)
+        self._recent.append((epoch.index, epoch.collection))
+        if self.recorder is not None:
+            self.recorder.journal(self.controls)
+            epoch = await self.recorder.ended(
+                epoch, self.adapter, self.trainer._curriculum_state, self.controls.applied
+            )
         self.epochs.append(epoch)
         return epoch
-
-    def _log_what_was_left(self, watch: Watch, epoch: Epoch) -> None:
-        """The three log_progress are called once an epoch: those that someone else's Trainer left out, by us."""
-        folder = str(self.config.finetuning.output_dir / self.run_id)
-        found = epoch.metrics
-        metrics = {
-            "epoch": epoch.index,
-            "avg_reward": found.mean_reward,
-            "num_trajectories": found.trajectories,
-            "num_groups": found.groups,
-        }
-        calls: dict[str, Callable[[], None]] = {
-            "trainer": lambda: self.trainer.log_progress(epoch.index, metrics, folder),
-            "builder": lambda: self.trajectory_builder.log_progress(self.run_id, metrics, folder),
-        }
-        if watch.refs:
-            calls["adapter"] = lambda: self.adapter.log_progress(watch.refs[-1], dict(epoch.train_metrics), folder)
-        for part, call in calls.items():
-            if part not in watch.logged:
-                try:
-                    call()
-                except Exception:
-                    logger.warning("log_progress of the %s failed", part, exc_info=True)

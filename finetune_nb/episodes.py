@@ -116,7 +116,7 @@ def _context(message: Mapping[str, Any], conversation: int) -> EpisodeItem:
     metadata = {key: message[key] for key in ("tool_calls", "tool_call_id", "name") if message.get(key)}
     if conversation:
         metadata["conversation"] = conversation
-    return EpisodeItem.model_construct(
+    return EpisodeItem(
         role=role,
         content=_text(message.get("content")),
         logprobs=[] if role == EpisodeItemRole.ASSISTANT else None,
@@ -143,7 +143,7 @@ def _sampled(call: LLMCall, conversation: int) -> EpisodeItem:
         metadata["tool_calls"] = call.reply["tool_calls"]
     if conversation:
         metadata["conversation"] = conversation
-    return EpisodeItem.model_construct(
+    return EpisodeItem(
         role=EpisodeItemRole.ASSISTANT,
         content=_text(call.reply.get("content")),
         logprobs=call.logprobs,

@@ -10,6 +10,7 @@
     │   ├── StalePolicy  (RuntimeError)  trajectories were sampled by older weights than are trained
     │   └── JobFailed    (RuntimeError)  a training job ended as failed or canceled
     ├── RunError         (RuntimeError)  a Run was asked for something that its state does not allow
+    ├── StoreError       (RuntimeError)  a run's folder cannot be read or written
     └── MissingExtra     (ImportError)   an optional package is not installed; the message names the extra
 
 Every message says what was found, what was expected, and what to do next. Catch `FinetuneError` for all of them; each is
@@ -32,6 +33,7 @@ __all__ = [
     "RolloutTimeout",
     "RunError",
     "StalePolicy",
+    "StoreError",
     "WorkflowError",
     "did_you_mean",
 ]
@@ -77,6 +79,10 @@ class JobFailed(BackendError):
 
 class RunError(FinetuneError, RuntimeError):
     """A Run was asked for something that its state does not allow."""
+
+
+class StoreError(FinetuneError, RuntimeError):
+    """A run's folder cannot be read or written; what was recorded before is kept."""
 
 
 class MissingExtra(FinetuneError, ImportError):

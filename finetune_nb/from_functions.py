@@ -16,7 +16,7 @@ from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .loading import load_config
 from .registry import Builder
 
-__all__ = ["from_functions"]
+__all__ = ["add_dataset", "from_functions"]
 
 
 def from_functions(
@@ -92,9 +92,9 @@ def from_functions(
     run_config = config.finetuning.run_configuration
     assert run_config is not None
     if dataset is not None:
-        run_config.dataset = _dataset(components, "train", dataset)
+        run_config.dataset = add_dataset(components, "train", dataset)
     if validation is not None:
-        run_config.validation_dataset = _dataset(components, "validation", validation)
+        run_config.validation_dataset = add_dataset(components, "validation", validation)
     if builder is not None:
         config.trajectory_builders["builder"] = builder.trajectory_builder_config
         components.add("trajectory_builder", "builder", builder)
@@ -109,7 +109,7 @@ def from_functions(
     return config, components
 
 
-def _dataset(builder: Builder, role: str, dataset: Any) -> str:
+def add_dataset(builder: Builder, role: str, dataset: Any) -> str:
     """A file's path as it is; rows under the name of their role."""
     if isinstance(dataset, str | Path):
         return str(dataset)

@@ -22,13 +22,16 @@ from .display import ProgressLine, watch_progress
 from .driver import Driver
 from .engine import EngineThread
 from .errors import ConfigError, FinetuneError, RunError
-from .from_functions import from_functions
+from .from_functions import add_dataset, from_functions
 from .html import duration
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .loading import load_config
+from .recorder import settings_of
 from .redaction import redact_exception, redact_text
 from .registry import Builder
+from .run_folder import DATABASE
 from .run_views import RunViews
+from .store import RunStore
 from .types import Epoch, RolloutFailure, Trajectory, Validation
 from .viewer import epoch_text
 
@@ -62,6 +65,7 @@ class Run(RunViews):
     max_concurrency: rollouts at once. item_timeout: seconds a rollout may take. retries: after transient failures.
     seed: of draws, sampling and training. deterministic: a repeat is equal to the last digit.
     name: the run's id and the name of its folder in `output_dir`; a number is added where that exists.
+    resume: "auto" goes on with the run of that name where its record ends, if there is one ("never": a new one).
     builder, adapter, trainer: components of your own in place of ours.
     """
 
@@ -87,6 +91,7 @@ class Run(RunViews):
         seed: int = 0,
         deterministic: bool = False,
         name: str | None = None,
+        resume: str = "never",
         output_dir: str | Path = "runs",
         builder: TrajectoryBuilder | None = None,
         adapter: TrainerAdapter | None = None,
@@ -116,14 +121,20 @@ class Run(RunViews):
             adapter=adapter,
             trainer=trainer,
         )
-        self._begin(config, components, name)
+        self._begin(config, components, name, resume)
 
     @classmethod
     def from_config(
-        cls, config: str | Path | Mapping[str, Any] | Config, *, name: str | None = None, **overrides: Any
+        cls,
+        config: str | Path | Mapping[str, Any] | Config,
+        *,
+        name: str | None = None,
+        resume: str = "never",
+        **overrides: Any,
     ) -> Run:
         """A run from the YAML of the NeMo Agent Toolkit's finetuning harness.
 
+        name, resume: as in Run.
         overrides: values for single settings by dotted path, dots written as two underscores: `run__seed=1`,
         `finetuning__num_epochs=3`. Raises ConfigError, which lists everything that is wrong with the config.
         """
@@ -134,21 +145,75 @@ class Run(RunViews):
         elif config.builder is not None:
             raise ConfigError("this Config belongs to an open run already. Load it again for another one.")
         run = cls.__new__(cls)
-        run._begin(config, Builder(config), name)
+        run._begin(config, Builder(config), name, resume)
         return run
 
-    def _begin(self, config: Config, builder: Builder, name: str | None) -> None:
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        workflow: Callable[..., Any] | None = None,
+        reward: Callable[..., Any] | None = None,
+        *,
+        dataset: Any = None,
+        validation: Any = None,
+        evaluators: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> Run:
+        """A run from its folder: to look at, and to go on with where its record ends.
+
+        A run that lives in this kernel is returned as it is. What no file can hold must be passed again to go on: plain
+        functions, and datasets that were lists or DataFrames. Reading needs no backend, and disturbs nobody who writes;
+        `refresh` sees what they have added. Raises StoreError for a folder that holds no run, or a damaged one.
+        """
+        folder = Path(path)
+        for live in _open_runs:
+            if live.folder.resolve() == folder.resolve():
+                return live
+        store = RunStore.open(folder)
+        run = cls.__new__(cls)
+        run._unable = None
+        try:
+            config = load_config(store.config())
+        except ConfigError as error:  # somebody's components are not registered here: it can be read all the same
+            config, run._unable = Config(), f"this run can be read, but not gone on with here: {error}"
+        config.finetuning.output_dir = folder.resolve().parent
+        builder = Builder(config)
+        again = {"reward": reward, **(evaluators or {})} if reward is not None else dict(evaluators or {})
+        if workflow is not None:
+            builder.add("function", "workflow", workflow)
+        for key, function in again.items():
+            builder.add("evaluator", key, function)
+        for role, rows in (("train", dataset), ("validation", validation)):
+            if rows is not None:
+                add_dataset(builder, role, rows)
+        run._take(config, builder, folder.name, store)
+        return run
+
+    def _begin(self, config: Config, builder: Builder, name: str | None, resume: str) -> None:
+        if resume not in ("never", "auto"):
+            raise ConfigError(f"resume is {resume!r}; expected 'never' or 'auto'.")
+        if resume == "auto" and name is None:
+            raise ConfigError("resume='auto' goes on with the run of that name: give it one, name='...'.")
+        self._unable = None
+        output_dir = Path(config.finetuning.output_dir)
+        if resume == "auto" and name is not None and (output_dir / name / DATABASE).exists():
+            self._take(config, builder, name, RunStore.open(output_dir / name))
+        else:
+            self._take(config, builder, free_id(name, output_dir), None)
+
+    def _take(self, config: Config, builder: Builder, run_id: str, store: RunStore | None) -> None:
         from .config import FinetuneRunConfig
 
         run_config = config.finetuning.run_configuration or FinetuneRunConfig()
         config.finetuning.run_configuration = run_config
         run_config.config_file = config
         config.builder = builder
-        self.id = free_id(name, Path(config.finetuning.output_dir))
+        self.id = run_id
         self.config = config
-        settings = CurriculumSettings.from_config(config.finetuning.curriculum_learning)
-        self._controls = Controls(settings)
-        self._driver = Driver(config, builder, self.id, self._controls)
+        self._store = store
+        left = settings_of(store.state()) if store is not None else None
+        self._controls = Controls(left or CurriculumSettings.from_config(config.finetuning.curriculum_learning))
+        self._driver = Driver(config, builder, self.id, self._controls, store.epochs if store is not None else ())
         self._engine = EngineThread(f"ft-{self.id}")
         self.error = None
         self._closed = False
@@ -194,8 +259,14 @@ class Run(RunViews):
         self._require_open()
         return Path(self._engine.submit(self._driver.save_model(str(directory))).result())
 
+    def refresh(self) -> None:
+        """Sees what another process has added to a run that it writes and this one reads."""
+        if self._store is not None and self._driver.recorder is None:
+            self._store.refresh()
+            self._driver.epochs = list(self._store.epochs)
+
     async def _ask(self, coroutine: Any) -> Any:
-        if self._closed:
+        if self._closed or self._unable:
             coroutine.close()
             self._require_open()
         return await self._engine.run(coroutine)
@@ -216,6 +287,8 @@ class Run(RunViews):
     def _require_open(self) -> None:
         if self._closed:
             raise RunError(f"run {self.id!r} is closed: its records can be read, but nothing more can be run.")
+        if self._unable:
+            raise RunError(self._unable)
 
     # ── steering ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -231,6 +304,9 @@ class Run(RunViews):
     def curriculum(self, changes: Mapping[str, Any] | CurriculumSettings) -> None:
         self._driver.require_single_epochs()
         self._controls.change(changes)
+        recorder = self._driver.recorder
+        if recorder is not None:
+            recorder.journal(self._controls)
 
     # ── looking: the tables, plots and reprs are those of RunViews ───────────────────────────────────────────────────
 

@@ -20,6 +20,7 @@ from .redaction import redact_text, redacting_logger
 from .registry import Builder, register_trainer
 from .types import (
     EpochMetrics,
+    GroupStatistics,
     Selection,
     TrainingJobRef,
     TrainingJobStatus,
@@ -45,6 +46,9 @@ class EpochTrainer(Trainer):
         self.seed = seed
         self.selection: Selection | None = None
         """What the last epoch's curriculum chose."""
+        self.statistics: GroupStatistics | None = None
+        self.metrics: EpochMetrics | None = None
+        """What it chose from, and in numbers: whoever makes a record of the epoch need not count again."""
         self._jobs: list[TrainingJobRef] = []
         self._healthy = False
 
@@ -84,9 +88,9 @@ class EpochTrainer(Trainer):
         statistics = group_statistics(trajectory_collection.trajectories)
         settings = CurriculumSettings.from_config(self.curriculum_config)
         selection = select(statistics, settings, state_from_dict(self._curriculum_state), epoch, self.seed)
-        self.selection = selection
+        self.selection, self.statistics = selection, statistics
         self._curriculum_state |= state_to_dict(selection.state)
-        self._metrics = epoch_metrics(trajectory_collection, statistics, selection)
+        self.metrics = epoch_metrics(trajectory_collection, statistics, selection)
         if not settings.enabled:
             return trajectory_collection
         return trajectory_collection.model_copy(
@@ -112,7 +116,8 @@ class EpochTrainer(Trainer):
 
     def _epoch_metrics(self, epoch: int, selected: TrajectoryCollection) -> dict[str, Any]:
         """The numbers of the log line, by the names that the NeMo Agent Toolkit gives them, and ours behind."""
-        found: EpochMetrics = self._metrics
+        found = self.metrics
+        assert found is not None
         rewards = [t.reward for group in selected.trajectories for t in group if math.isfinite(t.reward)]
         return {
             "avg_reward": found.mean_reward,

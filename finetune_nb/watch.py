@@ -7,17 +7,21 @@ taken; what someone else's does not tell is concluded from what it submitted, an
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from .config import CurriculumSettings
 from .curriculum import group_statistics, infer_selection
+from .interfaces import Trainer
 from .metrics import epoch_metrics
-from .redaction import redact_text
+from .redaction import redact_text, redacting_logger
 from .types import (
     CurriculumState,
     Epoch,
+    EpochMetrics,
+    GroupStatistics,
     Selection,
     TrainingJobRef,
     TrainingJobStatus,
@@ -26,7 +30,9 @@ from .types import (
     Validation,
 )
 
-__all__ = ["Watch", "record", "settled_late", "validation_of"]
+__all__ = ["Watch", "log_what_was_left", "record", "settled_late", "told_by", "validation_of"]
+
+logger = redacting_logger(__name__)
 
 
 @dataclass
@@ -55,10 +61,25 @@ class Watch:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - since
 
 
+class Told(NamedTuple):
+    """What a Trainer of ours says of its choice."""
+
+    selection: Selection
+    statistics: GroupStatistics
+    metrics: EpochMetrics
+
+
+def told_by(trainer: Trainer) -> Told | None:
+    """None for a Trainer that says nothing, or nothing of the running epoch."""
+    told = tuple(getattr(trainer, name, None) for name in ("selection", "statistics", "metrics"))
+    kinds = (Selection, GroupStatistics, EpochMetrics)
+    return Told(*told) if all(map(isinstance, told, kinds)) else None  # type: ignore[arg-type]
+
+
 def record(
     watch: Watch,
     run_id: str,
-    told: Selection | None,
+    told: Told | None,
     settings: CurriculumSettings,
     state: CurriculumState | None,
     version: int | None,
@@ -66,16 +87,18 @@ def record(
 ) -> Epoch:
     """The Epoch.
 
-    told: the Trainer's own Selection, if it has one. settings, state: the curriculum in force. version: the policy's, now.
-    error: what ended the epoch before its time.
+    told: what the Trainer itself says of its choice, if it does. settings, state: the curriculum in force. version: the
+    policy's, now. error: what ended the epoch before its time.
     """
     collection = watch.collection or TrajectoryCollection(trajectories=[], run_id=run_id)
-    statistics = group_statistics(collection.trajectories)
-    if told is not None and len(told.reasons) == len(statistics):
-        selection = replace(told, settings=replace(told.settings, schedule=settings.schedule))
+    if told is not None and len(told.statistics) == len(collection.trajectories):
+        statistics, metrics = told.statistics, told.metrics
+        selection = replace(told.selection, settings=replace(told.selection.settings, schedule=settings.schedule))
     else:
+        statistics = group_statistics(collection.trajectories)
         kept = _kept(watch.submitted, collection)
         selection = infer_selection(statistics, kept, settings, state)
+        metrics = epoch_metrics(collection, statistics, selection)
     job = watch.statuses[-1] if watch.statuses else None
     return Epoch(
         index=watch.epoch,
@@ -85,7 +108,7 @@ def record(
         selection=selection,
         job=job,
         reason=None if job is not None else _why_no_job(collection, selection, error),
-        metrics=epoch_metrics(collection, statistics, selection),
+        metrics=metrics,
         validations=tuple(watch.validations),
         policy_versions=(watch.version, version),
         started_at=watch.started_at,
@@ -145,3 +168,27 @@ def validation_of(epoch: int, version: int | None, metrics: Mapping[str, Any], s
         seconds=seconds,
         error=metrics.get("error"),
     )
+
+
+def log_what_was_left(watch: Watch, epoch: Epoch, trainer: Trainer, folder: Path) -> None:
+    """The three log_progress are called once an epoch: those that someone else's Trainer left out are called here."""
+    found = epoch.metrics
+    metrics = {
+        "epoch": epoch.index,
+        "avg_reward": found.mean_reward,
+        "num_trajectories": found.trajectories,
+        "num_groups": found.groups,
+    }
+    calls: dict[str, Callable[[], None]] = {
+        "trainer": lambda: trainer.log_progress(epoch.index, metrics, str(folder)),
+        "builder": lambda: trainer.trajectory_builder.log_progress(epoch.run_id, metrics, str(folder)),
+    }
+    if watch.refs:
+        measured = dict(epoch.train_metrics)
+        calls["adapter"] = lambda: trainer.trainer_adapter.log_progress(watch.refs[-1], measured, str(folder))
+    for part, call in calls.items():
+        if part not in watch.logged:
+            try:
+                call()
+            except Exception:
+                logger.warning("log_progress of the %s failed", part, exc_info=True)

@@ -21,7 +21,9 @@ from finetune_nb.observe import resolve
 LAYERS = {
     "nouns": "errors html observe redaction yaml_text eval_types types component curriculum_settings config",
     "contracts": "interfaces type_names builder registry known_keys loading",
-    "engine": "controls curriculum metrics jsonl episodes evaluation* trajectory_builder trainer watch driver engine",
+    "engine": "controls curriculum metrics retention jsonl episodes evaluation* trajectory_builder trainer watch"
+    " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
+    " recorder trial driver engine",
     "views": "conversation columns frames figure plots viewer comparison display",
     "surface": "from_functions run_views run cli demo testing",
     "edge": "backends* examples*",

@@ -22,6 +22,7 @@ from finetune_nb.errors import BackendError, MissingLogprobs, StalePolicy  # noq
 from finetune_nb.types import (  # noqa: E402
     DPOItem,
     EpisodeItem,
+    EpisodeKey,
     SamplingParams,
     TrainingJobRef,
     Trajectory,
@@ -54,7 +55,8 @@ async def rollouts(adapter, reward, examples=4, generations=8, tokens=6):
 
     async def one(example, generation):
         prompt = [*PROMPT, 20 + example]
-        sample = await adapter.policy.sample(prompt, SamplingParams(1.0, tokens), seed=100 * example + generation)
+        with adapter.policy.episode(EpisodeKey("train", 0, example, generation)):  # batches form when all wait
+            sample = await adapter.policy.sample(prompt, SamplingParams(1.0, tokens), seed=100 * example + generation)
         answer = turn(prompt, sample.ids, sample.logprobs)
         return trajectory(reward(sample.ids), answer, example=example, version=adapter.policy.version)
 

@@ -334,7 +334,7 @@ async def test_the_key_is_sent_and_otherwise_nowhere_to_be_seen(make_run, tmp_pa
             json.dumps(run.config.stored()),
             caplog.text,
             *(repr(vars(record)) for record in caplog.records),
-            *(path.read_text() for path in (tmp_path / "runs").rglob("*") if path.is_file()),
+            *(path.read_bytes().decode("latin-1") for path in (tmp_path / "runs").rglob("*") if path.is_file()),
         ]
         llm = run._driver.builder.ready("llm_provider", "remote")
         seen += [repr(llm), repr(llm._config), str(vars(llm))]

@@ -109,12 +109,12 @@ def verdict(item_id: Any, value: Any) -> EvalOutputItem:
         return no_score(item_id, f"the reward is of type {type(value).__name__}; expected a number", reasoning)
     if math.isnan(score):
         return no_score(item_id, "the reward is NaN; expected a number", reasoning)
-    return EvalOutputItem.model_construct(id=item_id, score=score, reasoning=reasoning, error=None)
+    return EvalOutputItem(id=item_id, score=score, reasoning=reasoning, error=None)
 
 
 def no_score(item_id: Any, error: Exception | str, reasoning: Any = None) -> EvalOutputItem:
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    return EvalOutputItem.model_construct(id=item_id, score=None, reasoning=reasoning or {}, error=text)
+    return EvalOutputItem(id=item_id, score=None, reasoning=reasoning or {}, error=text)
 
 
 def _output(verdicts: list[EvalOutputItem]) -> EvalOutput:

@@ -261,8 +261,8 @@ def _reply(call: LLMCall) -> ChatReply:
 
 
 def _step(call: LLMCall) -> IntermediateStep:
-    data = StreamEventData.model_construct(input=call.messages, output=call.reply.get("content"), payload=call)
-    payload = IntermediateStepPayload.model_construct(
+    data = StreamEventData(input=call.messages, output=call.reply.get("content"), payload=call)
+    payload = IntermediateStepPayload(
         event_type=IntermediateStepType.LLM_END,
         event_timestamp=time.time(),
         name=call.model,
@@ -270,4 +270,4 @@ def _step(call: LLMCall) -> IntermediateStep:
         metadata={"tools": call.tools} if call.tools else None,
         UUID=f"{'/'.join(map(str, call.episode or ()))}/{call.sequence}",
     )
-    return IntermediateStep.model_construct(parent_id="root", function_ancestry=_WORKFLOW, payload=payload)
+    return IntermediateStep(parent_id="root", function_ancestry=_WORKFLOW, payload=payload)

@@ -1,7 +1,8 @@
 """LocalGRPOAdapter: GRPO on this machine, on the very weights that the policy samples from.
 
 Here are the config and the adapter's face: what is refused, and how jobs are asked about. A job's life is jobs.py's,
-what it learns from sequences.py's, how it learns training.py's. Without torch this module can be imported, not used.
+what it learns from sequences.py's, how it learns training.py's, how that is kept checkpoint.py's. Without torch this
+module can be imported, not used.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ...types import TrainingJobRef, TrainingJobStatus, TrajectoryCollection
 from .sequences import experience
 
 if TYPE_CHECKING:
+    from .checkpoint import Checkpoints
     from .jobs import TrainingJob
     from .policy import LocalPolicy
     from .training import Learner
@@ -96,7 +98,10 @@ class LocalGRPOAdapter(TrainerAdapter):
         self._policy = policy
         self._learner: Learner | None = None
         self._loading = threading.Lock()
+        self._checkpoints: Checkpoints | None = None
         self._jobs: dict[str, TrainingJob] = {}
+        self._submitted = 0  # over the run's life, also before a checkpoint: each job's order is drawn by its number
+        self._trained = 0  # those whose steps are in the weights, and all before them; changes under policy.exclusive
 
     @property
     def policy(self) -> LocalPolicy:  # type: ignore[override]  # never None, and nobody else sets it
@@ -147,8 +152,9 @@ class LocalGRPOAdapter(TrainerAdapter):
         job = TrainingJob(
             trajectories.run_id, policy.version, learned, before=next(reversed(self._jobs.values()), None)
         )
-        rng = np.random.default_rng([self.seed % 2**64, len(self._jobs)])
+        rng = np.random.default_rng([self.seed % 2**64, self._submitted])
         self._jobs[job.id] = job
+        self._submitted = number = self._submitted + 1
 
         def train() -> None:
             with policy.exclusive.hold(job.stopped) as alone:
@@ -158,6 +164,7 @@ class LocalGRPOAdapter(TrainerAdapter):
                 try:
                     learner.train(learned, rng, job.report, job.stepped, job.stopped)
                 finally:
+                    self._trained = number
                     policy.version += bool(job.report.steps)
                     job.policy_version = policy.version
 
@@ -210,6 +217,50 @@ class LocalGRPOAdapter(TrainerAdapter):
     async def save(self, directory: str | Path) -> Path:
         """Writes model and tokenizer to `directory`; from_pretrained, and `model` in the config, read them."""
         return await asyncio.to_thread(self.policy.save, directory)
+
+    async def save_checkpoint(self, directory: str | Path) -> int:
+        """Writes what training on needs to `directory`, at once or not at all; returns the bytes written.
+
+        Waits for the jobs submitted so far. An older checkpoint of that name is replaced. Raises BackendError where it
+        cannot be written; an older one is then as it was, and so is the training.
+        """
+        policy, learner = await asyncio.to_thread(self._load)
+        ended = self._submitted
+        for job in list(self._jobs.values()):
+            await asyncio.wrap_future(job.ended)
+
+        def save() -> int:
+            with policy.exclusive.hold():
+                return self._checkpoints_of(learner).save(Path(directory).absolute(), max(ended, self._trained))
+
+        return await asyncio.to_thread(save)
+
+    async def load_checkpoint(self, directory: str | Path) -> None:
+        """Puts policy and optimizer where they were when `save_checkpoint` wrote `directory`; settings stay.
+
+        Raises BackendError, and changes nothing, while a job is at work, for a checkpoint of another architecture, and
+        for one that is missing, damaged or not ours. Submit nothing before it returns.
+        """
+        policy, learner = await asyncio.to_thread(self._load)
+        working = [job.id for job in self._jobs.values() if not job.ended.done()]
+        if working:
+            raise BackendError(
+                f"training job {working[0]!r} is at work; expected none while a checkpoint is loaded. Wait for it, or "
+                "cancel it."
+            )
+
+        def load() -> None:
+            with policy.exclusive.hold():
+                self._submitted = self._trained = self._checkpoints_of(learner).load(Path(directory).absolute())
+
+        await asyncio.to_thread(load)
+
+    def _checkpoints_of(self, learner: Learner) -> Checkpoints:
+        if self._checkpoints is None:
+            from .checkpoint import Checkpoints
+
+            self._checkpoints = Checkpoints(learner)
+        return self._checkpoints
 
     async def aclose(self) -> None:
         """Cancels what still runs, and waits for it."""

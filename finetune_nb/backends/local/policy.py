@@ -49,6 +49,8 @@ class LocalPolicy:
 
     def __init__(self, model: Any, tokenizer: Any, *, deterministic: bool = False, threads: int | None = None) -> None:
         self.version = 0
+        self.source: str | None = None
+        """The name or directory that `load` was given; None for a model that was handed over."""
         self.model = model.eval()  # training too: dropout would make it see another policy than was sampled
         self.tokenizer = tokenizer
         if threads is None:
@@ -93,7 +95,9 @@ class LocalPolicy:
             model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"device {device!r} cannot be used: {error} Expected 'auto', 'cpu' or 'cuda'.") from error
-        return cls(model, tokenizer, deterministic=deterministic, threads=threads)
+        policy = cls(model, tokenizer, deterministic=deterministic, threads=threads)
+        policy.source = str(name_or_dir)
+        return policy
 
     @property
     def longest(self) -> int | None:

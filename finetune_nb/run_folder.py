@@ -1,0 +1,230 @@
+"""The files of a run's folder: which names they have, how one is written so that a crash leaves the old or the new one,
+and the lock of the process that writes.
+
+No symbolic link inside the folder is followed, for a folder may come from somebody else. What stands in the files is
+left to trajectory_files.py, store_schema.py and store.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import stat
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import StoreError
+
+__all__ = [
+    "CONFIG",
+    "DATABASE",
+    "LOG",
+    "RUN_ID",
+    "TRAJECTORIES",
+    "WriteLock",
+    "append_line",
+    "check_plain",
+    "remove_temporary",
+    "trajectory_file",
+    "write_durably",
+]
+
+DATABASE = "run.db"
+TRAJECTORIES = "trajectories"
+CONFIG = "config.yml"
+LOG = "log.jsonl"
+LOCK = "lock"
+
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_TEMPORARY = ".tmp-"
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
+def trajectory_file(folder: Path, epoch: int) -> Path:
+    """Where the trajectories of an epoch lie."""
+    return folder / TRAJECTORIES / f"epoch-{epoch:06d}.parquet"
+
+
+def check_plain(*paths: Path) -> None:
+    """Raises StoreError for a path that is there but is neither a file nor a folder: a link (which may lead anywhere),
+    or a pipe (which would be waited for)."""
+    for path in paths:
+        try:
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StoreError(f"{path} cannot be looked at: {error}.") from error
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            kind = "a symbolic link" if stat.S_ISLNK(mode) else "a special file"
+            raise StoreError(
+                f"{path} is {kind}; a run's folder holds plain files only, and nothing outside it is touched. "
+                "Put the file itself there."
+            )
+
+
+def write_durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Calls `write` with a new file that then takes the place of `path`. At every moment `path` is the old file or the
+    whole new one, and after the return it survives a power failure. Raises OSError; `path` is then as it was."""
+    check_plain(path.parent, path)
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK | _BINARY, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename last. Where the system cannot open a folder (Windows), its own journal does that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (PermissionError, IsADirectoryError):
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes what a writer that died had begun to write. Only the writer who holds the lock may call it."""
+    for place in (folder, folder / TRAJECTORIES):
+        if place.is_dir() and not place.is_symlink():
+            for path in place.glob(f".*{_TEMPORARY}*"):
+                with suppress(OSError):
+                    path.unlink()
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line in one write, so that lines of several processes do not mix. Raises OSError."""
+    check_plain(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_LINK | _BINARY, 0o666)
+    try:
+        end = os.fstat(descriptor).st_size
+        # A line that a crash or a full disk cut off must not swallow this one.
+        torn = end > 0 and os.lseek(descriptor, end - 1, os.SEEK_SET) >= 0 and os.read(descriptor, 1) != b"\n"
+        data = ("\n" if torn else "").encode() + line.encode("utf-8", "backslashreplace") + b"\n"
+        if (written := os.write(descriptor, data)) < len(data):
+            raise OSError(f"only {written} of {len(data)} bytes were written")
+    finally:
+        os.close(descriptor)
+
+
+# ── the lock ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class WriteLock:
+    """The right to write into a run's folder: the operating system's lock on the file `lock`, which ends with its
+    process, and in that file who holds it, for people to read."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises StoreError, which names the holder, where another process or another store of this one holds it."""
+        path = folder / LOCK
+        check_plain(path)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK | _BINARY, 0o666)
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be written ({error.strerror}), so the run cannot be locked. Open it with write=False "
+                "to read it, or copy the folder to a place where you may write."
+            ) from error
+        try:
+            if not _lock(descriptor):
+                raise StoreError(
+                    f"the run in {folder} is being written by {_owner(descriptor)}. Close it there, or open it with "
+                    "write=False to read along."
+                )
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
+            os.ftruncate(descriptor, 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.write(descriptor, json.dumps(owner).encode() + b"\n")
+        except OSError as error:
+            os.close(descriptor)
+            raise StoreError(f"{path} cannot be written: {error}. Nothing was changed.") from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor: int | None = descriptor
+        _held.add(self)
+
+    def release(self) -> None:
+        """Gives the lock back. Again: nothing."""
+        _held.discard(self)
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+    def _forget(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            self._forget()
+
+
+_held: weakref.WeakSet[WriteLock] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for lock in list(_held):
+        lock._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child shares the lock; it would hold it on after its parent's death.
+    os.register_at_fork(after_in_child=_forget_all)
+
+_FAR = 1 << 40
+"""Windows locks bytes, and makes them unreadable to others: one that is never there leaves the owner readable."""
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt  # Windows
+
+        os.lseek(descriptor, _FAR, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _owner(descriptor: int) -> str:
+    """Who wrote the lock file. Its text is anybody's: only numbers and a host-like name are repeated."""
+    try:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        found = json.loads(os.read(descriptor, 1000))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(found["started"])))
+        host = re.sub(r"[^A-Za-z0-9._-]", "?", str(found["host"]))[:100]
+        return f"process {int(found['pid'])} on {host} since {since}"
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return "another process"

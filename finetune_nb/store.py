@@ -1,0 +1,326 @@
+"""RunStore: all that a run leaves behind, in one folder that can be moved, copied, and read while it is written.
+
+    run.db                             epochs, curriculum, validations, journal (SQLite; tables: store_schema.py)
+    trajectories/epoch-000003.parquet  one row = one trajectory or failed rollout (columns: trajectory_table.py)
+    config.yml                         the config, without secrets
+    log.jsonl                          events, one a line
+    lock                               who is writing
+
+An epoch is whole or not there: its Parquet file is on the disk before run.db names it. Every method may be called from
+any thread, and blocks: on an event loop use asyncio.to_thread. Reading is run_reader.py's; what is stored, and when, is
+the driver's to say.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .controls import Change
+from .errors import StoreError
+from .run_folder import (
+    CONFIG,
+    DATABASE,
+    LOG,
+    RUN_ID,
+    TRAJECTORIES,
+    WriteLock,
+    append_line,
+    check_plain,
+    remove_temporary,
+    write_durably,
+)
+from .run_reader import PartialEpoch, RunReader, StoredEpoch, as_store_error
+from .store_schema import epoch_to_row, migrate, open_to_write, readable, validation_to_row
+from .stored_json import encode
+from .trajectory_files import batch_of, write_trajectories
+from .types import Epoch, RolloutFailure, TrainingJobRef, TrainingJobStatus, Trajectory, Validation
+from .yaml_text import dump_yaml
+
+__all__ = ["PartialEpoch", "RunStore", "StoreError", "StoredEpoch"]
+
+T = TypeVar("T")
+
+
+class RunStore(RunReader):
+    """One run's folder. Made by `create` and `open`; every error is a StoreError."""
+
+    def __init__(self, folder: Path, lock: WriteLock | None, db: sqlite3.Connection | None) -> None:
+        self._lock, self._db, self._pid = lock, db, os.getpid()
+        super().__init__(folder)
+
+    @classmethod
+    def create(
+        cls, folder: str | Path, run_id: str, config: Mapping[str, Any], parent: tuple[str, int] | None = None
+    ) -> RunStore:
+        """A new run, to be written. config: `Config.stored()`. parent: run id and epoch of which it is a fork."""
+        folder = Path(folder)
+        if not RUN_ID.fullmatch(run_id):
+            raise StoreError(
+                f"run id {run_id!r}: expected letters, digits, '.', '_' and '-', at most 100, no leading sign."
+            )
+        with as_store_error(folder, "No run was made."):
+            folder.mkdir(parents=True, exist_ok=True)
+            check_plain(folder / TRAJECTORIES, folder / CONFIG, folder / LOG)
+            lock, db = WriteLock(folder), None
+            try:
+                db = open_to_write(folder, create=True)
+                (folder / TRAJECTORIES).mkdir(exist_ok=True)
+                write_durably(folder / CONFIG, lambda file: file.write(dump_yaml(dict(config)).encode()))
+                db.execute("PRAGMA synchronous = FULL")
+                db.execute("BEGIN IMMEDIATE")
+                migrate(db)
+                db.execute(
+                    "INSERT INTO run (one, id, created_at, state, parent, parent_epoch) VALUES (1, ?, ?, 'new', ?, ?)",
+                    (run_id, time.time(), *(parent or (None, None))),
+                )
+                db.execute("COMMIT")
+                db.execute("PRAGMA synchronous = NORMAL")
+                return cls(folder, lock, db)
+            except BaseException:
+                if db is not None:
+                    db.close()
+                lock.release()
+                raise
+
+    @classmethod
+    def open(cls, folder: str | Path, write: bool = False) -> RunStore:
+        """A run from its folder. Without `write` nothing is locked or changed; `refresh` shows what a writer adds."""
+        folder = Path(folder)
+        if not write:
+            return cls(folder, None, None)
+        with as_store_error(folder / DATABASE, "Nothing was changed."):
+            if not folder.is_dir():
+                raise StoreError(f"there is no folder {folder}, so no run to open. Give the folder that holds one.")
+            lock, db = WriteLock(folder), None
+            try:
+                db = open_to_write(folder)
+                remove_temporary(folder)
+                db.execute("BEGIN IMMEDIATE")
+                migrate(db)
+                db.execute("COMMIT")
+                return cls(folder, lock, db)
+            except BaseException:
+                if db is not None:
+                    db.close()
+                lock.release()
+                raise
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def begin_epoch(self, index: int, started_at: float, policy_version: int | None) -> None:
+        """An epoch begins. What an earlier attempt at it left behind goes."""
+
+        def work(db: sqlite3.Connection) -> None:
+            self._require_next(db, index)
+            db.execute("DELETE FROM unfinished")
+            db.execute("DELETE FROM rollouts")
+            db.execute("DELETE FROM validations WHERE epoch = ?", (index,))
+            db.execute(
+                "INSERT INTO unfinished (epoch, started_at, policy_version) VALUES (?, ?, ?)",
+                (index, started_at, policy_version),
+            )
+
+        self._write(work, f"the begin of epoch {index}")
+
+    def add_rollouts(
+        self, index: int, trajectories: Iterable[Trajectory], failures: Iterable[RolloutFailure] = ()
+    ) -> None:
+        """Rollouts of the epoch that has begun, as they come in; best several at once. They are there for the case that
+        the epoch does not come to its end: `append` replaces them."""
+        batch = batch_of(list(trajectories), list(failures))
+
+        def work(db: sqlite3.Connection) -> None:
+            self._require_begun(db, index)
+            db.execute("INSERT INTO rollouts (epoch, data) VALUES (?, ?)", (index, batch))
+
+        self._write(work, f"rollouts of epoch {index}")
+
+    def record_job(self, index: int, ref: TrainingJobRef) -> None:
+        """The training job of the epoch that has begun."""
+        self._set_unfinished(index, "job_ref", ref)
+
+    def record_status(self, index: int, status: TrainingJobStatus) -> None:
+        """How that job stands."""
+        self._set_unfinished(index, "job_status", status)
+
+    def _set_unfinished(self, index: int, column: str, value: TrainingJobRef | TrainingJobStatus) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            self._require_begun(db, index)
+            text = encode(value.model_dump(mode="python"))
+            db.execute(f"UPDATE unfinished SET {column} = ? WHERE epoch = ?", (text, index))
+
+        self._write(work, f"the training job of epoch {index}", durable=True)
+
+    def append(self, epoch: Epoch, state: Mapping[str, Any]) -> StoredEpoch:
+        """Ends an epoch: its record, and what resuming behind it needs, in plain JSON data. It is on the disk when this
+        returns. Where it fails nothing of it is there, and it can be appended again."""
+        try:
+            stored_state = encode(dict(state), strict=True)
+        except ValueError as error:
+            raise StoreError(
+                f"the state of epoch {epoch.index} cannot be stored: {error}. Make it lists, dicts, numbers."
+            ) from None
+        with self._turn:
+            self._require_writable()
+            self._read(lambda db: self._require_next(db, epoch.index))
+            write_trajectories(self.folder, epoch.index, self.run_id, epoch.collection)
+
+            def work(db: sqlite3.Connection) -> None:
+                self._require_next(db, epoch.index)
+                ref = db.execute("SELECT job_ref FROM unfinished WHERE epoch = ?", (epoch.index,)).fetchone()
+                row = {**epoch_to_row(epoch), "job_ref": ref and ref["job_ref"], "state": stored_state}
+                marks = ", ".join("?" * len(row))
+                db.execute(f"INSERT INTO epochs ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))
+                _put_validations(db, epoch)
+                db.execute("DELETE FROM unfinished")
+                db.execute("DELETE FROM rollouts")
+
+            self._write(work, f"epoch {epoch.index}", durable=True)
+            return self._adopt(epoch)
+
+    def amend(self, epoch: Epoch) -> StoredEpoch:
+        """Replaces the record of a completed epoch, but for its trajectories: a job ended after it was made, say."""
+
+        def work(db: sqlite3.Connection) -> None:
+            row = epoch_to_row(epoch)
+            index = row.pop("epoch")
+            places = ", ".join(f"{name} = ?" for name in row)
+            done = db.execute(
+                f"UPDATE epochs SET {places} WHERE epoch = ? AND trajectories = ? AND failures = ?",
+                (*row.values(), index, row["trajectories"], row["failures"]),
+            )
+            if done.rowcount != 1:
+                raise StoreError(
+                    f"there is no epoch {index} with these trajectories, so it cannot be amended. Append it."
+                )
+            _put_validations(db, epoch)
+            db.execute("UPDATE run SET revision = revision + 1")
+
+        self._write(work, f"the record of epoch {epoch.index}", durable=True)
+        return self._adopt(epoch)
+
+    def _adopt(self, epoch: Epoch) -> StoredEpoch:
+        self.refresh()
+        stored = self._epoch(epoch.index)
+        self._keep(epoch.collection)
+        vars(stored)["_collection"].remember(epoch.collection)
+        return stored
+
+    def add_validation(self, validation: Validation, epoch: int | None = None) -> None:
+        """A validation. epoch: the one that has begun, to which it belongs; None: it was asked for by hand."""
+        row = validation_to_row(validation, epoch)
+
+        def work(db: sqlite3.Connection) -> None:
+            if epoch is not None:
+                self._require_begun(db, epoch)
+            db.execute("INSERT INTO validations (epoch, mean_reward, error, record) VALUES (?, ?, ?, ?)", row)
+
+        self._write(work, "a validation")
+
+    def record_change(self, change: Change) -> int:
+        """A change of the controls. Returns its place in the journal, from 0."""
+
+        def work(db: sqlite3.Connection) -> int:
+            place = db.execute("SELECT count(*) FROM changes").fetchone()[0]
+            texts = readable(change.source), readable(change.field), encode(change.old), encode(change.new)
+            db.execute(
+                "INSERT INTO changes (place, time, source, field, old, new, epoch) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (place, change.time, *texts, change.epoch),
+            )
+            return place
+
+        return self._write(work, "a change of the controls")
+
+    def settle_change(self, place: int, epoch: int) -> None:
+        """The epoch whose selection used a change first."""
+
+        def work(db: sqlite3.Connection) -> None:
+            if db.execute("UPDATE changes SET epoch = ? WHERE place = ?", (epoch, place)).rowcount != 1:
+                raise StoreError(f"the journal has no change {place}. Record it first.")
+
+        self._write(work, "a change of the controls")
+
+    def record_event(self, kind: str, **data: Any) -> None:
+        """Appends to the log: an error, a change of state, a line of text."""
+        self._require_writable()
+        path = self.folder / LOG
+        with self._turn, as_store_error(path, "The event is not recorded; everything else is kept."):
+            append_line(path, encode({"time": time.time(), "kind": kind, **data}))
+
+    def set_state(self, state: str) -> None:
+        """What the run is doing: "running", "paused", "failed", ..."""
+        self._write(lambda db: db.execute("UPDATE run SET state = ?", (readable(state),)), "the run's state")
+
+    def close(self) -> None:
+        """Ends the writing and gives the lock back. The epochs can still be read. Again: nothing."""
+        with self._turn:
+            db, self._db = self._db, None
+            if db is not None and os.getpid() == self._pid:
+                db.close()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ── how it is written ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _require_writable(self) -> None:
+        if self._db is None:
+            raise StoreError(f"the run in {self.folder} is open to be read only. Open it with write=True.")
+        if os.getpid() != self._pid:
+            raise StoreError(
+                f"the run in {self.folder} is written by process {self._pid}, which this one was forked from. Open it "
+                "with write=False here."
+            )
+
+    def _write(self, work: Callable[[sqlite3.Connection], T], what: str, durable: bool = False) -> T:
+        """`work` in one transaction: all of it or nothing. durable: a power failure does not undo it."""
+        kept = (
+            f"{what} is not recorded; everything before it is kept. Remove the cause (a full disk, say) and call again."
+        )
+        with self._turn, as_store_error(self.folder / DATABASE, kept):
+            self._require_writable()
+            db = self._db
+            assert db is not None
+            db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                result = work(db)
+                db.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):  # a full disk has rolled it back already
+                    db.execute("ROLLBACK")
+                raise
+            return result
+
+    def _require_next(self, db: sqlite3.Connection, index: int) -> None:
+        last = db.execute("SELECT max(epoch) FROM epochs").fetchone()[0]
+        allowed = {0, self.parent[1] + 1 if self.parent else 0} if last is None else {last + 1}
+        if index not in allowed:
+            raise StoreError(
+                f"found epoch {index}; run {self.run_id!r} goes on with epoch {' or '.join(map(str, sorted(allowed)))}."
+                " Epochs are recorded in order, each once."
+            )
+
+    def _require_begun(self, db: sqlite3.Connection, index: int) -> None:
+        if db.execute("SELECT count(*) FROM unfinished WHERE epoch = ?", (index,)).fetchone()[0] != 1:
+            raise StoreError(
+                f"epoch {index!r} of run {self.run_id!r} has not begun, or is complete. Call begin_epoch first."
+            )
+
+
+def _put_validations(db: sqlite3.Connection, epoch: Epoch) -> None:
+    rows = [validation_to_row(validation, epoch.index) for validation in epoch.validations]
+    db.execute("DELETE FROM validations WHERE epoch = ?", (epoch.index,))
+    db.executemany("INSERT INTO validations (epoch, mean_reward, error, record) VALUES (?, ?, ?, ?)", rows)

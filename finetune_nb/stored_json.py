@@ -1,0 +1,107 @@
+"""Values as the JSON text that a run folder holds, and back.
+
+The text is ASCII, so that lone surrogates and NUL survive every file format; NaN and infinities are written as Python's
+json writes them. Known secrets are masked in every string. What JSON does not know (a set, an object) becomes its
+nearest plain form and stays that. Decoding raises only ValueError. Where a text is kept is the other store files' part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic_core import to_json, to_jsonable_python
+
+from .redaction import redact_text
+from .types import IntermediateStep, LLMCall
+
+__all__ = ["decode", "decode_steps", "encode", "encode_steps", "masked"]
+
+_CALL = "llm_call"
+"""The key under which a step's payload says that it was an LLMCall."""
+
+
+def _nearest(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    tolist = getattr(value, "tolist", None)  # numpy's scalars and arrays
+    return tolist() if callable(tolist) else to_jsonable_python(value, fallback=repr, inf_nan_mode="constants")
+
+
+_lenient = json.JSONEncoder(default=_nearest, separators=(",", ":"))
+_strict = json.JSONEncoder(separators=(",", ":"))
+
+
+def encode(value: Any, strict: bool = False) -> str:
+    """JSON text. strict: raises ValueError for what JSON does not know, instead of writing its nearest form."""
+    try:
+        text = _strict.encode(value) if strict else _quickly(value) or _lenient.encode(value)
+    except (TypeError, ValueError, RecursionError) as error:  # a key that is a tuple, a value inside itself
+        if strict:
+            raise ValueError(f"it is not plain JSON data ({type(error).__name__}: {error})") from None
+        text = _lenient.encode(repr(value))
+    # Only the strings may be masked: a secret made of digits can stand inside a number.
+    return text if redact_text(text) == text else _lenient.encode(masked(json.loads(text)))
+
+
+def _quickly(value: Any) -> str | None:
+    """The same text where that is plain to see, in a third of the time; None where Python's json has to look."""
+    try:
+        text = to_json(value, inf_nan_mode="constants")
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return text.decode() if text.isascii() else None
+
+
+def masked(value: Any) -> Any:
+    """Plain data with every known secret masked, in keys too."""
+    if isinstance(value, str):
+        return redact_text(value)
+    if isinstance(value, dict):
+        return {redact_text(key): masked(child) for key, child in value.items()}
+    return [masked(child) for child in value] if isinstance(value, list) else value
+
+
+def decode(text: Any, kind: type | tuple[type, ...] = object) -> Any:
+    """The value. Raises ValueError where `text` is no JSON text, or stands for something else than `kind`."""
+    if not isinstance(text, str):
+        raise ValueError(f"{type(text).__name__} where JSON text was expected")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{type(value).__name__} where {kind} was expected")
+    return value
+
+
+# ── what a failed rollout had done ───────────────────────────────────────────────────────────────────────────────────
+
+
+def encode_steps(steps: Sequence[IntermediateStep]) -> str:
+    """Intermediate steps as JSON; model calls keep all their fields."""
+    return encode([_step(step) for step in steps])
+
+
+def _step(step: IntermediateStep) -> Any:
+    plain = to_jsonable_python(step, fallback=repr, inf_nan_mode="constants", serialize_unknown=True)
+    call = step.data.payload if step.data else None
+    if isinstance(call, LLMCall):
+        fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(call)}
+        plain["payload"]["data"]["payload"] = {_CALL: {**fields, "sampling": dataclasses.asdict(call.sampling)}}
+    return plain
+
+
+def decode_steps(text: Any) -> list[IntermediateStep]:
+    """The steps. Raises ValueError where one does not fit."""
+    steps = [IntermediateStep.model_validate(plain) for plain in decode(text, list)]
+    for step in steps:
+        payload = step.data.payload if step.data else None
+        if step.data and isinstance(payload, dict) and payload.keys() == {_CALL}:
+            step.data.payload = TypeAdapter(LLMCall).validate_python(payload[_CALL])
+    return steps

@@ -1,0 +1,65 @@
+"""Trying things by hand: one rollout of one example, one reply of the policy. Nothing here is recorded in any epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import Config
+from .errors import RunError
+from .evaluation.evaluate import EvaluationContext, dataset_of, evaluation_context, workflow_of
+from .evaluation.recording import ChatReply, Episode
+from .registry import Builder
+from .trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
+from .types import EpisodeKey, RolloutFailure, Trajectory
+
+__all__ = ["Trial"]
+
+
+class Trial:
+    """Tries with a run's own components. Each try samples anew."""
+
+    def __init__(self, config: Config, builder: Builder, run_id: str) -> None:
+        self.config, self.builder, self.run_id = config, builder, run_id
+        self._tries = 0
+
+    async def preflight(self, reads_rows: bool = True) -> None:
+        """Reads the datasets and binds the workflow, so that what is wrong there is said before the first rollout.
+        reads_rows: whether the training dataset is wanted; somebody's own builder may have its rows from elsewhere."""
+        run = self.config.finetuning.run_configuration
+        if reads_rows:
+            items = dataset_of(self.config, self.builder, str(run.dataset) if run and run.dataset else None)
+            (await workflow_of(self.config, self.builder)).check(items)
+        if run and run.validation_dataset:
+            dataset_of(self.config, self.builder, str(run.validation_dataset))
+
+    async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
+        """One scored rollout. example: position in the dataset, or id. Raises RunError for one that is not there."""
+        run = self.config.finetuning.run_configuration
+        source = str(run.dataset) if run and run.dataset else None
+        ids = [item.id for item in dataset_of(self.config, self.builder, source)]
+        if example in ids:
+            position = ids.index(example)
+        elif isinstance(example, int) and -len(ids) <= example < len(ids):
+            position = example % len(ids)
+        else:
+            raise RunError(f"no example {example!r}: the dataset has {len(ids)} rows, with ids like {ids[0]!r}.")
+        self._tries += 1
+        builder = EvalTrajectoryBuilder(EvalTrajectoryBuilderConfig(num_generations=1, min_episode_length=1))
+        await builder.initialize(self.config.finetuning)
+        token = evaluation_context.set(EvaluationContext("try", self._tries, 0, lambda rows: [position]))
+        try:
+            collection = await builder.collect([await builder.run_eval()], self.run_id)
+        finally:
+            evaluation_context.reset(token)
+        return collection.trajectories[0][0] if collection.trajectories else collection.failures[0]
+
+    async def chat(self, messages: Any, **options: Any) -> ChatReply:
+        """One reply to a text or to OpenAI messages. Raises RunError for a workflow without a model."""
+        llm = (await workflow_of(self.config, self.builder)).llm
+        if llm is None:
+            raise RunError("this run's workflow uses no llm, so there is nothing to talk to.")
+        self._tries += 1
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        episode = Episode(EpisodeKey("try", self._tries, 0, 0), self.config.run.seed)
+        with episode.live([llm.policy] if llm.policy else []):
+            return await llm.chat(messages, **options)
