@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
+from .errors import ConfigError, StoreError
+from .run_folder import DATABASE
+from .store import RunStore
 from .types import Epoch
 from .viewer import run_html, run_text
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from .comparison import Comparison
 
-__all__ = ["RunViews", "compare"]
+__all__ = ["RunViews", "compare", "runs"]
 
 
 class RunViews(ABC):
@@ -118,3 +120,48 @@ def compare(runs: Sequence[RunViews], confidence: float = 0.95) -> Comparison:
     if len(set(names)) < len(names):
         raise ConfigError(f"a run is held against others, not against itself; got {', '.join(names)}.")
     return compare_runs({run.id: run.records for run in runs}, confidence)
+
+
+def runs(directory: str | Path = "runs") -> pd.DataFrame:
+    """The runs in a directory, newest first: one row = one run.
+
+    Columns: run (its id), created_at (UTC), epochs, last_reward (mean reward of the last epoch, NaN without one), state,
+    parent and parent_epoch (of a fork), size (bytes), folder, error (why a folder cannot be read; the rest is then missing).
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for folder in sorted(Path(directory).glob(f"*/{DATABASE}")):
+        row: dict[str, Any] = {"run": folder.parent.name, "folder": str(folder.parent)}
+        try:
+            store = RunStore.open(folder.parent)
+            parent, parent_epoch = store.parent or (None, None)
+            row |= {
+                "created_at": store.created_at,
+                "epochs": len(store.epochs),
+                "last_reward": store.epochs[-1].metrics.mean_reward if store.epochs else None,
+                "state": store.run_state,
+                "parent": parent,
+                "parent_epoch": parent_epoch,
+                "size": store.size(),
+            }
+        except StoreError as error:
+            row["error"] = str(error)
+        rows.append(row)
+    frame = pd.DataFrame(rows, columns=list(_RUN_COLUMNS)).astype(_RUN_COLUMNS)
+    frame["created_at"] = pd.to_datetime(frame.created_at, unit="s", utc=True)
+    return frame.sort_values("created_at", ascending=False, ignore_index=True)
+
+
+_RUN_COLUMNS = {
+    "run": "object",
+    "created_at": "float64",
+    "epochs": "Int64",
+    "last_reward": "float64",
+    "state": "object",
+    "parent": "object",
+    "parent_epoch": "Int64",
+    "size": "Int64",
+    "folder": "object",
+    "error": "object",
+}

@@ -205,6 +205,25 @@ async def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_roll
     assert len(run) == 0
 
 
+async def test_the_runs_of_a_directory_are_a_table_newest_first_and_a_damaged_one_stays_in_it(make_run, tmp_path):
+    assert ft.runs(tmp_path).empty
+    for name in ("first", "second"):
+        run = make_run(name)
+        await run.next_epoch()
+        run.close()
+    await make_run("second").next_epoch()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.db").write_bytes(b"no database")
+    (tmp_path / "no run").mkdir()
+    table = ft.runs(tmp_path)
+    assert table.run.tolist() == ["second", "first", "broken"]
+    assert table.epochs.tolist()[:2] == [2, 1]
+    assert table.state.tolist()[:2] == ["ready", "closed"]
+    assert (table["size"][:2] > 1_000).all()
+    assert table.last_reward.notna().tolist() == [True, True, False]
+    assert "database" in table.error[2]
+
+
 # ── other processes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 SCRIPT = textwrap.dedent(
