@@ -51,8 +51,7 @@ class Driver:
     ) -> None:
         self.config, self.builder, self.run_id, self.controls = config, builder, run_id, controls
         self.epochs: list[Epoch] = list(epochs)
-        self.recorder: Recorder | None = None
-        """Set by open."""
+        self.recorder: Recorder = None  # type: ignore[assignment]  # set by open
         self.validations: list[Validation] = []
         """Those that belong to no epoch: asked for by hand."""
         self.progress = Progress()
@@ -97,6 +96,16 @@ class Driver:
             trainer._curriculum_state |= state_to_dict(state_from_dict(state["curriculum"]))
         self._observe(trainer)
         self.trainer = trainer
+
+    @property
+    def next_index(self) -> int:
+        """The epoch that comes next."""
+        return self.epochs[-1].index + 1 if self.epochs else 0
+
+    @property
+    def _version(self) -> int | None:
+        """The policy's, now; None where the adapter samples from no weights of its own."""
+        return getattr(self.adapter.policy, "version", None)
 
     @property
     def folder(self) -> Path:
@@ -144,10 +153,10 @@ class Driver:
         await self.open()
         self.require_single_epochs()
         await self._settle_late_jobs()
-        watch = self._watch = Watch(self.epochs[-1].index + 1 if self.epochs else 0)
-        assert self.recorder is not None
+        watch = Watch(self.next_index)
         self.recorder.journal(self.controls)
-        await self.recorder.begun(watch, getattr(self.adapter.policy, "version", None))
+        await self.recorder.begun(watch, self._version)
+        self._watch = watch
         self.progress = Progress("rollouts")
         token = progress.set(self.progress)
         try:
@@ -168,9 +177,7 @@ class Driver:
             self._watch = None
         epoch = await self._record(watch)
         if epoch.job is not None and epoch.job.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
-            failure = JobFailed(
-                f"epoch {epoch.index}: the training job {epoch.job.status}: {epoch.job.message or 'no reason given'}"
-            )
+            failure = JobFailed.of(epoch.index, epoch.job)
             failure.epoch = epoch
             raise failure
         log_what_was_left(watch, epoch, self.trainer, self.folder)
@@ -200,14 +207,13 @@ class Driver:
             raise RunError(
                 "this run has no validation dataset: give validation=... or run_configuration.validation_dataset."
             )
-        watch = self._watch = Watch(len(self.epochs))
+        watch = self._watch = Watch(self.next_index)
         try:
             await self.trainer.run_validation_evaluation(watch.epoch, self.run_id)
         finally:
             self._watch = None
         self.validations += watch.validations
-        if self.recorder is not None:
-            await self.recorder.validated(watch.validations[-1])
+        await self.recorder.validated(watch.validations[-1])
         return watch.validations[-1]
 
     async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
@@ -242,7 +248,7 @@ class Driver:
     async def _start_run(self, original: Callable[..., Awaitable[None]], *args: Any, **kwargs: Any) -> None:
         watch = self._watch
         if watch is not None:
-            watch.version = getattr(self.adapter.policy, "version", None)
+            watch.version = self._version
             watch.collected = time.perf_counter()
         await original(*args, **kwargs)
 
@@ -255,8 +261,7 @@ class Driver:
             watch.collection = collection
             watch.add_seconds("rollouts", watch.collected or watch.started)
             watch.collected = time.perf_counter()
-            if self.recorder is not None:
-                await self.recorder.collected(watch.epoch, collection, watch.seconds["rollouts"])
+            await self.recorder.collected(watch.epoch, collection, watch.seconds["rollouts"])
             watch.settings = self._steer(watch.epoch)
             self.progress.phase = "training"
         return collection
@@ -289,8 +294,7 @@ class Driver:
         elif watch is not None:
             watch.submitted.append(trajectories)
             watch.refs.append(ref)
-            if self.recorder is not None:
-                await self.recorder.submitted(watch.epoch, ref)
+            await self.recorder.submitted(watch.epoch, ref)
             watch.add_seconds("training", started)
         return ref
 
@@ -308,7 +312,7 @@ class Driver:
     async def _validate(
         self, original: Callable[..., Awaitable[dict[str, Any]]], epoch: int, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        version = getattr(self.adapter.policy, "version", None)
+        version = self._version
         started, before = time.perf_counter(), self.progress.phase
         self.progress.phase = "validation"
         token = evaluation_context.set(EvaluationContext("validation", version or 0))
@@ -347,9 +351,7 @@ class Driver:
             owner, trajectories, ref = self._late.pop(0)
             status = await self.adapter.wait_until_complete(ref)
             place = next(i for i, epoch in enumerate(self.epochs) if epoch.index == owner)
-            self.epochs[place] = settled_late(self.epochs[place], trajectories, status)
-            if self.recorder is not None:
-                self.epochs[place] = await self.recorder.amended(self.epochs[place])
+            self.epochs[place] = await self.recorder.amended(settled_late(self.epochs[place], trajectories, status))
 
     async def _cancel_jobs(self, watch: Watch) -> None:
         cancel = getattr(self.adapter, "cancel", None)
@@ -376,15 +378,12 @@ class Driver:
             told_by(self.trainer),
             watch.settings or self.controls.applied,
             state,
-            getattr(self.adapter.policy, "version", None),
+            self._version,
             error,
         )
         self.controls.settle(epoch.curriculum.percentile)
         self._recent.append((epoch.index, epoch.collection))
-        if self.recorder is not None:
-            self.recorder.journal(self.controls)
-            epoch = await self.recorder.ended(
-                epoch, self.adapter, self.trainer._curriculum_state, self.controls.applied
-            )
+        self.recorder.journal(self.controls)
+        epoch = await self.recorder.ended(epoch, self.adapter, self.trainer._curriculum_state, self.controls.applied)
         self.epochs.append(epoch)
         return epoch

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "BackendError",
@@ -75,6 +76,11 @@ class JobFailed(BackendError):
     """A training job ended as failed or canceled. `epoch` is its Epoch record, where there is one."""
 
     epoch: object | None = None
+
+    @classmethod
+    def of(cls, epoch: int, status: Any) -> JobFailed:
+        """The error for a job's last TrainingJobStatus."""
+        return cls(f"epoch {epoch}: the training job {status.status}: {status.message or 'no reason given'}")
 
 
 class RunError(FinetuneError, RuntimeError):

@@ -84,9 +84,7 @@ class Recorder:
         """An epoch begins; what could not be stored before is stored first."""
 
         def work() -> None:
-            while self._unsaved:
-                self.store.append(*self._unsaved[0])
-                self._unsaved.pop(0)
+            self._append_unsaved()
             self.store.begin_epoch(watch.epoch, watch.started_at, version)
             self.store.set_state("running")
 
@@ -142,16 +140,18 @@ class Recorder:
     def _store(self, epoch: Epoch, state: dict[str, Any]) -> Epoch:
         self._unsaved.append((epoch, state))
         try:
-            stored = epoch
-            while self._unsaved:
-                stored = self.store.append(*self._unsaved[0])
-                self._unsaved.pop(0)
+            self._append_unsaved()
             self.store.set_state("ready")
         except Exception:
             logger.warning("epoch %d is in memory, but not stored; it is tried again", epoch.index, exc_info=True)
             return epoch
         self._prune()
-        return stored
+        return self.store.epochs[-1]
+
+    def _append_unsaved(self) -> None:
+        while self._unsaved:
+            self.store.append(*self._unsaved[0])
+            self._unsaved.pop(0)
 
     def _prune(self) -> None:
         folder = self.store.folder / CHECKPOINTS
@@ -186,8 +186,7 @@ class Recorder:
 
         def work() -> None:
             try:
-                for epoch, its_state in self._unsaved:
-                    self.store.append(epoch, its_state)
+                self._append_unsaved()
                 self.store.set_state(state)
             finally:
                 self.store.close()

@@ -111,7 +111,7 @@ class EpochTrainer(Trainer):
         status = await self.trainer_adapter.wait_until_complete(ref)
         self._write(epoch, run_id, ref, status, metrics)
         if status.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
-            raise JobFailed(f"epoch {epoch}: the training job {status.status}: {status.message or 'no reason given'}")
+            raise JobFailed.of(epoch, status)
         return ref
 
     def _epoch_metrics(self, epoch: int, selected: TrajectoryCollection) -> dict[str, Any]:

@@ -11,25 +11,13 @@ import textwrap
 import time
 
 import pytest
+from agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.errors import StoreError
 from finetune_nb.examples import calculator
 from finetune_nb.store import RunStore
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
-
-
-async def guess(question, llm):
-    return (await llm.chat([{"role": "user", "content": question}])).content
-
-
-def right(item):
-    return float(item.output_obj == item.expected_output_obj)
-
-
-def coin(messages, seed):
-    a, b = messages[0]["content"].split("+")
-    return str(int(a) + int(b) + seed % 2)
 
 
 @pytest.fixture
@@ -232,7 +220,7 @@ SCRIPT = textwrap.dedent(
     sys.path.insert(0, {tests!r})
     import finetune_nb as ft
     from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
-    from test_resume import coin, guess, right
+    from agents import coin, guess, right
 
     async def main():
         adapter = FakeAdapter(policy=ScriptedPolicy(coin), delay=0.01)

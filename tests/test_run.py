@@ -7,24 +7,11 @@ import threading
 import time
 
 import pytest
+from agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.interfaces import Trainer
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
-
-
-async def guess(question, llm):
-    return (await llm.chat([{"role": "user", "content": question}])).content
-
-
-def right(item):
-    return float(item.output_obj == item.expected_output_obj)
-
-
-def coin(messages, seed):
-    """Right or wrong, by the request's seed."""
-    a, b = messages[0]["content"].split("+")
-    return str(int(a) + int(b) + seed % 2)
 
 
 @pytest.fixture

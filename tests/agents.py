@@ -1,0 +1,16 @@
+"""The agent, reward and scripted policy that runs are tested with: sums, right or wrong by the request's seed."""
+
+from __future__ import annotations
+
+
+async def guess(question, llm):
+    return (await llm.chat([{"role": "user", "content": question}])).content
+
+
+def right(item):
+    return float(item.output_obj == item.expected_output_obj)
+
+
+def coin(messages, seed):
+    a, b = messages[0]["content"].split("+")
+    return str(int(a) + int(b) + seed % 2)
