@@ -18,7 +18,8 @@ __version__ = "0.1.0"
 _NAMES = {
     # the notebook
     "run": ("Run",),
-    "run_views": ("compare", "runs"),
+    "run_views": ("compare",),
+    "shelf": ("runs",),
     "engine": ("enable_nested_asyncio", "run_sync"),
     "loading": ("load_config",),
     # what components are made of
@@ -86,6 +87,7 @@ _NAMES = {
         "RunError",
         "StalePolicy",
         "StoreError",
+        "UnknownJob",
         "WorkflowError",
     ),
 }
@@ -122,7 +124,7 @@ if TYPE_CHECKING:
     from .registry import register_trajectory_builder as register_trajectory_builder
     from .run import Run as Run
     from .run_views import compare as compare
-    from .run_views import runs as runs
+    from .shelf import runs as runs
     from .trainer import EpochTrainer as EpochTrainer
     from .trainer import EpochTrainerConfig as EpochTrainerConfig
     from .trajectory_builder import EvalTrajectoryBuilder as EvalTrajectoryBuilder

@@ -80,6 +80,10 @@ class Builder:
             )
         self._added[kind, name] = component
 
+    def added(self) -> list[tuple[str, str, Any]]:
+        """What was put in: kind, name, component."""
+        return [(*key, component) for key, component in self._added.items()]
+
     def ready(self, kind: str, name: str) -> Any | None:
         """The component if it was added or has been built, else None."""
         if (kind, name) in self._added:

@@ -73,6 +73,11 @@ class Controls:
             self._pending = after
             return after
 
+    def start_from(self, settings: CurriculumSettings | None) -> None:
+        """The record's word of the settings in force, from where a run goes on. A change that is pending stays."""
+        with self._lock:
+            self._applied = settings or self._applied
+
     def apply(self, epoch: int) -> tuple[CurriculumSettings, bool]:
         """The engine's safe point: the settings for this epoch's selection, and whether the schedule just became
         automatic again or got another percentile."""

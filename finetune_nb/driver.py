@@ -1,42 +1,32 @@
-"""The driver: runs epochs of any Trainer and makes a record of each, by watching its builder and adapter from outside.
+"""The driver: runs epochs of any Trainer, one at a time, and has each recorded.
 
-It lives on the engine thread and is all async; it knows Controls and records, no widget and no notebook. What a record is
-made of stands in watch.py.
+It lives on the engine thread and is all async; it knows Controls and records, no widget and no notebook. What is seen of
+the Trainer is witness.py's, what a record is made of watch.py's, what is written when recorder.py's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import Config, CurriculumSettings
+from .config import Config
 from .controls import Controls
-from .curriculum import state_from_dict, state_to_dict, steer
-from .errors import BackendError, ConfigError, JobFailed, RunError
-from .evaluation.evaluate import EvaluationContext, Progress, evaluation_context, progress
+from .curriculum import state_from_dict, state_to_dict
+from .errors import BackendError, ConfigError, JobFailed, RunError, UnknownJob
+from .evaluation.evaluate import Progress
 from .evaluation.recording import ChatReply
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
-from .observe import observe, unobserve
-from .recorder import Recorder
+from .recorder import Recorder, settings_of
 from .redaction import redact_text, redacting_logger
 from .registry import Builder
+from .run_reader import PartialEpoch
 from .trajectory_builder import EvalTrajectoryBuilder
 from .trial import Trial
-from .types import (
-    Epoch,
-    RolloutFailure,
-    TrainingJobRef,
-    TrainingJobStatus,
-    TrainingStatusEnum,
-    Trajectory,
-    TrajectoryCollection,
-    Validation,
-)
-from .watch import Watch, log_what_was_left, record, settled_late, told_by, validation_of
+from .types import Epoch, RolloutFailure, TrainingStatusEnum, Trajectory, Validation
+from .watch import Watch, log_what_was_left
+from .witness import Witness
 
 __all__ = ["Driver"]
 
@@ -47,22 +37,26 @@ class Driver:
     """Drives one Trainer. All methods run on one event loop; one epoch at a time."""
 
     def __init__(
-        self, config: Config, builder: Builder, run_id: str, controls: Controls, epochs: Sequence[Epoch] = ()
+        self,
+        config: Config,
+        builder: Builder,
+        run_id: str,
+        controls: Controls,
+        epochs: Sequence[Epoch] = (),
+        first: int = 0,
     ) -> None:
         self.config, self.builder, self.run_id, self.controls = config, builder, run_id, controls
         self.epochs: list[Epoch] = list(epochs)
+        self._first = first  # of a fork the epoch behind its parent's
         self.recorder: Recorder = None  # type: ignore[assignment]  # set by open
-        self.validations: list[Validation] = []
-        """Those that belong to no epoch: asked for by hand."""
         self.progress = Progress()
         self.trainer: Trainer = None  # type: ignore[assignment]  # set by open
         self.trajectory_builder: TrajectoryBuilder = None  # type: ignore[assignment]
         self.adapter: TrainerAdapter = None  # type: ignore[assignment]
-        self._watch: Watch | None = None
+        self._witness: Witness = None  # type: ignore[assignment]  # set by open
+        self._left: PartialEpoch | None = None  # begun by a process that has ended
         self._busy: str | None = None
         self._trial = Trial(config, builder, run_id)
-        self._recent: deque[tuple[int, TrajectoryCollection]] = deque(maxlen=3)  # epochs that may be submitted late
-        self._late: list[tuple[int, TrajectoryCollection, TrainingJobRef]] = []  # submitted after their epoch's record
 
     # ── opening and closing ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -90,56 +84,43 @@ class Driver:
         self.recorder = self.recorder or await Recorder.open(
             self.folder, self.run_id, self.config.stored(), run.checkpoint_every, run.keep_checkpoints
         )
-        self.epochs = list(self.recorder.store.epochs)
+        store = self.recorder.store
+        self.epochs = list(store.epochs)
         state = await self.recorder.restore(self.adapter)
-        if state is not None and state["curriculum"] and trainer._curriculum_state is not None:
-            trainer._curriculum_state |= state_to_dict(state_from_dict(state["curriculum"]))
-        self._observe(trainer)
+        if state is not None:
+            self.controls.start_from(settings_of(state))
+            if state["curriculum"] and trainer._curriculum_state is not None:
+                trainer._curriculum_state |= state_to_dict(state_from_dict(state["curriculum"]))
+        self._left = store.partial()
+        self._witness = Witness(trainer, self.run_id, self.controls, self.recorder)
         self.trainer = trainer
 
     @property
     def next_index(self) -> int:
         """The epoch that comes next."""
-        return self.epochs[-1].index + 1 if self.epochs else 0
-
-    @property
-    def _version(self) -> int | None:
-        """The policy's, now; None where the adapter samples from no weights of its own."""
-        return getattr(self.adapter.policy, "version", None)
+        return self.epochs[-1].index + 1 if self.epochs else self._first
 
     @property
     def folder(self) -> Path:
         """All that the run leaves behind."""
         return Path(self.config.finetuning.output_dir) / self.run_id
 
-    def _observe(self, trainer: Trainer) -> None:
-        observe(self.trajectory_builder, "start_run", self._start_run)
-        observe(self.trajectory_builder, "finalize", self._finalize)
-        observe(self.adapter, "submit", self._submit)
-        observe(self.adapter, "wait_until_complete", self._wait_until_complete)
-        observe(trainer, "run_validation_evaluation", self._validate)
-        for part, component in (("trainer", trainer), ("builder", self.trajectory_builder), ("adapter", self.adapter)):
-            observe(component, "log_progress", self._logger_of(part))
-
     async def close(self) -> None:
         """Takes the wrappers off and ends every component, once. All are ended even if one raises."""
-        if self._late:
+        if self._witness is not None:
             try:
-                await asyncio.wait_for(self._settle_late_jobs(), 5.0)
+                await asyncio.wait_for(self._witness.settle_late_jobs(self.epochs), 5.0)
             except Exception:
                 logger.warning("a job that was submitted late has not ended well", exc_info=True)
-        trainer, components = self.trainer, (self.trainer, self.trajectory_builder, self.adapter)
-        for component in components:
-            if component is not None:
-                unobserve(component)
+            self._witness.leave()
         try:
-            if trainer is not None:
-                await trainer.cleanup()
+            if self.trainer is not None:
+                await self.trainer.cleanup()
         finally:
             try:
                 if self.recorder is not None:
                     self.recorder.journal(self.controls)
-                    await self.recorder.close("closed")
+                    await self.recorder.close(self.adapter)
             finally:
                 await self.builder.close()
 
@@ -152,35 +133,84 @@ class Driver:
     async def _next_epoch(self) -> Epoch:
         await self.open()
         self.require_single_epochs()
-        await self._settle_late_jobs()
-        watch = Watch(self.next_index)
-        self.recorder.journal(self.controls)
-        await self.recorder.begun(watch, self._version)
-        self._watch = watch
-        self.progress = Progress("rollouts")
-        token = progress.set(self.progress)
-        try:
-            ref = await self.trainer.run_epoch(watch.epoch, self.run_id)
-            await self._wait_for_jobs(watch, ref)
-        except asyncio.CancelledError:
-            await self._cancel_jobs(watch)
-            raise
-        except Exception as error:
-            self.recorder.event("error", epoch=watch.epoch, error=redact_text(f"{type(error).__name__}: {error}"))
-            if watch.collection is not None:
-                epoch = await self._record(watch, error)
-                if isinstance(error, JobFailed):
-                    error.epoch = epoch
-            raise
-        finally:
-            progress.reset(token)
-            self._watch = None
-        epoch = await self._record(watch)
+        await self._witness.settle_late_jobs(self.epochs)
+        left, self._left = self._left, None
+        epoch = await self._end_left(left) if left is not None and left.job is not None else None
+        epoch = epoch or await self._run_epoch()
         if epoch.job is not None and epoch.job.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
             failure = JobFailed.of(epoch.index, epoch.job)
             failure.epoch = epoch
             raise failure
-        log_what_was_left(watch, epoch, self.trainer, self.folder)
+        return epoch
+
+    async def _run_epoch(self) -> Epoch:
+        watch = Watch(self.next_index, progress=Progress("rollouts"))
+        self.recorder.journal(self.controls)
+        await self.recorder.begun(watch, self._witness.version)
+        watch.begun, self.progress = True, watch.progress
+        with self._witness.watching(watch):
+            try:
+                ref = await self.trainer.run_epoch(watch.epoch, self.run_id)
+                await self._witness.wait_for_jobs(watch, ref)
+            except asyncio.CancelledError:
+                await self._witness.cancel_jobs(watch)
+                await self._witness.keep_what_came(watch)
+                await self.recorder.stopped("aborted", watch.epoch)
+                raise
+            except Exception as error:
+                if watch.collection is not None:
+                    epoch = await self._record(watch, error)
+                    if isinstance(error, JobFailed):
+                        error.epoch = epoch
+                else:
+                    await self._witness.keep_what_came(watch)
+                await self.recorder.stopped("failed", watch.epoch, redact_text(f"{type(error).__name__}: {error}"))
+                raise
+            epoch = await self._record(watch)
+            log_what_was_left(watch, epoch, self.trainer, self.folder)
+            return epoch
+
+    async def _end_left(self, left: PartialEpoch) -> Epoch | None:
+        """An epoch whose job was handed over by a process that has ended: the job is asked for, and not submitted again.
+        None where it cannot be, so that the epoch must be run anew."""
+        if not self.adapter.finds_jobs_again or left.selection is None or left.job is None:
+            return None
+        watch = Watch.again(left)
+        self.progress = watch.progress
+        await self.recorder.taken_up(left.index)
+        with self._witness.watching(watch):
+            try:
+                await self._witness.wait_for_jobs(watch, left.job)
+            except UnknownJob as error:
+                logger.warning("epoch %d is run again: its training job is not to be had (%s)", left.index, error)
+                return None
+            except BaseException:
+                self._left = left  # it can be asked for again
+                raise
+            if self.trainer._curriculum_state is not None:
+                self.trainer._curriculum_state |= state_to_dict(left.selection.state)
+            self.controls.start_from(left.selection.settings)
+            epoch = await self._record(watch)
+            log_what_was_left(watch, epoch, self.trainer, self.folder)
+            return epoch
+
+    async def _record(self, watch: Watch, error: Exception | None = None) -> Epoch:
+        """Makes and stores the record. Whoever aborts meanwhile waits for that moment: an epoch is recorded or not."""
+        recording = asyncio.ensure_future(self._record_now(watch, error))
+        try:
+            return await asyncio.shield(recording)
+        except asyncio.CancelledError:
+            await asyncio.wait([recording])
+            raise
+
+    async def _record_now(self, watch: Watch, error: Exception | None) -> Epoch:
+        epoch = self._witness.record(watch, error)
+        self.controls.settle(epoch.curriculum.percentile)
+        self._witness.recorded(epoch)
+        self.recorder.journal(self.controls)
+        state = self.trainer._curriculum_state
+        epoch = await self.recorder.ended(epoch, self.adapter, state, self.controls.applied)
+        self.epochs.append(epoch)
         return epoch
 
     @property
@@ -207,13 +237,8 @@ class Driver:
             raise RunError(
                 "this run has no validation dataset: give validation=... or run_configuration.validation_dataset."
             )
-        watch = self._watch = Watch(self.next_index)
-        try:
+        with self._witness.watching(Watch(self.next_index)) as watch:
             await self.trainer.run_validation_evaluation(watch.epoch, self.run_id)
-        finally:
-            self._watch = None
-        self.validations += watch.validations
-        await self.recorder.validated(watch.validations[-1])
         return watch.validations[-1]
 
     async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
@@ -242,148 +267,3 @@ class Driver:
             return await work()
         finally:
             self._busy = None
-
-    # ── what is seen of the components ───────────────────────────────────────────────────────────────────────────────
-
-    async def _start_run(self, original: Callable[..., Awaitable[None]], *args: Any, **kwargs: Any) -> None:
-        watch = self._watch
-        if watch is not None:
-            watch.version = self._version
-            watch.collected = time.perf_counter()
-        await original(*args, **kwargs)
-
-    async def _finalize(
-        self, original: Callable[..., Awaitable[TrajectoryCollection]], *args: Any, **kwargs: Any
-    ) -> TrajectoryCollection:
-        collection = await original(*args, **kwargs)
-        watch = self._watch
-        if watch is not None:
-            watch.collection = collection
-            watch.add_seconds("rollouts", watch.collected or watch.started)
-            watch.collected = time.perf_counter()
-            await self.recorder.collected(watch.epoch, collection, watch.seconds["rollouts"])
-            watch.settings = self._steer(watch.epoch)
-            self.progress.phase = "training"
-        return collection
-
-    def _steer(self, epoch: int) -> CurriculumSettings:
-        """Puts the pending controls into the trainer, right before it selects."""
-        settings, resumed = self.controls.apply(epoch)
-        trainer = self.trainer
-        if trainer._curriculum_state is not None:
-            state = steer(state_from_dict(trainer._curriculum_state), settings, epoch, resumed)
-            trainer._curriculum_state = {**trainer._curriculum_state, **state_to_dict(state)}
-            initial = self.config.finetuning.curriculum_learning.initial_percentile
-            trainer.curriculum_config = settings.to_config(initial)
-        return settings
-
-    async def _submit(
-        self,
-        original: Callable[..., Awaitable[TrainingJobRef]],
-        trajectories: TrajectoryCollection,
-        *args: Any,
-        **kwargs: Any,
-    ) -> TrainingJobRef:
-        watch, started = self._watch, time.perf_counter()
-        owner = self._owner_of(trajectories)
-        if watch is not None and watch.collected is not None:
-            watch.add_seconds("selection", watch.collected)
-        ref = await original(trajectories, *args, **kwargs)
-        if owner is not None:
-            self._late.append((owner, trajectories, ref))
-        elif watch is not None:
-            watch.submitted.append(trajectories)
-            watch.refs.append(ref)
-            await self.recorder.submitted(watch.epoch, ref)
-            watch.add_seconds("training", started)
-        return ref
-
-    async def _wait_until_complete(
-        self, original: Callable[..., Awaitable[TrainingJobStatus]], ref: TrainingJobRef, *args: Any, **kwargs: Any
-    ) -> TrainingJobStatus:
-        started = time.perf_counter()
-        status = await original(ref, *args, **kwargs)
-        if self._watch is not None and not any(ref is late for _, _, late in self._late):
-            self._watch.waited.append(ref)
-            self._watch.statuses.append(status)
-            self._watch.add_seconds("training", started)
-        return status
-
-    async def _validate(
-        self, original: Callable[..., Awaitable[dict[str, Any]]], epoch: int, *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        version = self._version
-        started, before = time.perf_counter(), self.progress.phase
-        self.progress.phase = "validation"
-        token = evaluation_context.set(EvaluationContext("validation", version or 0))
-        meter = progress.set(None)
-        try:
-            metrics = await original(epoch, *args, **kwargs)
-        finally:
-            progress.reset(meter)
-            evaluation_context.reset(token)
-            self.progress.phase = before
-        if self._watch is not None:
-            self._watch.add_seconds("validation", started)
-            self._watch.validations.append(validation_of(epoch, version, metrics, time.perf_counter() - started))
-        return metrics
-
-    def _logger_of(self, part: str) -> Callable[..., None]:
-        def log_progress(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-            if self._watch is not None:
-                self._watch.logged.add(part)
-            original(*args, **kwargs)
-
-        return log_progress
-
-    # ── the record ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def _wait_for_jobs(self, watch: Watch, ref: TrainingJobRef | None) -> None:
-        """Waits for every job that the trainer left behind."""
-        if ref is not None and not any(ref is seen or ref == seen for seen in watch.refs):
-            watch.refs.append(ref)
-        for unwaited in watch.unwaited():
-            await self.adapter.wait_until_complete(unwaited)
-
-    async def _settle_late_jobs(self) -> None:
-        """Jobs that were submitted after their epoch's record: waited for, and put into that record."""
-        while self._late:
-            owner, trajectories, ref = self._late.pop(0)
-            status = await self.adapter.wait_until_complete(ref)
-            place = next(i for i, epoch in enumerate(self.epochs) if epoch.index == owner)
-            self.epochs[place] = await self.recorder.amended(settled_late(self.epochs[place], trajectories, status))
-
-    async def _cancel_jobs(self, watch: Watch) -> None:
-        cancel = getattr(self.adapter, "cancel", None)
-        for ref in watch.unwaited():
-            if cancel is not None:
-                await cancel(ref)
-        aclose = getattr(self.trajectory_builder, "aclose", None)
-        if aclose is not None:
-            await aclose()
-
-    def _owner_of(self, trajectories: TrajectoryCollection) -> int | None:
-        """The recorded epoch to which submitted trajectories belong; None for those of the running one."""
-        first = next((t for group in trajectories.trajectories for t in group), None)
-        for index, collection in self._recent:
-            if any(first is t for group in collection.trajectories for t in group):
-                return index
-        return None
-
-    async def _record(self, watch: Watch, error: Exception | None = None) -> Epoch:
-        state = state_from_dict(self.trainer._curriculum_state) if self.trainer._curriculum_state else None
-        epoch = record(
-            watch,
-            self.run_id,
-            told_by(self.trainer),
-            watch.settings or self.controls.applied,
-            state,
-            self._version,
-            error,
-        )
-        self.controls.settle(epoch.curriculum.percentile)
-        self._recent.append((epoch.index, epoch.collection))
-        self.recorder.journal(self.controls)
-        epoch = await self.recorder.ended(epoch, self.adapter, self.trainer._curriculum_state, self.controls.applied)
-        self.epochs.append(epoch)
-        return epoch

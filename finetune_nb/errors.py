@@ -8,6 +8,7 @@
     ├── MissingLogprobs  (ValueError)    a sampled turn has no logprobs, so it cannot be trained on
     ├── BackendError     (RuntimeError)  a training backend is unhealthy or refused the trajectories
     │   ├── StalePolicy  (RuntimeError)  trajectories were sampled by older weights than are trained
+    │   ├── UnknownJob   (RuntimeError)  a training backend has no job of that id
     │   └── JobFailed    (RuntimeError)  a training job ended as failed or canceled
     ├── RunError         (RuntimeError)  a Run was asked for something that its state does not allow
     ├── StoreError       (RuntimeError)  a run's folder cannot be read or written
@@ -35,6 +36,7 @@ __all__ = [
     "RunError",
     "StalePolicy",
     "StoreError",
+    "UnknownJob",
     "WorkflowError",
     "did_you_mean",
 ]
@@ -70,6 +72,10 @@ class BackendError(FinetuneError, RuntimeError):
 
 class StalePolicy(BackendError):
     """Trajectories were sampled by an older policy version than the one that would be trained."""
+
+
+class UnknownJob(BackendError):
+    """A training backend has no job of the id that it was asked for."""
 
 
 class JobFailed(BackendError):

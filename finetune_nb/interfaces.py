@@ -128,6 +128,9 @@ class TrainerAdapter(ABC):
     """The bridge to a training backend. One that samples from its own weights offers them as `policy`."""
 
     policy: Policy | None = None
+    finds_jobs_again: bool = False
+    """True where `wait_until_complete` knows a job by its ref in another process too: a run whose process ended while a
+    job was running then asks for that job, and does not submit it again. Raise UnknownJob for one that is not there."""
 
     def __init__(self, adapter_config: TrainerAdapterConfig):
         self.adapter_config = adapter_config

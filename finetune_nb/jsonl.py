@@ -9,7 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_jsonl", "finite"]
+from .run_folder import write_durably
+
+__all__ = ["append_jsonl", "finite", "forget_epochs"]
 
 
 def append_jsonl(path: Path, line: Mapping[str, Any]) -> None:
@@ -18,6 +20,22 @@ def append_jsonl(path: Path, line: Mapping[str, Any]) -> None:
     record = {"timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"), **finite(line)}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, default=str) + "\n")
+
+
+def forget_epochs(path: Path, first: int) -> None:
+    """Takes the lines of that epoch and later ones out of a log, and a line that was cut off; others stay."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and _epoch_of(line) < first]
+    if len(kept) < len(lines):
+        write_durably(path, lambda file: file.write("".join(kept).encode()))
+
+
+def _epoch_of(line: str) -> float:
+    try:
+        epoch = json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return -math.inf
+    return epoch if isinstance(epoch, int) else -math.inf
 
 
 def finite(value: Any) -> Any:

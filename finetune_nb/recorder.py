@@ -8,52 +8,69 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .config import CurriculumSettings
 from .controls import Change, Controls
-from .errors import RunError
+from .errors import RunError, StoreError
 from .evaluation.executor import in_daemon_thread
 from .interfaces import TrainerAdapter
+from .jsonl import forget_epochs
 from .redaction import redacting_logger
 from .retention import to_keep
-from .run_folder import DATABASE
+from .run_folder import size_of
+from .run_reader import RunReader
 from .store import RunStore
-from .types import Epoch, TrainingJobRef, TrajectoryCollection, Validation
+from .types import (
+    Epoch,
+    RolloutFailure,
+    Selection,
+    TrainingJobRef,
+    TrainingJobStatus,
+    Trajectory,
+    TrajectoryCollection,
+    Validation,
+)
 from .watch import Watch
 
-__all__ = ["Recorder", "settings_of"]
+__all__ = ["Recorder", "checkpoints", "newest_checkpoint", "settings_of"]
 
 logger = redacting_logger(__name__)
 
 CHECKPOINTS = "checkpoints"
+KEEP_BYTES = 500_000_000
+"""What the newest checkpoints may take together, where the config names no number."""
 WORTH_KEEPING_SECONDS = 2.0
 """Rollouts that were collected faster are stored with their epoch alone: repeating them costs less than storing twice."""
 
 
 class Recorder:
-    """Writes one run's folder. `checkpoint_every`: epochs between checkpoints, 0 = none; `keep`: how many of the newest."""
+    """Writes one run's folder. `checkpoint_every`: epochs between checkpoints, 0 = none. `keep`: how many of the newest
+    stay; None: as many as KEEP_BYTES hold, at least 2."""
 
-    def __init__(self, store: RunStore, checkpoint_every: int = 1, keep: int = 2) -> None:
+    def __init__(self, store: RunStore, checkpoint_every: int = 1, keep: int | None = None) -> None:
         self.store = store
         self._every, self._keep = checkpoint_every, keep
         self._unsaved: list[tuple[Epoch, dict[str, Any]]] = []
-        self._checkpoint: str | None = (store.state() or {}).get("checkpoint")
+        self._checkpoint = newest_checkpoint(store)
+        self._version: int | None = (store.state() or {}).get("policy_version")
+        self._saved_version = self._version
+        self._pinned = {e["epoch"] for e in store.events("forked") if isinstance(e.get("epoch"), int)}
         self._journaled: list[Change] = []
         self._before = len(store.journal())
 
     @classmethod
     async def open(
-        cls, folder: Path, run_id: str, config: Mapping[str, Any], checkpoint_every: int = 1, keep: int = 2
+        cls, folder: Path, run_id: str, config: Mapping[str, Any], checkpoint_every: int = 1, keep: int | None = None
     ) -> Recorder:
         """The recorder of a folder that holds the run already, or of a new one. Raises StoreError, which says who writes
         it already, or what is wrong with it."""
 
         def work() -> Recorder:
-            exists = (folder / DATABASE).exists()
+            exists = RunStore.exists(folder)
             store = RunStore.open(folder, write=True) if exists else RunStore.create(folder, run_id, config)
             return cls(store, checkpoint_every, keep)
 
@@ -81,28 +98,89 @@ class Recorder:
     # ── as it happens ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def begun(self, watch: Watch, version: int | None) -> None:
-        """An epoch begins; what could not be stored before is stored first."""
+        """An epoch begins; what could not be stored before is stored first. Raises StoreError where that cannot be."""
 
         def work() -> None:
             self._append_unsaved()
-            self.store.begin_epoch(watch.epoch, watch.started_at, version)
+            if self.store.begin_epoch(watch.epoch, watch.started_at, version):
+                self._forget_logs(watch.epoch)
             self.store.set_state("running")
 
+        if self._saved_version is None:
+            self._saved_version = version  # what a run starts with needs no checkpoint
         await in_daemon_thread(work)
 
-    async def collected(self, index: int, collection: TrajectoryCollection, seconds: float) -> None:
-        """The epoch's rollouts, before they are trained on, if collecting them took so long that they are worth it."""
-        if seconds < WORTH_KEEPING_SECONDS:
-            return
-        rollouts = [trajectory for group in collection.trajectories for trajectory in group]
-        await in_daemon_thread(self.store.add_rollouts, index, rollouts, collection.failures)
+    async def taken_up(self, index: int) -> None:
+        """An epoch whose job was handed over by a process that has ended is brought to its end."""
+
+        def work() -> None:
+            self._forget_logs(index)
+            self.store.set_state("running")
+
+        await self._unless_full(index, work)
+
+    def _forget_logs(self, index: int) -> None:
+        """What an earlier attempt at an epoch wrote into the seed's logs would stand there twice."""
+        for log in self.store.folder.glob("*_*.jsonl"):
+            forget_epochs(log, index)
+
+    async def came_in(self, index: int, rollouts: Sequence[Callable[[], Trajectory | RolloutFailure]]) -> None:
+        """Rollouts of the running epoch that have ended, each made when called."""
+
+        def work() -> None:
+            made = [make() for make in rollouts]
+            groups: dict[Any, list[Trajectory]] = {}
+            for rollout in made:
+                if isinstance(rollout, Trajectory):
+                    groups.setdefault(str((rollout.metadata or {}).get("id")), []).append(rollout)
+            failures = [rollout for rollout in made if isinstance(rollout, RolloutFailure)]
+            collection = TrajectoryCollection.model_construct(
+                trajectories=list(groups.values()), run_id=self.store.run_id, failures=failures
+            )
+            self.store.add_rollouts(index, collection)
+
+        await self._unless_full(index, work)
+
+    async def collected(
+        self, index: int, collection: TrajectoryCollection, seconds: float = math.inf, always: bool = False
+    ) -> bool:
+        """All of the epoch's rollouts, before they are trained on, if collecting them took so long that they are worth
+        it, or `always`. Returns whether the folder has them."""
+        if seconds < WORTH_KEEPING_SECONDS and not always:
+            return False
+        return await self._unless_full(index, self.store.add_rollouts, index, collection, True)
+
+    async def selected(self, index: int, selection: Selection, seconds: Mapping[str, float]) -> None:
+        """What of it is handed over next, to a backend that knows its jobs also when this process has ended."""
+        await self._unless_full(index, self.store.record_selection, index, selection, seconds)
 
     async def submitted(self, index: int, ref: TrainingJobRef) -> None:
-        await in_daemon_thread(self.store.record_job, index, ref)
+        await self._unless_full(index, self.store.record_job, index, ref)
 
-    async def validated(self, validation: Validation) -> None:
-        """A validation that was asked for by hand."""
-        await in_daemon_thread(self.store.add_validation, validation)
+    async def waited(self, index: int, status: TrainingJobStatus) -> None:
+        await self._unless_full(index, self.store.record_status, index, status)
+
+    async def validated(self, validation: Validation, index: int | None) -> None:
+        """A validation of the running epoch; index None: it was asked for by hand."""
+        await self._unless_full(index, self.store.add_validation, validation, index)
+
+    async def stopped(self, how: str, index: int, error: str | None = None) -> None:
+        """The running epoch ended before its time: "failed", or "aborted"."""
+
+        def work() -> None:
+            self.store.record_event(how, epoch=index, error=error)
+            self.store.set_state("failed" if how == "failed" else "ready")
+
+        await self._unless_full(index, work)
+
+    async def _unless_full(self, index: int | None, work: Callable[..., Any], *args: Any) -> bool:
+        """Writes what the epoch's own record will have too. Where it cannot, a full disk say, the epoch goes on."""
+        try:
+            await in_daemon_thread(work, *args)
+        except StoreError as error:
+            logger.warning("epoch %s goes on, but: %s", index, error)
+            return False
+        return True
 
     async def amended(self, epoch: Epoch) -> Epoch:
         """A job of an epoch ended after its record had been made."""
@@ -113,7 +191,8 @@ class Recorder:
     ) -> Epoch:
         """Stores the epoch and, where the weights have changed, a checkpoint before it. Returns the stored record, which
         reads its trajectories from disk; the given one where the folder cannot be written, with a warning."""
-        if epoch.policy_versions[0] != epoch.policy_versions[1] and self._every and epoch.index % self._every == 0:
+        self._version = epoch.policy_versions[1]
+        if self._version != self._saved_version and self._every and epoch.index % self._every == 0:
             await self._save_checkpoint(epoch.index, adapter)
         state = {
             "curriculum": {**curriculum, "included_groups": sorted(curriculum["included_groups"])}
@@ -135,7 +214,7 @@ class Recorder:
         except Exception:
             logger.warning("epoch %d: no checkpoint could be written; training goes on", index, exc_info=True)
             return
-        self._checkpoint = name
+        self._checkpoint, self._saved_version = name, self._version
 
     def _store(self, epoch: Epoch, state: dict[str, Any]) -> Epoch:
         self._unsaved.append((epoch, state))
@@ -154,12 +233,21 @@ class Recorder:
             self._unsaved.pop(0)
 
     def _prune(self) -> None:
-        folder = self.store.folder / CHECKPOINTS
-        there = {int(path.name[6:]): path for path in folder.glob("epoch-[0-9]*") if path.name[6:].isdigit()}
-        pinned = [int(self._checkpoint[6:])] if self._checkpoint else []
-        best = _best(self.store.epochs)
-        for index in there.keys() - to_keep(list(there), self._keep, best, pinned):
-            shutil.rmtree(there[index], ignore_errors=True)
+        there = checkpoints(self.store.folder)
+        pinned = {*self._pinned, *([int(self._checkpoint[6:])] if self._checkpoint else [])}
+        keep = self._keep
+        if keep is None:
+            size = max(1, size_of(there[max(there)])) if there else 1
+            keep = max(2, KEEP_BYTES // size)
+        if len(there) > keep:
+            for index in there.keys() - to_keep(list(there), keep, _best(self.store.epochs), pinned):
+                shutil.rmtree(there[index], ignore_errors=True)
+
+    def forked(self, index: int, run_id: str, pinned: int | None) -> None:
+        """A run goes on from an epoch of this one; the checkpoint that it started from stays here."""
+        if pinned is not None:
+            self._pinned.add(pinned)
+        self.event("forked", epoch=pinned, after=index, run=run_id)
 
     def journal(self, controls: Controls) -> None:
         """Brings the journal on disk up to date. Called from the engine thread; a handful of rows."""
@@ -181,17 +269,35 @@ class Recorder:
         except Exception:
             logger.warning("an event could not be stored", exc_info=True)
 
-    async def close(self, state: str) -> None:
-        """Stores what is left, and gives the lock back."""
+    async def close(self, adapter: TrainerAdapter | None) -> None:
+        """Stores what is left, the newest weights among it, and gives the lock back."""
+        try:
+            if adapter is not None and self._every and self._version != self._saved_version and self.store.epochs:
+                await self._save_checkpoint(self.store.epochs[-1].index, adapter)
+        finally:
+            await in_daemon_thread(self._close)
 
-        def work() -> None:
-            try:
-                self._append_unsaved()
-                self.store.set_state(state)
-            finally:
-                self.store.close()
+    def _close(self) -> None:
+        try:
+            self._append_unsaved()
+            self.store.set_state("closed")
+        finally:
+            self.store.close()
 
-        await in_daemon_thread(work)
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a run's folder, by epoch."""
+    found = sorted((folder / CHECKPOINTS).glob("epoch-[0-9]*"))
+    return {int(path.name[6:]): path for path in found if path.name[6:].isdigit() and path.is_dir()}
+
+
+def newest_checkpoint(store: RunReader, epoch: int | None = None) -> str | None:
+    """The name of the checkpoint that has the weights as they were behind an epoch, the last one by default. None: there
+    is none, or the adapter saves none."""
+    state = store.state() if epoch is None else store.state_of(epoch)
+    index = store.next_index - 1 if epoch is None else epoch
+    of_its_own = checkpoints(store.folder).get(index)  # written when the run was closed, say
+    return of_its_own.name if of_its_own else (state or {}).get("checkpoint")
 
 
 def settings_of(state: Mapping[str, Any] | None) -> CurriculumSettings | None:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import re
-import secrets
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +19,15 @@ from .display import ProgressLine, watch_progress
 from .driver import Driver
 from .engine import EngineThread
 from .errors import ConfigError, FinetuneError, RunError
-from .from_functions import add_dataset, from_functions
+from .from_folder import config_of
+from .from_functions import from_functions
 from .html import duration
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .loading import load_config
 from .recorder import settings_of
 from .redaction import redact_exception, redact_text
 from .registry import Builder
-from .run_folder import DATABASE
-from .run_views import RunViews
+from .run_on_disk import RunOnDisk, free_id
 from .store import RunStore
 from .types import Epoch, RolloutFailure, Trajectory, Validation
 from .viewer import epoch_text
@@ -44,7 +41,7 @@ __all__ = ["Run"]
 _open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
-class Run(RunViews):
+class Run(RunOnDisk):
     """A finetuning run, from plain functions; `Run.from_config` makes one from a YAML file.
 
         run = ft.Run(solve, correct, dataset="train.json", generations=8)
@@ -169,23 +166,11 @@ class Run(RunViews):
         for live in _open_runs:
             if live.folder.resolve() == folder.resolve():
                 return live
+        scores = {"reward": reward, **(evaluators or {})} if reward is not None else dict(evaluators or {})
+        datasets = {"train": dataset, "validation": validation}
         store = RunStore.open(folder)
         run = cls.__new__(cls)
-        run._unable = None
-        try:
-            config = load_config(store.config())
-        except ConfigError as error:  # somebody's components are not registered here: it can be read all the same
-            config, run._unable = Config(), f"this run can be read, but not gone on with here: {error}"
-        config.finetuning.output_dir = folder.resolve().parent
-        builder = Builder(config)
-        again = {"reward": reward, **(evaluators or {})} if reward is not None else dict(evaluators or {})
-        if workflow is not None:
-            builder.add("function", "workflow", workflow)
-        for key, function in again.items():
-            builder.add("evaluator", key, function)
-        for role, rows in (("train", dataset), ("validation", validation)):
-            if rows is not None:
-                add_dataset(builder, role, rows)
+        config, builder, run._unable = config_of(store, workflow, scores, datasets)
         run._take(config, builder, folder.name, store)
         return run
 
@@ -196,10 +181,12 @@ class Run(RunViews):
             raise ConfigError("resume='auto' goes on with the run of that name: give it one, name='...'.")
         self._unable = None
         output_dir = Path(config.finetuning.output_dir)
-        if resume == "auto" and name is not None and (output_dir / name / DATABASE).exists():
-            self._take(config, builder, name, RunStore.open(output_dir / name))
+        run_id = free_id(name, output_dir)  # also checks the name
+        if resume == "auto" and name is not None:
+            there = RunStore.exists(output_dir / name)
+            self._take(config, builder, name, RunStore.open(output_dir / name) if there else None)
         else:
-            self._take(config, builder, free_id(name, output_dir), None)
+            self._take(config, builder, run_id, None)
 
     def _take(self, config: Config, builder: Builder, run_id: str, store: RunStore | None) -> None:
         from .config import FinetuneRunConfig
@@ -213,7 +200,8 @@ class Run(RunViews):
         self._store = store
         left = settings_of(store.state()) if store is not None else None
         self._controls = Controls(left or CurriculumSettings.from_config(config.finetuning.curriculum_learning))
-        self._driver = Driver(config, builder, self.id, self._controls, store.epochs if store is not None else ())
+        epochs, first = (store.epochs, store.next_index) if store is not None else ((), 0)
+        self._driver = Driver(config, builder, self.id, self._controls, epochs, first)
         self._engine = EngineThread(f"ft-{self.id}")
         self.error = None
         self._closed = False
@@ -239,7 +227,9 @@ class Run(RunViews):
             return ProgressLine(epoch_text(epochs[-1]), progress.done, progress.total)
         left_out = f", {progress.failed} failed" if progress.failed else ""
         rollouts = f"{progress.done} of {progress.total} rollouts{left_out}"
-        text = f"epoch {len(epochs)}  {progress.phase or 'starting'}  {rollouts}  {duration(progress.seconds)}"
+        text = (
+            f"epoch {self._driver.next_index}  {progress.phase or 'starting'}  {rollouts}  {duration(progress.seconds)}"
+        )
         return ProgressLine(text, progress.done, progress.total)
 
     async def validate(self) -> Validation:
@@ -258,12 +248,6 @@ class Run(RunViews):
         """Writes the trained model and its tokenizer, loadable by `from_pretrained`."""
         self._require_open()
         return Path(self._engine.submit(self._driver.save_model(str(directory))).result())
-
-    def refresh(self) -> None:
-        """Sees what another process has added to a run that it writes and this one reads."""
-        if self._store is not None and self._driver.recorder is None:
-            self._store.refresh()
-            self._driver.epochs = list(self._store.epochs)
 
     async def _ask(self, coroutine: Any) -> Any:
         if self._closed or self._unable:
@@ -308,39 +292,10 @@ class Run(RunViews):
         if recorder is not None:
             recorder.journal(self._controls)
 
-    # ── looking: the tables, plots and reprs are those of RunViews ───────────────────────────────────────────────────
-
-    @property
-    def records(self) -> Sequence[Epoch]:
-        """One Epoch for each epoch that has ended."""
-        return self._driver.epochs
-
     @property
     def progress(self) -> Progress:
         """How far the rollouts of the running epoch are."""
         return self._driver.progress
-
-    @property
-    def folder(self) -> Path:
-        """All that the run leaves behind."""
-        return Path(self.config.finetuning.output_dir) / self.id
-
-    @property
-    def model(self) -> str | None:
-        """What is trained, where the adapter's config says it."""
-        adapter = self.config.trainer_adapters.get(self.config.finetuning.trainer_adapter or "")
-        return getattr(adapter, "model", None)
-
-    @property
-    def state(self) -> str:
-        """One of: new, ready (between epochs), running, failed (the last epoch raised), closed."""
-        if self._closed:
-            return "closed"
-        if self._driver.busy:
-            return "running"
-        if self.error:
-            return "failed"
-        return "ready" if self._driver.epochs else "new"
 
     # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -369,16 +324,3 @@ def _close_all() -> None:
             run.close()
         except Exception:  # at exit there is nobody left to tell
             pass
-
-
-def free_id(name: str | None, output_dir: Path) -> str:
-    if name is None:
-        return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ConfigError(
-            f"run name {name!r}: expected letters, digits, '.', '_' and '-', at most 100, no leading sign."
-        )
-    run_id, n = name, 1
-    while (output_dir / run_id).exists():
-        run_id, n = f"{name}-{n + 1}", n + 1
-    return run_id

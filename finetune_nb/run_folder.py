@@ -31,8 +31,10 @@ __all__ = [
     "append_line",
     "check_plain",
     "remove_temporary",
+    "size_of",
     "trajectory_file",
     "write_durably",
+    "writer_of",
 ]
 
 DATABASE = "run.db"
@@ -112,6 +114,16 @@ def remove_temporary(folder: Path) -> None:
                     path.unlink()
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # gone meanwhile
+                total += os.lstat(os.path.join(root, name)).st_size
+    return total
+
+
 def append_line(path: Path, line: str) -> None:
     """Appends a line in one write, so that lines of several processes do not mix. Raises OSError."""
     check_plain(path)
@@ -146,7 +158,7 @@ class WriteLock:
                 "to read it, or copy the folder to a place where you may write."
             ) from error
         try:
-            if not _lock(descriptor):
+            if not (_lock(descriptor) or _lock_soon(descriptor)):
                 raise StoreError(
                     f"the run in {folder} is being written by {_owner(descriptor)}. Close it there, or open it with "
                     "write=False to read along."
@@ -199,7 +211,7 @@ _FAR = 1 << 40
 """Windows locks bytes, and makes them unreadable to others: one that is never there leaves the owner readable."""
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int, shared: bool = False) -> bool:
     try:
         import fcntl
     except ImportError:
@@ -212,10 +224,33 @@ def _lock(descriptor: int) -> bool:
             return False
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
+
+
+def _lock_soon(descriptor: int) -> bool:
+    """Tries again for a moment: somebody may just have looked who writes."""
+    for _ in range(5):
+        time.sleep(0.01)
+        if _lock(descriptor):
+            return True
+    return False
+
+
+def writer_of(folder: Path) -> str | None:
+    """Who writes the run in that folder at the moment; None where nobody does."""
+    path = folder / LOCK
+    try:
+        check_plain(path)
+        descriptor = os.open(path, os.O_RDONLY | _NO_LINK | _BINARY)
+    except (OSError, StoreError):  # never written, or not to be trusted
+        return None
+    try:
+        return None if _lock(descriptor, shared=True) else _owner(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _owner(descriptor: int) -> str:

@@ -6,23 +6,22 @@ StoreError that names the file. Writing is store.py's.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .controls import Change
 from .errors import StoreError
-from .run_folder import CONFIG, DATABASE, LOG, RUN_ID, check_plain
-from .store_schema import change_from_row, epoch_from_row, read, validation_from_json
+from .run_folder import CONFIG, DATABASE, LOG, RUN_ID, check_plain, size_of, writer_of
+from .store_schema import change_from_row, epoch_from_row, read, selection_from_json, validation_from_json
 from .stored_json import decode
 from .trajectory_files import collection_of_batches, read_columns, read_trajectories
-from .types import Epoch, TrainingJobRef, TrainingJobStatus, TrajectoryCollection, Validation
+from .types import Epoch, Selection, TrainingJobRef, TrainingJobStatus, TrajectoryCollection, Validation
 from .yaml_text import MAX_CHARACTERS, read_yaml
 
 if TYPE_CHECKING:
@@ -75,6 +74,9 @@ class PartialEpoch:
     """Seconds since 1970, UTC."""
     policy_version: int | None
     validations: tuple[Validation, ...] = ()
+    selection: Selection | None = None
+    """Which groups were to be trained on, where it came so far."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class _Collection:
@@ -164,6 +166,13 @@ class RunReader:
         assert columns is not None  # an epoch of ours has a file
         return columns(names)
 
+    @property
+    def next_index(self) -> int:
+        """The epoch that comes next: 0 for a new run, the one behind its parent's for a fork."""
+        if self.epochs:
+            return self._epochs[-1].index + 1
+        return self.parent[1] + 1 if self.parent else 0
+
     def _epoch(self, index: int) -> StoredEpoch:
         for epoch in self.epochs:
             if epoch.index == index:
@@ -181,6 +190,7 @@ class RunReader:
             batches = [r[0] for r in db.execute("SELECT data FROM rollouts WHERE epoch = ? ORDER BY batch", (index,))]
             validations = db.execute("SELECT record FROM validations WHERE epoch = ? ORDER BY place", (index,))
             ref, status = row["job_ref"], row["job_status"]
+            selection, seconds = selection_from_json(row["selection"]) if row["selection"] else (None, {})
             return PartialEpoch(
                 index=index,
                 collection=collection_of_batches(batches, self.run_id),
@@ -189,16 +199,19 @@ class RunReader:
                 started_at=float(row["started_at"]),
                 policy_version=row["policy_version"],
                 validations=tuple(validation_from_json(record[0]) for record in validations),
+                selection=selection,
+                seconds=seconds,
             )
 
         return self._read(work)
 
     def state(self) -> dict[str, Any] | None:
-        """What resuming behind the last completed epoch needs; None where there is none."""
+        """What resuming behind the last completed epoch needs; of a fork that has none, what it starts from; else None."""
 
         def work(db: sqlite3.Connection) -> dict[str, Any] | None:
             row = db.execute("SELECT state FROM epochs ORDER BY epoch DESC LIMIT 1").fetchone()
-            return None if row is None else decode(row["state"], dict)
+            row = row or db.execute("SELECT start FROM run WHERE start IS NOT NULL").fetchone()
+            return None if row is None else decode(row[0], dict)
 
         return self._read(work)
 
@@ -226,8 +239,15 @@ class RunReader:
 
     @property
     def run_state(self) -> str:
-        """What the run is doing, or was when its writer ended: "new", "running", ..."""
-        return self._read(lambda db: str(db.execute("SELECT state FROM run").fetchone()[0]))
+        """What the run is doing, or was when its writer ended: "new", "running", ...; "interrupted" where it was running
+        and nobody writes it any more."""
+        told = self._read(lambda db: str(db.execute("SELECT state FROM run").fetchone()[0]))
+        return "interrupted" if told == "running" and self.writer is None else told
+
+    @property
+    def writer(self) -> str | None:
+        """Who writes the run at the moment: "process 4711 on host since ..."; None where nobody does."""
+        return writer_of(self.folder)
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The log, oldest first: `time`, `kind` and what was said. A line that a crash cut off is passed over."""
@@ -260,14 +280,7 @@ class RunReader:
 
     def size(self) -> int:
         """Bytes of all files in the folder."""
-        total = 0
-        for root, _, names in os.walk(self.folder):
-            for name in names:
-                try:
-                    total += os.lstat(os.path.join(root, name)).st_size
-                except OSError:  # gone meanwhile
-                    continue
-        return total
+        return size_of(self.folder)
 
 
 def _run_of(db: sqlite3.Connection) -> tuple[str, float, tuple[str, int] | None]:

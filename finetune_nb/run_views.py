@@ -6,13 +6,11 @@ Everything here works on records that are in memory or read from disk, whoever's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from .errors import ConfigError, StoreError
-from .run_folder import DATABASE
-from .store import RunStore
+from .errors import ConfigError
 from .types import Epoch
 from .viewer import run_html, run_text
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
     from .comparison import Comparison
 
-__all__ = ["RunViews", "compare", "runs"]
+__all__ = ["RunViews", "compare"]
 
 
 class RunViews(ABC):
@@ -39,6 +37,11 @@ class RunViews(ABC):
 
     @property
     @abstractmethod
+    def partial(self) -> Epoch | None:
+        """The epoch that has begun and is not complete."""
+
+    @property
+    @abstractmethod
     def folder(self) -> Path:
         """All that the run leaves behind."""
 
@@ -48,6 +51,14 @@ class RunViews(ABC):
         """What the run is doing, in a word."""
 
     @property
+    def writer(self) -> str | None:
+        """Which other process writes the run at the moment; None where none does."""
+        return None
+
+    def _standing(self) -> str:
+        return f"{self.state}, written by {self.writer}" if self.writer else self.state
+
+    @property
     def model(self) -> str | None:
         """What is trained, where that is known."""
         return None
@@ -55,14 +66,38 @@ class RunViews(ABC):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Epoch:
-        return self.records[index]
+    def __iter__(self) -> Iterator[Epoch]:
+        return iter(self.records)
 
-    def trajectories(self) -> pd.DataFrame:
-        """One row = one trajectory or one failed rollout. Columns: see frames.trajectories."""
+    @overload
+    def __getitem__(self, index: int) -> Epoch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Epoch]: ...
+
+    def __getitem__(self, index: int | slice) -> Epoch | list[Epoch]:
+        """An epoch by its number; negative: from the newest. A fork's numbers begin behind its parent's."""
+        records = self.records
+        first = records[0].index if records else 0
+        if isinstance(index, slice):
+            start, stop = (
+                max(0, bound - first) if bound is not None and bound >= 0 else bound
+                for bound in (index.start, index.stop)
+            )
+            return list(records[start : stop : index.step])
+        place = index - first if index >= 0 else index + len(records)
+        if not 0 <= place < len(records):
+            there = f"epochs {first} to {records[-1].index}" if records else "no epoch yet"
+            raise IndexError(f"found run[{index}]; run {self.id!r} has {there}.")
+        return records[place]
+
+    def trajectories(self, partial: bool = False) -> pd.DataFrame:
+        """One row = one trajectory or one failed rollout. Columns: see frames.trajectories. partial: those of the epoch
+        that did not come to its end, too."""
         from . import frames
 
-        return frames.trajectories(self.records)
+        left = self.partial if partial else None
+        return frames.trajectories([*self.records, *([left] if left else [])])
 
     def groups(self) -> pd.DataFrame:
         """One row = one group of one epoch. Columns: see frames.groups."""
@@ -95,12 +130,12 @@ class RunViews(ABC):
         return plots.plot_scores(self.records, names=names, ax=ax, **options)
 
     def __repr__(self) -> str:
-        return run_text(name=self.id, state=self.state, epochs=self.records, error=self.error)
+        return run_text(name=self.id, state=self._standing(), epochs=self.records, error=self.error)
 
     def _repr_html_(self) -> str:
         return run_html(
             name=self.id,
-            state=self.state,
+            state=self._standing(),
             epochs=self.records,
             error=self.error,
             folder=str(self.folder),
@@ -120,48 +155,3 @@ def compare(runs: Sequence[RunViews], confidence: float = 0.95) -> Comparison:
     if len(set(names)) < len(names):
         raise ConfigError(f"a run is held against others, not against itself; got {', '.join(names)}.")
     return compare_runs({run.id: run.records for run in runs}, confidence)
-
-
-def runs(directory: str | Path = "runs") -> pd.DataFrame:
-    """The runs in a directory, newest first: one row = one run.
-
-    Columns: run (its id), created_at (UTC), epochs, last_reward (mean reward of the last epoch, NaN without one), state,
-    parent and parent_epoch (of a fork), size (bytes), folder, error (why a folder cannot be read; the rest is then missing).
-    """
-    import pandas as pd
-
-    rows: list[dict[str, Any]] = []
-    for folder in sorted(Path(directory).glob(f"*/{DATABASE}")):
-        row: dict[str, Any] = {"run": folder.parent.name, "folder": str(folder.parent)}
-        try:
-            store = RunStore.open(folder.parent)
-            parent, parent_epoch = store.parent or (None, None)
-            row |= {
-                "created_at": store.created_at,
-                "epochs": len(store.epochs),
-                "last_reward": store.epochs[-1].metrics.mean_reward if store.epochs else None,
-                "state": store.run_state,
-                "parent": parent,
-                "parent_epoch": parent_epoch,
-                "size": store.size(),
-            }
-        except StoreError as error:
-            row["error"] = str(error)
-        rows.append(row)
-    frame = pd.DataFrame(rows, columns=list(_RUN_COLUMNS)).astype(_RUN_COLUMNS)
-    frame["created_at"] = pd.to_datetime(frame.created_at, unit="s", utc=True)
-    return frame.sort_values("created_at", ascending=False, ignore_index=True)
-
-
-_RUN_COLUMNS = {
-    "run": "object",
-    "created_at": "float64",
-    "epochs": "Int64",
-    "last_reward": "float64",
-    "state": "object",
-    "parent": "object",
-    "parent_epoch": "Int64",
-    "size": "Int64",
-    "folder": "object",
-    "error": "object",
-}

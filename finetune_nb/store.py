@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,10 +37,19 @@ from .run_folder import (
     write_durably,
 )
 from .run_reader import PartialEpoch, RunReader, StoredEpoch, as_store_error
-from .store_schema import epoch_to_row, migrate, open_to_write, readable, validation_to_row
+from .store_schema import (
+    EmptyRun,
+    epoch_to_row,
+    migrate,
+    open_to_write,
+    read,
+    readable,
+    selection_to_json,
+    validation_to_row,
+)
 from .stored_json import encode
 from .trajectory_files import batch_of, write_trajectories
-from .types import Epoch, RolloutFailure, TrainingJobRef, TrainingJobStatus, Trajectory, Validation
+from .types import Epoch, Selection, TrainingJobRef, TrainingJobStatus, TrajectoryCollection, Validation
 from .yaml_text import dump_yaml
 
 __all__ = ["PartialEpoch", "RunStore", "StoreError", "StoredEpoch"]
@@ -57,9 +66,15 @@ class RunStore(RunReader):
 
     @classmethod
     def create(
-        cls, folder: str | Path, run_id: str, config: Mapping[str, Any], parent: tuple[str, int] | None = None
+        cls,
+        folder: str | Path,
+        run_id: str,
+        config: Mapping[str, Any],
+        parent: tuple[str, int] | None = None,
+        start: Mapping[str, Any] | None = None,
     ) -> RunStore:
-        """A new run, to be written. config: `Config.stored()`. parent: run id and epoch of which it is a fork."""
+        """A new run, to be written. config: `Config.stored()`. parent: run id and epoch of which it is a fork. start:
+        the state behind that epoch, from which it goes on."""
         folder = Path(folder)
         if not RUN_ID.fullmatch(run_id):
             raise StoreError(
@@ -77,8 +92,9 @@ class RunStore(RunReader):
                 db.execute("BEGIN IMMEDIATE")
                 migrate(db)
                 db.execute(
-                    "INSERT INTO run (one, id, created_at, state, parent, parent_epoch) VALUES (1, ?, ?, 'new', ?, ?)",
-                    (run_id, time.time(), *(parent or (None, None))),
+                    "INSERT INTO run (one, id, created_at, state, parent, parent_epoch, start) "
+                    "VALUES (1, ?, ?, 'new', ?, ?, ?)",
+                    (run_id, time.time(), *(parent or (None, None)), start and encode(dict(start), strict=True)),
                 )
                 db.execute("COMMIT")
                 db.execute("PRAGMA synchronous = NORMAL")
@@ -88,6 +104,17 @@ class RunStore(RunReader):
                     db.close()
                 lock.release()
                 raise
+
+    @staticmethod
+    def exists(folder: str | Path) -> bool:
+        """Whether there is a run, damaged or not; False also where its creation did not come to its end."""
+        try:
+            read(Path(folder), lambda db: None)
+        except EmptyRun:
+            return False
+        except (StoreError, sqlite3.Error, ValueError):
+            return (Path(folder) / DATABASE).exists()
+        return True
 
     @classmethod
     def open(cls, folder: str | Path, write: bool = False) -> RunStore:
@@ -114,49 +141,55 @@ class RunStore(RunReader):
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def begin_epoch(self, index: int, started_at: float, policy_version: int | None) -> None:
-        """An epoch begins. What an earlier attempt at it left behind goes."""
+    def begin_epoch(self, index: int, started_at: float, policy_version: int | None) -> bool:
+        """An epoch begins. What an earlier attempt at it left behind goes; returns whether there was one."""
 
-        def work(db: sqlite3.Connection) -> None:
+        def work(db: sqlite3.Connection) -> bool:
             self._require_next(db, index)
-            db.execute("DELETE FROM unfinished")
+            left = db.execute("DELETE FROM unfinished").rowcount > 0
             db.execute("DELETE FROM rollouts")
             db.execute("DELETE FROM validations WHERE epoch = ?", (index,))
             db.execute(
                 "INSERT INTO unfinished (epoch, started_at, policy_version) VALUES (?, ?, ?)",
                 (index, started_at, policy_version),
             )
+            return left
 
-        self._write(work, f"the begin of epoch {index}")
+        return self._write(work, f"the begin of epoch {index}")
 
-    def add_rollouts(
-        self, index: int, trajectories: Iterable[Trajectory], failures: Iterable[RolloutFailure] = ()
-    ) -> None:
+    def add_rollouts(self, index: int, rollouts: TrajectoryCollection, whole: bool = False) -> None:
         """Rollouts of the epoch that has begun, as they come in; best several at once. They are there for the case that
-        the epoch does not come to its end: `append` replaces them."""
-        batch = batch_of(list(trajectories), list(failures))
+        the epoch does not come to its end: `append` replaces them. whole: these are all of them, in their groups, in
+        place of what came in before."""
+        batch = batch_of(rollouts)
 
         def work(db: sqlite3.Connection) -> None:
             self._require_begun(db, index)
+            if whole:
+                db.execute("DELETE FROM rollouts WHERE epoch = ?", (index,))
             db.execute("INSERT INTO rollouts (epoch, data) VALUES (?, ?)", (index, batch))
 
-        self._write(work, f"rollouts of epoch {index}")
+        self._write(work, f"rollouts of epoch {index}", durable=whole)
+
+    def record_selection(self, index: int, selection: Selection, seconds: Mapping[str, float]) -> None:
+        """Which groups of the epoch that has begun are trained on, right before they are handed over. seconds: what
+        each part of the epoch has taken so far."""
+        self._set_unfinished(index, "selection", selection_to_json(selection, seconds))
 
     def record_job(self, index: int, ref: TrainingJobRef) -> None:
         """The training job of the epoch that has begun."""
-        self._set_unfinished(index, "job_ref", ref)
+        self._set_unfinished(index, "job_ref", encode(ref.model_dump(mode="python")))
 
     def record_status(self, index: int, status: TrainingJobStatus) -> None:
         """How that job stands."""
-        self._set_unfinished(index, "job_status", status)
+        self._set_unfinished(index, "job_status", encode(status.model_dump(mode="python")), durable=False)
 
-    def _set_unfinished(self, index: int, column: str, value: TrainingJobRef | TrainingJobStatus) -> None:
+    def _set_unfinished(self, index: int, column: str, text: str, durable: bool = True) -> None:
         def work(db: sqlite3.Connection) -> None:
             self._require_begun(db, index)
-            text = encode(value.model_dump(mode="python"))
             db.execute(f"UPDATE unfinished SET {column} = ? WHERE epoch = ?", (text, index))
 
-        self._write(work, f"the training job of epoch {index}", durable=True)
+        self._write(work, f"the training of epoch {index}", durable)
 
     def append(self, epoch: Epoch, state: Mapping[str, Any]) -> StoredEpoch:
         """Ends an epoch: its record, and what resuming behind it needs, in plain JSON data. It is on the disk when this

@@ -1,10 +1,12 @@
 """run.db: its tables, how it is opened, and what one epoch is in it. Which files lie around it is store.py's.
 
-    run          one row: id, created_at, state, parent and parent_epoch (of a fork), revision (counts amended epochs)
+    run          one row: id, created_at, state, revision (counts amended epochs); of a fork parent, parent_epoch and
+                 start, the state from which it goes on
     epochs       one row an epoch: a few columns to query, `record` (JSON: all that is known but arrays and
                  trajectories), the arrays of its statistics and selection (little-endian float64, int64, int8), and
                  `state` (JSON: what resuming needs)
-    unfinished   the epoch that has begun and is not in `epochs`; `rollouts` its trajectories so far, in batches
+    unfinished   the epoch that has begun and is not in `epochs`, with its job and selection (JSON) where it came so far;
+                 `rollouts` its trajectories, in batches
     validations  by the epoch that they belong to; NULL: asked for by hand
     changes      the journal of the controls
 
@@ -17,7 +19,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MIGRATIONS",
+    "EmptyRun",
     "change_from_row",
     "epoch_from_row",
     "epoch_to_row",
@@ -53,6 +56,8 @@ __all__ = [
     "open_to_write",
     "read",
     "readable",
+    "selection_from_json",
+    "selection_to_json",
     "validation_from_json",
     "validation_to_row",
 ]
@@ -79,8 +84,13 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE changes (place INTEGER PRIMARY KEY, time REAL NOT NULL, source TEXT NOT NULL, "
         "field TEXT NOT NULL, old TEXT NOT NULL, new TEXT NOT NULL, epoch INTEGER)",
     ),
+    ("ALTER TABLE run ADD COLUMN start TEXT", "ALTER TABLE unfinished ADD COLUMN selection TEXT"),
 )
 """Statements of each version; a new one is added behind the others, never changed."""
+
+
+class EmptyRun(StoreError):
+    """A run whose creation did not come to its end."""
 
 
 # ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -117,7 +127,7 @@ def open_to_write(folder: Path, create: bool = False) -> sqlite3.Connection:
         if version and create:
             raise StoreError(f"there is a run in {folder} already. Open it, or choose another folder.")
         if not create:
-            _require_version(folder, version, least=1)
+            _require_version(folder, version)
             found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise sqlite3.DatabaseError(str(found))
@@ -186,8 +196,16 @@ def read(folder: Path, work: Callable[[sqlite3.Connection], T]) -> T:
 def _in_snapshot(folder: Path, db: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
     with closing(db):
         db.execute("BEGIN")
-        _require_version(folder, _version(db, folder), least=len(MIGRATIONS))
-        return work(db)
+        version = _version(db, folder)
+        _require_version(folder, version)
+        if version == len(MIGRATIONS):
+            return work(db)
+        with closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:  # brought up to date where no one sees
+            copy.row_factory = sqlite3.Row
+            db.execute("COMMIT")
+            db.backup(copy)
+            migrate(copy)
+            return work(copy)
 
 
 def _require_file(folder: Path, create: bool = False) -> None:
@@ -205,14 +223,9 @@ def _require_whole(path: Path) -> None:
         raise sqlite3.DatabaseError("the file is cut off")
 
 
-def _require_version(folder: Path, version: int, least: int) -> None:
+def _require_version(folder: Path, version: int) -> None:
     if version == 0:
-        raise StoreError(f"the run in {folder} is empty: its creation did not come to its end. Create it again.")
-    if version < least:
-        raise StoreError(
-            f"{folder / DATABASE} has schema version {version}, older than {least}. Open it once with write=True to "
-            "bring it up to date."
-        )
+        raise EmptyRun(f"the run in {folder} is empty: its creation did not come to its end. Create it again.")
 
 
 # ── an epoch ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -231,13 +244,10 @@ _ARRAYS = {
 def epoch_to_row(epoch: Epoch) -> dict[str, Any]:
     """The columns of an epoch but `job_ref` and `state`."""
     statistics, selection = epoch.statistics, epoch.selection
-    curriculum = selection.state
     record = {
         "run_id": epoch.run_id,
         "example_ids": list(statistics.example_ids),
-        "settings": asdict(selection.settings),
-        "curriculum_state": {**asdict(curriculum), "included_groups": sorted(curriculum.included_groups)},
-        "inferred": selection.inferred,
+        **_about_selection(selection),
         "job": epoch.job and epoch.job.model_dump(mode="python"),
         "reason": epoch.reason,
         "metrics": asdict(epoch.metrics),
@@ -260,6 +270,53 @@ def epoch_to_row(epoch: Epoch) -> dict[str, Any]:
     }
 
 
+def _about_selection(selection: Selection) -> dict[str, Any]:
+    """A selection but for its examples and arrays."""
+    state = selection.state
+    return {
+        "settings": asdict(selection.settings),
+        "curriculum_state": {**asdict(state), "included_groups": sorted(state.included_groups)},
+        "inferred": selection.inferred,
+    }
+
+
+def _selection(
+    record: Mapping[str, Any], example_ids: Sequence[Any], reasons: np.ndarray, kept: np.ndarray
+) -> Selection:
+    if len(reasons) != len(example_ids):
+        raise ValueError("its arrays do not belong together")
+    if len(kept) and not (kept.min() >= 0 and kept.max() < len(example_ids)):
+        raise ValueError("it keeps groups that are not there")
+    if len(reasons) and not (reasons.min() >= 0 and reasons.max() < len(GROUP_REASONS)):
+        raise ValueError("it has reasons that are not known")
+    state = record["curriculum_state"]
+    curriculum = CurriculumState(
+        float(state["percentile"]),
+        int(state["last_expansion_epoch"]),
+        int(state["total_groups"]),
+        frozenset(map(int, state["included_groups"])),
+    )
+    settings = CurriculumSettings(**record["settings"])
+    return Selection(example_ids, reasons, kept, curriculum, settings, bool(record["inferred"]))
+
+
+def selection_to_json(selection: Selection, seconds: Mapping[str, float]) -> str:
+    """The selection of an epoch that is not complete, and what each part of it took so far."""
+    arrays = {"reasons": selection.reasons.tolist(), "kept": selection.kept.tolist()}
+    record = {"example_ids": list(selection.example_ids), **arrays, **_about_selection(selection)}
+    return encode({**record, "seconds": dict(seconds)})
+
+
+def selection_from_json(text: str) -> tuple[Selection, dict[str, float]]:
+    """The way back. Raises ValueError, KeyError, TypeError, OverflowError and FinetuneError for what does not fit."""
+    import numpy as np
+
+    record = decode(text, dict)
+    reasons, kept = np.array(record["reasons"], np.int8), np.array(record["kept"], np.int64)
+    selection = _selection(record, tuple(record["example_ids"]), reasons, kept)
+    return selection, _numbers.validate_python(record["seconds"])
+
+
 _metrics = TypeAdapter(EpochMetrics)
 _status = TypeAdapter(TrainingJobStatus | None)
 _numbers = TypeAdapter(dict[str, float])
@@ -280,19 +337,8 @@ def epoch_from_row(row: Mapping[str, Any]) -> dict[str, Any]:
     of_groups = {len(offsets) - 1, len(arrays["counts"]), len(arrays["means"]), len(arrays["spreads"]), len(reasons)}
     if of_groups != {groups} or offsets[0] != 0 or offsets[-1] != rows or (offsets[1:] < offsets[:-1]).any():
         raise ValueError("its arrays do not belong together")
-    if len(kept) and not (kept.min() >= 0 and kept.max() < groups):
-        raise ValueError("it keeps groups that are not there")
-    if len(reasons) and not (reasons.min() >= 0 and reasons.max() < len(GROUP_REASONS)):
-        raise ValueError("it has reasons that are not known")
     if (row["trajectories"], row["groups"]) != (rows, groups) or type(row["failures"]) is not int:
         raise ValueError("its counts do not fit its arrays")
-    state = record["curriculum_state"]
-    curriculum = CurriculumState(
-        float(state["percentile"]),
-        int(state["last_expansion_epoch"]),
-        int(state["total_groups"]),
-        frozenset(map(int, state["included_groups"])),
-    )
     reason = record["reason"]
     if not (reason is None or isinstance(reason, str)) or not isinstance(record["run_id"], str):
         raise ValueError("a text is none")
@@ -300,9 +346,7 @@ def epoch_from_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "index": int(row["epoch"]),
         "run_id": record["run_id"],
         "statistics": GroupStatistics(example_ids=example_ids, **arrays),
-        "selection": Selection(
-            example_ids, reasons, kept, curriculum, CurriculumSettings(**record["settings"]), bool(record["inferred"])
-        ),
+        "selection": _selection(record, example_ids, reasons, kept),
         "job": _status.validate_python(record["job"]),
         "reason": reason,
         "metrics": _metrics.validate_python(record["metrics"]),

@@ -20,12 +20,13 @@ from .config import TrajectoryBuilderConfig
 from .episodes import episode_of
 from .errors import ConfigError, did_you_mean
 from .evaluation.evaluate import EvaluationContext, evaluation_context
-from .evaluation.executor import LocalExecutor, RolloutExecutor
+from .evaluation.executor import LocalExecutor, RolloutExecutor, RolloutResult
 from .interfaces import TrajectoryBuilder
 from .jsonl import append_jsonl
 from .redaction import redact_text, redacting_logger
 from .registry import Builder, register_trajectory_builder
 from .types import (
+    EpisodeItem,
     EvalInputItem,
     EvalOutputItem,
     EvaluationRunOutput,
@@ -108,6 +109,20 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
                 task.cancel()
         return await self.collect(outputs, run_id, meta)
 
+    def unscored(self, result: RolloutResult, run_id: str) -> Trajectory | RolloutFailure:
+        """A rollout that has ended, before it is scored: its reward is NaN."""
+        key, item = result.request.key, result.request.item
+        if result.error is not None:
+            return RolloutFailure(item.id, key.generation, redact_text(result.error), result.steps)
+        item = item.model_copy(update={"output_obj": result.output, "trajectory": result.steps})
+        try:
+            episode, version = self._episode(item)
+        except ValueError as error:
+            return RolloutFailure(item.id, key.generation, f"{type(error).__name__}: {error}", result.steps)
+        metadata = {"id": item.id, "generation": key.generation, "run_id": run_id, "policy_version": version}
+        metadata["reward_error"] = "it was not scored before the epoch ended"
+        return Trajectory(episode=episode, reward=math.nan, metadata=metadata)
+
     async def collect(
         self, outputs: Sequence[EvaluationRunOutput | BaseException], run_id: str, meta: dict | None = None
     ) -> TrajectoryCollection:
@@ -171,16 +186,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         run_id: str,
         meta: dict | None,
     ) -> Trajectory:
-        config, run_config = self.trajectory_builder_config, self.run_config
-        episode, version = episode_of(
-            item,
-            target_functions=run_config.target_functions if run_config else None,
-            target_model=run_config.target_model if run_config else None,
-            include_tool_calls=getattr(config, "include_tool_calls", True),
-        )
-        least = getattr(config, "min_episode_length", 2)
-        if len(episode) < least:
-            raise ValueError(f"the episode has {len(episode)} messages; min_episode_length is {least}")
+        episode, version = self._episode(item)
         verdict = verdicts.get(reward_name) if reward_name else None
         reward, error = await self._reward(verdict, reward_name, meta)
         metadata: dict[str, Any] = {
@@ -194,6 +200,19 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         if error:
             metadata["reward_error"] = redact_text(error)
         return Trajectory(episode=episode, reward=reward, metadata=metadata)
+
+    def _episode(self, item: EvalInputItem) -> tuple[list[EpisodeItem], int | None]:
+        config, run_config = self.trajectory_builder_config, self.run_config
+        episode, version = episode_of(
+            item,
+            target_functions=run_config.target_functions if run_config else None,
+            target_model=run_config.target_model if run_config else None,
+            include_tool_calls=getattr(config, "include_tool_calls", True),
+        )
+        least = getattr(config, "min_episode_length", 2)
+        if len(episode) < least:
+            raise ValueError(f"the episode has {len(episode)} messages; min_episode_length is {least}")
+        return episode, version
 
     async def _reward(
         self, verdict: EvalOutputItem | None, name: str | None, meta: dict | None

@@ -141,12 +141,13 @@ def _checked(table: pa.Table) -> pa.Table:
 # ── batches of an unfinished epoch ───────────────────────────────────────────────────────────────────────────────────
 
 
-def batch_of(trajectories: Sequence[Trajectory], failures: Sequence[RolloutFailure]) -> bytes:
+def batch_of(collection: TrajectoryCollection) -> bytes:
     """Rollouts as bytes. Raises StoreError for what cannot be written down."""
     import pyarrow as pa
 
     try:
-        table = table_of([trajectories], failures)
+        table = table_of(collection.trajectories, collection.failures)
+        table = table.replace_schema_metadata({KEY: encode({"groups": len(collection.trajectories)})})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
             writer.write_table(table)
@@ -156,15 +157,20 @@ def batch_of(trajectories: Sequence[Trajectory], failures: Sequence[RolloutFailu
 
 
 def collection_of_batches(batches: Sequence[bytes], run_id: str) -> TrajectoryCollection:
-    """The rollouts of several batches, grouped by example. Raises StoreError."""
+    """The rollouts of one batch in the groups that it was made of; those of several grouped by example. Raises
+    StoreError."""
     import pyarrow as pa
 
-    groups: dict[str, list[Trajectory]] = {}
+    groups: dict[Any, list[Trajectory]] = {}
     failures: list[RolloutFailure] = []
     try:
         for batch in batches:
             with pa.ipc.open_stream(pa.BufferReader(batch)) as reader:
-                found = collection_of(_checked(reader.read_all()), run_id, None)
+                table = _checked(reader.read_all())
+            if len(batches) == 1:
+                about = decode((table.schema.metadata or {}).get(KEY, b"").decode("ascii", "replace"), dict)
+                return collection_of(table, run_id, int(about["groups"]))
+            found = collection_of(table, run_id, None)
             for group in found.trajectories:
                 groups.setdefault(encode((group[0].metadata or {}).get("id")), []).extend(group)
             failures += found.failures

@@ -245,6 +245,8 @@ class GroupReason(StrEnum):
     SUBSAMPLED = "subsampled"
     NO_REWARD = "no_reward"
     INFINITE_REWARD = "infinite_reward"
+    UNDECIDED = "undecided"
+    """The epoch ended before groups were chosen."""
 
 
 GROUP_REASONS: tuple[GroupReason, ...] = tuple(GroupReason)

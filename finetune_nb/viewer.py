@@ -37,6 +37,7 @@ REASONS = {
     GroupReason.SUBSAMPLED: "left out: not drawn in the random subsample",
     GroupReason.NO_REWARD: "left out: no trajectory has a reward",
     GroupReason.INFINITE_REWARD: "left out: a reward is infinite",
+    GroupReason.UNDECIDED: "undecided: the epoch ended before groups were chosen",
 }
 """Every reason in words; they go on from a number of groups."""
 

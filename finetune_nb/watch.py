@@ -6,21 +6,29 @@ taken; what someone else's does not tell is concluded from what it submitted, an
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .config import CurriculumSettings
 from .curriculum import group_statistics, infer_selection
+from .evaluation.evaluate import Progress
+from .evaluation.executor import RolloutResult
 from .interfaces import Trainer
 from .metrics import epoch_metrics
 from .redaction import redact_text, redacting_logger
+from .run_reader import PartialEpoch
 from .types import (
+    GROUP_REASONS,
     CurriculumState,
     Epoch,
     EpochMetrics,
+    GroupReason,
     GroupStatistics,
     Selection,
     TrainingJobRef,
@@ -30,9 +38,17 @@ from .types import (
     Validation,
 )
 
-__all__ = ["Watch", "log_what_was_left", "record", "settled_late", "told_by", "validation_of"]
+__all__ = ["Watch", "log_what_was_left", "partial_record", "record", "settled_late", "told_by", "validation_of"]
 
 logger = redacting_logger(__name__)
+
+
+class Told(NamedTuple):
+    """What a Trainer of ours says of its choice."""
+
+    selection: Selection
+    statistics: GroupStatistics
+    metrics: EpochMetrics
 
 
 @dataclass
@@ -53,20 +69,47 @@ class Watch:
     statuses: list[TrainingJobStatus] = field(default_factory=list)
     validations: list[Validation] = field(default_factory=list)
     logged: set[str] = field(default_factory=set)
+    progress: Progress = field(default_factory=Progress)
+    begun: bool = False
+    """Whether the folder knows of it."""
+    told: Told | None = None
+    """What was chosen, where that is known from an earlier process."""
+    came_in: list[RolloutResult] = field(default_factory=list)
+    """Rollouts that are done and not yet in the folder."""
+    kept: bool = False
+    """Whether the folder has the whole collection."""
+    all_in: asyncio.Event = field(default_factory=asyncio.Event)
+    keeping: asyncio.Task[None] | None = None
+    """Puts rollouts into the folder until all are in."""
+
+    @classmethod
+    def again(cls, left: PartialEpoch) -> Watch:
+        """The watch of an epoch that is known from the folder as far as its training."""
+        assert left.selection is not None
+        statistics = group_statistics(left.collection.trajectories)
+        return cls(
+            left.index,
+            started_at=left.started_at,
+            seconds=dict(left.seconds),
+            collection=left.collection,
+            settings=left.selection.settings,
+            version=left.policy_version,
+            validations=list(left.validations),
+            progress=Progress("training"),
+            begun=True,
+            told=Told(left.selection, statistics, epoch_metrics(left.collection, statistics, left.selection)),
+        )
+
+    async def end_keeping(self) -> None:
+        self.all_in.set()
+        if self.keeping is not None:
+            await self.keeping
 
     def unwaited(self) -> list[TrainingJobRef]:
         return [ref for ref in self.refs if not any(ref is seen or ref == seen for seen in self.waited)]
 
     def add_seconds(self, part: str, since: float) -> None:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - since
-
-
-class Told(NamedTuple):
-    """What a Trainer of ours says of its choice."""
-
-    selection: Selection
-    statistics: GroupStatistics
-    metrics: EpochMetrics
 
 
 def told_by(trainer: Trainer) -> Told | None:
@@ -113,6 +156,32 @@ def record(
         policy_versions=(watch.version, version),
         started_at=watch.started_at,
         seconds={**watch.seconds, "total": time.perf_counter() - watch.started},
+    )
+
+
+def partial_record(left: PartialEpoch, run_id: str, settings: CurriculumSettings) -> Epoch:
+    """The record of an epoch that did not come to its end: as complete ones, with whatever there is."""
+    statistics = group_statistics(left.collection.trajectories)
+    selection = left.selection or Selection(
+        statistics.example_ids,
+        np.full(len(statistics), GROUP_REASONS.index(GroupReason.UNDECIDED), np.int8),
+        np.empty(0, np.int64),
+        CurriculumState(settings.percentile),
+        settings,
+    )
+    return Epoch(
+        index=left.index,
+        run_id=run_id,
+        collection=left.collection,
+        statistics=statistics,
+        selection=selection,
+        job=left.status,
+        reason=None if left.status else "the epoch did not come to its end" + (", its job is out" if left.job else ""),
+        metrics=epoch_metrics(left.collection, statistics, selection),
+        validations=left.validations,
+        policy_versions=(left.policy_version, None),
+        started_at=left.started_at,
+        seconds=left.seconds,
     )
 
 

@@ -45,6 +45,14 @@ def make_trajectory(
     return Trajectory(episode=episode, reward=math.nan if reward is None else reward, metadata=found)
 
 
+def collected(trajectories: Sequence[Trajectory], failures: Sequence[RolloutFailure] = ()) -> TrajectoryCollection:
+    """Rollouts as a collection, grouped by example."""
+    groups: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(repr((trajectory.metadata or {}).get("id")), []).append(trajectory)
+    return TrajectoryCollection(trajectories=list(groups.values()), run_id="run", failures=list(failures))
+
+
 def make_epoch(
     rewards: Mapping[Any, Sequence[float | None]] | Sequence[Sequence[float | None]],
     index: int = 0,

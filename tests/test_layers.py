@@ -23,9 +23,9 @@ LAYERS = {
     "contracts": "interfaces type_names builder registry known_keys loading",
     "engine": "controls curriculum metrics retention jsonl episodes evaluation* trajectory_builder trainer watch"
     " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
-    " recorder trial driver engine",
+    " recorder witness trial driver engine",
     "views": "conversation columns frames figure plots viewer comparison display",
-    "surface": "from_functions run_views run cli demo testing",
+    "surface": "from_functions from_folder shelf run_views run_on_disk run cli demo testing",
     "edge": "backends* examples*",
 }
 BELOW_THE_EDGE = ("nouns", "contracts", "engine")

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from factories import item, make_epoch, make_trajectory
+from factories import collected, item, make_epoch, make_trajectory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -185,7 +185,9 @@ def test_any_trajectory_comes_back_with_the_same_values_and_types(tmp_path, grou
     write_trajectories(tmp_path, 0, "run", collection)
     assert same(read_trajectories(tmp_path, 0, "run", sum(map(len, groups)), len(groups)), collection)
     flat = [trajectory for group in groups for trajectory in group]
-    batched = [t for group in collection_of_batches([batch_of(flat, [])], "run").trajectories for t in group]
+    assert same(collection_of_batches([batch_of(collection)], "run"), collection)
+    batches = [batch_of(collected([trajectory])) for trajectory in flat]
+    batched = [t for group in collection_of_batches(batches, "run").trajectories for t in group]
     assert sorted(map(repr, batched)) == sorted(map(repr, flat))
 
 
@@ -358,7 +360,7 @@ def test_secrets_are_masked_in_every_file(store, folder):
         metadata={"id": "q", "reasoning": "it said hunter2-secret", "pi": 0.31415926},
     )
     store.begin_epoch(0, 1.0, 0)
-    store.add_rollouts(0, [trajectory])
+    store.add_rollouts(0, collected([trajectory]))
     store.record_event("error", text="hunter2-secret refused")
     assert store.partial().collection.trajectories[0][0].metadata["pi"] == 0.31415926
     store.append(epoch_of([[trajectory]], [RolloutFailure("q", 0, "401: hunter2-secret")]), {})
@@ -389,8 +391,8 @@ def test_epochs_are_recorded_in_order_each_once(store):
 def test_an_unfinished_epoch_can_be_looked_at_until_it_is_complete(store, folder):
     assert store.partial() is None
     store.begin_epoch(0, 12.0, 3)
-    store.add_rollouts(0, [make_trajectory(1.0, "a", 0), make_trajectory(0.0, 1, 0)])
-    store.add_rollouts(0, [make_trajectory(0.5, "a", 1)], [RolloutFailure("b", 0, "E: no")])
+    store.add_rollouts(0, collected([make_trajectory(1.0, "a", 0), make_trajectory(0.0, 1, 0)]))
+    store.add_rollouts(0, collected([make_trajectory(0.5, "a", 1)], [RolloutFailure("b", 0, "E: no")]))
     ref = TrainingJobRef(run_id="run", backend="fake", metadata={"job_id": "j1"})
     status = TrainingJobStatus(run_id="run", backend="fake", status=TrainingStatusEnum.RUNNING, progress=50.0)
     store.record_job(0, ref)
@@ -405,15 +407,23 @@ def test_an_unfinished_epoch_can_be_looked_at_until_it_is_complete(store, folder
     assert (partial.job, partial.status) == (ref, status)
     assert [f.example_id for f in partial.collection.failures] == ["b"]
     assert len(partial.validations) == 1
+    epoch = make_epoch({"a": [1.0, 0.0], "b": [0.5, 0.5]}, failures=[RolloutFailure("c", 1, "E")])
+    store.add_rollouts(0, epoch.collection, whole=True)
+    store.record_selection(0, epoch.selection, {"rollouts": 2.5})
+    partial = RunStore.open(folder).partial()
+    assert same(partial.collection, epoch.collection)
+    assert (partial.selection.kept.tolist(), partial.seconds) == (epoch.selection.kept.tolist(), {"rollouts": 2.5})
+    assert partial.selection.reasons.tolist() == epoch.selection.reasons.tolist()
+    assert (partial.selection.state, partial.selection.settings) == (epoch.selection.state, epoch.selection.settings)
     store.append(make_epoch([[1.0]], validation=0.5), {})
     assert store.partial() is None
     assert len(store.epochs[0].validations) == 1
     with pytest.raises(StoreError, match="Call begin_epoch first"):
-        store.add_rollouts(0, [make_trajectory()])
+        store.add_rollouts(0, collected([make_trajectory()]))
 
 
 def test_an_epoch_that_begins_again_starts_empty(store):
     store.begin_epoch(0, 1.0, None)
-    store.add_rollouts(0, [make_trajectory()])
+    store.add_rollouts(0, collected([make_trajectory()]))
     store.begin_epoch(0, 2.0, None)
     assert store.partial().collection.trajectories == []

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from factories import make_epoch, make_trajectory
+from factories import collected, make_epoch, make_trajectory
 
 from finetune_nb import run_folder, store_schema
 from finetune_nb.errors import StoreError
@@ -229,7 +230,7 @@ def test_a_write_that_fails_anywhere_leaves_the_epoch_to_be_appended_again(tmp_p
         with RunStore.create(tmp_path / str(at), "run", CONFIG) as store:
             store.append(make_epoch([[1.0, 0.0]]), {})
             store.begin_epoch(1, 0.0, None)
-            store.add_rollouts(1, [make_trajectory(0.25)])
+            store.add_rollouts(1, collected([make_trajectory(0.25)]))
             with monkeypatch.context() as patch:
                 Injected(patch, OSError, at)
                 with pytest.raises(
@@ -254,7 +255,7 @@ def test_a_crash_at_any_file_operation_leaves_the_completed_epochs_and_the_unfin
         store = RunStore.create(folder, "run", CONFIG)
         store.append(make_epoch([[1.0, 0.0]]), {"index": 0})
         store.begin_epoch(1, 0.0, None)
-        store.add_rollouts(1, [make_trajectory(0.25)])
+        store.add_rollouts(1, collected([make_trajectory(0.25)]))
         with monkeypatch.context() as patch:
             Injected(patch, Crash, at)
             with pytest.raises(Crash):
@@ -283,7 +284,7 @@ def test_a_disk_that_is_really_full_costs_nothing_that_was_complete(store, folde
         for index in range(1, 200):
             try:
                 store.begin_epoch(index, 0.0, 0)
-                store.add_rollouts(index, [t for g in big.collection.trajectories for t in g])
+                store.add_rollouts(index, big.collection)
                 store.record_event("state", state="running" * 10)
                 store.append(replace(big, index=index), {"index": index})
             except StoreError as error:
@@ -303,10 +304,10 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import numpy, pyarrow.parquet
-from factories import make_epoch, make_trajectory
+from factories import collected, make_epoch, make_trajectory
 from finetune_nb.store import RunStore
 epochs = [make_epoch([[1.0, 0.0]] * 3, index=i) for i in range(400)]
-rollouts = [make_trajectory(0.25)] * 4
+rollouts = collected([make_trajectory(0.25)] * 4)
 while name := sys.stdin.readline().strip():
     child = os.fork()
     if child == 0:
@@ -462,14 +463,36 @@ def test_a_newer_schema_is_refused_and_says_what_to_do(folder):
             RunStore.open(folder, write=write)
 
 
-def test_an_older_schema_is_brought_up_to_date_by_a_writer(folder, monkeypatch):
+def version_of(folder):
+    with closing(sqlite3.connect(folder / "run.db")) as db:
+        return db.execute("PRAGMA user_version").fetchone()[0]
+
+
+def test_an_older_schema_is_read_as_it_is_and_brought_up_to_date_by_a_writer(folder, monkeypatch):
     two_epochs(folder)
+    now = len(store_schema.MIGRATIONS)
     newer = (*store_schema.MIGRATIONS, ("ALTER TABLE run ADD COLUMN note TEXT",))
     monkeypatch.setattr(store_schema, "MIGRATIONS", newer)
-    with pytest.raises(StoreError, match="Open it once with write=True"):
-        RunStore.open(folder)
+    reader = RunStore.open(folder)
+    assert len(reader.epochs) == 2 and reader.epochs[1].collection.trajectories
+    assert version_of(folder) == now
     RunStore.open(folder, write=True).close()
+    assert version_of(folder) == now + 1
     assert len(RunStore.open(folder).epochs) == 2
+
+
+def test_a_folder_of_the_first_schema_goes_on(folder):
+    two_epochs(folder)
+    with closing(sqlite3.connect(folder / "run.db")) as db:
+        db.execute("ALTER TABLE run DROP COLUMN start")
+        db.execute("ALTER TABLE unfinished DROP COLUMN selection")
+        db.execute("PRAGMA user_version = 1")
+        db.commit()
+    assert len(RunStore.open(folder).epochs) == 2
+    with RunStore.open(folder, write=True) as store:
+        store.begin_epoch(2, 0.0, None)
+        store.append(make_epoch([[1.0]], index=2), {})
+        assert len(store.epochs) == 3
 
 
 def test_a_database_of_somebody_else_is_left_alone(folder):

@@ -62,6 +62,8 @@ class Progress:
     failed: int = 0
     total: int = 0
     started: float = field(default_factory=time.monotonic)
+    on_result: Callable[[RolloutResult], None] | None = None
+    """Called with every rollout as it ends, before it is scored."""
 
     @property
     def seconds(self) -> float:
@@ -111,6 +113,8 @@ class EvaluationRun:
             if meter is not None:
                 meter.done += 1
                 meter.failed += result.error is not None
+                if meter.on_result is not None:
+                    meter.on_result(result)
 
         rollout = Rollout(workflow, config.run.seed, policies, general.item_timeout, general.retries)
         results = await executor.map(rollout, requests, on_result)

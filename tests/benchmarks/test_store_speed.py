@@ -16,7 +16,7 @@ from finetune_nb.store import RunStore
 from finetune_nb.types import EpisodeItem, Trajectory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from factories import make_epoch, make_trajectory
+from factories import collected, make_epoch, make_trajectory
 
 GROUPS, GENERATIONS, TOKENS, VOCABULARY = 1250, 8, 64, 32_000
 
@@ -88,8 +88,10 @@ def test_an_epoch_of_10000_trajectories_is_saved_smaller_than_its_json(benchmark
     rollouts = [t for group in epoch.collection.trajectories[:100] for t in group]
     with RunStore.create(tmp_path / "partial", "run", {}) as partial:
         partial.begin_epoch(0, 0.0, 0)
-        single = cpu(lambda: [partial.add_rollouts(0, [t]) for t in rollouts[:200]]) / 200
-        batched = cpu(lambda: [partial.add_rollouts(0, rollouts[i : i + 16]) for i in range(0, 800, 16)]) / 800
+        single = cpu(lambda: [partial.add_rollouts(0, collected([t])) for t in rollouts[:200]]) / 200
+        batched = (
+            cpu(lambda: [partial.add_rollouts(0, collected(rollouts[i : i + 16])) for i in range(0, 800, 16)]) / 800
+        )
     figures = {"save_s": own, "json_s": plain, "read_s": read, "columns_s": columns, "MB": megabytes}
     benchmark.extra_info |= {**figures, "json_MB": plain_megabytes, "target_s": 0.4, "target_MB": 8}
     print(

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from ...config import FinetuneConfig, TrainerAdapterConfig
-from ...errors import BackendError, FinetuneError, MissingExtra, StalePolicy, did_you_mean
+from ...errors import BackendError, FinetuneError, MissingExtra, StalePolicy, UnknownJob, did_you_mean
 from ...interfaces import TrainerAdapter
 from ...jsonl import append_jsonl
 from ...redaction import redacting_logger
@@ -202,7 +202,7 @@ class LocalGRPOAdapter(TrainerAdapter):
     def _job(self, ref: TrainingJobRef) -> TrainingJob:
         job_id = str((ref.metadata or {}).get("job_id"))
         if job_id not in self._jobs:
-            raise BackendError(f"this adapter has no training job {job_id!r}. {did_you_mean(job_id, self._jobs)}")
+            raise UnknownJob(f"this adapter has no training job {job_id!r}. {did_you_mean(job_id, self._jobs)}")
         return self._jobs[job_id]
 
     def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:

@@ -1,0 +1,172 @@
+"""A run's folder as a Config and a Builder, to go on with it or to branch off from it.
+
+What no file can hold (functions, rows, ready components) is given again. Which epoch comes next, and with which weights,
+stands in the folder and is read by recorder.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .config import Config, CurriculumSettings
+from .controls import Change
+from .errors import ConfigError, FinetuneError, RunError, StoreError, did_you_mean
+from .from_functions import add_dataset
+from .loading import load_config
+from .recorder import CHECKPOINTS, checkpoints, newest_checkpoint, settings_of
+from .registry import Builder
+from .run_folder import check_plain
+from .run_reader import RunReader
+from .store import RunStore
+
+__all__ = ["Branch", "branch_of", "config_of", "copy_for_fork", "make_fork"]
+
+
+def config_of(
+    store: RunReader,
+    workflow: Callable[..., Any] | None,
+    scores: Mapping[str, Callable[..., Any]],
+    datasets: Mapping[str, Any],
+) -> tuple[Config, Builder, str | None]:
+    """The config of a run, and a builder with what was given again. scores: evaluators by name; datasets: by role. The
+    text is why the run can be read, but not gone on with; None where it can."""
+    unable = None
+    try:
+        config = load_config(store.config())
+    except ConfigError as error:  # somebody's components are not registered here: it can be read all the same
+        config, unable = Config(), f"this run can be read, but not gone on with here: {error}"
+    config.finetuning.output_dir = store.folder.resolve().parent
+    builder = Builder(config)
+    if workflow is not None:
+        builder.add("function", "workflow", workflow)
+    for key, function in scores.items():
+        builder.add("evaluator", key, function)
+    for role, rows in datasets.items():
+        if rows is not None:
+            add_dataset(builder, role, rows)
+    return config, builder, unable
+
+
+# ── forks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a fork leaves its parent."""
+
+    parent: str
+    epoch: int
+    state: dict[str, Any]
+    """What resuming behind that epoch needs, with the changed settings in it."""
+    checkpoint: Path | None
+    """The weights behind that epoch; None where the adapter keeps none here."""
+    changes: tuple[Change, ...]
+    """What was changed on the way."""
+
+
+def branch_of(store: RunReader, epoch: int | None, curriculum: Mapping[str, Any] | None) -> Branch:
+    """epoch: None = the last one. Raises RunError where that epoch is not there or its weights are gone, ConfigError for
+    settings that do not fit."""
+    indices = [each.index for each in store.epochs]
+    if not indices:
+        raise RunError(f"run {store.run_id!r} has no epoch to go on from. Run one first, or make a new Run.")
+    if epoch is None:
+        epoch = indices[-1]
+    if epoch not in indices:
+        raise RunError(
+            f"found epoch={epoch!r}; run {store.run_id!r} has the epochs {indices[0]} to {indices[-1]}. A fork goes on "
+            "behind one of them."
+        )
+    state, kept = store.state_of(epoch), checkpoints(store.folder)
+    name = newest_checkpoint(store, epoch)
+    index = None if name is None else int(name[6:])
+    if index is not None:
+        same = index == epoch or index not in indices or _version(store, index) == state.get("policy_version")
+        if index not in kept or not same:
+            raise RunError(
+                f"the weights behind epoch {epoch} of run {store.run_id!r} are not kept; checkpoints are there of epochs "
+                f"{', '.join(map(str, kept)) or 'none'}. Fork from one of these; run.keep_checkpoints keeps more."
+            )
+    before = settings_of(state) or CurriculumSettings()
+    after = before.updated(curriculum or {})
+    changes = tuple(
+        Change(time.time(), "fork", f.name, getattr(before, f.name), getattr(after, f.name), epoch + 1)
+        for f in fields(after)
+        if getattr(before, f.name) != getattr(after, f.name)
+    )
+    state["settings"] = {f.name: getattr(after, f.name) for f in fields(after)}
+    if state.get("curriculum") and after.percentile != before.percentile:
+        state["curriculum"]["current_percentile"] = after.percentile
+    return Branch(store.run_id, epoch, state, None if index is None else kept[index], changes)
+
+
+def _version(store: RunReader, epoch: int) -> Any:
+    return store.state_of(epoch).get("policy_version")
+
+
+def make_fork(branch: Branch, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
+    """The folder of the fork: a run without epochs, that starts where the branch does, on a copy of its weights."""
+    try:
+        if branch.checkpoint is not None:
+            for path in (branch.checkpoint.parent, branch.checkpoint, *branch.checkpoint.rglob("*")):
+                check_plain(path)
+            shutil.copytree(branch.checkpoint, folder / CHECKPOINTS / branch.checkpoint.name)
+        state = {**branch.state, "checkpoint": branch.checkpoint and branch.checkpoint.name}
+        with RunStore.create(folder, run_id, config, (branch.parent, branch.epoch), state) as store:
+            for change in branch.changes:
+                store.record_change(change)
+    except (OSError, shutil.Error, StoreError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise StoreError(f"no fork was made in {folder}: {error}. The run itself is as it was.") from error
+
+
+def copy_for_fork(
+    config: Config, builder: Builder, training: Mapping[str, Any] | None, components: Mapping[str, Any]
+) -> tuple[Config, Builder]:
+    """A config and a builder that share nothing with the given ones but functions and rows.
+
+    training: other fields of the adapter's config. components: ready ones in place of the run's, by kind. Raises
+    ConfigError for a ready component that is not replaced: it has state, and cannot belong to two runs.
+    """
+    # The builder belongs to the run; what points at it points at the fork's own later.
+    config = copy.deepcopy(config, {id(config.builder): None} if config.builder is not None else {})
+    again = Builder(config)
+    tuning = config.finetuning
+    names = {
+        "trajectory_builder": ("builder", tuning.trajectory_builder, config.trajectory_builders),
+        "trainer_adapter": ("adapter", tuning.trainer_adapter, config.trainer_adapters),
+        "trainer": ("trainer", tuning.trainer, config.trainers),
+    }
+    for kind, name, component in builder.added():
+        if kind not in names:
+            again.add(kind, name, component)
+        elif components.get(kind) is None:
+            raise ConfigError(
+                f"this run's {names[kind][0]} was given as an object, which has a state of its own and belongs to one run "
+                f"only. Give the fork another one: fork({names[kind][0]}=...)."
+            )
+    for kind, component in components.items():
+        argument, name, section = names[kind]
+        if component is None or name is None:
+            continue
+        section[name] = getattr(
+            component, "trajectory_builder_config" if argument == "builder" else f"{argument}_config"
+        )
+        again.add(kind, name, component)
+    if training:
+        name = tuning.trainer_adapter or ""
+        before = config.trainer_adapters[name]
+        known = type(before).model_fields
+        if unknown := [field for field in training if field not in known]:
+            raise ConfigError(f"training: {unknown[0]!r} is not a setting. {did_you_mean(unknown[0], known)}")
+        try:
+            config.trainer_adapters[name] = type(before).model_validate({**dict(before), **training})
+        except ValueError as error:
+            raise error if isinstance(error, FinetuneError) else ConfigError(f"training: {error}") from None
+    return config, again
