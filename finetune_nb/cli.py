@@ -1,4 +1,5 @@
-"""The command line: `finetune-nb demo` trains the example before your eyes, `finetune-nb lab` opens the notebooks."""
+"""The command line: `finetune-nb demo` trains the example before your eyes, `finetune-nb lab` opens the notebooks,
+`finetune-nb runs` lists what was run."""
 
 from __future__ import annotations
 
@@ -49,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     lab.add_argument("folder", type=Path, nargs="?", default=Path("finetune-nb-notebooks"), help="where to copy them")
     lab.add_argument("--no-open", action="store_true", help="only copy")
     lab.set_defaults(command=_lab)
+
+    runs = commands.add_parser("runs", help="list the runs of a directory, newest first")
+    runs.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="default: runs")
+    runs.add_argument("--archived", action="store_true", help="those that were put away")
+    runs.set_defaults(command=_runs)
     return parser
 
 
@@ -83,6 +89,24 @@ def _lab(arguments: argparse.Namespace) -> int:
     if arguments.no_open:
         return 0
     return subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)])
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from .html import number
+    from .shelf import runs
+
+    if not arguments.directory.is_dir():
+        raise FinetuneError(f"there is no directory {arguments.directory}. Name the one that holds the runs.")
+    table = runs(arguments.directory, arguments.archived)
+    if table.empty:
+        print(f"no run in {arguments.directory}")
+        return 0
+    shown = table[["run", "epochs", "last_reward", "state", "parent", "size", "error"]].copy()
+    shown["last_reward"] = [number(value) for value in table.last_reward]
+    shown["size"] = [f"{size / 1e6:.1f} MB" if size == size else "" for size in table["size"].astype(float)]
+    shown["parent"] = [f"{p} at {e}" if p else "" for p, e in zip(table.parent, table.parent_epoch, strict=True)]
+    print(shown.fillna("").to_string(index=False))
+    return 0
 
 
 if __name__ == "__main__":

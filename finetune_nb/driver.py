@@ -21,6 +21,7 @@ from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .recorder import Recorder, settings_of
 from .redaction import redact_text, redacting_logger
 from .registry import Builder
+from .run_log import logging_to
 from .run_reader import PartialEpoch
 from .trajectory_builder import EvalTrajectoryBuilder
 from .trial import Trial
@@ -133,10 +134,11 @@ class Driver:
     async def _next_epoch(self) -> Epoch:
         await self.open()
         self.require_single_epochs()
-        await self._witness.settle_late_jobs(self.epochs)
-        left, self._left = self._left, None
-        epoch = await self._end_left(left) if left is not None and left.job is not None else None
-        epoch = epoch or await self._run_epoch()
+        with logging_to(self.recorder):
+            await self._witness.settle_late_jobs(self.epochs)
+            left, self._left = self._left, None
+            epoch = await self._end_left(left) if left is not None and left.job is not None else None
+            epoch = epoch or await self._run_epoch()
         if epoch.job is not None and epoch.job.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
             failure = JobFailed.of(epoch.index, epoch.job)
             failure.epoch = epoch
@@ -237,7 +239,7 @@ class Driver:
             raise RunError(
                 "this run has no validation dataset: give validation=... or run_configuration.validation_dataset."
             )
-        with self._witness.watching(Watch(self.next_index)) as watch:
+        with logging_to(self.recorder), self._witness.watching(Watch(self.next_index)) as watch:
             await self.trainer.run_validation_evaluation(watch.epoch, self.run_id)
         return watch.validations[-1]
 

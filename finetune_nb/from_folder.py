@@ -94,7 +94,7 @@ def branch_of(store: RunReader, epoch: int | None, curriculum: Mapping[str, Any]
                 f"{', '.join(map(str, kept)) or 'none'}. Fork from one of these; run.keep_checkpoints keeps more."
             )
     before = settings_of(state) or CurriculumSettings()
-    after = before.updated(curriculum or {})
+    after = before.updated({"enabled": True, **curriculum} if curriculum else {})  # as in a new Run
     changes = tuple(
         Change(time.time(), "fork", f.name, getattr(before, f.name), getattr(after, f.name), epoch + 1)
         for f in fields(after)

@@ -128,9 +128,10 @@ class RunOnDisk(RunViews):
             better = run.fork(epoch=5, curriculum=dict(percentile=0.8))
 
         Its first epoch has the next number and draws the same examples, so `ft.compare([run, better])` pairs them.
-        epoch: None = the last one that is complete. curriculum: changes of the settings that were in force then, as in
-        `run.curriculum = ...`. training: other fields of the adapter's config. builder, adapter, trainer: new ones, where
-        this run was given them as objects. Raises RunError where that epoch, or its weights, are not there.
+        epoch: None = the last one that is complete. curriculum: changes of the settings that were in force then; giving
+        some switches the curriculum on unless they say `enabled`. training: other fields of the adapter's config. builder,
+        adapter, trainer: new ones, where this run was given them as objects. Raises RunError where that epoch, or its
+        weights, are not there.
         """
         if self._unable:
             raise RunError(self._unable)

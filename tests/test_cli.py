@@ -235,3 +235,20 @@ def test_parameters_are_put_into_the_tagged_cell_of_a_notebook():
     assert [cell.source for cell in notebook.cells] == ["first", "SEED = 3\nNAME = 'demo'"]
     with pytest.raises(ft.FinetuneError, match="no cell tagged 'parameters'"):
         demo.set_parameters(nbformat.v4.new_notebook(cells=cells[:1]), SEED=3)
+
+
+def test_runs_lists_a_directory(tmp_path, capsys):
+    from factories import make_epoch
+
+    from finetune_nb.store import RunStore
+
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "no run in" in capsys.readouterr().out
+    with RunStore.create(tmp_path / "one", "one", {}) as store:
+        store.append(make_epoch([[1.0, 0.5]]), {})
+    RunStore.create(tmp_path / "two", "two", {}, parent=("one", 0)).close()
+    assert main(["runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "0.75" in shown and "one at 0" in shown and "MB" in shown
+    assert main(["runs", str(tmp_path / "nowhere")]) == 1
+    assert "no directory" in capsys.readouterr().err

@@ -23,7 +23,7 @@ LAYERS = {
     "contracts": "interfaces type_names builder registry known_keys loading",
     "engine": "controls curriculum metrics retention jsonl episodes evaluation* trajectory_builder trainer watch"
     " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
-    " recorder witness trial driver engine",
+    " run_log recorder witness trial driver engine",
     "views": "conversation columns frames figure plots viewer comparison display",
     "surface": "from_functions from_folder shelf run_views run_on_disk run cli demo testing",
     "edge": "backends* examples*",

@@ -8,6 +8,7 @@ set, which the work looks at between its steps, and the threads get a moment to 
 from __future__ import annotations
 
 import atexit
+import contextvars
 import threading
 import time
 from collections.abc import Callable
@@ -21,11 +22,13 @@ _wakes: dict[threading.Thread, Callable[[], None]] = {}
 
 
 def start_daemon(work: Callable[[], None], name: str, wake: Callable[[], None] = lambda: None) -> threading.Thread:
-    """Runs `work` in a thread of its own. `wake` makes it look at `leaving` where it sleeps for long."""
+    """Runs `work` in a thread of its own, with the caller's context variables. `wake` makes it look at `leaving` where it
+    sleeps for long."""
+    context = contextvars.copy_context()
 
     def run() -> None:
         try:
-            work()
+            context.run(work)
         finally:
             _wakes.pop(threading.current_thread(), None)
 
