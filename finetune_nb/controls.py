@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -41,7 +41,8 @@ class Controls:
         self._applied = curriculum
         self._pending: CurriculumSettings | None = None
         self._journal: list[Change] = []
-        self._waiting: dict[str, int] = {}  # field -> place in the journal of its last change
+        self._told = 0  # how many entries of the journal came from the record
+        self._waiting: dict[str, int] = {}  # field -> place in the journal of its last change, while that is pending
 
     @property
     def applied(self) -> CurriculumSettings:
@@ -73,10 +74,21 @@ class Controls:
             self._pending = after
             return after
 
-    def start_from(self, settings: CurriculumSettings | None) -> None:
-        """The record's word of the settings in force, from where a run goes on. A change that is pending stays."""
+    def start_from(self, settings: CurriculumSettings | None, journal: Sequence[Change], epoch: int) -> None:
+        """The record's word of the settings in force and of the changes so far, from where a run goes on with `epoch`. A
+        change that was pending, or used by an epoch that did not come to its end, is pending again; one that was asked for
+        here meanwhile stays, behind them."""
         with self._lock:
+            own = self._journal[self._told :]
+            self._journal, self._told = [*journal, *own], len(journal)
+            self._waiting = {}
+            for place, change in enumerate(self._journal):
+                self._waiting.pop(change.field, None)
+                if change.epoch is None or change.epoch >= epoch:
+                    self._waiting[change.field] = place
             self._applied = settings or self._applied
+            waiting = {field: self._journal[place].new for field, place in self._waiting.items()}
+            self._pending = replace(self._applied, **waiting) if waiting else None
 
     def apply(self, epoch: int) -> tuple[CurriculumSettings, bool]:
         """The engine's safe point: the settings for this epoch's selection, and whether the schedule just became

@@ -88,10 +88,9 @@ class Driver:
         store = self.recorder.store
         self.epochs = list(store.epochs)
         state = await self.recorder.restore(self.adapter)
-        if state is not None:
-            self.controls.start_from(settings_of(state))
-            if state["curriculum"] and trainer._curriculum_state is not None:
-                trainer._curriculum_state |= state_to_dict(state_from_dict(state["curriculum"]))
+        self.controls.start_from(settings_of(state), store.journal(), store.next_index)
+        if state is not None and state["curriculum"] and trainer._curriculum_state is not None:
+            trainer._curriculum_state |= state_to_dict(state_from_dict(state["curriculum"]))
         self._left = store.partial()
         self._witness = Witness(trainer, self.run_id, self.controls, self.recorder)
         self.trainer = trainer
@@ -137,7 +136,7 @@ class Driver:
         with logging_to(self.recorder):
             await self._witness.settle_late_jobs(self.epochs)
             left, self._left = self._left, None
-            epoch = await self._end_left(left) if left is not None and left.job is not None else None
+            epoch = await self._end_left(left) if left is not None else None
             epoch = epoch or await self._run_epoch()
         if epoch.job is not None and epoch.job.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
             failure = JobFailed.of(epoch.index, epoch.job)
@@ -175,7 +174,14 @@ class Driver:
     async def _end_left(self, left: PartialEpoch) -> Epoch | None:
         """An epoch whose job was handed over by a process that has ended: the job is asked for, and not submitted again.
         None where it cannot be, so that the epoch must be run anew."""
-        if not self.adapter.finds_jobs_again or left.selection is None or left.job is None:
+        if not self.adapter.finds_jobs_again or left.selection is None:
+            return None
+        if left.job is None:
+            logger.warning(
+                "epoch %d is run again. Its trajectories may have been handed over when the process ended, without the "
+                "job's id having come back: look at the backend for a job that is not needed.",
+                left.index,
+            )
             return None
         watch = Watch.again(left)
         self.progress = watch.progress
@@ -191,7 +197,7 @@ class Driver:
                 raise
             if self.trainer._curriculum_state is not None:
                 self.trainer._curriculum_state |= state_to_dict(left.selection.state)
-            self.controls.start_from(left.selection.settings)
+            self.controls.start_from(left.selection.settings, self.controls.journal, left.index + 1)
             epoch = await self._record(watch)
             log_what_was_left(watch, epoch, self.trainer, self.folder)
             return epoch
@@ -214,6 +220,11 @@ class Driver:
         epoch = await self.recorder.ended(epoch, self.adapter, state, self.controls.applied)
         self.epochs.append(epoch)
         return epoch
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the components are built and the record is taken up."""
+        return self.trainer is not None
 
     @property
     def busy(self) -> bool:

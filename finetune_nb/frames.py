@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .columns import categories, counts, floats, join, objects, reasons, texts, wide
 from .html import plain
 from .metrics import advantages
+from .stored_json import decode
 from .types import EpisodeItemRole, Epoch, Trajectory, logprob_values
 
 if TYPE_CHECKING:
@@ -200,9 +201,9 @@ def _rollouts_of(epoch: Epoch) -> dict[str, Any]:
     """The columns of `trajectories` for one epoch: its trajectories, then its failures. Reason -1: missing."""
     import numpy as np
 
-    statistics, failures = epoch.statistics, epoch.collection.failures
+    statistics = epoch.statistics
     sizes = np.diff(statistics.offsets)
-    columns = _read(list(chain.from_iterable(epoch.collection.trajectories)))
+    columns, failures = _from_file(epoch) or _from_memory(epoch)
     names = columns["generation"]
     if None in names:  # then the place in the group tells the trajectories of an example apart
         places = chain.from_iterable(map(range, sizes.tolist()))
@@ -210,12 +211,12 @@ def _rollouts_of(epoch: Epoch) -> dict[str, Any]:
     for column in columns.values():
         column += [None] * len(failures)
 
-    generations = [failure.generation for failure in failures]
+    generations = [failure["generation"] for failure in failures]
     examples = list(chain.from_iterable(map(repeat, statistics.example_ids, sizes.tolist())))
-    examples += [failure.example_id for failure in failures]
+    examples += [failure["id"] for failure in failures]
     rows, nan = len(statistics.rewards), np.full(len(failures), math.nan)
     columns["generation"][rows:] = generations
-    columns["error"][rows:] = [failure.error for failure in failures]
+    columns["error"][rows:] = [failure["error"] for failure in failures]
     names = [*names[:rows], *generations]
     return columns | {
         "epoch": np.full(len(examples), epoch.index),
@@ -225,6 +226,30 @@ def _rollouts_of(epoch: Epoch) -> dict[str, Any]:
         "advantage": np.concatenate([advantages(statistics), nan]),
         "reason": np.concatenate([np.repeat(epoch.selection.reasons, sizes), np.full(len(failures), -1, np.int8)]),
     }
+
+
+def _from_file(epoch: Epoch) -> tuple[dict[str, list[Any]], list[dict[str, Any]]] | None:
+    """What `_read` finds, and the failures, from the columns of a stored epoch's file: no trajectory is made. None where
+    there is no file, or its columns do not say all."""
+    read = getattr(epoch, "columns", None)
+    if read is None:
+        return None
+    names = ["generation", "error", "policy_version", "scores", "turns", "tokens", "finish_reason"]
+    table = read([*names, "metadata"])
+    rows = len(epoch.statistics.rewards)
+    columns = {name: table.column(name).slice(0, rows).to_pylist() for name in names}
+    texts = {text for name in ("error", "finish_reason") for text in columns[name] if text is not None}
+    if None in columns["generation"] or any("\\ud" in text for text in texts):  # a name, or half a character, was cut
+        return None
+    known = {text: None if text is None else decode(text) for text in set(columns["scores"])}
+    columns["scores"] = [known[text] for text in columns["scores"]]
+    return columns, [decode(text, dict) for text in table.column("metadata").slice(rows).to_pylist()]
+
+
+def _from_memory(epoch: Epoch) -> tuple[dict[str, list[Any]], list[dict[str, Any]]]:
+    collection = epoch.collection
+    failures = [{"id": f.example_id, "generation": f.generation, "error": f.error} for f in collection.failures]
+    return _read(list(chain.from_iterable(collection.trajectories))), failures
 
 
 def _read(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
@@ -262,9 +287,10 @@ def _groups_of(epoch: Epoch) -> dict[str, Any]:
     import numpy as np
 
     statistics, selection = epoch.statistics, epoch.selection
-    failed = Counter(_key(failure.example_id) for failure in epoch.collection.failures)
+    failures = epoch.collection.failures if epoch.metrics.failures else []  # reading a file for nothing
+    failed = Counter(_key(failure.example_id) for failure in failures)
     by_group = [failed.pop(_key(example), 0) for example in statistics.example_ids]
-    ids = {_key(failure.example_id): failure.example_id for failure in epoch.collection.failures}
+    ids = {_key(failure.example_id): failure.example_id for failure in failures}
     alone = [ids[key] for key in failed]
     total, extra = len(statistics), len(alone)
 

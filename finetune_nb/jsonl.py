@@ -9,17 +9,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .run_folder import write_durably
+from .run_folder import append_line, write_durably
+from .stored_json import encode
 
 __all__ = ["append_jsonl", "finite", "forget_epochs"]
 
 
 def append_jsonl(path: Path, line: Mapping[str, Any]) -> None:
-    """Appends one record with its time stamp. NaN is written as null, so that every reader takes it."""
+    """Appends one record with its time stamp. NaN is written as null, so that every reader takes it; known secrets are
+    masked. Raises OSError, and StoreError for a link in the file's place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"), **finite(line)}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, default=str) + "\n")
+    append_line(path, encode(record))
 
 
 def forget_epochs(path: Path, first: int) -> None:

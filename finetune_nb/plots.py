@@ -228,12 +228,12 @@ def _reward_bars(ax: Axes, epochs: Sequence[Epoch], values: np.ndarray, look: Th
 
     scale = LinearSegmentedColormap.from_list("rewards", look.sequence)
     at = [epoch.index for epoch in epochs]
-    total = [max(1, len(epoch.statistics.rewards) + len(epoch.collection.failures)) for epoch in epochs]
+    total = [max(1, len(epoch.statistics.rewards) + epoch.metrics.failures) for epoch in epochs]
     layers = [(f"reward {number(float(v))}", [np.sum(e.statistics.rewards == v) for e in epochs], {}) for v in values]
     for place, (_, _, style) in enumerate(layers):
         style |= {"color": scale(place / max(1, len(values) - 1)), "alpha": 0.9}
     without = [np.sum(~np.isfinite(epoch.statistics.rewards)) for epoch in epochs]
-    failed = [len(epoch.collection.failures) for epoch in epochs]
+    failed = [epoch.metrics.failures for epoch in epochs]
     layers.append(("no reward", without, {"facecolor": "none", "edgecolor": look.ink, "hatch": "////"}))
     layers.append(("failed", failed, {"facecolor": "none", "edgecolor": look.colours[5], "hatch": "xxxx"}))
     floor = np.zeros(len(at))

@@ -7,6 +7,7 @@ stays in memory and is stored before the next one begins. What the folder looks 
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from .interfaces import TrainerAdapter
 from .jsonl import forget_epochs
 from .redaction import redacting_logger
 from .retention import to_keep
-from .run_folder import size_of
+from .run_folder import check_plain, size_of
 from .run_reader import RunReader
 from .store import RunStore
 from .types import (
@@ -59,8 +60,7 @@ class Recorder:
         self._version: int | None = (store.state() or {}).get("policy_version")
         self._saved_version = self._version
         self._pinned = {e["epoch"] for e in store.events("forked") if isinstance(e.get("epoch"), int)}
-        self._journaled: list[Change] = []
-        self._before = len(store.journal())
+        self._journaled: list[Change] = store.journal()
 
     @classmethod
     async def open(
@@ -86,7 +86,9 @@ class Recorder:
             return None
         load, version = getattr(adapter, "load_checkpoint", None), state.get("policy_version")
         if load is not None and self._checkpoint is not None:
-            await load(self.store.folder / CHECKPOINTS / self._checkpoint)
+            place = self.store.folder / CHECKPOINTS / self._checkpoint
+            check_plain(place.parent, place)
+            await load(place)
         found = getattr(adapter.policy, "version", None)
         if load is not None and version is not None and found != version:
             raise RunError(
@@ -210,6 +212,7 @@ class Recorder:
             return
         name = f"epoch-{index:06d}"
         try:
+            check_plain(self.store.folder / CHECKPOINTS, self.store.folder / CHECKPOINTS / name)
             await save(self.store.folder / CHECKPOINTS / name)
         except Exception:
             logger.warning("epoch %d: no checkpoint could be written; training goes on", index, exc_info=True)
@@ -250,14 +253,14 @@ class Recorder:
         self.event("forked", epoch=pinned, after=index, run=run_id)
 
     def journal(self, controls: Controls) -> None:
-        """Brings the journal on disk up to date. Called from the engine thread; a handful of rows."""
+        """Brings the journal on disk up to date, once the controls have started from it. A handful of rows."""
         try:
             for place, change in enumerate(controls.journal):
                 if place == len(self._journaled):
                     self.store.record_change(change)
                     self._journaled.append(change)
                 elif change.epoch is not None and self._journaled[place].epoch is None:
-                    self.store.settle_change(self._before + place, change.epoch)
+                    self.store.settle_change(place, change.epoch)
                     self._journaled[place] = change
         except Exception:
             logger.warning("a change of the controls could not be stored", exc_info=True)
@@ -297,7 +300,12 @@ def newest_checkpoint(store: RunReader, epoch: int | None = None) -> str | None:
     state = store.state() if epoch is None else store.state_of(epoch)
     index = store.next_index - 1 if epoch is None else epoch
     of_its_own = checkpoints(store.folder).get(index)  # written when the run was closed, say
-    return of_its_own.name if of_its_own else (state or {}).get("checkpoint")
+    name = of_its_own.name if of_its_own else (state or {}).get("checkpoint")
+    if name is not None and not re.fullmatch(r"epoch-\d+", str(name)):
+        raise StoreError(
+            f"{store.folder} names {name!r} as a checkpoint; expected one like epoch-000003. Fork another epoch."
+        )
+    return name
 
 
 def settings_of(state: Mapping[str, Any] | None) -> CurriculumSettings | None:

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, TypeGuard
 from urllib.parse import quote
@@ -33,6 +33,7 @@ __all__ = [
     "redact",
     "redact_exception",
     "redact_text",
+    "redact_texts",
     "redacting_logger",
     "remember_secret",
 ]
@@ -94,6 +95,14 @@ def remember_secret(value: str) -> None:
 def redact_text(text: str) -> str:
     """`text` with every secret value that was met so far in this process replaced by asterisks."""
     return _secrets.pattern.sub(MASK, text) if _secrets.pattern else text
+
+
+def redact_texts(texts: Sequence[Any]) -> list[Any]:
+    """`redact_text` of each, None stays; where there is no secret in any of them, in one look."""
+    together = "\n".join(filter(None, texts))
+    if redact_text(together) == together:
+        return list(texts)
+    return [text and redact_text(text) for text in texts]
 
 
 def redact_exception(error: BaseException) -> bool:

@@ -200,6 +200,8 @@ class Run(RunOnDisk):
         self._store = store
         left = settings_of(store.state()) if store is not None else None
         self._controls = Controls(left or CurriculumSettings.from_config(config.finetuning.curriculum_learning))
+        if store is not None:
+            self._controls.start_from(left, store.journal(), store.next_index)
         epochs, first = (store.epochs, store.next_index) if store is not None else ((), 0)
         self._driver = Driver(config, builder, self.id, self._controls, epochs, first)
         self._engine = EngineThread(f"ft-{self.id}")
@@ -288,9 +290,8 @@ class Run(RunOnDisk):
     def curriculum(self, changes: Mapping[str, Any] | CurriculumSettings) -> None:
         self._driver.require_single_epochs()
         self._controls.change(changes)
-        recorder = self._driver.recorder
-        if recorder is not None:
-            recorder.journal(self._controls)
+        if self._driver.is_open:
+            self._driver.recorder.journal(self._controls)
 
     @property
     def progress(self) -> Progress:

@@ -108,7 +108,8 @@ class RunOnDisk(RunViews):
         if self._store is not None and self._driver.recorder is None:
             self._store.refresh()
             self._driver.epochs = list(self._store.epochs)
-            self._controls.start_from(settings_of(self._store.state()))
+            store = self._store
+            self._controls.start_from(settings_of(store.state()), store.journal(), store.next_index)
 
     # ── other runs ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -18,7 +18,7 @@ from pydantic_core import to_json, to_jsonable_python
 from .redaction import redact_text
 from .types import IntermediateStep, LLMCall
 
-__all__ = ["decode", "decode_steps", "encode", "encode_steps", "masked"]
+__all__ = ["decode", "decode_steps", "encode", "encode_all", "encode_steps", "masked"]
 
 _CALL = "llm_call"
 """The key under which a step's payload says that it was an LLMCall."""
@@ -47,6 +47,18 @@ def encode(value: Any, strict: bool = False) -> str:
         text = _lenient.encode(repr(value))
     # Only the strings may be masked: a secret made of digits can stand inside a number.
     return text if redact_text(text) == text else _lenient.encode(masked(json.loads(text)))
+
+
+def encode_all(values: Sequence[Any]) -> list[str | None]:
+    """The JSON text of each value, None for None; for many small values several times as fast."""
+    try:
+        texts = [b"" if value is None else to_json(value, inf_nan_mode="constants") for value in values]
+    except (TypeError, ValueError, RecursionError):
+        return [None if value is None else encode(value) for value in values]
+    together = b"\n".join(texts)  # which stands in no JSON text
+    if not together.isascii() or redact_text(whole := together.decode()) != whole:
+        return [None if value is None else encode(value) for value in values]
+    return [text or None for text in whole.split("\n")] if values else []
 
 
 def _quickly(value: Any) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .config import CurriculumSettings, TrainerConfig
 from .curriculum import group_statistics, keep, select, state_from_dict, state_to_dict
-from .errors import BackendError, JobFailed, RunError
+from .errors import BackendError, JobFailed, RunError, StoreError
 from .interfaces import Trainer
 from .jsonl import append_jsonl
 from .metrics import epoch_metrics
@@ -157,7 +157,7 @@ class EpochTrainer(Trainer):
             self.trajectory_builder.log_progress(run_id, {"epoch": epoch, **collected}, folder)
             if ref is not None:
                 self.trainer_adapter.log_progress(ref, {"epoch": epoch, **training}, folder)
-        except OSError:
+        except (OSError, StoreError):
             logger.warning("epoch %d: the log in %s cannot be written", epoch, folder, exc_info=True)
 
     def log_progress(self, epoch: int, metrics: dict[str, Any], output_dir: str | None = None) -> None:
@@ -175,7 +175,7 @@ class EpochTrainer(Trainer):
         try:
             path = self.run_config.output_dir / run_id / "validation_metrics.jsonl"
             append_jsonl(path, {**metrics, "run_id": run_id, "policy_version": version})
-        except OSError:
+        except (OSError, StoreError):
             logger.warning("epoch %d: the validation log cannot be written", epoch, exc_info=True)
         return metrics
 

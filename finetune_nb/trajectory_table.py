@@ -32,8 +32,8 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from .redaction import redact_text
-from .stored_json import encode, encode_steps
+from .redaction import redact_text, redact_texts
+from .stored_json import encode_all, encode_steps
 from .types import DPOItem, EpisodeItem, EpisodeItemRole, RolloutFailure, Trajectory, logprob_values
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _messages(items: Sequence[EpisodeItem | DPOItem]) -> dict[str, Any]:
     single = [item if isinstance(item, EpisodeItem) else None for item in items]
     metadata = [None if item is None else item.metadata for item in single]
     texts = ["" if item is None else item.content for item in single]
-    contents = [redact_text(text) for text in texts]
+    contents = redact_texts(texts)
     logprobs, logprob_column = _lists([None if item is None else item.logprobs for item in single], float)
     listed: dict[str, list[Any]] = {}
     columns: dict[str, Any] = {}
@@ -238,14 +238,17 @@ def _counts(values: Sequence[Any]) -> Any:
 def _json(values: Sequence[Any]) -> Any:
     import pyarrow as pa
 
-    return pa.array([None if value is None else encode(value) for value in values], pa.string())
+    return pa.array(encode_all(values), pa.string())
 
 
 def _texts(values: Sequence[Any]) -> Any:
     """To read and to group by; what UTF-8 cannot say is written as an escape."""
     import pyarrow as pa
 
-    texts = [None if value is None else _text(value) for value in values]
+    if {str, type(None)}.issuperset(map(type, values)):
+        texts = redact_texts(values)
+    else:
+        texts = [None if value is None else _text(value) for value in values]
     try:
         return pa.array(texts, pa.string())
     except UnicodeError:

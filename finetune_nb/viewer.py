@@ -99,7 +99,7 @@ def epoch_html(epoch: Epoch) -> str:
                 ("groups that teach", f"{metrics.groups_with_spread:,} of {metrics.groups:,} (their rewards differ)"),
                 ("groups", groups),
                 ("curriculum", curriculum.enabled and f"percentile {curriculum.percentile:.3g}, {curriculum.schedule}"),
-                ("failures", _failures(epoch.collection.failures)),
+                ("failures", _failures(epoch.collection.failures if metrics.failures else ())),
                 ("scores (mean)", _scores(metrics.scores)),
                 ("training", _training(epoch)),
                 ("validation", [_line(_validation(each)) for each in epoch.validations]),

@@ -110,6 +110,7 @@ class Witness:
                 watch.epoch, collection, watch.seconds["rollouts"], self.adapter.finds_jobs_again
             )
             watch.settings = self._steer(watch.epoch)
+            self.recorder.journal(self.controls)
             watch.progress.phase = "training"
         return collection
 

@@ -8,30 +8,16 @@ import threading
 import time
 
 import pytest
-from agents import coin, guess, right
+from agents import guess, right
+from detached import Weights
 
 import finetune_nb as ft
 from finetune_nb import shelf
 from finetune_nb.errors import StoreError
 from finetune_nb.run_folder import WriteLock
 from finetune_nb.store import RunStore
-from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
+from finetune_nb.testing import sums
 from finetune_nb.witness import Witness
-
-
-class Weights(FakeAdapter):
-    """An adapter whose weights are a number in a file."""
-
-    def __init__(self):
-        super().__init__(policy=ScriptedPolicy(coin))
-
-    async def save_checkpoint(self, directory):
-        directory.mkdir(parents=True)
-        (directory / "version").write_text(str(self.policy.version))
-        return 1
-
-    async def load_checkpoint(self, directory):
-        self.policy.version = int((directory / "version").read_text())
 
 
 @pytest.fixture

@@ -208,3 +208,28 @@ def test_views_load_pandas_and_matplotlib_only_when_they_are_used() -> None:
         "print([m for m in ('pandas', 'matplotlib', 'torch', 'pyarrow') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_trajectories_read_from_their_files_equal_those_in_memory_and_make_none(tmp_path, monkeypatch):
+    from finetune_nb import run_reader
+    from finetune_nb.store import RunStore
+
+    rewards = {"a": [1.0, None, math.inf], 7: [0.0, 0.5], "7": [0.25, 0.25], None: [0.1, 0.9], "é\0\ud800": [0.5]}
+    failures = [RolloutFailure(7, 3, "TimeoutError: too slow"), RolloutFailure("7", 1, "E")]
+    epochs = [make_epoch(rewards, index=i, failures=failures, scores={"len": 2.0, "note": "x"}) for i in range(2)]
+    with RunStore.create(tmp_path / "run", "run", {}) as store:
+        for epoch in epochs:
+            store.append(epoch, {})
+    monkeypatch.setattr(run_reader, "read_trajectories", lambda *_: 1 / 0)
+    read = RunStore.open(tmp_path / "run").epochs
+    pd.testing.assert_frame_equal(frames.trajectories(read), frames.trajectories(epochs))
+    assert (
+        frames.trajectories(read).example.map(repr).tolist() == frames.trajectories(epochs).example.map(repr).tolist()
+    )
+    monkeypatch.undo()
+    half = [make_epoch({"a": [1.0, 0.0]}, failures=[RolloutFailure("a", 1, "half a character: \ud800")])]
+    with RunStore.create(tmp_path / "half", "half", {}) as store:
+        store.append(half[0], {})
+    pd.testing.assert_frame_equal(
+        frames.trajectories(RunStore.open(tmp_path / "half").epochs), frames.trajectories(half)
+    )

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import textwrap
@@ -241,15 +240,6 @@ def start(tmp_path, epochs):
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
 
 
-def check(folder):
-    """The folder is whole, and its epochs are there once, in order, each with its trajectories."""
-    store = RunStore.open(folder)
-    assert [epoch.index for epoch in store.epochs] == list(range(len(store.epochs)))
-    for epoch in store.epochs:
-        assert sum(map(len, epoch.collection.trajectories)) == 24
-    return len(store.epochs)
-
-
 async def test_two_processes_do_not_write_one_run(make_run, tmp_path):
     process = start(tmp_path, 10_000)
     try:
@@ -268,33 +258,6 @@ async def test_two_processes_do_not_write_one_run(make_run, tmp_path):
         process.wait()
     count = len(RunStore.open(tmp_path / "kept").epochs)
     assert (await make_run().next_epoch()).index == count  # the lock of a dead process is free
-
-
-def test_killed_at_any_point_a_run_goes_on_with_nothing_lost_and_nothing_twice(tmp_path, make_run):
-    rng = random.Random(0)
-    told, kills = 0, 0
-    while kills < 12:
-        process = start(tmp_path, 6)
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0, 0.12))
-        process.send_signal(signal.SIGKILL)
-        out, _ = process.communicate()
-        kills += 1
-        told = max([told, *(int(line) + 1 for line in out.split())])
-        if (tmp_path / "kept" / "run.db").exists():
-            assert check(tmp_path / "kept") >= told  # what was told of is on the disk
-    process = start(tmp_path, 6)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert check(tmp_path / "kept") == 6
-    straight = make_run("straight")
-
-    async def all_epochs():
-        for _ in range(6):
-            await straight.next_epoch()
-
-    asyncio.run(all_epochs())
-    assert rewards_of(ft.Run.open(tmp_path / "kept")) == rewards_of(straight)
 
 
 @pytest.mark.slow

@@ -1,0 +1,145 @@
+"""A process that runs what it is told in forked children and has them killed with SIGKILL: at a named point, the n-th time
+that it is reached, or some time after their start. `python killed.py` reads tasks as JSON lines.
+"""
+
+import asyncio
+import inspect
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+import numpy  # noqa: F401  # everything heavy is loaded before the fork
+import pyarrow.parquet  # noqa: F401
+from agents import guess, right
+from detached import Detached, Weights
+
+import finetune_nb as ft
+from finetune_nb import jsonl, recorder, run_folder, shelf, store, trainer, trajectory_files
+from finetune_nb.testing import sums
+
+EPOCHS = 6
+POINTS = {
+    "create": (store, "migrate"),
+    "begin": (store.RunStore, "begin_epoch"),
+    "rollout": (ft.EvalTrajectoryBuilder, "_episode"),
+    "collected": (recorder.Recorder, "collected"),
+    "selected": (recorder.Recorder, "selected"),
+    "submit": (None, "submit"),
+    "submitted": (recorder.Recorder, "submitted"),
+    "job": (None, "wait_until_complete"),
+    "waited": (recorder.Recorder, "waited"),
+    "validated": (recorder.Recorder, "validated"),
+    "log": (trainer, "append_jsonl"),
+    "checkpoint": (None, "save_checkpoint"),
+    "file": (trajectory_files, "write_durably"),
+    "rename": (run_folder.os, "replace"),
+    "append": (store.RunStore, "append"),
+    "prune": (recorder.Recorder, "_prune"),
+    "forget": (jsonl, "write_durably"),
+    "close": (recorder.Recorder, "_close"),
+    "copy": (shelf.shutil, "copytree"),
+    "move": (shelf.os, "rename"),
+    "remove": (shelf.shutil, "rmtree"),
+}
+
+
+def die_at(point: str, when: str, nth: int, adapter: type) -> None:
+    owner, name = POINTS[point]
+    owner = owner or adapter
+    original = getattr(owner, name)
+    seen = 0
+
+    def hit() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def point_reached(*args, **kwargs):
+        if when == "before":
+            hit()
+        result = original(*args, **kwargs)
+        if when == "after":
+            hit()
+        return result
+
+    async def awaited(*args, **kwargs):
+        if when == "before":
+            hit()
+        result = await original(*args, **kwargs)
+        if when == "after":
+            hit()
+        return result
+
+    setattr(owner, name, awaited if inspect.iscoroutinefunction(original) else point_reached)
+
+
+def make(folder: Path, backend: str, resume="auto", name="run"):
+    adapter = Detached(folder / "backend") if backend == "detached" else Weights(delay=0.002)
+    options = {
+        "generations": 4,
+        "output_dir": folder,
+        "curriculum": dict(expansion_interval=2),
+        "validation_interval": 2,
+    }
+    return ft.Run(
+        guess, right, sums(6), validation=sums(3, seed=9), adapter=adapter, name=name, resume=resume, **options
+    )
+
+
+def tell(folder: Path, index: int) -> None:
+    with open(folder / "told", "a") as told:
+        told.write(f"{index}\n")
+
+
+async def do(task: dict) -> None:
+    folder = Path(task["folder"])
+    run = make(folder, task["backend"])
+    if task.get("act") == "fork":
+        run.fork(epoch=1, name="branch", adapter=Weights())
+        return
+    if task.get("act") in ("archive", "delete"):
+        getattr(run, task["act"])()
+        return
+    while len(run) < EPOCHS:
+        if len(run) == 2 and not run.changes:
+            run.curriculum = {"percentile": 0.6}
+        epoch = await run.next_epoch()
+        tell(folder, epoch.index)
+    run.close()
+
+
+def child(task: dict) -> None:
+    if "point" in task:
+        die_at(task["point"], task["when"], task["nth"], Detached if task["backend"] == "detached" else Weights)
+    else:
+        threading.Thread(
+            target=lambda: (time.sleep(task["after"]), os.kill(os.getpid(), signal.SIGKILL)), daemon=True
+        ).start()
+    asyncio.run(do(task))
+
+
+def main() -> None:
+    for line in sys.stdin:
+        task = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                child(task)
+                code = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"killed": os.WIFSIGNALED(status), "code": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
