@@ -23,7 +23,9 @@ from .types import EpisodeItemRole, Epoch, Trajectory, logprob_values
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["epochs", "groups", "trajectories"]
+    from .controls import Change
+
+__all__ = ["epochs", "groups", "journal", "trajectories"]
 
 
 def trajectories(epochs: Iterable[Epoch]) -> pd.DataFrame:
@@ -180,6 +182,31 @@ def epochs(epochs: Iterable[Epoch]) -> pd.DataFrame:
         "seconds_": [epoch.seconds for epoch in records],
     }.items():
         columns |= {f"{prefix}{name}": column for name, column in wide(values).items()}
+    return pd.DataFrame(columns, copy=False)
+
+
+def journal(changes: Iterable[Change]) -> pd.DataFrame:
+    """One row = one field of the live settings that somebody changed, in order.
+
+    ========== ================ ===============================================================================
+    time       datetime, UTC    when it was asked for
+    source     str              who: "code", "panel", "fork", ...
+    field      str              of CurriculumSettings
+    old, new   object           its values
+    epoch      Int64            the epoch that used it first; <NA> while it is pending, or was replaced before that
+    ========== ================ ===============================================================================
+    """
+    import pandas as pd
+
+    rows = list(changes)
+    columns = {
+        "time": pd.to_datetime(floats(change.time for change in rows), unit="s", utc=True),
+        "source": texts([change.source for change in rows]),
+        "field": texts([change.field for change in rows]),
+        "old": objects([change.old for change in rows]),
+        "new": objects([change.new for change in rows]),
+        "epoch": counts([change.epoch for change in rows]),
+    }
     return pd.DataFrame(columns, copy=False)
 
 

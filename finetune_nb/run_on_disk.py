@@ -92,6 +92,11 @@ class RunOnDisk(RunViews):
         return found and partial_record(found, self.id, self._controls.applied)
 
     @property
+    def next_index(self) -> int:
+        """The epoch that comes next, or is running."""
+        return self._driver.next_index
+
+    @property
     def writer(self) -> str | None:
         """Which other process writes this run at the moment; None where none does."""
         store = self._store if self._driver.recorder is None else None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from .comparison import Comparison
+    from .controls import Change
 
 __all__ = ["RunViews", "compare"]
 
@@ -110,6 +111,17 @@ class RunViews(ABC):
         from . import frames
 
         return frames.epochs(self.records)
+
+    @property
+    @abstractmethod
+    def changes(self) -> Sequence[Change]:
+        """Every change of the live settings, in order."""
+
+    def journal(self) -> pd.DataFrame:
+        """One row = one field of the live settings that somebody changed. Columns: see frames.journal."""
+        from . import frames
+
+        return frames.journal(self.changes)
 
     def plot_rewards(self, ax: Any = None, **options: Any) -> Any:
         """Reward per epoch, with validation and curriculum. Returns a figure, or draws on `ax`."""

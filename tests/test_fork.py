@@ -69,9 +69,11 @@ async def test_a_fork_with_another_percentile_selects_by_it_and_says_so_in_its_j
         epoch = await more.next_epoch()
         assert epoch.curriculum.percentile == 0.9
         assert len(epoch.selection.kept) > len(run[1].selection.kept)
-        journal = [(c.source, c.field, c.new, c.epoch) for c in more.changes]
-        assert journal == [("fork", "percentile", 0.9, 1), ("fork", "schedule", "manual", 1)]
-    assert run.curriculum.schedule == "automatic" and run.changes == []
+        journal = more.journal()[["source", "field", "old", "new", "epoch"]].values.tolist()
+        assert journal == [["fork", "percentile", 0.3, 0.9, 1], ["fork", "schedule", "automatic", "manual", 1]]
+        assert str(more.journal().time.dtype).endswith("UTC]")
+    assert run.curriculum.schedule == "automatic" and run.journal().empty
+    assert list(run.journal().columns) == ["time", "source", "field", "old", "new", "epoch"]
 
 
 async def test_a_fork_knows_its_parent_also_from_disk_and_can_be_gone_on_with(make_run, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_nb.frames import trajectories
 from finetune_nb.store import RunStore
 from finetune_nb.types import EpisodeItem, Trajectory
 
@@ -83,6 +84,7 @@ def test_an_epoch_of_10000_trajectories_is_saved_smaller_than_its_json(benchmark
     stored = store.epochs[0]
     names = ["generation", "error", "turns", "tokens", "policy_version", "finish_reason", "scores"]
     columns = min(cpu(lambda: store.columns(0, names).to_pandas()) for _ in range(3))
+    frame = min(cpu(lambda: trajectories(RunStore.open(tmp_path / "run0").epochs)) for _ in range(3))
     read = cpu(lambda: stored.collection)
     megabytes, plain_megabytes = store.size() / 1e6, text.stat().st_size / 1e6
     rollouts = [t for group in epoch.collection.trajectories[:100] for t in group]
@@ -96,12 +98,14 @@ def test_an_epoch_of_10000_trajectories_is_saved_smaller_than_its_json(benchmark
     benchmark.extra_info |= {**figures, "json_MB": plain_megabytes, "target_s": 0.4, "target_MB": 8}
     print(
         f"\n10,000 trajectories x {TOKENS} tokens: saved in {own:.2f} s CPU, {megabytes:.1f} MB "
-        f"(JSON: {plain:.2f} s, {plain_megabytes:.1f} MB); columns read in {columns:.3f} s, all of it in {read:.2f} s; "
+        f"(JSON: {plain:.2f} s, {plain_megabytes:.1f} MB); columns read in {columns:.3f} s, "
+        f"the trajectories frame, opening included, in {frame:.3f} s, all of it in {read:.2f} s; "
         f"a rollout as it comes in {single * 1e3:.1f} ms, in batches of 16 {batched * 1e3:.2f} ms"
     )
     assert megabytes < plain_megabytes / 3
     assert own < 5 * plain
     assert columns < read / 5
+    assert frame < read / 5
 
 
 @pytest.mark.benchmark(group="store")
@@ -132,6 +136,7 @@ def test_prompts_that_share_prefixes_are_stored_little_more_than_once(benchmark,
 OPENING = """
 import resource, sys, time
 import numpy, pydantic
+from finetune_nb.frames import trajectories
 from finetune_nb.store import RunStore
 before, started = int(open("/proc/self/statm").read().split()[1]) * 4096, time.process_time()
 store = RunStore.open(sys.argv[1])
@@ -168,3 +173,42 @@ def test_opening_a_long_run_costs_little_beside_reading_its_trajectories(benchma
         f"reading all trajectories would take {read:.0f} s"
     )
     assert not math.isnan(seconds) and seconds < read / 5
+
+
+def test_recording_costs_little_beside_an_epoch_of_the_demo(tmp_path, benchmark):
+    """CPU seconds of everything that is written, checkpoint included, beside those of the whole epoch; in one run."""
+    import asyncio
+
+    import finetune_nb as ft
+    from finetune_nb.examples import calculator
+    from finetune_nb.recorder import Recorder
+
+    pytest.importorskip("torch")
+    spent = []
+
+    async def measured(recorder, *args):
+        begun = time.process_time()  # nothing else is at work then
+        try:
+            return await ended(recorder, *args)
+        finally:
+            spent.append(time.process_time() - begun)
+
+    async def epochs():
+        run = ft.Run.from_config(calculator.CONFIG, finetuning__output_dir=str(tmp_path))
+        for _ in range(2):  # warm up
+            await run.next_epoch()
+        spent.clear()
+        begun = time.process_time()
+        for _ in range(4):
+            await run.next_epoch()
+        whole = time.process_time() - begun
+        await asyncio.to_thread(run.close)
+        return whole
+
+    ended, Recorder.ended = Recorder.ended, measured
+    try:
+        whole = benchmark.pedantic(lambda: asyncio.run(epochs()), rounds=1, iterations=1)
+    finally:
+        Recorder.ended = ended
+    print(f"\nrecording: {1000 * sum(spent) / 4:.0f} ms CPU an epoch, {sum(spent) / whole:.1%} of it")
+    assert sum(spent) < 0.08 * whole
