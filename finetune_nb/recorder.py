@@ -153,7 +153,7 @@ class Recorder:
         return await self._unless_full(index, self.store.add_rollouts, index, collection, True)
 
     async def selected(self, index: int, selection: Selection, seconds: Mapping[str, float]) -> None:
-        """What of it is handed over next, to a backend that knows its jobs also when this process has ended."""
+        """What of it is handed over next, and why the rest is not."""
         await self._unless_full(index, self.store.record_selection, index, selection, seconds)
 
     async def submitted(self, index: int, ref: TrainingJobRef) -> None:

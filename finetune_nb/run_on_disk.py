@@ -17,9 +17,9 @@ from .driver import Driver
 from .errors import ConfigError, RunError
 from .from_folder import branch_of, copy_for_fork, make_fork
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
-from .recorder import settings_of
+from .recorder import checkpoints, settings_of
 from .registry import Builder
-from .run_folder import RUN_ID
+from .run_folder import RUN_ID, size_of
 from .run_reader import RunReader
 from .run_views import RunViews
 from .store import RunStore
@@ -107,6 +107,13 @@ class RunOnDisk(RunViews):
         """What is trained, where the adapter's config says it."""
         adapter = self.config.trainer_adapters.get(self.config.finetuning.trainer_adapter or "")
         return getattr(adapter, "model", None)
+
+    def _place(self) -> str:
+        sizes = [size_of(path) for path in checkpoints(self.folder).values()]
+        kept = f", of which {len(sizes)} checkpoint{'s' * (len(sizes) != 1)} {sum(sizes) / 1e6:.1f} MB" if sizes else ""
+        return (
+            f"{self.folder} ({size_of(self.folder) / 1e6:.1f} MB{kept})" if self.folder.is_dir() else str(self.folder)
+        )
 
     def refresh(self) -> None:
         """Sees what another process has added to a run that it writes and this one reads. `writer` says who that is."""

@@ -56,6 +56,10 @@ class RunViews(ABC):
         """Which other process writes the run at the moment; None where none does."""
         return None
 
+    def _place(self) -> str:
+        """The folder, and what is worth saying of it."""
+        return str(self.folder)
+
     def _standing(self) -> str:
         return f"{self.state}, written by {self.writer}" if self.writer else self.state
 
@@ -150,7 +154,7 @@ class RunViews(ABC):
             state=self._standing(),
             epochs=self.records,
             error=self.error,
-            folder=str(self.folder),
+            folder=self._place(),
             model=self.model,
         )
 

@@ -150,7 +150,7 @@ class Witness:
             return ref
         if watch.collected is not None:
             watch.add_seconds("selection", watch.collected)
-        if self.adapter.finds_jobs_again:
+        if watch.kept:  # the folder has the rollouts: then also what was chosen of them
             watch.submitted.append(trajectories)
             await self.recorder.selected(watch.epoch, self.record(watch).selection, watch.seconds)
             watch.submitted.remove(trajectories)

@@ -174,9 +174,26 @@ async def test_the_checkpoint_that_a_fork_began_with_is_kept(make_run):
     assert (run.folder / "checkpoints" / "epoch-000000").exists()
 
 
-async def test_small_checkpoints_are_all_kept(make_run):
-    run = await epochs(make_run(), 5)
+async def test_small_checkpoints_are_all_kept_and_their_size_is_shown(make_run):
+    run = make_run()
+    assert str(run.folder) in run._repr_html_()
+    await epochs(run, 5)
     assert len(list((run.folder / "checkpoints").iterdir())) == 5
+    assert "of which 5 checkpoints 0.0 MB" in run._repr_html_()
+
+
+async def test_an_epoch_that_died_in_its_training_shows_what_was_chosen(make_run, monkeypatch):
+    monkeypatch.setattr("finetune_nb.recorder.WORTH_KEEPING_SECONDS", 0.0)
+    run = make_run(adapter=Weights(delay=60))
+    task = asyncio.create_task(run.next_epoch())
+    while run.partial is None or run.partial.selection.inferred or not len(run.partial.selection.kept):
+        await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    partial = run.partial
+    assert set(map(str, partial.selection.left_out())) <= {"no_reward_spread", "beyond_percentile"}
+    assert partial.statistics.counts.sum() == 24 and partial.reason.endswith("its job is out")
 
 
 async def test_a_link_in_a_checkpoint_is_not_followed(make_run, tmp_path):
