@@ -79,6 +79,7 @@ _NAMES = {
         "BackendError",
         "ConfigError",
         "DatasetError",
+        "EpochAborted",
         "FinetuneError",
         "JobFailed",
         "MissingExtra",

@@ -148,7 +148,7 @@ class FinetuneConfig(BaseModel):
 class EvalGeneralConfig(BaseModel):
     """The `eval.general` section: what is evaluated, and how many at once."""
 
-    max_concurrency: int = Field(default=8, ge=1)
+    max_concurrency: int = Field(default=8, ge=1, json_schema_extra={"live": "rollouts"})
     """Rollouts at one time."""
     workflow_alias: str | None = None
     output_dir: Path = Path("./.tmp/nat/examples/default/")

@@ -1,21 +1,22 @@
 """Controls: the mailbox between whoever steers a run (a cell, a widget, another thread) and the engine that runs it.
 
 A change is validated and becomes pending at once; the engine takes it over at its safe point, which for the curriculum is
-the next selection, also that of the epoch whose rollouts are running. Every change is kept in the journal. Nothing here
-touches asyncio, a trainer or a widget.
+the next selection, also that of the epoch whose rollouts are running, and for a live field of a component what the field
+says. Every change is kept in the journal. Nothing here touches asyncio, a trainer or a widget.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .config import CurriculumSettings
+from .errors import ConfigError, did_you_mean
 
-__all__ = ["Change", "Controls"]
+__all__ = ["Change", "Controls", "LiveField"]
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,43 @@ class Change:
     time: float
     """Seconds since 1970, UTC."""
     source: str
-    """Who: "code", "panel", "replay"."""
+    """Who: "code", "panel", "fork"."""
     field: str
+    """Of CurriculumSettings, or the name of a LiveField."""
     old: Any
     new: Any
     epoch: int | None = None
-    """The epoch whose selection used it first; None while it is pending, or when another change came before that."""
+    """The epoch that used it first; None while it is pending, or when another change came before that."""
+
+
+@dataclass(frozen=True)
+class LiveField:
+    """A setting of a component that may be changed while the run goes on."""
+
+    name: str
+    """Where it stands: "adapter.learning_rate"."""
+    value: Any
+    """What is asked for."""
+    safe_point: str
+    """When it is read: "rollouts" (the next epoch's) or "training" (the next job's)."""
+    label: str = ""
+    doc: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+    check: Callable[[Any], Any] = field(default=lambda value: value, repr=False, compare=False)
+    """The value as the component takes it. Raises ConfigError for one that does not fit."""
 
 
 class Controls:
     """The live settings of a run. Every method may be called from any thread."""
 
-    def __init__(self, curriculum: CurriculumSettings) -> None:
+    def __init__(self, curriculum: CurriculumSettings, live: Iterable[LiveField] = ()) -> None:
         self._lock = threading.Lock()
         self._applied = curriculum
         self._pending: CurriculumSettings | None = None
+        self._live = {field.name: field for field in live}
+        self._configured = {name: field.value for name, field in self._live.items()}
+        self._untaken: set[str] = set()  # live fields whose change the engine has not taken over
         self._journal: list[Change] = []
         self._told = 0  # how many entries of the journal came from the record
         self._waiting: dict[str, int] = {}  # field -> place in the journal of its last change, while that is pending
@@ -51,33 +74,75 @@ class Controls:
             return self._applied
 
     @property
+    def pending(self) -> CurriculumSettings | None:
+        """What the next selection will use, where that is asked for and not yet taken over."""
+        with self._lock:
+            return self._pending if self._pending != self._applied else None
+
+    @property
     def curriculum(self) -> CurriculumSettings:
         """What the next selection will use."""
         with self._lock:
             return self._pending or self._applied
 
     @property
+    def live_fields(self) -> tuple[LiveField, ...]:
+        """The settings of components that may be changed, with the values that are asked for."""
+        with self._lock:
+            return tuple(self._live.values())
+
+    @property
     def journal(self) -> tuple[Change, ...]:
         with self._lock:
             return tuple(self._journal)
 
-    def change(self, changes: Mapping[str, Any] | CurriculumSettings, source: str = "code") -> CurriculumSettings:
-        """Asks for other settings. Raises ConfigError, and changes nothing, if they do not fit."""
-        with self._lock:
-            before = self._pending or self._applied
-            after = before.updated(changes)
-            for name in (f.name for f in fields(after)):
-                old, new = getattr(before, name), getattr(after, name)
-                if old != new:
-                    self._waiting[name] = len(self._journal)
-                    self._journal.append(Change(time.time(), source, name, old, new))
-            self._pending = after
-            return after
+    # ── whoever steers ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def start_from(self, settings: CurriculumSettings | None, journal: Sequence[Change], epoch: int) -> None:
+    def change(self, changes: Mapping[str, Any] | CurriculumSettings, source: str = "code") -> CurriculumSettings:
+        """Asks for other settings; names with a dot are live fields. Returns the curriculum that is asked for. Raises
+        ConfigError, and changes nothing, if they do not fit."""
+        with self._lock:
+            return self._change(changes, source)
+
+    def _change(self, changes: Mapping[str, Any] | CurriculumSettings, source: str) -> CurriculumSettings:
+        live: dict[str, LiveField] = {}
+        if not isinstance(changes, CurriculumSettings):
+            for name in [name for name in changes if "." in str(name)]:
+                if name not in self._live:
+                    raise ConfigError(f"{name!r} cannot be changed live. {did_you_mean(name, self._live)}")
+                live[name] = replace(self._live[name], value=self._live[name].check(changes[name]))
+            changes = {name: value for name, value in changes.items() if name not in live}
+        before = self._pending or self._applied
+        after = before.updated(changes) if changes else before
+        for name in (f.name for f in fields(after)):
+            self._note(source, name, getattr(before, name), getattr(after, name))
+        for name, changed in live.items():
+            if self._note(source, name, self._live[name].value, changed.value):
+                self._live[name] = changed
+                self._untaken.add(name)
+        if changes:
+            self._pending = after
+        return after
+
+    def _note(self, source: str, name: str, old: Any, new: Any) -> bool:
+        if old == new:
+            return False
+        self._waiting[name] = len(self._journal)
+        self._journal.append(Change(time.time(), source, name, old, new))
+        return True
+
+    # ── the engine ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def start_from(
+        self,
+        settings: CurriculumSettings | None,
+        journal: Sequence[Change],
+        epoch: int,
+        live: Mapping[str, Any] | None = None,
+    ) -> None:
         """The record's word of the settings in force and of the changes so far, from where a run goes on with `epoch`. A
         change that was pending, or used by an epoch that did not come to its end, is pending again; one that was asked for
-        here meanwhile stays, behind them."""
+        here meanwhile stays, behind them. live: the values of live fields."""
         with self._lock:
             own = self._journal[self._told :]
             self._journal, self._told = [*journal, *own], len(journal)
@@ -87,8 +152,13 @@ class Controls:
                 if change.epoch is None or change.epoch >= epoch:
                     self._waiting[change.field] = place
             self._applied = settings or self._applied
-            waiting = {field: self._journal[place].new for field, place in self._waiting.items()}
-            self._pending = replace(self._applied, **waiting) if waiting else None
+            waiting = {name: self._journal[place].new for name, place in self._waiting.items()}
+            curriculum = {name: value for name, value in waiting.items() if "." not in name}
+            self._pending = replace(self._applied, **curriculum) if curriculum else None
+            for name, value in {**(live or {}), **waiting}.items():
+                if name in self._live:
+                    self._live[name] = replace(self._live[name], value=self._live[name].check(value))
+            self._untaken = {name for name in waiting if name in self._live}
 
     def apply(self, epoch: int) -> tuple[CurriculumSettings, bool]:
         """The engine's safe point: the settings for this epoch's selection, and whether the schedule just became
@@ -96,13 +166,33 @@ class Controls:
         with self._lock:
             before, after = self._applied, self._pending or self._applied
             self._applied, self._pending = after, None
-            for i in self._waiting.values():
-                self._journal[i] = replace(self._journal[i], epoch=epoch)
-            self._waiting.clear()
+            self._settle_journal(epoch, [name for name in self._waiting if name not in self._live])
             resumed = after.schedule == "automatic" and (
                 before.schedule == "manual" or before.percentile != after.percentile
             )
             return after, resumed
+
+    def take(self, safe_point: str, epoch: int) -> dict[str, Any]:
+        """The live fields of that safe point which have been changed since it was last passed."""
+        with self._lock:
+            names = [name for name in self._untaken if self._live[name].safe_point == safe_point]
+            self._untaken.difference_update(names)
+            self._settle_journal(epoch, [name for name in names if name in self._waiting])
+            return {name: self._live[name].value for name in names}
+
+    def _settle_journal(self, epoch: int, names: Iterable[str]) -> None:
+        for name in names:
+            place = self._waiting.pop(name)
+            self._journal[place] = replace(self._journal[place], epoch=epoch)
+
+    def live_values(self) -> dict[str, Any]:
+        """The live fields that the components have otherwise than the config says, by name."""
+        with self._lock:
+            return {
+                name: field.value
+                for name, field in self._live.items()
+                if name not in self._untaken and field.value != self._configured[name]
+            }
 
     def settle(self, percentile: float) -> None:
         """The engine's word of the percentile that a selection used, which the schedule may have moved."""

@@ -7,7 +7,7 @@ the Trainer is witness.py's, what a record is made of watch.py's, what is writte
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from .errors import BackendError, ConfigError, JobFailed, RunError, UnknownJob
 from .evaluation.evaluate import Progress
 from .evaluation.recording import ChatReply
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
+from .live_fields import put
 from .recorder import Recorder, settings_of
 from .redaction import redact_text, redacting_logger
 from .registry import Builder
 from .run_log import logging_to
 from .run_reader import PartialEpoch
+from .states import Standing
 from .trajectory_builder import EvalTrajectoryBuilder
 from .trial import Trial
 from .types import Epoch, RolloutFailure, TrainingStatusEnum, Trajectory, Validation
@@ -43,10 +45,12 @@ class Driver:
         builder: Builder,
         run_id: str,
         controls: Controls,
+        standing: Standing,
         epochs: Sequence[Epoch] = (),
         first: int = 0,
     ) -> None:
-        self.config, self.builder, self.run_id, self.controls = config, builder, run_id, controls
+        self.config, self.builder, self.run_id = config, builder, run_id
+        self.controls, self.standing = controls, standing
         self.epochs: list[Epoch] = list(epochs)
         self._first = first  # of a fork the epoch behind its parent's
         self.recorder: Recorder = None  # type: ignore[assignment]  # set by open
@@ -56,7 +60,6 @@ class Driver:
         self.adapter: TrainerAdapter = None  # type: ignore[assignment]
         self._witness: Witness = None  # type: ignore[assignment]  # set by open
         self._left: PartialEpoch | None = None  # begun by a process that has ended
-        self._busy: str | None = None
         self._trial = Trial(config, builder, run_id)
 
     # ── opening and closing ──────────────────────────────────────────────────────────────────────────────────────────
@@ -88,11 +91,12 @@ class Driver:
         store = self.recorder.store
         self.epochs = list(store.epochs)
         state = await self.recorder.restore(self.adapter)
-        self.controls.start_from(settings_of(state), store.journal(), store.next_index)
+        self.controls.start_from(settings_of(state), store.journal(), store.next_index, (state or {}).get("live"))
+        put(self.config, self.builder, self.controls.live_values())
         if state is not None and state["curriculum"] and trainer._curriculum_state is not None:
             trainer._curriculum_state |= state_to_dict(state_from_dict(state["curriculum"]))
         self._left = store.partial()
-        self._witness = Witness(trainer, self.run_id, self.controls, self.recorder)
+        self._witness = Witness(trainer, self.run_id, self.controls, self.standing, self.recorder, self.builder)
         self.trainer = trainer
 
     @property
@@ -128,9 +132,6 @@ class Driver:
 
     async def next_epoch(self) -> Epoch:
         """One epoch, recorded. A job that failed raises JobFailed, with the record in its `epoch`."""
-        return await self._alone("an epoch", self._next_epoch)
-
-    async def _next_epoch(self) -> Epoch:
         await self.open()
         self.require_single_epochs()
         with logging_to(self.recorder):
@@ -217,7 +218,7 @@ class Driver:
         self._witness.recorded(epoch)
         self.recorder.journal(self.controls)
         state = self.trainer._curriculum_state
-        epoch = await self.recorder.ended(epoch, self.adapter, state, self.controls.applied)
+        epoch = await self.recorder.ended(epoch, self.adapter, state, self.controls)
         self.epochs.append(epoch)
         return epoch
 
@@ -225,11 +226,6 @@ class Driver:
     def is_open(self) -> bool:
         """Whether the components are built and the record is taken up."""
         return self.trainer is not None
-
-    @property
-    def busy(self) -> bool:
-        """Whether an epoch or a validation is running."""
-        return self._busy is not None
 
     def require_single_epochs(self) -> None:
         """Raises RunError for a Trainer that trains only in its run()."""
@@ -241,9 +237,6 @@ class Driver:
 
     async def validate(self) -> Validation:
         """The validation evaluation with the policy as it is now. Raises RunError without a validation dataset."""
-        return await self._alone("a validation", self._validate_now)
-
-    async def _validate_now(self) -> Validation:
         await self.open()
         run = self.config.finetuning.run_configuration
         if not run or not run.validation_dataset:
@@ -271,12 +264,3 @@ class Driver:
             raise RunError(f"{type(self.adapter).__name__} cannot save its model: it has no save(directory).")
         saved = save(directory)
         return str(await saved if isinstance(saved, Awaitable) else saved)
-
-    async def _alone(self, what: str, work: Callable[[], Awaitable[Any]]) -> Any:
-        if self._busy:
-            raise RunError(f"{self._busy} is running in this run already: await it before you start {what}.")
-        self._busy = what
-        try:
-            return await work()
-        finally:
-            self._busy = None

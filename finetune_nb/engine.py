@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .redaction import redacting_logger
 
@@ -18,6 +19,48 @@ __all__ = ["EngineThread", "enable_nested_asyncio", "run_sync"]
 
 T = TypeVar("T")
 logger = redacting_logger(__name__)
+
+
+class Launched(Generic[T]):
+    """A coroutine that is running on an engine thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> None:
+        self._loop = loop
+        self._task: asyncio.Task[T] | None = None
+        self._canceled = False
+        self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._ended.set_running_or_notify_cancel()  # so that a waiter who is canceled does not cancel the end
+        loop.call_soon_threadsafe(self._start, coroutine)
+
+    def _start(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        self._task = self._loop.create_task(coroutine)
+        self._task.add_done_callback(self._end)
+        if self._canceled:
+            self._task.cancel()
+
+    def _end(self, task: asyncio.Task[T]) -> None:
+        if not task.cancelled():
+            task.exception()  # seen, also where nobody waits any more
+        self._ended.set_result(None)
+
+    def cancel(self) -> None:
+        """Cancels it; returns at once. May be called from any thread, and from a signal handler."""
+        self._canceled = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
+            self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
+
+    async def join(self) -> T:
+        """Its result. Cancelling the join cancels it too, and waits until it has ended (a second at most: something that
+        will not end must not hold the caller)."""
+        waiting = asyncio.wrap_future(self._ended)
+        try:
+            await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            self.cancel()
+            await asyncio.wait([waiting], timeout=1.0)
+            raise
+        assert self._task is not None
+        return self._task.result()
 
 
 class EngineThread:
@@ -33,31 +76,13 @@ class EngineThread:
         """Starts a coroutine on the thread's loop. May be called from any thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop())
 
+    def launch(self, coroutine: Coroutine[Any, Any, T]) -> Launched[T]:
+        """Starts a coroutine that can be canceled and joined. May be called from any thread."""
+        return Launched(self._running_loop(), coroutine)
+
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Awaits a coroutine of the thread from any other loop. Cancelling cancels it there, and waits until it has ended
-        (a second at most: something that will not end must not hold the caller)."""
-        loop = self._running_loop()
-        tasks: list[asyncio.Task[T]] = []
-        ended: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-        def end(task: asyncio.Task[T]) -> None:
-            if not task.cancelled():
-                task.exception()  # seen, also where nobody waits any more
-            ended.set_result(None)
-
-        def start() -> None:
-            tasks.append(loop.create_task(coroutine))
-            tasks[0].add_done_callback(end)
-
-        loop.call_soon_threadsafe(start)
-        waiting = asyncio.wrap_future(ended)
-        try:
-            await asyncio.shield(waiting)
-        except asyncio.CancelledError:
-            loop.call_soon_threadsafe(lambda: tasks[0].cancel())
-            await asyncio.wait([waiting], timeout=1.0)
-            raise
-        return tasks[0].result()
+        """Awaits a coroutine of the thread from any other loop; see Launched.join."""
+        return await self.launch(coroutine).join()
 
     @property
     def is_current(self) -> bool:

@@ -11,6 +11,7 @@
     │   ├── UnknownJob   (RuntimeError)  a training backend has no job of that id
     │   └── JobFailed    (RuntimeError)  a training job ended as failed or canceled
     ├── RunError         (RuntimeError)  a Run was asked for something that its state does not allow
+    │   └── EpochAborted (RuntimeError)  the epoch that was waited for was aborted
     ├── StoreError       (RuntimeError)  a run's folder cannot be read or written
     └── MissingExtra     (ImportError)   an optional package is not installed; the message names the extra
 
@@ -28,6 +29,7 @@ __all__ = [
     "BackendError",
     "ConfigError",
     "DatasetError",
+    "EpochAborted",
     "FinetuneError",
     "JobFailed",
     "MissingExtra",
@@ -91,6 +93,10 @@ class JobFailed(BackendError):
 
 class RunError(FinetuneError, RuntimeError):
     """A Run was asked for something that its state does not allow."""
+
+
+class EpochAborted(RunError):
+    """The epoch that was waited for was aborted; what was collected until then is in `run.partial`."""
 
 
 class StoreError(FinetuneError, RuntimeError):

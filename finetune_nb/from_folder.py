@@ -70,9 +70,11 @@ class Branch:
     """What was changed on the way."""
 
 
-def branch_of(store: RunReader, epoch: int | None, curriculum: Mapping[str, Any] | None) -> Branch:
-    """epoch: None = the last one. Raises RunError where that epoch is not there or its weights are gone, ConfigError for
-    settings that do not fit."""
+def branch_of(
+    store: RunReader, epoch: int | None, curriculum: Mapping[str, Any] | None, training: Mapping[str, Any] | None
+) -> Branch:
+    """epoch: None = the last one. training: what the fork's adapter is given anew. Raises RunError where that epoch is not
+    there or its weights are gone, ConfigError for settings that do not fit."""
     indices = [each.index for each in store.epochs]
     if not indices:
         raise RunError(f"run {store.run_id!r} has no epoch to go on from. Run one first, or make a new Run.")
@@ -100,6 +102,8 @@ def branch_of(store: RunReader, epoch: int | None, curriculum: Mapping[str, Any]
         for f in fields(after)
         if getattr(before, f.name) != getattr(after, f.name)
     )
+    live = state.get("live") or {}
+    state["live"] = {name: value for name, value in live.items() if name.partition(".")[2] not in (training or {})}
     state["settings"] = {f.name: getattr(after, f.name) for f in fields(after)}
     if state.get("curriculum") and after.percentile != before.percentile:
         state["curriculum"]["current_percentile"] = after.percentile

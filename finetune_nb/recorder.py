@@ -189,7 +189,7 @@ class Recorder:
         return await in_daemon_thread(self.store.amend, epoch)
 
     async def ended(
-        self, epoch: Epoch, adapter: TrainerAdapter, curriculum: Mapping[str, Any] | None, settings: CurriculumSettings
+        self, epoch: Epoch, adapter: TrainerAdapter, curriculum: Mapping[str, Any] | None, controls: Controls
     ) -> Epoch:
         """Stores the epoch and, where the weights have changed, a checkpoint before it. Returns the stored record, which
         reads its trajectories from disk; the given one where the folder cannot be written, with a warning."""
@@ -200,7 +200,8 @@ class Recorder:
             "curriculum": {**curriculum, "included_groups": sorted(curriculum["included_groups"])}
             if curriculum
             else None,
-            "settings": asdict(settings),
+            "settings": asdict(controls.applied),
+            "live": controls.live_values(),
             "checkpoint": self._checkpoint,
             "policy_version": epoch.policy_versions[1],
         }

@@ -1,7 +1,6 @@
-"""Run: the notebook's handle on a finetuning run.
+"""Run: the notebook's handle on a finetuning run; here, how one is made: from functions, from YAML, from disk.
 
-It builds the config and the components, hands the work to a driver on the engine thread, and shows what is recorded. A
-cell only waits: the run does not care which thread or loop it is asked from. No epoch, selection or model is made here.
+Running and steering it is live_run.py's, its folder run_on_disk.py's, tables and plots are run_views.py's.
 """
 
 from __future__ import annotations
@@ -11,37 +10,31 @@ import atexit
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .config import Config, CurriculumSettings
 from .controls import Controls
-from .display import ProgressLine, watch_progress
 from .driver import Driver
 from .engine import EngineThread
-from .errors import ConfigError, FinetuneError, RunError
+from .errors import ConfigError
 from .from_folder import config_of
 from .from_functions import from_functions
-from .html import duration
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
+from .live_fields import live_fields
+from .live_run import LiveRun
 from .loading import load_config
 from .recorder import settings_of
-from .redaction import redact_exception, redact_text
 from .registry import Builder
-from .run_on_disk import RunOnDisk, free_id
+from .run_on_disk import free_id
+from .states import Standing, State
 from .store import RunStore
-from .types import Epoch, RolloutFailure, Trajectory, Validation
-from .viewer import epoch_text
-
-if TYPE_CHECKING:
-    from .evaluation.evaluate import Progress
-    from .evaluation.recording import ChatReply
 
 __all__ = ["Run"]
 
 _open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
-class Run(RunOnDisk):
+class Run(LiveRun):
     """A finetuning run, from plain functions; `Run.from_config` makes one from a YAML file.
 
         run = ft.Run(solve, correct, dataset="train.json", generations=8)
@@ -118,7 +111,7 @@ class Run(RunOnDisk):
             adapter=adapter,
             trainer=trainer,
         )
-        self._begin(config, components, name, resume)
+        self._make(config, components, name, resume)
 
     @classmethod
     def from_config(
@@ -142,7 +135,7 @@ class Run(RunOnDisk):
         elif config.builder is not None:
             raise ConfigError("this Config belongs to an open run already. Load it again for another one.")
         run = cls.__new__(cls)
-        run._begin(config, Builder(config), name, resume)
+        run._make(config, Builder(config), name, resume)
         return run
 
     @classmethod
@@ -174,7 +167,7 @@ class Run(RunOnDisk):
         run._take(config, builder, folder.name, store)
         return run
 
-    def _begin(self, config: Config, builder: Builder, name: str | None, resume: str) -> None:
+    def _make(self, config: Config, builder: Builder, name: str | None, resume: str) -> None:
         if resume not in ("never", "auto"):
             raise ConfigError(f"resume is {resume!r}; expected 'never' or 'auto'.")
         if resume == "auto" and name is None:
@@ -199,113 +192,28 @@ class Run(RunOnDisk):
         self.config = config
         self._store = store
         left = settings_of(store.state()) if store is not None else None
-        self._controls = Controls(left or CurriculumSettings.from_config(config.finetuning.curriculum_learning))
+        curriculum = left or CurriculumSettings.from_config(config.finetuning.curriculum_learning)
+        self._controls = Controls(curriculum, live_fields(config))
         if store is not None:
             self._controls.start_from(left, store.journal(), store.next_index)
         epochs, first = (store.epochs, store.next_index) if store is not None else ((), 0)
-        self._driver = Driver(config, builder, self.id, self._controls, epochs, first)
+        self._standing = Standing(State.READY if epochs else State.NEW)
+        self._driver = Driver(config, builder, self.id, self._controls, self._standing, epochs, first)
         self._engine = EngineThread(f"ft-{self.id}")
-        self.error = None
         self._closed = False
+        self.tripwires = []
         _open_runs.add(self)
         # The cell that made the run is run again, say: nobody holds the old one, and its components must end.
         self._left = weakref.finalize(self, self._engine.close_in_background, self._driver.close)
         self._left.atexit = False  # _close_all does it then, and waits
 
-    # ── doing ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def next_epoch(self) -> Epoch:
-        """Runs one epoch: collect, select, train, record. Returns its record.
-
-        Raises RunError while another epoch of this run is running, JobFailed (with the record in `.epoch`) where the
-        training job failed or was canceled, BackendError for an unhealthy backend, ConfigError and DatasetError for what
-        is wrong with the config. Interrupting aborts the epoch.
-        """
-        return await self._run(watch_progress(self._ask(self._driver.next_epoch()), self._progress_line), states=True)
-
-    def _progress_line(self, done: bool) -> ProgressLine:
-        progress, epochs = self._driver.progress, self._driver.epochs
-        if done and epochs:
-            return ProgressLine(epoch_text(epochs[-1]), progress.done, progress.total)
-        left_out = f", {progress.failed} failed" if progress.failed else ""
-        rollouts = f"{progress.done} of {progress.total} rollouts{left_out}"
-        text = (
-            f"epoch {self._driver.next_index}  {progress.phase or 'starting'}  {rollouts}  {duration(progress.seconds)}"
-        )
-        return ProgressLine(text, progress.done, progress.total)
-
-    async def validate(self) -> Validation:
-        """Evaluates the policy, as it is now, on the validation dataset."""
-        return await self._run(self._ask(self._driver.validate()))
-
-    async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
-        """Tries one example, by position or id: one rollout, scored and shown as a conversation, recorded nowhere."""
-        return await self._run(self._ask(self._driver.rollout(example)))
-
-    async def chat(self, messages: Any, **options: Any) -> ChatReply:
-        """The policy's reply to a text or to OpenAI messages. options: tools, temperature, max_tokens, stop."""
-        return await self._run(self._ask(self._driver.chat(messages, **options)))
-
-    def save_model(self, directory: str | Path) -> Path:
-        """Writes the trained model and its tokenizer, loadable by `from_pretrained`."""
-        self._require_open()
-        return Path(self._engine.submit(self._driver.save_model(str(directory))).result())
-
-    async def _ask(self, coroutine: Any) -> Any:
-        if self._closed or self._unable:
-            coroutine.close()
-            self._require_open()
-        return await self._engine.run(coroutine)
-
-    async def _run(self, coroutine: Any, states: bool = False) -> Any:
-        """Awaits it, and lets no secret out with its error. `states`: whether the run has failed if this does."""
-        try:
-            result = await coroutine
-        except Exception as error:
-            text = redact_text(f"{type(error).__name__}: {error}")
-            self.error = text if states else self.error
-            if not redact_exception(error):  # a server that repeats the key it was given, say: no cell may show that
-                raise FinetuneError(text) from None
-            raise
-        self.error = None if states else self.error
-        return result
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise RunError(f"run {self.id!r} is closed: its records can be read, but nothing more can be run.")
-        if self._unable:
-            raise RunError(self._unable)
-
-    # ── steering ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    @property
-    def curriculum(self) -> CurriculumSettings:
-        """The settings that the next selection uses. Set it to a dict of changes, or to whole CurriculumSettings: they
-        count from the next selection, also that of an epoch whose rollouts are running. A percentile that is set stays
-        ("manual") until `schedule="automatic"`."""
-        self._driver.require_single_epochs()
-        return self._controls.curriculum
-
-    @curriculum.setter
-    def curriculum(self, changes: Mapping[str, Any] | CurriculumSettings) -> None:
-        self._driver.require_single_epochs()
-        self._controls.change(changes)
-        if self._driver.is_open:
-            self._driver.recorder.journal(self._controls)
-
-    @property
-    def progress(self) -> Progress:
-        """How far the rollouts of the running epoch are."""
-        return self._driver.progress
-
-    # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def close(self) -> None:
-        """Ends every component, once. The records can still be read. Also done at the interpreter's exit, and when nobody
-        holds the run any more."""
+        """Ends every component, once, and an epoch that is running. The records can still be read. Also done at the
+        interpreter's exit, and when nobody holds the run any more."""
         if self._closed:
             return
         self._closed = True
+        self._end_work()
         _open_runs.discard(self)
         self._left.detach()
         self.config.builder = None

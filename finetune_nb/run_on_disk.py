@@ -52,21 +52,10 @@ class RunOnDisk(RunViews):
         """One Epoch for each epoch that has ended."""
         return self._driver.epochs
 
-    @property
-    def state(self) -> str:
-        """One of: new, ready (between epochs), running, failed (the last epoch raised), closed; of a run that is only read
-        here also interrupted (its process ended in the middle of an epoch), archived."""
-        if self._closed:
-            return "closed"
-        if self._store is not None and self._driver.recorder is None:
-            told = self._store.run_state
-            if told in ("running", "interrupted", "failed", "archived"):
-                return told
-        if self._driver.busy:
-            return "running"
-        if self.error:
-            return "failed"
-        return "ready" if self._driver.epochs else "new"
+    def _told_on_disk(self) -> str | None:
+        """What the folder says of a run that is only read here."""
+        told = self._store.run_state if self._store is not None and self._driver.recorder is None else None
+        return told if told in ("running", "paused", "interrupted", "failed", "archived") else None
 
     @property
     def folder(self) -> Path:
@@ -153,7 +142,7 @@ class RunOnDisk(RunViews):
             raise RunError(f"run {self.id!r} has no epoch to go on from. Run one first, or make a new Run.")
         components = {"trajectory_builder": builder, "trainer_adapter": adapter, "trainer": trainer}
         config, again = copy_for_fork(self.config, self._driver.builder, training, components)
-        branch = branch_of(store, epoch, curriculum)
+        branch = branch_of(store, epoch, curriculum, training)
         run_id = free_id(name or f"{self.id[:90]}-fork", self.folder.parent)
         if recorder is not None and not self._closed:
             recorder.forked(branch.epoch, run_id, branch.checkpoint and int(branch.checkpoint.name[6:]))

@@ -28,8 +28,6 @@ class RunViews(ABC):
 
     id: str
     """The run's name, and that of its folder."""
-    error: str | None = None
-    """What the last epoch raised."""
 
     @property
     @abstractmethod
@@ -52,6 +50,11 @@ class RunViews(ABC):
         """What the run is doing, in a word."""
 
     @property
+    def error(self) -> str | None:
+        """What the last epoch raised."""
+        return None
+
+    @property
     def writer(self) -> str | None:
         """Which other process writes the run at the moment; None where none does."""
         return None
@@ -60,7 +63,7 @@ class RunViews(ABC):
         """The folder, and what is worth saying of it."""
         return str(self.folder)
 
-    def _standing(self) -> str:
+    def _state_and_writer(self) -> str:
         return f"{self.state}, written by {self.writer}" if self.writer else self.state
 
     @property
@@ -146,12 +149,12 @@ class RunViews(ABC):
         return plots.plot_scores(self.records, names=names, ax=ax, **options)
 
     def __repr__(self) -> str:
-        return run_text(name=self.id, state=self._standing(), epochs=self.records, error=self.error)
+        return run_text(name=self.id, state=self._state_and_writer(), epochs=self.records, error=self.error)
 
     def _repr_html_(self) -> str:
         return run_html(
             name=self.id,
-            state=self._standing(),
+            state=self._state_and_writer(),
             epochs=self.records,
             error=self.error,
             folder=self._place(),

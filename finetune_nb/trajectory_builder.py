@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -43,7 +43,7 @@ logger = redacting_logger(__name__)
 class EvalTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="eval_traj_builder"):
     """Trajectories from evaluation runs."""
 
-    num_generations: int = Field(default=8, ge=1)
+    num_generations: int = Field(default=8, ge=1, json_schema_extra={"live": "rollouts"})
     """Rollouts of each example: the size of a group. Advantages are relative to it, so 1 teaches nothing."""
     examples_per_epoch: int | None = Field(default=None, ge=1)
     """Examples drawn for an epoch, without replacement until the dataset is used up; None = all of them."""
@@ -60,7 +60,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         self,
         trajectory_builder_config: TrajectoryBuilderConfig,
         seed: int = 0,
-        max_concurrency: int = 8,
+        max_concurrency: int | Callable[[], int] = 8,
         executor: RolloutExecutor | None = None,
     ) -> None:
         super().__init__(trajectory_builder_config)
@@ -79,7 +79,8 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         epoch = (meta or {}).get("epoch", 0)
         size = getattr(self.trajectory_builder_config, "examples_per_epoch", None)
         draw = functools.partial(draw_examples, size=size, epoch=epoch, seed=self.seed) if size else None
-        executor = self._executor or LocalExecutor(self._max_concurrency)
+        bound = self._max_concurrency
+        executor = self._executor or LocalExecutor(bound if isinstance(bound, int) else bound())
         self.evaluation_runs[run_id] = [
             asyncio.create_task(
                 self._generation(EvaluationContext("train", epoch, generation, draw, executor)),
@@ -270,7 +271,7 @@ def draw_examples(rows: int, size: int, epoch: int, seed: int) -> list[int]:
 
 @register_trajectory_builder(config_type=EvalTrajectoryBuilderConfig)
 async def eval_trajectory_builder(config: EvalTrajectoryBuilderConfig, builder: Builder):
-    settings = builder.config
-    trajectory_builder = EvalTrajectoryBuilder(config, settings.run.seed, settings.eval.general.max_concurrency)
+    general = builder.config.eval.general
+    trajectory_builder = EvalTrajectoryBuilder(config, builder.config.run.seed, lambda: general.max_concurrency)
     yield trajectory_builder
     await trajectory_builder.aclose()

@@ -19,8 +19,11 @@ from .controls import Controls
 from .curriculum import state_from_dict, state_to_dict, steer
 from .evaluation.evaluate import EvaluationContext, evaluation_context, progress
 from .interfaces import Trainer
+from .live_fields import put
 from .observe import observe, unobserve
 from .recorder import Recorder
+from .registry import Builder
+from .states import Standing
 from .types import Epoch, TrainingJobRef, TrainingJobStatus, TrajectoryCollection
 from .watch import Watch, record, settled_late, told_by, validation_of
 
@@ -33,9 +36,18 @@ KEEP_EVERY = 2.0
 class Witness:
     """Watches one trainer with its builder and adapter. `run_id`: of the records. All on one event loop."""
 
-    def __init__(self, trainer: Trainer, run_id: str, controls: Controls, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        run_id: str,
+        controls: Controls,
+        standing: Standing,
+        recorder: Recorder,
+        components: Builder,
+    ) -> None:
         self.trainer, self.builder, self.adapter = trainer, trainer.trajectory_builder, trainer.trainer_adapter
-        self.run_id, self.controls, self.recorder = run_id, controls, recorder
+        self.run_id, self.controls, self.standing, self.recorder = run_id, controls, standing, recorder
+        self._components, self._config = components, components.config
         self.watch: Watch | None = None
         """What is seen of the running epoch."""
         self._initial_percentile = trainer.run_config.curriculum_learning.initial_percentile
@@ -75,8 +87,11 @@ class Witness:
     async def _start_run(self, original: Callable[..., Awaitable[None]], *args: Any, **kwargs: Any) -> None:
         watch = self.watch
         if watch is not None:
+            await self._pass_gate(watch)
+            self._put("rollouts", watch)
             watch.version = self.version
             watch.collected = time.perf_counter()
+            watch.progress.gate = self.standing.gate
             if hasattr(self.builder, "unscored"):
                 watch.progress.on_result = watch.came_in.append
                 watch.keeping = asyncio.create_task(self._keep_rollouts(watch))
@@ -109,6 +124,7 @@ class Witness:
             watch.kept = await self.recorder.collected(
                 watch.epoch, collection, watch.seconds["rollouts"], self.adapter.finds_jobs_again
             )
+            await self._pass_gate(watch)
             watch.settings = self._steer(watch.epoch)
             self.recorder.journal(self.controls)
             watch.progress.phase = "training"
@@ -121,6 +137,20 @@ class Witness:
             await self._keep(watch)
         elif not watch.kept:
             await self.recorder.collected(watch.epoch, watch.collection)
+
+    async def _pass_gate(self, watch: Watch) -> None:
+        """A safe point: a paused run stays here."""
+        paused = await self.standing.gate()
+        if paused:
+            watch.seconds["paused"] = watch.seconds.get("paused", 0.0) + paused
+            if watch.collected is not None:
+                watch.collected += paused  # it belongs to no part of the epoch
+
+    def _put(self, safe_point: str, watch: Watch) -> None:
+        """Puts the pending live fields into the components, at their safe point."""
+        changed = self.controls.take(safe_point, watch.epoch)
+        if changed:
+            put(self._config, self._components, changed)
 
     def _steer(self, epoch: int) -> CurriculumSettings:
         """Puts the pending controls into the trainer, right before it selects."""
@@ -150,6 +180,7 @@ class Witness:
             return ref
         if watch.collected is not None:
             watch.add_seconds("selection", watch.collected)
+        self._put("training", watch)
         if watch.kept:  # the folder has the rollouts: then also what was chosen of them
             watch.submitted.append(trajectories)
             await self.recorder.selected(watch.epoch, self.record(watch).selection, watch.seconds)

@@ -21,11 +21,12 @@ from finetune_nb.observe import resolve
 LAYERS = {
     "nouns": "errors html observe redaction yaml_text eval_types types component curriculum_settings config",
     "contracts": "interfaces type_names builder registry known_keys loading",
-    "engine": "controls curriculum metrics retention jsonl episodes evaluation* trajectory_builder trainer watch"
+    "engine": "states controls live_fields tripwires"
+    " curriculum metrics retention jsonl episodes evaluation* trajectory_builder trainer watch"
     " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
     " run_log recorder witness trial driver engine",
-    "views": "conversation columns frames figure plots viewer comparison display",
-    "surface": "from_functions from_folder shelf run_views run_on_disk run cli demo testing",
+    "views": "conversation columns frames figure plots viewer comparison display interrupts",
+    "surface": "from_functions from_folder shelf run_views run_on_disk live_run run cli demo testing",
     "edge": "backends* examples*",
 }
 BELOW_THE_EDGE = ("nouns", "contracts", "engine")

@@ -157,7 +157,7 @@ async def test_two_epochs_at_once_are_refused(make_run):
     first = asyncio.create_task(run.next_epoch())
     await asyncio.sleep(0.1)
     assert run.state == "running"
-    with pytest.raises(ft.RunError, match="an epoch is running"):
+    with pytest.raises(ft.RunError, match="the run is running"):
         await run.next_epoch()
     assert (await first).index == 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +64,8 @@ class Progress:
     started: float = field(default_factory=time.monotonic)
     on_result: Callable[[RolloutResult], None] | None = None
     """Called with every rollout as it ends, before it is scored."""
+    gate: Callable[[], Awaitable[float]] | None = None
+    """Awaited before every rollout: it returns when the run is not paused."""
 
     @property
     def seconds(self) -> float:
@@ -116,7 +118,8 @@ class EvaluationRun:
                 if meter.on_result is not None:
                     meter.on_result(result)
 
-        rollout = Rollout(workflow, config.run.seed, policies, general.item_timeout, general.retries)
+        gate = meter.gate if meter is not None and not config.run.deterministic else None
+        rollout = Rollout(workflow, config.run.seed, policies, general.item_timeout, general.retries, gate)
         results = await executor.map(rollout, requests, on_result)
 
         done: list[EvalInputItem] = []
@@ -158,10 +161,14 @@ class Rollout:
         policies: Sequence[Policy] = (),
         timeout: float | None = None,
         retries: int = 0,
+        gate: Callable[[], Awaitable[float]] | None = None,
     ) -> None:
         self.workflow, self.seed, self.policies, self.timeout, self.retries = workflow, seed, policies, timeout, retries
+        self.gate = gate
 
     async def __call__(self, request: RolloutRequest) -> RolloutResult:
+        if self.gate is not None:
+            await self.gate()
         started = time.perf_counter()
         episode = Episode(request.key, self.seed)
         try:

@@ -17,6 +17,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from pydantic import Field
+
 from ..config import LLMBaseConfig
 from ..errors import ConfigError, did_you_mean
 from ..interfaces import Policy
@@ -156,6 +158,12 @@ class PolicyLLM(LLM):
 
     def __init__(self, policy: Policy, name: str = "policy", sampling: SamplingParams = SamplingParams()) -> None:
         self.policy, self.name, self.sampling = policy, name, sampling
+        self.config: PolicyLLMConfig | None = None
+
+    def configured(self) -> None:
+        """Its config has been changed while it is in use."""
+        if self.config is not None:
+            self.sampling = self.config.sampling()
 
     async def _call(
         self,
@@ -209,9 +217,12 @@ class PolicyLLMConfig(LLMBaseConfig, name="policy"):
 
     adapter: str
     """Name of the trainer adapter."""
-    temperature: float = 1.0
-    max_tokens: int = 256
+    temperature: float = Field(default=1.0, ge=0, json_schema_extra={"live": "rollouts"})
+    max_tokens: int = Field(default=256, ge=1, json_schema_extra={"live": "rollouts"})
     stop: list[str] = []
+
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(self.temperature, self.max_tokens, tuple(self.stop))
 
 
 @register_llm_provider(config_type=PolicyLLMConfig)
@@ -222,8 +233,9 @@ async def policy_llm(config: PolicyLLMConfig, builder: Builder):
             f"llm of type 'policy' names the trainer adapter {config.adapter!r}, which offers no policy to sample from. "
             "Use an adapter that does (local_grpo), or an llm of type 'openai'."
         )
-    sampling = SamplingParams(config.temperature, config.max_tokens, tuple(config.stop))
-    yield PolicyLLM(adapter.policy, config.adapter, sampling)
+    llm = PolicyLLM(adapter.policy, config.adapter, config.sampling())
+    llm.config = config
+    yield llm
 
 
 def _message(message: Any) -> dict[str, Any]:

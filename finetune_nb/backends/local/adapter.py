@@ -35,6 +35,9 @@ __all__ = ["LocalGRPOAdapter", "LocalGRPOConfig"]
 
 logger = redacting_logger(__name__)
 
+AT_TRAINING: dict[str, Any] = {"live": "training"}
+"""Marks a setting that may be changed while a run goes on; the next job reads it."""
+
 
 class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     """GRPO in this process, with torch and transformers."""
@@ -43,9 +46,9 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
 
     model: str = "embedded"
     """"embedded" (ships with finetune_nb), a Hugging Face model directory, or a name on the hub."""
-    learning_rate: float = Field(default=5e-4, gt=0)
+    learning_rate: float = Field(default=5e-4, gt=0, json_schema_extra=AT_TRAINING)
     """Of AdamW, constant. The default suits the embedded model; a real one wants 1e-6 to 1e-5."""
-    optimizer_steps: int = Field(default=8, ge=1)
+    optimizer_steps: int = Field(default=8, ge=1, json_schema_extra=AT_TRAINING)
     """Steps in one pass over all trajectories of an epoch; fewer where there are fewer trajectories."""
     inner_epochs: int = Field(default=1, ge=1)
     """Passes over the trajectories of an epoch."""

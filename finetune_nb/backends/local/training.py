@@ -106,6 +106,8 @@ class Learner:
         parts = min(self.config.optimizer_steps, len(trajectories))
         report.steps_planned = parts * self.config.inner_epochs
         report.learning_rate = self.config.learning_rate
+        for group in self.optimizer.param_groups:  # it may have been changed since the last job
+            group["lr"] = self.config.learning_rate
         report.has_reference = self.reference is not None
         for _ in range(self.config.inner_epochs):
             for part in np.array_split(rng.permutation(len(trajectories)), parts):

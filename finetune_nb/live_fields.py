@@ -1,0 +1,86 @@
+"""Settings of components that may be changed while a run goes on: those whose config field is marked as live.
+
+    learning_rate: float = Field(default=5e-4, gt=0, json_schema_extra={"live": "training"})
+
+The mark names the safe point at which a change is taken over: "rollouts" (the next epoch's) or "training" (the next
+job's). The value is put into the component's own config; a component that has derived something from it has a method
+`configured()`, which is called then. Asking for a change is controls.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from .config import Config
+from .controls import LiveField
+from .errors import ConfigError
+from .registry import Builder
+
+__all__ = ["live_fields", "put"]
+
+SAFE_POINTS = ("rollouts", "training")
+
+
+def live_fields(config: Config) -> list[LiveField]:
+    """The live fields of the components that a run uses, by the part that they play: adapter, builder, llm, eval."""
+    found = []
+    for part, (_, _, section) in _sections(config).items():
+        for name, info in type(section).model_fields.items():
+            extra = info.json_schema_extra
+            safe_point = extra.get("live") if isinstance(extra, dict) else None
+            if safe_point not in SAFE_POINTS:
+                continue
+            limits = {
+                kind: getattr(m, kind) for m in info.metadata for kind in ("gt", "ge", "lt", "le") if hasattr(m, kind)
+            }
+            found.append(
+                LiveField(
+                    name=f"{part}.{name}",
+                    value=getattr(section, name),
+                    safe_point=str(safe_point),
+                    label=name.replace("_", " "),
+                    doc=info.description or "",
+                    minimum=limits.get("ge", limits.get("gt")),
+                    maximum=limits.get("le", limits.get("lt")),
+                    check=lambda value, section=section, name=name, part=part: _checked(section, name, value, part),
+                )
+            )
+    return found
+
+
+def put(config: Config, builder: Builder, values: Mapping[str, Any]) -> None:
+    """Puts changed values into the configs that the components hold."""
+    sections = _sections(config)
+    for name, value in values.items():
+        part, _, field = name.partition(".")
+        kind, component, section = sections[part]
+        setattr(section, field, value)
+        configured = getattr(builder.ready(kind, component), "configured", None) if kind else None
+        if configured is not None:
+            configured()
+
+
+def _sections(config: Config) -> dict[str, tuple[str, str, BaseModel]]:
+    """Part -> kind and name of the component, and its config."""
+    tuning = config.finetuning
+    llm = getattr(config.workflow, "llm", None) or (next(iter(config.llms)) if len(config.llms) == 1 else "")
+    parts = {
+        "adapter": ("trainer_adapter", tuning.trainer_adapter, config.trainer_adapters),
+        "builder": ("trajectory_builder", tuning.trajectory_builder, config.trajectory_builders),
+        "llm": ("llm_provider", llm, config.llms),
+    }
+    found: dict[str, tuple[str, str, BaseModel]] = {
+        part: (kind, name, section[name]) for part, (kind, name, section) in parts.items() if name and name in section
+    }
+    return {**found, "eval": ("", "", config.eval.general)}
+
+
+def _checked(section: BaseModel, name: str, value: Any, part: str) -> Any:
+    try:
+        return getattr(type(section).model_validate({**dict(section), name: value}), name)
+    except ValueError as error:
+        reason = "; ".join(p["msg"] for p in error.errors()[:2]) if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(f"{part}.{name} is {value!r}: {reason}.") from None

@@ -1,0 +1,381 @@
+"""A run at work: epochs in a cell or in the background, paused, stopped, aborted and waited for, steered while it goes on.
+
+Everything is handed to the driver on the engine thread. A cell only waits: it does not matter from which thread or loop
+the run is asked. What may be asked when stands in states.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from .config import CurriculumSettings
+from .controls import LiveField
+from .display import ProgressLine, watch_progress
+from .engine import EngineThread, Launched
+from .errors import ConfigError, EpochAborted, FinetuneError, RunError, did_you_mean
+from .html import duration
+from .interrupts import interrupts, place
+from .redaction import redact_exception, redact_text
+from .run_on_disk import RunOnDisk
+from .states import Standing, State
+from .tripwires import Tripwire, tripped
+from .types import Epoch, RolloutFailure, Trajectory, Validation
+from .viewer import epoch_text
+
+if TYPE_CHECKING:
+    from .evaluation.evaluate import Progress
+    from .evaluation.recording import ChatReply
+
+__all__ = ["LiveRun"]
+
+T = TypeVar("T")
+ABORT_SECONDS = 1.0
+"""After so long an abort is over for whoever waits, whatever a workflow still does."""
+LAST_WORD = "finishing this epoch; interrupt again to abort it"
+
+
+class LiveRun(RunOnDisk):
+    """A run that can be driven."""
+
+    tripwires: list[Tripwire]
+    """Asked after every epoch of `start`: one that answers pauses the run. See tripwires.py."""
+    _engine: EngineThread
+    _standing: Standing
+    _work: Launched[Any] | None = None
+    _planned: int | None = None
+    _stopped_in: object = None  # the cell whose epoch was ended by an interrupt
+
+    @property
+    def error(self) -> str | None:
+        """What the last epoch raised; None once another one begins."""
+        error = self._standing.error
+        return None if error is None else redact_text(f"{type(error).__name__}: {error}")
+
+    # ── in a cell ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def next_epoch(self) -> Epoch:
+        """Runs one epoch: collect, select, train, record. Returns its record.
+
+        The first interrupt lets the epoch come to its end, and a loop around it stop there; the second aborts it. Raises
+        RunError while something of this run is running, JobFailed (with the record in `.epoch`) where the training job
+        failed or was canceled, BackendError for an unhealthy backend, ConfigError and DatasetError for what is wrong with
+        the config, EpochAborted after `abort()`; what was collected until then is in `partial`.
+        """
+        cell, asked_in, self._stopped_in = place(), self._stopped_in, None
+        if asked_in == cell:
+            raise KeyboardInterrupt("ended behind the epoch that was running, as asked; run the cell again to go on")
+        work = self._begin(self._driver.next_epoch)
+        pressed = 0
+
+        def first() -> str:
+            nonlocal pressed
+            pressed = 1
+            self._stopped_in = cell
+            self._ask_quietly("stop", LAST_WORD)
+            return LAST_WORD
+
+        def second() -> None:
+            nonlocal pressed
+            pressed = 2
+            self._stopped_in = None
+            self.abort()
+
+        with interrupts(first, second):
+            try:
+                return await watch_progress(self._joined(work), self._progress_line)
+            except EpochAborted:
+                if pressed == 2:
+                    raise KeyboardInterrupt from None
+                raise
+
+    async def _joined(self, work: Launched[T]) -> T:
+        """The result; an abort from elsewhere does not look like a cancellation of the waiting cell."""
+        joining = asyncio.ensure_future(work.join())
+        try:
+            while not joining.done():
+                await asyncio.wait({joining}, timeout=0.2)
+                if self._given_up():
+                    raise EpochAborted(f"the epoch was aborted. {self._standing.notice}")
+            return joining.result()
+        except asyncio.CancelledError:
+            if not joining.cancelled() and not joining.done():  # the cell itself was canceled
+                joining.cancel()
+                await asyncio.wait({joining}, timeout=ABORT_SECONDS + 0.5)
+                raise
+            if self._aborted:
+                raise EpochAborted("the epoch was aborted; what was collected until then is in run.partial.") from None
+            raise
+
+    def _given_up(self) -> bool:
+        """Whether an abort has gone on for so long that whoever waits is let go."""
+        return self._aborted is not None and self._standing.active and time.monotonic() - self._aborted > ABORT_SECONDS
+
+    _aborted: float | None = None
+
+    async def validate(self) -> Validation:
+        """Evaluates the policy, as it is now, on the validation dataset."""
+        return await self._joined(self._begin(self._driver.validate, fails=False))
+
+    async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
+        """Tries one example, by position or id: one rollout, scored and shown as a conversation, recorded nowhere."""
+        return await self._ask(lambda: self._driver.rollout(example))
+
+    async def chat(self, messages: Any, **options: Any) -> ChatReply:
+        """The policy's reply to a text or to OpenAI messages. options: tools, temperature, max_tokens, stop."""
+        return await self._ask(lambda: self._driver.chat(messages, **options))
+
+    def save_model(self, directory: str | Path) -> Path:
+        """Writes the trained model and its tokenizer, loadable by `from_pretrained`."""
+        self._require_open()
+        return Path(self._engine.submit(self._driver.save_model(str(directory))).result())
+
+    async def _ask(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Something small beside the epochs."""
+        self._require_open()
+        return await self._engine.run(self._safely(work))
+
+    async def _safely(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Lets no secret out with an error: a server that repeats the key it was given, say; no cell may show that."""
+        try:
+            return await work()
+        except Exception as error:
+            text = redact_text(f"{type(error).__name__}: {error}")
+            if not redact_exception(error):
+                raise FinetuneError(text) from None
+            raise
+
+    def _begin(self, work: Callable[[], Coroutine[Any, Any, T]], fails: bool = True) -> Launched[T]:
+        """Starts what only one may be of at a time. fails: whether the run has failed if this does."""
+        self._require_open()
+        self._standing.move("begin")
+        self._aborted = None
+        self._work = self._engine.launch(self._settled(work, fails))
+        return self._work
+
+    async def _settled(self, work: Callable[[], Coroutine[Any, Any, T]], fails: bool) -> T:
+        try:
+            result = await self._safely(work)
+        except Exception as error:
+            self._standing.move("failed" if fails else "ended", error=error if fails else None)
+            raise
+        except BaseException:
+            self._standing.move("ended", "aborted; what was collected is in run.partial" if self._aborted else None)
+            raise
+        self._standing.move("ended", self._standing.notice if self._stopped_in is None else None)
+        return result
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RunError(f"run {self.id!r} is closed: its records can be read, but nothing more can be run.")
+        if self._unable:
+            raise RunError(self._unable)
+
+    # ── in the background ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def start(self, epochs: int | None = None) -> None:
+        """Runs epochs in the background: as many as that, or those that are left of `num_epochs`. Returns at once.
+
+        `run.panel()` steers it; `pause`, `resume`, `stop`, `abort` do so from code; `wait` waits for it and raises what it
+        raised. Raises RunError where something is running already, or no epoch is left.
+        """
+        self._require_open()
+        self._driver.require_single_epochs()
+        left = self.config.finetuning.num_epochs - self._driver.next_index if epochs is None else epochs
+        if left < 1:
+            raise RunError(
+                f"found {left} epochs to run: the {self.config.finetuning.num_epochs} that were planned are done. Say how "
+                "many more: run.start(epochs=5)."
+            )
+        first = self._driver.next_index
+
+        async def many() -> None:
+            for _ in range(left):
+                epoch = await self._driver.next_epoch()
+                reason = tripped(self.tripwires, self.records)
+                if reason is not None:
+                    self._ask_quietly("pause", f"paused behind epoch {epoch.index}: {reason}")
+                await self._standing.gate()
+                if self._standing.state is not State.RUNNING:
+                    return
+
+        self._begin(many)
+        self._planned = first + left
+
+    def pause(self) -> None:
+        """Holds the run at the next safe point: rollouts in flight come to their end, no other begins."""
+        self._standing.move("pause", "paused from code")
+
+    def resume(self) -> None:
+        """Goes on after a pause."""
+        self._standing.move("resume")
+
+    def stop(self) -> None:
+        """Ends the run behind the epoch that is running."""
+        self._standing.move("stop", "ends behind this epoch")
+
+    def abort(self) -> None:
+        """Ends the running epoch at once; what was collected is kept, and shown by `partial`. Returns at once; a workflow
+        that hangs in code of its own is left behind in its thread."""
+        self._standing.move("abort", "the epoch is being aborted")
+        self._aborted = self._aborted or time.monotonic()
+        if self._work is not None:
+            self._work.cancel()
+
+    def _ask_quietly(self, move: str, notice: str) -> None:
+        try:
+            self._standing.move(move, notice)
+        except RunError:  # it has ended meanwhile
+            pass
+
+    def wait(self, timeout: float | None = None) -> Self:
+        """Waits until nothing is running, or for `timeout` seconds. Raises what the run raised. The first interrupt ends
+        the run behind the running epoch, the second aborts that and raises KeyboardInterrupt."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pressed = _Pressed(self)
+        with interrupts(pressed.first, pressed.second):
+            while not self._standing.wait(0.1):
+                if self._given_up() or (deadline is not None and time.monotonic() >= deadline):
+                    break
+        return self._after_waiting(pressed.aborted)
+
+    async def wait_async(self, timeout: float | None = None) -> Self:
+        """The same for a cell that awaits: it shows how far the run is."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        async def waiting() -> None:
+            while self._standing.active and not self._given_up():
+                await asyncio.sleep(0.05)
+                if deadline is not None and time.monotonic() >= deadline:
+                    return
+
+        pressed = _Pressed(self)
+        with interrupts(pressed.first, pressed.second):
+            await watch_progress(waiting(), self._progress_line)
+        return self._after_waiting(pressed.aborted)
+
+    def _after_waiting(self, aborted: bool) -> Self:
+        if aborted:
+            raise KeyboardInterrupt
+        if not self._standing.active and self._standing.error is not None:
+            raise self._standing.error
+        return self
+
+    # ── steering ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def curriculum(self) -> CurriculumSettings:
+        """The settings that the next selection uses. Set it to a dict of changes, or to whole CurriculumSettings: they
+        count from the next selection, also that of an epoch whose rollouts are running. A dict switches the curriculum on
+        unless it says `enabled`. A percentile that is set stays ("manual") until `schedule="automatic"`."""
+        self._driver.require_single_epochs()
+        return self._controls.curriculum
+
+    @curriculum.setter
+    def curriculum(self, changes: Mapping[str, Any] | CurriculumSettings) -> None:
+        self._driver.require_single_epochs()
+        if not isinstance(changes, CurriculumSettings):
+            changes = {"enabled": True, **changes}
+        self._change(changes)
+
+    @property
+    def live(self) -> dict[str, Any]:
+        """The settings of components that may be changed while the run goes on, by name: `adapter.learning_rate`, ..."""
+        return {field.name: field.value for field in self._controls.live_fields}
+
+    @live.setter
+    def live(self, changes: Mapping[str, Any]) -> None:
+        if unknown := [name for name in changes if name not in self.live]:
+            raise ConfigError(f"{unknown[0]!r} cannot be changed live. {did_you_mean(unknown[0], self.live)}")
+        self._change(changes)
+
+    def _change(self, changes: Mapping[str, Any] | CurriculumSettings) -> None:
+        self._controls.change(changes)
+        if self._driver.is_open:
+            self._driver.recorder.journal(self._controls)
+
+    @property
+    def live_fields(self) -> tuple[LiveField, ...]:
+        """The same with limits and descriptions."""
+        return self._controls.live_fields
+
+    @property
+    def progress(self) -> Progress:
+        """How far the running epoch is."""
+        return self._driver.progress
+
+    @property
+    def planned(self) -> int:
+        """The epoch before which `start` will end, or has ended."""
+        return self._planned or self.config.finetuning.num_epochs
+
+    @property
+    def notice(self) -> str | None:
+        """Why it is paused, or what it is about to do."""
+        return self._standing.notice
+
+    def log_lines(self, count: int = 20) -> list[str]:
+        """The last lines of the run's log."""
+        store = self._stored()
+        return [] if store is None else [_line(event) for event in store.events()[-count:]]
+
+    @property
+    def state(self) -> str:
+        """See states.State; of a run that is only read here also interrupted (its process ended in the middle of an
+        epoch), archived, or what the process that writes it is doing."""
+        if not self._closed and self._standing.state in (State.NEW, State.READY):
+            told = self._told_on_disk()
+            if told is not None:
+                return told
+        return str(State.CLOSED if self._closed else self._standing.state)
+
+    def _progress_line(self, done: bool) -> ProgressLine:
+        progress, epochs = self._driver.progress, self._driver.epochs
+        if done and epochs:
+            return ProgressLine(epoch_text(epochs[-1]), progress.done, progress.total)
+        left_out = f", {progress.failed} failed" if progress.failed else ""
+        rollouts = f"{progress.done} of {progress.total} rollouts{left_out}"
+        parts = [f"epoch {self.next_index}", progress.phase or "starting", rollouts, duration(progress.seconds)]
+        parts += [self.notice] if self.notice else []
+        return ProgressLine("  ".join(parts), progress.done, progress.total)
+
+    # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _end_work(self) -> None:
+        """Ends what is running, for good."""
+        if self._standing.active:
+            self.abort()
+            self._standing.wait(ABORT_SECONDS)
+        self._standing.move("close")
+
+
+class _Pressed:
+    """What the two interrupts of a waiting cell do."""
+
+    def __init__(self, run: LiveRun) -> None:
+        self.run, self.aborted = run, False
+
+    def first(self) -> str:
+        self.run._ask_quietly("stop", LAST_WORD)
+        return LAST_WORD
+
+    def second(self) -> None:
+        self.aborted = True
+        try:
+            self.run.abort()
+        except RunError:  # it has ended meanwhile
+            pass
+
+
+def _line(event: Mapping[str, Any]) -> str:
+    clock = time.strftime("%H:%M:%S", time.localtime(event.get("time", 0.0)))
+    told = {
+        key: value
+        for key, value in event.items()
+        if key not in ("time", "kind", "traceback", "level", "logger", "text")
+    }
+    text = event.get("text") or " ".join(f"{key}={value}" for key, value in told.items() if value is not None)
+    return f"{clock} {event.get('level', event['kind'])} {text}"

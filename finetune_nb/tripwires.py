@@ -1,0 +1,89 @@
+"""Tripwires: asked after every epoch of a run in the background; one that answers pauses the run with its words.
+
+    run.tripwires += [spread_below(0.2), validation_falls(3), lambda epoch: epoch.metrics.failures > 50]
+
+Any function of the newest Epoch is one: it answers with text, or True, to pause, and with None or False to go on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from .errors import ConfigError
+from .redaction import redact_text, redacting_logger
+from .types import Epoch
+
+__all__ = ["SpreadBelow", "Tripwire", "ValidationFalls", "spread_below", "tripped", "validation_falls"]
+
+logger = redacting_logger(__name__)
+
+Tripwire = Callable[[Epoch], Any]
+
+
+@dataclass(frozen=True)
+class SpreadBelow:
+    """Pauses where too few groups teach. share: of an epoch's groups, in (0, 1]."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"spread_below: share is {self.share!r}; expected a number above 0 and at most 1.")
+
+    def __call__(self, epoch: Epoch) -> str | None:
+        found = epoch.metrics
+        if not found.groups or found.groups_with_spread >= self.share * found.groups:
+            return None
+        return f"only {found.groups_with_spread} of {found.groups} groups teach, less than {self.share:.0%}"
+
+
+@dataclass(frozen=True)
+class ValidationFalls:
+    """Pauses where the validation reward has fallen several times in a row. times: at least 1."""
+
+    times: int
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.times, int) and self.times >= 1):
+            raise ConfigError(f"validation_falls: times is {self.times!r}; expected a whole number of at least 1.")
+
+    def of_run(self, epochs: Sequence[Epoch]) -> str | None:
+        rewards = [check.mean_reward for epoch in epochs for check in epoch.validations]
+        if not epochs or not epochs[-1].validations:
+            return None
+        last = [reward for reward in rewards if math.isfinite(reward)][-self.times - 1 :]
+        if len(last) <= self.times or any(later >= earlier for earlier, later in pairwise(last)):
+            return None
+        return f"the validation reward fell {self.times} times in a row, from {last[0]:.3g} to {last[-1]:.3g}"
+
+    def __call__(self, epoch: Epoch) -> str | None:
+        return self.of_run([epoch])
+
+
+def spread_below(share: float) -> SpreadBelow:
+    """A tripwire: fewer than that share of the groups teach (their rewards differ)."""
+    return SpreadBelow(share)
+
+
+def validation_falls(times: int) -> ValidationFalls:
+    """A tripwire: the validation reward fell that many times in a row."""
+    return ValidationFalls(times)
+
+
+def tripped(tripwires: Sequence[Tripwire], epochs: Sequence[Epoch]) -> str | None:
+    """Why the run should pause behind its newest epoch; None where it may go on. One that raises pauses, too."""
+    for tripwire in list(tripwires):
+        name = getattr(tripwire, "__name__", type(tripwire).__name__)
+        try:
+            of_run = getattr(tripwire, "of_run", None)
+            answer = of_run(epochs) if of_run is not None else tripwire(epochs[-1])
+        except Exception as error:
+            logger.warning("tripwire %s raised", name, exc_info=True)
+            return redact_text(f"tripwire {name} raised {type(error).__name__}: {error}")
+        if answer:
+            return redact_text(answer) if isinstance(answer, str) else f"tripwire {name}"
+    return None
