@@ -10,12 +10,14 @@ Fields and defaults are those of nvidia-nat-core 1.9.0. How a config becomes a l
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from .errors import ConfigError, did_you_mean
 from .redaction import MASK, is_credential, redact
 
 __all__ = [
@@ -36,7 +38,10 @@ __all__ = [
     "TrainerConfig",
     "TrajectoryBuilderConfig",
     "TypedBaseModel",
+    "changed",
 ]
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class TypedBaseModel(BaseModel):
@@ -209,3 +214,16 @@ class EvalDatasetCsvConfig(EvalDatasetBaseConfig, name="csv"):
 
 class EvalDatasetParquetConfig(EvalDatasetBaseConfig, name="parquet"):
     """A Parquet file."""
+
+
+def changed(config: M, changes: Mapping[str, Any], label: str) -> M:
+    """A copy of a config with some of its fields changed. Raises ConfigError, in which `label` stands for the config, for
+    a field that it has not and for a value that does not fit."""
+    known = type(config).model_fields
+    if unknown := [name for name in changes if name not in known]:
+        raise ConfigError(f"{label}: {unknown[0]!r} is not a setting. {did_you_mean(unknown[0], known)}")
+    try:
+        return type(config).model_validate({**dict(config), **changes})
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join([label, *map(str, each['loc'])])}: {each['msg']}" for each in error.errors()[:3])
+        raise ConfigError(f"{wrong}.") from None

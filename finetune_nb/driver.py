@@ -19,7 +19,7 @@ from .evaluation.evaluate import Progress
 from .evaluation.recording import ChatReply
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .live_fields import put
-from .recorder import Recorder, settings_of
+from .recorder import Recorder, take_up
 from .redaction import redact_text, redacting_logger
 from .registry import Builder
 from .run_log import logging_to
@@ -91,7 +91,7 @@ class Driver:
         store = self.recorder.store
         self.epochs = list(store.epochs)
         state = await self.recorder.restore(self.adapter)
-        self.controls.start_from(settings_of(state), store.journal(), store.next_index, (state or {}).get("live"))
+        take_up(self.controls, store)
         put(self.config, self.builder, self.controls.live_values())
         if state is not None and state["curriculum"] and trainer._curriculum_state is not None:
             trainer._curriculum_state |= state_to_dict(state_from_dict(state["curriculum"]))

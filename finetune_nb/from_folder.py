@@ -14,14 +14,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .component import changed
 from .config import Config, CurriculumSettings
 from .controls import Change
-from .errors import ConfigError, FinetuneError, RunError, StoreError, did_you_mean
+from .errors import ConfigError, RunError, StoreError
 from .from_functions import add_dataset
 from .loading import load_config
-from .recorder import CHECKPOINTS, checkpoints, newest_checkpoint, settings_of
+from .recorder import newest_checkpoint, settings_of
 from .registry import Builder
-from .run_folder import check_plain
+from .run_folder import check_plain, checkpoint_folder, checkpoints
 from .run_reader import RunReader
 from .store import RunStore
 
@@ -64,8 +65,8 @@ class Branch:
     epoch: int
     state: dict[str, Any]
     """What resuming behind that epoch needs, with the changed settings in it."""
-    checkpoint: Path | None
-    """The weights behind that epoch; None where the adapter keeps none here."""
+    checkpoint: int | None
+    """The epoch whose checkpoint has the weights behind that one; None where the adapter keeps none here."""
     changes: tuple[Change, ...]
     """What was changed on the way."""
 
@@ -86,8 +87,7 @@ def branch_of(
             "behind one of them."
         )
     state, kept = store.state_of(epoch), checkpoints(store.folder)
-    name = newest_checkpoint(store, epoch)
-    index = None if name is None else int(name[6:])
+    index = newest_checkpoint(store, epoch)
     if index is not None:
         same = index == epoch or index not in indices or _version(store, index) == state.get("policy_version")
         if index not in kept or not same:
@@ -107,21 +107,23 @@ def branch_of(
     state["settings"] = {f.name: getattr(after, f.name) for f in fields(after)}
     if state.get("curriculum") and after.percentile != before.percentile:
         state["curriculum"]["current_percentile"] = after.percentile
-    return Branch(store.run_id, epoch, state, None if index is None else kept[index], changes)
+    return Branch(store.run_id, epoch, state, index, changes)
 
 
 def _version(store: RunReader, epoch: int) -> Any:
     return store.state_of(epoch).get("policy_version")
 
 
-def make_fork(branch: Branch, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
-    """The folder of the fork: a run without epochs, that starts where the branch does, on a copy of its weights."""
+def make_fork(parent: Path, branch: Branch, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
+    """The folder of the fork: a run without epochs, that starts where the branch leaves the parent's folder, on a copy of
+    its weights."""
+    state = branch.state
     try:
         if branch.checkpoint is not None:
-            for path in (branch.checkpoint.parent, branch.checkpoint, *branch.checkpoint.rglob("*")):
-                check_plain(path)
-            shutil.copytree(branch.checkpoint, folder / CHECKPOINTS / branch.checkpoint.name)
-        state = {**branch.state, "checkpoint": branch.checkpoint and branch.checkpoint.name}
+            weights, copied = (checkpoint_folder(place, branch.checkpoint) for place in (parent, folder))
+            check_plain(weights.parent, weights, *weights.rglob("*"))
+            shutil.copytree(weights, copied)
+            state = {**state, "checkpoint": copied.name}
         with RunStore.create(folder, run_id, config, (branch.parent, branch.epoch), state) as store:
             for change in branch.changes:
                 store.record_change(change)
@@ -165,12 +167,5 @@ def copy_for_fork(
         again.add(kind, name, component)
     if training:
         name = tuning.trainer_adapter or ""
-        before = config.trainer_adapters[name]
-        known = type(before).model_fields
-        if unknown := [field for field in training if field not in known]:
-            raise ConfigError(f"training: {unknown[0]!r} is not a setting. {did_you_mean(unknown[0], known)}")
-        try:
-            config.trainer_adapters[name] = type(before).model_validate({**dict(before), **training})
-        except ValueError as error:
-            raise error if isinstance(error, FinetuneError) else ConfigError(f"training: {error}") from None
+        config.trainer_adapters[name] = changed(config.trainer_adapters[name], training, "training")
     return config, again

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from .component import changed
 from .config import Config
 from .controls import LiveField
-from .errors import ConfigError
 from .registry import Builder
 
 __all__ = ["live_fields", "put"]
@@ -45,7 +45,9 @@ def live_fields(config: Config) -> list[LiveField]:
                     doc=info.description or "",
                     minimum=limits.get("ge", limits.get("gt")),
                     maximum=limits.get("le", limits.get("lt")),
-                    check=lambda value, section=section, name=name, part=part: _checked(section, name, value, part),
+                    check=lambda value, section=section, name=name, part=part: getattr(
+                        changed(section, {name: value}, part), name
+                    ),
                 )
             )
     return found
@@ -76,11 +78,3 @@ def _sections(config: Config) -> dict[str, tuple[str, str, BaseModel]]:
         part: (kind, name, section[name]) for part, (kind, name, section) in parts.items() if name and name in section
     }
     return {**found, "eval": ("", "", config.eval.general)}
-
-
-def _checked(section: BaseModel, name: str, value: Any, part: str) -> Any:
-    try:
-        return getattr(type(section).model_validate({**dict(section), name: value}), name)
-    except ValueError as error:
-        reason = "; ".join(p["msg"] for p in error.errors()[:2]) if isinstance(error, ValidationError) else str(error)
-        raise ConfigError(f"{part}.{name} is {value!r}: {reason}.") from None

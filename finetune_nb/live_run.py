@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -47,6 +48,7 @@ class LiveRun(RunOnDisk):
     _standing: Standing
     _work: Launched[Any] | None = None
     _planned: int | None = None
+    _aborted: float | None = None  # when the epoch that is running was, by time.monotonic
     _stopped_in: object = None  # the cell whose epoch was ended by an interrupt
 
     @property
@@ -68,27 +70,12 @@ class LiveRun(RunOnDisk):
         cell, asked_in, self._stopped_in = place(), self._stopped_in, None
         if asked_in == cell:
             raise KeyboardInterrupt("ended behind the epoch that was running, as asked; run the cell again to go on")
-        work = self._begin(self._driver.next_epoch)
-        pressed = 0
-
-        def first() -> str:
-            nonlocal pressed
-            pressed = 1
-            self._stopped_in = cell
-            self._ask_quietly("stop", LAST_WORD)
-            return LAST_WORD
-
-        def second() -> None:
-            nonlocal pressed
-            pressed = 2
-            self._stopped_in = None
-            self.abort()
-
-        with interrupts(first, second):
+        work, pressed = self._begin(self._driver.next_epoch), _Pressed(self, cell)
+        with interrupts(pressed.first, pressed.second):
             try:
                 return await watch_progress(self._joined(work), self._progress_line)
             except EpochAborted:
-                if pressed == 2:
+                if pressed.aborted:
                     raise KeyboardInterrupt from None
                 raise
 
@@ -113,8 +100,6 @@ class LiveRun(RunOnDisk):
     def _given_up(self) -> bool:
         """Whether an abort has gone on for so long that whoever waits is let go."""
         return self._aborted is not None and self._standing.active and time.monotonic() - self._aborted > ABORT_SECONDS
-
-    _aborted: float | None = None
 
     async def validate(self) -> Validation:
         """Evaluates the policy, as it is now, on the validation dataset."""
@@ -165,7 +150,7 @@ class LiveRun(RunOnDisk):
         except BaseException:
             self._standing.move("ended", "aborted; what was collected is in run.partial" if self._aborted else None)
             raise
-        self._standing.move("ended", self._standing.notice if self._stopped_in is None else None)
+        self._standing.move("ended")
         return result
 
     def _require_open(self) -> None:
@@ -179,8 +164,8 @@ class LiveRun(RunOnDisk):
     def start(self, epochs: int | None = None) -> None:
         """Runs epochs in the background: as many as that, or those that are left of `num_epochs`. Returns at once.
 
-        `run.panel()` steers it; `pause`, `resume`, `stop`, `abort` do so from code; `wait` waits for it and raises what it
-        raised. Raises RunError where something is running already, or no epoch is left.
+        `pause`, `resume`, `stop`, `abort` steer it; `wait` waits for it and raises what it raised. Raises RunError where
+        something is running already, or no epoch is left.
         """
         self._require_open()
         self._driver.require_single_epochs()
@@ -226,10 +211,8 @@ class LiveRun(RunOnDisk):
             self._work.cancel()
 
     def _ask_quietly(self, move: str, notice: str) -> None:
-        try:
+        with suppress(RunError):  # it has ended meanwhile
             self._standing.move(move, notice)
-        except RunError:  # it has ended meanwhile
-            pass
 
     def wait(self, timeout: float | None = None) -> Self:
         """Waits until nothing is running, or for `timeout` seconds. Raises what the run raised. The first interrupt ends
@@ -353,21 +336,21 @@ class LiveRun(RunOnDisk):
 
 
 class _Pressed:
-    """What the two interrupts of a waiting cell do."""
+    """What the two interrupts of a waiting cell do. cell: the one whose loop the first is to end, too."""
 
-    def __init__(self, run: LiveRun) -> None:
-        self.run, self.aborted = run, False
+    def __init__(self, run: LiveRun, cell: object = None) -> None:
+        self.run, self.cell, self.aborted = run, cell, False
 
     def first(self) -> str:
+        self.run._stopped_in = self.cell
         self.run._ask_quietly("stop", LAST_WORD)
         return LAST_WORD
 
     def second(self) -> None:
         self.aborted = True
-        try:
+        with suppress(RunError):  # it has ended meanwhile
             self.run.abort()
-        except RunError:  # it has ended meanwhile
-            pass
+            self.run._stopped_in = None
 
 
 def _line(event: Mapping[str, Any]) -> str:

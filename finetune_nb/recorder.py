@@ -22,7 +22,7 @@ from .interfaces import TrainerAdapter
 from .jsonl import forget_epochs
 from .redaction import redacting_logger
 from .retention import to_keep
-from .run_folder import check_plain, size_of
+from .run_folder import check_plain, checkpoint_folder, checkpoints, size_of
 from .run_reader import RunReader
 from .store import RunStore
 from .types import (
@@ -37,11 +37,10 @@ from .types import (
 )
 from .watch import Watch
 
-__all__ = ["Recorder", "checkpoints", "newest_checkpoint", "settings_of"]
+__all__ = ["Recorder", "newest_checkpoint", "settings_of", "take_up"]
 
 logger = redacting_logger(__name__)
 
-CHECKPOINTS = "checkpoints"
 KEEP_BYTES = 500_000_000
 """What the newest checkpoints may take together, where the config names no number."""
 WORTH_KEEPING_SECONDS = 2.0
@@ -86,7 +85,7 @@ class Recorder:
             return None
         load, version = getattr(adapter, "load_checkpoint", None), state.get("policy_version")
         if load is not None and self._checkpoint is not None:
-            place = self.store.folder / CHECKPOINTS / self._checkpoint
+            place = checkpoint_folder(self.store.folder, self._checkpoint)
             check_plain(place.parent, place)
             await load(place)
         found = getattr(adapter.policy, "version", None)
@@ -131,13 +130,10 @@ class Recorder:
 
         def work() -> None:
             made = [make() for make in rollouts]
-            groups: dict[Any, list[Trajectory]] = {}
-            for rollout in made:
-                if isinstance(rollout, Trajectory):
-                    groups.setdefault(str((rollout.metadata or {}).get("id")), []).append(rollout)
+            finished = [rollout for rollout in made if isinstance(rollout, Trajectory)]
             failures = [rollout for rollout in made if isinstance(rollout, RolloutFailure)]
             collection = TrajectoryCollection.model_construct(
-                trajectories=list(groups.values()), run_id=self.store.run_id, failures=failures
+                trajectories=[finished], run_id=self.store.run_id, failures=failures
             )
             self.store.add_rollouts(index, collection)
 
@@ -202,7 +198,9 @@ class Recorder:
             else None,
             "settings": asdict(controls.applied),
             "live": controls.live_values(),
-            "checkpoint": self._checkpoint,
+            "checkpoint": None
+            if self._checkpoint is None
+            else checkpoint_folder(self.store.folder, self._checkpoint).name,
             "policy_version": epoch.policy_versions[1],
         }
         return await in_daemon_thread(self._store, epoch, state)
@@ -211,14 +209,14 @@ class Recorder:
         save = getattr(adapter, "save_checkpoint", None)
         if save is None:
             return
-        name = f"epoch-{index:06d}"
+        place = checkpoint_folder(self.store.folder, index)
         try:
-            check_plain(self.store.folder / CHECKPOINTS, self.store.folder / CHECKPOINTS / name)
-            await save(self.store.folder / CHECKPOINTS / name)
+            check_plain(place.parent, place)
+            await save(place)
         except Exception:
             logger.warning("epoch %d: no checkpoint could be written; training goes on", index, exc_info=True)
             return
-        self._checkpoint, self._saved_version = name, self._version
+        self._checkpoint, self._saved_version = index, self._version
 
     def _store(self, epoch: Epoch, state: dict[str, Any]) -> Epoch:
         self._unsaved.append((epoch, state))
@@ -238,7 +236,7 @@ class Recorder:
 
     def _prune(self) -> None:
         there = checkpoints(self.store.folder)
-        pinned = {*self._pinned, *([int(self._checkpoint[6:])] if self._checkpoint else [])}
+        pinned = [index for index in (*self._pinned, self._checkpoint) if index is not None]
         keep = self._keep
         if keep is None:
             size = max(1, size_of(there[max(there)])) if there else 1
@@ -289,24 +287,26 @@ class Recorder:
             self.store.close()
 
 
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints in a run's folder, by epoch."""
-    found = sorted((folder / CHECKPOINTS).glob("epoch-[0-9]*"))
-    return {int(path.name[6:]): path for path in found if path.name[6:].isdigit() and path.is_dir()}
-
-
-def newest_checkpoint(store: RunReader, epoch: int | None = None) -> str | None:
-    """The name of the checkpoint that has the weights as they were behind an epoch, the last one by default. None: there
-    is none, or the adapter saves none."""
-    state = store.state() if epoch is None else store.state_of(epoch)
+def newest_checkpoint(store: RunReader, epoch: int | None = None) -> int | None:
+    """The epoch whose checkpoint has the weights as they were behind an epoch, the last one by default. None: there is
+    none, or the adapter saves none."""
     index = store.next_index - 1 if epoch is None else epoch
-    of_its_own = checkpoints(store.folder).get(index)  # written when the run was closed, say
-    name = of_its_own.name if of_its_own else (state or {}).get("checkpoint")
-    if name is not None and not re.fullmatch(r"epoch-\d+", str(name)):
+    if index in checkpoints(store.folder):  # written when the run was closed, say
+        return index
+    name = ((store.state() if epoch is None else store.state_of(epoch)) or {}).get("checkpoint")
+    if name is None:
+        return None
+    if not re.fullmatch(r"epoch-\d+", str(name)):
         raise StoreError(
             f"{store.folder} names {name!r} as a checkpoint; expected one like epoch-000003. Fork another epoch."
         )
-    return name
+    return int(name[6:])
+
+
+def take_up(controls: Controls, store: RunReader) -> None:
+    """Puts the controls where the record ends."""
+    state = store.state() or {}
+    controls.start_from(settings_of(state), store.journal(), store.next_index, state.get("live"))
 
 
 def settings_of(state: Mapping[str, Any] | None) -> CurriculumSettings | None:

@@ -23,7 +23,7 @@ from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .live_fields import live_fields
 from .live_run import LiveRun
 from .loading import load_config
-from .recorder import settings_of
+from .recorder import take_up
 from .registry import Builder
 from .run_on_disk import free_id
 from .states import Standing, State
@@ -191,11 +191,10 @@ class Run(LiveRun):
         self.id = run_id
         self.config = config
         self._store = store
-        left = settings_of(store.state()) if store is not None else None
-        curriculum = left or CurriculumSettings.from_config(config.finetuning.curriculum_learning)
+        curriculum = CurriculumSettings.from_config(config.finetuning.curriculum_learning)
         self._controls = Controls(curriculum, live_fields(config))
         if store is not None:
-            self._controls.start_from(left, store.journal(), store.next_index)
+            take_up(self._controls, store)
         epochs, first = (store.epochs, store.next_index) if store is not None else ((), 0)
         self._standing = Standing(State.READY if epochs else State.NEW)
         self._driver = Driver(config, builder, self.id, self._controls, self._standing, epochs, first)

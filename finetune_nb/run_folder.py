@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from .errors import StoreError
 
 __all__ = [
+    "CHECKPOINTS",
     "CONFIG",
     "DATABASE",
     "LOG",
@@ -30,6 +31,8 @@ __all__ = [
     "WriteLock",
     "append_line",
     "check_plain",
+    "checkpoint_folder",
+    "checkpoints",
     "remove_temporary",
     "size_of",
     "trajectory_file",
@@ -39,6 +42,7 @@ __all__ = [
 
 DATABASE = "run.db"
 TRAJECTORIES = "trajectories"
+CHECKPOINTS = "checkpoints"
 CONFIG = "config.yml"
 LOG = "log.jsonl"
 LOCK = "lock"
@@ -52,6 +56,17 @@ _BINARY = getattr(os, "O_BINARY", 0)
 def trajectory_file(folder: Path, epoch: int) -> Path:
     """Where the trajectories of an epoch lie."""
     return folder / TRAJECTORIES / f"epoch-{epoch:06d}.parquet"
+
+
+def checkpoint_folder(folder: Path, epoch: int) -> Path:
+    """Where the checkpoint lies that was written behind an epoch."""
+    return folder / CHECKPOINTS / f"epoch-{epoch:06d}"
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a run's folder, by epoch."""
+    found = sorted((folder / CHECKPOINTS).glob("epoch-[0-9]*"))
+    return {int(path.name[6:]): path for path in found if path.name[6:].isdigit() and path.is_dir()}
 
 
 def check_plain(*paths: Path) -> None:

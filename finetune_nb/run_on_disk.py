@@ -1,10 +1,11 @@
 """What a run leaves behind: its records, its journal, the epoch that did not come to its end; and what can be done with
-that: see what another process adds, branch off, put away, delete. Running epochs is run.py's.
+that: see what another process adds, branch off, put away, delete. Running epochs is live_run.py's.
 """
 
 from __future__ import annotations
 
 import secrets
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,9 +18,9 @@ from .driver import Driver
 from .errors import ConfigError, RunError
 from .from_folder import branch_of, copy_for_fork, make_fork
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
-from .recorder import checkpoints, settings_of
+from .recorder import take_up
 from .registry import Builder
-from .run_folder import RUN_ID, size_of
+from .run_folder import RUN_ID, checkpoints, size_of
 from .run_reader import RunReader
 from .run_views import RunViews
 from .store import RunStore
@@ -41,11 +42,13 @@ class RunOnDisk(RunViews):
     _unable: str | None
     """Why it can be read, but not gone on with."""
 
+    @abstractmethod
     def _take(self, config: Config, builder: Builder, run_id: str, store: RunStore | None) -> None:
-        raise NotImplementedError
+        """Becomes the run of that config, with what its folder holds."""
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Ends every component."""
 
     @property
     def records(self) -> Sequence[Epoch]:
@@ -109,8 +112,7 @@ class RunOnDisk(RunViews):
         if self._store is not None and self._driver.recorder is None:
             self._store.refresh()
             self._driver.epochs = list(self._store.epochs)
-            store = self._store
-            self._controls.start_from(settings_of(store.state()), store.journal(), store.next_index)
+            take_up(self._controls, self._store)
 
     # ── other runs ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -145,9 +147,9 @@ class RunOnDisk(RunViews):
         branch = branch_of(store, epoch, curriculum, training)
         run_id = free_id(name or f"{self.id[:90]}-fork", self.folder.parent)
         if recorder is not None and not self._closed:
-            recorder.forked(branch.epoch, run_id, branch.checkpoint and int(branch.checkpoint.name[6:]))
+            recorder.forked(branch.epoch, run_id, branch.checkpoint)
         folder = self.folder.parent / run_id
-        make_fork(branch, folder, run_id, config.stored())
+        make_fork(store.folder, branch, folder, run_id, config.stored())
         run = type(self).__new__(type(self))
         run._unable = None
         run._take(config, again, run_id, RunStore.open(folder))

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import StoreError
-from .recorder import CHECKPOINTS
-from .run_folder import DATABASE, check_plain
+from .run_folder import CHECKPOINTS, DATABASE, check_plain
 from .store import RunStore
 
 if TYPE_CHECKING:

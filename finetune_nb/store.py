@@ -158,10 +158,10 @@ class RunStore(RunReader):
         return self._write(work, f"the begin of epoch {index}")
 
     def add_rollouts(self, index: int, rollouts: TrajectoryCollection, whole: bool = False) -> None:
-        """Rollouts of the epoch that has begun, as they come in; best several at once. They are there for the case that
-        the epoch does not come to its end: `append` replaces them. whole: these are all of them, in their groups, in
-        place of what came in before."""
-        batch = batch_of(rollouts)
+        """Rollouts of the epoch that has begun, as they come in; best several at once, in any groups. They are there for
+        the case that the epoch does not come to its end: `append` replaces them. whole: these are all of them, in their
+        groups, in place of what came in before."""
+        batch = batch_of(rollouts, whole)
 
         def work(db: sqlite3.Connection) -> None:
             self._require_begun(db, index)

@@ -141,13 +141,15 @@ def _checked(table: pa.Table) -> pa.Table:
 # ── batches of an unfinished epoch ───────────────────────────────────────────────────────────────────────────────────
 
 
-def batch_of(collection: TrajectoryCollection) -> bytes:
-    """Rollouts as bytes. Raises StoreError for what cannot be written down."""
+def batch_of(collection: TrajectoryCollection, whole: bool) -> bytes:
+    """Rollouts as bytes. whole: these are all of the epoch's, and their groups are kept. Raises StoreError for what
+    cannot be written down."""
     import pyarrow as pa
 
     try:
         table = table_of(collection.trajectories, collection.failures)
-        table = table.replace_schema_metadata({KEY: encode({"groups": len(collection.trajectories)})})
+        if whole:
+            table = table.replace_schema_metadata({KEY: encode({"groups": len(collection.trajectories)})})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
             writer.write_table(table)
@@ -157,7 +159,7 @@ def batch_of(collection: TrajectoryCollection) -> bytes:
 
 
 def collection_of_batches(batches: Sequence[bytes], run_id: str) -> TrajectoryCollection:
-    """The rollouts of one batch in the groups that it was made of; those of several grouped by example. Raises
+    """The rollouts of several batches, grouped by example; a whole one is alone, and in its own groups. Raises
     StoreError."""
     import pyarrow as pa
 
@@ -167,9 +169,8 @@ def collection_of_batches(batches: Sequence[bytes], run_id: str) -> TrajectoryCo
         for batch in batches:
             with pa.ipc.open_stream(pa.BufferReader(batch)) as reader:
                 table = _checked(reader.read_all())
-            if len(batches) == 1:
-                about = decode((table.schema.metadata or {}).get(KEY, b"").decode("ascii", "replace"), dict)
-                return collection_of(table, run_id, int(about["groups"]))
+            if about := (table.schema.metadata or {}).get(KEY):
+                return collection_of(table, run_id, int(decode(about.decode("ascii", "replace"), dict)["groups"]))
             found = collection_of(table, run_id, None)
             for group in found.trajectories:
                 groups.setdefault(encode((group[0].metadata or {}).get("id")), []).extend(group)

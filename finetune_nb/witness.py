@@ -184,7 +184,7 @@ class Witness:
         if watch.kept:  # the folder has the rollouts: then also what was chosen of them
             watch.submitted.append(trajectories)
             await self.recorder.selected(watch.epoch, self.record(watch).selection, watch.seconds)
-            watch.submitted.remove(trajectories)
+            watch.submitted.pop()
         ref = await original(trajectories, *args, **kwargs)
         watch.submitted.append(trajectories)
         watch.refs.append(ref)

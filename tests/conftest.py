@@ -18,6 +18,20 @@ def forget_secrets(monkeypatch):
     monkeypatch.setattr(redaction, "_secrets", redaction._Secrets())
 
 
+@pytest.fixture
+def closing():
+    """Takes a run and gives it back; it is closed when the test is over."""
+    runs = []
+
+    def take(run):
+        runs.append(run)
+        return run
+
+    yield take
+    for run in runs:
+        run.close()
+
+
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
     """In CI a skip is a failure: what a test needs is installed there."""
     if os.environ.get("CI") and call.excinfo is not None and call.excinfo.errisinstance(pytest.skip.Exception):

@@ -21,18 +21,12 @@ from finetune_nb.witness import Witness
 
 
 @pytest.fixture
-def make_run(tmp_path):
-    runs = []
-
+def make_run(tmp_path, closing):
     def make(name="first", adapter=None, **options):
         settings = {"generations": 4, "output_dir": tmp_path, "curriculum": dict(expansion_interval=2), **options}
-        run = ft.Run(guess, right, sums(6), adapter=adapter or Weights(), name=name, **settings)
-        runs.append(run)
-        return run
+        return closing(ft.Run(guess, right, sums(6), adapter=adapter or Weights(), name=name, **settings))
 
-    yield make
-    for run in runs:
-        run.close()
+    return make
 
 
 async def epochs(run, count):

@@ -23,18 +23,12 @@ from finetune_nb.tripwires import spread_below, tripped, validation_falls
 
 
 @pytest.fixture
-def make_run(tmp_path):
-    runs = []
-
+def make_run(tmp_path, closing):
     def make(workflow=guess, **options):
         settings = {"generations": 4, "output_dir": tmp_path, "adapter": Weights(), "name": "live", **options}
-        run = ft.Run(workflow, right, sums(6), **settings)
-        runs.append(run)
-        return run
+        return closing(ft.Run(workflow, right, sums(6), **settings))
 
-    yield make
-    for run in runs:
-        run.close()
+    return make
 
 
 def until(condition, seconds=10.0):
@@ -148,7 +142,7 @@ def test_stop_ends_behind_the_epoch_also_out_of_a_pause(make_run):
     run.stop()
     run.wait()
     count = len(run)
-    assert 2 <= count < 100 and run.partial is None
+    assert 2 <= count < 100 and run.partial is None and run.notice is None
     run.start(epochs=100)
     run.pause()
     until(lambda: run.state == "paused")
@@ -286,6 +280,7 @@ def test_live_fields_reach_the_components_at_their_safe_point_and_survive(make_r
             run.live = wrong
     run.close()
     again = make_run(resume="auto")
+    assert again.live["builder.num_generations"] == 2 == ft.Run.open(run.folder).live["builder.num_generations"]
     ft.run_sync(again.next_epoch())
     assert again[1].metrics.trajectories == 12
     assert again.journal().field.tolist() == ["builder.num_generations", "llm.max_tokens"]

@@ -20,19 +20,13 @@ from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
 
 
 @pytest.fixture
-def make_run(tmp_path):
-    runs = []
-
+def make_run(tmp_path, closing):
     def make(name="kept", resume="auto", **options):
         adapter = FakeAdapter(policy=ScriptedPolicy(coin))
         settings = {"generations": 4, "output_dir": tmp_path, "curriculum": dict(expansion_interval=2), **options}
-        run = ft.Run(guess, right, sums(6), adapter=adapter, name=name, resume=resume, **settings)
-        runs.append(run)
-        return run
+        return closing(ft.Run(guess, right, sums(6), adapter=adapter, name=name, resume=resume, **settings))
 
-    yield make
-    for run in runs:
-        run.close()
+    return make
 
 
 def rewards_of(run):

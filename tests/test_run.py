@@ -15,21 +15,15 @@ from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, su
 
 
 @pytest.fixture
-def make_run(tmp_path):
-    runs = []
-
+def make_run(tmp_path, closing):
     def make(workflow=guess, reward=right, dataset=None, adapter=None, **options):
         adapter = adapter or FakeAdapter(policy=ScriptedPolicy(coin))
         dataset = sums(6) if dataset is None else dataset
-        run = ft.Run(
-            workflow, reward, dataset, adapter=adapter, **{"generations": 4, "output_dir": tmp_path, **options}
+        return closing(
+            ft.Run(workflow, reward, dataset, adapter=adapter, **{"generations": 4, "output_dir": tmp_path, **options})
         )
-        runs.append(run)
-        return run
 
-    yield make
-    for run in runs:
-        run.close()
+    return make
 
 
 def fake_of(run) -> FakeAdapter:

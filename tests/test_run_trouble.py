@@ -22,18 +22,12 @@ from finetune_nb.testing import sums
 
 
 @pytest.fixture
-def make_run(tmp_path):
-    runs = []
-
+def make_run(tmp_path, closing):
     def make(name="run", resume="auto", workflow=guess, reward=right, rows=None, **options):
         settings = {"generations": 2, "output_dir": tmp_path, "adapter": Weights(), **options}
-        run = ft.Run(workflow, reward, rows or sums(3), name=name, resume=resume, **settings)
-        runs.append(run)
-        return run
+        return closing(ft.Run(workflow, reward, rows or sums(3), name=name, resume=resume, **settings))
 
-    yield make
-    for run in runs:
-        run.close()
+    return make
 
 
 async def three_epochs(make_run, tmp_path):

@@ -185,8 +185,8 @@ def test_any_trajectory_comes_back_with_the_same_values_and_types(tmp_path, grou
     write_trajectories(tmp_path, 0, "run", collection)
     assert same(read_trajectories(tmp_path, 0, "run", sum(map(len, groups)), len(groups)), collection)
     flat = [trajectory for group in groups for trajectory in group]
-    assert same(collection_of_batches([batch_of(collection)], "run"), collection)
-    batches = [batch_of(collected([trajectory])) for trajectory in flat]
+    assert same(collection_of_batches([batch_of(collection, whole=True)], "run"), collection)
+    batches = [batch_of(collected([trajectory]), whole=False) for trajectory in flat]
     batched = [t for group in collection_of_batches(batches, "run").trajectories for t in group]
     assert sorted(map(repr, batched)) == sorted(map(repr, flat))
 
@@ -420,6 +420,14 @@ def test_an_unfinished_epoch_can_be_looked_at_until_it_is_complete(store, folder
     assert len(store.epochs[0].validations) == 1
     with pytest.raises(StoreError, match="Call begin_epoch first"):
         store.add_rollouts(0, collected([make_trajectory()]))
+
+
+def test_rollouts_of_examples_whose_ids_look_alike_are_not_one_group(store):
+    store.begin_epoch(0, 1.0, None)
+    mixed = [make_trajectory(1.0, 7), make_trajectory(0.0, "7"), make_trajectory(0.5, 7, 1)]
+    store.add_rollouts(0, TrajectoryCollection(trajectories=[mixed], run_id="run"))
+    groups = store.partial().collection.trajectories
+    assert [[(t.metadata["id"], t.reward) for t in group] for group in groups] == [[(7, 1.0), (7, 0.5)], [("7", 0.0)]]
 
 
 def test_an_epoch_that_begins_again_starts_empty(store):
