@@ -1,0 +1,58 @@
+"""One browser and one JupyterLab for all tests in this folder. Where Chromium or Playwright is missing they are skipped
+(in CI: they fail).
+
+Tests that use them are sync functions: Playwright's sync interface keeps a loop of its own running in this thread, which
+is also why the fixtures end with this package and not with the session.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="package")
+def browser():
+    """Chromium, without a window."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason='no playwright: pip install "finetune_nb[dev]"')
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no chromium on the PATH: on Debian and Ubuntu, apt-get install chromium")
+    from .jupyterlab import CHROMIUM_FLAGS
+
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="package")
+def shared_lab(browser, tmp_path_factory):
+    """The server that `lab` gives to one test after the other."""
+    from .jupyterlab import Lab
+
+    lab = Lab(tmp_path_factory.mktemp("lab"), browser)
+    try:
+        yield lab.start()
+    finally:
+        lab.stop()
+
+
+@pytest.fixture
+def lab(shared_lab, request, tmp_path):
+    """JupyterLab, without notebooks, kernels and events of the test before. A test that fails leaves a picture of it."""
+    shared_lab.forget_events()
+    yield shared_lab
+    if request.session.testsfailed > shared_lab.failures and not shared_lab.page.is_closed():
+        shared_lab.failures = request.session.testsfailed
+        picture = shared_lab.page.screenshot(path=str(tmp_path / "failed.png"))
+        print(f"the window, {len(picture)} bytes: {tmp_path / 'failed.png'}")
+    shared_lab.close_notebooks()
+
+
+@pytest.fixture
+def runs_folder(tmp_path) -> Path:
+    """Where the runs of a notebook under test go."""
+    return tmp_path / "runs"
