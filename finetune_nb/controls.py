@@ -1,8 +1,9 @@
 """Controls: the mailbox between whoever steers a run (a cell, a widget, another thread) and the engine that runs it.
 
-A change is validated and becomes pending at once; the engine takes it over at its safe point, which for the curriculum is
-the next selection, also that of the epoch whose rollouts are running, and for a live field of a component what the field
-says. Every change is kept in the journal. Nothing here touches asyncio, a trainer or a widget.
+A change is validated and becomes pending at once, or stands in the draft until it is asked for; the engine takes it over at
+its safe point, which for the curriculum is the next selection, also that of the epoch whose rollouts are running, and for a
+live field of a component what the field says. Every change that was asked for is kept in the journal. Nothing here touches
+asyncio, a trainer or a widget.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class Controls:
         self._live = {field.name: field for field in live}
         self._configured = {name: field.value for name, field in self._live.items()}
         self._untaken: set[str] = set()  # live fields whose change the engine has not taken over
+        self._draft: dict[str, Any] = {}
+        self.at_once = False
+        """Whether what is put into the draft is asked for at once."""
         self._journal: list[Change] = []
         self._told = 0  # how many entries of the journal came from the record
         self._waiting: dict[str, int] = {}  # field -> place in the journal of its last change, while that is pending
@@ -96,6 +100,18 @@ class Controls:
         with self._lock:
             return tuple(self._journal)
 
+    @property
+    def draft(self) -> dict[str, Any]:
+        """What is tried out and not asked for: the fields, also live ones, that would become other than they are."""
+        with self._lock:
+            return self._news_in(self._draft)
+
+    @property
+    def drafted(self) -> CurriculumSettings:
+        """The curriculum that would be asked for."""
+        with self._lock:
+            return self._with_draft()
+
     # ── whoever steers ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def change(self, changes: Mapping[str, Any] | CurriculumSettings, source: str = "code") -> CurriculumSettings:
@@ -108,9 +124,8 @@ class Controls:
         live: dict[str, LiveField] = {}
         if not isinstance(changes, CurriculumSettings):
             for name in [name for name in changes if "." in str(name)]:
-                if name not in self._live:
-                    raise ConfigError(f"{name!r} cannot be changed live. {did_you_mean(name, self._live)}")
-                live[name] = replace(self._live[name], value=self._live[name].check(changes[name]))
+                found = self._live_field(name)
+                live[name] = replace(found, value=found.check(changes[name]))
             changes = {name: value for name, value in changes.items() if name not in live}
         before = self._pending or self._applied
         after = before.updated(changes) if changes else before
@@ -123,6 +138,51 @@ class Controls:
         if changes:
             self._pending = after
         return after
+
+    def try_out(self, changes: Mapping[str, Any], source: str = "panel") -> CurriculumSettings:
+        """Puts changes into the draft; with `at_once`, asks for them. Returns the curriculum of the draft. Raises
+        ConfigError, and changes nothing, if they do not fit."""
+        with self._lock:
+            if self.at_once:
+                return self._change(changes, source)
+            draft = {**self._draft, **changes}
+            if "percentile" in changes and "schedule" not in changes:
+                draft["schedule"] = "manual"
+            for name in [name for name in changes if "." in name]:
+                draft[name] = self._live_field(name).check(changes[name])
+            curriculum = self._with_draft(draft)
+            self._draft = self._news_in(draft)
+            return curriculum
+
+    def ask_for_draft(self, source: str = "panel") -> CurriculumSettings:
+        """Asks for what is in the draft, and empties it. Raises ConfigError, and changes nothing, if it does not fit."""
+        with self._lock:
+            curriculum = self._change(self._draft, source) if self._draft else self._pending or self._applied
+            self._draft = {}
+            return curriculum
+
+    def drop_draft(self) -> None:
+        """Empties the draft."""
+        with self._lock:
+            self._draft = {}
+
+    def _with_draft(self, draft: Mapping[str, Any] | None = None) -> CurriculumSettings:
+        changes = self._draft if draft is None else draft
+        return (self._pending or self._applied).updated({k: v for k, v in changes.items() if "." not in k})
+
+    def _news_in(self, draft: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a draft is other than what is asked for already."""
+        asked = self._pending or self._applied
+        known = {name: field.value for name, field in self._live.items()}
+        news = {k: v for k, v in draft.items() if v != (known[k] if "." in k else getattr(asked, k))}
+        if "percentile" in news:  # alone it would mean "manual"
+            news["schedule"] = draft.get("schedule", "manual")
+        return news
+
+    def _live_field(self, name: str) -> LiveField:
+        if name not in self._live:
+            raise ConfigError(f"{name!r} cannot be changed live. {did_you_mean(name, self._live)}")
+        return self._live[name]
 
     def _note(self, source: str, name: str, old: Any, new: Any) -> bool:
         if old == new:
@@ -167,10 +227,7 @@ class Controls:
             before, after = self._applied, self._pending or self._applied
             self._applied, self._pending = after, None
             self._settle_journal(epoch, [name for name in self._waiting if name not in self._live])
-            resumed = after.schedule == "automatic" and (
-                before.schedule == "manual" or before.percentile != after.percentile
-            )
-            return after, resumed
+            return after, after.resumes_after(before)
 
     def take(self, safe_point: str, epoch: int) -> dict[str, Any]:
         """The live fields of that safe point which have been changed since it was last passed."""

@@ -115,6 +115,11 @@ class CurriculumSettings:
         manual = {"schedule": "manual"} if "percentile" in changes else {}
         return dataclasses.replace(self, **{**manual, **changes})
 
+    def resumes_after(self, before: CurriculumSettings) -> bool:
+        """Whether the schedule goes on from this percentile, an interval from now: it is automatic, and was not before
+        or has been given another percentile."""
+        return self.schedule == "automatic" and (before.schedule == "manual" or before.percentile != self.percentile)
+
 
 def _is(kind: type, value: Any, least: float) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value >= least  # type: ignore[arg-type, operator]

@@ -199,7 +199,7 @@ def sparkline(values: Sequence[float], text: str, width: int = 240, height: int 
 _STYLE = """
 .ft{--fg:var(--jp-content-font-color1,var(--vscode-editor-foreground,#1f2328));
 --bg:var(--jp-layout-color0,var(--vscode-editor-background,#fff));
---bad:var(--jp-error-color1,var(--vscode-errorForeground,#b3261e));--on:var(--jp-brand-color1,#1a73b8);
+--bad:var(--jp-error-color1,var(--vscode-errorForeground,#b3261e));--on:var(--jp-brand-color1,#1a73b8);--enter:#a65fd0;--leave:#dd6b10;
 color:var(--fg);background:var(--bg);font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);
 padding:8px 12px;max-width:64em;overflow-wrap:break-word;overflow-x:auto}
 @media(prefers-color-scheme:dark){.ft{--fg:var(--jp-content-font-color1,var(--vscode-editor-foreground,#e6e6e6));
@@ -222,6 +222,12 @@ font:12.5px/1.5 var(--jp-code-font-family,ui-monospace,monospace);max-height:28e
 .ft .ft-bar{display:inline-block;width:90px;height:9px;background:rgba(128,128,128,.25)}
 .ft .ft-bar>span{display:block;height:100%;background:var(--on)}
 .ft .ft-spark{color:var(--on);vertical-align:middle}
+.ft .ft-what-if{display:flex;flex-wrap:wrap;gap:8px 20px;align-items:center;margin:6px 0}
+.ft .ft-histogram{flex:1 1 280px;min-width:240px;max-width:440px}
+.ft .ft-legend{flex:0 0 auto;font-size:12px}
+.ft .ft-legend svg{vertical-align:-1px}
+.ft .ft-count{display:inline-block;min-width:3.2em;text-align:right;padding-right:.5em;
+font-variant-numeric:tabular-nums;font-weight:600}
 """.strip().replace("\n", "")
 
 

@@ -13,16 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from .config import CurriculumSettings
-from .controls import LiveField
 from .display import ProgressLine, watch_progress
 from .engine import EngineThread, Launched
-from .errors import ConfigError, EpochAborted, FinetuneError, RunError, did_you_mean
+from .errors import EpochAborted, FinetuneError, RunError
 from .html import duration
 from .interrupts import interrupts, place
 from .redaction import redact_exception, redact_text
-from .run_on_disk import RunOnDisk
 from .states import Standing, State
+from .steering import Steering
 from .tripwires import Tripwire, tripped
 from .types import Epoch, RolloutFailure, Trajectory, Validation
 from .viewer import epoch_text
@@ -39,7 +37,7 @@ ABORT_SECONDS = 1.0
 LAST_WORD = "finishing this epoch; interrupt again to abort it"
 
 
-class LiveRun(RunOnDisk):
+class LiveRun(Steering):
     """A run that can be driven."""
 
     tripwires: list[Tripwire]
@@ -247,43 +245,7 @@ class LiveRun(RunOnDisk):
             raise self._standing.error
         return self
 
-    # ── steering ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    @property
-    def curriculum(self) -> CurriculumSettings:
-        """The settings that the next selection uses. Set it to a dict of changes, or to whole CurriculumSettings: they
-        count from the next selection, also that of an epoch whose rollouts are running. A dict switches the curriculum on
-        unless it says `enabled`. A percentile that is set stays ("manual") until `schedule="automatic"`."""
-        self._driver.require_single_epochs()
-        return self._controls.curriculum
-
-    @curriculum.setter
-    def curriculum(self, changes: Mapping[str, Any] | CurriculumSettings) -> None:
-        self._driver.require_single_epochs()
-        if not isinstance(changes, CurriculumSettings):
-            changes = {"enabled": True, **changes}
-        self._change(changes)
-
-    @property
-    def live(self) -> dict[str, Any]:
-        """The settings of components that may be changed while the run goes on, by name: `adapter.learning_rate`, ..."""
-        return {field.name: field.value for field in self._controls.live_fields}
-
-    @live.setter
-    def live(self, changes: Mapping[str, Any]) -> None:
-        if unknown := [name for name in changes if name not in self.live]:
-            raise ConfigError(f"{unknown[0]!r} cannot be changed live. {did_you_mean(unknown[0], self.live)}")
-        self._change(changes)
-
-    def _change(self, changes: Mapping[str, Any] | CurriculumSettings) -> None:
-        self._controls.change(changes)
-        if self._driver.is_open:
-            self._driver.recorder.journal(self._controls)
-
-    @property
-    def live_fields(self) -> tuple[LiveField, ...]:
-        """The same with limits and descriptions."""
-        return self._controls.live_fields
+    # ── how far it is ────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def progress(self) -> Progress:

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import pytest
 
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.controls import Change, Controls
+from finetune_nb.controls import Change, Controls, LiveField
 from finetune_nb.errors import ConfigError
 
 START = CurriculumSettings(enabled=True, percentile=0.3)
@@ -248,3 +248,67 @@ def test_the_journal_that_was_read_does_not_change_any_more():
     controls.apply(0)
     controls.change({"min_reward_diff": 0.5})
     assert [change.epoch for change in read] == [None]
+
+
+# ── the draft ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_draft_changes_nothing_until_it_is_asked_for():
+    controls = Controls(START, [rate()])
+    assert controls.try_out({"percentile": 0.5}).percentile == 0.5
+    controls.try_out({"adapter.learning_rate": "0.002"})
+    assert controls.draft == {"percentile": 0.5, "schedule": "manual", "adapter.learning_rate": 0.002}
+    assert controls.curriculum == START and not controls.journal and controls.live_fields[0].value == 0.001
+    assert controls.ask_for_draft() == controls.curriculum
+    assert (controls.curriculum.percentile, controls.curriculum.schedule) == (0.5, "manual")
+    assert {change.source for change in controls.journal} == {"panel"} and len(controls.journal) == 3
+    assert controls.draft == {} and controls.drafted == controls.curriculum
+
+
+def test_a_draft_can_be_dropped_and_what_is_as_it_was_is_no_draft():
+    controls = Controls(START)
+    controls.try_out({"min_reward_diff": 0.5})
+    controls.drop_draft()
+    assert controls.ask_for_draft() == START and not controls.journal
+    controls.try_out({"min_reward_diff": 0.5})
+    controls.try_out({"min_reward_diff": START.min_reward_diff})
+    assert controls.draft == {}
+    controls.try_out({"min_reward_diff": 0.5})
+    controls.change({"min_reward_diff": 0.5})  # by code, meanwhile
+    assert controls.draft == {}
+
+
+def test_a_draft_of_a_percentile_keeps_its_schedule():
+    controls = Controls(START)
+    controls.try_out({"percentile": 0.6})
+    assert controls.drafted.schedule == "manual"
+    controls.try_out({"schedule": "automatic"})
+    assert (controls.drafted.percentile, controls.drafted.schedule) == (0.6, "automatic")
+    controls.ask_for_draft()
+    assert controls.apply(0) == (replace(START, percentile=0.6), True)
+
+
+def test_a_draft_that_does_not_fit_is_refused_and_the_rest_of_it_stays():
+    controls = Controls(START, [rate()])
+    controls.try_out({"percentile": 0.5})
+    for wrong in ({"percentile": 2.0}, {"adapter.learning_rate": "fast"}, {"adapter.rate": 1}, {"percent": 1}):
+        with pytest.raises(ConfigError):
+            controls.try_out(wrong)
+    assert controls.drafted.percentile == 0.5
+
+
+def test_at_once_asks_for_what_is_tried_out():
+    controls = Controls(START)
+    controls.at_once = True
+    controls.try_out({"percentile": 0.5})
+    assert controls.draft == {} and controls.curriculum.percentile == 0.5
+
+
+def rate():
+    def check(value):
+        try:
+            return float(value)
+        except ValueError as error:
+            raise ConfigError("not a number") from error
+
+    return LiveField("adapter.learning_rate", 0.001, "training", check=check)

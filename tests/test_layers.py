@@ -22,11 +22,11 @@ LAYERS = {
     "nouns": "errors html observe redaction yaml_text eval_types types component curriculum_settings config",
     "contracts": "interfaces type_names builder registry known_keys loading",
     "engine": "states controls live_fields tripwires"
-    " curriculum metrics retention jsonl episodes evaluation* trajectory_builder trainer watch"
+    " curriculum preview metrics retention jsonl episodes evaluation* trajectory_builder trainer watch"
     " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
     " run_log recorder witness trial driver engine",
-    "views": "conversation columns frames figure plots viewer comparison display interrupts",
-    "surface": "from_functions from_folder shelf run_views run_on_disk live_run run cli demo testing",
+    "views": "conversation columns frames figure plots viewer preview_card comparison display interrupts",
+    "surface": "from_functions from_folder shelf run_views run_on_disk steering live_run run cli demo testing",
     "edge": "backends* examples*",
 }
 BELOW_THE_EDGE = ("nouns", "contracts", "engine")
@@ -38,6 +38,7 @@ NAMED_BY_STRING = {
     ("interfaces", "finetune_nb.evaluation.evaluate:EvaluationRun"): "the seed's default run_eval",
     ("types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("eval_types", "finetune_nb.viewer:*"): "how a noun shows itself",
+    ("preview", "finetune_nb.preview_card:*"): "how a noun shows itself",
 }
 """Objects of a higher layer, resolved when they are used. type_names.py, whose strings are what a config can name, apart."""
 

@@ -8,11 +8,14 @@ import math
 import random
 import time
 
+import numpy as np
 import pytest
 
 from finetune_nb.config import CurriculumSettings
 from finetune_nb.curriculum import group_statistics, keep, select
 from finetune_nb.metrics import epoch_metrics
+from finetune_nb.preview import Basis, preview
+from finetune_nb.preview_card import preview_html
 from finetune_nb.types import CurriculumState, EpisodeItem, EpisodeItemRole, Trajectory, TrajectoryCollection
 
 pytestmark = pytest.mark.benchmark
@@ -144,3 +147,23 @@ def test_metrics_of_an_ordinary_epoch_grow_no_faster_than_its_groups(benchmark, 
     with capsys.disabled():
         print(f"\nepoch_metrics of 100 groups: {seconds[100] * 1e3:.2f} ms CPU; of 1000: {seconds[1000] * 1e3:.2f} ms")
     assert seconds[1000] < 15 * seconds[100]
+
+
+def test_a_preview_on_cached_statistics_costs_little_more_than_one_selection(collection):
+    statistics = group_statistics(collection.trajectories)
+    basis = Basis(3, statistics, STATE, np.full(GROUPS, 64 * GENERATIONS), 1e-6)
+    shares = iter(np.linspace(0.2, 0.9, 100).tolist())
+
+    def drag():
+        found = preview(basis, SETTINGS, SETTINGS, SETTINGS.updated({"percentile": next(shares)}), 0)
+        return found.groups, found.moves, found.trajectories, found.tokens, found.counts
+
+    drag()  # the unchanged selection stays
+    choosing, _ = cpu_seconds(lambda: select(statistics, SETTINGS, STATE, 4, 0))
+    moving, _ = cpu_seconds(drag)
+    drawing, _ = cpu_seconds(lambda: preview_html(preview(basis, SETTINGS, SETTINGS, SETTINGS, 0)))
+    print(
+        f"\npreview on {GROUPS:,} groups: {moving * 1e3:.1f} ms CPU, its card {drawing * 1e3:.1f} ms; "
+        f"one selection {choosing * 1e3:.1f} ms"
+    )
+    assert moving < 5 * choosing
