@@ -181,7 +181,7 @@ class RunSettings(BaseModel):
     deterministic: bool = False
     """True: a repeat is equal to the last digit, at the price of waiting for the slowest rollout of a batch."""
     checkpoint_every: int = Field(default=1, ge=0)
-    """Epochs between checkpoints of the weights, without which a run cannot go on after its process has ended; 0 = none."""
+    """Epochs between checkpoints of the weights; a run that is killed goes on behind the newest one, and cannot with 0 = none."""
     keep_checkpoints: int | None = Field(default=None, ge=1)
     """The newest ones that are kept, beside the one that validated best and those that runs were forked from. None: as
     many as take 500 MB together, at least 2."""

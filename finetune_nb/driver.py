@@ -52,7 +52,7 @@ class Driver:
         self.config, self.builder, self.run_id = config, builder, run_id
         self.controls, self.standing = controls, standing
         self.epochs: list[Epoch] = list(epochs)
-        self._first = first  # of a fork the epoch behind its parent's
+        self._first = first  # the epoch that comes next where there is none yet: of a fork the one behind its parent's
         self.recorder: Recorder = None  # type: ignore[assignment]  # set by open
         self.progress = Progress()
         self.trainer: Trainer = None  # type: ignore[assignment]  # set by open
@@ -88,16 +88,20 @@ class Driver:
         self.recorder = self.recorder or await Recorder.open(
             self.folder, self.run_id, self.config.stored(), run.checkpoint_every, run.keep_checkpoints
         )
+        await self._take_up(trainer)
+        self._witness = Witness(trainer, self.run_id, self.controls, self.standing, self.recorder, self.builder)
+        self.trainer = trainer
+
+    async def _take_up(self, trainer: Trainer) -> None:
+        """Puts everything where the record ends."""
         store = self.recorder.store
-        self.epochs = list(store.epochs)
+        self.epochs, self._first = list(store.epochs), store.next_index
         state = await self.recorder.restore(self.adapter)
         take_up(self.controls, store)
         put(self.config, self.builder, self.controls.live_values())
         if state is not None and state["curriculum"] and trainer._curriculum_state is not None:
             trainer._curriculum_state |= state_to_dict(state_from_dict(state["curriculum"]))
         self._left = store.partial()
-        self._witness = Witness(trainer, self.run_id, self.controls, self.standing, self.recorder, self.builder)
-        self.trainer = trainer
 
     @property
     def next_index(self) -> int:
@@ -135,6 +139,8 @@ class Driver:
         await self.open()
         self.require_single_epochs()
         with logging_to(self.recorder):
+            if await self.recorder.go_back():
+                await self._take_up(self.trainer)
             await self._witness.settle_late_jobs(self.epochs)
             left, self._left = self._left, None
             epoch = await self._end_left(left) if left is not None else None

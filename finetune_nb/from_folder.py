@@ -20,8 +20,9 @@ from .controls import Change
 from .errors import ConfigError, RunError, StoreError
 from .from_functions import add_dataset
 from .loading import load_config
-from .recorder import newest_checkpoint, settings_of
+from .recorder import settings_of
 from .registry import Builder
+from .rewind import has_weights, newest_checkpoint
 from .run_folder import check_plain, checkpoint_folder, checkpoints
 from .run_reader import RunReader
 from .store import RunStore
@@ -88,13 +89,11 @@ def branch_of(
         )
     state, kept = store.state_of(epoch), checkpoints(store.folder)
     index = newest_checkpoint(store, epoch)
-    if index is not None:
-        same = index == epoch or index not in indices or _version(store, index) == state.get("policy_version")
-        if index not in kept or not same:
-            raise RunError(
-                f"the weights behind epoch {epoch} of run {store.run_id!r} are not kept; checkpoints are there of epochs "
-                f"{', '.join(map(str, kept)) or 'none'}. Fork from one of these; run.keep_checkpoints keeps more."
-            )
+    if index is not None and not has_weights(store, index, epoch):
+        raise RunError(
+            f"the weights behind epoch {epoch} of run {store.run_id!r} are not kept; checkpoints are there of epochs "
+            f"{', '.join(map(str, kept)) or 'none'}. Fork from one of these; run.keep_checkpoints keeps more."
+        )
     before = settings_of(state) or CurriculumSettings()
     after = before.updated({"enabled": True, **curriculum} if curriculum else {})  # as in a new Run
     changes = tuple(
@@ -108,10 +107,6 @@ def branch_of(
     if state.get("curriculum") and after.percentile != before.percentile:
         state["curriculum"]["current_percentile"] = after.percentile
     return Branch(store.run_id, epoch, state, index, changes)
-
-
-def _version(store: RunReader, epoch: int) -> Any:
-    return store.state_of(epoch).get("policy_version")
 
 
 def make_fork(parent: Path, branch: Branch, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ stays in memory and is stored before the next one begins. What the folder looks 
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from .interfaces import TrainerAdapter
 from .jsonl import forget_epochs
 from .redaction import redacting_logger
 from .retention import to_keep
+from .rewind import logs_of, newest_checkpoint, newest_with_weights, rewind
 from .run_folder import check_plain, checkpoint_folder, checkpoints, size_of
 from .run_reader import RunReader
 from .store import RunStore
@@ -37,7 +37,7 @@ from .types import (
 )
 from .watch import Watch
 
-__all__ = ["Recorder", "newest_checkpoint", "settings_of", "take_up"]
+__all__ = ["Recorder", "settings_of", "take_up"]
 
 logger = redacting_logger(__name__)
 
@@ -55,11 +55,16 @@ class Recorder:
         self.store = store
         self._every, self._keep = checkpoint_every, keep
         self._unsaved: list[tuple[Epoch, dict[str, Any]]] = []
-        self._checkpoint = newest_checkpoint(store)
-        self._version: int | None = (store.state() or {}).get("policy_version")
-        self._saved_version = self._version
         self._pinned = {e["epoch"] for e in store.events("forked") if isinstance(e.get("epoch"), int)}
-        self._journaled: list[Change] = store.journal()
+        self._back_to: int | None = None  # the epoch behind which it goes on, where that is not the last one
+        self._look()
+
+    def _look(self) -> None:
+        """Sees where the record ends."""
+        self._checkpoint = newest_checkpoint(self.store)
+        self._version: int | None = (self.store.state() or {}).get("policy_version")
+        self._saved_version = self._version
+        self._journaled: list[Change] = self.store.journal()
 
     @classmethod
     async def open(
@@ -76,25 +81,62 @@ class Recorder:
         return await in_daemon_thread(work)
 
     async def restore(self, adapter: TrainerAdapter) -> dict[str, Any] | None:
-        """Puts the adapter where the last epoch left it. Returns that epoch's state; None for a new run.
+        """Puts the adapter where the last epoch left it, or the last one whose weights were saved. Returns that epoch's
+        state; None for a new run. The record is as it was: `go_back` comes before the next epoch.
 
-        Raises RunError where the weights that the record speaks of are not to be had.
+        Raises RunError where no weights of this run are to be had.
         """
         state = self.store.state()
-        if state is None:
-            return None
-        load, version = getattr(adapter, "load_checkpoint", None), state.get("policy_version")
-        if load is not None and self._checkpoint is not None:
-            place = checkpoint_folder(self.store.folder, self._checkpoint)
+        load, fresh = getattr(adapter, "load_checkpoint", None), getattr(adapter.policy, "version", None)
+        if state is None or load is None:
+            return state
+        last, version = self.store.next_index - 1, state.get("policy_version")
+        behind = await in_daemon_thread(newest_with_weights, self.store, fresh)
+        if behind is None:
+            raise RunError(
+                f"run {self.store.run_id!r} was left with policy version {version}, and none of its weights are kept "
+                "(run.checkpoint_every). It can be read; to train, start anew."
+            )
+        if behind != last:
+            logger.warning(
+                "the weights behind epoch %d of run %r are not kept (run.checkpoint_every is %d): the policy is the one "
+                "behind epoch %d, and epoch %d comes next. What was recorded since is put away before that, not lost.",
+                last, self.store.run_id, self._every, behind, behind + 1,
+            )  # fmt: skip
+            state, self._back_to = self.store.state_of(behind), behind
+        version, checkpoint = state.get("policy_version"), newest_checkpoint(self.store, behind)
+        if checkpoint is not None:
+            place = checkpoint_folder(self.store.folder, checkpoint)
             check_plain(place.parent, place)
             await load(place)
         found = getattr(adapter.policy, "version", None)
-        if load is not None and version is not None and found != version:
+        if version is not None and found != version:
             raise RunError(
-                f"run {self.store.run_id!r} was left with policy version {version}, but the newest checkpoint has {found}: "
-                "weights were not saved (run.checkpoint_every). Fork it from an epoch that has a checkpoint, or start anew."
+                f"the checkpoint of epoch {checkpoint} of run {self.store.run_id!r} has policy version {found}; the record "
+                f"says {version}. Fork the run from an epoch that has another checkpoint, or start anew."
             )
         return state
+
+    async def go_back(self) -> bool:
+        """Puts away the epochs behind which the run cannot go on, and returns whether there were any. Raises StoreError
+        where that cannot be; nothing is then taken out."""
+        back_to, self._back_to = self._back_to, None
+        if back_to is None:
+            return False
+
+        def work() -> None:
+            last = self.store.next_index - 1
+            place = rewind(self.store, back_to)
+            self._look()
+            self.event("went_back", behind=back_to, last=last, folder=str(place))
+            logger.warning("epochs %d to %d are run again; the record until then is in %s", back_to + 1, last, place)
+
+        try:
+            await in_daemon_thread(work)
+        except BaseException:
+            self._back_to = back_to
+            raise
+        return True
 
     # ── as it happens ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -122,7 +164,7 @@ class Recorder:
 
     def _forget_logs(self, index: int) -> None:
         """What an earlier attempt at an epoch wrote into the seed's logs would stand there twice."""
-        for log in self.store.folder.glob("*_*.jsonl"):
+        for log in logs_of(self.store.folder):
             forget_epochs(log, index)
 
     async def came_in(self, index: int, rollouts: Sequence[Callable[[], Trajectory | RolloutFailure]]) -> None:
@@ -285,22 +327,6 @@ class Recorder:
             self.store.set_state("closed")
         finally:
             self.store.close()
-
-
-def newest_checkpoint(store: RunReader, epoch: int | None = None) -> int | None:
-    """The epoch whose checkpoint has the weights as they were behind an epoch, the last one by default. None: there is
-    none, or the adapter saves none."""
-    index = store.next_index - 1 if epoch is None else epoch
-    if index in checkpoints(store.folder):  # written when the run was closed, say
-        return index
-    name = ((store.state() if epoch is None else store.state_of(epoch)) or {}).get("checkpoint")
-    if name is None:
-        return None
-    if not re.fullmatch(r"epoch-\d+", str(name)):
-        raise StoreError(
-            f"{store.folder} names {name!r} as a checkpoint; expected one like epoch-000003. Fork another epoch."
-        )
-    return int(name[6:])
 
 
 def take_up(controls: Controls, store: RunReader) -> None:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from .errors import StoreError
 
 __all__ = [
+    "ARCHIVE",
     "CHECKPOINTS",
     "CONFIG",
     "DATABASE",
@@ -33,8 +34,10 @@ __all__ = [
     "check_plain",
     "checkpoint_folder",
     "checkpoints",
+    "free_in_archive",
     "remove_temporary",
     "size_of",
+    "sync_folder",
     "trajectory_file",
     "write_durably",
     "writer_of",
@@ -46,6 +49,8 @@ CHECKPOINTS = "checkpoints"
 CONFIG = "config.yml"
 LOG = "log.jsonl"
 LOCK = "lock"
+ARCHIVE = "archive"
+"""The folder, beside the runs, into which they are put away."""
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _TEMPORARY = ".tmp-"
@@ -67,6 +72,18 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     """The checkpoints in a run's folder, by epoch."""
     found = sorted((folder / CHECKPOINTS).glob("epoch-[0-9]*"))
     return {int(path.name[6:]): path for path in found if path.name[6:].isdigit() and path.is_dir()}
+
+
+def free_in_archive(folder: Path, name: str) -> Path:
+    """A place of that name in the archive beside a run's folder, with a number where it is taken. Raises StoreError for a
+    link in the archive's place, OSError."""
+    place, n = folder.parent / ARCHIVE / name, 1
+    check_plain(place.parent)
+    place.parent.mkdir(exist_ok=True)
+    while place.exists():
+        n += 1
+        place = place.with_name(f"{name}-{n}")
+    return place
 
 
 def check_plain(*paths: Path) -> None:
@@ -105,10 +122,10 @@ def write_durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename last. Where the system cannot open a folder (Windows), its own journal does that."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)

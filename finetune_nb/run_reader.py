@@ -216,13 +216,15 @@ class RunReader:
         return self._read(work)
 
     def state_of(self, index: int) -> dict[str, Any]:
-        """The same behind another epoch, to fork from it."""
+        """The same behind another epoch; of a fork also behind the one it began behind."""
 
         def work(db: sqlite3.Connection) -> dict[str, Any]:
             row = db.execute("SELECT state FROM epochs WHERE epoch = ?", (index,)).fetchone()
+            start = "SELECT start FROM run WHERE parent_epoch = ? AND start IS NOT NULL"
+            row = row or db.execute(start, (index,)).fetchone()
             if row is None:
                 raise StoreError(f"run {self.run_id!r} has no completed epoch {index!r} to go on from.")
-            return decode(row["state"], dict)
+            return decode(row[0], dict)
 
         return self._read(work)
 

@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import StoreError
-from .run_folder import CHECKPOINTS, DATABASE, check_plain
+from .run_folder import ARCHIVE, CHECKPOINTS, DATABASE, check_plain, free_in_archive
 from .store import RunStore
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["archive", "delete", "runs"]
-
-ARCHIVE = "archive"
-"""The folder, beside the runs, into which they are put away."""
 
 
 def runs(directory: str | Path = "runs", archived: bool = False) -> pd.DataFrame:
@@ -74,12 +71,7 @@ def archive(folder: Path, checkpoints: bool = True) -> Path:
         store.set_state("archived")
         if not checkpoints:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        place, n = folder.parent / ARCHIVE / folder.name, 1
-        check_plain(place.parent)
-        while place.exists():
-            n += 1
-            place = place.with_name(f"{folder.name}-{n}")
-        place.parent.mkdir(exist_ok=True)
+        place = free_in_archive(folder, folder.name)
     os.rename(folder, place)
     return place
 

@@ -18,7 +18,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +45,7 @@ from .store_schema import (
     read,
     readable,
     selection_to_json,
+    validation_from_json,
     validation_to_row,
 )
 from .stored_json import encode
@@ -238,6 +239,39 @@ class RunStore(RunReader):
 
         self._write(work, f"the record of epoch {epoch.index}", durable=True)
         return self._adopt(epoch)
+
+    def copy_database(self, folder: Path, state: str) -> None:
+        """run.db as it is, into a folder that has none, where the run is then in that state. It is on the disk when this
+        returns."""
+        path = folder / DATABASE
+        with (
+            as_store_error(path, "The run itself is as it was."),
+            closing(sqlite3.connect(path, isolation_level=None)) as copy,
+        ):
+            self._read(lambda db: db.backup(copy))
+            copy.execute("PRAGMA synchronous = FULL")
+            copy.execute("UPDATE run SET state = ?", (state,))
+
+    def go_back(self, index: int) -> None:
+        """Takes out every epoch behind that one, and what has begun; changes that they used first are pending again. What
+        is taken out is gone: see rewind.py, which copies it before."""
+
+        def work(db: sqlite3.Connection) -> None:
+            later = [
+                (row["place"],)
+                for row in db.execute("SELECT place, record FROM validations")
+                if validation_from_json(row["record"]).epoch > index + 1
+            ]
+            db.executemany("DELETE FROM validations WHERE place = ?", later)  # those of weights that are gone
+            db.execute("DELETE FROM validations WHERE epoch > ?", (index,))
+            db.execute("DELETE FROM epochs WHERE epoch > ?", (index,))
+            db.execute("DELETE FROM unfinished")
+            db.execute("DELETE FROM rollouts")
+            db.execute("UPDATE changes SET epoch = NULL WHERE epoch > ?", (index,))
+            db.execute("UPDATE run SET revision = revision + 1")
+
+        self._write(work, f"going back behind epoch {index}", durable=True)
+        self.refresh()
 
     def _adopt(self, epoch: Epoch) -> StoredEpoch:
         self.refresh()

@@ -20,7 +20,7 @@ from agents import guess, right
 from detached import Detached, Weights
 
 import finetune_nb as ft
-from finetune_nb import jsonl, recorder, run_folder, shelf, store, trainer, trajectory_files
+from finetune_nb import jsonl, recorder, rewind, run_folder, shelf, store, trainer, trajectory_files
 from finetune_nb.testing import sums
 
 EPOCHS = 6
@@ -46,6 +46,8 @@ POINTS = {
     "copy": (shelf.shutil, "copytree"),
     "move": (shelf.os, "rename"),
     "remove": (shelf.shutil, "rmtree"),
+    "share": (rewind, "_share"),
+    "go_back": (store.RunStore, "go_back"),
 }
 
 
@@ -107,8 +109,10 @@ async def do(task: dict) -> None:
     if task.get("act") in ("archive", "delete"):
         getattr(run, task["act"])()
         return
+    every = task.get("every", 1)
+    run.config.run.checkpoint_every = every
     while len(run) < EPOCHS:
-        if len(run) == 2 and not run.changes:
+        if len(run) == 2 and not run.changes and every == 1:
             run.curriculum = {"percentile": 0.6}
         epoch = await run.next_epoch()
         tell(folder, epoch.index)
