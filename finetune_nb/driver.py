@@ -95,7 +95,8 @@ class Driver:
     async def _take_up(self, trainer: Trainer) -> None:
         """Puts everything where the record ends."""
         store = self.recorder.store
-        self.epochs, self._first = list(store.epochs), store.next_index
+        self.epochs = list(store.epochs)
+        self._first = store.next_index
         state = await self.recorder.restore(self.adapter)
         take_up(self.controls, store)
         put(self.config, self.builder, self.controls.live_values())
