@@ -62,7 +62,7 @@ class Policy(Protocol):
         ...
 
     async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
-        """Samples one reply. The same ids, params, seed and weights give the same reply."""
+        """Samples one reply, awaited on any event loop. The same ids, params, seed and weights give the same reply."""
         ...
 
     def parse(self, ids: Sequence[int]) -> dict[str, Any]:
@@ -71,6 +71,14 @@ class Policy(Protocol):
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The text of each token."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a plain text, without a chat template and without anything added to it."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
         ...
 
     def episode(self, key: EpisodeKey) -> AbstractContextManager[None]:

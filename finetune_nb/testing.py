@@ -69,6 +69,12 @@ class ScriptedPolicy:
     def tokens(self, ids: Sequence[int]) -> list[str]:
         return [chr(i) for i in ids]
 
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
     @contextmanager
     def episode(self, key: EpisodeKey) -> Iterator[None]:
         self.live.add(key)

@@ -24,7 +24,7 @@ def collection(*groups: list[ft.Trajectory]) -> ft.TrajectoryCollection:
 
 def test_a_scripted_policy_has_every_method_of_a_policy_with_its_parameters():
     wanted = {name: method for name, method in vars(Policy).items() if inspect.isfunction(method) and name[0] != "_"}
-    assert wanted.keys() == {"render", "sample", "parse", "tokens", "episode"}
+    assert wanted.keys() == {"render", "sample", "parse", "tokens", "encode", "decode", "episode"}
     for name, method in wanted.items():
         found = getattr(ScriptedPolicy, name)
         assert inspect.iscoroutinefunction(found) == inspect.iscoroutinefunction(method), name

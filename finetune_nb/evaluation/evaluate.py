@@ -8,6 +8,7 @@ which rows are drawn and where rollouts run; without one the whole dataset is ru
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
@@ -188,7 +189,7 @@ class Rollout:
         except GeneratorExit:
             raise
         except BaseException as caught:  # SystemExit too: an agent must not take the run down
-            output, error = None, f"{type(caught).__name__}: {caught}"
+            output, error = None, f"{type(caught).__name__}: {caught}{_loop_hint(caught)}"
         return RolloutResult(request, output, episode.steps(), time.perf_counter() - started, error)
 
     async def _timed(self, request: RolloutRequest, episode: Episode, seconds: float) -> Any:
@@ -216,11 +217,26 @@ class Rollout:
             reraise=True,
         ):
             with attempt:
-                episode.calls.clear()
+                episode.restart()
                 return await self.workflow(request.item)
         raise WorkflowError("no attempt was made")
 
 
+def _loop_hint(error: BaseException | None) -> str:
+    """What to do about a client that belongs to another event loop, where that is the cause somewhere."""
+    first, seen = error, set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, RuntimeError) and _OTHER_LOOP.search(str(error)):
+            return (
+                f"{'' if error is first else f' ({error})'}. Workflows run on the run's own event loop, and a client that "
+                "was used in a cell belongs to the cell's. Make it inside the workflow, or take llm.openai()."
+            )
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+_OTHER_LOOP = re.compile(r"different (event )?loop|Event loop is closed|non-thread-safe operation")
 _TRANSIENT_STATUS = {408, 409, 429, 500, 502, 503, 504}
 
 

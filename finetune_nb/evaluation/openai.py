@@ -6,17 +6,25 @@ no logprobs leaves turns that cannot be trained on. Training such a model is the
 
 from __future__ import annotations
 
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pydantic import AliasChoices, ConfigDict, Field, SecretStr
 
 from ..config import LLMBaseConfig
 from ..errors import MissingExtra
+from ..redaction import redacting_logger
 from ..registry import Builder, register_llm_provider
 from ..types import LLMCall, SamplingParams, logprob_values
-from .recording import LLM, Episode
+from .episode import TEXT_PROMPT, Episode
+from .recording import LLM, close_clients
 
 __all__ = ["OpenAILLM", "OpenAIModelConfig"]
+
+logger = redacting_logger(__name__)
 
 
 class OpenAIModelConfig(LLMBaseConfig, name="openai"):
@@ -44,12 +52,19 @@ class OpenAIModelConfig(LLMBaseConfig, name="openai"):
 
 
 class OpenAILLM(LLM):
-    """Every call goes to the server; the policy version is unknown here."""
+    """Every call goes to the server; the policy version is unknown here.
 
-    def __init__(self, config: OpenAIModelConfig, client: Any) -> None:
+    connect: makes a client. Each event loop that asks gets one of its own, for connections belong to a loop.
+    """
+
+    takes_options = True
+
+    def __init__(self, config: OpenAIModelConfig, connect: Callable[[], Any]) -> None:
         self.name = config.model_name
         self.sampling = SamplingParams(1.0 if config.temperature is None else config.temperature, config.max_tokens)
-        self._config, self._client = config, client
+        self._config, self._connect = config, connect
+        self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
+        self._warned = False
 
     async def _call(
         self,
@@ -57,49 +72,114 @@ class OpenAILLM(LLM):
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         params: SamplingParams,
+        **options: Any,
     ) -> LLMCall:
+        sequence, asked = self._options(episode, params, options, logprobs=True)
+        if tools:
+            asked["tools"] = tools
+        response = await self._client().chat.completions.create(messages=messages, **asked)
+        choice = response.choices[0]
+        content = choice.logprobs.content if choice.logprobs else None
+        tokens = [entry.token for entry in content] if content is not None else None
+        reply = choice.message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"})
+        prompt_ids = getattr(response, "prompt_token_ids", None)
+        call = self._recorded(episode, sequence, messages, params, choice, prompt_ids, tokens, logprob_values(content))
+        return replace(call, tools=tools, reply=reply)
+
+    async def _complete(
+        self, episode: Episode, prompt: str | list[int], params: SamplingParams, **options: Any
+    ) -> LLMCall:
+        sequence, asked = self._options(episode, params, options, logprobs=1)
+        response = await self._client().completions.create(prompt=prompt, **asked)
+        choice = response.choices[0]
+        found = choice.logprobs
+        tokens, logprobs = (found.tokens, found.token_logprobs) if found is not None else (None, None)
+        prompt_ids = prompt if isinstance(prompt, list) else getattr(choice, "prompt_token_ids", None)
+        text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+        messages = [{"role": TEXT_PROMPT, "content": text}]
+        call = self._recorded(episode, sequence, messages, params, choice, prompt_ids, tokens, logprobs)
+        return replace(call, reply={"role": "assistant", "content": choice.text})
+
+    def _options(
+        self, episode: Episode, params: SamplingParams, options: dict[str, Any], logprobs: Any
+    ) -> tuple[int, dict[str, Any]]:
+        """The call's sequence number, and what is asked for beside the prompt."""
         config = self._config
         sequence, seed = episode.begin()
-        options: dict[str, Any] = {
+        asked: dict[str, Any] = {
             "model": config.model_name,
-            "messages": messages,
             "temperature": params.temperature,
             "max_tokens": params.max_tokens,
             "seed": (seed if config.seed is None else config.seed + sequence) % 2**31,
         }
         if config.top_p is not None:
-            options["top_p"] = config.top_p
+            asked["top_p"] = config.top_p
         if config.logprobs:
-            options["logprobs"] = True
+            asked["logprobs"] = logprobs
         if params.stop:
-            options["stop"] = list(params.stop)
-        if tools:
-            options["tools"] = tools
-        asks = config.base_url is not None if config.return_token_ids is None else config.return_token_ids
-        if asks:
-            options["extra_body"] = {"return_token_ids": True}
-        response = await self._client.chat.completions.create(**options)
-        choice = response.choices[0]
-        content = choice.logprobs.content if choice.logprobs else None
-        prompt_ids = getattr(response, "prompt_token_ids", None)
+            asked["stop"] = list(params.stop)
+        extra = dict(options)
+        if config.base_url is not None if config.return_token_ids is None else config.return_token_ids:
+            extra["return_token_ids"] = True
+        if extra:
+            asked["extra_body"] = extra
+        return sequence, asked
+
+    def _recorded(
+        self,
+        episode: Episode,
+        sequence: int,
+        messages: list[dict[str, Any]],
+        params: SamplingParams,
+        choice: Any,
+        prompt_ids: list[int] | None,
+        tokens: list[str] | None,
+        logprobs: list[float] | None,
+    ) -> LLMCall:
+        """The call, but for tools and reply."""
         response_ids = getattr(choice, "token_ids", None)
+        exact = prompt_ids is not None and response_ids is not None
+        if not exact and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the server of llm %r gives no token ids: its replies are recorded, but are not exact, and cannot be "
+                "trained on. vLLM gives them (return_token_ids).",
+                self.name,
+            )
         return LLMCall(
             episode=episode.key,
             sequence=sequence,
             model=self.name,
             messages=messages,
-            tools=tools,
-            reply=choice.message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"}),
+            tools=None,
+            reply={},
             prompt_ids=prompt_ids,
             response_ids=response_ids,
-            tokens=[entry.token for entry in content] if content is not None else None,
-            logprobs=logprob_values(content),
+            tokens=tokens,
+            logprobs=logprobs,
             finish_reason=choice.finish_reason,
             policy_version=None,
             sampling=params,
             seconds=float("nan"),
-            exact=prompt_ids is not None and response_ids is not None,
+            exact=exact,
         )
+
+    def _client(self) -> Any:
+        """The client of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            self._clients[loop] = self._connect()
+        return self._clients[loop]
+
+    async def aclose(self) -> None:
+        """Closes all clients, each on its own loop, where that still runs."""
+        here, clients = asyncio.get_running_loop(), list(self._clients.items())
+        self._clients.clear()
+        for loop, client in clients:
+            if loop is here:
+                await client.close()
+            elif loop.is_running():
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(client.close(), loop))
 
 
 @register_llm_provider(config_type=OpenAIModelConfig)
@@ -112,7 +192,13 @@ async def openai_llm(config: OpenAIModelConfig, builder: Builder):
     options: dict[str, Any] = {"max_retries": config.max_retries}
     if config.request_timeout is not None:
         options["timeout"] = config.request_timeout
-    # A server of one's own mostly wants no key, but the client insists on one.
-    client = AsyncOpenAI(api_key=key or ("none" if config.base_url else None), base_url=config.base_url, **options)
-    yield OpenAILLM(config, client)
-    await client.close()
+
+    def connect() -> AsyncOpenAI:
+        # A server of one's own mostly wants no key, but the client insists on one.
+        return AsyncOpenAI(api_key=key or ("none" if config.base_url else None), base_url=config.base_url, **options)
+
+    connect()  # what is wrong with the settings is said now
+    llm = OpenAILLM(config, connect)
+    yield llm
+    await llm.aclose()
+    await close_clients()

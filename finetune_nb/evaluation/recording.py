@@ -1,48 +1,30 @@
-"""The recorder: one LLMCall for every call of a language model, written down where the call is made.
+"""The clients that a workflow gets as `llm`, each call recorded in the rollout's Episode (episode.py).
 
-An Episode collects the calls of one rollout; the rollout's context names it, so that concurrent agents, their tasks and
-their threads each write into their own. `PolicyLLM` is the client that a workflow gets for a policy of ours: messages
-in, reply out, token ids and logprobs kept exactly. Trajectories are made from the calls elsewhere.
+`PolicyLLM` asks a policy of ours: messages in, reply out, token ids and logprobs kept exactly. Clients of other libraries
+come in through gateway.py, which makes the same calls. Trajectories are made from them elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from ..config import LLMBaseConfig
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, RunError, did_you_mean
 from ..interfaces import Policy
 from ..registry import Builder, register_llm_provider
-from ..types import (
-    EpisodeKey,
-    IntermediateStep,
-    IntermediateStepPayload,
-    IntermediateStepType,
-    InvocationNode,
-    LLMCall,
-    SamplingParams,
-    StreamEventData,
-)
+from ..types import EpisodeKey, LLMCall, SamplingParams
+from .episode import TEXT_PROMPT, Episode, arguments_of, current_episode
+
+if TYPE_CHECKING:
+    from .gateway import Endpoint
 
 __all__ = ["LLM", "ChatReply", "Episode", "PolicyLLM", "PolicyLLMConfig", "SyncLLM", "ToolCall", "current_episode"]
-
-_WORKFLOW = InvocationNode(function_id="<workflow>", function_name="<workflow>")
-_episode: ContextVar[Episode | None] = ContextVar("finetune_nb_episode", default=None)
-
-
-def current_episode() -> Episode | None:
-    """The episode that the running code belongs to, if any."""
-    return _episode.get()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,60 +48,14 @@ class ChatReply:
     """The turn as an OpenAI message."""
 
 
-@dataclass
-class Episode:
-    """The calls of one rollout, in order of their start."""
-
-    key: EpisodeKey
-    seed: int = 0
-    """The run's seed."""
-    calls: list[LLMCall] = field(default_factory=list)
-    _begun: int = 0
-
-    def begin(self) -> tuple[int, int]:
-        """Sequence number and seed of the next call: the seed is a hash of run seed, episode and sequence."""
-        sequence, self._begun = self._begun, self._begun + 1
-        digest = hashlib.blake2b(repr((self.seed, *self.key, sequence)).encode(), digest_size=8).digest()
-        return sequence, int.from_bytes(digest, "big") >> 1
-
-    def previous_ids(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[int] | None:
-        """Ids of the turn that `messages` carries on from, exactly as they were seen and sampled; None at a start."""
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-        for call in reversed(self.calls):
-            if (
-                len(call.messages) == last
-                and call.prompt_ids is not None
-                and call.response_ids is not None
-                and call.tools == tools
-                and _same(call.reply, messages[last])
-                and list(messages[:last]) == call.messages
-            ):
-                return [*call.prompt_ids, *call.response_ids]
-        return None
-
-    def steps(self) -> list[IntermediateStep]:
-        """The calls as intermediate steps, the form in which evaluators and builders see them."""
-        return [_step(call) for call in sorted(self.calls, key=lambda call: call.sequence)]
-
-    @contextmanager
-    def live(self, policies: Sequence[Policy] = ()) -> Iterator[Episode]:
-        """The episode is the current one inside, and its policies wait for it when they form batches."""
-        token = _episode.set(self)
-        try:
-            with ExitStack() as stack:
-                for policy in policies:
-                    stack.enter_context(policy.episode(self.key))
-                yield self
-        finally:
-            _episode.reset(token)
-
-
 class LLM:
-    """What a workflow gets as `llm`."""
+    """What a workflow gets as `llm`: one model, asked by `chat`, or by a client of any OpenAI-compatible library."""
 
     name: str
     policy: Policy | None = None
     sampling: SamplingParams = SamplingParams()
+    takes_options: bool = False
+    """Whether `call` passes on options of the OpenAI API that SamplingParams does not have."""
 
     async def chat(
         self, messages: Sequence[Any], tools: Sequence[dict[str, Any]] | None = None, **sampling: Any
@@ -137,11 +73,30 @@ class LLM:
             params = replace(params, **sampling)
         prompt = [_message(m) for m in messages]
         episode = current_episode() or Episode(EpisodeKey("try", 0, 0, 0), seed=time.time_ns())
-        started = time.perf_counter()
-        call = await self._call(episode, prompt, list(tools) if tools else None, params)
-        call = replace(call, seconds=time.perf_counter() - started)
-        episode.calls.append(call)
+        call = await self.call(episode, prompt, list(tools) if tools else None, params)
+        episode.record(call)
         return _reply(call)
+
+    async def call(
+        self,
+        episode: Episode,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        params: SamplingParams,
+        **options: Any,
+    ) -> LLMCall:
+        """One call for that episode, which is left to record it. options: see `takes_options`."""
+        started = time.perf_counter()
+        call = await self._call(episode, messages, tools, params, **options)
+        return replace(call, seconds=time.perf_counter() - started)
+
+    async def complete(
+        self, episode: Episode, prompt: str | list[int], params: SamplingParams, **options: Any
+    ) -> LLMCall:
+        """The same for a prompt of plain text or token ids, without a chat template."""
+        started = time.perf_counter()
+        call = await self._complete(episode, prompt, params, **options)
+        return replace(call, seconds=time.perf_counter() - started)
 
     async def _call(
         self,
@@ -151,6 +106,36 @@ class LLM:
         params: SamplingParams,
     ) -> LLMCall:
         raise NotImplementedError
+
+    async def _complete(self, episode: Episode, prompt: str | list[int], params: SamplingParams) -> LLMCall:
+        raise ConfigError(f"llm {self.name!r} takes chat messages only, no plain prompts. Use chat completions.")
+
+    @property
+    def base_url(self) -> str:
+        """Where any OpenAI client reaches this model for the current rollout: every rollout has an address of its own,
+        and what is asked there is recorded in it. Raises RunError outside of a rollout."""
+        return self._endpoint(current_episode()).base_url
+
+    @property
+    def api_key(self) -> str:
+        """The key that `base_url` wants. Never show or store it."""
+        return self._endpoint(current_episode()).api_key
+
+    def openai(self, **options: Any) -> Any:
+        """An `openai.AsyncOpenAI` at `base_url`, for the running event loop; its connections are shared and closed with
+        the run. options: of the client, such as max_retries. Needs the extra "openai"."""
+        return self._endpoint(current_episode()).openai(**options)
+
+    def _endpoint(self, episode: Episode | None) -> Endpoint:
+        if episode is None or episode.ended:
+            raise RunError(
+                "an address of the llm (base_url, api_key, openai()) belongs to one rollout, and no rollout "
+                f"{'runs here' if episode is None else 'goes on here any more'}. Ask for it inside the workflow; in a "
+                "thread that the workflow started by itself, hand it over."
+            )
+        from .gateway import gateway
+
+        return gateway().endpoint(episode, self)
 
 
 class PolicyLLM(LLM):
@@ -172,23 +157,49 @@ class PolicyLLM(LLM):
         tools: list[dict[str, Any]] | None,
         params: SamplingParams,
     ) -> LLMCall:
-        policy = self.policy
-        assert policy is not None
+        assert self.policy is not None
         sequence, seed = episode.begin()
-        ids = policy.render(messages, tools, episode.previous_ids(messages, tools))
-        version = policy.version
-        sample = await policy.sample(ids, params, seed)
-        reply = policy.parse(sample.ids)
+        ids = self.policy.render(messages, tools, episode.previous_ids(messages, tools))
+        sampled = await self._sample(episode, sequence, seed, messages, list(ids), params)
+        reply = self.policy.parse(sampled.response_ids or ())
         for i, tool_call in enumerate(reply.get("tool_calls") or ()):
             tool_call["id"] = f"call_{sequence}_{i}"  # repeatable, unlike a random id
+        return replace(sampled, tools=tools, reply=reply)
+
+    async def _complete(self, episode: Episode, prompt: str | list[int], params: SamplingParams) -> LLMCall:
+        assert self.policy is not None
+        sequence, seed = episode.begin()
+        if isinstance(prompt, str):
+            known, new = episode.previous_text(prompt) or ([], prompt)
+            text, ids = prompt, known + self.policy.encode(new)
+        else:
+            text, ids = "".join(self.policy.tokens(prompt)), prompt
+        sampled = await self._sample(episode, sequence, seed, [{"role": TEXT_PROMPT, "content": text}], ids, params)
+        reply = {"role": "assistant", "content": self.policy.decode(sampled.response_ids or ())}
+        return replace(sampled, reply=reply)
+
+    async def _sample(
+        self,
+        episode: Episode,
+        sequence: int,
+        seed: int,
+        messages: list[dict[str, Any]],
+        ids: list[int],
+        params: SamplingParams,
+    ) -> LLMCall:
+        """The call, but for its reply as a message."""
+        policy = self.policy
+        assert policy is not None
+        version = policy.version
+        sample = await policy.sample(ids, params, seed)
         return LLMCall(
             episode=episode.key,
             sequence=sequence,
             model=self.name,
             messages=messages,
-            tools=tools,
-            reply=reply,
-            prompt_ids=list(ids),
+            tools=None,
+            reply={},
+            prompt_ids=ids,
             response_ids=list(sample.ids),
             tokens=policy.tokens(sample.ids),
             logprobs=list(sample.logprobs),
@@ -201,15 +212,40 @@ class PolicyLLM(LLM):
 
 
 class SyncLLM:
-    """The same client for a sync workflow, which runs in a thread of its own: `chat` blocks that thread."""
+    """The same client for a sync workflow, which runs in a thread of its own: `chat` blocks that thread. Threads that the
+    workflow starts may use it too."""
 
-    def __init__(self, llm: LLM, loop: asyncio.AbstractEventLoop) -> None:
-        self._llm, self._loop = llm, loop
+    def __init__(self, llm: LLM, loop: asyncio.AbstractEventLoop, episode: Episode | None = None) -> None:
+        self._llm, self._loop, self._episode = llm, loop, episode
 
     def chat(
         self, messages: Sequence[Any], tools: Sequence[dict[str, Any]] | None = None, **sampling: Any
     ) -> ChatReply:
-        return asyncio.run_coroutine_threadsafe(self._llm.chat(messages, tools, **sampling), self._loop).result()
+        async def ask() -> ChatReply:
+            if self._episode is None:
+                return await self._llm.chat(messages, tools, **sampling)
+            with self._episode.current():
+                return await self._llm.chat(messages, tools, **sampling)
+
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
+
+    @property
+    def name(self) -> str:
+        return self._llm.name
+
+    @property
+    def base_url(self) -> str:
+        """See LLM.base_url."""
+        return self._llm._endpoint(self._episode).base_url
+
+    @property
+    def api_key(self) -> str:
+        """See LLM.api_key."""
+        return self._llm._endpoint(self._episode).api_key
+
+    def openai(self, **options: Any) -> Any:
+        """An `openai.OpenAI`, the sync client; see LLM.openai."""
+        return self._llm._endpoint(self._episode).sync_openai(**options)
 
 
 class PolicyLLMConfig(LLMBaseConfig, name="policy"):
@@ -236,6 +272,7 @@ async def policy_llm(config: PolicyLLMConfig, builder: Builder):
     llm = PolicyLLM(adapter.policy, config.adapter, config.sampling())
     llm.config = config
     yield llm
+    await close_clients()
 
 
 def _message(message: Any) -> dict[str, Any]:
@@ -248,38 +285,19 @@ def _message(message: Any) -> dict[str, Any]:
     )
 
 
-def _same(reply: dict[str, Any], message: dict[str, Any]) -> bool:
-    """Whether a message of the next prompt is that reply, however its empty parts are written."""
+async def close_clients() -> None:
+    """Closes the OpenAI clients that workflows got on the running event loop."""
+    from .gateway import running_gateway
 
-    def essence(m: dict[str, Any]) -> tuple[Any, ...]:
-        calls = m.get("tool_calls") or ()
-        return m.get("content") or "", [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
-
-    return essence(reply) == essence(message)
+    gateway = running_gateway()
+    if gateway is not None:
+        await gateway.close_clients()
 
 
 def _reply(call: LLMCall) -> ChatReply:
     calls = []
     for tool_call in call.reply.get("tool_calls") or ():
         function = tool_call["function"]
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                arguments = {}
+        arguments = arguments_of(function)
         calls.append(ToolCall(tool_call["id"], function["name"], arguments if isinstance(arguments, dict) else {}))
     return ChatReply(call.reply.get("content") or "", calls, call.finish_reason, call.reply)
-
-
-def _step(call: LLMCall) -> IntermediateStep:
-    data = StreamEventData(input=call.messages, output=call.reply.get("content"), payload=call)
-    payload = IntermediateStepPayload(
-        event_type=IntermediateStepType.LLM_END,
-        event_timestamp=time.time(),
-        name=call.model,
-        data=data,
-        metadata={"tools": call.tools} if call.tools else None,
-        UUID=f"{'/'.join(map(str, call.episode or ()))}/{call.sequence}",
-    )
-    return IntermediateStep(parent_id="root", function_ancestry=_WORKFLOW, payload=payload)

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import WorkflowError, did_you_mean
 from ..types import EvalInputItem
 from .executor import in_daemon_thread
-from .recording import LLM, SyncLLM
+from .recording import LLM, SyncLLM, current_episode
 
 __all__ = ["Workflow"]
 
@@ -46,7 +46,7 @@ class Workflow:
             args, kwargs = self._arguments(item, llm)
             return await self.function(*args, **kwargs)
         if llm is not None:
-            llm = SyncLLM(llm, asyncio.get_running_loop())
+            llm = SyncLLM(llm, asyncio.get_running_loop(), current_episode())
         args, kwargs = self._arguments(item, llm)
         output = await in_daemon_thread(lambda: self.function(*args, **kwargs))
         return await output if inspect.isawaitable(output) else output

@@ -190,6 +190,14 @@ class LocalPolicy:
             known[token] = self.tokenizer.decode([token])
         return [known[token] for token in ids]
 
+    def encode(self, text: str) -> list[int]:
+        """Ids of a plain text: no chat template, no token at its beginning that is not in it."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
     # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def episode(self, key: EpisodeKey) -> AbstractContextManager[None]:

@@ -1,0 +1,232 @@
+"""The gateway: an OpenAI-compatible server on 127.0.0.1, so that agents written with any client library are recorded.
+
+Every rollout has an address of its own for every model that it asks (`/e/{episode}/v1`): which rollout a request belongs
+to does not depend on threads, tasks or libraries. A request becomes the same call that `llm.chat` makes, recorded in the
+same Episode, with the token ids that were seen and sampled. Nothing of any HTTP library is patched.
+
+The server has a thread and an event loop of its own, so that an agent which blocks the run's loop gets its answer too. It
+is started when an address is first asked for. What goes over the wire is left to gateway_http.py and wire.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import itertools
+import os
+import secrets
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from tornado.netutil import bind_sockets
+
+from ..errors import MissingExtra
+from ..redaction import remember_secret
+from ..types import LLMCall
+from .gateway_http import http_server
+from .wire import Refused, WireRequest
+
+if TYPE_CHECKING:
+    from .episode import Episode
+    from .recording import LLM
+
+__all__ = ["Endpoint", "Gateway", "gateway", "running_gateway"]
+
+
+@dataclass(eq=False)
+class Endpoint:
+    """One address: a model, asked by one rollout. Closed when the rollout ends."""
+
+    id: str
+    episode: Episode
+    llm: LLM
+    gateway: Gateway = field(repr=False)
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set, repr=False)
+    """Requests that are being answered. Touched on the gateway's loop alone."""
+    answered: dict[str, tuple[WireRequest, list[LLMCall]]] = field(default_factory=dict, repr=False)
+    """What was answered, by request: one that comes again because its answer got lost is not sampled again."""
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.gateway.url}/e/{self.id}/v1"
+
+    @property
+    def api_key(self) -> str:
+        return self.gateway.api_key
+
+    def openai(self, **options: Any) -> Any:
+        """An AsyncOpenAI for the running event loop."""
+        return self.gateway.async_client().copy(base_url=self.base_url, api_key=self.api_key, **options)
+
+    def sync_openai(self, **options: Any) -> Any:
+        """An OpenAI client, for any thread."""
+        return self.gateway.sync_client().copy(base_url=self.base_url, api_key=self.api_key, **options)
+
+    def close(self) -> None:
+        """From now on the address answers 410, and what is being answered is canceled."""
+        self.gateway.forget(self)
+
+
+class Gateway:
+    """The server of this process. `gateway()` is the one that is running."""
+
+    def __init__(self) -> None:
+        self.api_key = secrets.token_urlsafe(32)
+        remember_secret(self.api_key)
+        self._seal = secrets.token_bytes(16)
+        self._numbers = itertools.count()
+        self._open: dict[str, Endpoint] = {}
+        self._lock = threading.Lock()
+        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
+        self._sync_client: Any = None
+        started: Future[int] = Future()
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self._serve, args=(started,), name="finetune_nb gateway", daemon=True).start()
+        self.url = f"http://127.0.0.1:{started.result()}"
+
+    def __repr__(self) -> str:
+        return f"Gateway({self.url}, {len(self._open)} open)"
+
+    def _serve(self, started: Future[int]) -> None:
+        asyncio.set_event_loop(self.loop)
+
+        async def start() -> None:
+            try:
+                sockets = bind_sockets(0, "127.0.0.1", backlog=1024)
+                http_server(self).add_sockets(sockets)
+            except BaseException as error:
+                started.set_exception(error)
+                raise
+            started.set_result(sockets[0].getsockname()[1])
+
+        self.loop.run_until_complete(start())
+        self.loop.run_forever()
+
+    # ── addresses ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def endpoint(self, episode: Episode, llm: LLM) -> Endpoint:
+        """The address of that model for that rollout."""
+        with self._lock:
+            for endpoint in episode.endpoints:
+                if endpoint.llm is llm:
+                    return endpoint
+            endpoint = Endpoint(self._sealed(next(self._numbers)), episode, llm, self)
+            self._open[endpoint.id] = endpoint
+            episode.endpoints.append(endpoint)
+            return endpoint
+
+    def find(self, name: str) -> Endpoint:
+        """Raises Refused: 410 for an address whose rollout has ended, 404 for one that never was."""
+        endpoint = self._open.get(name)
+        if endpoint is not None:
+            return endpoint
+        number = name.partition("-")[0]
+        if number.isascii() and number.isdigit() and hmac.compare_digest(name, self._sealed(int(number[:20]))):
+            raise Refused(410, "this rollout has ended: its address is closed.", "episode_closed")
+        raise Refused(404, "there is no such rollout. Take llm.base_url inside the workflow.", "unknown_episode")
+
+    def forget(self, endpoint: Endpoint) -> None:
+        def cancel() -> None:
+            for task in endpoint.tasks:
+                task.cancel()
+
+        if self._open.pop(endpoint.id, None) is not None:
+            self.loop.call_soon_threadsafe(cancel)
+
+    def _sealed(self, number: int) -> str:
+        """The name of the address of that number: it cannot be guessed, and is known again after it was forgotten."""
+        return f"{number}-{hashlib.blake2b(b'%d' % number, key=self._seal, digest_size=12).hexdigest()}"
+
+    # ── clients ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def async_client(self) -> Any:
+        """The client whose connections all rollouts on the running event loop share: a new one would take longer to
+        make than the embedded model to answer."""
+        loop = asyncio.get_running_loop()
+        client = self._clients.get(loop)
+        if client is None:
+            openai = _openai()
+            # Proxies of the environment must not see what goes to 127.0.0.1.
+            http = openai.DefaultAsyncHttpxClient(trust_env=False, timeout=None)
+            client = openai.AsyncOpenAI(base_url=self.url, api_key=self.api_key, http_client=http, timeout=None)
+            self._clients[loop] = client
+        return client
+
+    def sync_client(self) -> Any:
+        with self._lock:
+            if self._sync_client is None:
+                openai = _openai()
+                http = openai.DefaultHttpxClient(trust_env=False, timeout=None)
+                self._sync_client = openai.OpenAI(
+                    base_url=self.url, api_key=self.api_key, http_client=http, timeout=None
+                )
+            return self._sync_client
+
+    async def close_clients(self) -> None:
+        """Closes the client of the running event loop."""
+        client = self._clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.close()
+
+    # ── answering ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def authorized(self, header: str | None) -> bool:
+        return hmac.compare_digest((header or "").encode(), f"Bearer {self.api_key}".encode())
+
+    async def sample(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
+        """One call a choice, not yet recorded."""
+        llm, episode, options = endpoint.llm, endpoint.episode, request.options
+
+        def ask() -> Coroutine[Any, Any, LLMCall]:
+            if request.prompt is not None:
+                return llm.complete(episode, request.prompt, request.params, **options)
+            assert request.messages is not None
+            return llm.call(episode, request.messages, request.tools, request.params, **options)
+
+        with episode.current():
+            if request.choices == 1:
+                return [_without_stop(await ask())]
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(ask()) for _ in range(request.choices)]
+        return [_without_stop(task.result()) for task in tasks]
+
+
+def _without_stop(call: LLMCall) -> LLMCall:
+    """The call with its text cut before a stop text, as the OpenAI API has it. The ids stay those that were sampled."""
+    content = call.reply.get("content")
+    if not call.sampling.stop or not content:
+        return call
+    end = min((at for text in call.sampling.stop if (at := content.find(text)) >= 0), default=len(content))
+    return replace(call, reply={**call.reply, "content": content[:end]})
+
+
+_gateway: Gateway | None = None
+_process: int | None = None
+_starting = threading.Lock()
+
+
+def gateway() -> Gateway:
+    """The gateway of this process, started if need be."""
+    global _gateway, _process
+    with _starting:
+        if _gateway is None or _process != os.getpid():  # a fork has no threads of its parent's
+            _gateway, _process = Gateway(), os.getpid()
+        return _gateway
+
+
+def running_gateway() -> Gateway | None:
+    """The gateway of this process, if it has been started."""
+    return _gateway if _process == os.getpid() else None
+
+
+def _openai() -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise MissingExtra("llm.openai()", "openai") from error
+    return openai
