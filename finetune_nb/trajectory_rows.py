@@ -24,6 +24,8 @@ def collection_of(table: pa.Table, run_id: str, groups: int | None) -> Trajector
     groups: how many there were, empty ones too; None: by example, in the order in which they first appear.
     Raises ValueError where a value does not fit.
     """
+    if groups is not None and not 0 <= groups <= len(table) + _EMPTY_GROUPS:
+        raise ValueError(f"{groups} groups for {len(table)} rows")
     columns = {name: _pythonic(table.column(name).combine_chunks()) for name in COLUMNS if name not in _DERIVED}
     out: list[list[Trajectory]] = [[] for _ in range(groups or 0)]
     by_example: dict[str, list[Trajectory]] = {}
@@ -57,6 +59,8 @@ def collection_of(table: pa.Table, run_id: str, groups: int | None) -> Trajector
     return TrajectoryCollection.model_construct(trajectories=trajectories, run_id=run_id, failures=failures)
 
 
+_EMPTY_GROUPS = 100_000
+"""More of them than that are no record but an attack on the memory."""
 _OF_ROWS = ("kind", "group", "reward", "shaped_rewards", "metadata", "steps")
 _OF_MESSAGES = (
     "roles",

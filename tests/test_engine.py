@@ -251,11 +251,11 @@ def test_interrupting_run_sync_cancels_the_coroutine():
         import finetune_nb as ft
         ended = threading.Event()
         async def work():
+            threading.Timer(0.3, _thread.interrupt_main).start()
             try:
                 await asyncio.sleep(60)
             finally:
                 ended.set()
-        threading.Timer(0.3, _thread.interrupt_main).start()
         try:
             ft.run_sync(work())
         except KeyboardInterrupt:

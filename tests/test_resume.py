@@ -1,13 +1,17 @@
 """A run outlives its process: what is on disk can be looked at and gone on with, as if nothing had happened."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import time
+import zipfile
+from pathlib import Path
 
 import pytest
 from agents import coin, guess, right
@@ -165,6 +169,33 @@ async def test_a_folder_that_was_moved_is_the_same_run(make_run, tmp_path):
     assert len(opened.trajectories()) == 24
 
 
+async def test_a_folder_that_the_first_schema_wrote_is_read_as_it_is_and_gone_on_with(make_run, tmp_path):
+    with zipfile.ZipFile(Path(__file__).parent / "data" / "run_of_schema_1.zip") as file:
+        file.extractall(tmp_path)
+
+    def version():
+        with contextlib.closing(sqlite3.connect(tmp_path / "old" / "run.db")) as db:
+            return db.execute("PRAGMA user_version").fetchone()[0]
+
+    found = ft.Run.open(tmp_path / "old")
+    assert len(found.trajectories()) == 3 * 24 and found.partial is None and found.plot_rewards().axes
+    assert [(c.field, c.new, c.epoch) for c in found.changes] == [("percentile", 0.6, 2), ("schedule", "manual", 2)]
+    assert version() == 1
+    options = {"validation": sums(3, seed=9), "validation_interval": 2}
+    again = make_run("old", **options)
+    assert again.curriculum.percentile == 0.6
+    assert (await again.next_epoch()).index == 3
+    again.close()
+    assert version() == 2
+    straight = make_run("new", **options)
+    for index in range(4):
+        if index == 2:
+            straight.curriculum = {"percentile": 0.6}
+        await straight.next_epoch()
+    found.refresh()
+    assert rewards_of(found) == rewards_of(straight)
+
+
 async def test_an_epoch_that_cannot_be_stored_is_kept_and_stored_later(make_run, tmp_path, caplog, monkeypatch):
     run = make_run()
     await run.next_epoch()
@@ -263,7 +294,7 @@ def test_the_demo_killed_and_resumed_gives_the_same_rewards_as_never_killed(tmp_
         import finetune_nb as ft
         async def main():
             run = ft.Run.from_config({config!r}, name=sys.argv[1], resume="auto", finetuning__output_dir={folder!r})
-            while len(run) < 5:
+            while len(run) < 6:
                 print((await run.next_epoch()).index, flush=True)
             run.close()
         asyncio.run(main())
@@ -276,12 +307,16 @@ def test_the_demo_killed_and_resumed_gives_the_same_rewards_as_never_killed(tmp_
     straight = begin("straight")
     straight.communicate(timeout=300)
     assert straight.returncode == 0
-    for _ in range(3):
+    rng = random.Random(1)
+    for _ in range(4):
         process = begin("killed")
-        process.stdout.readline()
-        time.sleep(random.Random(1).uniform(0.1, 1.5))
+        process.stdout.readline()  # an epoch more each time
+        time.sleep(rng.uniform(0.0, 2.5))
         process.kill()
         process.wait()
+        found = ft.Run.open(tmp_path / "killed")
+        assert [epoch.index for epoch in found.records] == list(range(len(found)))
+        assert len(found.trajectories()) == 320 * len(found)
     process = begin("killed")
     process.communicate(timeout=300)
     assert process.returncode == 0

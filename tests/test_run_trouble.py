@@ -253,3 +253,35 @@ async def test_after_a_run_with_secrets_a_search_over_its_folder_finds_none(make
     found = [path for path, text in everything_in(tmp_path) if "hunter2" in text]
     assert found == []
     assert RunStore.open(tmp_path / "archive" / "run").epochs
+
+
+class WithLLM(ft.FunctionBaseConfig, name="function_that_names_its_llm"):
+    llm: str = "policy"
+
+
+async def test_secrets_of_a_config_are_not_in_the_folder_not_even_of_an_epoch_that_was_cut_off(
+    tmp_path, monkeypatch, closing
+):
+    literal, variable = "sk-literal-hunter2", "sk-variable-hunter2"
+    monkeypatch.setenv("JUDGE_TOKEN", variable)
+
+    async def leaky(question, llm, item):
+        await llm.chat([{"role": "user", "content": question}, {"role": "system", "content": f"{literal} {variable}"}])
+        if item.id == "sum-1":
+            raise PermissionError(f"401: {variable}")
+        return f"{literal} {variable}"
+
+    made = closing(ft.Run(leaky, right, sums(6), adapter=Weights(), generations=2, output_dir=tmp_path, name="run"))
+    judge = {"_type": "openai", "model_name": "m", "base_url": "http://127.0.0.1:9", "api_key": literal}
+    other = {**judge, "api_key": "${JUDGE_TOKEN}"}
+    made.config.workflow = WithLLM()
+    made.config.llms |= ft.load_config({"llms": {"judge": judge, "other": other}}).llms
+    await made.next_epoch()
+
+    made._driver.recorder.store.begin_epoch(1, 0.0, None)
+    made._driver.recorder.store.add_rollouts(1, made[0].collection, whole=True)
+    begun = RunStore.open(made.folder).partial().collection
+    rollouts = begun.model_dump_json() + repr(begun.failures)
+    texts = [*(text for _, text in everything_in(made.folder)), rollouts, repr(made), made._repr_html_()]
+    assert [text[:80] for text in texts if "hunter2" in text] == []
+    assert "***" in rollouts and len(begun.failures) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -443,6 +444,53 @@ def test_a_file_with_other_columns_or_values_is_refused(folder):
             RunStore.open(folder).epochs[0].collection  # noqa: B018
 
 
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("hacked",))
+
+
+def test_metadata_of_a_parquet_file_run_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = trajectory_file(two_epochs(folder), 0)
+    table = pq.read_table(path)
+    about = table.schema.metadata
+    pickled = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(Evil())}
+    evil = table.schema.set(0, table.schema.field(0).with_metadata(pickled))
+    for schema in (
+        evil,
+        table.schema.with_metadata({**about, b"pandas": b'{"columns": ' + b"[" * 100_000}),
+    ):
+        pq.write_table(table.cast(schema), path)
+        (trajectories,) = RunStore.open(folder).epochs[0].collection.trajectories  # they do not count
+        assert [t.reward for t in trajectories] == [1.0, 0.0]
+    pq.write_table(table.replace_schema_metadata({**about, b"ARROW:schema": pickle.dumps(Evil())}), path)
+    with pytest.raises(StoreError, match=r"epoch-000000\.parquet"):
+        RunStore.open(folder).epochs[0].collection  # noqa: B018
+    ours = json.loads(about[b"finetune_nb"])
+    for wrong in ({"groups": 10**12}, {"run_id": "../x"}, {"epoch": 1}, {"collection": ["x"]}, {"format": None}):
+        pq.write_table(table.replace_schema_metadata({b"finetune_nb": json.dumps({**ours, **wrong})}), path)
+        with pytest.raises(StoreError, match=r"epoch-000000\.parquet"):
+            RunStore.open(folder).epochs[0].collection  # noqa: B018
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_rollouts_that_claim_more_groups_than_there_can_be_are_refused(store, folder):
+    store.begin_epoch(0, 0.0, None)
+    store.add_rollouts(0, collected([make_trajectory(0.25)]), whole=True)
+    with closing(sqlite3.connect(folder / "run.db")) as db:
+        (data,) = db.execute("SELECT data FROM rollouts").fetchone()
+        table = (
+            pa.ipc.open_stream(data).read_all().replace_schema_metadata({b"finetune_nb": b'{"groups": 1000000000000}'})
+        )
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        db.execute("UPDATE rollouts SET data = ?", (sink.getvalue().to_pybytes(),))
+        db.commit()
+    with pytest.raises(StoreError, match="1000000000000 groups"):
+        RunStore.open(folder).partial()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
 def test_a_truncated_database_is_a_clear_error(folder, share):
     path = two_epochs(folder) / "run.db"
@@ -479,20 +527,6 @@ def test_an_older_schema_is_read_as_it_is_and_brought_up_to_date_by_a_writer(fol
     RunStore.open(folder, write=True).close()
     assert version_of(folder) == now + 1
     assert len(RunStore.open(folder).epochs) == 2
-
-
-def test_a_folder_of_the_first_schema_goes_on(folder):
-    two_epochs(folder)
-    with closing(sqlite3.connect(folder / "run.db")) as db:
-        db.execute("ALTER TABLE run DROP COLUMN start")
-        db.execute("ALTER TABLE unfinished DROP COLUMN selection")
-        db.execute("PRAGMA user_version = 1")
-        db.commit()
-    assert len(RunStore.open(folder).epochs) == 2
-    with RunStore.open(folder, write=True) as store:
-        store.begin_epoch(2, 0.0, None)
-        store.append(make_epoch([[1.0]], index=2), {})
-        assert len(store.epochs) == 3
 
 
 def test_a_database_of_somebody_else_is_left_alone(folder):
