@@ -219,6 +219,11 @@ font:12.5px/1.5 var(--jp-code-font-family,ui-monospace,monospace);max-height:28e
 .ft summary{cursor:pointer}
 .ft .ft-turn{border-left:4px solid rgba(128,128,128,.6);padding:1px 0 1px 10px;margin:8px 0}
 .ft .ft-turn.assistant{border-color:var(--on)}
+.ft.ft .ft-heat span.t1{background:rgba(217,95,2,.12)}
+.ft.ft .ft-heat span.t2{background:rgba(217,95,2,.27)}
+.ft.ft .ft-heat span.t3{background:rgba(217,95,2,.42)}
+.ft.ft .ft-heat span.t4{background:rgba(217,95,2,.57);border-bottom:2px dotted var(--fg)}
+.ft.ft .ft-heat span.t5{background:rgba(217,95,2,.72);border-bottom:2px solid var(--fg)}
 .ft .ft-bar{display:inline-block;width:90px;height:9px;background:rgba(128,128,128,.25)}
 .ft .ft-bar>span{display:block;height:100%;background:var(--on)}
 .ft .ft-spark{color:var(--on);vertical-align:middle}

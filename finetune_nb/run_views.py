@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from .comparison import Comparison
     from .controls import Change
+    from .heat_map import Heat
+    from .rollout_view import RolloutView
 
 __all__ = ["RunViews", "compare"]
 
@@ -129,6 +131,38 @@ class RunViews(ABC):
         from . import frames
 
         return frames.journal(self.changes)
+
+    def _epoch(self, epoch: int | None) -> Epoch:
+        """The record to look at. None: the newest; the epoch that did not come to its end counts where it is asked for by
+        its number, or where there is no other."""
+        try:
+            return self[-1 if epoch is None else epoch]
+        except IndexError:
+            left = self.partial
+            if left is None or epoch not in (None, left.index):
+                raise
+            return left
+
+    def show(
+        self,
+        epoch: int | None = None,
+        example: Any = None,
+        generation: int | None = None,
+        *,
+        heat: Heat = "probability",
+    ) -> RolloutView:
+        """One rollout as a conversation, with its reward, its tokens and its siblings.
+
+        epoch: its number; negative: from the newest; None = the newest. example: the example's id; None = the one whose
+        rewards differ most. generation: None = the best of the group. heat: what tints the sampled tokens, their
+        "probability" or, where the record has alternatives, the "entropy" of the choice. `.trajectory` of what is returned
+        is the record itself. Raises IndexError for an epoch that is not there, RunError for an example or a generation.
+        """
+        from .rollout_group import rollout_group
+        from .rollout_view import RolloutView
+
+        group = rollout_group(self._epoch(epoch), example)
+        return RolloutView(group, group.rollout(generation), heat)
 
     def plot_rewards(self, ax: Any = None, **options: Any) -> Any:
         """Reward per epoch, with validation and curriculum. Returns a figure, or draws on `ax`."""

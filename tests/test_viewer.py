@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from factories import item, make_epoch, make_trajectory
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_nb.config import CurriculumSettings
@@ -99,6 +99,7 @@ def test_every_view_of_a_megabyte_stays_below_200_kb_and_says_what_is_left_out(t
     assert "characters left out" in text_of(trajectory_html(conversation_of(text)))
 
 
+@settings(deadline=None, max_examples=40)
 @given(turns=st.integers(1, 3000), size=st.integers(0, 3000), letter=st.sampled_from("a<'\u202e\U000e0041"))
 def test_a_conversation_of_any_length_stays_below_200_kb_and_keeps_its_end(turns: int, size: int, letter: str) -> None:
     episode: list[EpisodeItem] = [item("user", letter * size) for _ in range(turns)]
@@ -127,10 +128,10 @@ def test_a_conversation_has_roles_tool_calls_results_and_how_it_ended() -> None:
         "correct 1 · short –",
         "policy version 0",
         "system prompt, 25 characters You may use a calculator.",
-        'assistant · 12 tokens · finish: tool_calls → calls calculator {"expression": "12+7"}',
+        'assistant · 12 tokens, mean logprob -0.1 · finish: tool_calls → calls calculator {"expression": "12+7"}',
         "tool · calculator 19-3",
         "not sampled by the policy by hand",
-        "2 tokens · cut at the token limit 16",
+        "2 tokens, mean logprob -0.1 · cut at the token limit 16",
     ):
         assert part in shown
 

@@ -1,0 +1,137 @@
+"""Sampled tokens -> HTML: a heat map of how likely each one was, and the same as a table, in a bounded number of bytes.
+
+A tint says little to some and nothing where styles are stripped: unlikely tokens are also underlined, each token tells its
+numbers on hover, and a folded table lists them. What stands around the tokens is made in conversation.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Literal, get_args
+
+from .errors import ConfigError
+from .html import Html, cut, details, element, number, plain, table
+from .sampled_tokens import Token
+
+__all__ = ["Heat", "check_heat", "heat_legend", "heat_map", "summary", "token_table"]
+
+Heat = Literal["probability", "entropy"]
+"""What tints a token: how unlikely it was, or how open the choice was."""
+
+_BOUNDS = {"probability": (0.9, 0.6, 0.3, 0.1, 0.02), "entropy": (0.1, 0.4, 0.8, 1.4, 2.0)}
+"""Where the next darker tint begins: below that probability, above that many nats."""
+TEXT_LIMIT = 200
+"""Characters shown of one token."""
+ROW_LIMIT = 60
+"""Rows of a table of tokens."""
+
+
+def check_heat(heat: str) -> None:
+    """Raises ConfigError for anything but the names of Heat."""
+    if heat not in get_args(Heat):
+        raise ConfigError(f"found heat={heat!r}; expected 'probability' or 'entropy'.")
+
+
+def heat_map(tokens: Sequence[Token], room: int, heat: Heat = "probability") -> Html:
+    """The tokens as text, each tinted and with its numbers on hover; of too many for `room` bytes the beginning and the
+    end."""
+    spans = [_span(token, heat) for token in tokens[: room // 30]]  # no span has fewer bytes
+    left_out = len(tokens) - len(spans)
+    room -= 120
+    if left_out or sum(map(_bytes, spans)) > room:
+        ends = [_span(token, heat) for token in tokens[-max(1, room // 120) :]]
+        head = sum(size <= room * 3 // 4 for size in accumulate(map(_bytes, spans)))
+        tail = sum(size <= room // 4 for size in accumulate(map(_bytes, reversed(ends))))
+        left_out = len(tokens) - head - tail
+        note = element("span", f" […{left_out:,} of {len(tokens):,} tokens left out…] ", class_="ft-dim")
+        spans = [*spans[:head], note, *ends[len(ends) - tail :]]
+    return element("pre", spans, dir="auto", class_="ft-heat")
+
+
+def _span(token: Token, heat: Heat) -> Html:
+    text = cut(token.text or "", TEXT_LIMIT)
+    if text and not text.strip(" \n"):
+        text = text.replace("\n", "↵\n")  # else its tint would have no width
+    return element("span", text, title=_numbers(token), class_=_tint(token, heat))
+
+
+def _tint(token: Token, heat: Heat) -> str | None:
+    value = token.probability if heat == "probability" else token.entropy
+    if math.isnan(value):
+        return None
+    bounds = _BOUNDS[heat]
+    level = sum(value < bound for bound in bounds) if heat == "probability" else sum(value > bound for bound in bounds)
+    return f"t{level}" if level else None
+
+
+def _numbers(token: Token) -> str:
+    parts = [f"p {number(token.probability)}, logprob {number(token.logprob)}"]
+    if not math.isnan(token.entropy):
+        parts.append(f"entropy {number(token.entropy)}")
+    if token.alternatives:
+        parts.append(f"instead {_alternatives(token, 3)}")
+    return ", ".join(parts)
+
+
+def _alternatives(token: Token, most: int) -> str:
+    return " · ".join(
+        f"{visible(text, 40)} {number(math.exp(min(logprob, 0.0)), 2)}" for text, logprob in token.alternatives[:most]
+    )
+
+
+def token_table(tokens: Sequence[Token], room: int) -> Html:
+    """A fold with a row a token: its place, text, probability, logprob, and where there are alternatives its entropy and
+    what was likely instead. Of many tokens, the least likely, as many as fit into `room` bytes."""
+    has_entropy = any(not math.isnan(token.entropy) for token in tokens)
+    headers = ["#", "token", "probability", "logprob", *(["entropy", "instead"] if has_entropy else [])]
+    least_likely = sorted(range(len(tokens)), key=lambda place: _order(tokens[place].logprob))[:ROW_LIMIT]
+    rows = {place: _row(place, tokens[place], has_entropy) for place in least_likely}
+    size = _bytes(table(rows.values(), headers))
+    fit = len(rows) if size <= room - 100 else len(rows) * max(0, room - 500) // size
+    rows = {place: rows[place] for place in least_likely[:fit]}
+    if not rows:
+        return Html()
+    few = len(rows) < len(tokens)
+    title = f"the {len(rows):,} least likely of {len(tokens):,} tokens" if few else f"{len(tokens):,} tokens as a table"
+    return details(title, table([rows[place] for place in sorted(rows)], headers))
+
+
+def _row(place: int, token: Token, has_entropy: bool) -> list[Any]:
+    row = [place, element("code", visible(token.text, 60)), token.probability, token.logprob]
+    return [*row, token.entropy, _alternatives(token, 3)] if has_entropy else row
+
+
+def _order(logprob: float) -> float:
+    return math.inf if math.isnan(logprob) else logprob
+
+
+def heat_legend(heat: Heat) -> Html:
+    """One line that explains the tints."""
+    bounds = _BOUNDS[heat]
+    sign = "below" if heat == "probability" else "above"
+    what = "probability of the sampled token" if heat == "probability" else "entropy in nats"
+    marks = [element("span", f" {sign} {bound:g} ", class_=f"t{level}") for level, bound in enumerate(bounds, 1)]
+    return element("div", f"{what}: ", *marks, " · numbers on hover, and in the tables", class_="ft-heat")
+
+
+def summary(tokens: Sequence[Token]) -> str:
+    """ "12 tokens, mean logprob -0.31"."""
+    known = [token.logprob for token in tokens if math.isfinite(token.logprob)]
+    count = f"{len(tokens):,} token" + "s" * (len(tokens) != 1)
+    return f"{count}, mean logprob {number(math.fsum(known) / len(known))}" if known else count
+
+
+def visible(text: str | None, limit: int) -> str:
+    """A token's text with its white space to be seen."""
+    if text is None:
+        return "–"
+    text = plain(cut(text, limit)).replace("\n", "↵").replace("\t", "⇥")
+    inside = text.strip(" ")
+    lead = len(text) - len(text.lstrip(" ")) if inside else len(text)
+    return "␣" * lead + inside + "␣" * (len(text) - lead - len(inside))
+
+
+def _bytes(markup: str) -> int:
+    return len(markup.encode())
