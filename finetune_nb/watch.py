@@ -67,6 +67,8 @@ class Watch:
     refs: list[TrainingJobRef] = field(default_factory=list)
     waited: list[TrainingJobRef] = field(default_factory=list)
     statuses: list[TrainingJobStatus] = field(default_factory=list)
+    stands: TrainingJobStatus | None = None
+    """What was last answered of a job that was asked how it stands."""
     validations: list[Validation] = field(default_factory=list)
     logged: set[str] = field(default_factory=set)
     progress: Progress = field(default_factory=Progress)

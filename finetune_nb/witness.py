@@ -56,6 +56,7 @@ class Witness:
         observe(self.builder, "start_run", self._start_run)
         observe(self.builder, "finalize", self._finalize)
         observe(self.adapter, "submit", self._submit)
+        observe(self.adapter, "status", self._status)
         observe(self.adapter, "wait_until_complete", self._wait_until_complete)
         observe(trainer, "run_validation_evaluation", self._validate)
         for part, component in (("trainer", trainer), ("builder", self.builder), ("adapter", self.adapter)):
@@ -202,6 +203,17 @@ class Witness:
             watch.waited.append(ref)
             watch.statuses.append(status)
             watch.add_seconds("training", started)
+            if status != watch.stands:
+                await self.recorder.waited(watch.epoch, status)
+        return status
+
+    async def _status(
+        self, original: Callable[..., Awaitable[TrainingJobStatus]], ref: TrainingJobRef, *args: Any, **kwargs: Any
+    ) -> TrainingJobStatus:
+        """Whoever asks how the running epoch's job stands: what is new in the answer goes into the folder."""
+        status, watch = await original(ref, *args, **kwargs), self.watch
+        if watch is not None and status != watch.stands and any(ref is known or ref == known for known in watch.refs):
+            watch.stands = status
             await self.recorder.waited(watch.epoch, status)
         return status
 

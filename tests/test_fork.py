@@ -9,7 +9,7 @@ import time
 
 import pytest
 from agents import guess, right
-from detached import Weights
+from detached import Detached, Weights
 
 import finetune_nb as ft
 from finetune_nb import shelf
@@ -188,6 +188,21 @@ async def test_an_epoch_that_died_in_its_training_shows_what_was_chosen(make_run
     partial = run.partial
     assert set(map(str, partial.selection.left_out())) <= {"no_reward_spread", "beyond_percentile"}
     assert partial.statistics.counts.sum() == 24 and partial.reason.endswith("its job is out")
+
+
+async def test_how_a_job_stands_is_in_the_folder_while_it_runs_and_is_written_when_it_changes(
+    make_run, tmp_path, monkeypatch
+):
+    backend = Detached(tmp_path / "backend", seconds=0.1)
+    told, real = [], RunStore.record_status
+
+    def record_status(store, index, status):
+        real(store, index, status)
+        told.append((index, str(status.status), str(RunStore.open(store.folder).partial().status.status)))
+
+    monkeypatch.setattr(RunStore, "record_status", record_status)
+    await epochs(make_run(adapter=backend), 2)
+    assert told == [(index, status, status) for index in range(2) for status in ("running", "completed")]
 
 
 async def test_a_link_in_a_checkpoint_is_not_followed(make_run, tmp_path):
