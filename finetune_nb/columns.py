@@ -1,7 +1,8 @@
-"""Lists of values -> columns of a DataFrame that keep missing apart from zero, whatever the values are.
+"""Lists of values -> columns of a DataFrame that keep missing apart from zero, whatever the values are; and which columns
+were asked for.
 
 Values come from models, datasets and other people's components: a count may be no number, a text may hold a lone
-surrogate, which Arrow refuses. Which columns a frame has is left to frames.py.
+surrogate, which Arrow refuses. Which columns a frame has is left to frames.py and its neighbours.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from itertools import chain
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+from .errors import ConfigError, did_you_mean
 from .html import plain
 from .types import GROUP_REASONS
 
@@ -19,7 +21,46 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-__all__ = ["categories", "counts", "floats", "join", "objects", "reasons", "texts", "wide"]
+__all__ = [
+    "asked_for",
+    "categories",
+    "counts",
+    "floats",
+    "framed",
+    "join",
+    "objects",
+    "reasons",
+    "repeated",
+    "texts",
+    "wide",
+]
+
+
+def asked_for(
+    columns: Sequence[str] | str | None, known: Iterable[str], prefixes: Iterable[str] = ()
+) -> list[str] | None:
+    """The columns to make, in that order; None: all. prefixes: of those that depend on what there is ("score_").
+    Raises ConfigError for one that the frame never has."""
+    if columns is None:
+        return None
+    names, known = [columns] if isinstance(columns, str) else list(columns), list(known)
+    for name in names:
+        if name not in known and not str(name).startswith(tuple(prefixes)):
+            raise ConfigError(f"there is no column {name!r}. {did_you_mean(name, known)}")
+    return names
+
+
+def framed(found: Mapping[str, Any], columns: Sequence[str] | None) -> pd.DataFrame:
+    """The columns as a frame: those that were asked for, in that order. One that depends on what there is (a score) is
+    empty as long as there are no rows. Raises ConfigError where there are rows and none of them has it."""
+    import pandas as pd
+
+    if columns is not None:
+        rows = len(next(iter(found.values()))) if found else 0
+        if absent := [name for name in columns if name not in found and rows]:
+            raise ConfigError(f"no epoch has {absent[0]!r}. {did_you_mean(absent[0], found)}")
+        found = {name: found[name] if name in found else floats([]) for name in columns}
+    return pd.DataFrame(dict(found), copy=False)
 
 
 def join(parts: Iterable[Any], dtype: Any) -> np.ndarray:
@@ -29,7 +70,7 @@ def join(parts: Iterable[Any], dtype: Any) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype=dtype), *parts]).astype(dtype, copy=False)
 
 
-def objects(values: list[Any]) -> pd.Series:
+def objects(values: Any) -> pd.Series:
     """Values as they are: left to themselves, numpy and pandas would make text of ids, and rows of lists."""
     import numpy as np
     import pandas as pd
@@ -81,6 +122,17 @@ def categories(values: list[Any]) -> Any:
     names = [plain(name) for name in found]
     places = {name: place for place, name in enumerate(dict.fromkeys(names))}  # two may look alike once they are plain
     codes = np.array([*(places[name] for name in names), -1])[codes]
+    return pd.Categorical.from_codes(codes, categories=texts(list(places)))
+
+
+def repeated(values: Sequence[str], times: Any) -> Any:
+    """Texts, each repeated that often, as a categorical: a name that thousands of rows share is held once."""
+    import numpy as np
+    import pandas as pd
+
+    names = [plain(value) for value in values]
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    codes = np.repeat(np.array([places[name] for name in names], dtype=np.int64), times)
     return pd.Categorical.from_codes(codes, categories=texts(list(places)))
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean
 from .types import Epoch
 from .viewer import run_html, run_text
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from .rollout_view import RolloutView
 
 __all__ = ["RunViews", "compare"]
+
+Columns = Sequence[str] | str | None
 
 
 class RunViews(ABC):
@@ -101,36 +104,81 @@ class RunViews(ABC):
             raise IndexError(f"found run[{index}]; run {self.id!r} has {there}.")
         return records[place]
 
-    def trajectories(self, partial: bool = False) -> pd.DataFrame:
+    # ── frames ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    #
+    # epoch: a number as in run[3], a slice, or several numbers; None: all. example: an id, or a list of ids. columns: the
+    # names of those that are wanted, in their order. What is not asked for is not read from the disk.
+
+    def trajectories(
+        self, epoch: Any = None, example: Any = None, columns: Columns = None, *, partial: bool = False
+    ) -> pd.DataFrame:
         """One row = one trajectory or one failed rollout. Columns: see frames.trajectories. partial: those of the epoch
         that did not come to its end, too."""
         from . import frames
 
         left = self.partial if partial else None
-        return frames.trajectories([*self.records, *([left] if left else [])])
+        chosen = [*self._chosen(epoch), *([left] if left else [])]
+        return self._of_example(frames.trajectories(chosen, example, columns), example)
 
-    def groups(self) -> pd.DataFrame:
+    def messages(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
+        """One row = one message of an episode. Columns: see frames.messages."""
+        from . import frames
+
+        return self._of_example(frames.messages(self._chosen(epoch), example, columns), example)
+
+    def tokens(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
+        """One row = one token that the policy sampled. Columns: see frames.tokens. Of a long run there are many: ask for
+        some epochs."""
+        from . import frames
+
+        return self._of_example(frames.tokens(self._chosen(epoch), example, columns), example)
+
+    def groups(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
         """One row = one group of one epoch. Columns: see frames.groups."""
         from . import frames
 
-        return frames.groups(self.records)
+        return self._of_example(frames.groups(self._chosen(epoch), example, columns), example)
 
-    def epochs(self) -> pd.DataFrame:
+    def epochs(self, epoch: Any = None, columns: Columns = None) -> pd.DataFrame:
         """One row = one epoch. Columns: see frames.epochs."""
         from . import frames
 
-        return frames.epochs(self.records)
+        return frames.epochs(self._chosen(epoch), columns)
+
+    def _chosen(self, epoch: Any) -> Sequence[Epoch]:
+        if epoch is None:
+            return self.records
+        if isinstance(epoch, slice):
+            return self[epoch]
+        return [self[int(epoch)]] if isinstance(epoch, Integral) else [self[each] for each in epoch]
+
+    def _of_example(self, frame: pd.DataFrame, example: Any) -> pd.DataFrame:
+        """The frame. An empty one is right where an example was not drawn, and a trap where there is no such example."""
+        if example is None or len(frame) or not self.records:
+            return frame
+        from . import frames
+
+        known = frames.groups(self.records, columns=["example"]).example.tolist()
+        if not any(frames.is_example(each, example) for each in known):
+            some = ", ".join(repr(each) for each in known[:5])
+            near = did_you_mean(str(example), map(str, known)).partition("Known:")[0]
+            raise ConfigError(f"run {self.id!r} has no example {example!r}; it has {some}, ... {near}".rstrip())
+        return frame
 
     @property
     @abstractmethod
     def changes(self) -> Sequence[Change]:
         """Every change of the live settings, in order."""
 
-    def journal(self) -> pd.DataFrame:
-        """One row = one field of the live settings that somebody changed. Columns: see frames.journal."""
+    def journal(self, epoch: Any = None, columns: Columns = None) -> pd.DataFrame:
+        """One row = one field of the live settings that somebody changed. Columns: see frames.journal. epoch: those that
+        these epochs were the first to use."""
         from . import frames
 
-        return frames.journal(self.changes)
+        used = None if epoch is None else {each.index for each in self._chosen(epoch)}
+        return frames.journal([c for c in self.changes if used is None or c.epoch in used], columns)
+
+    # ── plots ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _epoch(self, epoch: int | None) -> Epoch:
         """The record to look at. None: the newest; the epoch that did not come to its end counts where it is asked for by

@@ -26,7 +26,8 @@ LAYERS = {
     " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
     " rewind run_log recorder witness trial driver engine",
     "views": "sampled_tokens heat_map conversation pieces rollout_group rollout_view"
-    " columns frames figure plots viewer preview_card comparison display interrupts",
+    " columns rollout_frames unfolding message_frames token_frames frames"
+    " figure plots viewer preview_card comparison display interrupts",
     "surface": "from_functions from_folder shelf run_views run_on_disk steering live_run run cli demo testing",
     "edge": "backends* examples*",
 }
