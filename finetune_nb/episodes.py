@@ -8,10 +8,10 @@ whatever stands around it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .errors import MissingLogprobs
+from .errors import BackendError, MissingLogprobs
 from .types import (
     EpisodeItem,
     EpisodeItemRole,
@@ -20,10 +20,11 @@ from .types import (
     IntermediateStepType,
     LLMCall,
     SamplingParams,
+    Trajectory,
     logprob_values,
 )
 
-__all__ = ["episode_of"]
+__all__ = ["check_exact", "drift", "episode_of"]
 
 _ROLES = {
     **{role.value: role for role in EpisodeItemRole},
@@ -57,17 +58,54 @@ def episode_of(
     episode: list[EpisodeItem] = []
     so_far: list[dict[str, Any]] = []
     conversation = 0
+    ids_so_far: list[int] = []
     for call in calls:
         known = len(so_far)
         if not _carries_on(so_far, call.messages):
             conversation, known = conversation + bool(so_far), 0
         episode += [_context(message, conversation) for message in call.messages[known:]]
-        episode.append(_sampled(call, conversation))
-        so_far = [*call.messages, call.reply]
+        episode.append(turn := _sampled(call, conversation))
+        ids = call.prompt_ids or []
+        if known and ids_so_far and ids and ids[: len(ids_so_far)] != ids_so_far:
+            turn.metadata["drifted"] = True  # type: ignore[index]  # a sampled turn has metadata
+        so_far, ids_so_far = [*call.messages, call.reply], [*ids, *(call.response_ids or ())]
     if not include_tool_calls:
         episode = [item for item in episode if item.role not in (EpisodeItemRole.TOOL, EpisodeItemRole.FUNCTION)]
     versions = [call.policy_version for call in calls if call.policy_version is not None]
     return episode, min(versions, default=None)
+
+
+def drift(trajectories: Iterable[Trajectory]) -> tuple[int, int]:
+    """How many sampled turns carry a conversation on, and how many of these have drifted: their prompt does not begin with
+    the ids of the turn before, because the conversation was rendered or tokenized anew. Training then learns from such a
+    turn as from a conversation of its own."""
+    carried = drifted = 0
+    for trajectory in trajectories:
+        seen: set[int] = set()
+        for item in trajectory.episode:
+            known = item.metadata if isinstance(item, EpisodeItem) and item.role == EpisodeItemRole.ASSISTANT else None
+            if known and known.get("token_ids"):
+                conversation = known.get("conversation", 0)
+                carried += conversation in seen
+                drifted += known.get("drifted", False)
+                seen.add(conversation)
+    return carried, drifted
+
+
+def check_exact(trajectories: Iterable[Trajectory], allow_inexact: bool) -> None:
+    """Raises BackendError for a sampled turn whose ids are not those that the model saw and sampled, unless allowed."""
+    if allow_inexact:
+        return
+    for trajectory in trajectories:
+        for turn, item in enumerate(trajectory.episode):
+            if isinstance(item, EpisodeItem) and (item.metadata or {}).get("exact") is False:
+                known = trajectory.metadata or {}
+                raise BackendError(
+                    f"turn {turn} of example {known.get('id')!r}, generation {known.get('generation')}, has token ids that "
+                    "are not exact: nothing says that they are those that the model saw and sampled, and training on "
+                    "others teaches something else. Sample with the adapter's policy or from a server that returns token "
+                    "ids, or set allow_inexact of the trainer adapter."
+                )
 
 
 def call_of(step: IntermediateStep) -> LLMCall | None:

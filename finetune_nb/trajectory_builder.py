@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from .config import TrajectoryBuilderConfig
-from .episodes import episode_of
+from .episodes import drift, episode_of
 from .errors import ConfigError, did_you_mean
 from .evaluation.evaluate import EvaluationContext, evaluation_context
 from .evaluation.executor import LocalExecutor, RolloutExecutor, RolloutResult
@@ -146,6 +146,13 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
             await self._collect(output, generation, run_id, meta, groups, failures)
         if failures:
             logger.warning("%d rollouts failed; the first: %s", len(failures), failures[0].error)
+        carried, drifted = drift(trajectory for group in groups.values() for trajectory in group)
+        if drifted:
+            logger.warning(
+                "%d of %d turns that carry a conversation on were rendered anew instead of behind the sampled ids (the chat "
+                "template changes earlier turns, the agent does, or the server renders): each is trained on by itself.",
+                drifted, carried,
+            )  # fmt: skip
         return TrajectoryCollection(trajectories=list(groups.values()), run_id=run_id, failures=failures)
 
     async def _collect(

@@ -164,8 +164,9 @@ class EpisodeItem(BaseModel):
     """One message of an episode.
 
     `logprobs` of an assistant turn: one float a sampled token; `[]` for a turn that the policy did not sample (masked in
-    training). `metadata` keys: token_ids, tokens (their text), prompt_token_ids, temperature, finish_reason, tool_calls,
-    tool_call_id.
+    training). `metadata` keys: token_ids, tokens (their text), prompt_token_ids, exact (the ids are those that the model saw
+    and sampled), drifted (True: its prompt does not begin with the ids of the turn before), temperature, finish_reason,
+    tool_calls, tool_call_id.
     """
 
     role: EpisodeItemRole

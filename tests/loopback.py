@@ -36,14 +36,22 @@ class Refusal:
 
 
 @dataclass
+class Fault:
+    """No answer, but a connection that is closed: after `seconds`, and after `sent` of the right answer (of 1)."""
+
+    sent: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
 class LoopbackServer:
     """`with LoopbackServer() as server:` answers at `server.base_url`.
 
-    reply: the text of a request's answer, an assistant message (a mapping), or a Refusal. logprobs: whether the server
+    reply: the text of a request's answer, an assistant message (a mapping), a Refusal or a Fault. logprobs: whether the server
     knows any. token_ids: whether it gives ids when it is asked for them, as vLLM does.
     """
 
-    reply: Callable[[Request], str | Mapping[str, Any] | Refusal] = lambda request: "ok"
+    reply: Callable[[Request], str | Mapping[str, Any] | Refusal | Fault] = lambda request: "ok"
     logprobs: bool = True
     token_ids: bool = True
     requests: list[Request] = field(default_factory=list)
@@ -58,14 +66,21 @@ class LoopbackServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 request = Request(self.path, {k.lower(): v for k, v in self.headers.items()}, body)
                 server.requests.append(request)
-                status, answer = server.answer(request)
+                reply = server.reply(request)
+                fault = reply if isinstance(reply, Fault) else Fault(sent=1.0)
+                status, answer = server.answer(request, "ok" if reply is fault else reply)
                 content = json.dumps(answer).encode()
+                time.sleep(fault.seconds)
+                if not fault.sent:
+                    self.close_connection = True
+                    return
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
                 self.send_header("retry-after-ms", "1")  # so that retrying takes no time
                 self.end_headers()
-                self.wfile.write(content)
+                self.wfile.write(content[: int(fault.sent * len(content))])
+                self.close_connection = fault.sent < 1
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -82,10 +97,11 @@ class LoopbackServer:
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self._http.server_address[1]}/v1"
 
-    def answer(self, request: Request) -> tuple[int, dict[str, Any]]:
+    def answer(self, request: Request, reply: str | Mapping[str, Any] | Refusal) -> tuple[int, dict[str, Any]]:
+        if request.path == "/v1/completions" and isinstance(reply, str):
+            return 200, self.completion(request, reply)
         if request.path != "/v1/chat/completions":
             return 404, {"error": {"message": f"no such path: {request.path}"}}
-        reply = self.reply(request)
         if isinstance(reply, Refusal):
             return reply.status, {"error": {"message": reply.message}}
         message = {"role": "assistant", "content": reply} if isinstance(reply, str) else dict(reply)
@@ -109,6 +125,19 @@ class LoopbackServer:
             completion["prompt_token_ids"] = [ord(c) for m in request.body["messages"] for c in m.get("content") or ""]
             choice["token_ids"] = [ord(c) for c in sampled]
         return 200, completion
+
+    def completion(self, request: Request, text: str) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
+        if self.logprobs and "logprobs" in request.body:
+            logprobs = [_token(position, c)["logprob"] for position, c in enumerate(text)]
+            offsets = list(range(len(text)))
+            choice["logprobs"] = {"tokens": list(text), "token_logprobs": logprobs, "text_offset": offsets}
+        if self.token_ids and request.body.get("return_token_ids"):
+            prompt = request.body["prompt"]
+            choice["prompt_token_ids"] = prompt if isinstance(prompt, list) else [ord(c) for c in prompt]
+            choice["token_ids"] = [ord(c) for c in text]
+        head = {"id": f"cmpl-{len(self.requests)}", "object": "text_completion", "created": int(time.time())}
+        return {**head, "model": request.body["model"], "choices": [choice]}
 
 
 def _token(position: int, text: str) -> dict[str, Any]:

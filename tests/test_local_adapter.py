@@ -471,3 +471,12 @@ def test_config_is_readable_without_torch_and_the_adapter_names_the_extra():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert 'pip install "finetune_nb[local]"' in done.stdout, done.stderr
+
+
+async def test_turns_with_ids_that_are_not_exact_are_refused_unless_allowed():
+    group = [trajectory(float(n), turn(PROMPT, [20 + n], [-1.0], exact=False)) for n in range(2)]
+    with pytest.raises(BackendError, match="not exact"):
+        await adapter().submit(collection(group))
+    trainer = adapter(allow_inexact=True)
+    status = await trainer.wait_until_complete(await trainer.submit(collection(group)))
+    assert status.status == "completed"

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from ...config import FinetuneConfig, TrainerAdapterConfig
+from ...episodes import check_exact
 from ...errors import BackendError, FinetuneError, MissingExtra, StalePolicy, UnknownJob, did_you_mean
 from ...interfaces import TrainerAdapter
 from ...jsonl import append_jsonl
@@ -71,6 +72,8 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     """Tokens, padding included, in one forward and backward pass: less needs less memory and changes no result."""
     max_staleness: int = Field(default=0, ge=0)
     """Policy versions by which a trajectory may be older than the weights that it trains."""
+    allow_inexact: bool = False
+    """Trains also on turns whose token ids are not known to be those that were sampled."""
     device: str = "auto"
     """A torch device; "auto": cuda where there is one, else cpu."""
     dtype: str = "auto"
@@ -150,6 +153,7 @@ class LocalGRPOAdapter(TrainerAdapter):
         from .jobs import TrainingJob  # needs torch, which is known to be there by now
 
         self._check_versions(trajectories, policy.version)
+        check_exact((t for group in trajectories.trajectories for t in group), self.adapter_config.allow_inexact)
         learned = experience(trajectories, self.adapter_config.scale_rewards)
         learner.check(learned)
         job = TrainingJob(

@@ -1,0 +1,123 @@
+"""Recording through the gateway is exact, with a real model and real tools: the ids recorded are the ids sampled, and the
+same weights give the recorded logprobs again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+openai = pytest.importorskip("openai")
+
+from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
+from finetune_nb.episodes import drift, episode_of  # noqa: E402
+from finetune_nb.evaluation.gateway import gateway  # noqa: E402
+from finetune_nb.evaluation.recording import Episode, PolicyLLM  # noqa: E402
+from finetune_nb.examples.calculator.task import LEVELS, TOOLS, calculate, make_question  # noqa: E402
+from finetune_nb.types import EpisodeKey, EvalInputItem, SamplingParams, Trajectory  # noqa: E402
+
+
+@pytest.fixture
+def llm():
+    policy = LocalPolicy.load("embedded")
+    policy.sampled = []
+    sample = policy.sample
+
+    async def keeping(ids, params, seed):
+        found = await sample(ids, params, seed)
+        policy.sampled.append((list(ids), list(found.ids), list(found.logprobs)))
+        return found
+
+    policy.sample = keeping
+    return PolicyLLM(policy, sampling=SamplingParams(1.0, 24))
+
+
+async def by_openai(question, llm):
+    client, messages, remaining = llm.openai(), [{"role": "user", "content": question}], question
+    for _ in range(5):
+        answer = await client.chat.completions.create(model="x", messages=messages, tools=TOOLS)
+        turn = answer.choices[0].message
+        messages.append(turn)
+        for call in turn.tool_calls or ():
+            try:
+                expression = str(json.loads(call.function.arguments).get("expression"))
+            except (ValueError, AttributeError):
+                expression = ""
+            remaining = calculate(expression, remaining) or "no"
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": remaining})
+        if not turn.tool_calls:
+            messages.append({"role": "user", "content": "again"})
+
+
+async def by_langchain(question, llm):
+    pytest.importorskip("langchain_openai")
+    from langchain_core.messages import HumanMessage, ToolMessage
+    from langchain_openai import ChatOpenAI
+
+    model = ChatOpenAI(base_url=llm.base_url, api_key=llm.api_key, model="x").bind_tools(TOOLS)
+    messages, remaining = [HumanMessage(question)], question
+    for _ in range(5):
+        turn = await model.ainvoke(messages)
+        messages.append(turn)
+        for call in turn.tool_calls:
+            remaining = calculate(str(call["args"].get("expression")), remaining) or "no"
+            messages.append(ToolMessage(remaining, tool_call_id=call["id"]))
+        if not turn.tool_calls:
+            messages.append(HumanMessage("again"))
+
+
+async def rollouts(llm, workflow, count, at_once=16):
+    rng, gate = random.Random(3), asyncio.Semaphore(at_once)
+
+    async def one(n, question):
+        async with gate:
+            with Episode(EpisodeKey("train", 0, n, 0), seed=1).live([llm.policy]) as episode:
+                await workflow(question, llm)
+            return episode
+
+    questions = [make_question(rng, rng.choice(LEVELS)) for _ in range(count)]
+    episodes = await asyncio.gather(*(one(n, question) for n, question in enumerate(questions)))
+    await gateway().close_clients()
+    return episodes
+
+
+def rescored(policy, prompt, reply):
+    with torch.inference_mode():
+        logits = policy.model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(reply)[:, None])[:, 0]
+
+
+def check(llm, episodes):
+    """Everything recorded was sampled, everything sampled was recorded; returns turns, tool calls and the largest
+    difference of a logprob."""
+    calls = [call for episode in episodes for call in episode.calls]
+    recorded = [(call.prompt_ids, call.response_ids, call.logprobs) for call in calls]
+    assert sorted(recorded) == sorted(llm.policy.sampled)
+    assert all(call.exact for call in calls)
+    worst = max((rescored(llm.policy, p, r) - torch.tensor(logs)).abs().max().item() for p, r, logs in recorded)
+    assert worst < 1e-4
+    carried = drifted = 0
+    for n, episode in enumerate(episodes):
+        item = EvalInputItem(id=n, input_obj="", expected_output_obj="", full_dataset_entry={})
+        item.trajectory = episode.steps()
+        turns = drift([Trajectory(episode=episode_of(item)[0], reward=0.0)])
+        carried, drifted = carried + turns[0], drifted + turns[1]
+    assert (carried, drifted) == (len(calls) - len(episodes), 0)
+    return len(calls), sum(len(call.reply.get("tool_calls") or ()) for call in calls), worst
+
+
+@pytest.mark.parametrize("workflow", [by_openai, by_langchain])
+async def test_ids_and_logprobs_of_multi_turn_episodes_with_tools_are_those_of_the_model(llm, workflow):
+    turns, tools, _ = check(llm, await rollouts(llm, workflow, 12))
+    assert turns == 5 * 12
+    assert tools > 12
+
+
+@pytest.mark.slow
+async def test_a_thousand_episodes_are_recorded_exactly(llm):
+    turns, tools, worst = check(llm, await rollouts(llm, by_openai, 1000, at_once=64))
+    print(f"\n1,000 episodes, {turns:,} turns, {tools:,} tool calls: all ids as sampled, logprobs within {worst:.1e}")
