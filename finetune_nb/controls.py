@@ -112,6 +112,12 @@ class Controls:
         with self._lock:
             return self._with_draft()
 
+    @property
+    def waiting(self) -> tuple[Change, ...]:
+        """The last change of each field that no epoch has used yet."""
+        with self._lock:
+            return tuple(self._journal[place] for place in self._waiting.values())
+
     # ── whoever steers ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def change(self, changes: Mapping[str, Any] | CurriculumSettings, source: str = "code") -> CurriculumSettings:

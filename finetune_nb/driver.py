@@ -234,6 +234,11 @@ class Driver:
         """Whether the components are built and the record is taken up."""
         return self.trainer is not None
 
+    @property
+    def at_work(self) -> bool:
+        """Whether an epoch is running; between two of them a run may be paused."""
+        return self._witness is not None and self._witness.watch is not None
+
     def require_single_epochs(self) -> None:
         """Raises RunError for a Trainer that trains only in its run()."""
         if self.trainer is not None and self.trainer.trains_in_run:

@@ -236,8 +236,8 @@ font-variant-numeric:tabular-nums;font-weight:600}
 """.strip().replace("\n", "")
 
 
-def view(*body: Any) -> Html:
+def view(*body: Any, styled: bool = True) -> Html:
     """The outermost element: the style sheet and what is shown. The classes keep MathJax from reading a "$" in a
-    model's text as a formula."""
-    style = Html(f"<style>{_STYLE}</style>")
+    model's text as a formula. styled: False where the style sheet is on the page already."""
+    style = Html(f"<style>{_STYLE}</style>") if styled else None
     return element("div", style, *body, class_="ft mathjax_ignore tex2jax_ignore")

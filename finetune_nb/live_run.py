@@ -47,6 +47,7 @@ class LiveRun(Steering):
     _work: Launched[Any] | None = None
     _planned: int | None = None
     _aborted: float | None = None  # when the epoch that is running was, by time.monotonic
+    _panel: Any = None
     _stopped_in: object = None  # the cell whose epoch was ended by an interrupt
 
     @property
@@ -246,6 +247,14 @@ class LiveRun(Steering):
         return self
 
     # ── how far it is ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def panel(self) -> Any:
+        """The control panel: state and progress, buttons, the live settings with what they would do, the reward curve, the
+        newest epochs, the log. Shown again, in any cell, it is another view of the same panel; `close()` takes it away.
+        Where nobody would see widgets (nbclient, a script), the same without them."""
+        from .helm import panel_of
+
+        return panel_of(self)
 
     @property
     def progress(self) -> Progress:

@@ -6,7 +6,6 @@ Pure functions of a Preview. What carries a meaning is a number in the legend, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +42,7 @@ LOOKS: dict[int, Look] = {
     GROUP_REASONS.index(GroupReason.INFINITE_REWARD): Look("infinite reward", f"fill:none;stroke:{_GREY}.9)"),
 }
 """In the order in which they are stacked, from the bottom."""
+_ROWS = ((0, "then"), (1, "unchanged"))
 
 
 def preview_html(preview: Preview) -> str:
@@ -68,9 +68,10 @@ def preview_body(preview: Preview) -> Html:
     codes[(codes == 0) & (before != 0)] = _MOVED
     codes[(codes != 0) & (codes != _MOVED) & (before == 0)] = _MOVED + 1
     counts = np.bincount(codes, minlength=_MOVED + 2)
+    question = "The next epoch " if preview.selection is preview.unchanged else "What if "
     return element(
         "div",
-        element("div", element("strong", "What if "), _settings(preview), class_="ft-line"),
+        element("div", element("strong", question), _settings(preview), class_="ft-line"),
         element("div", _histogram(preview, codes, counts), _legend(counts), class_="ft-what-if"),
         _numbers(preview),
     )
@@ -92,14 +93,11 @@ def _histogram(preview: Preview, codes: np.ndarray, counts: np.ndarray) -> Html:
     there = np.isfinite(means)
     if not there.any():
         return element("div", "no group has a finite reward", class_="ft-dim")
-    low, high = float(means[there].min()), float(means[there].max())
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
-    scale = BINS / (high - low)
-    bins = np.minimum(((means[there] - low) * scale).astype(np.int64), BINS - 1)
-    stacks = np.bincount(bins * len(counts) + codes[there], minlength=BINS * len(counts)).reshape(BINS, len(counts))
+    low, high, many = _bins(means[there])
+    bins = np.minimum(((means[there] - low) * (many / (high - low))).astype(np.int64), many - 1)
+    stacks = np.bincount(bins * len(counts) + codes[there], minlength=many * len(counts)).reshape(many, len(counts))
     tallest = int(stacks.sum(axis=1).max())
-    up, across = (HEIGHT - 6) / tallest, (WIDTH - 36) / BINS
+    up, across = (HEIGHT - 6) / tallest, (WIDTH - 36) / many
     bars = []
     for place, stack in enumerate(stacks.tolist()):
         floor = float(HEIGHT)
@@ -113,10 +111,23 @@ def _histogram(preview: Preview, codes: np.ndarray, counts: np.ndarray) -> Html:
     axis = element("path", d=f"M30 4V{HEIGHT}H{WIDTH}", fill="none", stroke="currentColor", stroke_opacity="0.5")
     y = [_label(26, 12, tallest, "end"), _label(26, HEIGHT, 0, "end")]
     middle = (34 + WIDTH) / 2
-    x = [_label(34, HEIGHT + 14, low, "start"), _label(WIDTH, HEIGHT + 14, high, "end")]
+    ends = float(means[there].min()), float(means[there].max())
+    x = [_label(34, HEIGHT + 14, ends[0], "start"), _label(WIDTH, HEIGHT + 14, ends[1], "end")]
     x.append(_label(middle, HEIGHT + 14, "mean reward of the group", "middle"))
     size = {"viewBox": f"0 0 {WIDTH} {HEIGHT + BOTTOM}", "role": "img", "aria_label": said, "class_": "ft-histogram"}
     return element("svg", element("title", said), bars, axis, y, x, **size)
+
+
+def _bins(means: np.ndarray) -> tuple[float, float, int]:
+    """Edges and number of equal bins: one a value where there are few, such as shares of eight rewards."""
+    low, high = float(means.min()), float(means.max())
+    steps = np.diff(np.unique(means.round(9))) if len(means) <= 5_000 else np.empty(0)
+    if high - low < 1e-9:
+        return low - 0.5, high + 0.5, 1
+    if len(steps) and (high - low) / steps.min() < BINS - 0.5:
+        step = float(steps.min())
+        return low - step / 2, high + step / 2, round((high - low) / step) + 1
+    return low, high, BINS
 
 
 def _label(x: float, y: float, value: Any, anchor: str) -> Html:
@@ -136,18 +147,11 @@ def _legend(counts: np.ndarray) -> Html:
 
 def _numbers(preview: Preview) -> Html:
     """What is trained on, beside what it will be if nothing is changed."""
-    columns: Sequence[tuple[str, tuple[float, float]]] = (
-        ("groups", preview.groups),
-        ("trajectories", preview.trajectories),
-        ("tokens", preview.tokens),
-    )
-    rows = [
-        ["with this", *(f"{pair[0]:,}" for _, pair in columns)],
-        ["unchanged", *(f"{pair[1]:,}" for _, pair in columns)],
-    ]
-    headers = ["trained on", *(name for name, _ in columns)]
+    columns = {"groups": preview.groups, "trajectories": preview.trajectories, "tokens": preview.tokens}
+    headers = ["trained on", *columns]
+    rows: list[list[Any]] = [[name, *(pair[place] for pair in columns.values())] for place, name in _ROWS]
     if math.isfinite(preview.training_seconds[0]):
         headers.append("training takes about")
         for row, seconds in zip(rows, preview.training_seconds, strict=True):
             row.append(duration(seconds))
-    return table(rows, headers)
+    return table(rows[: 1 + (preview.selection is not preview.unchanged)], headers)

@@ -27,8 +27,9 @@ LAYERS = {
     " rewind run_log recorder witness trial driver engine",
     "views": "sampled_tokens heat_map conversation pieces rollout_group rollout_view"
     " columns rollout_frames unfolding message_frames token_frames frames"
-    " figure plots viewer preview_card comparison display interrupts",
-    "surface": "from_functions from_folder shelf run_views run_on_disk steering live_run run cli demo testing",
+    " figure plots viewer preview_card comparison display interrupts"
+    " kernel_widgets live_curve panel_html panel_inputs panel",
+    "surface": "from_functions from_folder shelf run_views run_on_disk steering helm live_run run cli demo testing",
     "edge": "backends* examples*",
 }
 BELOW_THE_EDGE = ("nouns", "contracts", "engine")

@@ -1,0 +1,299 @@
+"""The panel without a browser: what its widgets put where, what it writes and how often, and that it keeps nothing alive."""
+
+import gc
+import threading
+import time
+import weakref
+
+import ipywidgets
+import pytest
+from agents import coin, guess, right
+
+import finetune_nb as ft
+from finetune_nb import kernel_widgets
+from finetune_nb.helm import Helm
+from finetune_nb.live_curve import MOST, reward_curve
+from finetune_nb.panel import Panel, Still
+from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
+from finetune_nb.tripwires import SpreadBelow, ValidationFalls
+
+alive = ipywidgets.widgets.widget._instances
+
+
+@pytest.fixture
+def run(tmp_path, closing):
+    def dealt(epoch):
+        return {f"q{i}": [0.0, i / 10, 1.0] for i in range(10)} | {"flat": [0.5, 0.5, 0.5], "lost": [None, 0.0, 1.0]}
+
+    parts = dict(builder=ScriptedBuilder(dealt), adapter=FakeAdapter(policy=ScriptedPolicy(coin)))
+    options = dict(curriculum={}, name="fixed", num_epochs=4, sampling={"temperature": 0.5})
+    return closing(ft.Run(guess, right, sums(4), output_dir=tmp_path, **parts, **options))
+
+
+@pytest.fixture
+def panel(run, monkeypatch):
+    """As if a front end were there; widgets work without a kernel, they only tell nobody."""
+    monkeypatch.setattr("finetune_nb.helm.is_seen", lambda: True)
+    panel = run.panel()
+    yield panel
+    panel.close()
+
+
+def widget(panel, name):
+    return next(each.widget for each in panel.inputs._all() if each.name == name)
+
+
+def shows(panel, part, text, seconds=5.0):
+    """Waits until that part of the panel contains the text."""
+    deadline = time.monotonic() + seconds
+    while text not in panel.shown[part].value:
+        assert time.monotonic() < deadline, panel.shown[part].value
+        time.sleep(0.02)
+    return True
+
+
+# ── inputs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_a_person_moves_is_tried_out_and_counts_once_it_is_applied(run, panel):
+    ft.run_sync(run.next_epoch())
+    widget(panel, "percentile").value = 0.7
+    assert widget(panel, "schedule").value == "manual"
+    assert run._controls.draft == {"percentile": 0.7, "schedule": "manual"} and run.curriculum.percentile == 0.3
+    assert shows(panel, "answer", "What if") and shows(panel, "answer", "Tried out")
+    panel.buttons["apply"].click()
+    assert run.curriculum.percentile == 0.7 and shows(panel, "answer", "Asked for")
+    assert [change.source for change in run.changes] == ["panel", "panel"]
+    epoch = ft.run_sync(run.next_epoch())
+    assert (epoch.curriculum.percentile, epoch.curriculum.schedule) == (0.7, "manual")
+    assert [change.epoch for change in run.changes] == [1, 1]
+
+
+def test_revert_takes_the_inputs_back_to_what_is_asked_for(run, panel):
+    run.curriculum = {"percentile": 0.5, "min_reward_diff": 0.2}  # by code: the inputs wait for the next touch of one
+    assert widget(panel, "percentile").value == 0.3
+    widget(panel, "expansion_interval").value = 9
+    assert widget(panel, "percentile").value == 0.5  # brought along
+    panel.buttons["revert"].click()
+    assert widget(panel, "expansion_interval").value == 5 and widget(panel, "schedule").value == "manual"
+    assert run._controls.draft == {}
+
+
+def test_every_kind_of_input_reaches_its_setting(run, panel):
+    moved = {
+        "enabled": (False, False),
+        "increment_percentile": (0.1, 0.1),
+        "expansion_interval": (2, 2),
+        "min_reward_diff": (0.3, 0.3),
+        "sort_ascending": (True, True),
+        "random_subsample": (0.5, 0.5),
+        "schedule": ("manual", "manual"),
+    }
+    for name, (value, _) in moved.items():
+        widget(panel, name).value = value
+    panel.buttons["apply"].click()
+    assert {name: getattr(run.curriculum, name) for name in moved} == {
+        name: asked for name, (_, asked) in moved.items()
+    }
+    widget(panel, "random_subsample").value = 1.0
+    panel.buttons["apply"].click()
+    assert run.curriculum.random_subsample is None
+
+
+def test_apply_at_once_needs_no_button(run, panel):
+    widget(panel, "min_reward_diff").value = 0.4
+    panel.at_once.value = True
+    assert run.curriculum.min_reward_diff == 0.4
+    widget(panel, "percentile").value = 0.9
+    assert run.curriculum.percentile == 0.9 and run._controls.draft == {}
+
+
+def test_a_live_field_goes_the_same_way_and_a_value_that_does_not_fit_is_refused_in_words(run, panel):
+    widget(panel, "llm.temperature").value = 0.8
+    panel.buttons["apply"].click()
+    assert run.live["llm.temperature"] == 0.8
+    widget(panel, "llm.temperature").value = -1.0
+    assert shows(panel, "answer", "temperature")
+    assert run._controls.draft == {} and widget(panel, "llm.temperature").value == 0.8
+
+
+def test_tripwires_are_set_beside_those_from_code(run, panel):
+    own = lambda epoch: None  # noqa: E731
+    run.tripwires.append(own)
+    panel.tripwires.spread.value = True
+    panel.tripwires.share.value = 35
+    panel.tripwires.falls.value = True
+    assert run.tripwires == [SpreadBelow(0.35), ValidationFalls(3), own]
+    assert shows(panel, "answer", "1 tripwire from code")
+    panel.tripwires.spread.value = False
+    assert run.tripwires == [ValidationFalls(3), own]
+
+
+# ── buttons ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_buttons_start_step_and_say_why_something_cannot_be(run, panel):
+    panel.buttons["step"].click()
+    run.wait(20)
+    assert len(run) == 1
+    panel.buttons["resume"].click()
+    assert shows(panel, "answer", "Only a run that is paused can be resumed")
+    panel.epochs.value = 2
+    panel.buttons["start"].click()
+    run.wait(20)
+    assert len(run) == 3 and shows(panel, "status", "3 of 3 epochs") and shows(panel, "record", "<svg")
+
+
+def test_a_tripwire_pauses_with_its_words_and_the_panel_offers_what_can_be_done_then(run, panel):
+    run.tripwires = [lambda epoch: "look at <this>" if epoch.index == 1 else None]
+    panel.buttons["start"].click()
+    assert shows(panel, "status", "look at &lt;this&gt;") and shows(panel, "status", "paused")
+    hidden = panel.shown["status"].value
+    assert ".ft-b-start{display:none}" in hidden and ".ft-b-resume{display:none}" not in hidden
+    panel.buttons["resume"].click()
+    run.wait(20)
+    assert len(run) == 4 and shows(panel, "status", "ready")
+
+
+def test_an_error_of_the_engine_is_shown(run, panel):
+    run._driver.config.finetuning.trainer = "nobody"
+    panel.buttons["step"].click()
+    assert shows(panel, "status", "The last epoch failed") and shows(panel, "status", "ft-is-failed")
+
+
+# ── what it writes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_of_its_own_accord_it_writes_twice_a_second_and_in_answer_ten_times(run, panel):
+    ft.run_sync(run.next_epoch())
+    time.sleep(2.0)
+    written = []
+    for name, shown in panel.shown.items():
+        shown.observe(lambda change, name=name: written.append((time.monotonic(), name)), "value")
+    run.start(100_000)
+    deadline = time.monotonic() + 3.0
+    moves = 0
+    while time.monotonic() < deadline:
+        moves += 1
+        widget(panel, "percentile").value = 0.2 + 0.6 * (moves % 50) / 50
+        time.sleep(0.01)
+    run.stop()
+    run.wait(20)
+    answers = [at for at, name in written if name == "answer"]
+    own = [at for at, name in written if name != "answer"]
+    assert moves > 50 and 5 <= len(answers) <= 32
+    assert 2 <= len(own) <= 8
+    assert {"status", "record"} <= {name for _, name in written}
+
+
+def test_a_panel_is_one_and_is_gone_when_it_is_closed(run, panel):
+    assert run.panel() is panel
+    names = {thread.name for thread in threading.enumerate()}
+    assert "ft-panel-fixed" in names
+    before = len(alive)
+    panel.close()
+    assert len(alive) <= before - 60
+    deadline = time.monotonic() + 3
+    while "ft-panel-fixed" in {thread.name for thread in threading.enumerate()}:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    again = run.panel()
+    assert again is not panel
+    again.close()
+    assert "application/vnd.jupyter.widget-view+json" not in panel._repr_mimebundle_()
+
+
+def test_a_panel_keeps_no_run_alive(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune_nb.helm.is_seen", lambda: True)
+    before = len(alive)
+    run = ft.Run(guess, right, sums(4), adapter=FakeAdapter(policy=ScriptedPolicy(coin)), output_dir=tmp_path)
+    run.panel()
+    gone = weakref.ref(run)
+    del run
+    for _ in range(50):
+        gc.collect()
+        if gone() is None:
+            break
+        time.sleep(0.05)
+    assert gone() is None
+    deadline = time.monotonic() + 3
+    while len(alive) > before and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert len(alive) <= before
+
+
+# ── without widgets, without a right to steer ─────────────────────────────────────────────────────────────────────────
+
+
+def test_where_nobody_sees_widgets_it_is_a_picture_of_the_state(run):
+    before = len(alive)
+    ft.run_sync(run.next_epoch())
+    still = run.panel()
+    assert isinstance(still, Still) and len(alive) == before
+    bundle = still._repr_mimebundle_()
+    assert set(bundle) == {"text/plain", "text/html", "image/png"} and sum(map(len, bundle.values())) < 150_000
+    assert "<svg" in bundle["text/html"] and "epoch 0" in bundle["text/plain"]
+
+
+def test_the_fallback_stands_beside_the_widgets(run, panel):
+    bundle = panel._repr_mimebundle_()
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == panel.view.model_id
+    assert "no epoch yet" in bundle["text/html"] and "image/png" not in bundle
+
+
+def test_a_run_that_is_only_read_has_no_inputs_and_says_why(run, tmp_path, monkeypatch):
+    ft.run_sync(run.next_epoch())
+    run.close()
+    read = ft.Run.open(run.folder)
+    read._unable = "this run can be read, but not gone on with here: its agent is missing"
+    panel = Panel(Helm(read))
+    try:
+        assert "its agent is missing" in panel.shown["status"].value
+        assert ".ft-b-start{display:none}" in panel.shown["status"].value
+        assert not any(each.widget in panel._tree for each in panel.inputs._all())
+        assert "<svg" in panel.shown["record"].value
+    finally:
+        panel.close()
+        read.close()
+
+
+def test_a_closed_run_ends_steering_in_its_panel(run, panel):
+    run.close()
+    assert shows(panel, "status", "This run is closed") and shows(panel, "status", ".ft-b-inputs{display:none}")
+
+
+def test_messages_are_let_through_only_where_there_is_something_to_take_away():
+    class Comm:
+        pass
+
+    class Widget:
+        comm = Comm()
+
+    Widget.comm._reply_subshell_id = "of a page that is gone"
+    kernel_widgets.let_through([Widget(), object()])
+    assert not hasattr(Widget.comm, "_reply_subshell_id")
+    kernel_widgets.let_through([Widget()])
+    assert kernel_widgets.is_seen() is False  # no kernel here
+
+
+# ── the curve ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_curve_of_a_long_run_stays_small_and_marks_changes(run):
+    import math
+
+    from factories import make_epoch
+
+    from finetune_nb.controls import Change
+
+    epochs = [make_epoch([[0.0, 1.0], [math.nan, math.nan]], index, validation=0.5) for index in range(0, 900, 3)]
+    change = Change(0.0, "code", "<b>percentile", 0.1, 0.5, epoch=30)
+    drawn = reward_curve(epochs, [change, Change(0.0, "code", "percentile", 0.1, 0.5)])
+    assert drawn.count("ft-mark-line") == 1 and "&lt;b&gt;percentile" in drawn
+    assert len(epochs) > MOST and len(reward_curve(epochs)) < 60_000
+    assert "NaN" not in drawn and "nan" not in drawn
+    missing = reward_curve([make_epoch([[math.nan]])])
+    assert "nan" not in missing and "none yet" in missing
+    huge = reward_curve([make_epoch([[1e300, -1e300]]), make_epoch([[-5e-300, 7.5]], 1)])
+    assert "nan" not in huge and "inf" not in huge
