@@ -151,13 +151,17 @@ class Run(LiveRun):
     ) -> Run:
         """A run from its folder: to look at, and to go on with where its record ends.
 
-        A run that lives in this kernel is returned as it is. What no file can hold must be passed again to go on: plain
-        functions, and datasets that were lists or DataFrames. Reading needs no backend, and disturbs nobody who writes;
-        `refresh` sees what they have added. Raises StoreError for a folder that holds no run, or a damaged one.
+        A run that lives in this kernel is returned itself; one that has only been read gives way where functions are
+        passed. What no file can hold must be passed again to go on: plain functions, and datasets that were lists or
+        DataFrames. Reading needs no backend, and disturbs nobody who writes; `refresh` sees what they have added. Raises
+        StoreError for a folder that holds no run, or a damaged one.
         """
-        folder = Path(path)
-        for live in _open_runs:
-            if live.folder.resolve() == folder.resolve():
+        folder, given = Path(path), any(part is not None for part in (workflow, reward, dataset))
+        for live in sorted(_open_runs, key=lambda run: run._driver.recorder is None):  # whoever writes it comes first
+            if live.folder.resolve() != folder.resolve():
+                continue
+            if live._driver.recorder is not None or not given:
+                live.refresh()  # one that is only read here may have been written on meanwhile
                 return live
         scores = {"reward": reward, **(evaluators or {})} if reward is not None else dict(evaluators or {})
         datasets = {"train": dataset, "validation": validation}

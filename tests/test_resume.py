@@ -137,10 +137,9 @@ async def test_an_opened_run_goes_on_when_its_functions_are_passed_again(tmp_pat
     looking = ft.Run.open(tmp_path / "a")
     with pytest.raises(ft.ConfigError, match="Pass it again"):
         await looking.next_epoch()
-    await asyncio.to_thread(looking.close)
     async with ft.Run.open(tmp_path / "a", workflow=guess, reward=right) as again:
         assert (await again.next_epoch()).index == 1
-    assert len(ft.Run.open(tmp_path / "a")) == 2
+    assert ft.Run.open(tmp_path / "a") is looking and len(looking) == 2
 
 
 async def test_a_run_of_strange_components_can_be_read_and_says_why_it_cannot_go_on(make_run, tmp_path):
@@ -192,7 +191,7 @@ async def test_a_folder_that_the_first_schema_wrote_is_read_as_it_is_and_gone_on
         if index == 2:
             straight.curriculum = {"percentile": 0.6}
         await straight.next_epoch()
-    found.refresh()
+    assert ft.Run.open(tmp_path / "old") is found
     assert rewards_of(found) == rewards_of(straight)
 
 
