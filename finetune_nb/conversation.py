@@ -30,6 +30,7 @@ __all__ = [
     "fitting",
     "head_of",
     "short",
+    "tool_names",
     "turn_of",
 ]
 

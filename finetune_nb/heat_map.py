@@ -15,7 +15,7 @@ from .errors import ConfigError
 from .html import Html, cut, details, element, number, plain, table
 from .sampled_tokens import Token
 
-__all__ = ["Heat", "check_heat", "heat_legend", "heat_map", "summary", "token_table"]
+__all__ = ["Heat", "check_heat", "heat_legend", "heat_map", "summary", "token_table", "visible"]
 
 Heat = Literal["probability", "entropy"]
 """What tints a token: how unlikely it was, or how open the choice was."""

@@ -224,6 +224,8 @@ font:12.5px/1.5 var(--jp-code-font-family,ui-monospace,monospace);max-height:28e
 .ft.ft .ft-heat span.t3{background:rgba(217,95,2,.42)}
 .ft.ft .ft-heat span.t4{background:rgba(217,95,2,.57);border-bottom:2px dotted var(--fg)}
 .ft.ft .ft-heat span.t5{background:rgba(217,95,2,.72);border-bottom:2px solid var(--fg)}
+.ft.ft .ft-pair{width:100%;table-layout:fixed}
+.ft mark{color:var(--bg);background:var(--on);padding:0 2px}
 .ft .ft-bar{display:inline-block;width:90px;height:9px;background:rgba(128,128,128,.25)}
 .ft .ft-bar>span{display:block;height:100%;background:var(--on)}
 .ft .ft-spark{color:var(--on);vertical-align:middle}

@@ -9,7 +9,20 @@ from .conversation import short
 from .html import Html, cut, element, number, plain, table
 from .types import GroupReason
 
-__all__ = ["ERROR_LIMIT", "REASONS", "SHORT", "bad", "count", "facts", "line", "one_line", "scores", "some", "title"]
+__all__ = [
+    "ERROR_LIMIT",
+    "REASONS",
+    "SHORT",
+    "bad",
+    "count",
+    "facts",
+    "line",
+    "one_line",
+    "scores",
+    "signed",
+    "some",
+    "title",
+]
 
 ERROR_LIMIT = 2_000
 """Characters shown of an error."""
@@ -66,3 +79,8 @@ def one_line(text: Any, limit: int = SHORT) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def signed(value: float) -> str:
+    """A number with its sign, as an advantage is written."""
+    return f"+{number(value)}" if value > 0 else number(value)

@@ -15,7 +15,7 @@ from typing import Any
 from .conversation import SIZE_LIMIT, Setting, Turn, conversation, short, turn_of
 from .heat_map import Heat, check_heat
 from .html import Html, bar, cut, details, duration, element, number, table, view
-from .pieces import ERROR_LIMIT, REASONS, SHORT, bad, count, facts, one_line, scores, title
+from .pieces import ERROR_LIMIT, REASONS, SHORT, bad, count, facts, one_line, scores, signed, title
 from .rollout_group import RolloutGroup
 from .types import LLMCall, RolloutFailure, Trajectory
 
@@ -142,7 +142,7 @@ class RolloutView:
         if trajectory is None:
             return "\n  ".join([*lines, f"failed: {one_line(self.failure and self.failure.error)}"])
         assert isinstance(self.chosen, int)
-        lines.append(f"reward {number(trajectory.reward)}, advantage {_signed(group.advantages[self.chosen])}")
+        lines.append(f"reward {number(trajectory.reward)}, advantage {signed(group.advantages[self.chosen])}")
         turns = _turns(trajectory)
         shown = turns if len(turns) <= 20 else [*turns[:16], *turns[-4:]]
         lines += [f"{turn.role}: {_gist(turn)}" for turn in shown]
@@ -158,7 +158,7 @@ class RolloutView:
         head: list[Any] = [title(f"epoch {group.epoch}", self._name())]
         if isinstance(self.chosen, int):
             advantage = group.advantages[self.chosen]
-            more = [("advantage", "" if math.isnan(advantage) else _signed(advantage)), ("group", _standing(group))]
+            more = [("advantage", "" if math.isnan(advantage) else signed(advantage)), ("group", _standing(group))]
             head += _head(group.trajectories[self.chosen], more)
         head.append(_table(group, self.chosen))
         room = VIEW_LIMIT - _bytes(*head)
@@ -189,7 +189,7 @@ def _siblings(
             trajectory = group.trajectories[rollout]
             name = f"generation {short(group.generation(rollout), 40)} · reward {number(trajectory.reward)}"
             if not math.isnan(group.advantages[rollout]):
-                name += f" · advantage {_signed(group.advantages[rollout])}"
+                name += f" · advantage {signed(group.advantages[rollout])}"
             turns = _turns(trajectory)
             name += f" · {count(len(turns), 'turn')}" + (f", the last: {_gist(turns[-1], 60)}" if turns else "")
             body = list(conversation(turns, share, setting))
@@ -224,7 +224,7 @@ def _table(group: RolloutGroup, chosen: int | RolloutFailure) -> Html:
             [
                 element("strong" if place == chosen else "span", short(group.generation(place), 20)),
                 bar(trajectory.reward) if bars else number(trajectory.reward),
-                _signed(group.advantages[place]),
+                signed(group.advantages[place]),
                 f"{len(trajectory.episode):,}",
                 f"{tokens:,}",
                 short(finish, 20),
@@ -266,10 +266,6 @@ def _gist(turn: Turn, limit: int = 160) -> str:
     calls = turn.metadata.get("tool_calls")
     text = one_line(turn.content if isinstance(turn.content, str) else "", limit)
     return f"{text} → {one_line(calls, limit)}".strip() if calls else text
-
-
-def _signed(value: float) -> str:
-    return number(value) if math.isnan(value) or value <= 0 else f"+{number(value)}"
 
 
 def _bytes(*pieces: Html) -> int:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from .comparison import Comparison
     from .controls import Change
+    from .group_comparison import GroupComparison
     from .heat_map import Heat
     from .rollout_view import RolloutView
 
@@ -211,6 +212,17 @@ class RunViews(ABC):
 
         group = rollout_group(self._epoch(epoch), example)
         return RolloutView(group, group.rollout(generation), heat)
+
+    def compare_group(self, epoch: int | None = None, example: Any = None) -> GroupComparison:
+        """The best and the worst rollout of one example side by side, with the place where they part.
+
+        epoch, example: as in `show`. `.divergence` of what is returned says where they part, `.trajectories` are the two
+        records. Raises IndexError for an epoch that is not there, RunError for an example, or one with a single rollout.
+        """
+        from .group_comparison import compare_group
+        from .rollout_group import rollout_group
+
+        return compare_group(rollout_group(self._epoch(epoch), example))
 
     def plot_rewards(self, ax: Any = None, **options: Any) -> Any:
         """Reward per epoch, with validation and curriculum. Returns a figure, or draws on `ax`."""

@@ -25,7 +25,7 @@ LAYERS = {
     " curriculum preview metrics retention jsonl episodes evaluation* trajectory_builder trainer watch"
     " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
     " rewind run_log recorder witness trial driver engine",
-    "views": "sampled_tokens heat_map conversation pieces rollout_group rollout_view"
+    "views": "sampled_tokens heat_map conversation pieces rollout_group rollout_view group_comparison"
     " columns rollout_frames unfolding message_frames token_frames frames"
     " figure plots viewer preview_card comparison display interrupts"
     " kernel_widgets live_curve panel_html panel_inputs panel",
