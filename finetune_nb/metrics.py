@@ -13,7 +13,7 @@ import numpy as np
 
 from .types import EpisodeItemRole, EpochMetrics, GroupStatistics, Selection, Trajectory, TrajectoryCollection
 
-__all__ = ["advantages", "epoch_metrics", "has_signal"]
+__all__ = ["NO_SPREAD", "advantages", "epoch_metrics", "has_signal"]
 
 NO_SPREAD = 1e-9
 """Rewards of a group that differ by no more than this count as equal: the difference is float rounding."""

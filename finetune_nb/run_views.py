@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .controls import Change
     from .group_comparison import GroupComparison
     from .heat_map import Heat
+    from .learning_signal import LearningSignal
     from .rollout_view import RolloutView
 
 __all__ = ["RunViews", "compare"]
@@ -223,6 +224,17 @@ class RunViews(ABC):
         from .rollout_group import rollout_group
 
         return compare_group(rollout_group(self._epoch(epoch), example))
+
+    def signal(self, epoch: int | None = None) -> LearningSignal:
+        """Which groups of an epoch teach, why the others do not, and what larger or smaller groups would do.
+
+        epoch: as in `show`. `.groups`, `.reasons` and `.sizes` of what is returned are DataFrames. The forecast is
+        explained in spread_forecast.chance_of_spread. Raises IndexError for an epoch that is not there.
+        """
+        from .learning_signal import learning_signal
+
+        found = self._epoch(epoch)
+        return learning_signal(found, [one for one in self.records if one.index < found.index])
 
     def plot_rewards(self, ax: Any = None, **options: Any) -> Any:
         """Reward per epoch, with validation and curriculum. Returns a figure, or draws on `ax`."""

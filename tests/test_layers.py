@@ -26,7 +26,7 @@ LAYERS = {
     " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
     " rewind run_log recorder witness trial driver engine",
     "views": "sampled_tokens heat_map conversation pieces rollout_group rollout_view group_comparison"
-    " columns rollout_frames unfolding message_frames token_frames frames"
+    " columns spread_forecast learning_signal rollout_frames unfolding message_frames token_frames frames"
     " figure plots viewer preview_card comparison display interrupts"
     " kernel_widgets live_curve panel_html panel_inputs panel",
     "surface": "from_functions from_folder shelf run_views run_on_disk steering helm live_run run cli demo testing",
