@@ -216,9 +216,9 @@ class Panel:
                 heading("pause the run when"),
                 *pairs,
             ],
-            layout=w.Layout(flex="0 1 380px", min_width="330px"),
+            layout=w.Layout(flex="0 1 360px", min_width="320px"),
         ).add_class("ft-b-inputs")
-        right = w.VBox([shown["record"], shown["answer"]], layout=w.Layout(flex="1 1 440px", min_width="330px"))
+        right = w.VBox([shown["record"], shown["answer"]], layout=w.Layout(flex="1 1 420px", min_width="320px"))
         body = w.HBox([left, right] if can_steer else [right], layout=w.Layout(flex_flow="row wrap")).add_class(
             "ft-b-body"
         )

@@ -212,7 +212,7 @@ def record_html(epochs: Sequence[Epoch], changes: Sequence[Change]) -> str:
 def _newest(epochs: Sequence[Epoch]) -> Html:
     if not epochs:
         return Html()
-    headers = ["epoch", "reward", "teach", "trained on", "failed", "validation", "tokens", "time"]
+    headers = ["epoch", "reward", "teach", "trained on", "failed", "validation", "time"]
     return table([_row(epoch) for epoch in epochs[:-5:-1]], headers)
 
 
@@ -221,8 +221,7 @@ def _row(epoch: Epoch) -> list[Any]:
     checked = "" if check is None else "failed" if check.error else number(check.mean_reward)
     texts = (f"{metrics.groups_with_spread} of {metrics.groups}", duration(epoch.seconds.get("total")))
     teach, took = (text.replace(" ", "\u00a0") for text in texts)
-    row = [epoch.index, metrics.mean_reward, teach, metrics.kept_groups, metrics.failures, checked]
-    return [*row, metrics.sampled_tokens, took]
+    return [epoch.index, metrics.mean_reward, teach, metrics.kept_groups, metrics.failures, checked, took]
 
 
 def log_html(lines: Sequence[str]) -> str:
@@ -244,7 +243,8 @@ background:var(--jp-layout-color1,var(--jp-layout-color0,#fff));overflow:hidden}
 .ft-panel .ft{background:none;max-width:none;padding:4px 0}
 .ft-panel .ft table,.ft-panel .ft.ft tbody tr,.ft-panel .ft.ft tbody tr:nth-child(even){background:none}
 .ft-panel .ft.ft td,.ft-panel .ft.ft th{padding:1px 12px 1px 0}
-.ft-panel .widget-html-content{line-height:1.45}
+.ft-panel .widget-html-content{line-height:1.45;min-width:0;width:100%}
+.ft-panel .ft-b-record,.ft-panel .ft-b-answer{min-width:0;max-width:100%}
 .ft-panel .ft-b-status{padding:4px 14px 0;background:var(--jp-layout-color2,rgba(128,128,128,.08));margin:0}
 .ft-panel .ft-b-bar{padding:0 12px 6px;background:var(--jp-layout-color2,rgba(128,128,128,.08));
 border-bottom:1px solid var(--jp-border-color2,rgba(128,128,128,.35));margin:0 0 4px;overflow:visible}
@@ -252,7 +252,7 @@ border-bottom:1px solid var(--jp-border-color2,rgba(128,128,128,.35));margin:0 0
 .ft-panel .ft-b-log{padding:0 14px}
 .ft-panel .ft-b-style{display:none}
 .ft-panel .widget-toggle-buttons{display:flex;flex-flow:row nowrap;align-items:center}
-.ft-panel .widget-toggle-buttons>.widget-label{flex:0 0 132px;text-align:right}
+.ft-panel .widget-toggle-buttons>.widget-label{flex:0 0 132px;text-align:right;margin-right:8px}
 .ft-panel .ft-b-heading{margin:0}
 .ft-panel .ft-section{font-weight:600;font-size:11px;letter-spacing:.06em;text-transform:uppercase;opacity:.7;margin:6px 0 0}
 .ft-head{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:center}
