@@ -27,7 +27,7 @@ class Change:
     time: float
     """Seconds since 1970, UTC."""
     source: str
-    """Who: "code", "panel", "fork"."""
+    """Who: "code", "panel", "fork", "replay"."""
     field: str
     """Of CurriculumSettings, or the name of a LiveField."""
     old: Any
@@ -70,6 +70,7 @@ class Controls:
         self._journal: list[Change] = []
         self._told = 0  # how many entries of the journal came from the record
         self._waiting: dict[str, int] = {}  # field -> place in the journal of its last change, while that is pending
+        self._repeat: list[Change] = []
 
     @property
     def applied(self) -> CurriculumSettings:
@@ -144,6 +145,34 @@ class Controls:
         if changes:
             self._pending = after
         return after
+
+    def repeat(self, changes: Iterable[Change]) -> None:
+        """Makes the changes of another run's journal again, each right before the safe point of the epoch that used it
+        there; those that no epoch used are left out. Raises ConfigError where one of them cannot be made here."""
+        with self._lock:
+            used = [change for change in changes if change.epoch is not None]
+            settings = CurriculumSettings()
+            for change in used:
+                label = f"replay: {change.field} of epoch {change.epoch}: "
+                try:
+                    if "." in change.field:
+                        self._live_field(change.field).check(change.new)
+                    else:
+                        settings.updated({change.field: change.new})
+                except ConfigError as error:
+                    raise ConfigError(label + str(error)) from None
+            self._repeat = used
+
+    def _repeat_now(self, epoch: int, names: Callable[[str], bool]) -> None:
+        due = [change for change in self._repeat if change.epoch == epoch and names(change.field)]
+        if due:
+            self._repeat = [change for change in self._repeat if change not in due]
+            asked = self._pending or self._applied
+            values = {change.field: change.new for change in due}
+            curriculum = {name: value for name, value in values.items() if "." not in name}
+            if curriculum:  # as whole settings: among changes, a percentile would mean "manual"
+                self._change(replace(asked, **curriculum), "replay")
+            self._change({name: value for name, value in values.items() if "." in name}, "replay")
 
     def try_out(self, changes: Mapping[str, Any], source: str = "panel") -> CurriculumSettings:
         """Puts changes into the draft; with `at_once`, asks for them. Returns the curriculum of the draft. Raises
@@ -230,6 +259,7 @@ class Controls:
         """The engine's safe point: the settings for this epoch's selection, and whether the schedule just became
         automatic again or got another percentile."""
         with self._lock:
+            self._repeat_now(epoch, lambda name: "." not in name)
             before, after = self._applied, self._pending or self._applied
             self._applied, self._pending = after, None
             self._settle_journal(epoch, [name for name in self._waiting if name not in self._live])
@@ -238,6 +268,7 @@ class Controls:
     def take(self, safe_point: str, epoch: int) -> dict[str, Any]:
         """The live fields of that safe point which have been changed since it was last passed."""
         with self._lock:
+            self._repeat_now(epoch, lambda name: "." in name and self._live[name].safe_point == safe_point)
             names = [name for name in self._untaken if self._live[name].safe_point == safe_point]
             self._untaken.difference_update(names)
             self._settle_journal(epoch, [name for name in names if name in self._waiting])

@@ -1,24 +1,35 @@
-"""Showing how far a waiting cell is: one display in the cell, updated in place at most twice a second.
+"""What a cell shows of a run that is going on: how far it is while the cell waits, and the record that stays.
 
-Only in a notebook's kernel, and only from its main thread; everywhere else the work is just awaited. What it shows is plain
-HTML, so that a saved notebook keeps the last state.
+Both are plain HTML (the record with a picture) in one display each, updated in place: a saved notebook keeps the last
+state. Only in a notebook's kernel, and begun only from its main thread; everywhere else the work is just waited for.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from .html import bar, view
+from .kernel import in_notebook, let_widgets_through, word_of_deafness
+from .redaction import redacting_logger
 
-__all__ = ["ProgressLine", "in_notebook", "watch_progress"]
+__all__ = ["CellProgress", "CellRecord", "ProgressLine", "watch_progress"]
 
 T = TypeVar("T")
-_INTERVAL = 0.5
+INTERVAL = 0.5
+"""Seconds between two updates of one display, at least."""
+SHARE = 0.05
+"""Of its time, at most, that a run gives to drawing its record."""
+SECONDS_UNTIL_SUBSHELL = 3.0
+"""A front end that has a subshell for widgets has asked for it by then."""
+logger = redacting_logger(__name__)
+
+
+# ── how far it is ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -38,15 +49,6 @@ class ProgressLine:
         return str(view(bar(self.done, self.total or 1, self.text.replace("  ", " · "))))
 
 
-def in_notebook() -> bool:
-    """Whether this is the main thread of a Jupyter kernel."""
-    if "IPython" not in sys.modules or threading.current_thread() is not threading.main_thread():
-        return False
-    from IPython import get_ipython
-
-    return getattr(get_ipython(), "kernel", None) is not None
-
-
 _shown: tuple[int, Any] | None = None  # the cell's execution count, and the display that it has
 
 
@@ -63,23 +65,102 @@ def _show(line: ProgressLine) -> None:
         _shown = (cell, display(line, display_id=True))
 
 
+class CellProgress:
+    """The line of a cell that waits. Made when it begins to; `tick` as often as you like. show(done) makes the line."""
+
+    def __init__(self, show: Callable[[bool], ProgressLine]) -> None:
+        self._make, self._here = show, in_notebook()
+        self._begun = self._next = time.monotonic()
+        self._last: ProgressLine | None = None
+        self._word: str | None = None
+        if self._here:
+            let_widgets_through()
+
+    def tick(self, done: bool = False) -> None:
+        now = time.monotonic()
+        if not self._here or (now < self._next and not done):
+            return
+        self._next = now + INTERVAL
+        line = self._make(done)
+        if now - self._begun > SECONDS_UNTIL_SUBSHELL:
+            self._word = self._word or word_of_deafness()
+        if self._word:
+            line = replace(line, text=f"{line.text}  {self._word}")
+        if line != self._last:
+            _show(line)
+            self._last = line
+
+
 async def watch_progress(work: Awaitable[T], show: Callable[[bool], ProgressLine]) -> T:
     """Awaits `work`. In a notebook, shows meanwhile what `show(done)` returns, at most twice a second."""
     if not in_notebook():
         return await work
-    task = asyncio.ensure_future(work)
-    last = None
+    progress, task = CellProgress(show), asyncio.ensure_future(work)
     try:
         while True:
-            done, _ = await asyncio.wait({task}, timeout=_INTERVAL)
-            failed = bool(done) and not task.cancelled() and task.exception() is not None
-            line = show(bool(done) and not failed)
-            if line != last and not failed:
-                _show(line)
-                last = line
-            if done:
+            done, _ = await asyncio.wait({task}, timeout=INTERVAL)
+            if not done:
+                progress.tick()
+            elif task.cancelled() or task.exception() is not None:
+                return task.result()
+            else:
+                progress.tick(done=True)
                 return task.result()
     except asyncio.CancelledError:
         task.cancel()
         await asyncio.wait({task}, timeout=2.0)
         raise
+
+
+# ── the record ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class CellRecord:
+    """One display in the cell that started a run. bundle() makes what it shows, by mime type; it is asked in a thread of
+    the record's own, so that neither the run nor a cell waits for a picture. first: what it shows until then."""
+
+    def __init__(self, bundle: Callable[[], Mapping[str, Any]], first: Mapping[str, Any]) -> None:
+        from IPython.display import display
+
+        self._bundle = bundle
+        self._last = first
+        self._handle: Any = display(self._last, raw=True, display_id=True)
+        self._next = time.monotonic() + INTERVAL
+        self._lock = threading.Lock()
+        self._stale = False
+        self._idle, self._hurry = threading.Event(), threading.Event()
+        self._idle.set()
+
+    def update(self) -> None:
+        """Something has changed: shows it soon. May be called from any thread."""
+        with self._lock:
+            self._stale = True
+            if self._idle.is_set():
+                self._idle.clear()
+                threading.Thread(target=self._draw, name="ft-record", daemon=True).start()
+
+    def _draw(self) -> None:
+        while True:
+            self._hurry.wait(max(0.0, self._next - time.monotonic()))
+            with self._lock:
+                if not self._stale:
+                    self._idle.set()
+                    return
+                self._stale = False
+            began = time.monotonic()
+            try:
+                self._last = self._bundle()
+                self._handle.update(self._last, raw=True)
+            except Exception:  # a view must not end a run
+                logger.warning("the record of a run could not be shown", exc_info=True)
+            self._next = time.monotonic() + max(INTERVAL, (time.monotonic() - began) / SHARE)
+
+    def settle(self, seconds: float = 5.0) -> None:
+        """Makes what is shown current, and shows it from here: who executes a notebook without a front end keeps
+        only what the running cell sends."""
+        self._hurry.set()
+        self.update()
+        self._idle.wait(seconds)
+        self._hurry.clear()
+        if in_notebook():
+            self._handle.update(self._last, raw=True)

@@ -7,9 +7,10 @@ the Trainer is witness.py's, what a record is made of watch.py's, what is writte
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .config import Config
 from .controls import Controls
@@ -33,6 +34,7 @@ from .witness import Witness
 
 __all__ = ["Driver"]
 
+T = TypeVar("T")
 logger = redacting_logger(__name__)
 
 
@@ -84,13 +86,17 @@ class Driver:
                 f"the training backend is not healthy: {name}.is_healthy() is False. No rollout was started. "
                 "Start or repair the backend, then run the epoch again."
             )
-        run = self.config.run
-        self.recorder = self.recorder or await Recorder.open(
-            self.folder, self.run_id, self.config.stored(), run.checkpoint_every, run.keep_checkpoints
-        )
+        if self.recorder is None:
+            await _to_its_end(self._open_recorder())
         await self._take_up(trainer)
         self._witness = Witness(trainer, self.run_id, self.controls, self.standing, self.recorder, self.builder)
         self.trainer = trainer
+
+    async def _open_recorder(self) -> None:
+        run = self.config.run
+        self.recorder = await Recorder.open(
+            self.folder, self.run_id, self.config.stored(), run.checkpoint_every, run.keep_checkpoints
+        )
 
     async def _take_up(self, trainer: Trainer) -> None:
         """Puts everything where the record ends."""
@@ -211,13 +217,8 @@ class Driver:
             return epoch
 
     async def _record(self, watch: Watch, error: Exception | None = None) -> Epoch:
-        """Makes and stores the record. Whoever aborts meanwhile waits for that moment: an epoch is recorded or not."""
-        recording = asyncio.ensure_future(self._record_now(watch, error))
-        try:
-            return await asyncio.shield(recording)
-        except asyncio.CancelledError:
-            await asyncio.wait([recording])
-            raise
+        """Makes and stores the record: an epoch is recorded or not, also if somebody aborts meanwhile."""
+        return await _to_its_end(self._record_now(watch, error))
 
     async def _record_now(self, watch: Watch, error: Exception | None) -> Epoch:
         epoch = self._witness.record(watch, error)
@@ -276,3 +277,15 @@ class Driver:
             raise RunError(f"{type(self.adapter).__name__} cannot save its model: it has no save(directory).")
         saved = save(directory)
         return str(await saved if isinstance(saved, Awaitable) else saved)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """What writes the folder is not left in the middle: whoever is canceled waits for that moment first."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):  # canceled once more
+                await asyncio.wait([task])
+        raise

@@ -13,19 +13,27 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+from .errors import RunError
 from .redaction import redacting_logger
 
 __all__ = ["EngineThread", "enable_nested_asyncio", "run_sync"]
 
 T = TypeVar("T")
+ANSWER_SECONDS = 2.0
+"""A loop that has not answered by then is blocked."""
 logger = redacting_logger(__name__)
 
 
 class Launched(Generic[T]):
     """A coroutine that is running on an engine thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> None:
-        self._loop = loop
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        coroutine: Coroutine[Any, Any, T],
+        ended: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self._loop, self._tell = loop, ended
         self._task: asyncio.Task[T] | None = None
         self._canceled = False
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -41,6 +49,7 @@ class Launched(Generic[T]):
     def _end(self, task: asyncio.Task[T]) -> None:
         if not task.cancelled():
             task.exception()  # seen, also where nobody waits any more
+        self._tell()
         self._ended.set_result(None)
 
     def cancel(self) -> None:
@@ -76,9 +85,10 @@ class EngineThread:
         """Starts a coroutine on the thread's loop. May be called from any thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop())
 
-    def launch(self, coroutine: Coroutine[Any, Any, T]) -> Launched[T]:
-        """Starts a coroutine that can be canceled and joined. May be called from any thread."""
-        return Launched(self._running_loop(), coroutine)
+    def launch(self, coroutine: Coroutine[Any, Any, T], ended: Callable[[], Any] = lambda: None) -> Launched[T]:
+        """Starts a coroutine that can be canceled and joined. May be called from any thread. ended: called on the thread
+        when it has ended, also where it was canceled before it began."""
+        return Launched(self._running_loop(), coroutine, ended)
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Awaits a coroutine of the thread from any other loop; see Launched.join."""
@@ -116,8 +126,17 @@ class EngineThread:
                 thread.join(timeout=1.0)
 
     def close_after(self, last: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        """Runs a last coroutine, ten seconds at most, and closes. Raises what that raised."""
+        """Runs a last coroutine, ten seconds at most, and closes. Raises what that raised, or RunError where something
+        blocks the loop: it is left behind in its thread, which ends with the interpreter."""
         try:
+            try:
+                self.submit(asyncio.sleep(0)).result(timeout=ANSWER_SECONDS)
+            except concurrent.futures.TimeoutError:
+                raise RunError(
+                    f"{self.name}: something blocks the run's event loop and cannot be ended, such as an async workflow that "
+                    "never awaits. It was left behind; what was recorded is in the run's folder. Restart the kernel to be "
+                    "rid of it."
+                ) from None
             self.submit(last()).result(timeout=10.0)
         finally:
             self.close()

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .display import in_notebook
+from .kernel import in_notebook
 
 __all__ = ["interrupts", "place"]
 

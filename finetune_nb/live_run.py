@@ -7,17 +7,20 @@ the run is asked. What may be asked when stands in states.py.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from .display import ProgressLine, watch_progress
+from .display import CellProgress, CellRecord, ProgressLine, watch_progress
 from .engine import EngineThread, Launched
 from .errors import EpochAborted, FinetuneError, RunError
 from .html import duration
 from .interrupts import interrupts, place
+from .kernel import in_notebook
 from .redaction import redact_exception, redact_text
 from .states import Standing, State
 from .steering import Steering
@@ -34,6 +37,8 @@ __all__ = ["LiveRun"]
 T = TypeVar("T")
 ABORT_SECONDS = 1.0
 """After so long an abort is over for whoever waits, whatever a workflow still does."""
+_inside: ContextVar[object] = ContextVar("inside", default=None)
+"""The run whose work this is, also in the threads of its workflows."""
 LAST_WORD = "finishing this epoch; interrupt again to abort it"
 
 
@@ -44,11 +49,13 @@ class LiveRun(Steering):
     """Asked after every epoch of `start`: one that answers pauses the run. See tripwires.py."""
     _engine: EngineThread
     _standing: Standing
+    _turn: threading.RLock  # an abort meets the work that has begun, not the one before
     _work: Launched[Any] | None = None
     _planned: int | None = None
     _aborted: float | None = None  # when the epoch that is running was, by time.monotonic
     _panel: Any = None
     _stopped_in: object = None  # the cell whose epoch was ended by an interrupt
+    _shown: CellRecord | None = None  # in the cell that started the run
 
     @property
     def error(self) -> str | None:
@@ -115,6 +122,7 @@ class LiveRun(Steering):
     def save_model(self, directory: str | Path) -> Path:
         """Writes the trained model and its tokenizer, loadable by `from_pretrained`."""
         self._require_open()
+        self._require_outside("save_model")
         return Path(self._engine.submit(self._driver.save_model(str(directory))).result())
 
     async def _ask(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -135,22 +143,36 @@ class LiveRun(Steering):
     def _begin(self, work: Callable[[], Coroutine[Any, Any, T]], fails: bool = True) -> Launched[T]:
         """Starts what only one may be of at a time. fails: whether the run has failed if this does."""
         self._require_open()
-        self._standing.move("begin")
-        self._aborted = None
-        self._work = self._engine.launch(self._settled(work, fails))
-        return self._work
+        settled: list[bool] = []
+
+        async def settling() -> T:
+            settled.append(True)
+            return await self._settled(work, fails)
+
+        def ended() -> None:
+            if not settled:
+                self._standing.move("ended", "aborted before it began")
+
+        with self._turn:
+            self._standing.move("begin")
+            self._aborted = None
+            self._work = begun = self._engine.launch(settling(), ended)
+        return begun
 
     async def _settled(self, work: Callable[[], Coroutine[Any, Any, T]], fails: bool) -> T:
+        _inside.set(self.id)
         try:
             result = await self._safely(work)
+            self._standing.move("ended")
+            return result
         except Exception as error:
             self._standing.move("failed" if fails else "ended", error=error if fails else None)
             raise
         except BaseException:
             self._standing.move("ended", "aborted; what was collected is in run.partial" if self._aborted else None)
             raise
-        self._standing.move("ended")
-        return result
+        finally:
+            self._show_record()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -158,10 +180,19 @@ class LiveRun(Steering):
         if self._unable:
             raise RunError(self._unable)
 
+    def _require_outside(self, call: str) -> None:
+        """Raises RunError in a workflow, a reward or a tripwire of this run, where waiting for it would never end."""
+        if _inside.get() == self.id:
+            raise RunError(
+                f"{call} was called by what the run itself runs, and would wait for that to end. There, use run.stop() or "
+                f"run.abort(), which return at once, and call {call} from a cell."
+            )
+
     # ── in the background ────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(self, epochs: int | None = None) -> None:
-        """Runs epochs in the background: as many as that, or those that are left of `num_epochs`. Returns at once.
+        """Runs epochs in the background: as many as that, or those that are left of `num_epochs`. Returns at once. In a
+        notebook the cell keeps a display of the run, current at each epoch's end, which a saved notebook shows.
 
         `pause`, `resume`, `stop`, `abort` steer it; `wait` waits for it and raises what it raised. Raises RunError where
         something is running already, or no epoch is left.
@@ -179,15 +210,23 @@ class LiveRun(Steering):
         async def many() -> None:
             for _ in range(left):
                 epoch = await self._driver.next_epoch()
+                self._show_record()
                 reason = tripped(self.tripwires, self.records)
                 if reason is not None:
                     self._ask_quietly("pause", f"paused behind epoch {epoch.index}: {reason}")
+                    self._show_record()
                 await self._standing.gate()
                 if self._standing.state is not State.RUNNING:
                     return
 
         self._begin(many)
         self._planned = first + left
+        if in_notebook():
+            self._shown = CellRecord(self._record, {"text/plain": repr(self), "text/html": self._repr_html_()})
+
+    def _show_record(self) -> None:
+        if self._shown is not None:
+            self._shown.update()
 
     def pause(self) -> None:
         """Holds the run at the next safe point: rollouts in flight come to their end, no other begins."""
@@ -204,10 +243,11 @@ class LiveRun(Steering):
     def abort(self) -> None:
         """Ends the running epoch at once; what was collected is kept, and shown by `partial`. Returns at once; a workflow
         that hangs in code of its own is left behind in its thread."""
-        self._standing.move("abort", "the epoch is being aborted")
-        self._aborted = self._aborted or time.monotonic()
-        if self._work is not None:
-            self._work.cancel()
+        with self._turn:
+            self._standing.move("abort", "the epoch is being aborted")
+            self._aborted = self._aborted or time.monotonic()
+            if self._work is not None:
+                self._work.cancel()
 
     def _ask_quietly(self, move: str, notice: str) -> None:
         with suppress(RunError):  # it has ended meanwhile
@@ -216,16 +256,20 @@ class LiveRun(Steering):
     def wait(self, timeout: float | None = None) -> Self:
         """Waits until nothing is running, or for `timeout` seconds. Raises what the run raised. The first interrupt ends
         the run behind the running epoch, the second aborts that and raises KeyboardInterrupt."""
+        self._require_outside("wait")
         deadline = None if timeout is None else time.monotonic() + timeout
-        pressed = _Pressed(self)
+        pressed, progress = _Pressed(self), CellProgress(self._progress_line)
         with interrupts(pressed.first, pressed.second):
             while not self._standing.wait(0.1):
+                progress.tick()
                 if self._given_up() or (deadline is not None and time.monotonic() >= deadline):
                     break
+            progress.tick(done=not self._standing.active and self._standing.error is None)
         return self._after_waiting(pressed.aborted)
 
     async def wait_async(self, timeout: float | None = None) -> Self:
         """The same for a cell that awaits: it shows how far the run is."""
+        self._require_outside("wait_async")
         deadline = None if timeout is None else time.monotonic() + timeout
 
         async def waiting() -> None:
@@ -240,6 +284,8 @@ class LiveRun(Steering):
         return self._after_waiting(pressed.aborted)
 
     def _after_waiting(self, aborted: bool) -> Self:
+        if self._shown is not None and in_notebook():
+            self._shown.settle()
         if aborted:
             raise KeyboardInterrupt
         if not self._standing.active and self._standing.error is not None:

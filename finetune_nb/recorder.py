@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,6 +55,7 @@ class Recorder:
     def __init__(self, store: RunStore, checkpoint_every: int = 1, keep: int | None = None) -> None:
         self.store = store
         self._every, self._keep = checkpoint_every, keep
+        self._journaling = threading.Lock()  # whoever steers writes it down, in any thread
         self._unsaved: list[tuple[Epoch, dict[str, Any]]] = []
         self._pinned = {e["epoch"] for e in store.events("forked") if isinstance(e.get("epoch"), int)}
         self._back_to: int | None = None  # the epoch behind which it goes on, where that is not the last one
@@ -296,13 +298,14 @@ class Recorder:
     def journal(self, controls: Controls) -> None:
         """Brings the journal on disk up to date, once the controls have started from it. A handful of rows."""
         try:
-            for place, change in enumerate(controls.journal):
-                if place == len(self._journaled):
-                    self.store.record_change(change)
-                    self._journaled.append(change)
-                elif change.epoch is not None and self._journaled[place].epoch is None:
-                    self.store.settle_change(place, change.epoch)
-                    self._journaled[place] = change
+            with self._journaling:
+                for place, change in enumerate(controls.journal):
+                    if place == len(self._journaled):
+                        self.store.record_change(change)
+                        self._journaled.append(change)
+                    elif change.epoch is not None and self._journaled[place].epoch is None:
+                        self.store.settle_change(place, change.epoch)
+                        self._journaled[place] = change
         except Exception:
             logger.warning("a change of the controls could not be stored", exc_info=True)
 

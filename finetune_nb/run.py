@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from .errors import ConfigError
 from .from_folder import config_of
 from .from_functions import from_functions
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
+from .journal_file import read_journal
 from .live_fields import live_fields
 from .live_run import LiveRun
 from .loading import load_config
@@ -56,6 +58,7 @@ class Run(LiveRun):
     seed: of draws, sampling and training. deterministic: a repeat is equal to the last digit.
     name: the run's id and the name of its folder in `output_dir`; a number is added where that exists.
     resume: "auto" goes on with the run of that name where its record ends, if there is one ("never": a new one).
+    replay: a journal that `export("journal.yaml")` wrote: its changes are made again, each in the epoch that used it.
     builder, adapter, trainer: components of your own in place of ours.
     """
 
@@ -82,6 +85,7 @@ class Run(LiveRun):
         deterministic: bool = False,
         name: str | None = None,
         resume: str = "never",
+        replay: str | Path | None = None,
         output_dir: str | Path = "runs",
         builder: TrajectoryBuilder | None = None,
         adapter: TrainerAdapter | None = None,
@@ -111,7 +115,7 @@ class Run(LiveRun):
             adapter=adapter,
             trainer=trainer,
         )
-        self._make(config, components, name, resume)
+        self._make(config, components, name, resume, replay)
 
     @classmethod
     def from_config(
@@ -120,11 +124,12 @@ class Run(LiveRun):
         *,
         name: str | None = None,
         resume: str = "never",
+        replay: str | Path | None = None,
         **overrides: Any,
     ) -> Run:
         """A run from the YAML of the NeMo Agent Toolkit's finetuning harness.
 
-        name, resume: as in Run.
+        name, resume, replay: as in Run.
         overrides: values for single settings by dotted path, dots written as two underscores: `run__seed=1`,
         `finetuning__num_epochs=3`. Raises ConfigError, which lists everything that is wrong with the config.
         """
@@ -135,7 +140,7 @@ class Run(LiveRun):
         elif config.builder is not None:
             raise ConfigError("this Config belongs to an open run already. Load it again for another one.")
         run = cls.__new__(cls)
-        run._make(config, Builder(config), name, resume)
+        run._make(config, Builder(config), name, resume, replay)
         return run
 
     @classmethod
@@ -171,11 +176,12 @@ class Run(LiveRun):
         run._take(config, builder, folder.name, store)
         return run
 
-    def _make(self, config: Config, builder: Builder, name: str | None, resume: str) -> None:
+    def _make(self, config: Config, builder: Builder, name: str | None, resume: str, replay: str | Path | None) -> None:
         if resume not in ("never", "auto"):
             raise ConfigError(f"resume is {resume!r}; expected 'never' or 'auto'.")
         if resume == "auto" and name is None:
             raise ConfigError("resume='auto' goes on with the run of that name: give it one, name='...'.")
+        changes = read_journal(replay) if replay is not None else []
         self._unable = None
         output_dir = Path(config.finetuning.output_dir)
         run_id = free_id(name, output_dir)  # also checks the name
@@ -184,6 +190,7 @@ class Run(LiveRun):
             self._take(config, builder, name, RunStore.open(output_dir / name) if there else None)
         else:
             self._take(config, builder, run_id, None)
+        self._controls.repeat(changes)
 
     def _take(self, config: Config, builder: Builder, run_id: str, store: RunStore | None) -> None:
         from .config import FinetuneRunConfig
@@ -202,6 +209,7 @@ class Run(LiveRun):
         epochs, first = (store.epochs, store.next_index) if store is not None else ((), 0)
         self._standing = Standing(State.READY if epochs else State.NEW)
         self._driver = Driver(config, builder, self.id, self._controls, self._standing, epochs, first)
+        self._turn = threading.RLock()
         self._engine = EngineThread(f"ft-{self.id}")
         self._closed = False
         self.tripwires = []
@@ -215,6 +223,7 @@ class Run(LiveRun):
         interpreter's exit, and when nobody holds the run any more."""
         if self._closed:
             return
+        self._require_outside("close")
         self._closed = True
         self._end_work()
         _open_runs.discard(self)

@@ -6,7 +6,7 @@ Everything here works on records that are in memory or read from disk, whoever's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -62,6 +62,11 @@ class RunViews(ABC):
         return None
 
     @property
+    def notice(self) -> str | None:
+        """Why it is paused, or what it is about to do."""
+        return None
+
+    @property
     def writer(self) -> str | None:
         """Which other process writes the run at the moment; None where none does."""
         return None
@@ -71,7 +76,10 @@ class RunViews(ABC):
         return str(self.folder)
 
     def _state_and_writer(self) -> str:
-        return f"{self.state}, written by {self.writer}" if self.writer else self.state
+        state, notice = self.state, self.notice or ""
+        if notice:
+            state = notice if notice.startswith(state) else f"{state}: {notice}"
+        return f"{state}, written by {self.writer}" if self.writer else state
 
     @property
     def model(self) -> str | None:
@@ -236,6 +244,19 @@ class RunViews(ABC):
         found = self._epoch(epoch)
         return learning_signal(found, [one for one in self.records if one.index < found.index])
 
+    def export(self, path: str | Path) -> Path:
+        """Writes a file, of the kind that its suffix says, and returns its path. `.yaml`: the journal of changes, for
+        `replay=` of another run. Raises ConfigError for other suffixes."""
+        path = Path(path)
+        write = _EXPORTS.get(path.suffix.lower())
+        if write is None:
+            raise ConfigError(
+                f"export: cannot write {path.name!r}; expected a name that ends in {', '.join(_EXPORTS)}."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(self, path)
+        return path
+
     def plot_rewards(self, ax: Any = None, **options: Any) -> Any:
         """Reward per epoch, with validation and curriculum. Returns a figure, or draws on `ax`."""
         from . import plots
@@ -266,6 +287,24 @@ class RunViews(ABC):
             folder=self._place(),
             model=self.model,
         )
+
+    def _record(self) -> dict[str, Any]:
+        """What the cell that started the run shows of it, by mime type: the summary, and the rewards as a picture for
+        whoever shows no HTML."""
+        from base64 import b64encode
+
+        picture = b64encode(self.plot_rewards(theme="light").png()).decode("ascii")
+        return {"text/plain": repr(self), "text/html": self._repr_html_(), "image/png": picture}
+
+
+def _export_journal(run: RunViews, path: Path) -> None:
+    from .journal_file import journal_text
+
+    path.write_text(journal_text(run.id, run.changes), encoding="utf-8")
+
+
+_EXPORTS: dict[str, Callable[[RunViews, Path], None]] = {".yaml": _export_journal, ".yml": _export_journal}
+"""Suffix -> what writes such a file."""
 
 
 def compare(runs: Sequence[RunViews], confidence: float = 0.95) -> Comparison:

@@ -177,9 +177,21 @@ def test_an_abort_ends_at_once_and_keeps_what_was_collected(make_run, hangs):
     began = time.monotonic()
     run.abort()
     run.wait()
-    assert time.monotonic() - began < 2
-    assert (run.state, len(run)) == ("ready", 0)
+    assert time.monotonic() - began < 5, "seconds; 0.1 to 1.2 on an idle machine"
+    until(lambda: run.state == "ready")
+    assert len(run) == 0
     assert run.partial.metrics.trajectories >= 20
+
+
+def test_an_abort_right_after_the_start_ends_the_run_too(make_run):
+    run = make_run()
+    for _ in range(20):
+        run.start(epochs=5)
+        run.abort()
+        until(lambda: run.state == "ready")
+    run.start(epochs=1)
+    run.wait()
+    assert len(run) == 1
 
 
 async def test_an_abort_from_elsewhere_is_an_error_of_the_cell_that_waits(make_run):
@@ -316,7 +328,7 @@ def test_tripwires_say_what_they_found():
 
 SCRIPT = textwrap.dedent(
     """
-    import asyncio, sys
+    import asyncio, sys, time
     sys.path.insert(0, {tests!r})
     import finetune_nb as ft
     from finetune_nb.testing import sums
@@ -324,6 +336,8 @@ SCRIPT = textwrap.dedent(
     from detached import Weights
 
     async def slow(question, llm):
+        if run.progress.done == 0:
+            print("ready", flush=True)
         await asyncio.sleep(0.2)
         return await guess(question, llm)
 
@@ -334,10 +348,11 @@ SCRIPT = textwrap.dedent(
             print("epoch", (await run.next_epoch()).index, flush=True)
 
     try:
-        print("ready", flush=True)
         {body}
     except KeyboardInterrupt:
         print("interrupted", flush=True)
+    while run.state == "aborting":  # whoever waits is let go after a second, on a machine that is busy
+        time.sleep(0.05)
     print(run.state, len(run), run.partial is not None, flush=True)
     """
 )
@@ -356,17 +371,196 @@ def test_the_first_interrupt_ends_behind_the_epoch_the_second_at_once(tmp_path, 
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n"
-    time.sleep(1.0)
-    began = time.monotonic()
-    for _ in range(presses):
+    process.send_signal(signal.SIGINT)
+    said = next(line for line in process.stderr if "interrupt again to abort" in line)  # now it has arrived
+    if presses == 2:
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     lines = out.splitlines()
-    assert "interrupt again to abort" in err
+    assert said and "Traceback" not in err
     if presses == 1:
         assert lines[-1] == "ready 1 False"
         assert ("interrupted" in lines) == (mode == "next_epoch")
     else:
         assert lines[-1] == "ready 0 True" and "interrupted" in lines
-        assert time.monotonic() - began < 6
+
+
+# ── what hangs for ever ──────────────────────────────────────────────────────────────────────────────────────────────
+
+HANGING = textwrap.dedent(
+    """
+    import asyncio, sys, threading, time
+    sys.path.insert(0, {tests!r})
+    import finetune_nb as ft
+    from finetune_nb.testing import sums
+    from agents import right
+    from detached import Weights
+
+    def tell():
+        print("hangs", flush=True)
+
+    async def sleeps(question, llm):
+        tell()
+        await asyncio.Event().wait()
+
+    async def will_not_be_canceled(question, llm):
+        tell()
+        while True:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                pass
+
+    def in_a_thread(question, llm):
+        tell()
+        threading.Event().wait()
+
+    async def blocks_the_loop(question, llm):
+        tell()
+        while True:
+            time.sleep(1)
+
+    run = ft.Run({workflow}, right, sums(1), adapter=Weights(), generations=1, output_dir={folder!r}, name="hanging")
+    run.start(epochs=2)
+    {body}
+    try:
+        run.wait()
+    except KeyboardInterrupt:
+        print("left", run.state, flush=True)
+    """
+)
+
+
+@pytest.mark.parametrize("workflow", ["sleeps", "will_not_be_canceled", "in_a_thread", "blocks_the_loop"])
+def test_a_workflow_that_hangs_for_ever_holds_neither_stop_nor_abort_nor_the_end_of_the_interpreter(tmp_path, workflow):
+    script = HANGING.format(
+        tests=os.path.dirname(__file__), folder=str(tmp_path), workflow=workflow, body="run.wait(timeout=0.1)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "hangs\n"
+    process.send_signal(signal.SIGINT)
+    assert any("interrupt again to abort" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    pressed = time.monotonic()
+    assert process.stdout.readline() in ("left ready\n", "left aborting\n")
+    left = time.monotonic()
+    process.communicate(timeout=60)
+    print(f"{workflow}: the wait was left after {left - pressed:.1f} s, the exit took {time.monotonic() - left:.1f} s")
+    assert process.returncode == 0
+
+
+def test_a_run_that_hangs_is_stopped_aborted_and_closed_from_code_at_once(make_run):
+    hangs, free = threading.Event(), threading.Event()
+
+    def hang(question, llm):
+        hangs.set()
+        free.wait()
+
+    run = make_run(hang)
+    run.start(epochs=2)
+    assert hangs.wait(10)
+    began = time.monotonic()
+    run.stop()
+    assert run.wait(timeout=0.05).state == "stopping"
+    run.abort()
+    run.wait()
+    run.close()
+    took = time.monotonic() - began
+    free.set()
+    assert took < 6, "seconds; 1 to 2 on an idle machine"
+
+
+# ── from everywhere ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["workflow", "workflow in a thread", "reward", "tripwire"])
+def test_what_the_run_runs_may_steer_it_and_is_told_not_to_wait_for_it(make_run, kind):
+    errors, steered = [], []
+
+    def ask():
+        for call in (run.wait, run.close, lambda: run.save_model("nowhere"), run.start, run.resume):
+            try:
+                call()
+            except RunError as error:
+                errors.append(str(error))
+        run.curriculum = {"min_reward_diff": 0.2}
+        run.stop()
+        steered.append(1)
+
+    async def asking(question, llm):
+        if not steered:
+            ask()
+            with pytest.raises(RunError):
+                await run.wait_async()
+            with pytest.raises(RunError):
+                await run.next_epoch()
+        return await guess(question, llm)
+
+    def asking_in_a_thread(question, llm):
+        if not steered:
+            ask()
+        return llm.chat([{"role": "user", "content": question}]).content
+
+    workflow = {"workflow": asking, "workflow in a thread": asking_in_a_thread}.get(kind, guess)
+    run = make_run(workflow, max_concurrency=1)
+    if kind == "reward":
+        run = make_run(guess, evaluators={"asks": lambda item: steered or ask() or 1.0}, max_concurrency=1)
+    if kind == "tripwire":
+        run.tripwires += [lambda epoch: steered or ask()]
+    run.start(epochs=5)
+    run.wait()
+    assert len(run) == 1 and run.curriculum.min_reward_diff == 0.2
+    assert [("would wait" in error) for error in errors] == [True, True, True, False, False]
+
+
+def test_a_thousand_calls_from_four_threads_lose_no_change_and_lock_nothing_up(make_run):
+    """Every call that a person, a widget or another thread can make; the run goes on after all of them."""
+    run = make_run(curriculum=dict(initial_percentile=0.3))
+    asked, unexpected = [], []
+
+    def steer(seed):
+        import random
+
+        rng = random.Random(seed)
+        calls = [
+            lambda: run.start(epochs=3),
+            run.pause,
+            run.resume,
+            run.stop,
+            run.abort,
+            lambda: run.wait(timeout=0.001),
+            lambda: setattr(run, "live", {"llm.temperature": rng.uniform(0.1, 2)}),
+            lambda: (run.state, run.notice, run.error, run.progress, len(run), repr(run), run.partial),
+            lambda: run.journal(),
+        ]
+        for n in range(250):
+            try:
+                if n % 5 == 0:
+                    asked.append(value := round(rng.uniform(0.01, 1), 6))
+                    run.curriculum = {"percentile": value}
+                else:
+                    rng.choice(calls)()
+            except RunError:
+                pass
+            except Exception as error:  # asyncio's, sqlite3's
+                unexpected.append(error)
+
+    threads = [threading.Thread(target=steer, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads) and unexpected == []
+    if run.state in ("pausing", "paused"):
+        run.resume()
+    until(lambda: run.state in ("ready", "failed"), 60)
+    count = len(run)
+    run.start(epochs=1)
+    run.wait()
+    assert len(run) == count + 1
+    told = [change.new for change in run.changes if change.field == "percentile"]
+    assert sorted(told) == sorted(asked)
+    assert told[-1] == run[-1].curriculum.percentile
+    assert [change.new for change in run._controls.journal] == [change.new for change in run.changes]

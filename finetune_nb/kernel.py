@@ -1,0 +1,79 @@
+"""The Jupyter kernel that this process may be: whether there is one, and whether a widget is heard while a cell waits.
+
+A cell that waits blocks the kernel's main shell. ipykernel 7 has a second one for widgets (a "subshell"), where the front
+end asks for it; ipykernel 6 has none, so that what a slider does then arrives after the cell. Nothing here knows a run.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+from .kernel_widgets import is_seen
+
+__all__ = ["in_notebook", "let_widgets_through", "why_deaf", "word_of_deafness"]
+
+_told = False
+
+
+def _kernel() -> Any:
+    if "IPython" not in sys.modules:
+        return None
+    from IPython import get_ipython
+
+    return getattr(get_ipython(), "kernel", None)
+
+
+def in_notebook() -> bool:
+    """Whether this is the main thread of a Jupyter kernel."""
+    return threading.current_thread() is threading.main_thread() and _kernel() is not None
+
+
+def _comms() -> list[Any]:
+    """The open channels between widgets here and in the front end."""
+    if _kernel() is None or "comm" not in sys.modules:
+        return []
+    from comm import get_comm_manager
+
+    return list(getattr(get_comm_manager(), "comms", {}).values())
+
+
+def let_widgets_through() -> None:
+    """Comes before a cell waits, for every widget, the user's own too.
+
+    ipykernel 7.4 sends a widget's messages to the shell that last published on it: for one that a cell made or wrote to,
+    that is the main shell, which will be blocked. Without that memory they go where the front end sends them. The
+    attribute is the kernel's own: where it is missing, in other releases, nothing happens.
+    """
+    for comm in _comms():
+        getattr(comm, "__dict__", {}).pop("_reply_subshell_id", None)
+
+
+def why_deaf() -> str | None:
+    """Why a widget's messages do not arrive while a cell of this kernel waits; None where they do, or there is no kernel.
+    A front end asks for its subshell when it shows the first widget: before that the answer may be wrong."""
+    kernel = _kernel()
+    if kernel is None:
+        return None
+    if not getattr(kernel, "_supports_kernel_subshells", False):
+        return f"ipykernel {getattr(kernel, 'implementation_version', '')} has one shell for cells and widgets"
+    try:
+        subshells = kernel.shell_channel_thread.manager.list_subshell()
+    except Exception:  # a release that keeps them elsewhere
+        return None
+    return None if subshells else "the front end sends what widgets do to the shell of the cells"
+
+
+def word_of_deafness() -> str | None:
+    """What to tell people in a cell that waits; once, and only where there are widgets and somebody who sees them."""
+    global _told
+    if _told or not is_seen() or "ipywidgets" not in sys.modules or not _comms():
+        return None
+    why = why_deaf()
+    if why is None:
+        return None
+    _told = True
+    return (
+        f"changes made in widgets count when this cell has ended ({why}); run.start() without a wait leaves them free"
+    )
