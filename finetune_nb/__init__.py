@@ -20,6 +20,7 @@ _NAMES = {
     "run": ("Run",),
     "run_views": ("compare",),
     "shelf": ("runs",),
+    "sinks": ("JsonlSink", "MetricsSink", "WandbSink"),
     "engine": ("enable_nested_asyncio", "run_sync"),
     "loading": ("load_config",),
     # what components are made of
@@ -126,6 +127,9 @@ if TYPE_CHECKING:
     from .run import Run as Run
     from .run_views import compare as compare
     from .shelf import runs as runs
+    from .sinks import JsonlSink as JsonlSink
+    from .sinks import MetricsSink as MetricsSink
+    from .sinks import WandbSink as WandbSink
     from .trainer import EpochTrainer as EpochTrainer
     from .trainer import EpochTrainerConfig as EpochTrainerConfig
     from .trajectory_builder import EvalTrajectoryBuilder as EvalTrajectoryBuilder

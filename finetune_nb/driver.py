@@ -17,6 +17,7 @@ from .controls import Controls
 from .curriculum import state_from_dict, state_to_dict
 from .errors import BackendError, ConfigError, JobFailed, RunError, UnknownJob
 from .evaluation.evaluate import Progress
+from .evaluation.executor import in_daemon_thread
 from .evaluation.recording import ChatReply
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .live_fields import put
@@ -25,6 +26,7 @@ from .redaction import redact_text, redacting_logger
 from .registry import Builder
 from .run_log import logging_to
 from .run_reader import PartialEpoch
+from .sinks import MetricsSink, Outlets
 from .states import Standing
 from .trajectory_builder import EvalTrajectoryBuilder
 from .trial import Trial
@@ -63,6 +65,8 @@ class Driver:
         self._witness: Witness = None  # type: ignore[assignment]  # set by open
         self._left: PartialEpoch | None = None  # begun by a process that has ended
         self._trial = Trial(config, builder, run_id)
+        self.sinks: list[MetricsSink] = []
+        self._outlets = Outlets(self.sinks, run_id, config.stored)
 
     # ── opening and closing ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -133,6 +137,7 @@ class Driver:
                 await self.trainer.cleanup()
         finally:
             try:
+                await in_daemon_thread(self._outlets.close)
                 if self.recorder is not None:
                     self.recorder.journal(self.controls)
                     await self.recorder.close(self.adapter)
@@ -228,6 +233,7 @@ class Driver:
         state = self.trainer._curriculum_state
         epoch = await self.recorder.ended(epoch, self.adapter, state, self.controls)
         self.epochs.append(epoch)
+        self._outlets.recorded(epoch)
         return epoch
 
     @property

@@ -1,13 +1,14 @@
 """Small pieces of HTML: escaping, tables, folds, bars, sparklines, and the one style sheet that they share.
 
 Safe by construction: every piece escapes what it is given unless it is `Html`, and only the pieces themselves make
-`Html`. No script, no image, no link; text and background are always set together, by JupyterLab's variables where they
-exist; what carries a meaning is also written out, for places that strip styles. What is shown is left to the callers:
-no noun of finetuning is known here.
+`Html`. No script, no link, no image but those that are handed over as bytes; text and background are always set
+together, by JupyterLab's variables where they exist; what carries a meaning is also written out, for places that strip
+styles. What is shown is left to the callers: no noun of finetuning is known here.
 """
 
 from __future__ import annotations
 
+import base64
 import html
 import math
 import re
@@ -23,7 +24,9 @@ __all__ = [
     "duration",
     "element",
     "escape",
+    "image",
     "number",
+    "page",
     "plain",
     "sparkline",
     "table",
@@ -243,3 +246,23 @@ def view(*body: Any, styled: bool = True) -> Html:
     model's text as a formula. styled: False where the style sheet is on the page already."""
     style = Html(f"<style>{_STYLE}</style>") if styled else None
     return element("div", style, *body, class_="ft mathjax_ignore tex2jax_ignore")
+
+
+def image(png: bytes, text: str, width: int) -> Html:
+    """A picture, in the page itself, `width` pixels wide at most. `text` says the same for those who do not see it."""
+    source = base64.b64encode(png).decode("ascii")
+    return Html(
+        f'<img src="data:image/png;base64,{source}" alt="{escape(text)}" style="width:{width}px;max-width:100%">'
+    )
+
+
+def page(title: str, *body: Any) -> str:
+    """A whole document. Nothing in it can run or fetch anything: the browser is told so as well."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    looks = (
+        ":root{color-scheme:light dark}body{margin:0 auto;max-width:72em;padding:12px;font-family:system-ui,sans-serif}"
+    )
+    head = element("title", title) + f"<style>{looks}</style>"
+    metas = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    metas += '<meta name="viewport" content="width=device-width">'
+    return f'<!doctype html>\n<html lang="en"><head>{metas}{head}</head><body>{_joined(body)}</body></html>\n'

@@ -9,7 +9,7 @@ import asyncio
 import atexit
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .loading import load_config
 from .recorder import take_up
 from .registry import Builder
 from .run_on_disk import free_id
+from .sinks import MetricsSink
 from .states import Standing, State
 from .store import RunStore
 
@@ -59,6 +60,7 @@ class Run(LiveRun):
     name: the run's id and the name of its folder in `output_dir`; a number is added where that exists.
     resume: "auto" goes on with the run of that name where its record ends, if there is one ("never": a new one).
     replay: a journal that `export("journal.yaml")` wrote: its changes are made again, each in the epoch that used it.
+    sinks: where each epoch's numbers go beside the run's folder: WandbSink(trackio), JsonlSink(path), or your own.
     builder, adapter, trainer: components of your own in place of ours.
     """
 
@@ -87,6 +89,7 @@ class Run(LiveRun):
         resume: str = "never",
         replay: str | Path | None = None,
         output_dir: str | Path = "runs",
+        sinks: Sequence[MetricsSink] = (),
         builder: TrajectoryBuilder | None = None,
         adapter: TrainerAdapter | None = None,
         trainer: Trainer | None = None,
@@ -116,6 +119,13 @@ class Run(LiveRun):
             trainer=trainer,
         )
         self._make(config, components, name, resume, replay)
+        self.sinks.extend(sinks)
+
+    @property
+    def sinks(self) -> list[MetricsSink]:
+        """Where each epoch's numbers go beside the run's folder: append to it, also while the run is live. One that fails
+        or hangs is a warning. See sinks.py."""
+        return self._driver.sinks
 
     @classmethod
     def from_config(

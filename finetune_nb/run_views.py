@@ -6,7 +6,7 @@ Everything here works on records that are in memory or read from disk, whoever's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -127,35 +127,36 @@ class RunViews(ABC):
         from . import frames
 
         left = self.partial if partial else None
-        chosen = [*self._chosen(epoch), *([left] if left else [])]
+        chosen = [*self.chosen(epoch), *([left] if left else [])]
         return self._of_example(frames.trajectories(chosen, example, columns), example)
 
     def messages(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
         """One row = one message of an episode. Columns: see frames.messages."""
         from . import frames
 
-        return self._of_example(frames.messages(self._chosen(epoch), example, columns), example)
+        return self._of_example(frames.messages(self.chosen(epoch), example, columns), example)
 
     def tokens(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
         """One row = one token that the policy sampled. Columns: see frames.tokens. Of a long run there are many: ask for
         some epochs."""
         from . import frames
 
-        return self._of_example(frames.tokens(self._chosen(epoch), example, columns), example)
+        return self._of_example(frames.tokens(self.chosen(epoch), example, columns), example)
 
     def groups(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
         """One row = one group of one epoch. Columns: see frames.groups."""
         from . import frames
 
-        return self._of_example(frames.groups(self._chosen(epoch), example, columns), example)
+        return self._of_example(frames.groups(self.chosen(epoch), example, columns), example)
 
     def epochs(self, epoch: Any = None, columns: Columns = None) -> pd.DataFrame:
         """One row = one epoch. Columns: see frames.epochs."""
         from . import frames
 
-        return frames.epochs(self._chosen(epoch), columns)
+        return frames.epochs(self.chosen(epoch), columns)
 
-    def _chosen(self, epoch: Any) -> Sequence[Epoch]:
+    def chosen(self, epoch: Any = None) -> Sequence[Epoch]:
+        """The records of those epochs: a number as in run[3], a slice, or several numbers; None: all."""
         if epoch is None:
             return self.records
         if isinstance(epoch, slice):
@@ -185,7 +186,7 @@ class RunViews(ABC):
         these epochs were the first to use."""
         from . import frames
 
-        used = None if epoch is None else {each.index for each in self._chosen(epoch)}
+        used = None if epoch is None else {each.index for each in self.chosen(epoch)}
         return frames.journal([c for c in self.changes if used is None or c.epoch in used], columns)
 
     # ── plots ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -244,36 +245,82 @@ class RunViews(ABC):
         found = self._epoch(epoch)
         return learning_signal(found, [one for one in self.records if one.index < found.index])
 
-    def export(self, path: str | Path) -> Path:
-        """Writes a file, of the kind that its suffix says, and returns its path. `.yaml`: the journal of changes, for
-        `replay=` of another run. Raises ConfigError for other suffixes."""
-        path = Path(path)
-        write = _EXPORTS.get(path.suffix.lower())
-        if write is None:
-            raise ConfigError(
-                f"export: cannot write {path.name!r}; expected a name that ends in {', '.join(_EXPORTS)}."
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(self, path)
-        return path
+    #
+    # Each returns a figure, or draws on `ax`; options: theme ("light", "dark"; by default one that suits both) and those
+    # of the function of that name in plots.py. others: runs to show beside this one.
 
-    def plot_rewards(self, ax: Any = None, **options: Any) -> Any:
-        """Reward per epoch, with validation and curriculum. Returns a figure, or draws on `ax`."""
+    def plot_rewards(self, others: Sequence[RunViews] = (), ax: Any = None, **options: Any) -> Any:
+        """Reward per epoch, with validation, curriculum and live changes."""
         from . import plots
 
-        return plots.plot_rewards(self.records, ax=ax, **options)
+        return plots.plot_rewards([self, *others], ax=ax, **options)
 
-    def plot_reward_distribution(self, ax: Any = None, **options: Any) -> Any:
-        """How the rewards of each epoch are distributed. Returns a figure, or draws on `ax`."""
+    def plot_reward_distribution(self, others: Sequence[RunViews] = (), ax: Any = None, **options: Any) -> Any:
+        """How the rewards of each epoch are distributed."""
         from . import plots
 
-        return plots.plot_reward_distribution(self.records, ax=ax, **options)
+        return plots.plot_reward_distribution([self, *others], ax=ax, **options)
 
-    def plot_scores(self, names: Sequence[str] | None = None, ax: Any = None, **options: Any) -> Any:
-        """The mean of every evaluator per epoch. Returns a figure, or draws on `ax`."""
+    def plot_curriculum(self, others: Sequence[RunViews] = (), ax: Any = None, **options: Any) -> Any:
+        """What became of each epoch's groups, the curriculum's percentile, and the live changes."""
         from . import plots
 
-        return plots.plot_scores(self.records, names=names, ax=ax, **options)
+        return plots.plot_curriculum([self, *others], ax=ax, **options)
+
+    def plot_groups(self, epoch: Any = -1, others: Sequence[RunViews] = (), ax: Any = None, **options: Any) -> Any:
+        """A map of the groups, mean reward against spread, by what became of them. epoch: the newest by default; as in
+        `trajectories`."""
+        from . import plots
+
+        runs = {run.id: run.chosen(epoch) if run.records else [] for run in (self, *others)}
+        return plots.plot_groups(runs, ax=ax, **options)
+
+    def plot_advantages(self, others: Sequence[RunViews] = (), ax: Any = None, **options: Any) -> Any:
+        """How the advantages of each epoch are distributed, and how many trajectories have none."""
+        from . import plots
+
+        return plots.plot_advantages([self, *others], ax=ax, **options)
+
+    def plot_lengths(self, others: Sequence[RunViews] = (), ax: Any = None, **options: Any) -> Any:
+        """How many tokens the policy sampled for a trajectory, and how many were cut at the limit."""
+        from . import plots
+
+        return plots.plot_lengths([self, *others], ax=ax, **options)
+
+    def plot_training(
+        self, names: Sequence[str] | None = None, others: Sequence[RunViews] = (), ax: Any = None, **options: Any
+    ) -> Any:
+        """What the training backend measured: loss, KL, clip fraction, gradient norm, ..."""
+        from . import plots
+
+        return plots.plot_training([self, *others], names, ax=ax, **options)
+
+    def plot_scores(
+        self, names: Sequence[str] | None = None, others: Sequence[RunViews] = (), ax: Any = None, **options: Any
+    ) -> Any:
+        """The mean of every evaluator per epoch."""
+        from . import plots
+
+        return plots.plot_scores([self, *others], names, ax=ax, **options)
+
+    def export(
+        self,
+        path: str | Path,
+        frame: str | None = None,
+        *,
+        epoch: Any = None,
+        example: Any = None,
+        columns: Columns = None,
+    ) -> Path:
+        """Writes the run to a file, its kind told by its suffix, and returns its path.
+
+        "report.html"; a frame ("trajectories" by default) as ".csv", ".parquet" or ".jsonl", of which the last has by
+        default one line a trajectory with its messages; "journal.yaml", the live changes for `replay=` of another run.
+        What .csv does to formulas: see export.py. Raises ConfigError for other suffixes.
+        """
+        from .export import export
+
+        return export(self, path, frame, {"epoch": epoch, "example": example, "columns": columns})
 
     def __repr__(self) -> str:
         return run_text(name=self.id, state=self._state_and_writer(), epochs=self.records, error=self.error)
@@ -295,16 +342,6 @@ class RunViews(ABC):
 
         picture = b64encode(self.plot_rewards(theme="light").png()).decode("ascii")
         return {"text/plain": repr(self), "text/html": self._repr_html_(), "image/png": picture}
-
-
-def _export_journal(run: RunViews, path: Path) -> None:
-    from .journal_file import journal_text
-
-    path.write_text(journal_text(run.id, run.changes), encoding="utf-8")
-
-
-_EXPORTS: dict[str, Callable[[RunViews, Path], None]] = {".yaml": _export_journal, ".yml": _export_journal}
-"""Suffix -> what writes such a file."""
 
 
 def compare(runs: Sequence[RunViews], confidence: float = 0.95) -> Comparison:

@@ -24,10 +24,10 @@ LAYERS = {
     "engine": "states controls journal_file live_fields tripwires"
     " curriculum preview metrics retention jsonl episodes evaluation* trajectory_builder trainer watch"
     " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
-    " rewind run_log recorder witness trial driver engine",
+    " rewind run_log sinks recorder witness trial driver engine",
     "views": "sampled_tokens heat_map conversation pieces rollout_group rollout_view group_comparison"
     " columns spread_forecast learning_signal rollout_frames unfolding message_frames token_frames frames"
-    " figure plots viewer preview_card comparison kernel display interrupts"
+    " figure plot_parts distributions group_plots plots viewer preview_card comparison report export kernel display interrupts"
     " kernel_widgets live_curve panel_html panel_inputs panel",
     "surface": "from_functions from_folder shelf run_views run_on_disk steering helm live_run run cli demo testing",
     "edge": "backends* examples*",

@@ -11,16 +11,20 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 import pytest
-from factories import make_epoch
+from factories import make_epoch, make_trajectory
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from test_frames import epoch_of
+from test_message_frames import Views, stored
 
 from finetune_nb import plots
 from finetune_nb.config import CurriculumSettings
+from finetune_nb.controls import Change
 from finetune_nb.errors import ConfigError
 from finetune_nb.figure import THEMES, Figure
 from finetune_nb.types import RolloutFailure
 
-ALL = [plots.plot_rewards, plots.plot_reward_distribution, plots.plot_scores, plots.plot_groups]
+ALL = [getattr(plots, name) for name in plots.__all__]
+OVER_EPOCHS = [plot for plot in ALL if plot is not plots.plot_groups]
 
 
 def on(percentile: float) -> CurriculumSettings:
@@ -147,14 +151,128 @@ def test_stacked_scores_lie_on_top_of_one_another() -> None:
     assert ax.collections[0].get_hatch() != ax.collections[1].get_hatch()
 
 
+def change(epoch: int | None, field: str = "percentile", old=0.3, new=0.5) -> Change:
+    return Change(0.0, "panel", field, old, new, epoch)
+
+
+def run_of(*epochs, name: str = "run", changes: tuple[Change, ...] = ()) -> Views:
+    run = Views(*epochs)
+    run.id, run.changes = name, changes
+    return run
+
+
 def test_groups_are_counted_by_reason_beside_those_that_can_teach() -> None:
-    ax = plots.plot_groups([make_epoch([[1, 0], [0.5, 0], [1, 1]], settings=on(0.5))]).axes[0]
+    figure = plots.plot_curriculum([make_epoch([[1, 0], [0.5, 0], [1, 1]], settings=on(0.5))])
+    ax = figure.axes[0]
     assert {bars.get_label(): bars[0].get_height() for bars in ax.containers} == {
         "kept": 1,
         "no reward spread": 1,
         "beyond percentile": 1,
     }
     assert labelled(ax, "rewards differ").get_ydata().tolist() == [2]
+    assert figure.axes[1].lines[0].get_ydata(orig=True).tolist() == [0.5]
+
+
+def test_several_curricula_are_percentiles_and_shares_that_were_trained_on() -> None:
+    runs = [run_of(make_epoch([[1, 0], [1, 0]], settings=on(p)), name=f"at {p}") for p in (0.5, 1.0)]
+    ax = plots.plot_curriculum(runs).axes[0]
+    assert [labelled(ax, f"at {p}: trained on").get_ydata().tolist() for p in (0.5, 1.0)] == [[0.5], [1.0]]
+    assert [labelled(ax, f"at {p}: percentile").get_ydata(orig=True).tolist() for p in (0.5, 1.0)] == [[0.5], [1.0]]
+
+
+def test_every_live_change_is_marked_before_the_epoch_that_used_it_first() -> None:
+    epochs = [make_epoch([[1, 0.5, 0, 0.1, 0.2, 0.3, 0.4]], i, settings=on(0.5), scores={"a": 1.0}) for i in range(4)]
+    changes = (change(2), change(3, "sort_ascending", False, True), change(None), change(99))
+    run = run_of(*epochs, changes=changes)
+    for plot in OVER_EPOCHS:
+        figure = plot(run, theme="light")
+        assert labelled(figure.axes[0], "live change").get_offsets()[:, 0].tolist() == [1.5, 2.5], plot.__name__
+        assert "Live changes: epoch 2: percentile 0.3 to 0.5; epoch 3: sort_ascending False to True" in figure.alt_text
+        assert [text.get_text().strip() for text in figure.axes[0].texts] == ["percentile 0.5", "sort_ascending True"]
+    many = run_of(*(make_epoch([[1, 0]], i) for i in range(9)), changes=tuple(change(i) for i in range(9)))
+    assert not plots.plot_rewards(many).axes[0].texts  # they would cover one another
+
+
+def test_the_map_places_groups_by_mean_and_spread_and_tells_their_reasons_by_colour_and_shape() -> None:
+    groups = [[1, 0], [1, 0], [0.5, 0], [1, 1], [None, None]]
+    figure = plots.plot_groups([make_epoch(groups, settings=on(0.5))])
+    ax = figure.axes[0]
+    kept, beyond = labelled(ax, "2 trained on"), labelled(ax, "1 beyond the percentile")
+    assert kept.get_offsets().tolist() == [[0.5, 1.0]]
+    assert kept.get_sizes()[0] > beyond.get_sizes()[0]  # two groups lie there
+    assert beyond.get_offsets().tolist() == [[0.25, 0.5]]
+    assert kept.get_facecolor().tolist() != beyond.get_facecolor().tolist()
+    assert not np.array_equal(kept.get_paths()[0].vertices, beyond.get_paths()[0].vertices)
+    assert labelled(ax, "1 rewards hardly differ").get_offsets().tolist() == [[1.0, 0.0]]
+    assert labelled(ax, "smallest spread that teaches").get_ydata() == [0.1, 0.1]
+    assert ax.get_xlabel() == "mean reward of the group (1 groups have none)"
+
+
+def test_several_runs_have_a_map_and_a_distribution_each_on_one_scale() -> None:
+    runs = [run_of(make_epoch([[1, 0]]), name="a"), run_of(make_epoch([[0.25, 0]]), name="b")]
+    for plot in (plots.plot_groups, plots.plot_reward_distribution, plots.plot_advantages):
+        figure = plot(runs)
+        first, second = [ax for ax in figure.axes if ax.get_ylabel().startswith(("a: ", "b: "))]
+        assert first.get_ylim() == second.get_ylim() and first.get_xlim() == second.get_xlim()
+        given = matplotlib.figure.Figure().subplots(2, 1)
+        assert plot(runs, ax=given) is given
+        with pytest.raises(ConfigError, match="found 1 axes for 2 pictures"):
+            plot(runs, ax=given[0])
+
+
+def test_advantages_that_are_zero_are_a_share_and_no_part_of_the_violin() -> None:
+    figure = plots.plot_advantages([make_epoch([[1, 0], [1, 1], [0, 0], [0, 0]])])
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [0.75]
+    assert labelled(figure.axes[0], "median").get_ydata() == [pytest.approx(0, abs=1e-9)]
+    low, high = labelled(figure.axes[0], "10–90 %").get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((-0.8 * 0.7070, 0.8 * 0.7070), abs=1e-3)  # of two values, ±0.707
+
+
+def test_lengths_are_the_median_of_the_sampled_tokens_and_the_share_that_was_cut(tmp_path) -> None:
+    epoch = epoch_of([[make_trajectory(1.0, "q", g, reply="x" * n) for g, n in enumerate((2, 4, 9))]])
+    epoch.collection.trajectories[0][2].episode[-1].metadata["finish_reason"] = "length"
+    for each in (epoch, stored(tmp_path, epoch)[0]):
+        figure = plots.plot_lengths([each])
+        assert labelled(figure.axes[0], "median").get_ydata().tolist() == [4]
+        assert figure.axes[1].lines[0].get_ydata().tolist() == pytest.approx([1 / 3])
+
+
+def test_training_metrics_have_a_picture_each_and_an_untrained_epoch_is_a_gap() -> None:
+    epochs = [make_epoch([[1, 0]], 0, train={"kl": 0.1, "loss": 0.5, "mine": 7.0}), make_epoch([[0, 0]], 1, job=None)]
+    figure = plots.plot_training(epochs)
+    assert [ax.get_ylabel().partition("\n")[0] for ax in figure.axes] == ["loss", "KL"]
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [0.5, math.nan])
+    assert plots.plot_training(epochs, ["mine"]).axes[0].lines[0].get_ydata()[0] == 7.0
+    with pytest.raises(ConfigError, match="no epoch has a training metric 'lss'. Did you mean 'loss'"):
+        plots.plot_training(epochs, ["lss"])
+
+
+def test_a_run_draws_itself_and_others() -> None:
+    run, other = (run_of(make_epoch([[1, 0]], 0, scores={"a": 1.0}), make_epoch([[1, 1]], 1), name=n) for n in "ab")
+    for name in plots.__all__:
+        assert getattr(run, name)().alt_text, name
+        figure = getattr(run, name)(others=[other])
+        assert "a" in figure.alt_text and "b" in figure.alt_text, name
+    assert "1 trained on" in run.plot_groups(epoch=0).alt_text
+
+
+def test_many_plots_leave_no_figure_and_no_memory_behind() -> None:
+    import gc
+    import tracemalloc
+
+    import matplotlib.pyplot as plt
+
+    epochs = [make_epoch([[1, 0]], i) for i in range(2)]
+    sizes = []
+    tracemalloc.start()
+    for _ in range(3):
+        for _ in range(15):
+            plots.plot_rewards(epochs)
+        gc.collect()
+        sizes.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert plt.get_fignums() == []
+    assert sizes[2] - sizes[1] < 200_000
 
 
 @pytest.mark.parametrize("plot", ALL)
@@ -180,7 +298,7 @@ def test_figures_show_themselves_and_touch_nothing_global(plot, theme) -> None:
     png = base64.b64decode(data["image/png"])
     assert struct.unpack(">II", png[16:24]) == (2 * about["image/png"]["width"], 2 * about["image/png"]["height"])
     assert data["text/plain"] == about["image/png"]["alt"] == figure.alt_text != ""
-    assert figure.axes[0].get_xlabel() == "epoch"
+    assert figure.axes[0].get_xlabel().startswith("mean reward" if plot is plots.plot_groups else "epoch")
     assert figure.axes[0].get_ylabel() != ""
 
 
@@ -200,7 +318,7 @@ def test_epochs_without_rewards_or_groups_can_be_drawn(plot) -> None:
 def test_the_legend_does_not_cover_the_data_and_lies_within_the_picture(plot) -> None:
     epochs = [make_epoch([[1, 0], [0.5, 0], [1, 1]], i, settings=on(0.5), scores={"a": 1.0}, validation=0.5,
                          failures=[RolloutFailure("q", 0, "E")]) for i in range(3)]  # fmt: skip
-    figure = plot(epochs)
+    figure = plot(run_of(*epochs, changes=(change(1),)))
     FigureCanvasAgg(figure).draw()
     box, data = figure.axes[0].get_legend().get_window_extent(), figure.axes[0].get_window_extent()
     assert box.y0 >= data.y1
