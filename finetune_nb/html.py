@@ -168,7 +168,7 @@ def bar(value: float, largest: float = 1.0, text: Any = None) -> Html:
         return element("span", shown)
     share = min(max(value / largest, 0.0), 1.0)
     filled = element("span", style=f"width:{100 * share:.1f}%")
-    return element("span", element("span", filled, class_="ft-bar", aria_hidden="true"), "\u00a0", shown)  # on one line
+    return element("span", element("span", filled, class_="ft-bar", aria_hidden="true"), " ", shown)
 
 
 def sparkline(values: Sequence[float], text: str, width: int = 240, height: int = 40) -> Html:

@@ -183,9 +183,7 @@ class LearningSignal:
         found = self._by_signal()
         rows = []
         for signal, those in found.items():
-            share = bar(
-                len(those), len(self.examples), f"{len(those):,}".rjust(len(f"{len(self.examples):,}"), "\u2007")
-            )
+            share = element("span", bar(len(those), len(self.examples), f"{len(those):,}"), style="white-space:nowrap")
             meaning = [SIGNALS[signal][0], some([example.id for example in those])]
             rows.append([share, element("strong", signal), line(*meaning), self._what_to_do(signal)])
         body = [

@@ -19,7 +19,11 @@ def code_cells(path):
 
 
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS] == ["01_first_run.ipynb", "03_live_curriculum.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == [
+        "01_first_run.ipynb",
+        "02_read_trajectories.ipynb",
+        "03_live_curriculum.ipynb",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
