@@ -64,8 +64,15 @@ OUR_TYPES: dict[str, dict[str, str]] = {
         "csv": "finetune_nb.component:EvalDatasetCsvConfig",
         "parquet": "finetune_nb.component:EvalDatasetParquetConfig",
     },
-    "trajectory_builder": {"eval_traj_builder": "finetune_nb.trajectory_builder:EvalTrajectoryBuilderConfig"},
-    "trainer_adapter": {"local_grpo": "finetune_nb.backends.local.adapter:LocalGRPOConfig"},
+    "trajectory_builder": {
+        "eval_traj_builder": "finetune_nb.trajectory_builder:EvalTrajectoryBuilderConfig",
+        "preference_builder": "finetune_nb.preferences:PreferenceBuilderConfig",
+    },
+    "trainer_adapter": {
+        "local_grpo": "finetune_nb.backends.local.adapter:LocalGRPOConfig",
+        "trl_dpo": "finetune_nb.backends.trl.adapter:TRLDPOConfig",
+        "trl_sft": "finetune_nb.backends.trl.adapter:TRLSFTConfig",
+    },
     "trainer": {"epoch_trainer": "finetune_nb.trainer:EpochTrainerConfig"},
 }
 """kind -> `_type` -> "module:config class". Importing the module registers the component."""

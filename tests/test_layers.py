@@ -22,7 +22,7 @@ LAYERS = {
     "nouns": "errors html observe redaction yaml_text eval_types types component curriculum_settings config",
     "contracts": "interfaces type_names builder registry known_keys loading",
     "engine": "states controls journal_file live_fields tripwires"
-    " curriculum preview metrics retention jsonl episodes evaluation* trajectory_builder trainer watch"
+    " curriculum preview metrics retention jsonl episodes evaluation* trajectory_builder preferences trainer watch"
     " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
     " rewind run_log sinks recorder witness trial driver engine",
     "views": "sampled_tokens heat_map conversation pieces rollout_group rollout_view group_comparison"
@@ -39,6 +39,7 @@ NAMED_EXCEPTIONS = {
 }
 NAMED_BY_STRING = {
     ("interfaces", "finetune_nb.evaluation.evaluate:EvaluationRun"): "the seed's default run_eval",
+    ("backends.trl.adapter", "finetune_nb.backends.local.policy:LocalPolicy"): "what TRL trains is sampled by it",
     ("types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("eval_types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("preview", "finetune_nb.preview_card:*"): "how a noun shows itself",

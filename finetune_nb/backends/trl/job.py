@@ -1,0 +1,154 @@
+"""One training job: its folder, its process, its status.
+
+The process tells how it stands by lines in progress.jsonl, and how it ended by its exit code and what it wrote to
+worker.log. The folder's models are deleted when the job has ended; data, progress and log stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from ...redaction import redact_text, redacting_logger
+from ...types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
+
+__all__ = ["TRLJob"]
+
+logger = redacting_logger(__name__)
+
+GRACE_SECONDS = 5.0
+"""What a process has to end after it was asked to, before it is killed."""
+LAST_LINES = 12
+"""Of the worker's log, in the message of a job that failed."""
+
+
+class TRLJob:
+    def __init__(self, run_id: str, backend: str, folder: Path, policy: Any, rows: int) -> None:
+        self.id = uuid.uuid4().hex
+        self.ref = TrainingJobRef(run_id=run_id, backend=backend, metadata={"job_id": self.id})
+        self.folder = folder / self.id
+        self.ended: Future[None] = Future()
+        self.ended.set_running_or_notify_cancel()  # so that a waiter who is canceled does not cancel the job's end
+        self.canceled = threading.Event()
+        self._policy, self._rows = policy, rows
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._started = time.perf_counter()
+        self._last: TrainingJobStatus | None = None
+
+    def write(self, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """What the process reads: settings, data, and the policy's weights."""
+        self.folder.mkdir(parents=True)
+        (self.folder / "job.json").write_text(json.dumps(settings), encoding="utf-8")
+        with (self.folder / "data.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._policy.save(self.folder / "model")
+
+    def start(self, processes: int, cpu: bool) -> None:
+        """Starts the process, and a thread that waits for it."""
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += [*(["--cpu"] if cpu else []), *(["--multi_gpu"] if processes > 1 and not cpu else [])]
+        command += ["--main_process_port", "0", "--module", f"{__package__}.worker"]
+        ours = str(Path(__file__).parents[3])
+        path = os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        with (self.folder / "worker.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, str(self.folder)],
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a group of its own, which is ended as a whole
+            )
+        threading.Thread(target=self._watch, name="finetune_nb trl job", daemon=True).start()
+
+    def cancel(self) -> None:
+        """Asks the processes to end, and makes them a little later."""
+        if self.ended.done() or self.canceled.is_set():
+            return
+        self.canceled.set()
+        self._signal(signal.SIGTERM)
+        killer = threading.Timer(GRACE_SECONDS, self._signal, [signal.SIGKILL])
+        killer.daemon = True
+        killer.start()
+        self.ended.add_done_callback(lambda _: killer.cancel())
+
+    def _signal(self, number: int) -> None:
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+
+    def _watch(self) -> None:
+        process = self._process
+        assert process is not None
+        try:
+            code = process.wait()
+            self._signal(signal.SIGKILL)  # what the launcher may have left behind
+            self._last = self._outcome(code)
+        except BaseException as error:  # the thread's last word: whoever waits must hear of it
+            logger.exception("training job %s failed", self.id)
+            self._last = self._make(TrainingStatusEnum.FAILED, redact_text(f"{type(error).__name__}: {error}"))
+        finally:
+            for models in ("model", "trained", "checkpoints"):
+                shutil.rmtree(self.folder / models, ignore_errors=True)
+            self.ended.set_result(None)
+
+    def _outcome(self, code: int) -> TrainingJobStatus:
+        if self.canceled.is_set():
+            return self._make(TrainingStatusEnum.CANCELED, "canceled; the policy is as it was before the job")
+        if code:
+            return self._make(TrainingStatusEnum.FAILED, f"the process ended with code {code}:\n{self._last_words()}")
+        from .weights import load_weights
+
+        load_weights(self._policy, self.folder / "trained", self._policy.version + 1)
+        return self._make(TrainingStatusEnum.COMPLETED, f"trained on {self._rows} rows")
+
+    def _last_words(self) -> str:
+        text = (self.folder / "worker.log").read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        # Behind the worker's own traceback the launcher writes one that says only that the worker failed.
+        launcher = [i for i, line in enumerate(lines) if "accelerate/commands/" in line]
+        end = max((i - 1 for i in launcher[:1]), default=len(lines))
+        return redact_text("\n".join(lines[:end][-LAST_LINES:])) or "it said nothing"
+
+    def status(self) -> TrainingJobStatus:
+        return (self._last or self._make(TrainingStatusEnum.RUNNING, None)).model_copy(deep=True)
+
+    def _make(self, status: TrainingStatusEnum, message: str | None) -> TrainingJobStatus:
+        lines = self._progress()
+        step, steps = (lines[-1]["step"], lines[-1]["steps"]) if lines else (0, 0)
+        metrics: dict[str, Any] = {}
+        for line in lines:  # the last lines sum up, and do not repeat what each step said
+            metrics |= line["metrics"]
+        metrics |= {"optimizer_steps": step, "rows": self._rows, "seconds": time.perf_counter() - self._started}
+        progress = 100.0 if status == TrainingStatusEnum.COMPLETED else 100.0 * step / steps if steps else 0.0
+        return TrainingJobStatus(
+            run_id=self.ref.run_id,
+            backend=self.ref.backend,
+            status=status,
+            progress=progress,
+            message=message or (f"step {step} of {steps}" if steps else "the process is starting"),
+            metadata={"job_id": self.id, "policy_version": self._policy.version, "metrics": metrics},
+        )
+
+    def _progress(self) -> list[dict[str, Any]]:
+        try:
+            text = (self.folder / "progress.jsonl").read_text(encoding="utf-8")
+        except OSError:
+            return []
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
