@@ -95,6 +95,8 @@ class Driver:
         await self._take_up(trainer)
         self._witness = Witness(trainer, self.run_id, self.controls, self.standing, self.recorder, self.builder)
         self.trainer = trainer
+        if self.policy_told is not None:
+            self.recorder.event("policy", text=self.policy_told)
 
     async def _open_recorder(self) -> None:
         run = self.config.run
@@ -113,6 +115,11 @@ class Driver:
         if state is not None and state["curriculum"] and trainer._curriculum_state is not None:
             trainer._curriculum_state |= state_to_dict(state_from_dict(state["curriculum"]))
         self._left = store.partial()
+
+    @property
+    def policy_told(self) -> str | None:
+        """What is sampled and trained, in the policy's own words: its `description`, if it has one."""
+        return getattr(self.adapter.policy, "description", None) if self.is_open else None
 
     @property
     def next_index(self) -> int:
@@ -276,12 +283,12 @@ class Driver:
         await self.open()
         return await self._trial.chat(messages, **options)
 
-    async def save_model(self, directory: str) -> str:
+    async def save_model(self, directory: str, **options: Any) -> str:
         await self.open()
         save = getattr(self.adapter, "save", None)
         if save is None:
             raise RunError(f"{type(self.adapter).__name__} cannot save its model: it has no save(directory).")
-        saved = save(directory)
+        saved = save(directory, **options)
         return str(await saved if isinstance(saved, Awaitable) else saved)
 
 

@@ -119,11 +119,12 @@ class LiveRun(Steering):
         """The policy's reply to a text or to OpenAI messages. options: tools, temperature, max_tokens, stop."""
         return await self._ask(lambda: self._driver.chat(messages, **options))
 
-    def save_model(self, directory: str | Path) -> Path:
-        """Writes the trained model and its tokenizer, loadable by `from_pretrained`."""
+    def save_model(self, directory: str | Path, **options: Any) -> Path:
+        """Writes the trained model and its tokenizer, loadable by `from_pretrained`. options: of the adapter's `save`;
+        `merge=True` adds a LoRA adapter to the model's weights, which otherwise is written alone."""
         self._require_open()
         self._require_outside("save_model")
-        return Path(self._engine.submit(self._driver.save_model(str(directory))).result())
+        return Path(self._engine.submit(self._driver.save_model(str(directory), **options)).result())
 
     async def _ask(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Something small beside the epochs."""

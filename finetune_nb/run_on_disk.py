@@ -96,7 +96,9 @@ class RunOnDisk(RunViews):
 
     @property
     def model(self) -> str | None:
-        """What is trained, where the adapter's config says it."""
+        """What is trained: in words where the policy tells, once it is loaded, else as the adapter's config says it."""
+        if self._driver.policy_told is not None:
+            return self._driver.policy_told
         adapter = self.config.trainer_adapters.get(self.config.finetuning.trainer_adapter or "")
         return getattr(adapter, "model", None)
 

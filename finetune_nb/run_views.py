@@ -323,7 +323,9 @@ class RunViews(ABC):
         return export(self, path, frame, {"epoch": epoch, "example": example, "columns": columns})
 
     def __repr__(self) -> str:
-        return run_text(name=self.id, state=self._state_and_writer(), epochs=self.records, error=self.error)
+        return run_text(
+            name=self.id, state=self._state_and_writer(), epochs=self.records, error=self.error, model=self.model
+        )
 
     def _repr_html_(self) -> str:
         return run_html(

@@ -157,12 +157,20 @@ def run_html(
 
 
 def run_text(
-    *, name: str, state: str, epochs: Sequence[Epoch], error: str | None = None, folder: str | None = None
+    *,
+    name: str,
+    state: str,
+    epochs: Sequence[Epoch],
+    error: str | None = None,
+    folder: str | None = None,
+    model: str | None = None,
 ) -> str:
     """A run in a few lines, for terminals: its state, and the last three epochs."""
     lines = [
         f"run {one_line(name)}  {state}  {count(len(epochs), 'epoch')}" + (f"  {one_line(folder)}" if folder else "")
     ]
+    if model:
+        lines.append(f"model: {one_line(model)}")
     if error:
         lines.append(f"error: {one_line(error)}")
     return "\n  ".join([*lines, *map(epoch_text, epochs[-3:])])

@@ -16,8 +16,9 @@ transformers = pytest.importorskip("transformers")
 from tiny_models import byte_tokenizer, random_model  # noqa: E402
 
 from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig  # noqa: E402
+from finetune_nb.backends.local.forward import micro_batches  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
-from finetune_nb.backends.local.sequences import experience, micro_batches, token_sequences  # noqa: E402
+from finetune_nb.backends.local.sequences import experience, token_sequences  # noqa: E402
 from finetune_nb.errors import BackendError, MissingLogprobs, StalePolicy  # noqa: E402
 from finetune_nb.types import (  # noqa: E402
     DPOItem,
@@ -147,9 +148,9 @@ def test_trajectories_without_reward_and_groups_without_spread_teach_nothing():
 
     learned = experience(collection(group(1, 0, math.nan), group(1, 1), group(math.nan), group(0, math.inf), group()))
     assert (len(learned.trajectories), learned.groups, learned.groups_without_signal) == (2, 1, 4)
-    assert [s.advantage for s in learned.sequences()] == pytest.approx([0.7071, -0.7071], abs=1e-3)
+    assert [s.advantages[-1] for s in learned.sequences()] == pytest.approx([0.7071, -0.7071], abs=1e-3)
     unscaled = experience(collection(group(1, 0, math.nan)), scale_rewards=False)
-    assert [s.advantage for s in unscaled.sequences()] == [0.5, -0.5]
+    assert [s.advantages for s in unscaled.sequences()] == [[0.0, 0.5], [0.0, -0.5]]
 
 
 def test_micro_batches_hold_every_sequence_once_and_stay_within_their_tokens():
@@ -157,10 +158,10 @@ def test_micro_batches_hold_every_sequence_once_and_stay_within_their_tokens():
     sequences = [
         token_sequences(trajectory(1.0, turn([3] * int(n), [5], [-1.0])))[0] for n in rng.integers(1, 60, size=50)
     ]
-    batches = list(micro_batches(sequences, 64))
+    batches = [batch for batch, shared in micro_batches(sequences, 64) if not shared]
     assert sorted(map(id, sequences)) == sorted(id(s) for batch in batches for s in batch)
     assert all(len(batch) * max(map(len, batch)) <= 64 for batch in batches)
-    assert [len(batch) for batch in micro_batches(sequences[:2], 1)] == [1, 1]  # too long is still trained, alone
+    assert [len(batch) for batch, _ in micro_batches(sequences[:2], 1)] == [1, 1]  # too long is still trained, alone
 
 
 # ── learning ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -202,13 +203,21 @@ async def test_finished_job_tells_what_it_did():
     assert math.isfinite(metrics["loss"]) and 0 <= metrics["clip_fraction"] <= 1
 
 
-async def test_logprob_gap_shows_that_other_weights_sampled():
-    a = adapter()
+@pytest.mark.parametrize(("allowed", "staleness"), [(None, 0), (0.6, 0), (0.1, 1), (0.1, 0)])
+async def test_logprobs_that_are_not_the_policys_stop_the_run_before_a_step(allowed, staleness):
+    a = adapter(max_logprob_gap=allowed, max_staleness=staleness)
     trajectories = await rollouts(a, by_first_token)
-    for t in trajectories.trajectories[0]:
+    for t in (t for group in trajectories.trajectories for t in group):
         t.episode[0].logprobs = [value - 0.5 for value in t.episode[0].logprobs]
+    before = weights(a)
     status = await train(a, trajectories)
-    assert status.metadata["metrics"]["logprob_gap"] > 0.01
+    assert status.metadata["metrics"]["logprob_gap"] == pytest.approx(0.5, abs=1e-3)
+    if (allowed, staleness) != (0.1, 0):
+        assert status.status == "completed"
+        return
+    assert status.status == "failed" and torch.equal(before, weights(a)) and a.policy.version == 0
+    for cause in ("0.5 nats", "max_logprob_gap", "chat template", "stale", "adapter", "Nothing was trained"):
+        assert cause in status.message
 
 
 async def test_size_of_micro_batches_changes_nothing_but_rounding():
@@ -262,7 +271,7 @@ async def test_groups_without_signal_leave_the_weights_as_they_are():
 
 
 async def test_loss_that_is_not_finite_fails_the_job_and_leaves_the_weights_as_they_were():
-    a = adapter()
+    a = adapter(max_logprob_gap=None)
     trajectories = await rollouts(a, by_first_token)
     for t in trajectories.trajectories[0]:
         t.episode[0].logprobs = [-1e4 for _ in t.episode[0].logprobs]  # a ratio beyond float32

@@ -20,7 +20,8 @@ from tiny_models import byte_tokenizer, random_model  # noqa: E402
 
 from finetune_nb.backends.local import checkpoint, publishing  # noqa: E402
 from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig  # noqa: E402
-from finetune_nb.backends.local.policy import EMBEDDED, LocalPolicy  # noqa: E402
+from finetune_nb.backends.local.models import EMBEDDED  # noqa: E402
+from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.errors import BackendError  # noqa: E402
 from finetune_nb.types import EpisodeItem, SamplingParams, Trajectory, TrajectoryCollection  # noqa: E402
 

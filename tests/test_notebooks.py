@@ -24,6 +24,7 @@ def test_there_are_notebooks():
         "02_read_trajectories.ipynb",
         "03_live_curriculum.ipynb",
         "04_your_own_agent.ipynb",
+        "05_real_model.ipynb",
     ]
 
 
@@ -34,6 +35,8 @@ async def test_notebook_runs_top_to_bottom(path, tmp_path):
     takes_config = any("from_config(CONFIG" in cell.source for cell in notebook.cells)
     for cell in notebook.cells:
         cell.source = cell.source.replace("CONFIG = None", "CONFIG = calculator.CONFIG" if takes_config else "")
+    has_config = any("import calculator" in cell.source for cell in notebook.cells)
+        cell.source = cell.source.replace("CONFIG = None", "CONFIG = calculator.CONFIG" if has_config else "")
     assert await execute(notebook, tmp_path, tmp_path) is None
 
 

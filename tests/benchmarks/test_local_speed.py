@@ -77,6 +77,48 @@ def test_concurrent_requests_are_sampled_at_least_five_times_faster_than_one_by_
     assert alone > 5 * together
 
 
+def test_agents_of_several_turns_share_batches_as_large_as_one_generate(policy, prompts):
+    """32 agents of three turns, their tools between them a few milliseconds apart, beside one `generate` of 32 rows."""
+    agents, turns = 32, 3
+    sizes = []
+    run = policy._batcher._run
+
+    def watched(batch):
+        sizes.append(len(batch))
+        run(batch)
+
+    async def agent(i):
+        with policy.episode(EpisodeKey("train", 0, i, 0)):
+            ids = prompts[8 * i % ROWS]
+            for turn in range(turns):
+                sample = await policy.sample(ids, SamplingParams(1.0, NEW), seed=10 * i + turn)
+                await asyncio.sleep(0.0005 * (i % 7))  # a tool
+                ids = [*ids, *sample.ids, *prompts[i][-4:]]
+
+    async def all_agents():
+        await asyncio.gather(*(agent(i) for i in range(agents)))
+
+    chosen = [prompts[8 * i % ROWS] for i in range(agents)]
+    batch = policy.tokenizer.pad({"input_ids": chosen}, padding_side="left", return_tensors="pt")
+
+    def generate():
+        with policy.exclusive.hold(), torch.inference_mode():
+            lengths = {"max_new_tokens": NEW, "min_new_tokens": NEW}
+            policy.model.generate(**batch, **lengths, do_sample=True, top_k=0, top_p=1.0)
+
+    generate()
+    policy._batcher._run = watched
+    try:
+        ours = cpu_seconds(lambda: asyncio.run(all_agents()), repeats=5) / turns
+    finally:
+        policy._batcher._run = run
+    theirs = cpu_seconds(generate, repeats=5)
+    tokens = agents * NEW
+    print(f"\n32 agents of 3 turns: {tokens / ours:,.0f} tokens/s; one generate of 32: {tokens / theirs:,.0f} tokens/s")
+    print(f"batches of {min(sizes)} to {max(sizes)}")
+    assert theirs > 0.8 * ours
+
+
 def test_training_step_costs_less_than_the_rollouts_that_it_learns_from(policy, prompts):
     samples = asyncio.run(rollouts(policy, prompts))
     groups = []

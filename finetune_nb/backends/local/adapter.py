@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from ...config import FinetuneConfig, TrainerAdapterConfig
 from ...episodes import check_exact
@@ -32,12 +32,26 @@ if TYPE_CHECKING:
     from .policy import LocalPolicy
     from .training import Learner
 
-__all__ = ["LocalGRPOAdapter", "LocalGRPOConfig"]
+__all__ = ["LoRAConfig", "LocalGRPOAdapter", "LocalGRPOConfig"]
 
 logger = redacting_logger(__name__)
 
+
 AT_TRAINING: dict[str, Any] = {"live": "training"}
 """Marks a setting that may be changed while a run goes on; the next job reads it."""
+
+
+class LoRAConfig(BaseModel):
+    """Train an adapter of low rank in place of all weights."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
+
+    rank: int = Field(default=16, ge=1)
+    """Of the two matrices beside each layer: more can learn more, and needs more memory."""
+    alpha: int | None = Field(default=None, ge=1)
+    """The adapter's output is scaled by alpha / rank. None: 2 * rank."""
+    target: str | list[str] = "all-linear"
+    """Layers that get an adapter: "all-linear" (all but the output layer), a regular expression, or ends of names."""
 
 
 class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
@@ -47,8 +61,15 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
 
     model: str = "embedded"
     """"embedded" (ships with finetune_nb), a Hugging Face model directory, or a name on the hub."""
+    lora: LoRAConfig | None = None
+    """Train a LoRA adapter: {} for its defaults. None: all weights are trained."""
     learning_rate: float = Field(default=5e-4, gt=0, json_schema_extra=AT_TRAINING)
-    """Of AdamW, constant. The default suits the embedded model; a real one wants 1e-6 to 1e-5."""
+    """Of AdamW, at its highest. The default suits the embedded model; a real one wants 1e-6 to 1e-5, with LoRA 1e-5 to
+    3e-4."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes over `finetuning.num_epochs` training jobs, one an epoch; it falls to a tenth."""
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    """Part of the planned epochs in which the learning rate climbs to its highest."""
     optimizer_steps: int = Field(default=8, ge=1, json_schema_extra=AT_TRAINING)
     """Steps in one pass over all trajectories of an epoch; fewer where there are fewer trajectories."""
     inner_epochs: int = Field(default=1, ge=1)
@@ -60,24 +81,35 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     loss: Literal["dapo", "grpo"] = "dapo"
     """"dapo": mean over all tokens of an optimizer batch; "grpo": mean over each sequence, then over sequences."""
     kl_coef: float = Field(default=0.0, ge=0)
-    """Weight of the KL divergence from the initial weights. Above 0 a frozen copy of them is kept in memory."""
+    """Weight of the KL divergence from the initial weights. Above 0 a frozen copy of them is kept in memory; with LoRA
+    they are there already."""
     scale_rewards: bool = True
     """Advantages are divided by the standard deviation of their group's rewards."""
+    truncated: Literal["train", "mask"] = "train"
+    """Trajectories whose last reply was cut at max_tokens: "mask" does not train on them (DAPO's overlong filtering).
+    Their rewards count in their group either way."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """A longer gradient is shortened to this."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the gradient's mean and of its square's."""
     weight_decay: float = Field(default=0.0, ge=0)
-    micro_batch_tokens: int = Field(default=4096, ge=1)
-    """Tokens, padding included, in one forward and backward pass: less needs less memory and changes no result."""
+    micro_batch_tokens: int = Field(default=4096, ge=1, json_schema_extra=AT_TRAINING)
+    """Tokens, padding included, in one forward and backward pass, whose gradients add up to an optimizer step's: less
+    needs less memory and changes no result. A prompt that a group shares counts once."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: about a third slower, much less memory. Prompts are not shared
+    then."""
     max_staleness: int = Field(default=0, ge=0)
     """Policy versions by which a trajectory may be older than the weights that it trains."""
     allow_inexact: bool = False
     """Trains also on turns whose token ids are not known to be those that were sampled."""
+    max_logprob_gap: float | None = Field(default=0.1, gt=0)
+    """Mean |log probability in training - when sampled| (nats), before the first step of a job, beyond which the job
+    fails: something else was sampled than is trained. None: never; so with max_staleness above 0, which makes a gap."""
     device: str = "auto"
-    """A torch device; "auto": cuda where there is one, else cpu."""
+    """A torch device; "auto": cuda, else mps, else cpu."""
     dtype: str = "auto"
-    """A torch dtype; "auto": float32."""
+    """A torch dtype; "auto": float32, and with LoRA on a GPU that has it bfloat16 for what is not trained."""
     threads: int | None = Field(default=None, ge=1)
     """Torch threads; None: 1 for a small model, else torch's own setting (2 in a deterministic run)."""
 
@@ -128,9 +160,16 @@ class LocalGRPOAdapter(TrainerAdapter):
                 config = self.adapter_config
                 if self._policy is None:
                     self._policy = LocalPolicy.load(
-                        config.model, config.device, config.dtype, self.deterministic, config.threads
+                        config.model,
+                        config.device,
+                        config.dtype,
+                        self.deterministic,
+                        config.threads,
+                        lora=config.lora,
+                        seed=self.seed,
                     )
                 self._learner = Learner(self._policy, config)
+                logger.info("local_grpo: %s", self._policy.description)
             return self._policy, self._learner
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
@@ -153,9 +192,11 @@ class LocalGRPOAdapter(TrainerAdapter):
         from .jobs import TrainingJob  # needs torch, which is known to be there by now
 
         self._check_versions(trajectories, policy.version)
-        check_exact((t for group in trajectories.trajectories for t in group), self.adapter_config.allow_inexact)
-        learned = experience(trajectories, self.adapter_config.scale_rewards)
+        config = self.adapter_config
+        check_exact((t for group in trajectories.trajectories for t in group), config.allow_inexact)
+        learned = experience(trajectories, config.scale_rewards, config.truncated)
         learner.check(learned)
+        planned = self._planned_epochs()
         job = TrainingJob(
             trajectories.run_id, policy.version, learned, before=next(reversed(self._jobs.values()), None)
         )
@@ -169,7 +210,7 @@ class LocalGRPOAdapter(TrainerAdapter):
                     return
                 self._check_versions(trajectories, policy.version)  # a job before this one may have trained
                 try:
-                    learner.train(learned, rng, job.report, job.stepped, job.stopped)
+                    learner.train(learned, rng, job.report, job.stepped, job.stopped, number - 1, planned)
                 finally:
                     self._trained = number
                     policy.version += bool(job.report.steps)
@@ -177,6 +218,17 @@ class LocalGRPOAdapter(TrainerAdapter):
 
         job.start(train)
         return job.ref
+
+    def _planned_epochs(self) -> int:
+        config = self.adapter_config
+        if self.run_config is not None:
+            return self.run_config.num_epochs
+        if config.lr_schedule != "constant" or config.warmup:
+            raise BackendError(
+                f"lr_schedule is {config.lr_schedule!r} and warmup {config.warmup:g}, but the adapter does not know how "
+                "many epochs are planned. Call initialize with a FinetuneConfig, or keep the learning rate constant."
+            )
+        return 1
 
     def _check_versions(self, trajectories: TrajectoryCollection, current: int) -> None:
         for trajectory in (t for group in trajectories.trajectories for t in group):
@@ -221,9 +273,13 @@ class LocalGRPOAdapter(TrainerAdapter):
         line = {"run_id": ref.run_id, "backend": ref.backend, **metrics}
         append_jsonl(Path(folder) / f"trainer_adapter_{run_id}.jsonl", line)
 
-    async def save(self, directory: str | Path) -> Path:
-        """Writes model and tokenizer to `directory`; from_pretrained, and `model` in the config, read them."""
-        return await asyncio.to_thread(self.policy.save, directory)
+    async def save(self, directory: str | Path, merge: bool = False) -> Path:
+        """Writes model and tokenizer to `directory`; from_pretrained, and `model` in the config, read them.
+
+        merge: a LoRA adapter is added to the model's weights, so that nobody who loads it needs peft. Otherwise only
+        the adapter is written, which names its model.
+        """
+        return await asyncio.to_thread(self.policy.save, directory, merge)
 
     async def save_checkpoint(self, directory: str | Path) -> int:
         """Writes what training on needs to `directory`, at once or not at all; returns the bytes written.

@@ -30,9 +30,15 @@ __all__ = ["Batcher", "Request"]
 logger = redacting_logger(__name__)
 
 QUIET_SECONDS = 0.005
-"""A batch forms when no request has come for this long ..."""
-LONGEST_SECONDS = 0.020
+"""A batch forms when no request has come for this long and no event loop is at it ..."""
+LONGEST_SECONDS = 0.050
 """... or when its first request has waited this long."""
+UNSETTLED_SECONDS = 0.25
+"""... which is longer while an event loop is at it: what it set off will have come by then, and on a busy machine the loop
+may just not have had its turn."""
+QUIET_SHARE, LONGEST_SHARE = 0.05, 0.25
+"""Both are longer where the last batch took long: of its seconds this part. Waiting for company costs less than a batch
+of its own for those who come late."""
 PATIENCE_SECONDS = 30.0
 """With `deterministic`: a live episode that neither asks nor ends for so long is not waited for any more. It may itself
 wait for one that does ask (a lock in the workflow, say), which would otherwise never end."""
@@ -78,6 +84,7 @@ class Batcher:
         self._order = itertools.count()
         self._unsettled: dict[asyncio.AbstractEventLoop, int] = {}
         self._worker: threading.Thread | None = None
+        self._last_seconds = 0.0
 
     @contextmanager
     def episode(self, key: EpisodeKey) -> Iterator[None]:
@@ -145,7 +152,9 @@ class Batcher:
                         self._worker = None
                         return
                     self._changed.wait(self._seconds_until_due(time.monotonic()) if self._pending else IDLE_SECONDS)
+            started = time.monotonic()
             self._answer(batch)
+            self._last_seconds = time.monotonic() - started
             del batch  # an idle worker holds on to no reply
 
     def _answer(self, batch: list[Request]) -> None:
@@ -195,7 +204,10 @@ class Batcher:
         if not loose:
             return max(r.arrived for r in self._pending) + PATIENCE_SECONDS - now
         arrived = [r.arrived for r in loose]
-        return min(max(arrived) + QUIET_SECONDS, min(arrived) + LONGEST_SECONDS) - now
+        longest = min(arrived) + max(LONGEST_SECONDS, LONGEST_SHARE * self._last_seconds)
+        if self._stirring():
+            return max(longest, min(arrived) + UNSETTLED_SECONDS) - now
+        return min(max(arrived) + max(QUIET_SECONDS, QUIET_SHARE * self._last_seconds), longest) - now
 
 
 def _current_key() -> EpisodeKey | None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ...redaction import redact_text, redacting_logger
+from .lora import as_trained, settings_of
 from .model_state import (
     all_tensors,
     check_like,
@@ -314,7 +315,8 @@ def _architecture(model: Any) -> dict[str, Any]:
         kept = {str(key): value for key, value in settings.items() if key not in NOT_ARCHITECTURE}
         return {key: relevant(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
-    settings = {"class": type(model).__name__, **relevant(model.config.to_diff_dict())}
+    inside = as_trained(model)
+    settings = {"class": type(inside).__name__, **relevant(inside.config.to_diff_dict()), **settings_of(model)}
     return json.loads(json.dumps(settings, default=str))
 
 

@@ -56,19 +56,25 @@ def forward_parameters(model: Any) -> Collection[str]:
 
 
 def token_logprobs(
-    model: Any, ids_BT: Tensor, attention_BT: Tensor, mask_BT: Tensor, temperature_B: Tensor | float = 1.0
+    model: Any,
+    ids_BT: Tensor,
+    attention_BT: Tensor,
+    mask_BT: Tensor,
+    temperature_B: Tensor | float = 1.0,
+    **before: Any,
 ) -> Tensor:
     """(B, T) float32 log probability of each masked token given those before it, at the temperature at which it was
     sampled (> 0); 0 where `mask_BT` is False.
 
     `model` is any Hugging Face causal language model. Its output layer runs only at columns that some row trains on:
-    with a large vocabulary that layer is most of the cost.
+    with a large vocabulary that layer is most of the cost. before: what the forward pass is to know of tokens before
+    these (`past_key_values`, `position_ids`); `attention_BT` then covers them too.
     """
     columns_K = mask_BT.any(0).nonzero().squeeze(1)
     if columns_K.numel() and columns_K[0] == 0:
         raise ValueError("mask_BT trains on column 0, but nothing predicts a first token: put the prompt before it")
     before_K = columns_K - 1  # the logits at t - 1 speak of token t
-    inputs = {"input_ids": ids_BT, "attention_mask": attention_BT, "use_cache": False}
+    inputs = {"input_ids": ids_BT, "attention_mask": attention_BT, "use_cache": False, **before}
     if "logits_to_keep" in forward_parameters(model):
         logits_BKV = model(**inputs, logits_to_keep=before_K).logits
     else:
@@ -83,7 +89,7 @@ def token_logprobs(
 def policy_loss(
     logprobs_BT: Tensor,
     old_logprobs_BT: Tensor,
-    advantages_B: Tensor,
+    advantages: Tensor,
     mask_BT: Tensor,
     *,
     clip_low: float = 0.2,
@@ -98,7 +104,7 @@ def policy_loss(
     loss of the batch, and so do their gradients.
 
     Per token: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3, where ratio is
-    exp(logprob - old logprob) and A the sequence's advantage.
+    exp(logprob - old logprob) and A the advantage: (B,), one a sequence, or (B, T), one a token.
     `loss`: "dapo" divides the sum over tokens by the tokens of the whole optimizer batch (`batch_tokens`); "grpo" takes
     the mean of each sequence, and divides their sum by the sequences of the whole optimizer batch
     (`batch_sequences`). Either None: this micro-batch is the whole batch.
@@ -108,9 +114,10 @@ def policy_loss(
     # Masked before exp: what stands at an ignored position must not turn into inf or NaN, which survive times 0.
     log_ratio_BT = torch.where(mask_BT, logprobs_BT - old_logprobs_BT, 0.0)
     ratio_BT = log_ratio_BT.exp()
-    advantages_B1 = advantages_B[:, None]
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
     clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high)
-    loss_BT = -torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
+    loss_BT = -torch.minimum(ratio_BT * advantages, clipped_BT * advantages)
     kl_reference_BT = torch.zeros_like(log_ratio_BT)
     if kl_coef and reference_logprobs_BT is not None:
         log_reference_ratio_BT = torch.where(mask_BT, reference_logprobs_BT - logprobs_BT, 0.0)
@@ -132,8 +139,8 @@ def policy_loss(
         sums = torch.stack(
             [
                 mask_BT.sum(),
-                (mask_BT & (ratio_BT < 1 - clip_low) & (advantages_B1 < 0)).sum(),
-                (mask_BT & (ratio_BT > 1 + clip_high) & (advantages_B1 > 0)).sum(),
+                (mask_BT & (ratio_BT < 1 - clip_low) & (advantages < 0)).sum(),
+                (mask_BT & (ratio_BT > 1 + clip_high) & (advantages > 0)).sum(),
                 torch.where(mask_BT, ratio_BT, 0.0).sum(),
                 kl_old_BT.sum(),  # 0 at ignored positions, as their log ratio is
                 torch.where(mask_BT, kl_reference_BT, 0.0).sum(),

@@ -35,7 +35,7 @@ class TrainingJob:
         self.ended.set_running_or_notify_cancel()  # so that a waiter who is canceled does not cancel the job's end
         self._before = before
         self._trajectories, self._groups = len(learned.trajectories), learned.groups
-        self._without_signal = learned.groups_without_signal
+        self._without_signal, self._truncated = learned.groups_without_signal, learned.truncated
         self._started = time.perf_counter()
         self._status = self._make(TrainingStatusEnum.PENDING, "waiting for the weights")
 
@@ -86,6 +86,7 @@ class TrainingJob:
             "trained_trajectories": self._trajectories if report.steps else 0,
             "trained_groups": self._groups if report.steps else 0,
             "groups_without_signal": self._without_signal,
+            "truncated_trajectories": self._truncated,
             "seconds": time.perf_counter() - self._started,
         }
         return TrainingJobStatus(

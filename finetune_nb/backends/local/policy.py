@@ -10,29 +10,28 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ...errors import BackendError, ConfigError
 from ...redaction import redacting_logger
 from ...types import EpisodeKey, Sample, SamplingParams
+from . import models
 from .batching import Batcher, Request
 from .daemons import leaving
 from .exclusive import Exclusive
+from .lora import as_trained, is_lora, merged_tensors
 from .sampling import SampleRequest, sample_batch
 
-__all__ = ["EMBEDDED", "LocalPolicy"]
+if TYPE_CHECKING:
+    from .adapter import LoRAConfig
+
+__all__ = ["LocalPolicy"]
 
 logger = redacting_logger(__name__)
-
-EMBEDDED = Path(__file__).parent / "tiny" / "model"
-"""The model that ships with finetune_nb: a quarter of a million weights, enough for the calculator example."""
-
 
 SMALL = 10_000_000
 """Weights below which one torch thread is used: operations are too short to share, and on a busy machine the threads of
@@ -69,35 +68,24 @@ class LocalPolicy:
         dtype: str = "auto",
         deterministic: bool = False,
         threads: int | None = None,
+        lora: LoRAConfig | None = None,
+        seed: int = 0,
     ) -> LocalPolicy:
         """A policy from a Hugging Face model directory or hub name, or "embedded" for the one that ships.
 
-        device: a torch device; "auto": cuda where there is one, else cpu. dtype: a torch dtype's name; "auto": float32,
-        because small optimizer steps vanish in bfloat16 weights. Only safetensors are read and no code from the model.
-        Raises ConfigError where there is no such model, device or dtype.
+        device: a torch device; "auto": cuda, else mps, else cpu. dtype: a torch dtype's name; "auto": see
+        `models.chosen_dtype`. lora: a fresh adapter, drawn by `seed`, is what is trained. Raises ConfigError where there
+        is no such model, device or dtype.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        source = str(EMBEDDED if name_or_dir == "embedded" else name_or_dir)
-        chosen_dtype: Any = torch.float32 if dtype == "auto" else getattr(torch, dtype, None)
-        if not isinstance(chosen_dtype, torch.dtype) or not chosen_dtype.is_floating_point:
-            raise ConfigError(f"dtype is {dtype!r}; expected 'auto', 'float32', 'bfloat16' or 'float16'")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            with _no_progress_bars():
-                model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=chosen_dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"model {str(name_or_dir)!r} cannot be loaded: {error} Expected 'embedded', a directory that "
-                "save_pretrained wrote, or the name of a model on the Hugging Face hub."
-            ) from error
-        try:
-            model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"device {device!r} cannot be used: {error} Expected 'auto', 'cpu' or 'cuda'.") from error
+        model, tokenizer = models.load(name_or_dir, device, dtype, lora, seed)
         policy = cls(model, tokenizer, deterministic=deterministic, threads=threads)
         policy.source = str(name_or_dir)
         return policy
+
+    @property
+    def description(self) -> str:
+        """What is sampled and trained, where and in which dtype, in words."""
+        return f"{self.source or type(as_trained(self.model)).__name__}: {models.described(self.model, self.exclusive.threads)}"
 
     @property
     def longest(self) -> int | None:
@@ -246,12 +234,18 @@ class LocalPolicy:
             if row.ended is not None:
                 request.settle(row.sample())
 
-    def save(self, directory: str | Path) -> Path:
-        """Writes model and tokenizer; `from_pretrained` and `LocalPolicy.load` read them. Waits for a batch at work."""
+    def save(self, directory: str | Path, merge: bool = False) -> Path:
+        """Writes model and tokenizer; `from_pretrained` and `LocalPolicy.load` read them. Waits for a batch at work.
+
+        merge: an adapter is added to the model's weights; otherwise it is written alone, with its model's name.
+        """
         directory = Path(directory)
         with self.exclusive.hold():
-            with _no_progress_bars():
-                self.model.save_pretrained(directory)
+            with models.no_progress_bars():
+                if merge and is_lora(self.model):
+                    as_trained(self.model).save_pretrained(directory, state_dict=merged_tensors(self.model))
+                else:
+                    self.model.save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
         return directory
 
@@ -320,17 +314,3 @@ def _openai_message(parsed: Any, ids: Sequence[int]) -> dict[str, Any] | None:
     if isinstance(thinking, str):
         message["reasoning_content"] = thinking
     return message
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Without transformers' progress bars: in a notebook they are widgets, which a saved notebook cannot show."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

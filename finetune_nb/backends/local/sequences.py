@@ -1,7 +1,8 @@
 """Trajectories -> token sequences that can be trained on: ids, which of them the policy sampled, with what log
-probability, and the advantage of the trajectory. Ids are taken as they were sampled; no text is ever tokenized again.
+probability, and the advantage of each. Ids are taken as they were sampled; no text is ever tokenized again.
 
 Which groups are handed over is the curriculum's choice, made before; here only those are left out that cannot teach.
+What a turn's advantage is where rewards are shaped is credit.py's.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ...curriculum import group_statistics
 from ...errors import BackendError, MissingLogprobs
 from ...metrics import advantages
-from ...types import DPOItem, EpisodeItem, EpisodeItemRole, Trajectory, TrajectoryCollection, logprob_values
+from ...types import DPOItem, EpisodeItem, Trajectory, TrajectoryCollection, logprob_values
+from .credit import sampled_turns, turn_advantages, where
 
-__all__ = ["Experience", "TokenSequence", "experience", "micro_batches", "token_sequences"]
+__all__ = ["Experience", "TokenSequence", "experience", "token_sequences"]
 
 
 @dataclass(slots=True)
@@ -25,12 +28,13 @@ class TokenSequence:
     ids: list[int]
     """(T,)"""
     sampled: list[bool]
-    """(T,) True for tokens that the policy sampled; the others are context."""
+    """(T,) True for tokens that the policy sampled; the others are context: prompts, tools, the environment."""
     logprobs: list[float]
     """(T,) when sampled, at `temperature`; 0.0 for context, where it is ignored."""
     temperature: float
     """At which the logprobs hold, above 0."""
-    advantage: float = math.nan
+    advantages: list[float]
+    """(T,) of the turn that a token belongs to; 0.0 for context."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,52 +50,70 @@ class Experience:
     """Groups that they belong to."""
     groups_without_signal: int
     """Groups of which nothing is trained on: their rewards do not differ, are missing or infinite."""
+    truncated: int = 0
+    """Trajectories that were submitted and whose last reply was cut at its longest length, trained on or not."""
 
     def sequences(self) -> Iterator[TokenSequence]:
         return (sequence for trajectory in self.trajectories for sequence in trajectory)
 
 
-def experience(collection: TrajectoryCollection, scale_rewards: bool = True) -> Experience:
+def experience(
+    collection: TrajectoryCollection, scale_rewards: bool = True, truncated: Literal["train", "mask"] = "train"
+) -> Experience:
     """What `collection` can teach. Raises BackendError or MissingLogprobs where a turn lacks what training needs.
 
-    scale_rewards: advantages are divided by the standard deviation of their group's rewards.
+    scale_rewards: advantages are divided by the standard deviation of their group's rewards. truncated: whether
+    trajectories whose last reply was cut are trained on; their rewards count in their group either way.
     """
     groups = collection.trajectories
     advantage_of = iter(advantages(group_statistics(groups), scale=scale_rewards).tolist())
     trained: list[list[TokenSequence]] = []
-    with_signal = 0
+    with_signal, cut = 0, 0
     for group in groups:
+        cut += sum(map(_is_truncated, group))
         weights = [next(advantage_of) for _ in group]
         if not any(weight for weight in weights if math.isfinite(weight)):
             continue
+        of_turns: list[list[float] | None] = [None] * len(group)
+        if any(trajectory.shaped_rewards for trajectory in group):
+            of_turns = list(turn_advantages(group, scale_rewards))
         of_group = []
-        for trajectory, weight in zip(group, weights, strict=True):
-            sequences = token_sequences(trajectory) if math.isfinite(weight) else []
-            for sequence in sequences:
-                sequence.advantage = weight
-            if sequences:
+        for trajectory, weight, of_turn in zip(group, weights, of_turns, strict=True):
+            if not math.isfinite(weight) or (truncated == "mask" and _is_truncated(trajectory)):
+                continue
+            if sequences := token_sequences(trajectory, weight if of_turn is None else of_turn):
                 of_group.append(sequences)
         trained += of_group
         with_signal += bool(of_group)
-    return Experience(trained, with_signal, len(groups) - with_signal)
+    return Experience(trained, with_signal, len(groups) - with_signal, cut)
 
 
-def token_sequences(trajectory: Trajectory) -> list[TokenSequence]:
+def _is_truncated(trajectory: Trajectory) -> bool:
+    turns = sampled_turns(trajectory)
+    last = trajectory.episode[turns[-1]] if turns else None
+    return isinstance(last, EpisodeItem) and (last.metadata or {}).get("finish_reason") == "length"
+
+
+def token_sequences(trajectory: Trajectory, advantage: float | Sequence[float] = math.nan) -> list[TokenSequence]:
     """The sampled turns of an episode, as few sequences as possible: a turn whose prompt begins with all of an earlier
-    sequence carries that one on, any other begins a new one. Turns with `logprobs == []` are context."""
-    sequences: list[TokenSequence] = []
-    for turn, item in enumerate(trajectory.episode):
+    sequence carries that one on, any other begins a new one. Turns with `logprobs == []` are context.
+
+    advantage: of the trajectory, or one for each sampled turn.
+    """
+    for item in trajectory.episode:
         if isinstance(item, DPOItem):
             raise BackendError(
                 "local_grpo got a preference (DPOItem); expected episodes of EpisodeItems with rewards. "
                 "Use a trajectory builder that makes episodes, or a backend that learns from preferences."
             )
-        if item.role != EpisodeItemRole.ASSISTANT:
-            continue
+    sequences: list[TokenSequence] = []
+    turns = sampled_turns(trajectory)
+    of_turns = advantage if isinstance(advantage, Sequence) else [advantage] * len(turns)
+    for turn, weight in zip(turns, of_turns, strict=True):
+        item = trajectory.episode[turn]
+        assert isinstance(item, EpisodeItem)
         logprobs = logprob_values(item.logprobs)
-        if logprobs == []:
-            continue
-        prompt, reply, temperature = _sampled_ids(item, logprobs, _where(trajectory, turn))
+        prompt, reply, temperature = _sampled_ids(item, logprobs, where(trajectory, turn))
         assert logprobs is not None
         sequence = next(
             (
@@ -102,12 +124,13 @@ def token_sequences(trajectory: Trajectory) -> list[TokenSequence]:
             None,
         )
         if sequence is None:
-            sequence = TokenSequence([], [], [], temperature)
+            sequence = TokenSequence([], [], [], temperature, [])
             sequences.append(sequence)
         context = prompt[len(sequence) :]
         sequence.ids += context + reply
         sequence.sampled += [False] * len(context) + [True] * len(reply)
         sequence.logprobs += [0.0] * len(context) + logprobs
+        sequence.advantages += [0.0] * len(context) + [weight] * len(reply)
     return sequences
 
 
@@ -135,21 +158,3 @@ def _sampled_ids(item: EpisodeItem, logprobs: list[float] | None, where: str) ->
         raise BackendError(f"{where} has logprobs that are not finite numbers up to 0.")
     # Greedy replies carry their logprobs at temperature 1; where it is not told, 1 is what most samplers default to.
     return prompt, reply, float(metadata.get("temperature") or 1.0)
-
-
-def _where(trajectory: Trajectory, turn: int) -> str:
-    metadata = trajectory.metadata or {}
-    return f"turn {turn} of example {metadata.get('id')!r}, generation {metadata.get('generation')}"
-
-
-def micro_batches(sequences: Sequence[TokenSequence], max_tokens: int) -> Iterator[list[TokenSequence]]:
-    """Splits an optimizer batch so that rows times longest row stay within `max_tokens`, a sequence that is longer by
-    itself excepted. Sequences of like length come together, so that little is padded."""
-    batch: list[TokenSequence] = []
-    for sequence in sorted(sequences, key=len):
-        if batch and len(sequence) * (len(batch) + 1) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(sequence)
-    if batch:
-        yield batch

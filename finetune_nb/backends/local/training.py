@@ -1,28 +1,33 @@
-"""The learner: takes optimizer steps on a policy's weights from given experience. It knows tensors and the optimizer;
-jobs, threads and status are the adapter's. AdamW's state lives as long as the learner, that is over epochs.
+"""The learner: takes optimizer steps on a policy's weights from given experience, and refuses what would not teach this
+policy. Jobs, threads and status are the adapter's. AdamW's state lives as long as the learner, that is over epochs.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
-from .grpo import LossStatistics, policy_loss, token_logprobs
+from ...errors import BackendError, ConfigError
+from .forward import TokenBatch, can_share, collate, micro_batches
+from .grpo import LossStatistics, policy_loss
+from .lora import as_trained, is_lora, switched_off
+from .memory import largest_that_fits, ran_out
 from .policy import LocalPolicy
-from .sequences import Experience, TokenSequence, micro_batches
+from .schedule import rate
+from .sequences import Experience, TokenSequence
 
 if TYPE_CHECKING:
     from .adapter import LocalGRPOConfig
 
-__all__ = ["Learner", "TrainingReport", "collate"]
+__all__ = ["Learner", "TrainingReport"]
 
 
 @dataclass
@@ -31,6 +36,7 @@ class TrainingReport:
 
     steps_planned: int = 0
     learning_rate: float = math.nan
+    """Of the newest step."""
     has_reference: bool = False
     losses: list[float] = field(default_factory=list)
     """One an optimizer step."""
@@ -47,7 +53,7 @@ class TrainingReport:
         """Means over the optimizer steps (loss, grad_norm) or over the trained tokens (the others).
 
         kl: nats from the policy that sampled. reference_kl: nats from the initial weights; NaN without kl_coef.
-        trained_tokens: counted once in every pass.
+        trained_tokens: counted once in every pass. learning_rate: of the last step.
         logprob_gap: mean difference of training's and the sampler's log probabilities in the first optimizer batch,
         whose weights are those that sampled: a large one means that other weights or another temperature did.
         """
@@ -74,7 +80,14 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
-        self.reference = copy.deepcopy(policy.model).requires_grad_(False) if config.kl_coef else None
+        self.reference = None
+        """A copy of the initial weights, where KL is asked for and no adapter can be switched off."""
+        if config.kl_coef and not is_lora(policy.model):
+            self.reference = copy.deepcopy(policy.model).requires_grad_(False)
+        if config.gradient_checkpointing:
+            _checkpoint_gradients(as_trained(policy.model))
+        # Layers that compute their activations again let go of the keys and values that sharing needs.
+        self._shares = can_share(policy.model) and not config.gradient_checkpointing
 
     def check(self, experience: Experience) -> None:
         """Raises BackendError for sequences that this model cannot hold."""
@@ -95,70 +108,131 @@ class Learner:
         report: TrainingReport,
         stepped: Callable[[], None] = lambda: None,
         stopped: Callable[[], bool] = lambda: False,
+        done: int = 0,
+        planned: int = 1,
     ) -> None:
         """Every trajectory once in each of `inner_epochs` passes, in `optimizer_steps` steps a pass, drawn by `rng`.
 
         report: filled in as it goes. stepped: called after each step. stopped: asked before each piece of work; True
-        ends the training with the steps made so far. Raises BackendError where loss or gradient is not finite; the
-        weights are then those before that step.
+        ends the training with the steps made so far. done, planned: jobs before this one, and those that the learning
+        rate's schedule is made for. Raises BackendError where loss or gradient is not finite, where something else was
+        sampled than is trained, and where memory runs out; the weights are then those before that step.
         """
-        trajectories = experience.trajectories
-        parts = min(self.config.optimizer_steps, len(trajectories))
-        report.steps_planned = parts * self.config.inner_epochs
-        report.learning_rate = self.config.learning_rate
-        for group in self.optimizer.param_groups:  # it may have been changed since the last job
-            group["lr"] = self.config.learning_rate
-        report.has_reference = self.reference is not None
-        for _ in range(self.config.inner_epochs):
+        trajectories, config = experience.trajectories, self.config
+        parts = min(config.optimizer_steps, len(trajectories))
+        report.steps_planned = steps = parts * config.inner_epochs
+        report.has_reference = config.kl_coef > 0
+        for _ in range(config.inner_epochs):
             for part in np.array_split(rng.permutation(len(trajectories)), parts):
+                factor = rate(config.lr_schedule, done + report.steps / steps, planned, 1 / steps, config.warmup)
+                report.learning_rate = config.learning_rate * factor
+                for group in self.optimizer.param_groups:  # it may also have been changed since the last job
+                    group["lr"] = report.learning_rate
                 sequences = [sequence for i in part for sequence in trajectories[i]]
-                if not self._step(sequences, report, stopped):
-                    return
+                with _checkpointing(self.policy.model, config.gradient_checkpointing):
+                    if not self._step(sequences, report, stopped):
+                        return
                 stepped()
 
     def _step(self, sequences: Sequence[TokenSequence], report: TrainingReport, stopped: Callable[[], bool]) -> bool:
         """One optimizer step; False if it was stopped before it changed anything."""
         config = self.config
-        batch_tokens = sum(sum(sequence.sampled) for sequence in sequences)
+        tokens = sum(sum(sequence.sampled) for sequence in sequences)
         loss, statistics = 0.0, LossStatistics()
         self.optimizer.zero_grad(set_to_none=True)
-        for batch in micro_batches(sequences, config.micro_batch_tokens):
-            if stopped():
-                self.optimizer.zero_grad(set_to_none=True)
-                return False
-            value, of_batch = self._loss(batch, batch_tokens, len(sequences))
-            value.backward()
-            loss, statistics = loss + value.item(), statistics + of_batch
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm).item()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise BackendError(
-                f"loss is {loss} and its gradient's norm {grad_norm} at optimizer step {report.steps + 1} of "
-                f"{report.steps_planned}; this step was not taken. Mean ratio to the sampling policy: "
-                f"{statistics.mean('ratio'):.3g}. A smaller learning_rate than {config.learning_rate:g}, or fewer "
-                "optimizer_steps, keep the policy closer to what was sampled."
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # sampling needs the memory more
-        if not report.steps:
-            report.logprob_gap = statistics.mean("gap")
+        try:
+            for batch, shared in micro_batches(sequences, config.micro_batch_tokens, self._shares):
+                if stopped():
+                    return False
+                of_batch = self._backward(batch, shared, tokens, len(sequences))
+                loss, statistics = loss + of_batch[0], statistics + of_batch[1]
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm).item()
+            if not report.steps:
+                report.logprob_gap = statistics.mean("gap")
+                self._check_gap(report.logprob_gap)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise BackendError(
+                    f"loss is {loss} and its gradient's norm {grad_norm} at optimizer step {report.steps + 1} of "
+                    f"{report.steps_planned}; this step was not taken. Mean ratio to the sampling policy: "
+                    f"{statistics.mean('ratio'):.3g}. A smaller learning_rate than {config.learning_rate:g}, or fewer "
+                    "optimizer_steps, keep the policy closer to what was sampled."
+                )
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)  # sampling needs the memory more
         report.losses.append(loss)
         report.grad_norms.append(grad_norm)
         report.statistics += statistics
         return True
 
-    def _loss(self, batch: list[TokenSequence], tokens: int, sequences: int) -> tuple[Tensor, LossStatistics]:
+    def _check_gap(self, gap: float) -> None:
+        """Before the first step the weights are those that sampled: whatever differs by more than rounding is a mistake
+        that no training would get over."""
+        longest = self.config.max_logprob_gap
+        if longest is None or self.config.max_staleness or not gap > longest:
+            return
+        raise BackendError(
+            f"before the first step, training's log probabilities differ from the sampler's by {gap:.3g} nats a token in "
+            f"the mean; expected at most {longest:g} (max_logprob_gap). Nothing was trained. Likely causes: the tokens were "
+            "not sampled as they are recorded (a chat template or tokenizer that differs, text that was tokenized again), "
+            "other weights sampled them (stale, or of another run), an adapter that was on in one and off in the other, or "
+            "logprobs at another temperature than metadata['temperature'] says. Sample with this adapter's policy."
+        )
+
+    def _backward(
+        self, batch: list[TokenSequence], shared: bool, tokens: int, sequences: int
+    ) -> tuple[float, LossStatistics]:
+        """Adds the gradient of a micro-batch; its part of the loss, and its statistics."""
+        try:
+            value, statistics = self._loss(collate(batch, self.policy.model.device, shared), tokens, sequences)
+            value.backward()
+            return value.item(), statistics
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        value = None  # it would hold on to all that did not fit
+        raise self._out_of_memory(batch, shared, reason)
+
+    def _out_of_memory(self, batch: list[TokenSequence], shared: bool, reason: str) -> BackendError:
+        """The error for a micro-batch that does not fit. How much would is tried out."""
+        self.optimizer.zero_grad(set_to_none=True)
+        model = self.policy.model
+
+        def attempt(rows: int) -> None:  # the longest ones
+            self._loss(collate(batch[-rows:], model.device, shared), 1, 1)[0].backward()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        rows = largest_that_fits(len(batch), attempt)
+        whole = _size(collate(batch, shared=shared))
+        if rows:
+            size = _size(collate(batch[-rows:], shared=shared))
+            advice = f"A micro-batch of {size} tokens was tried and fits: set micro_batch_tokens={size}."
+        else:
+            advice = "Not even one of its sequences fits alone: gradient_checkpointing=True"
+            advice += (
+                ", a shorter conversation or a smaller model." if is_lora(model) else ", lora={}, or a smaller model."
+            )
+        return BackendError(
+            f"a micro-batch of {len(batch)} sequences, {whole} tokens with padding, does not fit into the memory of "
+            f"{model.device} ({reason:.200}). {advice} This step was not taken."
+        )
+
+    def _loss(self, batch: TokenBatch, tokens: int, sequences: int) -> tuple[Tensor, LossStatistics]:
         config, model = self.config, self.policy.model
-        ids_BT, attention_BT, mask_BT, old_BT, advantages_B, temperature_B = collate(batch, model.device)
         reference_BT = None
-        if self.reference is not None:
+        if config.kl_coef:
             with torch.no_grad():
-                reference_BT = token_logprobs(self.reference, ids_BT, attention_BT, mask_BT, temperature_B)
+                if self.reference is not None:
+                    reference_BT = batch.logprobs(self.reference)
+                else:
+                    with switched_off(model):
+                        reference_BT = batch.logprobs(model)
         return policy_loss(
-            token_logprobs(model, ids_BT, attention_BT, mask_BT, temperature_B),
-            old_BT,
-            advantages_B,
-            mask_BT,
+            batch.logprobs(model),
+            batch.old_logprobs_BT,
+            batch.advantages_BT,
+            batch.mask_BT,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             loss=config.loss,
@@ -169,23 +243,34 @@ class Learner:
         )
 
 
-def collate(batch: Sequence[TokenSequence], device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-    """ids_BT, attention_BT, mask_BT, old_logprobs_BT, advantages_B, temperature_B, padded on the right.
+def _checkpoint_gradients(model: Any) -> None:
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"gradient_checkpointing is on, but {type(model).__name__} cannot do it. Leave it out, and use a smaller "
+            "micro_batch_tokens."
+        )
+    if hasattr(model, "activation_checkpointing_enable"):  # its name in newer transformers
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    Id 0 stands at padded positions: the attention mask hides it, so that it needs no token of its own.
-    """
-    width = max(map(len, batch))
-    ids_BT, old_BT = np.zeros((len(batch), width), np.int64), np.zeros((len(batch), width), np.float32)
-    attention_BT, mask_BT = np.zeros((len(batch), width), np.int64), np.zeros((len(batch), width), np.bool_)
-    for row, sequence in enumerate(batch):
-        ids_BT[row, : len(sequence)] = sequence.ids
-        attention_BT[row, : len(sequence)] = 1
-        mask_BT[row, : len(sequence)] = sequence.sampled
-        old_BT[row, : len(sequence)] = sequence.logprobs
-    advantages_B = np.array([sequence.advantage for sequence in batch], np.float32)
-    temperature_B = np.array([sequence.temperature for sequence in batch], np.float32)
-    arrays = (ids_BT, attention_BT, mask_BT, old_BT, advantages_B, temperature_B)
-    return tuple(torch.from_numpy(array).to(device) for array in arrays)
+
+@contextmanager
+def _checkpointing(model: Any, on: bool) -> Iterator[None]:
+    """Layers compute their activations again in the backward pass only while they are in training mode; what is inside
+    them stays in evaluation mode, without dropout."""
+    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)] if on else []
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def _size(batch: TokenBatch) -> int:
+    return batch.ids_BT.numel() + (0 if batch.prompt_ids_UP is None else batch.prompt_ids_UP.numel())
 
 
 def _mean(values: Sequence[float]) -> float:

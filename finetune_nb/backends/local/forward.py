@@ -1,0 +1,145 @@
+"""Token sequences -> tensors -> log probabilities, the prompt of a group computed once where that saves enough.
+
+Sequences that begin with the same prompt share its forward and backward pass: the prompt runs as a row of its own, and
+each reply runs behind a copy of its keys and values. Gradients flow through the copies, so this is the same sum in
+another order. Shapes are in the names: U different prompts of P tokens, B sequences of T tokens, padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .grpo import forward_parameters, token_logprobs
+from .sequences import TokenSequence
+
+__all__ = ["TokenBatch", "can_share", "collate", "micro_batches"]
+
+WORTH_SHARING = 1 / 3
+"""Prompts are shared where this part of all tokens is saved: a pass of their own costs something, too."""
+
+Batch = Sequence[TokenSequence]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """A micro-batch. Id 0 stands at padded positions: the attention mask hides it, so that it needs no token of its own."""
+
+    ids_BT: Tensor
+    attention_BT: Tensor
+    mask_BT: Tensor
+    """True for tokens that the policy sampled."""
+    old_logprobs_BT: Tensor
+    advantages_BT: Tensor
+    temperature_B: Tensor
+    prompt_ids_UP: Tensor | None = None
+    """What stands before the columns of `ids_BT`, padded on the left; None where they are whole sequences."""
+    prompt_attention_UP: Tensor | None = None
+    prompt_of_row_B: Tensor | None = None
+
+    def logprobs(self, model: Any) -> Tensor:
+        """(B, T) as `token_logprobs`."""
+        if self.prompt_ids_UP is None or self.prompt_attention_UP is None:
+            return token_logprobs(model, self.ids_BT, self.attention_BT, self.mask_BT, self.temperature_B)
+        positions_UP = (self.prompt_attention_UP.cumsum(1) - 1).clamp(min=0)
+        inputs: dict[str, Any] = {"position_ids": positions_UP, "use_cache": True}
+        if "logits_to_keep" in forward_parameters(model):
+            inputs["logits_to_keep"] = 1
+        out = model(input_ids=self.prompt_ids_UP, attention_mask=self.prompt_attention_UP, **inputs)
+        cache = out.past_key_values
+        cache.batch_select_indices(self.prompt_of_row_B)
+        attention = torch.cat([self.prompt_attention_UP[self.prompt_of_row_B], self.attention_BT], 1)
+        positions_BT = (attention.cumsum(1) - 1)[:, self.prompt_attention_UP.shape[1] :]
+        return token_logprobs(
+            model, self.ids_BT, attention, self.mask_BT, self.temperature_B,
+            past_key_values=cache, position_ids=positions_BT, use_cache=True,
+        )  # fmt: skip
+
+
+def can_share(model: Any) -> bool:
+    """Whether a prompt's keys and values can be copied for several replies: not where layers keep only a window of them,
+    or something else."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    if "position_ids" not in forward_parameters(model):
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def micro_batches(
+    sequences: Batch, max_tokens: int, sharing: bool = False
+) -> Iterator[tuple[list[TokenSequence], bool]]:
+    """Splits an optimizer batch, and says of each part whether its prompts are shared.
+
+    Rows times longest row stay within `max_tokens`, and with them prompts times longest prompt where they are shared; a
+    sequence that is longer by itself excepted. Those of like length, or of one prompt, come together. sharing: whether
+    the model can.
+    """
+    shared = sharing and _saved(sequences) >= WORTH_SHARING
+    batch: list[TokenSequence] = []
+    prompts, longest_prompt, longest = set(), 0, 0
+    for sequence in sorted(sequences, key=_by_prompt if shared else len):
+        prompt = _prompt(sequence) if shared else ()
+        longest, longest_prompt = max(longest, len(sequence) - len(prompt)), max(longest_prompt, len(prompt))
+        size = (len(batch) + 1) * longest + len(prompts | {prompt}) * longest_prompt
+        if batch and size > max_tokens:
+            yield batch, shared
+            batch, prompts = [], set()
+            longest, longest_prompt = len(sequence) - len(prompt), len(prompt)
+        batch.append(sequence)
+        prompts.add(prompt)
+    if batch:
+        yield batch, shared
+
+
+def _prompt(sequence: TokenSequence) -> tuple[int, ...]:
+    """All before the first sampled token but one: the last one's logits speak of what was sampled."""
+    return tuple(sequence.ids[: max(sequence.sampled.index(True) - 1, 0)])
+
+
+def _by_prompt(sequence: TokenSequence) -> tuple[Any, ...]:
+    prompt = _prompt(sequence)
+    return len(prompt), prompt, len(sequence)
+
+
+def _saved(sequences: Batch) -> float:
+    """The part of all tokens that need not be computed."""
+    prompts = [_prompt(sequence) for sequence in sequences]
+    if min(map(len, prompts)) == 0:
+        return 0.0
+    return (sum(map(len, prompts)) - sum(map(len, set(prompts)))) / sum(map(len, sequences))
+
+
+def collate(batch: Batch, device: torch.device | str = "cpu", shared: bool = False) -> TokenBatch:
+    """The tensors of a micro-batch. shared: as `micro_batches` said."""
+    prompts = [_prompt(sequence) if shared else () for sequence in batch]
+    begins = list(map(len, prompts))
+    shape = (len(batch), max(len(sequence) - begin for sequence, begin in zip(batch, begins, strict=True)))
+    ids_BT, attention_BT, mask_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
+    old_BT, advantages_BT = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    for row, (sequence, begin) in enumerate(zip(batch, begins, strict=True)):
+        end = len(sequence) - begin
+        ids_BT[row, :end] = sequence.ids[begin:]
+        attention_BT[row, :end] = 1
+        mask_BT[row, :end] = sequence.sampled[begin:]
+        old_BT[row, :end] = sequence.logprobs[begin:]
+        advantages_BT[row, :end] = sequence.advantages[begin:]
+    temperature_B = np.array([sequence.temperature for sequence in batch], np.float32)
+    arrays = [ids_BT, attention_BT, mask_BT, old_BT, advantages_BT, temperature_B]
+    if shared:
+        place: dict[tuple[int, ...], int] = {}
+        prompt_of_row_B = np.array([place.setdefault(prompt, len(place)) for prompt in prompts], np.int64)
+        prompt_UP = np.zeros((len(place), max(begins)), np.int64)
+        prompt_attention_UP = np.zeros_like(prompt_UP)
+        for row, prompt in enumerate(place):
+            prompt_UP[row, prompt_UP.shape[1] - len(prompt) :] = prompt
+            prompt_attention_UP[row, prompt_UP.shape[1] - len(prompt) :] = 1
+        arrays += [prompt_UP, prompt_attention_UP, prompt_of_row_B]
+    return TokenBatch(*(torch.from_numpy(array).to(device) for array in arrays))

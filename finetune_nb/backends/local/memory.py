@@ -1,0 +1,45 @@
+"""Out of memory in a training step: what it looks like on each kind of device, and how large a micro-batch would fit."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["largest_that_fits", "ran_out"]
+
+SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+"""Of CUDA and MPS, and of torch's CPU allocator on Linux and Windows, in lower case."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether the error says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+def largest_that_fits(rows: int, attempt: Callable[[int], None]) -> int:
+    """Halves `rows` until `attempt(rows)` no longer runs out of memory, and returns them; 0 if not even one row fits.
+
+    attempt: does the work of that many rows, and throws the result away.
+    """
+    while rows := rows // 2:
+        free()
+        try:
+            attempt(rows)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+        else:
+            break
+    free()
+    return rows
+
+
+def free() -> None:
+    """Gives back what a failed pass has left: tensors in the frames of its error, and the device's cache."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

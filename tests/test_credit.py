@@ -1,0 +1,92 @@
+"""Credit by turns: what shaped rewards mean, by hand, and what they leave as it is."""
+
+import math
+
+import pytest
+
+pytest.importorskip("torch")
+
+from finetune_nb.backends.local.credit import sampled_turns, turn_advantages
+from finetune_nb.backends.local.sequences import experience
+from finetune_nb.errors import BackendError
+from finetune_nb.types import EpisodeItem, Trajectory, TrajectoryCollection
+
+
+def rollout(reward, turns, shaped=None, tools=True, finish_reason="stop"):
+    """A conversation whose turns sample token 10, 11, ... behind all that was said before."""
+    episode, ids = [EpisodeItem(role="user", content="?")], [3]
+    for turn in range(turns):
+        metadata = {"prompt_token_ids": list(ids), "token_ids": [10 + turn], "temperature": 1.0}
+        if turn == turns - 1:
+            metadata["finish_reason"] = finish_reason
+        episode.append(EpisodeItem(role="assistant", content="a", logprobs=[-1.0], metadata=metadata))
+        ids += [10 + turn, 4]
+        if tools and turn < turns - 1:
+            episode.append(EpisodeItem(role="tool", content="t"))
+    return Trajectory(episode=episode, reward=reward, shaped_rewards=shaped, metadata={"id": "q", "generation": 0})
+
+
+def test_turn_has_the_advantage_of_what_was_still_to_earn_when_it_began():
+    first = rollout(1.0, 2, [0.25, 0.75])
+    second = rollout(0.5, 2, [0.5, 0.0])
+    # to go: 1, 0.75 and 0.5, 0; means 0.75, 0.375
+    assert turn_advantages([first, second], scale_rewards=False) == [[0.25, 0.375], [-0.25, -0.375]]
+    deviation = math.sqrt(2 * 0.25**2) + 1e-4
+    assert turn_advantages([first, second])[0] == pytest.approx([0.25 / deviation, 0.375 / deviation])
+
+
+def test_turn_is_not_praised_for_what_was_earned_before_it():
+    good, bad = turn_advantages([rollout(1.0, 2, [1.0, 0.0]), rollout(0.0, 2, [0.0, 0.0])], scale_rewards=False)
+    assert (good, bad) == ([0.5, 0.0], [-0.5, 0.0])
+
+
+def test_what_shaped_rewards_leave_is_earned_at_the_end():
+    (first, _) = turn_advantages([rollout(1.0, 3, [0.2, 0.0, 0.0]), rollout(0.0, 3)], scale_rewards=False)
+    assert first == pytest.approx([0.5, 0.4, 0.4])
+
+
+def test_episode_that_ended_earlier_counts_with_what_it_had_to_earn_last():
+    longer, shorter = turn_advantages([rollout(1.0, 3, [0.0, 0.5, 0.5]), rollout(0.2, 1, [0.2])], scale_rewards=False)
+    assert longer == pytest.approx([0.4, 0.4, 0.5 - 0.35])
+    assert shorter == pytest.approx([-0.4])
+
+
+def test_values_that_come_one_a_message_belong_to_the_turn_before_them():
+    per_message = rollout(1.0, 2, [0.1, 0.2, 0.3, 0.4])  # user, assistant, tool, assistant
+    per_turn = rollout(1.0, 2, [0.6, 0.4])
+    other = rollout(0.0, 2)
+    expected = turn_advantages([per_turn, other])
+    assert turn_advantages([per_message, other])[0] == pytest.approx(expected[0])
+
+
+def test_shaped_rewards_of_zero_change_nothing():
+    plain = [rollout(r, t) for r, t in ((1.0, 2), (0.0, 3), (0.5, 1), (math.nan, 2))]
+    shaped = [t.model_copy(update={"shaped_rewards": [0.0] * len(sampled_turns(t))}) for t in plain]
+
+    def learned(group):
+        found = experience(TrajectoryCollection(trajectories=[group], run_id="r"))
+        return [value for sequence in found.sequences() for value in sequence.advantages]
+
+    assert learned(shaped) == pytest.approx(learned(plain))
+    assert any(learned(plain))
+
+
+def test_each_token_gets_the_advantage_of_its_turn_and_context_none():
+    group = [rollout(1.0, 2, [1.0, 0.0]), rollout(0.0, 2, [0.0, 0.0])]
+    first, _ = experience(TrajectoryCollection(trajectories=[group], run_id="r"), scale_rewards=False).sequences()
+    assert first.ids == [3, 10, 4, 11]
+    assert first.advantages == [0.0, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("shaped", [[1.0], [1.0] * 3, [math.nan, 0.0], [math.inf, 0.0]])
+def test_shaped_rewards_that_fit_neither_turns_nor_messages_are_refused(shaped):
+    with pytest.raises(BackendError, match=r"'q', generation 0 has .*shaped_rewards"):
+        turn_advantages([rollout(1.0, 2, shaped), rollout(0.0, 2)])
+
+
+@pytest.mark.parametrize(("truncated", "trained"), [("train", 3), ("mask", 2)])
+def test_cut_episode_is_trained_on_as_configured_and_its_reward_counts_either_way(truncated, trained):
+    group = [rollout(1.0, 1), rollout(0.0, 2), rollout(0.0, 1, finish_reason="length")]
+    learned = experience(TrajectoryCollection(trajectories=[group], run_id="r"), False, truncated)
+    assert (len(learned.trajectories), learned.truncated) == (trained, 1)
+    assert next(learned.sequences()).advantages[-1] == pytest.approx(2 / 3)
