@@ -1,5 +1,6 @@
 """How the local backend trains: adapters, prompts that a group shares, memory, the learning rate, what is said of it."""
 
+import inspect
 import math
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from tiny_models import byte_tokenizer, random_model  # noqa: E402
 
 from finetune_nb.backends.local import models  # noqa: E402
 from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig, LoRAConfig  # noqa: E402
-from finetune_nb.backends.local.forward import WORTH_SHARING, can_share, collate, micro_batches  # noqa: E402
+from finetune_nb.backends.local.forward import WORTH_SHARING, collate, micro_batches  # noqa: E402
 from finetune_nb.backends.local.lora import switched_off, with_adapter  # noqa: E402
 from finetune_nb.backends.local.memory import ran_out  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
+from finetune_nb.backends.local.prefill import can_share, prefill  # noqa: E402
 from finetune_nb.backends.local.sequences import TokenSequence  # noqa: E402
 from finetune_nb.config import FinetuneConfig  # noqa: E402
 from finetune_nb.errors import BackendError, ConfigError  # noqa: E402
@@ -195,6 +197,41 @@ def test_prompt_that_is_computed_once_gives_the_same_gradient(kind, max_tokens):
     assert ((same_gradient - gradient).norm() / gradient.norm()).item() < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_what_all_prompts_begin_with_is_computed_once_with_the_same_gradient(kind, monkeypatch):
+    model, begin = random_model(kind), [7] * 20 + list(range(60, 80))
+    sequences = groups_of_replies(prompt=3)
+    for sequence in sequences:
+        sequence.ids = begin + sequence.ids
+        sequence.sampled = [False] * 40 + sequence.sampled
+        sequence.logprobs = [0.0] * 40 + sequence.logprobs
+        sequence.advantages = [0.0] * 40 + sequence.advantages
+    whole, gradient, _ = value_and_gradient(model, sequences, 10_000, sharing=False)
+    shapes, forward = [], model.forward
+
+    def watched(input_ids, **inputs):
+        shapes.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, **inputs)
+
+    watched.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(model, "forward", watched)
+    value, same_gradient, shared = value_and_gradient(model, sequences, 10_000, sharing=True)
+    assert shared and shapes[:2] == [(1, 40), (3, 8)]
+    assert value == pytest.approx(whole, rel=1e-5)
+    assert ((same_gradient - gradient).norm() / gradient.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_logits_behind_prompts_with_a_common_beginning_are_those_of_each_alone(kind):
+    model, begin = random_model(kind), list(range(50, 90))
+    prompts = [begin + [3] * extra + [5] for extra in (0, 4, 2)] + [begin]
+    with torch.no_grad():
+        together, _, mask = prefill(model, prompts)
+        alone = torch.cat([model(torch.tensor([prompt])).logits[:, -1] for prompt in prompts])
+    assert torch.allclose(together, alone, atol=1e-4)
+    assert mask.sum(1).tolist() == list(map(len, prompts))
+
+
 def test_short_prompts_are_not_worth_a_pass_of_their_own():
     sequences = groups_of_replies(prompt=12)
     saved = sum(len(s.ids) - sum(s.sampled) for s in sequences) / sum(map(len, sequences))
@@ -211,7 +248,7 @@ def test_shared_micro_batches_stay_within_their_tokens():
     assert sorted(map(id, sequences)) == sorted(id(s) for batch, _ in batches for s in batch)
     for batch, shared in batches:
         tensors = collate(batch, shared=shared)
-        assert tensors.ids_BT.numel() + tensors.prompt_ids_UP.numel() <= 80
+        assert tensors.prompts and tensors.size <= 80
 
 
 def test_model_that_keeps_a_window_only_computes_every_prompt():
@@ -248,7 +285,7 @@ async def test_out_of_memory_says_which_micro_batch_would_fit(monkeypatch):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         return forward(input_ids=input_ids, **inputs)
 
-    small.__signature__ = __import__("inspect").signature(forward)
+    small.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(model, "forward", small)
     before = weights(a)
     status = await train(a, trajectories)
@@ -268,7 +305,7 @@ async def test_where_not_even_one_sequence_fits_other_ways_out_are_named(monkeyp
     def never(**inputs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    never.__signature__ = __import__("inspect").signature(a.policy.model.forward)
+    never.__signature__ = inspect.signature(a.policy.model.forward)
     monkeypatch.setattr(a.policy.model, "forward", never)
     status = await train(a, trajectories)
     for advice in ("Not even one", "gradient_checkpointing", "lora"):

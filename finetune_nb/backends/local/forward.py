@@ -8,17 +8,18 @@ another order. Shapes are in the names: U different prompts of P tokens, B seque
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .grpo import forward_parameters, token_logprobs
+from .grpo import token_logprobs
+from .prefill import prefill
 from .sequences import TokenSequence
 
-__all__ = ["TokenBatch", "can_share", "collate", "micro_batches"]
+__all__ = ["TokenBatch", "collate", "micro_batches"]
 
 WORTH_SHARING = 1 / 3
 """Prompts are shared where this part of all tokens is saved: a pass of their own costs something, too."""
@@ -37,40 +38,27 @@ class TokenBatch:
     old_logprobs_BT: Tensor
     advantages_BT: Tensor
     temperature_B: Tensor
-    prompt_ids_UP: Tensor | None = None
-    """What stands before the columns of `ids_BT`, padded on the left; None where they are whole sequences."""
-    prompt_attention_UP: Tensor | None = None
+    prompts: Sequence[Sequence[int]] = ()
+    """What stands before the columns of `ids_BT`, each prompt once; empty where they are whole sequences."""
     prompt_of_row_B: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Tokens of a pass over it, padding included."""
+        return self.ids_BT.numel() + len(self.prompts) * max(map(len, self.prompts), default=0)
 
     def logprobs(self, model: Any) -> Tensor:
         """(B, T) as `token_logprobs`."""
-        if self.prompt_ids_UP is None or self.prompt_attention_UP is None:
+        if not self.prompts:
             return token_logprobs(model, self.ids_BT, self.attention_BT, self.mask_BT, self.temperature_B)
-        positions_UP = (self.prompt_attention_UP.cumsum(1) - 1).clamp(min=0)
-        inputs: dict[str, Any] = {"position_ids": positions_UP, "use_cache": True}
-        if "logits_to_keep" in forward_parameters(model):
-            inputs["logits_to_keep"] = 1
-        out = model(input_ids=self.prompt_ids_UP, attention_mask=self.prompt_attention_UP, **inputs)
-        cache = out.past_key_values
+        _, cache, mask_UP = prefill(model, self.prompts)
         cache.batch_select_indices(self.prompt_of_row_B)
-        attention = torch.cat([self.prompt_attention_UP[self.prompt_of_row_B], self.attention_BT], 1)
-        positions_BT = (attention.cumsum(1) - 1)[:, self.prompt_attention_UP.shape[1] :]
+        attention = torch.cat([mask_UP[self.prompt_of_row_B], self.attention_BT], 1)
+        positions_BT = (attention.cumsum(1) - 1)[:, mask_UP.shape[1] :]
         return token_logprobs(
             model, self.ids_BT, attention, self.mask_BT, self.temperature_B,
             past_key_values=cache, position_ids=positions_BT, use_cache=True,
         )  # fmt: skip
-
-
-def can_share(model: Any) -> bool:
-    """Whether a prompt's keys and values can be copied for several replies: not where layers keep only a window of them,
-    or something else."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    if "position_ids" not in forward_parameters(model):
-        return False
-    layers = DynamicCache(config=model.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def micro_batches(
@@ -132,14 +120,11 @@ def collate(batch: Batch, device: torch.device | str = "cpu", shared: bool = Fal
         old_BT[row, :end] = sequence.logprobs[begin:]
         advantages_BT[row, :end] = sequence.advantages[begin:]
     temperature_B = np.array([sequence.temperature for sequence in batch], np.float32)
-    arrays = [ids_BT, attention_BT, mask_BT, old_BT, advantages_BT, temperature_B]
-    if shared:
-        place: dict[tuple[int, ...], int] = {}
-        prompt_of_row_B = np.array([place.setdefault(prompt, len(place)) for prompt in prompts], np.int64)
-        prompt_UP = np.zeros((len(place), max(begins)), np.int64)
-        prompt_attention_UP = np.zeros_like(prompt_UP)
-        for row, prompt in enumerate(place):
-            prompt_UP[row, prompt_UP.shape[1] - len(prompt) :] = prompt
-            prompt_attention_UP[row, prompt_UP.shape[1] - len(prompt) :] = 1
-        arrays += [prompt_UP, prompt_attention_UP, prompt_of_row_B]
-    return TokenBatch(*(torch.from_numpy(array).to(device) for array in arrays))
+    arrays = (ids_BT, attention_BT, mask_BT, old_BT, advantages_BT, temperature_B)
+    ids, attention, mask, old, advantages, temperature = (torch.from_numpy(array).to(device) for array in arrays)
+    tensors = TokenBatch(ids, attention, mask, old, advantages, temperature)
+    if not shared:
+        return tensors
+    place: dict[tuple[int, ...], int] = {}
+    prompt_of_row_B = torch.tensor([place.setdefault(prompt, len(place)) for prompt in prompts], device=device)
+    return replace(tensors, prompts=list(place), prompt_of_row_B=prompt_of_row_B)

@@ -1,7 +1,8 @@
 """Samples a batch of prompts with one KV cache: tensors and a loop. When a batch forms is left to batching.py.
 
 A reply depends on its own prompt, parameters and seed, and on the weights: each request draws from a random stream of
-its own, so what else is in the batch changes a logit's last bits and nothing more. Equal prompts are prefilled once.
+its own, so what else is in the batch changes a logit's last bits and nothing more. Equal prompts are prefilled once,
+and so is what all of them begin with (prefill.py).
 Shapes are in the names: U different prompts, B rows (one a request), T tokens, V vocabulary entries.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ...types import Sample, SamplingParams
-from .grpo import forward_parameters
+from .prefill import forward_of, prefill
 
 __all__ = ["SampleRequest", "sample_batch"]
 
@@ -103,38 +104,18 @@ def _sample_chunk(
     text: Callable[[list[int]], str],
     stopped: Callable[[], bool],
 ) -> None:
-    device = model.device
-    accepted = forward_parameters(model)
+    device, forward = model.device, forward_of(model)
     unique: dict[tuple[int, ...], int] = {}
     prompt_of_row = torch.tensor([unique.setdefault(tuple(row.ids), len(unique)) for row in rows], device=device)
-    prompts = list(unique)
-    lengths_U = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width, steps = int(lengths_U.max()), max(row.params.max_tokens for row in rows)
-
-    ids_UT = torch.full((len(prompts), width), pad_id)
-    for row, prompt in enumerate(prompts):
-        ids_UT[row, width - len(prompt) :] = torch.tensor(prompt)
-    ids_UT = ids_UT.to(device)
-    mask_UT = torch.arange(width, device=device) >= width - lengths_U[:, None]
-
-    def forward(ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "past_key_values": cache, "use_cache": True}
-        if "position_ids" in accepted:
-            inputs["position_ids"] = positions_BT
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = 1
-        out = model(**inputs)
-        return out.logits[:, -1].float(), out.past_key_values
-
-    positions_UT = (mask_UT.long().cumsum(1) - 1).clamp(min=0)
-    logits_BV, cache = forward(ids_UT, mask_UT.long(), positions_UT, None)
-    if len(prompts) < len(rows):
+    logits_BV, cache, mask_UP = prefill(model, list(unique), pad_id, forward)
+    width, steps = mask_UP.shape[1], max(row.params.max_tokens for row in rows)
+    if len(unique) < len(rows):
         logits_BV = logits_BV[prompt_of_row]
         cache.batch_select_indices(prompt_of_row)
     # The mask of the longest possible reply at once; each step looks at its beginning.
-    prompt_mask_BT = mask_UT[prompt_of_row].long()
+    prompt_mask_BT = mask_UP[prompt_of_row]
     mask_BT = torch.cat([prompt_mask_BT, torch.ones((len(rows), steps), dtype=torch.long, device=device)], 1)
-    next_position_B = lengths_U[prompt_of_row]
+    next_position_B = prompt_mask_BT.sum(1)
     draws_BT = _uniforms(rows, steps).to(device)
     heat_B = torch.tensor([row.params.temperature for row in rows], device=device)
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError, ConfigError
-from .forward import TokenBatch, can_share, collate, micro_batches
+from .forward import TokenBatch, collate, micro_batches
 from .grpo import LossStatistics, policy_loss
 from .lora import as_trained, is_lora, switched_off
 from .memory import largest_that_fits, ran_out
 from .policy import LocalPolicy
+from .prefill import can_share
 from .schedule import rate
 from .sequences import Experience, TokenSequence
 
@@ -204,9 +205,9 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
 
         rows = largest_that_fits(len(batch), attempt)
-        whole = _size(collate(batch, shared=shared))
+        whole = collate(batch, shared=shared).size
         if rows:
-            size = _size(collate(batch[-rows:], shared=shared))
+            size = collate(batch[-rows:], shared=shared).size
             advice = f"A micro-batch of {size} tokens was tried and fits: set micro_batch_tokens={size}."
         else:
             advice = "Not even one of its sequences fits alone: gradient_checkpointing=True"
@@ -267,10 +268,6 @@ def _checkpointing(model: Any, on: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-
-
-def _size(batch: TokenBatch) -> int:
-    return batch.ids_BT.numel() + (0 if batch.prompt_ids_UP is None else batch.prompt_ids_UP.numel())
 
 
 def _mean(values: Sequence[float]) -> float:
