@@ -35,8 +35,6 @@ async def test_notebook_runs_top_to_bottom(path, tmp_path):
     takes_config = any("from_config(CONFIG" in cell.source for cell in notebook.cells)
     for cell in notebook.cells:
         cell.source = cell.source.replace("CONFIG = None", "CONFIG = calculator.CONFIG" if takes_config else "")
-    has_config = any("import calculator" in cell.source for cell in notebook.cells)
-        cell.source = cell.source.replace("CONFIG = None", "CONFIG = calculator.CONFIG" if has_config else "")
     assert await execute(notebook, tmp_path, tmp_path) is None
 
 
