@@ -212,7 +212,7 @@ def test_pictures_of_every_state_light_and_dark(lab, runs_folder, tmp_path):
     """They are for people to look at: FINETUNE_NB_PICTURES=folder keeps them."""
     folder = Path(os.environ.get("FINETUNE_NB_PICTURES", tmp_path))
     lab.page.set_viewport_size({"width": 1260, "height": 1150})
-    notebook = opened(lab, runs_folder, "run.start(7)", TRIP, BREAK, seconds=1)
+    notebook = opened(lab, runs_folder, "run.start(200)", TRIP, BREAK, seconds=1)
     notebook.page.evaluate("jupyterapp.shell.collapseLeft()")
 
     def picture(name):
@@ -223,7 +223,7 @@ def test_pictures_of_every_state_light_and_dark(lab, runs_folder, tmp_path):
 
     picture("idle")
     notebook.run(1)
-    notebook.wait_for_text(0, "3 of 7 epochs", 40)
+    notebook.wait_for_text(0, "3 of 200 epochs", 60)
     picture("running")
     notebook.output(0).get_by_role("button", name="Pause").click()
     notebook.wait_for_text(0, "paused", 20)
