@@ -7,6 +7,8 @@ at most ten more in answer to a person's own input. Where nobody sees widgets, `
 
 from __future__ import annotations
 
+import base64
+import io
 import threading
 import time
 import weakref
@@ -36,6 +38,8 @@ EVERY = 0.5
 ANSWER_EVERY = 0.1
 """Seconds between two answers to a person's input."""
 LOG_LINES = 8
+STILL_DPI = 120
+"""Of the picture that stays in a saved notebook: a run may be shown in many cells."""
 WIDGET = "application/vnd.jupyter.widget-view+json"
 _numbers = iter(range(1, 1_000_000))
 
@@ -107,7 +111,9 @@ def _picture(epochs: Sequence[Epoch]) -> str | None:
         return None
     from .plots import plot_rewards
 
-    return plot_rewards(epochs)._repr_mimebundle_()[0]["image/png"]  # type: ignore[union-attr]
+    picture = io.BytesIO()
+    plot_rewards(epochs).savefig(picture, format="png", dpi=STILL_DPI)  # type: ignore[union-attr]
+    return base64.b64encode(picture.getvalue()).decode("ascii")
 
 
 class Panel:
