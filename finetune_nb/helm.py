@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .controls import Controls
 from .errors import RunError
-from .kernel_widgets import is_seen
+from .kernel import is_seen
 from .panel import Panel, Still
 from .panel_html import Doing
 from .preview import Preview, preview

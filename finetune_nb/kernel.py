@@ -1,18 +1,20 @@
-"""The Jupyter kernel that this process may be: whether there is one, and whether a widget is heard while a cell waits.
+"""The Jupyter kernel that this process may be: whether anybody sees its widgets, and whether they are heard while a cell
+waits.
 
 A cell that waits blocks the kernel's main shell. ipykernel 7 has a second one for widgets (a "subshell"), where the front
-end asks for it; ipykernel 6 has none, so that what a slider does then arrives after the cell. Nothing here knows a run.
+end asks for it; ipykernel 6 has none, so that what a slider does then arrives after the cell. What is read here are partly
+the kernel's private attributes, each with what holds where it is missing; the browser tests try them on every release of
+ipykernel. Nothing here knows a run.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterable
 from typing import Any
 
-from .kernel_widgets import is_seen
-
-__all__ = ["in_notebook", "let_widgets_through", "why_deaf", "word_of_deafness"]
+__all__ = ["in_notebook", "is_seen", "let_through", "let_widgets_through", "why_deaf", "word_of_deafness"]
 
 _told = False
 
@@ -30,6 +32,13 @@ def in_notebook() -> bool:
     return threading.current_thread() is threading.main_thread() and _kernel() is not None
 
 
+def is_seen() -> bool:
+    """Whether this is a kernel with a front end that shows widgets. nbclient, `jupyter execute` and papermill take no
+    input from a person, and say so with every cell."""
+    kernel = _kernel()
+    return kernel is not None and bool(getattr(kernel, "_allow_stdin", True))
+
+
 def _comms() -> list[Any]:
     """The open channels between widgets here and in the front end."""
     if _kernel() is None or "comm" not in sys.modules:
@@ -40,13 +49,22 @@ def _comms() -> list[Any]:
 
 
 def let_widgets_through() -> None:
-    """Comes before a cell waits, for every widget, the user's own too.
+    """`let_through` for every widget, the user's own too: comes before a cell waits."""
+    _let_through(_comms())
 
-    ipykernel 7.4 sends a widget's messages to the shell that last published on it: for one that a cell made or wrote to,
-    that is the main shell, which will be blocked. Without that memory they go where the front end sends them. The
-    attribute is the kernel's own: where it is missing, in other releases, nothing happens.
+
+def let_through(widgets: Iterable[Any]) -> None:
+    """Lets the front end's messages to these widgets come on the way that the front end chose, a subshell of their own.
+
+    ipykernel 7.4 sends them to the shell from which the kernel last wrote to the widget: the main one, where a busy cell
+    holds them up, or after a reload of the page a subshell that is gone. The memory of it is the kernel's own attribute;
+    in other releases nothing happens.
     """
-    for comm in _comms():
+    _let_through(getattr(widget, "comm", None) for widget in widgets)
+
+
+def _let_through(comms: Iterable[Any]) -> None:
+    for comm in comms:
         getattr(comm, "__dict__", {}).pop("_reply_subshell_id", None)
 
 

@@ -321,7 +321,7 @@ class LiveRun(Steering):
     def log_lines(self, count: int = 20) -> list[str]:
         """The last lines of the run's log."""
         store = self._stored()
-        return [] if store is None else [_line(event) for event in store.events()[-count:]]
+        return [] if store is None else [_line(event) for event in store.events(last=count)]
 
     @property
     def state(self) -> str:

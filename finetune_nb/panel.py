@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from .controls import Change, Controls
 from .errors import FinetuneError
 from .html import Html, element, view
-from .kernel_widgets import let_through
+from .kernel import let_through
 from .live_curve import reward_curve
 from .panel_html import Doing, asked_html, log_html, record_html, status_html, style_html
 from .panel_inputs import Inputs, TripwireInputs

@@ -251,23 +251,26 @@ class RunReader:
         """Who writes the run at the moment: "process 4711 on host since ..."; None where nobody does."""
         return writer_of(self.folder)
 
-    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """The log, oldest first: `time`, `kind` and what was said. A line that a crash cut off is passed over."""
+    def events(self, kind: str | None = None, last: int | None = None) -> list[dict[str, Any]]:
+        """The log, oldest first: `time`, `kind` and what was said. A line that a crash cut off is passed over. last: no more
+        than that many, read from the end, so that the last words of a long run cost no more than those of a short one."""
         path = self.folder / LOG
-        found: list[dict[str, Any]] = []
         with as_store_error(path, "Everything else can be read."):
             check_plain(path)
             if not path.exists():
-                return found
-            with path.open(encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    try:
-                        event = decode(line, dict)
-                    except ValueError:
-                        continue
-                    if "kind" in event and (kind is None or event["kind"] == kind):
-                        found.append(event)
-        return found
+                return []
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                reach = size if last is None else 65_536
+                while True:
+                    file.seek(max(0, size - reach))
+                    lines = file.read().split(b"\n")[reach < size :]  # the first one has lost its beginning
+                    found = [event for event in map(_event, lines) if event and kind in (None, event["kind"])]
+                    if last is None:
+                        return found
+                    if reach >= size or len(found) >= last:
+                        return found[max(0, len(found) - last) :]
+                    reach *= 4
 
     def config(self) -> dict[str, Any]:
         """The config as plain data, `${NAME}` where it stood; `load_config` takes it."""
@@ -283,6 +286,15 @@ class RunReader:
     def size(self) -> int:
         """Bytes of all files in the folder."""
         return size_of(self.folder)
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """A line of the log; None for one that is none."""
+    try:
+        event = decode(line.decode("utf-8", errors="replace"), dict)
+    except ValueError:
+        return None
+    return event if "kind" in event else None
 
 
 def _run_of(db: sqlite3.Connection) -> tuple[str, float, tuple[str, int] | None]:

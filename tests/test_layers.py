@@ -28,7 +28,7 @@ LAYERS = {
     "views": "sampled_tokens heat_map conversation pieces rollout_group rollout_view group_comparison"
     " columns spread_forecast learning_signal rollout_frames unfolding message_frames token_frames frames"
     " figure plot_parts distributions group_plots plots viewer preview_card comparison report export kernel display interrupts"
-    " kernel_widgets live_curve panel_html panel_inputs panel",
+    " live_curve panel_html panel_inputs panel",
     "surface": "from_functions from_folder shelf run_views run_on_disk steering helm live_run run cli demo testing",
     "edge": "backends* examples*",
 }

@@ -10,7 +10,7 @@ import pytest
 from agents import coin, guess, right
 
 import finetune_nb as ft
-from finetune_nb import kernel_widgets
+from finetune_nb import kernel
 from finetune_nb.helm import Helm
 from finetune_nb.live_curve import MOST, reward_curve
 from finetune_nb.panel import Panel, Still
@@ -271,10 +271,10 @@ def test_messages_are_let_through_only_where_there_is_something_to_take_away():
         comm = Comm()
 
     Widget.comm._reply_subshell_id = "of a page that is gone"
-    kernel_widgets.let_through([Widget(), object()])
+    kernel.let_through([Widget(), object()])
     assert not hasattr(Widget.comm, "_reply_subshell_id")
-    kernel_widgets.let_through([Widget()])
-    assert kernel_widgets.is_seen() is False  # no kernel here
+    kernel.let_through([Widget()])
+    assert kernel.is_seen() is False  # no kernel here
 
 
 # ── the curve ────────────────────────────────────────────────────────────────────────────────────────────────────────

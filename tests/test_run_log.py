@@ -59,3 +59,20 @@ async def test_errors_and_aborts_are_events(tmp_path, monkeypatch):
     (event,) = RunStore.open(tmp_path / "one").events("failed")
     assert event["error"] == "ZeroDivisionError: division by zero"
     assert logging.getLogger("finetune_nb").handlers
+
+
+@pytest.mark.parametrize("length", [10, 30_000])
+async def test_the_last_words_are_read_from_the_end(tmp_path, length):
+    run = make("one", tmp_path, guess)
+    await run.next_epoch()
+    store = run._stored()
+    for number in range(20):
+        store.record_event("log", text=f"{number} {'é' * length}")
+    with (run.folder / "log.jsonl").open("ab") as file:
+        file.write(b'{"time": 1, "kind": "cut')
+    everything = store.events()
+    assert store.events(last=5) == everything[-5:]
+    assert store.events(last=10_000) == everything
+    assert store.events(last=0) == []
+    assert [line.split()[2] for line in run.log_lines(3)] == ["17", "18", "19"]
+    run.close()
