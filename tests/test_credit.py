@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from finetune_nb.backends.local.credit import sampled_turns, turn_advantages
-from finetune_nb.backends.local.sequences import experience
+from finetune_nb.credit import sampled_turns, turn_advantages
 from finetune_nb.errors import BackendError
+from finetune_nb.experience import experience
 from finetune_nb.types import EpisodeItem, Trajectory, TrajectoryCollection
 
 

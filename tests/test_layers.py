@@ -21,8 +21,9 @@ from finetune_nb.observe import resolve
 LAYERS = {
     "nouns": "errors html observe redaction yaml_text eval_types types component curriculum_settings config",
     "contracts": "interfaces type_names builder registry known_keys loading",
-    "engine": "states controls journal_file live_fields tripwires"
-    " curriculum preview metrics retention jsonl episodes evaluation* trajectory_builder preferences trainer watch"
+    "engine": "states controls journal_file live_fields tripwires curriculum preview metrics retention jsonl daemons"
+    " episodes evaluation* trajectory_builder preferences trainer watch"
+    " chat_tokenizer credit experience training_job job_adapter publishing"
     " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
     " rewind run_log sinks recorder witness trial driver engine",
     "views": "sampled_tokens heat_map conversation pieces rollout_group rollout_view group_comparison"

@@ -18,8 +18,8 @@ from tiny_models import byte_tokenizer, random_model  # noqa: E402
 from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig  # noqa: E402
 from finetune_nb.backends.local.forward import micro_batches  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
-from finetune_nb.backends.local.sequences import experience, token_sequences  # noqa: E402
 from finetune_nb.errors import BackendError, MissingLogprobs, StalePolicy  # noqa: E402
+from finetune_nb.experience import experience, token_sequences  # noqa: E402
 from finetune_nb.types import (  # noqa: E402
     DPOItem,
     EpisodeItem,

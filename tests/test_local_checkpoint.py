@@ -18,7 +18,8 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_models import byte_tokenizer, random_model  # noqa: E402
 
-from finetune_nb.backends.local import checkpoint, publishing  # noqa: E402
+from finetune_nb import publishing  # noqa: E402
+from finetune_nb.backends.local import checkpoint  # noqa: E402
 from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig  # noqa: E402
 from finetune_nb.backends.local.models import EMBEDDED  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
@@ -547,7 +548,7 @@ WRITER = """
 import sys
 from itertools import count
 from pathlib import Path
-from finetune_nb.backends.local.publishing import published
+from finetune_nb.publishing import published
 for n in count():
     with published(Path(sys.argv[1]), "first") as unfinished:
         for name in ("first", "second", "third"):

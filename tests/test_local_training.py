@@ -21,9 +21,9 @@ from finetune_nb.backends.local.lora import switched_off, with_adapter  # noqa: 
 from finetune_nb.backends.local.memory import ran_out  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.backends.local.prefill import can_share, prefill  # noqa: E402
-from finetune_nb.backends.local.sequences import TokenSequence  # noqa: E402
 from finetune_nb.config import FinetuneConfig  # noqa: E402
 from finetune_nb.errors import BackendError, ConfigError  # noqa: E402
+from finetune_nb.experience import TokenSequence  # noqa: E402
 from finetune_nb.types import SamplingParams  # noqa: E402
 
 
@@ -389,7 +389,7 @@ def test_lora_without_peft_names_the_extra():
 
 def test_turns_of_tools_and_environment_are_never_trained_on():
     items = [turn([3], [5], [-1.0]), turn([3, 5, 7, 8], [9], [-2.0])]
-    from finetune_nb.backends.local.sequences import token_sequences
+    from finetune_nb.experience import token_sequences
     from finetune_nb.types import EpisodeItem, Trajectory
 
     said = [EpisodeItem(role=role, content="x") for role in ("tool", "environment", "function")]

@@ -1,14 +1,13 @@
 """LocalGRPOAdapter: GRPO on this machine, on the very weights that the policy samples from.
 
-Here are the config and the adapter's face: what is refused, and how jobs are asked about. A job's life is jobs.py's,
-what it learns from sequences.py's, how it learns training.py's, how that is kept checkpoint.py's. Without torch this
-module can be imported, not used.
+Here are the config and the adapter's face: what is refused. How jobs are asked about is job_adapter.py's, what they learn
+from experience.py's, how they learn training.py's, how that is kept checkpoint.py's. Without torch this module can be
+imported, not used.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,17 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...config import FinetuneConfig, TrainerAdapterConfig
 from ...episodes import check_exact
-from ...errors import BackendError, FinetuneError, MissingExtra, StalePolicy, UnknownJob, did_you_mean
-from ...interfaces import TrainerAdapter
-from ...jsonl import append_jsonl
+from ...errors import FinetuneError, MissingExtra
+from ...experience import experience
+from ...job_adapter import JobAdapter, check_versions
 from ...redaction import redacting_logger
 from ...registry import Builder, register_trainer_adapter
-from ...types import TrainingJobRef, TrainingJobStatus, TrajectoryCollection
-from .sequences import experience
+from ...training_job import TrainingJob
+from ...types import TrainingJobRef, TrajectoryCollection
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoints
-    from .jobs import TrainingJob
     from .policy import LocalPolicy
     from .training import Learner
 
@@ -114,7 +112,7 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     """Torch threads; None: 1 for a small model, else torch's own setting (2 in a deterministic run)."""
 
 
-class LocalGRPOAdapter(TrainerAdapter):
+class LocalGRPOAdapter(JobAdapter):
     """Trains `policy` on the trajectories that it is given.
 
     seed: of the order in which trajectories are trained on. deterministic: a repeat is equal to the last digit. policy:
@@ -137,9 +135,6 @@ class LocalGRPOAdapter(TrainerAdapter):
         self._learner: Learner | None = None
         self._loading = threading.Lock()
         self._checkpoints: Checkpoints | None = None
-        self._jobs: dict[str, TrainingJob] = {}
-        self._submitted = 0  # over the run's life, also before a checkpoint: each job's order is drawn by its number
-        self._trained = 0  # those whose steps are in the weights, and all before them; changes under policy.exclusive
 
     @property
     def policy(self) -> LocalPolicy:  # type: ignore[override]  # never None, and nobody else sets it
@@ -189,17 +184,16 @@ class LocalGRPOAdapter(TrainerAdapter):
         """Starts a job. Raises StalePolicy for trajectories of older weights, BackendError or MissingLogprobs for those
         that cannot be trained on; nothing is then started."""
         policy, learner = await asyncio.to_thread(self._load)
-        from .jobs import TrainingJob  # needs torch, which is known to be there by now
+        from .training import TrainingReport  # needs torch, which is known to be there by now
 
-        self._check_versions(trajectories, policy.version)
         config = self.adapter_config
+        check_versions(trajectories, policy.version, config.max_staleness)
         check_exact((t for group in trajectories.trajectories for t in group), config.allow_inexact)
         learned = experience(trajectories, config.scale_rewards, config.truncated)
         learner.check(learned)
         planned = self._planned_epochs()
-        job = TrainingJob(
-            trajectories.run_id, policy.version, learned, before=next(reversed(self._jobs.values()), None)
-        )
+        report = TrainingReport()
+        job = TrainingJob(trajectories.run_id, "local_grpo", policy.version, learned, report, before=self._newest_job())
         rng = np.random.default_rng([self.seed % 2**64, self._submitted])
         self._jobs[job.id] = job
         self._submitted = number = self._submitted + 1
@@ -208,12 +202,14 @@ class LocalGRPOAdapter(TrainerAdapter):
             with policy.exclusive.hold(job.stopped) as alone:
                 if not alone or not learned.trajectories:
                     return
-                self._check_versions(trajectories, policy.version)  # a job before this one may have trained
+                check_versions(
+                    trajectories, policy.version, config.max_staleness
+                )  # a job before this one may have trained
                 try:
-                    learner.train(learned, rng, job.report, job.stepped, job.stopped, number - 1, planned)
+                    learner.train(learned, rng, report, job.stepped, job.stopped, number - 1, planned)
                 finally:
                     self._trained = number
-                    policy.version += bool(job.report.steps)
+                    policy.version += bool(report.steps)
                     job.policy_version = policy.version
 
         job.start(train)
@@ -229,49 +225,6 @@ class LocalGRPOAdapter(TrainerAdapter):
                 "many epochs are planned. Call initialize with a FinetuneConfig, or keep the learning rate constant."
             )
         return 1
-
-    def _check_versions(self, trajectories: TrajectoryCollection, current: int) -> None:
-        for trajectory in (t for group in trajectories.trajectories for t in group):
-            version = (trajectory.metadata or {}).get("policy_version")
-            if version is None or 0 <= current - version <= self.adapter_config.max_staleness:
-                continue
-            age = "older" if version < current else "newer"
-            raise StalePolicy(
-                f"a trajectory of example {(trajectory.metadata or {}).get('id')!r} was sampled by policy version "
-                f"{version}, {age} than version {current}, which would be trained; expected at most "
-                f"{self.adapter_config.max_staleness} older. Collect it anew, or raise max_staleness."
-            )
-
-    # ── asking about jobs ────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
-        """How the job stands. `metadata`: job_id, policy_version, and metrics (TrainingReport.metrics and counts)."""
-        return self._job(ref).status()
-
-    async def wait_until_complete(self, ref: TrainingJobRef, poll_interval: float = 10.0) -> TrainingJobStatus:
-        """The last status, as soon as there is one; nothing is polled. A job that failed is returned, not raised."""
-        job = self._job(ref)
-        await asyncio.wrap_future(job.ended)
-        return job.status()
-
-    async def cancel(self, ref: TrainingJobRef) -> None:
-        """Asks the job to stop before its next optimizer step; returns at once. Steps already made stay."""
-        self._job(ref).canceled.set()
-
-    def _job(self, ref: TrainingJobRef) -> TrainingJob:
-        job_id = str((ref.metadata or {}).get("job_id"))
-        if job_id not in self._jobs:
-            raise UnknownJob(f"this adapter has no training job {job_id!r}. {did_you_mean(job_id, self._jobs)}")
-        return self._jobs[job_id]
-
-    def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
-        """Appends a line to trainer_adapter_<run id>.jsonl in `output_dir` (default: the config's), NaN as null."""
-        folder = output_dir or (self.run_config.output_dir if self.run_config else None)
-        if folder is None:
-            raise BackendError("log_progress got no output_dir, and the adapter has no config. Call initialize first.")
-        run_id = re.sub(r"[^\w.-]", "_", ref.run_id)  # it names a file, and must not lead out of the folder
-        line = {"run_id": ref.run_id, "backend": ref.backend, **metrics}
-        append_jsonl(Path(folder) / f"trainer_adapter_{run_id}.jsonl", line)
 
     async def save(self, directory: str | Path, merge: bool = False) -> Path:
         """Writes model and tokenizer to `directory`; from_pretrained, and `model` in the config, read them.
@@ -289,8 +242,7 @@ class LocalGRPOAdapter(TrainerAdapter):
         """
         policy, learner = await asyncio.to_thread(self._load)
         ended = self._submitted
-        for job in list(self._jobs.values()):
-            await asyncio.wrap_future(job.ended)
+        await self._all_ended()
 
         def save() -> int:
             with policy.exclusive.hold():
@@ -305,12 +257,7 @@ class LocalGRPOAdapter(TrainerAdapter):
         for one that is missing, damaged or not ours. Submit nothing before it returns.
         """
         policy, learner = await asyncio.to_thread(self._load)
-        working = [job.id for job in self._jobs.values() if not job.ended.done()]
-        if working:
-            raise BackendError(
-                f"training job {working[0]!r} is at work; expected none while a checkpoint is loaded. Wait for it, or "
-                "cancel it."
-            )
+        self._require_no_job_at_work()
 
         def load() -> None:
             with policy.exclusive.hold():
@@ -324,13 +271,6 @@ class LocalGRPOAdapter(TrainerAdapter):
 
             self._checkpoints = Checkpoints(learner)
         return self._checkpoints
-
-    async def aclose(self) -> None:
-        """Cancels what still runs, and waits for it."""
-        for job in self._jobs.values():
-            job.canceled.set()
-        for job in list(self._jobs.values()):
-            await asyncio.wrap_future(job.ended)
 
 
 @register_trainer_adapter(config_type=LocalGRPOConfig)

@@ -20,10 +20,10 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from ...daemons import leaving, start_daemon
 from ...errors import BackendError, FinetuneError
 from ...redaction import redacting_logger
 from ...types import EpisodeKey, Sample, SamplingParams
-from .daemons import leaving, start_daemon
 
 __all__ = ["Batcher", "Request"]
 

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import BackendError
+from ...publishing import Seal, file_in, published, seal
 from ...redaction import redact_text, redacting_logger
 from .lora import as_trained, settings_of
 from .model_state import (
@@ -40,7 +41,6 @@ from .model_state import (
     shortened,
     trained_tensors,
 )
-from .publishing import Seal, file_in, published, seal
 from .training import Learner
 
 __all__ = ["Checkpoints", "Manifest", "Reference"]

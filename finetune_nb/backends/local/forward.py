@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...experience import TokenSequence
 from .grpo import token_logprobs
 from .prefill import prefill
-from .sequences import TokenSequence
 
 __all__ = ["TokenBatch", "collate", "micro_batches"]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError, ConfigError
+from ...experience import Experience, TokenSequence
 from .forward import TokenBatch, collate, micro_batches
 from .grpo import LossStatistics, policy_loss
 from .lora import as_trained, is_lora, switched_off
@@ -23,7 +24,6 @@ from .memory import largest_that_fits, ran_out
 from .policy import LocalPolicy
 from .prefill import can_share
 from .schedule import rate
-from .sequences import Experience, TokenSequence
 
 if TYPE_CHECKING:
     from .adapter import LocalGRPOConfig

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...errors import BackendError
-from ...types import EpisodeItem, EpisodeItemRole, Trajectory, logprob_values
+from .errors import BackendError
+from .types import EpisodeItem, EpisodeItemRole, Trajectory, logprob_values
 
 __all__ = ["sampled_turns", "turn_advantages", "where"]
 

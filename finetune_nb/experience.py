@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ...curriculum import group_statistics
-from ...errors import BackendError, MissingLogprobs
-from ...metrics import advantages
-from ...types import DPOItem, EpisodeItem, Trajectory, TrajectoryCollection, logprob_values
 from .credit import sampled_turns, turn_advantages, where
+from .curriculum import group_statistics
+from .errors import BackendError, MissingLogprobs
+from .metrics import advantages
+from .types import DPOItem, EpisodeItem, Trajectory, TrajectoryCollection, logprob_values
 
 __all__ = ["Experience", "TokenSequence", "experience", "token_sequences"]
 
@@ -103,7 +103,7 @@ def token_sequences(trajectory: Trajectory, advantage: float | Sequence[float] =
     for item in trajectory.episode:
         if isinstance(item, DPOItem):
             raise BackendError(
-                "local_grpo got a preference (DPOItem); expected episodes of EpisodeItems with rewards. "
+                "this backend got a preference (DPOItem); expected episodes of EpisodeItems with rewards. "
                 "Use a trajectory builder that makes episodes, or a backend that learns from preferences."
             )
     sequences: list[TokenSequence] = []

@@ -10,25 +10,51 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from typing import Protocol
 
-from ...redaction import redacting_logger
-from ...types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 from .daemons import leaving, start_daemon
-from .sequences import Experience
-from .training import TrainingReport
+from .experience import Experience
+from .redaction import redacting_logger
+from .types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 
-__all__ = ["TrainingJob"]
+__all__ = ["Report", "TrainingJob"]
 
 logger = redacting_logger(__name__)
+
+
+class Report(Protocol):
+    """What a job has done so far, filled in by whoever trains."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps made."""
+        ...
+
+    @property
+    def steps_planned(self) -> int:
+        """0 as long as nobody knows."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What was measured, NaN where nothing was."""
+        ...
 
 
 class TrainingJob:
     """Starts after the job `before` has ended. Of `learned` only numbers are kept once it has ended itself."""
 
-    def __init__(self, run_id: str, policy_version: int, learned: Experience, before: TrainingJob | None) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        backend: str,
+        policy_version: int,
+        learned: Experience,
+        report: Report,
+        before: TrainingJob | None,
+    ) -> None:
         self.id = uuid.uuid4().hex
-        self.ref = TrainingJobRef(run_id=run_id, backend="local_grpo", metadata={"job_id": self.id})
-        self.report = TrainingReport()
+        self.ref = TrainingJobRef(run_id=run_id, backend=backend, metadata={"job_id": self.id})
+        self.report = report
         self.policy_version = policy_version
         self.canceled = threading.Event()
         self.ended: Future[None] = Future()
@@ -47,8 +73,11 @@ class TrainingJob:
         return self.canceled.is_set() or leaving.is_set()
 
     def stepped(self) -> None:
-        report = self.report
-        self._status = self._make(TrainingStatusEnum.RUNNING, f"step {report.steps} of {report.steps_planned}")
+        self.say(f"step {self.report.steps} of {self.report.steps_planned}")
+
+    def say(self, message: str) -> None:
+        """What the running job is at, or waits for."""
+        self._status = self._make(TrainingStatusEnum.RUNNING, message)
 
     def status(self) -> TrainingJobStatus:
         return self._status.model_copy(deep=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...errors import BackendError
-from ...redaction import redacting_logger
+from .errors import BackendError
+from .redaction import redacting_logger
 
 __all__ = ["Seal", "file_in", "published", "seal"]
 
