@@ -119,15 +119,18 @@ class ChatTokenizer:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def check_prompt(ids: Sequence[int], params: SamplingParams, longest: int | None, vocabulary: int) -> SamplingParams:
+def check_prompt(
+    ids: Sequence[int], params: SamplingParams, longest: int | None, vocabulary: int | None
+) -> SamplingParams:
     """`params`, with a reply that the model can hold behind the prompt.
 
-    longest: tokens that prompt and reply may have together; None: no bound. vocabulary: ids are below it. Raises
+    longest: tokens that prompt and reply may have together; None: no bound. vocabulary: ids are below it; None: unknown. Raises
     BackendError for a prompt that is empty, too long or of unknown tokens, and for parameters out of their range.
     """
-    if not ids or not all(0 <= token < vocabulary for token in (min(ids), max(ids))):
+    if not ids or min(ids) < 0 or (vocabulary is not None and max(ids) >= vocabulary):
         found = f"ids from {min(ids)} to {max(ids)}" if ids else "no ids"
-        raise BackendError(f"the prompt has {found}; expected at least one id, each in 0..{vocabulary - 1}")
+        end = "" if vocabulary is None else vocabulary - 1
+        raise BackendError(f"the prompt has {found}; expected at least one id, each in 0..{end}")
     if params.max_tokens < 1 or not params.temperature >= 0:
         raise BackendError(
             f"max_tokens is {params.max_tokens} and temperature {params.temperature}; expected at least 1 and 0"

@@ -72,6 +72,7 @@ OUR_TYPES: dict[str, dict[str, str]] = {
         "local_grpo": "finetune_nb.backends.local.adapter:LocalGRPOConfig",
         "trl_dpo": "finetune_nb.backends.trl.adapter:TRLDPOConfig",
         "trl_sft": "finetune_nb.backends.trl.adapter:TRLSFTConfig",
+        "tinker": "finetune_nb.backends.tinker.adapter:TinkerConfig",
     },
     "trainer": {"epoch_trainer": "finetune_nb.trainer:EpochTrainerConfig"},
 }

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...config import FinetuneConfig, TrainerAdapterConfig
 from ...episodes import check_exact
-from ...errors import FinetuneError, MissingExtra
+from ...errors import BackendError, FinetuneError, MissingExtra
 from ...experience import experience
 from ...job_adapter import JobAdapter, check_versions
 from ...redaction import redacting_logger

@@ -1,0 +1,293 @@
+"""TinkerAdapter: training on a Tinker-compatible service (Thinking Machines' cloud, SkyRL's open server).
+
+Here are the config and the adapter's face: what is refused, when a job is tried again, and when the policy version rises.
+How a job's steps are asked for is training.py's, what the service is and how its errors are told apart service.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field, SecretStr
+
+from ...config import FinetuneConfig, TrainerAdapterConfig
+from ...episodes import check_exact
+from ...errors import BackendError, FinetuneError, MissingExtra
+from ...evaluation.executor import in_daemon_thread
+from ...experience import Experience, experience
+from ...job_adapter import JobAdapter, check_versions
+from ...redaction import redact_text, redacting_logger
+from ...registry import Builder, register_trainer_adapter
+from ...training_job import TrainingJob
+from ...types import TrainingJobRef, TrajectoryCollection
+from .saved import Manifest, read_manifest, write_manifest
+from .service import TinkerService, Unavailable, sdk
+from .training import TinkerReport, check, train
+
+if TYPE_CHECKING:
+    from .policy import TinkerPolicy
+
+__all__ = ["TinkerAdapter", "TinkerConfig"]
+
+logger = redacting_logger(__name__)
+
+AT_TRAINING: dict[str, Any] = {"live": "training"}
+"""Marks a setting that may be changed while a run goes on; the next job reads it."""
+PARTING_SECONDS = 10.0
+"""What a step that is under way may still take when the adapter is closed."""
+
+
+class TinkerConfig(TrainerAdapterConfig, name="tinker"):
+    """A LoRA adapter, trained and sampled on a Tinker-compatible service."""
+
+    model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
+
+    model: str
+    """The base model, as the service calls it, such as "Qwen/Qwen3-8B"."""
+    tokenizer: str | None = None
+    """Hugging Face directory or hub name of the model's tokenizer; None: `model`."""
+    base_url: str | None = None
+    """Of a server of your own; None: $TINKER_BASE_URL, else Thinking Machines' service."""
+    api_key: SecretStr | None = None
+    """None: $TINKER_API_KEY. A server of your own needs none."""
+    rank: int = Field(default=32, ge=1)
+    """Of the LoRA adapter's matrices."""
+    learning_rate: float = Field(default=1e-4, gt=0, json_schema_extra=AT_TRAINING)
+    """Of AdamW, constant."""
+    optimizer_steps: int = Field(default=1, ge=1, json_schema_extra=AT_TRAINING)
+    """Steps in one pass over all trajectories of an epoch; fewer where there are fewer trajectories."""
+    inner_epochs: int = Field(default=1, ge=1)
+    """Passes over the trajectories of an epoch."""
+    loss: Literal["importance_sampling", "ppo", "cispo"] = "importance_sampling"
+    """The service's loss. "importance_sampling" is not clipped and known to every service; with more than a few steps on
+    the same trajectories take "ppo"."""
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    """A token's probability ratio is clipped below 1 - clip_low; not with importance_sampling."""
+    clip_high: float = Field(default=0.2, ge=0)
+    """A token's probability ratio is clipped above 1 + clip_high; not with importance_sampling."""
+    scale_rewards: bool = True
+    """Advantages are divided by the standard deviation of their group's rewards."""
+    truncated: Literal["train", "mask"] = "train"
+    """Trajectories whose last reply was cut at max_tokens: "mask" does not train on them. Their rewards count in their
+    group either way."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """A longer gradient is shortened to this; 0: never. SkyRL's server does not do it."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the gradient's mean and of its square's."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_staleness: int = Field(default=0, ge=0)
+    """Policy versions by which a trajectory may be older than the weights that it trains."""
+    max_logprob_gap: float | None = Field(default=0.1, gt=0)
+    """Mean |log probability in training - when sampled| (nats), before the first step of a job, beyond which the job
+    fails: something else was sampled than is trained. None: never; so with max_staleness above 0, which makes a gap."""
+    allow_inexact: bool = False
+    """Trains also on turns whose token ids are not known to be those that were sampled."""
+    retries: int = Field(default=2, ge=0)
+    """How often a job is begun again, and a reply asked for again, after the service failed. What the SDK tries again by
+    itself (connections, rate limits) does not count."""
+    retry_delay: float = Field(default=1.0, ge=0)
+    """Seconds before the first retry; each further one waits twice as long."""
+    step_timeout: float = Field(default=3600.0, gt=0)
+    """Seconds that one request may take, waiting in the service's queue included."""
+    state_ttl: int | None = Field(default=None, ge=1)
+    """Seconds after which the service may delete a saved state; None: it is kept. Checkpoints are as old as they get."""
+
+    @property
+    def clips(self) -> bool:
+        return self.loss != "importance_sampling"
+
+    def loss_settings(self) -> dict[str, float] | None:
+        """The service wants bounds of the ratio itself."""
+        if not self.clips:
+            return None
+        return {"clip_low_threshold": 1 - self.clip_low, "clip_high_threshold": 1 + self.clip_high}
+
+
+class TinkerAdapter(JobAdapter):
+    """Trains `policy` on the trajectories that it is given. seed: of the first weights and of the order in which
+    trajectories are trained on. tokenizer: one that is loaded already.
+
+    A job trains to its end, or it leaves the weights as they were: after a failure of the service it is begun again from
+    the state before it, so that no step counts twice, and with its last failure that state is what goes on. A job that is
+    canceled keeps the steps that it has made.
+    """
+
+    adapter_config: TinkerConfig
+
+    def __init__(self, adapter_config: TinkerConfig, seed: int = 0, *, tokenizer: Any = None) -> None:
+        super().__init__(adapter_config)
+        self.seed = seed
+        self._service = TinkerService(adapter_config, seed)
+        self._tokenizer = tokenizer
+        self._policy: TinkerPolicy | None = None
+        self._loading = threading.Lock()
+
+    @property
+    def policy(self) -> TinkerPolicy:  # type: ignore[override]  # never None, and nobody else sets it
+        """What is sampled and trained. Loads the tokenizer; MissingExtra without the SDK or transformers."""
+        with self._loading:
+            if self._policy is None:
+                sdk()
+                from .policy import TinkerPolicy, load_tokenizer
+
+                config, tokenizer = self.adapter_config, self._tokenizer
+                if tokenizer is None:
+                    try:
+                        tokenizer, end_ids = load_tokenizer(config.tokenizer or config.model)
+                    except ImportError as error:
+                        raise MissingExtra("the training backend tinker", "tinker") from error
+                else:
+                    end_ids = [tokenizer.eos_token_id]
+                self._policy = TinkerPolicy(self._service, tokenizer, end_ids)
+            return self._policy
+
+    async def initialize(self, run_config: FinetuneConfig) -> None:
+        await super().initialize(run_config)
+        await in_daemon_thread(lambda: self.policy)
+
+    async def is_healthy(self) -> bool:
+        """Whether the service is there, offers the model and understands this SDK; the log says why not. No model is put
+        into training yet."""
+        try:
+            await in_daemon_thread(lambda: self.policy)
+            await in_daemon_thread(self._service.probe)
+        except FinetuneError as error:
+            logger.error("tinker is not healthy: %s", error)
+            return False
+        return True
+
+    async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
+        """Starts a job. Raises StalePolicy for trajectories of older weights, BackendError or MissingLogprobs for those
+        that cannot be trained on; nothing is then started."""
+        policy, config = await in_daemon_thread(lambda: self.policy), self.adapter_config
+        check_versions(trajectories, policy.version, config.max_staleness)
+        check_exact((t for group in trajectories.trajectories for t in group), config.allow_inexact)
+        learned = experience(trajectories, config.scale_rewards, config.truncated)
+        check(learned, self._service.longest)
+        job = TrainingJob(
+            trajectories.run_id, "tinker", policy.version, learned, TinkerReport(), before=self._newest_job()
+        )
+        self._jobs[job.id] = job
+        self._submitted = number = self._submitted + 1
+
+        def work() -> None:
+            if job.stopped() or not learned.trajectories:
+                return
+            check_versions(trajectories, policy.version, config.max_staleness)  # a job before this one may have trained
+            report = self._train(job, learned, number)
+            self._trained = number
+            if report.steps:
+                policy.version += 1
+                job.policy_version = policy.version
+                self._offer(policy.version)
+
+        job.start(work)
+        return job.ref
+
+    def _train(self, job: TrainingJob, learned: Experience, number: int) -> TinkerReport:
+        """The job's steps, begun again from the weights before them as often as `retries` says. Raises BackendError, and
+        the policy is then what it was."""
+        service, config, version = self._service, self.adapter_config, self.policy.version
+        service.paused = job.say
+        for attempt in range(config.retries + 1):
+            report = job.report = TinkerReport()
+            kept = False
+            try:
+                service.keep(_name(f"before-job-{number}"), version)
+                kept = True
+                rng = np.random.default_rng([self.seed % 2**64, number - 1])
+                train(service, version, learned, config, rng, report, job.stepped, job.stopped)
+                return report
+            except BaseException as error:
+                made = report.steps
+                job.report = TinkerReport()  # its steps are not in the weights that go on
+                if kept:  # else the only copy of the weights is the one that has not been touched yet
+                    service.drop()
+                if not isinstance(error, Unavailable) or attempt == config.retries or job.stopped():
+                    raise
+                logger.warning("training job %s is begun again after %d steps: %s", job.id, made, error)
+                job.say(f"begun again (retry {attempt + 1} of {config.retries}): {redact_text(str(error))}")
+                job.canceled.wait(config.retry_delay * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def _offer(self, version: int) -> None:
+        """Puts the new weights up for sampling. Where that fails now, the next reply that is asked for tries again."""
+        try:
+            self._service.sampler(version)
+        except BackendError as error:
+            logger.warning("the weights of policy version %d cannot be sampled yet: %s", version, error)
+
+    async def save_checkpoint(self, directory: str | Path) -> int:
+        """Saves weights and optimizer on the service, and writes to `directory` where they are; returns the bytes written.
+
+        Waits for the jobs submitted so far. An older checkpoint of that name is replaced; the state it named stays on the
+        service. Raises BackendError where either cannot be saved.
+        """
+        policy, config = self.policy, self.adapter_config
+        ended = self._submitted
+        await self._all_ended()
+
+        def save() -> int:
+            place = Path(directory).absolute()
+            manifest = Manifest(
+                state=self._service.save(_name(place.name), policy.version),
+                model=config.model,
+                rank=config.rank,
+                service=redact_text(config.base_url) if config.base_url else None,
+                policy_version=policy.version,
+                jobs=max(ended, self._trained),
+            )
+            return write_manifest(place, manifest)
+
+        return await in_daemon_thread(save)
+
+    async def load_checkpoint(self, directory: str | Path) -> None:
+        """Puts policy and optimizer where they were when `save_checkpoint` wrote `directory`; settings stay.
+
+        The service loads a state into a new model only: the one in training is given up first. Raises BackendError while
+        a job is at work, for what is no checkpoint of this model, and where the service cannot load it; what was saved
+        last is then what goes on.
+        """
+        self._require_no_job_at_work()
+        policy, config, service = self.policy, self.adapter_config, self._service
+
+        def load() -> None:
+            manifest = read_manifest(Path(directory).absolute(), config.model, config.rank)
+            before = service.saved
+            service.begin_from(manifest.state, manifest.policy_version)
+            try:
+                service.model(manifest.policy_version)
+            except BaseException:
+                service.begin_from(*before)
+                raise
+            policy.version = manifest.policy_version
+            self._submitted = self._trained = manifest.jobs
+
+        await in_daemon_thread(load)
+
+    async def aclose(self) -> None:
+        """Cancels what still runs, waits for the step that is under way, for a while, and gives up the model in training."""
+        try:
+            await asyncio.wait_for(super().aclose(), PARTING_SECONDS)
+        except TimeoutError:
+            self._service.closing.set()
+            await self._all_ended()
+        await in_daemon_thread(self._service.close)
+
+
+def _name(what: str) -> str:
+    """A name on the service that no other checkpoint has, of any run."""
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '-', what)[:40]}-{uuid.uuid4().hex[:12]}"
+
+
+@register_trainer_adapter(config_type=TinkerConfig)
+async def tinker(config: TinkerConfig, builder: Builder):
+    adapter = TinkerAdapter(config, seed=builder.config.run.seed)
+    yield adapter
+    await adapter.aclose()

@@ -1,0 +1,97 @@
+"""TinkerPolicy: the model in training on a Tinker-compatible service, as the Policy that is sampled.
+
+The service samples tokens and knows no chat: messages become ids here, with the model's own tokenizer and chat template.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from ...chat_tokenizer import ChatTokenizer, check_prompt
+from ...errors import BackendError, ConfigError
+from ...evaluation.executor import in_daemon_thread
+from ...types import EpisodeKey, Sample, SamplingParams
+from .service import Gone, TinkerService, Unavailable, sdk, sorted_error
+
+__all__ = ["TinkerPolicy", "load_tokenizer"]
+
+
+class TinkerPolicy(ChatTokenizer):
+    """tokenizer: the model's, with its chat template. end_ids: the tokens that end a turn."""
+
+    def __init__(self, service: TinkerService, tokenizer: Any, end_ids: Sequence[int]) -> None:
+        super().__init__(tokenizer, end_ids, service.config.tokenizer or service.config.model)
+        self.version = 0
+        self._service = service
+
+    def episode(self, key: EpisodeKey) -> AbstractContextManager[None]:
+        """Nothing waits for an episode: the service forms batches as it likes."""
+        return nullcontext()
+
+    async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
+        """One reply of the newest weights. The same ids, params, seed and weights give the same reply where the service
+        is deterministic.
+
+        A reply is cut, with "length", where the model holds no more tokens. Raises BackendError for a prompt that is
+        empty or too long, where the service refuses, and where it fails more often than `retries`.
+        """
+        ids, service, sampler = list(ids), self._service, None
+        for attempt in range(service.config.retries + 1):
+            try:
+                sampler = service.ready_sampler(self.version)
+                if sampler is None:
+                    sampler = await in_daemon_thread(service.sampler, self.version)
+                return await self._ask(sampler, ids, check_prompt(ids, params, service.longest, None), seed)
+            except Unavailable as error:
+                if isinstance(error, Gone) and sampler is not None:
+                    service.revive(self.version, sampler)
+                if attempt == service.config.retries:
+                    raise
+                await asyncio.sleep(service.config.retry_delay * 2**attempt)
+        raise AssertionError("unreachable")
+
+    async def _ask(self, sampler: Any, ids: list[int], params: SamplingParams, seed: int) -> Sample:
+        tinker = sdk()
+        stop: list[Any] = sorted(self._end_ids)
+        if params.stop:  # the service takes texts or ids, not both
+            stop = [*params.stop, *filter(None, map(self.tokenizer.decode, sorted(self._end_ids)))]
+        asked = tinker.SamplingParams(
+            max_tokens=params.max_tokens, temperature=params.temperature, seed=seed % 2**31, stop=stop or None
+        )
+        what = "sampling a reply"
+        try:
+            future = sampler.sample(tinker.ModelInput.from_ints(ids), 1, asked)
+            (reply,) = (await asyncio.wrap_future(future)).sequences
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            raise sorted_error(error, what) from error
+        if reply.logprobs is None or len(reply.logprobs) != len(reply.tokens):
+            raise BackendError(
+                f"{what}: the service gave {len(reply.tokens)} tokens with {len(reply.logprobs or ())} logprobs; expected "
+                "one each. Without them nothing can be trained on."
+            )
+        return Sample(list(reply.tokens), list(reply.logprobs), reply.stop_reason)
+
+
+def load_tokenizer(name_or_dir: str) -> tuple[Any, list[int]]:
+    """A tokenizer from a Hugging Face directory or hub name, and the tokens that end a turn. Raises ConfigError."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the tokenizer of {name_or_dir!r} cannot be loaded: {error} Name a Hugging Face directory or hub model in "
+            "`tokenizer` of the trainer adapter where the service calls the model otherwise."
+        ) from error
+    found = {tokenizer.eos_token_id}
+    try:
+        ends = GenerationConfig.from_pretrained(name_or_dir).eos_token_id
+        found.update(ends if isinstance(ends, list) else [ends])
+    except (OSError, ValueError):  # not every tokenizer has a model beside it
+        pass
+    return tokenizer, sorted(token for token in found if isinstance(token, int))
