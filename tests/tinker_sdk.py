@@ -423,5 +423,12 @@ async def against_skyrl(url, model, tokenizer=None):
     print(f"sampled, trained, saved, resumed ({place})")
 
 
+async def test_the_proof_by_hand_passes_here_too(service, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    byte_tokenizer().save_pretrained("tokenizer")
+    await against_skyrl(service.base_url, MODEL, "tokenizer")
+    assert "sampled, trained, saved, resumed" in capsys.readouterr().out
+
+
 if __name__ == "__main__":
     asyncio.run(against_skyrl(*sys.argv[1:]))
