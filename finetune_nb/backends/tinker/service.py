@@ -315,7 +315,7 @@ def sorted_error(error: BaseException, what: str) -> BackendError:
     said = redact_text(f"{what}: {type(error).__name__}: {error}")
     status = getattr(error, "status_code", None)
     if isinstance(error, tinker.RequestFailedError):
-        return Refused(said) if str(error.category) == "user" else Unavailable(said)
+        return Refused(said) if str(getattr(error, "category", "")) == "user" else Unavailable(said)
     if isinstance(error, tinker.APIStatusError) and isinstance(status, int):
         if status in (408, 409, 429) or status >= 500:
             return Unavailable(said)
