@@ -59,11 +59,13 @@ def main(folder: Path) -> None:
         "peft_config": _lora(job["lora_rank"]),
     }
     if job["method"] == "dpo":
-        from trl import DPOConfig, DPOTrainer
+        from trl.trainer.dpo_config import DPOConfig
+        from trl.trainer.dpo_trainer import DPOTrainer
 
         trainer: Any = DPOTrainer(args=DPOConfig(**settings), **common)
     else:
-        from trl import SFTConfig, SFTTrainer
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
 
         trainer = SFTTrainer(args=SFTConfig(completion_only_loss=True, **settings), **common)
     trainer.train()
