@@ -24,6 +24,8 @@ INTERVAL = 0.5
 """Seconds between two updates of one display, at least."""
 SHARE = 0.05
 """Of its time, at most, that a run gives to drawing its record."""
+LONGEST = 10.0
+"""Seconds between two updates, at most: the first picture takes long, to load what draws it."""
 SECONDS_UNTIL_SUBSHELL = 3.0
 """A front end that has a subshell for widgets has asked for it by then."""
 logger = redacting_logger(__name__)
@@ -123,44 +125,35 @@ class CellRecord:
         from IPython.display import display
 
         self._bundle = bundle
-        self._last = first
-        self._handle: Any = display(self._last, raw=True, display_id=True)
+        self._handle: Any = display(first, raw=True, display_id=True)
         self._next = time.monotonic() + INTERVAL
-        self._lock = threading.Lock()
-        self._stale = False
-        self._idle, self._hurry = threading.Event(), threading.Event()
-        self._idle.set()
+        self._asking, self._drawing = threading.Lock(), threading.Lock()
+        self._stale = self._at_work = False
 
     def update(self) -> None:
         """Something has changed: shows it soon. May be called from any thread."""
-        with self._lock:
+        with self._asking:
             self._stale = True
-            if self._idle.is_set():
-                self._idle.clear()
-                threading.Thread(target=self._draw, name="ft-record", daemon=True).start()
+            if not self._at_work:
+                self._at_work = True
+                threading.Thread(target=self._work, name="ft-record", daemon=True).start()
 
-    def _draw(self) -> None:
+    def _work(self) -> None:
         while True:
-            self._hurry.wait(max(0.0, self._next - time.monotonic()))
-            with self._lock:
+            time.sleep(max(0.0, self._next - time.monotonic()))
+            with self._asking:
                 if not self._stale:
-                    self._idle.set()
+                    self._at_work = False
                     return
-                self._stale = False
-            began = time.monotonic()
+            self.draw()
+
+    def draw(self) -> None:
+        """Shows the run as it is now, from this thread. A cell that has waited does so at its end: who executes a notebook
+        without a front end keeps only what the running cell sends."""
+        with self._drawing:  # one after the other, so that the newest comes last
+            self._stale, began = False, time.monotonic()
             try:
-                self._last = self._bundle()
-                self._handle.update(self._last, raw=True)
+                self._handle.update(self._bundle(), raw=True)
             except Exception:  # a view must not end a run
                 logger.warning("the record of a run could not be shown", exc_info=True)
-            self._next = time.monotonic() + max(INTERVAL, (time.monotonic() - began) / SHARE)
-
-    def settle(self, seconds: float = 5.0) -> None:
-        """Makes what is shown current, and shows it from here: who executes a notebook without a front end keeps
-        only what the running cell sends."""
-        self._hurry.set()
-        self.update()
-        self._idle.wait(seconds)
-        self._hurry.clear()
-        if in_notebook():
-            self._handle.update(self._last, raw=True)
+            self._next = time.monotonic() + min(max(INTERVAL, (time.monotonic() - began) / SHARE), LONGEST)

@@ -286,7 +286,7 @@ class LiveRun(Steering):
 
     def _after_waiting(self, aborted: bool) -> Self:
         if self._shown is not None and in_notebook():
-            self._shown.settle()
+            self._shown.draw()
         if aborted:
             raise KeyboardInterrupt
         if not self._standing.active and self._standing.error is not None:
