@@ -7,7 +7,7 @@ the Trainer is witness.py's, what a record is made of watch.py's, what is writte
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,9 +28,8 @@ from .run_log import logging_to
 from .run_reader import PartialEpoch
 from .sinks import MetricsSink, Outlets
 from .states import Standing
-from .trajectory_builder import EvalTrajectoryBuilder
 from .trial import Trial
-from .types import Epoch, RolloutFailure, TrainingStatusEnum, Trajectory, Validation
+from .types import Epoch, RolloutFailure, TrainingJobRef, TrainingStatusEnum, Trajectory, Validation
 from .watch import Watch, log_what_was_left
 from .witness import Witness
 
@@ -83,7 +82,7 @@ class Driver:
         self.adapter = await self.builder.get_trainer_adapter(names.trainer_adapter)
         await trainer.bind_components(self.trajectory_builder, self.adapter)
         await trainer.initialize(names)
-        await self._trial.preflight(reads_rows=isinstance(self.trajectory_builder, EvalTrajectoryBuilder))
+        await self._trial.preflight(reads_rows=getattr(self.trajectory_builder, "reads_our_rows", False))
         if not await self.adapter.is_healthy():
             name = type(self.adapter).__name__
             raise BackendError(
@@ -157,27 +156,40 @@ class Driver:
         """One epoch, recorded. A job that failed raises JobFailed, with the record in its `epoch`."""
         await self.open()
         self.require_single_epochs()
+        return await self._next(lambda watch: self.trainer.run_epoch(watch.epoch, self.run_id))
+
+    async def whole_run(self, num_epochs: int) -> Epoch:
+        """All of a Trainer that trains only in its run(), recorded as one epoch: whatever it collects, and its job."""
+
+        async def work(watch: Watch) -> None:
+            statuses = await self.trainer.run(num_epochs)
+            if statuses and not watch.refs:
+                watch.statuses.append(statuses[-1])  # why it ended before it submitted anything
+
+        return await self._next(work)
+
+    async def _next(self, work: Callable[[Watch], Awaitable[TrainingJobRef | None]]) -> Epoch:
         with logging_to(self.recorder):
             if await self.recorder.go_back():
                 await self._take_up(self.trainer)
             await self._witness.settle_late_jobs(self.epochs)
             left, self._left = self._left, None
             epoch = await self._end_left(left) if left is not None else None
-            epoch = epoch or await self._run_epoch()
+            epoch = epoch or await self._run_epoch(work)
         if epoch.job is not None and epoch.job.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
             failure = JobFailed.of(epoch.index, epoch.job)
             failure.epoch = epoch
             raise failure
         return epoch
 
-    async def _run_epoch(self) -> Epoch:
+    async def _run_epoch(self, work: Callable[[Watch], Awaitable[TrainingJobRef | None]]) -> Epoch:
         watch = Watch(self.next_index, progress=Progress("rollouts"))
         self.recorder.journal(self.controls)
         await self.recorder.begun(watch, self._witness.version)
         watch.begun, self.progress = True, watch.progress
         with self._witness.watching(watch):
             try:
-                ref = await self.trainer.run_epoch(watch.epoch, self.run_id)
+                ref = await work(watch)
                 await self._witness.wait_for_jobs(watch, ref)
             except asyncio.CancelledError:
                 await self._witness.cancel_jobs(watch)
@@ -253,12 +265,17 @@ class Driver:
         """Whether an epoch is running; between two of them a run may be paused."""
         return self._witness is not None and self._witness.watch is not None
 
+    async def trains_in_run(self) -> bool:
+        """Whether the Trainer is one that trains only in its run()."""
+        await self.open()
+        return self.trainer.trains_in_run
+
     def require_single_epochs(self) -> None:
         """Raises RunError for a Trainer that trains only in its run()."""
         if self.trainer is not None and self.trainer.trains_in_run:
             raise RunError(
-                f"{type(self.trainer).__name__} trains only in its run(): it offers neither single epochs nor a curriculum "
-                "that can be changed while it runs."
+                f"{self.trainer.shown_as} trains only in its run(): it offers neither single epochs nor a curriculum that can be "
+                "changed while it runs. Use run.start()."
             )
 
     async def validate(self) -> Validation:

@@ -24,7 +24,7 @@ from .types import (
     logprob_values,
 )
 
-__all__ = ["check_exact", "drift", "episode_of"]
+__all__ = ["check_exact", "drift", "episode_of", "tools_of"]
 
 _ROLES = {
     **{role.value: role for role in EpisodeItemRole},
@@ -106,6 +106,12 @@ def check_exact(trajectories: Iterable[Trajectory], allow_inexact: bool) -> None
                     "others teaches something else. Sample with the adapter's policy or from a server that returns token "
                     "ids, or set allow_inexact of the trainer adapter."
                 )
+
+
+def tools_of(item: EvalInputItem) -> list[dict[str, Any]] | None:
+    """The tools that the model was told of, as OpenAI schemas: those of the first call that had any."""
+    calls = (call_of(step) for step in item.trajectory if step.event_type == IntermediateStepType.LLM_END)
+    return next((call.tools for call in calls if call is not None and call.tools), None)
 
 
 def call_of(step: IntermediateStep) -> LLMCall | None:

@@ -181,7 +181,12 @@ class Trainer(ABC):
     """Joins a builder and an adapter into epochs."""
 
     trains_in_run: bool = False
-    """True for a Trainer that trains only in `run()`; a Run then offers no single epochs and no live curriculum."""
+    """True for a Trainer that trains only in `run()`; a Run then offers `start()`, no single epochs and no live curriculum."""
+
+    @property
+    def shown_as(self) -> str:
+        """What error messages call it."""
+        return type(self).__name__
 
     def __init__(self, trainer_config: TrainerConfig, **kwargs: Any) -> None:
         self.trainer_config = trainer_config

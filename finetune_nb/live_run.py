@@ -199,7 +199,6 @@ class LiveRun(Steering):
         something is running already, or no epoch is left.
         """
         self._require_open()
-        self._driver.require_single_epochs()
         left = self.config.finetuning.num_epochs - self._driver.next_index if epochs is None else epochs
         if left < 1:
             raise RunError(
@@ -209,6 +208,9 @@ class LiveRun(Steering):
         first = self._driver.next_index
 
         async def many() -> None:
+            if await self._driver.trains_in_run():
+                await self._driver.whole_run(left)
+                return
             for _ in range(left):
                 epoch = await self._driver.next_epoch()
                 self._show_record()

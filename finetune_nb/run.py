@@ -9,7 +9,7 @@ import asyncio
 import atexit
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .journal_file import read_journal
 from .live_fields import live_fields
 from .live_run import LiveRun
 from .loading import load_config
+from .observe import resolve
 from .recorder import take_up
 from .registry import Builder
 from .run_on_disk import free_id
@@ -152,6 +153,41 @@ class Run(LiveRun):
         run = cls.__new__(cls)
         run._make(config, Builder(config), name, resume, replay)
         return run
+
+    @classmethod
+    def from_nat(
+        cls,
+        config: str | Path,
+        *,
+        dataset: str | Path | None = None,
+        override: Iterable[tuple[str, Any]] = (),
+        validation: str | Path | None = None,
+        validation_interval: int = 5,
+        name: str | None = None,
+        resume: str = "never",
+        output_dir: str | Path | None = None,
+        **command_line: Any,
+    ) -> Run:
+        """A run over the NeMo Agent Toolkit's own components: its workflow, evaluators, trainer, builder and adapter, from
+        the config that `nat finetune --config_file` takes, unchanged.
+
+            run = ft.Run.from_nat("config.yml", override=[("finetuning.num_epochs", 5)])
+
+        dataset, validation: files in place of the config's. override: pairs of dotted path and value, as `nat finetune
+        -o`. output_dir: where run folders are made, in place of `finetuning.output_dir`. name, resume: as in Run.
+        command_line: result_json_path, endpoint, endpoint_timeout, validation_config_file. Raises ConfigError for what
+        keeps the installed Toolkit from working, with the pin that heals it; MissingExtra where it is not installed.
+        """
+        settings = resolve("finetune_nb.backends.nat.run:settings_of")(
+            config,
+            override,
+            output_dir,
+            dataset=dataset,
+            validation_dataset=validation,
+            validation_interval=validation_interval,
+            **command_line,
+        )
+        return cls.from_config(settings, name=name, resume=resume)
 
     @classmethod
     def open(

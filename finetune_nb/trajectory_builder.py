@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from .config import TrajectoryBuilderConfig
-from .episodes import drift, episode_of
+from .episodes import drift, episode_of, tools_of
 from .errors import ConfigError, did_you_mean
 from .evaluation.evaluate import EvaluationContext, evaluation_context
 from .evaluation.executor import LocalExecutor, RolloutExecutor, RolloutResult
@@ -55,6 +55,9 @@ class EvalTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="eval_traj_build
 
 class EvalTrajectoryBuilder(TrajectoryBuilder):
     """Collects by `run_eval`, once a generation, all generations at the same time under one bound on concurrency."""
+
+    reads_our_rows: bool = True
+    """Whether `run_eval` runs the Config's workflow on the Config's dataset, which a Run then checks before it begins."""
 
     def __init__(
         self,
@@ -205,6 +208,9 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
             "policy_version": version,
             "scores": {name: v.score for name, v in verdicts.items()},
         }
+        tools = tools_of(item)
+        if tools is not None:
+            metadata["tools"] = tools
         if error:
             metadata["reward_error"] = redact_text(error)
         return Trajectory(episode=episode, reward=reward, metadata=metadata)

@@ -24,16 +24,17 @@ class Trial:
 
     async def preflight(self, reads_rows: bool = True) -> None:
         """Reads the datasets and binds the workflow, so that what is wrong there is said before the first rollout.
-        reads_rows: whether the training dataset is wanted; somebody's own builder may have its rows from elsewhere."""
+        reads_rows: whether the datasets are ours to read; somebody's own builder may have its rows from elsewhere."""
         run = self.config.finetuning.run_configuration
         if reads_rows:
             items = dataset_of(self.config, self.builder, str(run.dataset) if run and run.dataset else None)
             (await workflow_of(self.config, self.builder)).check(items)
-        if run and run.validation_dataset:
-            dataset_of(self.config, self.builder, str(run.validation_dataset))
+            if run and run.validation_dataset:
+                dataset_of(self.config, self.builder, str(run.validation_dataset))
 
     async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
         """One scored rollout. example: position in the dataset, or id. Raises RunError for one that is not there."""
+        self._require_workflow()
         run = self.config.finetuning.run_configuration
         source = str(run.dataset) if run and run.dataset else None
         ids = [item.id for item in dataset_of(self.config, self.builder, source)]
@@ -55,6 +56,7 @@ class Trial:
 
     async def chat(self, messages: Any, **options: Any) -> ChatReply:
         """One reply to a text or to OpenAI messages. Raises RunError for a workflow without a model."""
+        self._require_workflow()
         llm = (await workflow_of(self.config, self.builder)).llm
         if llm is None:
             raise RunError("this run's workflow uses no llm, so there is nothing to talk to.")
@@ -63,3 +65,10 @@ class Trial:
         episode = Episode(EpisodeKey("try", self._tries, 0, 0), self.config.run.seed)
         with episode.live([llm.policy] if llm.policy else []):
             return await llm.chat(messages, **options)
+
+    def _require_workflow(self) -> None:
+        if self.config.workflow is None:
+            raise RunError(
+                "this run's workflow is not its own: its trajectory builder runs one that is not known here, so there is "
+                "nothing to try by hand. Run an epoch."
+            )

@@ -39,6 +39,7 @@ KINDS: dict[str, type[TypedBaseModel]] = {
 
 _EVALUATORS = "finetune_nb.evaluation.evaluators"
 _CALCULATOR = "finetune_nb.examples.calculator.agent"
+_NAT = "finetune_nb.backends.nat.run"
 OUR_TYPES: dict[str, dict[str, str]] = {
     "llm_provider": {
         "policy": "finetune_nb.evaluation.recording:PolicyLLMConfig",
@@ -67,14 +68,20 @@ OUR_TYPES: dict[str, dict[str, str]] = {
     "trajectory_builder": {
         "eval_traj_builder": "finetune_nb.trajectory_builder:EvalTrajectoryBuilderConfig",
         "preference_builder": "finetune_nb.preferences:PreferenceBuilderConfig",
+        "nat_builder": f"{_NAT}:NatBuilderConfig",
     },
     "trainer_adapter": {
         "local_grpo": "finetune_nb.backends.local.adapter:LocalGRPOConfig",
         "trl_dpo": "finetune_nb.backends.trl.adapter:TRLDPOConfig",
         "trl_sft": "finetune_nb.backends.trl.adapter:TRLSFTConfig",
         "tinker": "finetune_nb.backends.tinker.adapter:TinkerConfig",
+        "nat_adapter": f"{_NAT}:NatAdapterConfig",
+        "openpipe_art": "finetune_nb.backends.art:OpenPipeArtConfig",
     },
-    "trainer": {"epoch_trainer": "finetune_nb.trainer:EpochTrainerConfig"},
+    "trainer": {
+        "epoch_trainer": "finetune_nb.trainer:EpochTrainerConfig",
+        "nat_trainer": f"{_NAT}:NatTrainerConfig",
+    },
 }
 """kind -> `_type` -> "module:config class". Importing the module registers the component."""
 

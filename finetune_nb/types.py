@@ -199,7 +199,8 @@ class DPOItem(BaseModel):
 class Trajectory(BaseModel):
     """One rollout of one example, with its reward (NaN where there is none: `metadata["reward_error"]` says why).
 
-    `metadata` keys: id, generation, run_id, reasoning, policy_version, scores (every evaluator's score by name).
+    `metadata` keys: id, generation, run_id, reasoning, policy_version, scores (every evaluator's score by name), tools
+    (what the model was told of, where it was told of any).
     """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")

@@ -102,6 +102,17 @@ class Watch:
             told=Told(left.selection, statistics, epoch_metrics(left.collection, statistics, left.selection)),
         )
 
+    def collect(self, collection: TrajectoryCollection, joined: bool) -> TrajectoryCollection:
+        """What was collected, all of it. joined: behind what was collected in this epoch before."""
+        if joined and self.collection is not None:
+            update: dict[str, Any] = {
+                "trajectories": self.collection.trajectories + collection.trajectories,
+                "failures": self.collection.failures + collection.failures,
+            }
+            collection = self.collection.model_copy(update=update)
+        self.collection = collection
+        return collection
+
     async def end_keeping(self) -> None:
         self.all_in.set()
         if self.keeping is not None:

@@ -119,11 +119,11 @@ class Witness:
         if watch is not None:
             await watch.end_keeping()
             watch.came_in.clear()
-            watch.collection = collection
+            everything = watch.collect(collection, joined=self.trainer.trains_in_run)
             watch.add_seconds("rollouts", watch.collected or watch.started)
             watch.collected = time.perf_counter()
             watch.kept = await self.recorder.collected(
-                watch.epoch, collection, watch.seconds["rollouts"], self.adapter.finds_jobs_again
+                watch.epoch, everything, watch.seconds["rollouts"], self.adapter.finds_jobs_again
             )
             await self._pass_gate(watch)
             watch.settings = self._steer(watch.epoch)

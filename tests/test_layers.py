@@ -21,7 +21,7 @@ from finetune_nb.observe import resolve
 LAYERS = {
     "nouns": "errors html observe redaction yaml_text eval_types types component curriculum_settings config",
     "contracts": "interfaces type_names builder registry known_keys loading",
-    "engine": "states controls journal_file live_fields tripwires curriculum preview metrics retention jsonl daemons"
+    "engine": "imports states controls journal_file live_fields tripwires curriculum preview metrics retention jsonl daemons"
     " episodes evaluation* trajectory_builder preferences trainer watch"
     " chat_tokenizer credit experience training_job job_adapter publishing"
     " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
@@ -44,6 +44,8 @@ NAMED_BY_STRING = {
     ("types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("eval_types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("preview", "finetune_nb.preview_card:*"): "how a noun shows itself",
+    ("run", "finetune_nb.backends.nat.run:settings_of"): "Run.from_nat",
+    ("backends.nat.ours", "finetune_nb.backends.local.adapter:*"): "the backend that it offers to the Toolkit",
 }
 """Objects of a higher layer, resolved when they are used. type_names.py, whose strings are what a config can name, apart."""
 

@@ -428,6 +428,39 @@ async def test_a_trainer_that_trains_only_in_run_says_so(make_run):
         _ = run.curriculum
 
 
+async def test_a_trainer_that_trains_only_in_run_is_started_and_makes_one_epoch(make_run):
+    class Whole(ForeignTrainer):
+        trains_in_run = True
+
+        async def run(self, num_epochs):
+            collected = [await self.collect(n, "whole") for n in range(num_epochs)]
+            groups = [group for collection in collected for group in collection.trajectories]
+            ref = await self.trainer_adapter.submit(ft.TrajectoryCollection(trajectories=groups, run_id="whole"))
+            return [await self.trainer_adapter.wait_until_complete(ref)]
+
+    run = make_run(builder=ScriptedBuilder(ten_groups), trainer=Whole(ft.TrainerConfig()))
+    run.start(epochs=2)
+    await run.wait_async()
+    (epoch,) = run.records
+    assert epoch.job.status == "completed"
+    assert len(epoch.collection.trajectories) == 20
+    assert len(epoch.selection.kept) == 20
+    assert len(ft.Run.open(run.folder)[0].collection.trajectories) == 20
+
+
+async def test_what_ended_a_run_of_its_own_before_any_job_is_raised(make_run):
+    class Whole(ForeignTrainer):
+        trains_in_run = True
+
+        async def run(self, num_epochs):
+            return [ft.TrainingJobStatus(run_id="r", backend="b", status="failed", message="no data")]
+
+    run = make_run(builder=ScriptedBuilder(ten_groups), trainer=Whole(ft.TrainerConfig()))
+    run.start()
+    with pytest.raises(ft.JobFailed, match="no data"):
+        await run.wait_async()
+
+
 # ── the handle ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -1,0 +1,337 @@
+"""The Toolkit's builder, adapter and trainer as ours, so that a Run drives and watches them like any other.
+
+Each bridge holds one of the Toolkit's components. What the Toolkit's trainer asks of its builder and its adapter is led
+through the bridges, where a Run looks on: it sees our nouns, the Toolkit gets its very own objects back. Faults that can
+be healed without another result are healed here, each where it says so; making the components is opening.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...config import CurriculumLearningConfig, FinetuneConfig
+from ...errors import BackendError
+from ...interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
+from ...observe import observe
+from ...redaction import redact_text, redacting_logger
+from ...types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum, Trajectory, TrajectoryCollection
+from .nouns import (
+    collection_from_nat,
+    collection_to_nat,
+    ref_from_nat,
+    ref_to_nat,
+    status_from_nat,
+    status_to_nat,
+    trajectory_from_nat,
+)
+
+__all__ = ["TRAINS_IN_RUN", "NatAdapter", "NatBuilder", "NatTrainer", "ours_of"]
+
+logger = redacting_logger(__name__)
+
+TRAINS_IN_RUN = {"nat.plugins.customizer.dpo.trainer.NeMoCustomizerTrainer"}
+"""Trainers of the Toolkit that only collect in `run_epoch`, and train once, at the end of `run`."""
+POLLS_ITSELF = {"nat.plugins.openpipe.trainer_adapter.ARTTrainerAdapter"}
+"""Adapters whose jobs are tasks of this process: asking them often costs nothing, and their 10 seconds are waited for
+nothing."""
+POLL_SECONDS = 0.1
+
+
+def named_in(component: Any, table: set[str]) -> bool:
+    """Whether a component's class, or one that it is made from, stands in a table."""
+    return any(f"{kind.__module__}.{kind.__qualname__}" in table for kind in type(component).__mro__)
+
+
+class NatBuilder(TrajectoryBuilder):
+    """A TrajectoryBuilder of the Toolkit."""
+
+    def __init__(self, nat: Any) -> None:
+        super().__init__(nat.trajectory_builder_config)
+        self.nat = nat
+        self._ask_start, self._ask_finalize = nat.start_run, nat.finalize
+        self._known: dict[int, tuple[Any, Trajectory]] = {}  # by id of the Toolkit's trajectory, which is kept with it
+        self._theirs: Any = None
+
+    async def initialize(self, run_config: FinetuneConfig) -> None:
+        """The Toolkit's is initialized by its own trainer, or by NatTrainer's owner."""
+        self.run_config = run_config
+
+    async def start_run(self, run_id: str, meta: dict | None = None) -> None:
+        await self._ask_start(run_id=run_id, meta=meta)
+
+    async def finalize(self, run_id: str, meta: dict | None = None) -> TrajectoryCollection:
+        try:
+            self._theirs = await self._ask_finalize(run_id=run_id, meta=meta)
+        except BaseException:
+            await self.aclose(run_id)
+            raise
+        return collection_from_nat(self._theirs, self.ours)
+
+    def ours(self, trajectory: Any) -> Trajectory:
+        """The same object for the same trajectory, so that what was submitted is found in what was collected."""
+        if id(trajectory) not in self._known:
+            self._known[id(trajectory)] = (trajectory, trajectory_from_nat(trajectory))
+        return self._known[id(trajectory)][1]
+
+    def forget(self) -> None:
+        self._known.clear()
+        self._theirs = None
+
+    def lead_through(self) -> None:
+        """From now on whoever asks the Toolkit's builder asks this one."""
+
+        async def finalize(_: Any, run_id: str, meta: dict | None = None) -> Any:
+            await self.finalize(run_id=run_id, meta=meta)
+            return self._theirs
+
+        observe(self.nat, "start_run", lambda _, run_id, meta=None: self.start_run(run_id=run_id, meta=meta))
+        observe(self.nat, "finalize", finalize)
+
+    def log_progress(self, run_id: str, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        self.nat.log_progress(run_id, metrics, output_dir)
+
+    async def aclose(self, run_id: str | None = None) -> None:
+        """Cancels evaluations that are still going on, of one run or of all. The Toolkit's builder forgets none that
+        failed ("already in progress", says the next), lets its siblings run on, and its trainer's cleanup fails on them.
+        """
+        runs = getattr(self.nat, "evaluation_runs", None)
+        if not isinstance(runs, dict):
+            return
+        left = []
+        for name in [name for name in runs if run_id in (None, name)]:
+            tasks = runs.pop(name)
+            left += tasks if isinstance(tasks, list) else [tasks]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+
+class NatAdapter(TrainerAdapter):
+    """A TrainerAdapter of the Toolkit. Its jobs get an id of their own (`metadata["job_id"]`), and their last status is
+    kept: the Toolkit's ART adapter answers once and has then forgotten the job."""
+
+    def __init__(self, nat: Any, builder: NatBuilder | None = None) -> None:
+        super().__init__(nat.adapter_config)
+        self.nat, self._builder = nat, builder
+        self._ask_submit, self._ask_wait = nat.submit, nat.wait_until_complete
+        self._theirs: dict[int, Any] = {}  # by id of our collection, while it is being submitted
+        self._newest: tuple[Any, TrainingJobRef] | None = None  # the Toolkit's ref, and ours
+        self._ended: dict[str, TrainingJobStatus] = {}
+        self._jobs = 0
+
+    async def initialize(self, run_config: FinetuneConfig) -> None:
+        """The Toolkit's is initialized by its own trainer, or by NatTrainer's owner."""
+        self.run_config = run_config
+
+    async def is_healthy(self) -> bool:
+        return await self.nat.is_healthy()
+
+    async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
+        theirs = self._theirs.get(id(trajectories))
+        given = await self._ask_submit(collection_to_nat(trajectories) if theirs is None else theirs)
+        if self._builder is not None:
+            self._builder.forget()
+        self._jobs += 1
+        own = f"{given.backend}-{self._jobs}"
+        metadata = {"job_id": own, **(given.metadata or {}), _OWN_ID: own}
+        ref = TrainingJobRef(run_id=given.run_id, backend=given.backend, metadata=metadata)
+        self._newest = (given, ref)
+        return ref
+
+    def ours(self, ref: Any) -> TrainingJobRef:
+        """The Toolkit's ref of a job as the Run knows it."""
+        given, known = self._newest or (None, None)
+        return known if known is not None and given == ref else ref_from_nat(ref)
+
+    async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
+        job = _job_of(ref)
+        return self._ended.get(job) or self._keep(job, status_from_nat(await self.nat.status(_plain(ref))))
+
+    async def wait_until_complete(self, ref: TrainingJobRef, poll_interval: float = 10.0) -> TrainingJobStatus:
+        job = _job_of(ref)
+        if job in self._ended:
+            return self._ended[job]
+        if named_in(self.nat, POLLS_ITSELF):
+            poll_interval = min(poll_interval, POLL_SECONDS)
+        return self._keep(job, status_from_nat(await self._ask_wait(_plain(ref), poll_interval)))
+
+    def _keep(self, job: str, status: TrainingJobStatus) -> TrainingJobStatus:
+        if status.status not in (TrainingStatusEnum.PENDING, TrainingStatusEnum.RUNNING):
+            self._ended[job] = status
+        return status
+
+    async def cancel(self, ref: TrainingJobRef) -> None:
+        """Cancels a job that is a task of this process; the Toolkit has no other way."""
+        task = getattr(self.nat, "training_jobs", {}).get(ref.run_id)
+        if task is not None:
+            task.cancel()
+
+    def lead_through(self) -> None:
+        """From now on whoever asks the Toolkit's adapter asks this one."""
+
+        async def submit(_: Any, trajectories: Any) -> Any:
+            convert = self._builder.ours if self._builder is not None else trajectory_from_nat
+            ours = collection_from_nat(trajectories, convert)
+            self._theirs[id(ours)] = trajectories
+            try:
+                await self.submit(ours)
+            finally:
+                del self._theirs[id(ours)]
+            assert self._newest is not None
+            return self._newest[0]
+
+        async def wait_until_complete(_: Any, ref: Any, poll_interval: float = 10.0) -> Any:
+            return status_to_nat(await self.wait_until_complete(self.ours(ref), poll_interval))
+
+        observe(self.nat, "submit", submit)
+        observe(self.nat, "wait_until_complete", wait_until_complete)
+
+    def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        self.nat.log_progress(_plain(ref), metrics, output_dir)
+
+    async def aclose(self) -> None:
+        tasks = list(getattr(self.nat, "training_jobs", {}).values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+_OWN_ID = "finetune_nb_job"
+"""Where the id stands that a job was given here."""
+
+
+def _job_of(ref: TrainingJobRef) -> str:
+    metadata = ref.metadata or {}
+    return f"{ref.run_id}/{metadata.get(_OWN_ID, metadata.get('job_id'))}"
+
+
+def _plain(ref: TrainingJobRef) -> Any:
+    """A ref as the Toolkit's adapter gave it."""
+    metadata = dict(ref.metadata or {})
+    own = metadata.pop(_OWN_ID, None)
+    if own is not None and metadata.get("job_id") == own:
+        del metadata["job_id"]
+    return ref_to_nat(ref.model_copy(update={"metadata": metadata or None}))
+
+
+def ours_of(component: Any, bridge: Callable[[Any], Any]) -> Any:
+    """The component of ours that one of the Toolkit's holds (ours.py), else a bridge to it."""
+    held = getattr(component, "ours", None)
+    return bridge(component) if held is None else held
+
+
+class NatTrainer(Trainer):
+    """A Trainer of the Toolkit, with its builder and its adapter. `finetuning`: the Toolkit's FinetuneConfig, with the
+    run configuration in it."""
+
+    def __init__(self, nat: Any, builder: NatBuilder, adapter: NatAdapter, finetuning: Any) -> None:
+        self.nat, self._finetuning = nat, finetuning
+        super().__init__(nat.trainer_config)
+        self.trajectory_builder, self.trainer_adapter = builder, adapter
+        self.trains_in_run = named_in(nat, TRAINS_IN_RUN)
+        self._ask_log, self._ask_validation = nat.log_progress, nat.run_validation_evaluation
+        self._validated: dict[str, Any] = {}
+        builder.lead_through()
+        adapter.lead_through()
+        observe(nat, "log_progress", lambda _, *args, **kwargs: self.log_progress(*args, **kwargs))
+        observe(nat, "run_validation_evaluation", self._lead_validation)
+
+    @property
+    def shown_as(self) -> str:
+        return type(self.nat).__name__
+
+    # What a Run reads and sets here is the Toolkit's own: its next selection goes by it.
+
+    @property
+    def _curriculum_state(self) -> dict[str, Any]:  # type: ignore[override]  # an attribute there
+        return None if self.trains_in_run else self.nat._curriculum_state  # type: ignore[return-value]
+
+    @_curriculum_state.setter
+    def _curriculum_state(self, state: dict[str, Any]) -> None:
+        if state is not None:
+            self.nat._curriculum_state = state
+
+    @property
+    def curriculum_config(self) -> CurriculumLearningConfig:  # type: ignore[override]
+        return self.nat.curriculum_config
+
+    @curriculum_config.setter
+    def curriculum_config(self, config: CurriculumLearningConfig) -> None:
+        if config is not None and not self.trains_in_run:
+            self.nat.curriculum_config = config
+
+    async def initialize(self, run_config: FinetuneConfig) -> None:
+        self.run_config = run_config
+        try:
+            await self.nat.initialize(self._finetuning)
+        except (ConnectionError, OSError) as error:
+            raise BackendError(
+                f"{type(self.nat).__name__}.initialize: {type(error).__name__}: {redact_text(str(error))}. Start the "
+                "training backend that the config names, then run the epoch again."
+            ) from error
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "aiohttp"):
+                raise
+            raise BackendError(
+                f"{type(self.nat).__name__} does not reach its training backend: {type(error).__name__}: "
+                f"{redact_text(str(error))}. Start it, then run the epoch again."
+            ) from error
+        await self.trajectory_builder.initialize(run_config)
+        await self.trainer_adapter.initialize(run_config)
+
+    async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
+        self._name(run_id)
+        ref = await self.nat.run_epoch(epoch, run_id)
+        return None if ref is None else self.trainer_adapter.ours(ref)  # type: ignore[attr-defined]
+
+    async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
+        return [status_from_nat(status) for status in await self.nat.run(num_epochs)]
+
+    def _name(self, run_id: str) -> None:
+        """The Toolkit's trainer invents a run id when it is initialized; its logs then bear the Run's."""
+        if hasattr(self.nat, "_run_id"):
+            self.nat._run_id = run_id
+
+    async def get_metrics(self, run_id: str) -> dict[str, Any]:
+        return await self.nat.get_metrics(run_id)
+
+    async def cleanup(self) -> None:
+        await self.trajectory_builder.aclose()  # type: ignore[attr-defined]
+        await self.nat.cleanup()
+        await self.trainer_adapter.aclose()  # type: ignore[attr-defined]
+
+    def log_progress(self, epoch: int, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        """Into the Run's folder. A log or a plot that fails is a warning; the Toolkit lets it end the epoch before it is
+        trained on."""
+        folder = output_dir or (None if self.trains_in_run else str(self._folder(metrics)))
+        try:
+            self._ask_log(epoch, metrics, folder)
+        except Exception:
+            logger.warning("epoch %d: the Toolkit's log could not be written", epoch, exc_info=True)
+
+    def _folder(self, metrics: dict[str, Any]) -> Path:
+        run_id = getattr(self.nat, "_run_id", None) or metrics.get("run_id") or ""
+        return Path(self.run_config.output_dir) / run_id
+
+    async def run_validation_evaluation(self, epoch: int, run_id: str) -> dict[str, Any]:
+        """The Toolkit's; where it failed, or an item has no score, the mean is missing, and not 0."""
+        self._validated = metrics = await self._ask_validation(epoch, run_id)
+        if metrics.get("error") or not metrics.get("num_examples"):
+            metrics = {**metrics, "avg_reward": math.nan, "min_reward": math.nan, "max_reward": math.nan}
+            metrics.setdefault("error", "no item has a score by the reward function")
+        return metrics
+
+    async def _lead_validation(self, _: Any, epoch: int, run_id: str) -> dict[str, Any]:
+        await self.run_validation_evaluation(epoch, run_id)
+        return self._validated
+
+    def apply_curriculum_learning(
+        self, trajectory_collection: TrajectoryCollection, epoch: int
+    ) -> TrajectoryCollection:
+        """The Toolkit's choice of the Toolkit's trajectories, as it makes it within an epoch."""
+        theirs = self.nat.apply_curriculum_learning(collection_to_nat(trajectory_collection), epoch)
+        return collection_from_nat(theirs)

@@ -1,0 +1,226 @@
+"""A config of the Toolkit, opened: its own WorkflowBuilder makes trainer, builder and adapter as `nat finetune` does.
+
+What keeps version 1.9.0 from working as pip installs it is said here before anything runs, with the pin that heals it.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError, MissingExtra
+from ...imports import keeping_others
+from ...observe import resolve
+from ...redaction import is_text, names_credential, plain, redact_text, remember_secret
+
+__all__ = ["Opened", "finetuning_section", "open_config", "read_config"]
+
+PIN_ART = 'pip install "nvidia-nat-openpipe-art==1.9.0" "openpipe-art==0.5.17" pyarrow'
+PIN_PROFILER = 'pip install "nvidia-nat-profiler==1.9.0"'
+PIN_LANGCHAIN = 'pip install "nvidia-nat-langchain[openai]==1.9.0"'
+PIN_CUSTOMIZER = 'pip install "nvidia-nat-nemo-customizer==1.9.0"'
+_PLUGINS = {"openpipe_art": PIN_ART, "nemo_customizer": PIN_CUSTOMIZER}
+"""What the beginning of a `_type` needs."""
+
+
+class Opened:
+    """The components of a config, and its `finetuning` section with the run configuration in it."""
+
+    def __init__(self, trainer: Any, builder: Any, adapter: Any, finetuning: Any) -> None:
+        self.trainer, self.builder, self.adapter, self.finetuning = trainer, builder, adapter, finetuning
+
+
+def require_nat() -> None:
+    """Raises MissingExtra, or ConfigError, where the Toolkit is not installed, or not so that it can work."""
+    if importlib.util.find_spec("nat") is None or not _has("nat.plugins.eval"):
+        raise MissingExtra("a config of the NeMo Agent Toolkit", "nat")
+    if not _has("nat.plugins.profiler"):
+        raise ConfigError(
+            "without nvidia-nat-profiler the Toolkit records no model call, without a word: there would be no trajectory to "
+            f"train on. {PIN_PROFILER}"
+        )
+    if importlib.util.find_spec("langchain_core") is None:
+        raise ConfigError(
+            "the Toolkit's evaluation imports langchain_core, which its own packages do not install: "
+            f"ModuleNotFoundError at the first rollout. {PIN_LANGCHAIN}"
+        )
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def read_config(path: Path, override: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+    """The config's tree with the overrides in it, read by the Toolkit; its credentials are remembered, so that no log
+    shows them. Raises ConfigError."""
+    require_nat()
+    import logging
+
+    import click
+    from nat.cli.cli_utils.config_override import load_and_override_config
+
+    for dotted, value in override:
+        if names_credential(tuple(dotted.split("."))):
+            remember_secret(str(value))
+    # At INFO it writes the whole config with every secret into the log.
+    log = logging.getLogger("nat.cli.cli_utils.config_override")
+    level = log.level
+    log.setLevel(max(level, logging.WARNING))
+    try:
+        tree = load_and_override_config(path, tuple((dotted, str(value)) for dotted, value in override))
+    except (OSError, ValueError, click.ClickException) as error:
+        raise ConfigError(f"config {str(path)!r} cannot be read: {redact_text(str(error))}") from None
+    finally:
+        log.setLevel(level)
+
+    def remember(where: Any, node: Any) -> Any:
+        if is_text(node) and names_credential(where):
+            remember_secret(node)
+        return node
+
+    plain(tree, remember)
+    return tree
+
+
+def finetuning_section(tree: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The `finetuning` section. Raises ConfigError where there is none, or it is switched off."""
+    section = tree.get("finetuning")
+    if not isinstance(section, Mapping) or not section.get("enabled"):
+        raise ConfigError(
+            f"config {str(path)!r} has no finetuning section that is enabled; expected finetuning.enabled: true with "
+            "trainer, trajectory_builder and trainer_adapter, as `nat finetune` does."
+        )
+    return dict(section)
+
+
+@asynccontextmanager
+async def open_config(
+    path: Path,
+    override: Sequence[tuple[str, str]],
+    output_dir: Path,
+    run: Mapping[str, Any],
+) -> AsyncIterator[Opened]:
+    """The components that the config names, for as long as the context lasts.
+
+    output_dir: goes before the config's. run: fields of the Toolkit's FinetuneRunConfig, as the command line gives them.
+    """
+    tree = read_config(path, override)
+    finetuning_section(tree, path)
+    with keeping_others():
+        from nat.builder.workflow_builder import WorkflowBuilder
+        from nat.data_models.config import Config
+        from nat.data_models.finetuning import FinetuneRunConfig
+        from nat.runtime.loader import PluginTypes, discover_and_register_plugins
+        from nat.utils.data_models.schema_validator import validate_schema
+
+        discover_and_register_plugins(PluginTypes.CONFIG_OBJECT)
+        draw_without_pyplot()
+        check_types(tree, path)
+        try:
+            config = validate_schema(tree, Config)
+        except Exception as error:
+            raise ConfigError(f"config {str(path)!r}: {redact_text(str(error))}") from error
+    tuning = config.finetuning
+    # The Toolkit puts the config into itself here; each of its evaluations then fails to write it down, with a traceback.
+    evaluated = config.model_copy(update={"finetuning": tuning.model_copy()})
+    tuning.run_configuration = FinetuneRunConfig(config_file=evaluated, **run)
+    tuning.output_dir = output_dir
+    async with AsyncExitStack() as stack:
+        try:
+            builder = await stack.enter_async_context(WorkflowBuilder.from_config(config=config))
+        except ModuleNotFoundError as error:
+            if not str(error.name).startswith("langchain"):
+                raise
+            raise ConfigError(
+                f"config {str(path)!r} needs the Python package {str(error.name).replace('_', '-')}, which is not installed "
+                f"(the Toolkit's plugins install only a part of what they import). {PIN_LANGCHAIN}"
+            ) from error
+        trajectory_builder = await builder.get_trajectory_builder(tuning.trajectory_builder)
+        adapter = await builder.get_trainer_adapter(tuning.trainer_adapter)
+        trainer = await builder.get_trainer(
+            tuning.trainer, trajectory_builder=trajectory_builder, trainer_adapter=adapter
+        )
+        check_art(adapter)
+        yield Opened(trainer, trajectory_builder, adapter, tuning)
+
+
+def check_types(tree: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError for a `_type` of a plugin that is not installed, or could not be imported: the Toolkit says
+    only that it does not know it."""
+    from nat.cli.type_registry import GlobalTypeRegistry
+
+    registry = GlobalTypeRegistry.get()
+    known = {
+        "trainers": registry.get_registered_trainers,
+        "trainer_adapters": registry.get_registered_trainer_adapters,
+        "trajectory_builders": registry.get_registered_trajectory_builders,
+    }
+    for section, registered in known.items():
+        names = {info.local_name for info in registered()} | {info.full_type for info in registered()}
+        for name, component in (tree.get(section) or {}).items():
+            kind = component.get("_type") if isinstance(component, Mapping) else None
+            if kind is None or kind in names:
+                continue
+            needs = next((pin for start, pin in _PLUGINS.items() if str(kind).startswith(start)), None)
+            if needs is not None:
+                raise ConfigError(
+                    f"config {str(path)!r}: {section}.{name} is of type {kind!r}, whose plugin is not installed, or could "
+                    f"not be imported. {needs}"
+                )
+
+
+def check_art(adapter: Any) -> None:
+    """Raises ConfigError where the Toolkit's ART adapter has an `art` that cannot train."""
+    if type(adapter).__module__ != "nat.plugins.openpipe.trainer_adapter":
+        return
+    if not hasattr(resolve("art:TrainableModel"), "train"):
+        version = importlib.metadata.version("openpipe-art")
+        raise ConfigError(
+            f"the Toolkit's ART adapter calls TrainableModel.train, which openpipe-art {version} does not have: every "
+            f"submit would raise AttributeError. {PIN_ART}. Or train with finetune_nb's own adapter for the current "
+            "openpipe-art (_type: openpipe_art)."
+        )
+
+
+# ── plots ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def draw_without_pyplot() -> None:
+    """The ART plugin draws its plot after every epoch, from the run's thread: on figures of its own from now on, so that
+    it neither needs a backend nor touches what a cell is drawing."""
+    module: Any = sys.modules.get("nat.plugins.openpipe.trainer")
+    if module is not None and not isinstance(module.plt, _OwnFigures):
+        module.plt = _OwnFigures()
+
+
+class _OwnFigures:
+    """The four calls of pyplot that the ART plugin's trainer makes, on figures that pyplot does not know of."""
+
+    def __init__(self) -> None:
+        self._figure: Any = None
+
+    def subplots(self, **kwargs: Any) -> tuple[Any, Any]:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self._figure = Figure(**kwargs)
+        FigureCanvasAgg(self._figure)
+        return self._figure, self._figure.subplots()
+
+    def tight_layout(self) -> None:
+        self._figure.tight_layout()
+
+    def savefig(self, *args: Any, **kwargs: Any) -> None:
+        self._figure.savefig(*args, **kwargs)
+
+    def close(self, figure: Any) -> None:
+        self._figure = None

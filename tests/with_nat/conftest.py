@@ -1,0 +1,11 @@
+"""These tests need the NeMo Agent Toolkit, which lives in an environment of its own: .ci/run makes it and runs them there.
+
+.venv-nat/bin/python -m pytest tests/with_nat -m slow
+"""
+
+import importlib.util
+import os
+
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else openpipe-art waits for a server at import
+
+collect_ignore_glob = ["test_*.py"] if importlib.util.find_spec("nat") is None else []
