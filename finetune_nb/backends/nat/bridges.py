@@ -247,7 +247,7 @@ class NatTrainer(Trainer):
     # What a Run reads and sets here is the Toolkit's own: its next selection goes by it.
 
     @property
-    def _curriculum_state(self) -> dict[str, Any]:  # type: ignore[override]  # an attribute there
+    def _curriculum_state(self) -> dict[str, Any]:  # type: ignore  # an attribute there
         return None if self.trains_in_run else self.nat._curriculum_state  # type: ignore[return-value]
 
     @_curriculum_state.setter
@@ -256,7 +256,7 @@ class NatTrainer(Trainer):
             self.nat._curriculum_state = state
 
     @property
-    def curriculum_config(self) -> CurriculumLearningConfig:  # type: ignore[override]
+    def curriculum_config(self) -> CurriculumLearningConfig:  # type: ignore
         return self.nat.curriculum_config
 
     @curriculum_config.setter

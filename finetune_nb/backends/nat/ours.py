@@ -86,7 +86,7 @@ def without_itself(run: Any) -> Any:
 # ── the builder ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class BuilderConfig(nat.TrajectoryBuilderConfig, name="finetune_nb_eval_traj_builder"):
+class BuilderConfig(nat.TrajectoryBuilderConfig, name="finetune_nb_eval_traj_builder"):  # type: ignore  # the Toolkit's, where it is installed
     """finetune_nb's trajectories from evaluation runs: a rollout that fails leaves the others."""
 
     num_generations: int = Field(default=8, ge=1)
@@ -223,7 +223,7 @@ async def trainer_adapter(config: Any, builder: Builder) -> AsyncIterator[Any]:
 # ── the trainer ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class TrainerConfig(nat.TrainerConfig, name="finetune_nb_epoch_trainer"):
+class TrainerConfig(nat.TrainerConfig, name="finetune_nb_epoch_trainer"):  # type: ignore  # the Toolkit's, where it is installed
     """finetune_nb's epochs with a curriculum by reward percentile. seed: of the curriculum's random_subsample."""
 
     seed: int = Field(default=0, ge=0)
@@ -278,7 +278,7 @@ async def trainer(config: TrainerConfig, builder: Builder) -> AsyncIterator[Any]
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class PolicyConfig(LLMBaseConfig, name="finetune_nb_policy"):
+class PolicyConfig(LLMBaseConfig, name="finetune_nb_policy"):  # type: ignore  # the Toolkit's, where it is installed
     """The weights that a finetune_nb adapter trains, as a model for workflows: what is sampled is what is trained."""
 
     adapter: TrainerAdapterRef
