@@ -144,7 +144,8 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
                       LINES[place % 4])  # fmt: skip
         said.append(f"{run.name + ': ' if several else ''}median {course_of(middle)}")
         if not several and len(frame):
-            cut_off = (frame["finish_reason"] == "length").groupby(frame["epoch"]).mean().reindex(where).to_numpy()
+            shares: Any = (frame["finish_reason"] == "length").groupby(frame["epoch"]).mean()
+            cut_off = shares.reindex(where).to_numpy()
             if np.nansum(cut_off):
                 share = share_axis(ax, look, "share cut at the token limit")
                 draw_line(share, where, cut_off, look.colours[1], "share cut at the token limit", "s", LINES[1])

@@ -111,8 +111,8 @@ class GroupComparison:
 
     def _lengths(self) -> list[tuple[str, Any, Any]]:
         best, worst = ([turn_of(item) for item in trajectory.episode] for trajectory in self.trajectories)
-        tokens = [sum(len(turn.tokens) for turn in turns) for turns in (best, worst)]
-        return [("turns", len(best), len(worst)), ("sampled tokens", *tokens)]
+        tokens_best, tokens_worst = (sum(len(turn.tokens) for turn in turns) for turns in (best, worst))
+        return [("turns", len(best), len(worst)), ("sampled tokens", tokens_best, tokens_worst)]
 
     def _turns(self, names: Sequence[str], room: int) -> list[Html]:
         best, worst = ([turn_of(item) for item in trajectory.episode] for trajectory in self.trajectories)

@@ -68,7 +68,8 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with, so that each has one of its own left; 0 for a single prompt."""
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)  # in the order of a dictionary: whatever these two share, all share
+    in_order = sorted(map(tuple, prompts))
+    first, last = in_order[0], in_order[-1]  # in the order of a dictionary: whatever these two share, all share
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return min(same, min(map(len, prompts)) - 1)
 

@@ -247,20 +247,20 @@ class NatTrainer(Trainer):
     # What a Run reads and sets here is the Toolkit's own: its next selection goes by it.
 
     @property
-    def _curriculum_state(self) -> dict[str, Any]:  # type: ignore  # an attribute there
+    def _curriculum_state(self) -> dict[str, Any]:
         return None if self.trains_in_run else self.nat._curriculum_state  # type: ignore[return-value]
 
     @_curriculum_state.setter
-    def _curriculum_state(self, state: dict[str, Any]) -> None:
+    def _curriculum_state(self, state: dict[str, Any]) -> None:  # type: ignore  # an attribute there
         if state is not None:
             self.nat._curriculum_state = state
 
     @property
-    def curriculum_config(self) -> CurriculumLearningConfig:  # type: ignore
+    def curriculum_config(self) -> CurriculumLearningConfig:
         return self.nat.curriculum_config
 
     @curriculum_config.setter
-    def curriculum_config(self, config: CurriculumLearningConfig) -> None:
+    def curriculum_config(self, config: CurriculumLearningConfig) -> None:  # type: ignore
         if config is not None and not self.trains_in_run:
             self.nat.curriculum_config = config
 
