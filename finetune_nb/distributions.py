@@ -132,9 +132,9 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
     for place, run in enumerate(runs):
         every = math.ceil(len(run.epochs) / LENGTHS)
         shown = run.epochs[:: max(1, every)]
-        frame = trajectories(shown, columns=["epoch", "tokens", "finish_reason"])
+        frame: Any = trajectories(shown, columns=["epoch", "tokens", "finish_reason"])
         frame = frame[frame["tokens"].notna()].astype({"tokens": "float64"})
-        by_epoch = frame.groupby("epoch")["tokens"]
+        by_epoch: Any = frame.groupby("epoch")["tokens"]
         where = np.array([epoch.index for epoch in shown])
         low, middle, high = (by_epoch.quantile(q).reindex(where).to_numpy() for q in (0.1, 0.5, 0.9))
         colour = look.colours[place % len(look.colours)]

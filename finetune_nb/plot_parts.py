@@ -160,7 +160,7 @@ def panels(
     look = theme_named(theme)
     rows = math.ceil(count / columns)
     figure = Figure(height=0.6 + 1.9 * rows, theme=look)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=share, squeeze=False)
+    grid: Any = figure.subplots(rows, columns, sharex=True, sharey=share, squeeze=False)
     for each in grid.flat[count:]:
         each.remove()
     axes = [start(styled(each, look), theme, x, y)[0] for each in grid.flat[:count]]
