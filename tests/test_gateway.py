@@ -639,13 +639,16 @@ async def test_client_and_chat_give_the_same_epoch(tmp_path, closing):
 async def test_a_client_that_was_used_in_a_cell_fails_with_what_to_do(tmp_path, closing, seven):
     with episode().live():
         client = seven.openai()
-        await client.chat.completions.create(model="x", messages=QUESTION)  # its connection belongs to this loop now
 
         async def workflow(question, llm):
-            await client.chat.completions.create(model="x", messages=QUESTION)
+            return question if first else await client.chat.completions.create(model="x", messages=QUESTION)
 
         adapter = FakeAdapter(policy=Caller(coin))
         run = closing(ft.Run(workflow, right, sums(1), adapter=adapter, generations=1, output_dir=tmp_path))
+        first = True
+        await run.rollout()  # what opening a run takes must not outlast the connection
+        first = False
+        await client.chat.completions.create(model="x", messages=QUESTION)  # its connection belongs to this loop now
         failure = await run.rollout()
     assert "belongs to the cell's. Make it inside the workflow, or take llm.openai()" in failure.error
 
