@@ -256,7 +256,8 @@ def test_a_run_draws_itself_and_others() -> None:
     assert "1 trained on" in run.plot_groups(epoch=0).alt_text
 
 
-def test_many_plots_leave_no_figure_and_no_memory_behind() -> None:
+@pytest.mark.parametrize("count", [45, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_plots_leave_no_figure_and_no_memory_behind(count) -> None:
     import gc
     import tracemalloc
 
@@ -266,7 +267,7 @@ def test_many_plots_leave_no_figure_and_no_memory_behind() -> None:
     sizes = []
     tracemalloc.start()
     for _ in range(3):
-        for _ in range(15):
+        for _ in range(count // 3):
             plots.plot_rewards(epochs)
         gc.collect()
         sizes.append(tracemalloc.get_traced_memory()[0])
