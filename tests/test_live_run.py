@@ -478,9 +478,11 @@ def test_a_run_that_hangs_is_stopped_aborted_and_closed_from_code_at_once(make_r
 
 @pytest.mark.parametrize("kind", ["workflow", "workflow in a thread", "reward", "tripwire"])
 def test_what_the_run_runs_may_steer_it_and_is_told_not_to_wait_for_it(make_run, kind):
-    errors, steered = [], []
+    errors, first = [], threading.Lock()  # rewards of several rollouts are asked for at once, in threads: one of them steers
 
     def ask():
+        if not first.acquire(blocking=False):
+            return
         for call in (run.wait, run.close, lambda: run.save_model("nowhere"), run.start, run.resume):
             try:
                 call()
@@ -488,10 +490,9 @@ def test_what_the_run_runs_may_steer_it_and_is_told_not_to_wait_for_it(make_run,
                 errors.append(str(error))
         run.curriculum = {"min_reward_diff": 0.2}
         run.stop()
-        steered.append(1)
 
     async def asking(question, llm):
-        if not steered:
+        if not first.locked():
             ask()
             with pytest.raises(RunError):
                 await run.wait_async()
@@ -500,16 +501,15 @@ def test_what_the_run_runs_may_steer_it_and_is_told_not_to_wait_for_it(make_run,
         return await guess(question, llm)
 
     def asking_in_a_thread(question, llm):
-        if not steered:
-            ask()
+        ask()
         return llm.chat([{"role": "user", "content": question}]).content
 
     workflow = {"workflow": asking, "workflow in a thread": asking_in_a_thread}.get(kind, guess)
     run = make_run(workflow, max_concurrency=1)
     if kind == "reward":
-        run = make_run(guess, evaluators={"asks": lambda item: steered or ask() or 1.0}, max_concurrency=1)
+        run = make_run(guess, evaluators={"asks": lambda item: ask() or 1.0}, max_concurrency=1)
     if kind == "tripwire":
-        run.tripwires += [lambda epoch: steered or ask()]
+        run.tripwires += [lambda epoch: ask()]
     run.start(epochs=5)
     run.wait()
     assert len(run) == 1 and run.curriculum.min_reward_diff == 0.2
