@@ -9,6 +9,8 @@ import pytest
 from finetune_nb import redaction
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each of the processes that share the tests
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 
@@ -32,9 +34,13 @@ def closing():
         run.close()
 
 
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
-    """In CI a skip is a failure: what a test needs is installed there."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """In CI a skip is a failure: what a test needs is installed there. Captured text is made fit to go to another process."""
     if os.environ.get("CI") and call.excinfo is not None and call.excinfo.errisinstance(pytest.skip.Exception):
         call.excinfo = pytest.ExceptionInfo.from_exception(
             AssertionError(f"skipped in CI: {call.excinfo.value}").with_traceback(call.excinfo.tb)
         )
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report

@@ -637,17 +637,23 @@ async def test_client_and_chat_give_the_same_epoch(tmp_path, closing):
 
 
 async def test_a_client_that_was_used_in_a_cell_fails_with_what_to_do(tmp_path, closing, seven):
+    from httpx2 import Limits  # what the openai package of constraints.txt stands on
+
+    class Thoughtful(Caller):
+        async def sample(self, ids, params, seed):
+            await asyncio.sleep(1)  # a reply that is there at once is read without anybody waiting on a loop
+            return await super().sample(ids, params, seed)
+
+    seven.policy = Thoughtful(lambda messages, seed: "seven")
     with episode().live():
-        client = seven.openai()
+        kept = openai.DefaultAsyncHttpxClient(limits=Limits(keepalive_expiry=600))  # however slow the machine is
+        client = openai.AsyncOpenAI(base_url=seven.base_url, api_key=seven.api_key, http_client=kept)
 
         async def workflow(question, llm):
-            return question if first else await client.chat.completions.create(model="x", messages=QUESTION)
+            return await client.chat.completions.create(model="x", messages=QUESTION)
 
         adapter = FakeAdapter(policy=Caller(coin))
         run = closing(ft.Run(workflow, right, sums(1), adapter=adapter, generations=1, output_dir=tmp_path))
-        first = True
-        await run.rollout()  # what opening a run takes must not outlast the connection
-        first = False
         await client.chat.completions.create(model="x", messages=QUESTION)  # its connection belongs to this loop now
         failure = await run.rollout()
     assert "belongs to the cell's. Make it inside the workflow, or take llm.openai()" in failure.error

@@ -110,7 +110,7 @@ def check(llm, episodes):
     return len(calls), sum(len(call.reply.get("tool_calls") or ()) for call in calls), worst
 
 
-@pytest.mark.parametrize("workflow", [by_openai, by_langchain])
+@pytest.mark.parametrize("workflow", [by_openai, pytest.param(by_langchain, marks=pytest.mark.slow)])
 async def test_ids_and_logprobs_of_multi_turn_episodes_with_tools_are_those_of_the_model(llm, workflow):
     turns, tools, _ = check(llm, await rollouts(llm, workflow, 12))
     assert turns == 5 * 12

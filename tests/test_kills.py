@@ -140,6 +140,7 @@ def go_through(killer, tmp_path, straight, tasks):
     return kills, reached
 
 
+@pytest.mark.slow
 def test_killed_once_in_every_phase_of_an_epoch(killer, tmp_path, never_killed):
     tasks = [{"point": "create", "when": when, "nth": 1} for when in ("before", "after")]
     tasks += [
@@ -214,7 +215,13 @@ def jobs_of(folder):
 
 @pytest.mark.parametrize(
     ("point", "when"),
-    [("submitted", "after"), ("job", "before"), ("job", "after"), ("waited", "after"), ("log", "after")],
+    [
+        ("submitted", "after"),
+        *(
+            pytest.param(point, when, marks=pytest.mark.slow)
+            for point, when in (("job", "before"), ("job", "after"), ("waited", "after"), ("log", "after"))
+        ),
+    ],
 )
 def test_a_job_that_outlives_its_process_is_asked_for_and_not_submitted_again(
     killer, tmp_path, never_killed, point, when

@@ -478,7 +478,10 @@ def test_a_run_that_hangs_is_stopped_aborted_and_closed_from_code_at_once(make_r
 
 @pytest.mark.parametrize("kind", ["workflow", "workflow in a thread", "reward", "tripwire"])
 def test_what_the_run_runs_may_steer_it_and_is_told_not_to_wait_for_it(make_run, kind):
-    errors, first = [], threading.Lock()  # rewards of several rollouts are asked for at once, in threads: one of them steers
+    errors, first = (
+        [],
+        threading.Lock(),
+    )  # rewards of several rollouts are asked for at once, in threads: one of them steers
 
     def ask():
         if not first.acquire(blocking=False):

@@ -414,6 +414,7 @@ async def test_closing_cancels_what_runs():
     assert (await a.status(ref)).status == "canceled"
 
 
+@pytest.mark.slow
 def test_interpreter_ends_quietly_and_soon_while_a_job_trains():
     script = (
         "import sys, asyncio, time; sys.path[:0] = sys.argv[1:]\n"

@@ -28,10 +28,8 @@ def test_there_are_notebooks():
     ]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (place > 0)) for place, path in enumerate(NOTEBOOKS)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 async def test_notebook_runs_top_to_bottom(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     set_parameters(notebook, CONFIG=None, SEED=0, EPOCHS=3, NAME="test")

@@ -45,9 +45,10 @@ async def wander(question, llm):
     return calls
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4}])
-def test_a_thousand_episodes_have_the_ids_and_logprobs_that_were_sampled(tmp_path, closing, lora):
-    episodes = 1000 if lora is None else 80
+@pytest.mark.parametrize(
+    ("lora", "episodes"), [(None, 80), ({"rank": 4}, 80), pytest.param(None, 1000, marks=pytest.mark.slow)]
+)
+def test_episodes_have_the_ids_and_logprobs_that_were_sampled(tmp_path, closing, lora, episodes):
     random_model(positions=512).save_pretrained(tmp_path / "model")
     byte_tokenizer(response_template=CALLING).save_pretrained(tmp_path / "model")
     adapter = LocalGRPOAdapter(LocalGRPOConfig(model=str(tmp_path / "model"), lora=lora))

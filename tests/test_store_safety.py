@@ -325,6 +325,7 @@ while name := sys.stdin.readline().strip():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_writer_killed_at_any_moment_loses_no_completed_epoch(tmp_path):
     draw = random.Random(0)

@@ -98,6 +98,7 @@ def test_without_ids_the_text_is_the_row():
 # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 async def test_preferences_move_the_policy_that_is_sampled(tmp_path):
     config = TRLDPOConfig(learning_rate=1e-2, epochs=6, batch_size=4, device="cpu", threads=1)
     trainer = await adapter(config, tmp_path)
@@ -180,6 +181,7 @@ async def test_a_job_is_canceled_in_the_middle_of_its_steps(tmp_path):
     assert status.metadata["metrics"]["optimizer_steps"] >= 1
 
 
+@pytest.mark.slow
 async def test_what_went_wrong_in_the_process_is_said_with_its_last_lines(tmp_path):
     trainer = await adapter(TRLDPOConfig(options={"loss_type": "sygmoid"}, device="cpu", threads=1), tmp_path)
     status = await trainer.wait_until_complete(await trainer.submit(collection([preference()])))

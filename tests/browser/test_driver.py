@@ -1,5 +1,7 @@
 """The driver itself: what it reports of a notebook is what a user would see."""
 
+import pytest
+
 SLIDER = """
 import ipywidgets
 from browser import probe
@@ -9,6 +11,7 @@ slider
 """
 
 
+@pytest.mark.slow
 def test_cells_run_and_show_text_html_and_errors(lab):
     notebook = lab.open(["1 + 1", "from IPython.display import HTML; HTML('<b>bold</b>')", "1 / 0"])
     for cell in range(3):
@@ -19,6 +22,7 @@ def test_cells_run_and_show_text_html_and_errors(lab):
     assert [output.data["text/plain"] for output in notebook.save().cells[0].outputs] == ["2"]
 
 
+@pytest.mark.slow
 def test_a_key_moves_a_slider_and_a_reload_and_a_new_tab_keep_the_kernel(lab, tmp_path):
     notebook = lab.open([SLIDER, "slider.value"])
     notebook.run(0)

@@ -14,9 +14,11 @@ from agents import guess, right
 from detached import Weights
 
 async def slow(question, llm):
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(seconds)
     probe.note("rollout")
     return await guess(question, llm)
+
+seconds = 0.3
 
 def new_run(name):
     return ft.Run(slow, right, sums(6), adapter=Weights(), generations=4, max_concurrency=4, output_dir={folder!r}, name=name)
@@ -29,7 +31,7 @@ WAITS = {
     "wait_async": "run.start(epochs=50); await run.wait_async()",
     "next_epoch": "\n    while True: await run.next_epoch()",
 }
-CELL = "run = new_run({name!r})\ntry: {body}\nfinally: told(run)"
+CELL = "seconds = {seconds}; run = new_run({name!r})\ntry: {body}\nfinally: told(run)"
 SLIDER = """
 run = new_run("slider")
 slider = ipywidgets.FloatSlider(value=0.1, min=0.1, max=1, step=0.01)
@@ -38,9 +40,12 @@ slider
 """
 
 
-@pytest.mark.parametrize("mode", WAITS)
+@pytest.mark.parametrize(
+    "mode", ["wait", *(pytest.param(mode, marks=pytest.mark.slow) for mode in WAITS if mode != "wait")]
+)
 def test_the_stop_button_ends_behind_the_epoch_and_pressed_again_at_once(lab, runs_folder, mode):
-    cells = [CELL.format(name=f"{mode}-{presses}", body=WAITS[mode]) for presses in (1, 2)]
+    seconds = {1: 0.3, 2: 2}  # of a rollout; the second epoch lasts until both presses have been heard, however slowly
+    cells = [CELL.format(seconds=seconds[n], name=f"{mode}-{n}", body=WAITS[mode]) for n in (1, 2)]
     notebook = lab.open([SETUP.format(folder=str(runs_folder)), *cells, "1 + 1"])
     notebook.run(0)
     for presses in (1, 2):
@@ -64,7 +69,7 @@ def test_the_stop_button_ends_behind_the_epoch_and_pressed_again_at_once(lab, ru
     assert notebook.text(3) == "2"
 
 
-@pytest.mark.parametrize("mode", ["wait", "next_epoch"])
+@pytest.mark.parametrize("mode", [pytest.param("wait", marks=pytest.mark.slow), "next_epoch"])
 def test_a_slider_that_was_never_touched_is_heard_while_a_cell_waits(lab, runs_folder, mode):
     waits = {"wait": "run.start(epochs=2); run.wait()", "next_epoch": "await run.next_epoch(); await run.next_epoch()"}
     notebook = lab.open([SETUP.format(folder=str(runs_folder)), SLIDER, f"{waits[mode]}; told(run)"])
