@@ -8,7 +8,6 @@ at most ten more in answer to a person's own input. Where nobody sees widgets, `
 from __future__ import annotations
 
 import base64
-import io
 import threading
 import time
 import weakref
@@ -111,9 +110,7 @@ def _picture(epochs: Sequence[Epoch]) -> str | None:
         return None
     from .plots import plot_rewards
 
-    picture = io.BytesIO()
-    plot_rewards(epochs).savefig(picture, format="png", dpi=STILL_DPI)  # type: ignore[union-attr]
-    return base64.b64encode(picture.getvalue()).decode("ascii")
+    return base64.b64encode(plot_rewards(epochs).png(STILL_DPI)).decode("ascii")  # type: ignore[union-attr]
 
 
 class Panel:

@@ -52,8 +52,8 @@ class RunOnDisk(RunViews):
 
     @property
     def records(self) -> Sequence[Epoch]:
-        """One Epoch for each epoch that has ended."""
-        return self._driver.epochs
+        """One Epoch for each epoch that has ended, as of now: a run that goes on adds some while this is looked at."""
+        return list(self._driver.epochs)
 
     def _told_on_disk(self) -> str | None:
         """What the folder says of a run that is only read here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 import pickle
 import struct
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from factories import make_epoch, make_trajectory
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 from test_frames import epoch_of
 from test_message_frames import Views, stored
 
@@ -340,6 +342,21 @@ def test_names_of_others_are_shown_literally() -> None:
 def test_an_unknown_theme_is_named() -> None:
     with pytest.raises(ConfigError, match="found theme 'solarized'; expected 'light', 'dark' or None"):
         plots.plot_rewards([], theme="solarized")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("theme", "corner"), [("light", (255, 255, 255, 255)), ("dark", (17, 17, 17, 255)), (None, None)]
+)
+def test_a_picture_has_few_colours_and_its_background_exactly(theme, corner) -> None:
+    figure = plots.plot_rewards([make_epoch([[1, 0], [i / 40, 1]], i) for i in range(40)], theme=theme)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=192)
+    picture = Image.open(io.BytesIO(figure.png()))
+    assert picture.mode == "P" and len(figure.png()) < 0.4 * len(drawn.getvalue())
+    full, few = (np.asarray(each.convert("RGBA")).astype(int) for each in (Image.open(drawn), picture))
+    assert few[0, 0, 3] == 0 if corner is None else tuple(few[0, 0]) == corner
+    seen = full[..., 3] > 0
+    assert np.abs(full - few)[seen].mean() < 2
 
 
 def test_a_figure_can_be_pickled_with_its_text() -> None:

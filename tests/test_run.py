@@ -47,6 +47,14 @@ async def test_an_epoch_collects_selects_trains_and_is_recorded(make_run):
     assert len(fake_of(run).submitted[0].trajectories) == 6
 
 
+async def test_records_that_somebody_looks_at_do_not_grow_meanwhile(make_run):
+    run = make_run()
+    await run.next_epoch()
+    before = run.records
+    await run.next_epoch()
+    assert len(before) == 1 and len(run.records) == 2
+
+
 async def test_the_same_seed_gives_the_same_rewards_and_another_one_others(make_run):
     first, again, other = (make_run(seed=seed) for seed in (3, 3, 4))
     rewards = [

@@ -9,6 +9,7 @@ import hashlib
 from typing import Any
 
 import finetune_nb as ft
+from finetune_nb import TrainingJobRef, TrajectoryCollection
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
 
 from . import probe
@@ -32,6 +33,15 @@ class Learning(ScriptedPolicy):
         return str(int(a) + int(b)) if chance(question, seed) < right else "perhaps " + "9" * (seed % 5)
 
 
+class Forgetful(FakeAdapter):
+    """Keeps nothing of what it was given: a long run is measured with it."""
+
+    async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
+        ref = await super().submit(trajectories)
+        self.submitted.clear()
+        return ref
+
+
 def make_run(folder: str, seconds: float = 1.0, epochs: int = 20, rows: int = 40, **options: Any) -> ft.Run:
     """A run whose rollouts take about so many seconds an epoch. A question that is "bad" raises."""
 
@@ -45,7 +55,7 @@ def make_run(folder: str, seconds: float = 1.0, epochs: int = 20, rows: int = 40
     policy = Learning()
     given: dict[str, Any] = {"curriculum": {"initial_percentile": 0.3, "expansion_interval": 4}, "name": "adder"}
     given |= {"validation": sums(20, seed=1), "validation_interval": 3, "generations": 8, "num_epochs": epochs}
-    adapter = FakeAdapter(policy=policy, delay=seconds / 3)
+    adapter = Forgetful(policy=policy, delay=seconds / 3)
     run = ft.Run(solve, right, sums(rows), adapter=adapter, output_dir=folder, max_concurrency=64, **given | options)
     note_changes(run)
     return run
