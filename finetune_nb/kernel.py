@@ -14,8 +14,18 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["in_notebook", "is_seen", "let_through", "let_widgets_through", "why_deaf", "word_of_deafness"]
+__all__ = [
+    "in_notebook",
+    "is_seen",
+    "let_through",
+    "let_widgets_through",
+    "why_deaf",
+    "word_of_absence",
+    "word_of_deafness",
+]
 
+RELOAD = "if a slider is dead then, reload the page"
+"""ipykernel 7.4 takes such a message while a cell awaits, but never says that it has: the front end sends no other."""
 _told = False
 
 
@@ -37,6 +47,13 @@ def is_seen() -> bool:
     input from a person, and say so with every cell."""
     kernel = _kernel()
     return kernel is not None and bool(getattr(kernel, "_allow_stdin", True))
+
+
+def word_of_absence() -> str | None:
+    """What to tell whoever reads the notebook later: why there are no widgets; None where there may be."""
+    if _kernel() is None or is_seen():
+        return None
+    return "no widgets: this notebook was executed without a front end"
 
 
 def _comms() -> list[Any]:
@@ -75,12 +92,13 @@ def why_deaf() -> str | None:
     if kernel is None:
         return None
     if not getattr(kernel, "_supports_kernel_subshells", False):
-        return f"ipykernel {getattr(kernel, 'implementation_version', '')} has one shell for cells and widgets"
+        release = getattr(sys.modules.get("ipykernel"), "__version__", "")
+        return f"ipykernel {release} has one shell for cells and widgets".replace("  ", " ")
     try:
         subshells = kernel.shell_channel_thread.manager.list_subshell()
     except Exception:  # a release that keeps them elsewhere
         return None
-    return None if subshells else "the front end sends what widgets do to the shell of the cells"
+    return None if subshells else f"the front end uses no subshells; {RELOAD}"
 
 
 def word_of_deafness() -> str | None:

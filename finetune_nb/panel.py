@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from .controls import Change, Controls
 from .errors import FinetuneError
 from .html import Html, element, view
-from .kernel import let_through
+from .kernel import let_through, word_of_absence
 from .live_curve import reward_curve
 from .panel_html import Doing, asked_html, log_html, record_html, status_html, style_html
 from .panel_inputs import Inputs, TripwireInputs
@@ -93,6 +93,8 @@ class Still:
         ]
         if doing.notice and not doing.error:
             body.insert(1, view(element("div", doing.notice, class_="ft-banner"), styled=False))
+        if absent := word_of_absence():
+            body.append(view(element("div", absent, class_="ft-dim"), styled=False))
         self._html = element("div", *body)
         self._png = _picture(doing.epochs)
 

@@ -24,11 +24,11 @@ NEXT_EPOCH = "epoch = await run.next_epoch()"
 WAIT = "run.start(2); run.wait()"
 
 
-def opened(lab, folder, *cells, **options):
+def opened(lab, folder, *cells, kernel="python3", **options):
     """A notebook whose first cell makes a run and shows its panel."""
     made = "".join(f", {name}={value!r}" for name, value in options.items())
     first = f"from browser import probe, stage\nrun = stage.make_run({str(folder)!r}{made})\nrun.panel()"
-    notebook = lab.open([first, *cells])
+    notebook = lab.open([first, *cells], kernel)
     notebook.run(0)
     notebook.output(0).locator(".ft-panel .noUi-handle").first.wait_for()
     return notebook
