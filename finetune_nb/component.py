@@ -97,24 +97,28 @@ class RewardFunctionConfig(BaseModel):
     """Which evaluator's score is the reward."""
 
     name: str
+    """A name of the section `eval.evaluators`."""
 
 
 class TrainerConfig(TypedBaseModel):
     """Base of a Trainer's config."""
 
     reward: RewardFunctionConfig | None = None
+    """Kept for the Toolkit: the reward is the trajectory builder's."""
 
 
 class TrajectoryBuilderConfig(TypedBaseModel):
     """Base of a TrajectoryBuilder's config."""
 
     reward: RewardFunctionConfig | None = None
+    """The evaluator whose score is the reward; None: as `finetuning.reward_function` says."""
 
 
 class TrainerAdapterConfig(TypedBaseModel):
     """Base of a TrainerAdapter's config."""
 
     reward: RewardFunctionConfig | None = None
+    """Kept for the Toolkit: the reward is the trajectory builder's."""
 
 
 class EvaluatorBaseConfig(TypedBaseModel):
@@ -146,6 +150,7 @@ class LLMBaseConfig(TypedBaseModel):
     """Base of a language model's config."""
 
     api_type: APITypeEnum = APITypeEnum.CHAT_COMPLETION
+    """Kept for the Toolkit: models are asked by chat completions."""
 
 
 class EvalFilterEntryConfig(BaseModel):
@@ -173,10 +178,15 @@ class EvalDatasetStructureConfig(BaseModel):
     disable: bool = False
     """True: the workflow's input is the whole row."""
     question_key: str = "question"
+    """The column that is the workflow's input."""
     answer_key: str = "answer"
+    """The column that is the expected output."""
     generated_answer_key: str = "generated_answer"
+    """Kept for the Toolkit, not used here; so the next two."""
     trajectory_key: str = "intermediate_steps"
+    """Kept for the Toolkit."""
     expected_trajectory_key: str = "expected_intermediate_steps"
+    """Kept for the Toolkit."""
 
 
 class EvalDatasetBaseConfig(TypedBaseModel):
@@ -185,13 +195,17 @@ class EvalDatasetBaseConfig(TypedBaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id_key: str = "id"
+    """The column that is the example's id."""
     structure: EvalDatasetStructureConfig = EvalDatasetStructureConfig()
+    """Which columns hold what."""
     filter: EvalFilterConfig | None = EvalFilterConfig()
+    """Rows that are used, by values of their columns."""
     s3: None = None
     """Always None: NAT reads S3, finetune_nb does not."""
     remote_file_path: None = None
     """Always None, as `s3`."""
     file_path: Path | str = Path(".tmp/nat/examples/default/default.json")
+    """The file; a relative one is looked for in the current directory, then beside the config."""
 
     @field_validator("s3", "remote_file_path", mode="before")
     @classmethod

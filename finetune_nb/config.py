@@ -97,14 +97,19 @@ class FinetuneRunConfig(BaseModel):
     dataset: str | Path | None = None
     """Overrides the config's dataset."""
     result_json_path: str = "$"
+    """Where the answer stands in what a remote workflow returns; kept for the Toolkit, not used here."""
     endpoint: str | None = None
     """Always None when loaded from YAML: NAT can run a remote workflow, finetune_nb cannot."""
     endpoint_timeout: int = 300
+    """Seconds, of that remote workflow."""
     override: tuple[tuple[str, str], ...] = ()
+    """Pairs of dotted path and value, put into the config before it is read."""
     validation_dataset: str | Path | None = None
+    """Rows to validate on, as a file; None: no validation."""
     validation_interval: int = Field(default=5, ge=1)
     """Epochs between two validations."""
     validation_config_file: str | Path | None = None
+    """A config to validate with in place of this one."""
 
     @field_validator("config_file", mode="wrap")
     @classmethod
@@ -117,18 +122,27 @@ class FinetuneConfig(BaseModel):
     """The `finetuning` section."""
 
     enabled: bool = False
+    """Whether the three components below must be named. A `Run` trains either way."""
     trainer: str | None = None
     """A name of the `trainers` section; so with the next two."""
     trajectory_builder: str | None = None
+    """What turns rollouts of the workflow into trajectories."""
     trainer_adapter: str | None = None
+    """What trains the model, and usually what it is sampled from."""
     reward_function: RewardFunctionConfig | None = None
+    """The evaluator whose score is the reward; a component that names its own comes first. None: the only one there is."""
     target_functions: list[str] = ["<workflow>"]
+    """Only model calls made inside these functions make a trajectory; "<workflow>" is the workflow itself."""
     target_model: str | None = None
     """Only calls of this llm make a trajectory; None: every call."""
     curriculum_learning: CurriculumLearningConfig = CurriculumLearningConfig()
+    """Which groups of an epoch are trained on."""
     num_epochs: int = Field(default=1, ge=1)
+    """Epochs that are planned; more or fewer can be run."""
     output_dir: Path = Path("./.tmp/nat/finetuning/")
+    """Each run makes a folder of its own in it."""
     run_configuration: FinetuneRunConfig | None = None
+    """What `nat finetune` takes on its command line: datasets, validation."""
 
     @model_validator(mode="before")
     @classmethod
@@ -151,8 +165,11 @@ class EvalGeneralConfig(BaseModel):
     max_concurrency: int = Field(default=8, ge=1, json_schema_extra={"live": "rollouts"})
     """Rollouts at one time."""
     workflow_alias: str | None = None
+    """Kept for the Toolkit, not used here."""
     output_dir: Path = Path("./.tmp/nat/examples/default/")
+    """Kept for the Toolkit; a run writes into `finetuning.output_dir`."""
     dataset: SerializeAsAny[EvalDatasetBaseConfig] | None = None
+    """The rows that the workflow is run on."""
     item_timeout: float | None = Field(default=None, gt=0)
     """Seconds that a rollout may take; None: as long as it likes. Ours alone."""
     retries: int = Field(default=0, ge=0)
@@ -163,7 +180,9 @@ class EvalConfig(BaseModel):
     """The `eval` section."""
 
     general: EvalGeneralConfig = Field(default_factory=EvalGeneralConfig)
+    """The dataset, and how it is run."""
     evaluators: dict[str, SerializeAsAny[EvaluatorBaseConfig]] = Field(default_factory=dict)
+    """What scores the rollouts, by name."""
 
 
 ENGINES = ("local",)

@@ -24,6 +24,7 @@ class CurriculumLearningConfig(BaseModel):
     """Which groups of an epoch are trained on: those whose rewards differ, the best `percentile` of them first."""
 
     enabled: bool = False
+    """False: every group is trained on, whatever the rest says."""
     initial_percentile: float = 0.3
     """Share of the groups with spread that the first epochs train on, in (0, 1]."""
     increment_percentile: float = 0.2

@@ -51,9 +51,11 @@ class OpenPipeArtConfig(TrainerAdapterConfig, name="openpipe_art"):
     backend_options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that backend's constructor."""
     base_model: str
+    """The model that is trained, as the ART backend names it."""
     name: str = "finetune-nb"
     """The model's name in ART; a run that uses it again goes on from its last step."""
     project: str = "finetune-nb"
+    """What ART files the model under."""
     learning_rate: float = Field(default=5e-6, gt=0, json_schema_extra={"live": "training"})
     allow_inexact: bool = False
     """Also trains on token ids that are not known to be those that were sampled."""

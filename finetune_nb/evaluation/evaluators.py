@@ -127,6 +127,7 @@ class ExactMatchConfig(EvaluatorBaseConfig, name="exact_match"):
     """1 if the output is the expected text, else 0."""
 
     ignore_case: bool = False
+    """Whether capitals count as small letters."""
     strip: bool = True
     """Whether white space around both is ignored."""
 
@@ -144,6 +145,7 @@ class NumericClosenessConfig(EvaluatorBaseConfig, name="numeric_closeness"):
     """1 where output and expected number differ by at most `tolerance`; beyond it 0 or, with `scale`, a straight line."""
 
     tolerance: float = Field(default=1e-6, ge=0)
+    """Largest difference that counts as equal."""
     scale: float | None = Field(default=None, gt=0)
     """Difference at which the score reaches 0; None = 0 as soon as the tolerance is exceeded."""
 
@@ -169,6 +171,7 @@ class ContainsConfig(EvaluatorBaseConfig, name="contains"):
     text: str | None = None
     """None = the item's expected output."""
     ignore_case: bool = False
+    """Whether capitals count as small letters."""
 
 
 @register_evaluator(config_type=ContainsConfig)
@@ -185,6 +188,7 @@ class RegexConfig(EvaluatorBaseConfig, name="regex"):
     """1 if the pattern is found in the output, else 0."""
 
     pattern: str
+    """A regular expression of Python's `re`, searched for anywhere."""
 
     @field_validator("pattern")
     @classmethod

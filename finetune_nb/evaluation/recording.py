@@ -256,6 +256,7 @@ class PolicyLLMConfig(LLMBaseConfig, name="policy"):
     temperature: float = Field(default=1.0, ge=0, json_schema_extra={"live": "rollouts"})
     max_tokens: int = Field(default=256, ge=1, json_schema_extra={"live": "rollouts"})
     stop: list[str] = []
+    """Texts that end a reply."""
 
     def sampling(self) -> SamplingParams:
         return SamplingParams(self.temperature, self.max_tokens, tuple(self.stop))

@@ -28,17 +28,23 @@ class NatTrainerConfig(TrainerConfig, name="nat_trainer"):
     """The trainer that a config of the NeMo Agent Toolkit names, with its builder and its adapter."""
 
     config_file: Path
+    """The config for `nat finetune`."""
     dataset: str | None = None
     """A dataset file in place of the config's."""
     override: dict[str, Any] = Field(default_factory=dict)
     """Values in place of the config's, nested as it is; each as text, as on the Toolkit's command line."""
     result_json_path: str = "$"
+    """As the command line takes it; so what follows."""
     endpoint: str | None = None
     """Where the workflow runs, if not in this process."""
     endpoint_timeout: int = 300
+    """Seconds."""
     validation_dataset: str | None = None
+    """A file of rows to validate on; None: no validation."""
     validation_interval: int = Field(default=5, ge=1)
+    """Epochs between two validations."""
     validation_config_file: str | None = None
+    """A config to validate with in place of `config_file`."""
 
 
 class NatBuilderConfig(TrajectoryBuilderConfig, name="nat_builder"):

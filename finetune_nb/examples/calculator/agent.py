@@ -75,6 +75,7 @@ class CalculatorEpisodeConfig(EvaluatorBaseConfig, name="calculator_episode"):
     """1 if the episode was of this kind."""
 
     kind: Literal["used_tool", "guessed", "malformed"]
+    """How the agent came to its answer."""
 
 
 @register_evaluator(config_type=CalculatorEpisodeConfig)
