@@ -26,10 +26,12 @@ from .component import (
 )
 from .config import Config
 from .errors import ConfigError, RunError, did_you_mean
+from .observe import resolve
 from .redaction import MASK, Path, is_text, plain
-from .type_names import KINDS, Build, config_class, registered
+from .type_names import ENGINES, KINDS, Build, config_class, registered
 
 if TYPE_CHECKING:
+    from .evaluation.executor import RolloutExecutor
     from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 
 __all__ = ["Builder"]
@@ -125,6 +127,11 @@ class Builder:
         """A trainer, not yet bound to its two components."""
         return await self._get("trainer", name)
 
+    async def get_executor(self) -> RolloutExecutor | None:
+        """Where rollouts run, if `run.engine` names an engine elsewhere; None: on the event loop of whoever runs them."""
+        kind = self.config.run.engine_kind
+        return await self._get("executor", kind) if kind in ENGINES else None
+
     def get_llm_config(self, name: str) -> LLMBaseConfig:
         return self._config_of("llm_provider", name)
 
@@ -176,8 +183,11 @@ class Builder:
         self._check_cycle(key)
         live = self._live.get(key)
         if live is None:
-            config = self._config_of(kind, name)
-            build = _build_of(kind, name, config)
+            if kind == "executor":
+                config, build = self.config.run, resolve(ENGINES[name])
+            else:
+                config = self._config_of(kind, name)
+                build = _build_of(kind, name, config)
             self._loop = loop
             live = self._live[key] = _Live(key, loop.create_future())
             self._needs[key] = set()

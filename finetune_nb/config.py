@@ -50,6 +50,7 @@ from .curriculum_settings import CurriculumLearningConfig, CurriculumSettings
 from .errors import did_you_mean
 from .redaction import MASK, SHORTEST_SECRET, is_text, names_credential, plain, redact, redact_text
 from .redaction import Path as KeyPath
+from .run_settings import RaySettings, RunSettings
 from .yaml_text import dump_yaml
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ __all__ = [
     "FunctionBaseConfig",
     "LLMBaseConfig",
     "Placeholder",
+    "RaySettings",
     "RewardFunctionConfig",
     "RunSettings",
     "TrainerAdapterConfig",
@@ -185,34 +187,6 @@ class EvalConfig(BaseModel):
     """What scores the rollouts, by name."""
 
 
-ENGINES = ("local",)
-
-
-class RunSettings(BaseModel):
-    """The `run` section. Ours alone."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    engine: str = "local"
-    """Where the run is driven: "local", in this process."""
-    seed: int = Field(default=0, ge=0)
-    """Of every draw and every sampled token."""
-    deterministic: bool = False
-    """True: a repeat is equal to the last digit, at the price of waiting for the slowest rollout of a batch."""
-    checkpoint_every: int = Field(default=1, ge=0)
-    """Epochs between checkpoints of the weights; a run that is killed goes on behind the newest one, and cannot with 0 = none."""
-    keep_checkpoints: int | None = Field(default=None, ge=1)
-    """The newest ones that are kept, beside the one that validated best and those that runs were forked from. None: as
-    many as take 500 MB together, at least 2."""
-
-    @field_validator("engine")
-    @classmethod
-    def check_engine(cls, engine: str) -> str:
-        if engine not in ENGINES:
-            raise ValueError(f"there is no engine {engine!r}. {did_you_mean(engine, ENGINES)}")
-        return engine
-
-
 # ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -261,6 +235,12 @@ class Config(BaseModel):
         if not tuning.enabled:
             return []
         found: list[tuple[KeyPath, str]] = []
+        if self.run.deterministic and self.run.engine_kind != "local":
+            problem = (
+                f"found deterministic with engine {self.run.engine!r}; which rollouts share a batch, and so the last digit, "
+                "depends there on which worker is free. Take engine 'local', or leave deterministic out"
+            )
+            found.append((("run", "deterministic"), problem))
         names: tuple[tuple[KeyPath, str | None, Collection[str], str], ...] = (
             (("trainer",), tuning.trainer, self.trainers, "trainers"),
             (("trajectory_builder",), tuning.trajectory_builder, self.trajectory_builders, "trajectory_builders"),

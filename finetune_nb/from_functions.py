@@ -39,6 +39,8 @@ def from_functions(
     retries: int,
     seed: int,
     deterministic: bool,
+    engine: str,
+    ray: Mapping[str, Any],
     output_dir: str,
     builder: TrajectoryBuilder | None,
     adapter: TrainerAdapter | None,
@@ -77,7 +79,7 @@ def from_functions(
             "curriculum_learning": {"enabled": True, **curriculum} if curriculum is not None else {},
             "run_configuration": {"validation_interval": validation_interval},
         },
-        "run": {"seed": seed, "deterministic": deterministic},
+        "run": {"seed": seed, "deterministic": deterministic, "engine": engine, "ray": dict(ray)},
     }
     if workflow is not None:
         settings["workflow"] = {"_type": "python_function"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         TrajectoryBuilderConfig,
     )
 
-__all__ = ["Policy", "Trainer", "TrainerAdapter", "TrajectoryBuilder"]
+__all__ = ["Policy", "ReplicatedPolicy", "Trainer", "TrainerAdapter", "TrajectoryBuilder"]
 
 logger = redacting_logger(__name__)
 
@@ -84,6 +84,26 @@ class Policy(Protocol):
 
     def episode(self, key: EpisodeKey) -> AbstractContextManager[None]:
         """Entered for as long as a rollout lives, so that a batch can wait for every live one."""
+        ...
+
+
+class ReplicatedPolicy(Policy, Protocol):
+    """A Policy of which other processes may hold replicas: an engine elsewhere samples from them. What a policy without
+    these is made of goes there as it is."""
+
+    weights_id: Any
+    """Another one whenever the weights may be others."""
+
+    def replica(self) -> Callable[[], ReplicatedPolicy]:
+        """What can be pickled and makes a replica there, which `take` gives its weights."""
+        ...
+
+    def weights(self) -> tuple[Any, int, Any]:
+        """weights_id, version and what training changes, which can be pickled."""
+        ...
+
+    def take(self, weights: Any, version: int) -> None:
+        """Samples from these weights from now on."""
         ...
 
 

@@ -152,6 +152,8 @@ class PreferenceBuilder(EvalTrajectoryBuilder):
 @register_trajectory_builder(config_type=PreferenceBuilderConfig)
 async def preference_builder(config: PreferenceBuilderConfig, builder: Builder):
     general = builder.config.eval.general
-    preferences = PreferenceBuilder(config, builder.config.run.seed, lambda: general.max_concurrency)
+    preferences = PreferenceBuilder(
+        config, builder.config.run.seed, lambda: general.max_concurrency, await builder.get_executor()
+    )
     yield preferences
     await preferences.aclose()

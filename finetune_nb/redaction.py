@@ -26,6 +26,7 @@ __all__ = [
     "SHORTEST_SECRET",
     "Path",
     "is_credential",
+    "known_secrets",
     "is_text",
     "load_keys",
     "names_credential",
@@ -64,17 +65,17 @@ class _Secrets:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: frozenset[str] = frozenset()
+        self.values: frozenset[str] = frozenset()
         self.pattern: re.Pattern[str] | None = None
 
     def add(self, value: str) -> None:
         # A secret inside a JSON text or a URL is spelt differently; all spellings are hidden.
         spellings = {value, json.dumps(value)[1:-1], quote(value, safe="")}
         with self._lock:
-            if spellings <= self._values:
+            if spellings <= self.values:
                 return
-            self._values |= spellings
-            self.pattern = _any_of(self._values)
+            self.values |= spellings
+            self.pattern = _any_of(self.values)
 
 
 def _any_of(values: Iterable[str]) -> re.Pattern[str] | None:
@@ -90,6 +91,11 @@ def remember_secret(value: str) -> None:
     """From now on `redact_text` hides `value`, if it has at least 6 characters and is not the mask itself."""
     if len(value) >= SHORTEST_SECRET and value != MASK:
         _secrets.add(value)
+
+
+def known_secrets() -> list[str]:
+    """The secret values that were met so far, for a process that is to hide them too. Never show or store them."""
+    return sorted(_secrets.values)
 
 
 def redact_text(text: str) -> str:

@@ -58,6 +58,8 @@ class Run(LiveRun):
     sampling: temperature, max_tokens, stop. training: fields of the trainer adapter's config (learning_rate, ...).
     max_concurrency: rollouts at once. item_timeout: seconds a rollout may take. retries: after transient failures.
     seed: of draws, sampling and training. deterministic: a repeat is equal to the last digit.
+    engine: "local" (this process), "ray" (a Ray cluster of this machine), "ray:auto" or "ray:HOST:PORT" (one that runs).
+    ray: fields of RaySettings (workers, worker_gpus, runtime_env, ...).
     name: the run's id and the name of its folder in `output_dir`; a number is added where that exists.
     resume: "auto" goes on with the run of that name where its record ends, if there is one ("never": a new one).
     replay: a journal that `export("journal.yaml")` wrote: its changes are made again, each in the epoch that used it.
@@ -86,6 +88,8 @@ class Run(LiveRun):
         retries: int = 0,
         seed: int = 0,
         deterministic: bool = False,
+        engine: str = "local",
+        ray: Mapping[str, Any] | None = None,
         name: str | None = None,
         resume: str = "never",
         replay: str | Path | None = None,
@@ -114,6 +118,8 @@ class Run(LiveRun):
             retries=retries,
             seed=seed,
             deterministic=deterministic,
+            engine=engine,
+            ray=ray or {},
             output_dir=str(output_dir),
             builder=builder,
             adapter=adapter,

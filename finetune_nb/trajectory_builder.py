@@ -285,6 +285,8 @@ def draw_examples(rows: int, size: int, epoch: int, seed: int) -> list[int]:
 @register_trajectory_builder(config_type=EvalTrajectoryBuilderConfig)
 async def eval_trajectory_builder(config: EvalTrajectoryBuilderConfig, builder: Builder):
     general = builder.config.eval.general
-    trajectory_builder = EvalTrajectoryBuilder(config, builder.config.run.seed, lambda: general.max_concurrency)
+    trajectory_builder = EvalTrajectoryBuilder(
+        config, builder.config.run.seed, lambda: general.max_concurrency, await builder.get_executor()
+    )
     yield trajectory_builder
     await trajectory_builder.aclose()

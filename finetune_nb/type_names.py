@@ -24,7 +24,7 @@ from .errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from .builder import Builder
 
-__all__ = ["KINDS", "OUR_TYPES", "Build", "Registration", "config_class", "registered", "type_names"]
+__all__ = ["ENGINES", "KINDS", "OUR_TYPES", "Build", "Registration", "config_class", "registered", "type_names"]
 
 KINDS: dict[str, type[TypedBaseModel]] = {
     "llm_provider": LLMBaseConfig,
@@ -84,6 +84,9 @@ OUR_TYPES: dict[str, dict[str, str]] = {
     },
 }
 """kind -> `_type` -> "module:config class". Importing the module registers the component."""
+
+ENGINES = {"ray": "finetune_nb.backends.ray.executor:ray_executor"}
+"""`run.engine` -> what builds the RolloutExecutor of an engine elsewhere."""
 
 Build = Callable[[Any, "Builder"], AsyncGenerator[Any, None]]
 

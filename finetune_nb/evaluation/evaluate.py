@@ -107,7 +107,7 @@ class EvaluationRun:
             RolloutRequest(EpisodeKey(context.phase, context.epoch, n, context.generation), items[i].model_copy())
             for n, i in enumerate(positions)
         ]
-        executor = context.executor or LocalExecutor(general.max_concurrency)
+        executor = context.executor or await builder.get_executor() or LocalExecutor(general.max_concurrency)
         meter = progress.get()
         if meter is not None:
             meter.total += len(requests)
@@ -166,6 +166,9 @@ class Rollout:
     ) -> None:
         self.workflow, self.seed, self.policies, self.timeout, self.retries = workflow, seed, policies, timeout, retries
         self.gate = gate
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "gate": None}  # a run is paused where it is driven, not where its rollouts run
 
     async def __call__(self, request: RolloutRequest) -> RolloutResult:
         if self.gate is not None:

@@ -71,6 +71,9 @@ class OpenAILLM(LLM):
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
         self._warned = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_clients": {}}  # connections do not go to other processes
+
     async def _call(
         self,
         episode: Episode,

@@ -6,13 +6,15 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from .training import Learner
+
+if TYPE_CHECKING:
+    from .training import Learner
 
 __all__ = [
     "all_tensors",

@@ -7,7 +7,7 @@ batching.py's, how sampling.py's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from . import models
 from .batching import Batcher, Request
 from .exclusive import Exclusive
 from .lora import as_trained, is_lora, merged_tensors
+from .replica import Replica, trained_weights, with_weights
 from .sampling import SampleRequest, sample_batch
 
 if TYPE_CHECKING:
@@ -40,9 +41,21 @@ class LocalPolicy(ChatTokenizer):
     what torch is set to where not.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, deterministic: bool = False, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        deterministic: bool = False,
+        threads: int | None = None,
+        device: str = "auto",
+    ) -> None:
         super().__init__(tokenizer, _end_ids(model, tokenizer), model.config.name_or_path or "the model")
+        self.weights_id = 0
+        """Another one whenever the weights may be others, also where they are put back to an older version."""
         self.version = 0
+        self.device = device
+        """As it was asked for: replicas look for theirs by it."""
         self.source: str | None = None
         """The name or directory that `load` was given; None for a model that was handed over."""
         self.model = model.eval()  # training too: dropout would make it see another policy than was sampled
@@ -69,9 +82,18 @@ class LocalPolicy(ChatTokenizer):
         is no such model, device or dtype.
         """
         model, tokenizer = models.load(name_or_dir, device, dtype, lora, seed)
-        policy = cls(model, tokenizer, deterministic=deterministic, threads=threads)
+        policy = cls(model, tokenizer, deterministic=deterministic, threads=threads, device=device)
         policy.source = str(name_or_dir)
         return policy
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self._version = version
+        self.weights_id += 1
 
     @property
     def description(self) -> str:
@@ -123,6 +145,24 @@ class LocalPolicy(ChatTokenizer):
             if row.ended is not None:
                 request.settle(row.sample())
 
+    # ── replicas in other processes ──────────────────────────────────────────────────────────────────────────────────
+
+    def replica(self) -> Callable[[], LocalPolicy]:
+        """Makes a replica elsewhere, without the trained weights. Waits for a batch at work."""
+        with self.exclusive.hold():
+            return functools.partial(_from_parts, Replica.of(self))
+
+    def weights(self) -> tuple[int, int, Any]:
+        """`weights_id`, `version`, and the trained weights for a replica's `take`. Waits for a batch at work."""
+        with self.exclusive.hold():
+            return self.weights_id, self.version, trained_weights(self.model)
+
+    def take(self, weights: Any, version: int) -> None:
+        """Samples from these weights from now on; a batch at work ends with the old ones."""
+        with self.exclusive.hold():
+            with_weights(self.model, weights)
+            self.version = version
+
     def save(self, directory: str | Path, merge: bool = False) -> Path:
         """Writes model and tokenizer; `from_pretrained` and `LocalPolicy.load` read them. Waits for a batch at work.
 
@@ -137,6 +177,12 @@ class LocalPolicy(ChatTokenizer):
                     self.model.save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
         return directory
+
+
+def _from_parts(parts: Replica) -> LocalPolicy:
+    policy = LocalPolicy(parts.model(), parts.tokenizer, threads=parts.threads, device=parts.device)
+    policy.source = f"a replica of {parts.config.name_or_path or parts.kind.__name__}"
+    return policy
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

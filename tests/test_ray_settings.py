@@ -1,0 +1,43 @@
+"""What a config may say of Ray, with or without Ray."""
+
+import sys
+
+import pytest
+
+import finetune_nb as ft
+from finetune_nb.testing import FakeAdapter, sums
+
+
+def make(tmp_path, **options):
+    return ft.Run(
+        lambda question: "ok", lambda item: 1.0, sums(2), adapter=FakeAdapter(), output_dir=tmp_path, **options
+    )
+
+
+def test_engine_is_ray_with_or_without_an_address():
+    for engine in ("ray", "ray:auto", "ray:10.0.0.1:6379"):
+        assert ft.load_config({"run": {"engine": engine}}).run.engine_kind == "ray"
+    with pytest.raises(ft.ConfigError, match="Ray Client .* is too slow for rollouts"):
+        ft.load_config({"run": {"engine": "ray:ray://10.0.0.1:10001"}})
+    with pytest.raises(ft.ConfigError, match="there is no engine 'local:8'"):
+        ft.load_config({"run": {"engine": "local:8"}})
+    with pytest.raises(ft.ConfigError, match=r"run\.ray\.worker"):
+        ft.load_config({"run": {"engine": "ray", "ray": {"worker": 2}}})
+
+
+def test_deterministic_run_stays_on_one_engine(tmp_path):
+    with pytest.raises(ft.ConfigError, match="Take engine 'local', or leave deterministic out"):
+        make(tmp_path, engine="ray", deterministic=True)
+
+
+def test_secrets_of_the_workers_environment_are_not_shown():
+    config = ft.load_config({"run": {"ray": {"runtime_env": {"env_vars": {"HF_TOKEN": "hf_something_secret"}}}}})
+    assert "hf_something_secret" not in repr(config)
+    assert "hf_something_secret" not in str(config.stored())
+
+
+async def test_without_ray_the_error_names_the_extra(tmp_path, monkeypatch, closing):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    run = closing(make(tmp_path, engine="ray"))
+    with pytest.raises(ft.MissingExtra, match=r"finetune_nb\[ray\]"):
+        await run.next_epoch()
