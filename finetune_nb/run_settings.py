@@ -44,6 +44,7 @@ class RunSettings(BaseModel):
     """Where the work is done. "local": in this process. "ray": on a Ray cluster of this machine, which is started where
     none runs in this process yet; "ray:auto": on the cluster that this machine belongs to; "ray:HOST:PORT": on that one."""
     ray: RaySettings = RaySettings()
+    """What it takes of a Ray cluster."""
     seed: int = Field(default=0, ge=0)
     """Of every draw and every sampled token."""
     deterministic: bool = False

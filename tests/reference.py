@@ -34,6 +34,7 @@ SECTIONS = {
     "eval.general": config.EvalGeneralConfig,
     "eval.general.dataset.structure": config.EvalDatasetStructureConfig,
     "run": config.RunSettings,
+    "run.ray": config.RaySettings,
 }
 PLACES = {
     "llm_provider": "llms",
