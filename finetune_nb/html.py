@@ -194,7 +194,7 @@ def sparkline(values: Sequence[float], text: str, width: int = 240, height: int 
         pen = "L"
     line = element("path", d="".join(path), fill="none", stroke="currentColor", stroke_width="1.5")
     size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height, "fill": "currentColor"}
-    return element("svg", element("title", text), line, *dots, role="img", aria_label=text, class_="ft-spark", **size)
+    return element("svg", line, *dots, role="img", aria_label=text, class_="ft-spark", **size)
 
 
 # JupyterLab's variables come first, then VS Code's, then a colour for the reader's preference. Tints are half

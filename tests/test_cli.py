@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat.sign import NotebookNotary
 
 import finetune_nb as ft
 from finetune_nb import demo
@@ -22,9 +24,11 @@ def notebooks(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     for name in ("01_first_run.ipynb", "02_read_trajectories.ipynb"):
-        (folder / name).write_text(json.dumps({"cells": [], "name": name}))
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(name)])
+        nbformat.write(notebook, folder / name)
     (folder / "README.md").write_text("not a notebook")
     monkeypatch.setattr(demo, "notebooks_folder", lambda: folder)
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     return folder
 
 
@@ -98,6 +102,10 @@ def test_lab_copies_the_notebooks(notebooks, tmp_path, capsys):
     assert sorted(p.name for p in target.iterdir()) == ["01_first_run.ipynb", "02_read_trajectories.ipynb"]
     assert (target / "01_first_run.ipynb").read_bytes() == (notebooks / "01_first_run.ipynb").read_bytes()
     assert capsys.readouterr().out.count("copied ") == 2
+    copy, notary = nbformat.read(target / "01_first_run.ipynb", as_version=4), NotebookNotary()
+    assert notary.check_signature(copy)  # else JupyterLab shows its outputs without their colours and pictures
+    copy.cells[0].outputs = [nbformat.v4.new_output("display_data", data={"text/html": "<script>"})]
+    assert not notary.check_signature(copy)
 
 
 def test_lab_never_overwrites_and_says_so(notebooks, tmp_path, capsys):
@@ -225,7 +233,6 @@ async def test_the_teller_tells_each_line_once_and_when_it_is_complete(tmp_path,
 
 
 def test_parameters_are_put_into_the_tagged_cell_of_a_notebook():
-    nbformat = pytest.importorskip("nbformat")
     cells = [
         nbformat.v4.new_code_cell("first"),
         nbformat.v4.new_code_cell("SEED = 0", metadata={"tags": ["parameters"]}),
