@@ -62,6 +62,8 @@ class Helm:
             done=progress.done if live else 0,
             failed=progress.failed if live else 0,
             total=progress.total if live else 0,
+            trained=progress.trained if live else 0.0,
+            job=progress.job if live else "",
             seconds=progress.seconds if live else 0.0,
             notice=run.notice,
             error=run.error,

@@ -160,6 +160,8 @@ class TrainerAdapter(ABC):
     finds_jobs_again: bool = False
     """True where `wait_until_complete` knows a job by its ref in another process too: a run whose process ended while a
     job was running then asks for that job, and does not submit it again. Raise UnknownJob for one that is not there."""
+    status_is_cheap: bool = False
+    """True where asking for a job's status costs nothing: then it is asked every second, to show how far training is."""
 
     def __init__(self, adapter_config: TrainerAdapterConfig):
         self.adapter_config = adapter_config

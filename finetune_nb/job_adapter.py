@@ -22,6 +22,8 @@ __all__ = ["JobAdapter", "check_versions"]
 class JobAdapter(TrainerAdapter):
     """A subclass's `submit` makes a TrainingJob, puts it into `_jobs` and starts it."""
 
+    status_is_cheap = True
+
     def __init__(self, adapter_config: TrainerAdapterConfig) -> None:
         super().__init__(adapter_config)
         self._jobs: dict[str, TrainingJob] = {}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from .display import CellProgress, CellRecord, ProgressLine, watch_progress
 from .engine import EngineThread, Launched
 from .errors import EpochAborted, FinetuneError, RunError
-from .html import duration
+from .html import cut, duration, plain
 from .interrupts import interrupts, place
 from .kernel import in_notebook
 from .redaction import redact_exception, redact_text
@@ -340,10 +340,13 @@ class LiveRun(Steering):
         if done and epochs:
             return ProgressLine(epoch_text(epochs[-1]), progress.done, progress.total)
         left_out = f", {progress.failed} failed" if progress.failed else ""
-        rollouts = f"{progress.done} of {progress.total} rollouts{left_out}"
-        parts = [f"epoch {self.next_index}", progress.phase or "starting", rollouts, duration(progress.seconds)]
+        far = f"{progress.done} of {progress.total} rollouts{left_out}"
+        reached, total = progress.done, progress.total
+        if progress.phase == "training" and progress.job:
+            far, reached, total = plain(cut(progress.job, 80)), round(progress.trained), 100
+        parts = [f"epoch {self.next_index}", progress.phase or "starting", far, duration(progress.seconds)]
         parts += [self.notice] if self.notice else []
-        return ProgressLine("  ".join(parts), progress.done, progress.total)
+        return ProgressLine("  ".join(parts), reached, total)
 
     # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

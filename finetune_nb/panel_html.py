@@ -54,6 +54,10 @@ class Doing:
     done: int = 0
     failed: int = 0
     total: int = 0
+    trained: float = 0.0
+    """Of the training job, 0 to 100 %."""
+    job: str = ""
+    """What it says of itself."""
     seconds: float = 0.0
     notice: str | None = None
     error: str | None = None
@@ -118,7 +122,9 @@ def _epoch_line(doing: Doing) -> list[Any]:
         return [f"epoch {doing.next_index} comes next"]
     phase = f"epoch {doing.next_index} · {doing.phase or 'starting'}"
     parts: list[Any] = [element("span", phase, class_="ft-phase")]
-    if doing.phase and doing.total:
+    if doing.phase == "training" and doing.job:
+        parts.append(bar(doing.trained, 100, plain(cut(doing.job, 80))))
+    elif doing.phase and doing.total:
         parts.append(bar(doing.done, doing.total, f"{doing.done:,} of {doing.total:,} rollouts"))
     if doing.failed:
         parts.append(element("span", f"{doing.failed:,} failed", class_="ft-bad"))

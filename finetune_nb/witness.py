@@ -22,6 +22,7 @@ from .interfaces import Trainer
 from .live_fields import put
 from .observe import observe, unobserve
 from .recorder import Recorder
+from .redaction import redact_text
 from .registry import Builder
 from .states import Standing
 from .types import Epoch, TrainingJobRef, TrainingJobStatus, TrajectoryCollection
@@ -29,6 +30,8 @@ from .watch import Watch, record, settled_late, told_by, validation_of
 
 __all__ = ["Witness"]
 
+ASK_EVERY = 1.0
+"""Seconds between two questions to an adapter how far its job is."""
 KEEP_EVERY = 2.0
 """Seconds between two batches of rollouts that are put into the folder as they come in."""
 
@@ -53,6 +56,7 @@ class Witness:
         self._initial_percentile = trainer.run_config.curriculum_learning.initial_percentile
         self._recent: deque[tuple[int, TrajectoryCollection]] = deque(maxlen=3)  # epochs that may be submitted late
         self._late: list[tuple[int, TrajectoryCollection, TrainingJobRef]] = []  # submitted after their epoch's record
+        self._ask = self.adapter.status
         observe(self.builder, "start_run", self._start_run)
         observe(self.builder, "finalize", self._finalize)
         observe(self.adapter, "submit", self._submit)
@@ -197,7 +201,8 @@ class Witness:
         self, original: Callable[..., Awaitable[TrainingJobStatus]], ref: TrainingJobRef, *args: Any, **kwargs: Any
     ) -> TrainingJobStatus:
         started = time.perf_counter()
-        status = await original(ref, *args, **kwargs)
+        with self._asking_how_far(ref):
+            status = await original(ref, *args, **kwargs)
         watch = self.watch
         if watch is not None and not any(ref is late for _, _, late in self._late):
             watch.waited.append(ref)
@@ -207,11 +212,33 @@ class Witness:
                 await self.recorder.waited(watch.epoch, status)
         return status
 
+    @contextlib.contextmanager
+    def _asking_how_far(self, ref: TrainingJobRef) -> Iterator[None]:
+        """Shows how far the job is, while somebody waits for it."""
+        watch = self.watch
+
+        async def ask() -> None:
+            with contextlib.suppress(Exception):  # what is only shown holds up nothing
+                while watch is not None:
+                    _show_job(watch, await self._ask(ref))
+                    await asyncio.sleep(ASK_EVERY)
+
+        if not getattr(self.adapter, "status_is_cheap", False):
+            yield
+            return
+        asking = asyncio.create_task(ask())
+        try:
+            yield
+        finally:
+            asking.cancel()
+
     async def _status(
         self, original: Callable[..., Awaitable[TrainingJobStatus]], ref: TrainingJobRef, *args: Any, **kwargs: Any
     ) -> TrainingJobStatus:
         """Whoever asks how the running epoch's job stands: what is new in the answer goes into the folder."""
         status, watch = await original(ref, *args, **kwargs), self.watch
+        if watch is not None:
+            _show_job(watch, status)
         if watch is not None and status != watch.stands and any(ref is known or ref == known for known in watch.refs):
             watch.stands = status
             await self.recorder.waited(watch.epoch, status)
@@ -288,3 +315,7 @@ class Witness:
             if any(first is t for group in collection.trajectories for t in group):
                 return index
         return None
+
+
+def _show_job(watch: Watch, status: TrainingJobStatus) -> None:
+    watch.progress.trained, watch.progress.job = status.progress or 0.0, redact_text(status.message or "")

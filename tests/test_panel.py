@@ -14,6 +14,7 @@ from finetune_nb import kernel
 from finetune_nb.helm import Helm
 from finetune_nb.live_curve import MOST, reward_curve
 from finetune_nb.panel import Panel, Still
+from finetune_nb.panel_html import status_html
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
 from finetune_nb.tripwires import SpreadBelow, ValidationFalls
 
@@ -50,6 +51,37 @@ def shows(panel, part, text, seconds=5.0):
         assert time.monotonic() < deadline, panel.shown[part].value
         time.sleep(0.02)
     return True
+
+
+class Telling(FakeAdapter):
+    """Tells how far its job is, and counts how often it was asked."""
+
+    asked = 0
+
+    async def status(self, ref):
+        self.asked += 1
+        return (await super().status(ref)).model_copy(update={"progress": 37.5, "message": "step 3 of 8"})
+
+
+@pytest.mark.parametrize("cheap", [True, False])
+def test_training_is_shown_in_steps_where_asking_costs_nothing(tmp_path, closing, monkeypatch, cheap):
+    monkeypatch.setattr("finetune_nb.witness.ASK_EVERY", 0.01)
+    adapter = Telling(policy=ScriptedPolicy(coin), delay=60)
+    adapter.status_is_cheap = cheap
+    run = closing(ft.Run(guess, right, sums(4), adapter=adapter, output_dir=tmp_path))
+    run.start(1)
+    deadline = time.monotonic() + 20
+    while run.progress.phase != "training" or (cheap and adapter.asked < 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    shown = status_html(Helm(run).doing(), 1)
+    line = run._progress_line(False)
+    if cheap:
+        assert "step 3 of 8" in shown and "width:37.5%" in shown and "rollouts" not in shown
+        assert "training  step 3 of 8" in line.text and (line.done, line.total) == (38, 100)
+    else:
+        assert adapter.asked == 0 and "32 of 32 rollouts" in shown and "32 of 32 rollouts" in line.text
+    run.abort()
 
 
 # ── inputs ───────────────────────────────────────────────────────────────────────────────────────────────────────────

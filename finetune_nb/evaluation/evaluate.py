@@ -56,12 +56,16 @@ class EvaluationContext:
 
 @dataclass
 class Progress:
-    """How far the rollouts are. Written by the engine, read by whoever shows it."""
+    """How far an epoch is: its rollouts, then its training job. Written by the engine, read by whoever shows it."""
 
     phase: str = ""
     done: int = 0
     failed: int = 0
     total: int = 0
+    trained: float = 0.0
+    """Of the training job, 0 to 100 %, as far as it tells."""
+    job: str = ""
+    """What the job says of itself, such as "step 3 of 8"."""
     started: float = field(default_factory=time.monotonic)
     on_result: Callable[[RolloutResult], None] | None = None
     """Called with every rollout as it ends, before it is scored."""
