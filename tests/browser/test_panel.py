@@ -178,11 +178,10 @@ def test_a_cell_beside_the_running_demo_answers_as_if_there_were_none(lab, runs_
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="measured: the kernel grows by 46 MB, not less than 10, and the notebook has 454 kB, not 300")
 def test_two_hundred_epochs_with_a_panel_open_leave_nothing_behind(lab, runs_folder):
-    cells = [f"{MEMORY}\nrun.start(60); run.wait(); probe.note('sizes', **sizes())"]
+    cells = [f"{MEMORY}\nrun.start(100); run.wait(); probe.note('sizes', **sizes())"]
     cells += ["run.start(200); run.wait(); probe.note('sizes', **sizes())"]
-    notebook = opened(lab, runs_folder, *cells, seconds=0.2, epochs=260, rows=10, sampling={"max_tokens": 16})
+    notebook = opened(lab, runs_folder, *cells, seconds=0.2, epochs=300, rows=10, sampling={"max_tokens": 16})
     with notebook.messages() as messages:
         notebook.run(1, 300)
         began = time.time()
@@ -196,7 +195,7 @@ def test_two_hundred_epochs_with_a_panel_open_leave_nothing_behind(lab, runs_fol
         f"\n200 epochs in {took:.0f} s: {grown:+.1f} MB, {end['widgets']} widgets before and after, {end['figures']} figures, "
         f"{per_second:.2f} messages/s, notebook {size / 1000:.0f} kB"
     )
-    assert end["epochs"] == 260 and end["figures"] == 0 and end["widgets"] == warm["widgets"]
+    assert end["epochs"] == 300 and end["figures"] == 0 and end["widgets"] == warm["widgets"]
     assert grown < 10 and per_second < 2.2 and size < 300_000
 
 
