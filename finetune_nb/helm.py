@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from .controls import Controls
 from .errors import RunError
 from .kernel import is_seen
-from .panel import Panel, Still
+from .panel import Panel
 from .panel_html import Doing
 from .preview import Preview, preview
 from .states import ACTIVE
+from .still import Still
 
 if TYPE_CHECKING:
     from .live_run import LiveRun

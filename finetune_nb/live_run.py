@@ -9,27 +9,24 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from .display import CellProgress, CellRecord, ProgressLine, watch_progress
+from .display import CellProgress, CellRecord, watch_progress
 from .engine import EngineThread, Launched
 from .errors import EpochAborted, FinetuneError, RunError
-from .html import cut, duration, plain
 from .interrupts import interrupts, place
 from .kernel import in_notebook
 from .redaction import redact_exception, redact_text
-from .states import Standing, State
-from .steering import Steering
+from .run_progress import RunProgress
+from .states import State
 from .tripwires import Tripwire, tripped
 from .types import Epoch, RolloutFailure, Trajectory, Validation
-from .viewer import epoch_text
 
 if TYPE_CHECKING:
-    from .evaluation.evaluate import Progress
     from .evaluation.recording import ChatReply
 
 __all__ = ["LiveRun"]
@@ -42,26 +39,18 @@ _inside: ContextVar[object] = ContextVar("inside", default=None)
 LAST_WORD = "finishing this epoch; interrupt again to abort it"
 
 
-class LiveRun(Steering):
+class LiveRun(RunProgress):
     """A run that can be driven."""
 
     tripwires: list[Tripwire]
     """Asked after every epoch of `start`: one that answers pauses the run. See tripwires.py."""
     _engine: EngineThread
-    _standing: Standing
     _turn: threading.RLock  # an abort meets the work that has begun, not the one before
     _work: Launched[Any] | None = None
-    _planned: int | None = None
     _aborted: float | None = None  # when the epoch that is running was, by time.monotonic
     _panel: Any = None
     _stopped_in: object = None  # the cell whose epoch was ended by an interrupt
     _shown: CellRecord | None = None  # in the cell that started the run
-
-    @property
-    def error(self) -> str | None:
-        """What the last epoch raised; None once another one begins."""
-        error = self._standing.error
-        return None if error is None else redact_text(f"{type(error).__name__}: {error}")
 
     # ── in a cell ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -233,7 +222,7 @@ class LiveRun(Steering):
 
     def pause(self) -> None:
         """Holds the run at the next safe point: rollouts in flight come to their end, no other begins."""
-        self._standing.move("pause", "paused from code")
+        self._standing.move("pause", "paused by hand")
 
     def resume(self) -> None:
         """Goes on after a pause."""
@@ -295,7 +284,7 @@ class LiveRun(Steering):
             raise self._standing.error
         return self
 
-    # ── how far it is ────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── by hand ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def panel(self) -> Any:
         """The control panel: state and progress, buttons, the live settings with what they would do, the reward curve, the
@@ -304,49 +293,6 @@ class LiveRun(Steering):
         from .helm import panel_of
 
         return panel_of(self)
-
-    @property
-    def progress(self) -> Progress:
-        """How far the running epoch is."""
-        return self._driver.progress
-
-    @property
-    def planned(self) -> int:
-        """The epoch before which `start` will end, or has ended."""
-        return self._planned or self.config.finetuning.num_epochs
-
-    @property
-    def notice(self) -> str | None:
-        """Why it is paused, or what it is about to do."""
-        return self._standing.notice
-
-    def log_lines(self, count: int = 20) -> list[str]:
-        """The last lines of the run's log."""
-        store = self._stored()
-        return [] if store is None else [_line(event) for event in store.events(last=count)]
-
-    @property
-    def state(self) -> str:
-        """See states.State; of a run that is only read here also interrupted (its process ended in the middle of an
-        epoch), archived, or what the process that writes it is doing."""
-        if not self._closed and self._standing.state in (State.NEW, State.READY):
-            told = self._told_on_disk()
-            if told is not None:
-                return told
-        return str(State.CLOSED if self._closed else self._standing.state)
-
-    def _progress_line(self, done: bool) -> ProgressLine:
-        progress, epochs = self._driver.progress, self._driver.epochs
-        if done and epochs:
-            return ProgressLine(epoch_text(epochs[-1]), progress.done, progress.total)
-        left_out = f", {progress.failed} failed" if progress.failed else ""
-        far = f"{progress.done} of {progress.total} rollouts{left_out}"
-        reached, total = progress.done, progress.total
-        if progress.phase == "training" and progress.job:
-            far, reached, total = plain(cut(progress.job, 80)), round(progress.trained), 100
-        parts = [f"epoch {self.next_index}", progress.phase or "starting", far, duration(progress.seconds)]
-        parts += [self.notice] if self.notice else []
-        return ProgressLine("  ".join(parts), reached, total)
 
     # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -374,14 +320,3 @@ class _Pressed:
         with suppress(RunError):  # it has ended meanwhile
             self.run.abort()
             self.run._stopped_in = None
-
-
-def _line(event: Mapping[str, Any]) -> str:
-    clock = time.strftime("%H:%M:%S", time.localtime(event.get("time", 0.0)))
-    told = {
-        key: value
-        for key, value in event.items()
-        if key not in ("time", "kind", "traceback", "level", "logger", "text")
-    }
-    text = event.get("text") or " ".join(f"{key}={value}" for key, value in told.items() if value is not None)
-    return f"{clock} {event.get('level', event['kind'])} {text}"

@@ -7,7 +7,6 @@ at most ten more in answer to a person's own input. Where nobody sees widgets, `
 
 from __future__ import annotations
 
-import base64
 import threading
 import time
 import weakref
@@ -17,18 +16,16 @@ from typing import Any, Protocol
 
 from .controls import Change, Controls
 from .errors import FinetuneError
-from .html import Html, element, view
-from .kernel import let_through, word_of_absence
-from .live_curve import reward_curve
+from .html import element
+from .kernel import let_through
 from .panel_html import Doing, asked_html, log_html, record_html, status_html, style_html
 from .panel_inputs import Inputs, TripwireInputs
 from .preview import Preview
 from .preview_card import preview_body
 from .redaction import redact_text, redacting_logger
-from .types import Epoch
-from .viewer import run_html, run_text
+from .still import Still
 
-__all__ = ["Panel", "Still"]
+__all__ = ["Panel"]
 
 logger = redacting_logger(__name__)
 
@@ -37,8 +34,6 @@ EVERY = 0.5
 ANSWER_EVERY = 0.1
 """Seconds between two answers to a person's input."""
 LOG_LINES = 8
-STILL_DPI = 120
-"""Of the picture that stays in a saved notebook: a run may be shown in many cells."""
 WIDGET = "application/vnd.jupyter.widget-view+json"
 _numbers = iter(range(1, 1_000_000))
 
@@ -77,42 +72,6 @@ class Helm(Protocol):
     def ask(self) -> None:
         """Asks for what is in the draft."""
         ...
-
-
-class Still:
-    """A panel without widgets: the run as it was when this was made."""
-
-    def __init__(self, helm: Helm) -> None:
-        doing = helm.doing()
-        where = {"name": doing.name, "state": doing.state, "epochs": doing.epochs, "error": doing.error}
-        self._text = run_text(**where)
-        body = [
-            Html(run_html(**where)),
-            Html(style_html()),
-            view(reward_curve(doing.epochs, helm.run.changes), styled=False),
-        ]
-        if doing.notice and not doing.error:
-            body.insert(1, view(element("div", doing.notice, class_="ft-banner"), styled=False))
-        if absent := word_of_absence():
-            body.append(view(element("div", absent, class_="ft-dim"), styled=False))
-        self._html = element("div", *body)
-        self._png = _picture(doing.epochs)
-
-    def __repr__(self) -> str:
-        return self._text
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        found = {"text/plain": self._text, "text/html": self._html}
-        return {**found, "image/png": self._png} if self._png else found
-
-
-def _picture(epochs: Sequence[Epoch]) -> str | None:
-    """The reward curve as PNG, base64; None without an epoch."""
-    if not epochs:
-        return None
-    from .plots import plot_rewards
-
-    return base64.b64encode(plot_rewards(epochs).png(STILL_DPI)).decode("ascii")  # type: ignore[union-attr]
 
 
 class Panel:

@@ -260,6 +260,7 @@ border-bottom:1px solid var(--jp-border-color2,rgba(128,128,128,.35));margin:0 0
 .ft-panel .widget-toggle-buttons{display:flex;flex-flow:row nowrap;align-items:center}
 .ft-panel .widget-toggle-buttons>.widget-label{flex:0 0 132px;text-align:right;margin-right:8px}
 .ft-panel .ft-b-heading{margin:0}
+body[data-jp-theme-light='false'] .ft-panel select{color-scheme:dark}
 .ft-panel .ft-section{font-weight:600;font-size:11px;letter-spacing:.06em;text-transform:uppercase;opacity:.7;margin:6px 0 0}
 .ft-head{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:center}
 .ft-name{font-size:15px}

@@ -172,12 +172,13 @@ def panels(
     return axes, figure, look
 
 
-def finish(ax: Axes, look: Theme, empty: bool) -> None:
+def finish(ax: Axes, look: Theme, empty: bool, said: str = "no epoch yet") -> None:
+    """The legend; where there is nothing to draw, a text that says so."""
     from .figure import legend_above
 
     if empty:
         ax.set(xticks=[], yticks=[])
-        ax.text(0.5, 0.5, "no epoch yet", ha="center", va="center", transform=ax.transAxes, color=look.ink)
+        ax.text(0.5, 0.5, said, ha="center", va="center", transform=ax.transAxes, color=look.ink)
     else:
         legend_above(ax, look)
 

@@ -124,8 +124,9 @@ def plot_scores(
             colour = look.colours[(place if len(runs) > 1 else nth) % len(look.colours)]
             label = label_of(f"{run.name}: {name}" if len(runs) > 1 else name)
             draw_line(ax, where, column, colour, label, MARKERS[nth % 8], LINES[nth % 4])
-    mark_changes(ax, runs, look)
-    finish(ax, look, empty=not records)
+    if chosen:
+        mark_changes(ax, runs, look)
+    finish(ax, look, empty=not chosen or not records, said="no scores" if records else "no epoch yet")
     if figure is None:
         return ax
     whose = (f"{run.name} " if len(runs) > 1 else "" for run, _, _ in said)

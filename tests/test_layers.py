@@ -29,8 +29,8 @@ LAYERS = {
     "views": "sampled_tokens heat_map conversation pieces rollout_group rollout_view group_comparison"
     " columns spread_forecast learning_signal rollout_frames unfolding message_frames token_frames frames"
     " figure plot_parts distributions group_plots plots viewer preview_card comparison report export kernel display interrupts"
-    " live_curve panel_html panel_inputs panel",
-    "surface": "from_functions from_folder shelf run_views run_on_disk steering helm live_run run cli demo testing",
+    " live_curve panel_html panel_inputs still panel",
+    "surface": "from_functions from_folder shelf run_views run_on_disk steering run_progress helm live_run run cli demo testing",
     "edge": "backends* examples*",
 }
 BELOW_THE_EDGE = ("nouns", "contracts", "engine")

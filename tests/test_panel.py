@@ -13,8 +13,9 @@ import finetune_nb as ft
 from finetune_nb import kernel
 from finetune_nb.helm import Helm
 from finetune_nb.live_curve import MOST, reward_curve
-from finetune_nb.panel import Panel, Still
+from finetune_nb.panel import Panel
 from finetune_nb.panel_html import status_html
+from finetune_nb.still import Still
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
 from finetune_nb.tripwires import SpreadBelow, ValidationFalls
 

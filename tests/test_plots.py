@@ -312,6 +312,12 @@ def test_no_epoch_gives_a_picture_that_says_so(plot) -> None:
     assert [text.get_text() for text in figure.axes[0].texts] == ["no epoch yet"]
 
 
+def test_epochs_without_scores_give_a_picture_that_says_so() -> None:
+    figure = plots.plot_scores([make_epoch([[1, 0]], i) for i in range(3)])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no scores"] and not figure.axes[0].lines
+    assert figure.alt_text.endswith("no scores")
+
+
 @pytest.mark.parametrize("plot", ALL)
 def test_epochs_without_rewards_or_groups_can_be_drawn(plot) -> None:
     assert plot([make_epoch([], 0), make_epoch([[None, math.inf]], 1)]).png().startswith(b"\x89PNG")
