@@ -25,6 +25,7 @@ def test_there_are_notebooks():
         "03_live_curriculum.ipynb",
         "04_your_own_agent.ipynb",
         "05_real_model.ipynb",
+        "06_scale_out.ipynb",
     ]
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,11 @@ def connect(engine: str) -> Any:
         options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
         for attempt in range(1 if address else ATTEMPTS):
             try:
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="finetune_nb", **options)
+                _in_lasting_thread(
+                    lambda: ray.init(
+                        log_to_driver=False, logging_level=logging.ERROR, namespace="finetune_nb", **options
+                    )
+                )
                 break
             except Exception as error:  # Ray raises plain Exception, ConnectionError, RuntimeError, ...
                 with suppress(Exception):
@@ -66,6 +71,23 @@ def connect(engine: str) -> Any:
                 ) from None
         _remember_token()
     return ray
+
+
+def _in_lasting_thread(start: Callable[[], Any]) -> None:
+    """Linux ends Ray's processes together with the thread that started them, so this one stays where it was successful."""
+    started: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            start()
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        threading.Event().wait()
+
+    threading.Thread(target=work, name="finetune_nb ray", daemon=True).start()
+    started.result()
 
 
 def _remember_token() -> None:
