@@ -36,7 +36,9 @@ async def test_kernel_is_left_with_little_of_a_rollout(ray, tmp_path, closing, c
         options = {"generations": GENERATIONS, "max_concurrency": 256, "output_dir": tmp_path / engine}
         adapter = FakeAdapter(policy=ScriptedPolicy(say))
         return closing(
-            ft.Run(once, lambda item: 1.0, sums(EXAMPLES), adapter=adapter, engine=engine, ray={"workers": 2}, **options)
+            ft.Run(
+                once, lambda item: 1.0, sums(EXAMPLES), adapter=adapter, engine=engine, ray={"workers": 2}, **options
+            )
         )
 
     here, _ = await epochs(make("local"))
