@@ -19,9 +19,11 @@ from .config import Config
 from .controls import LiveField
 from .registry import Builder
 
-__all__ = ["live_fields", "put"]
+__all__ = ["AT_TRAINING", "live_fields", "put"]
 
 SAFE_POINTS = ("rollouts", "training")
+AT_TRAINING: dict[str, Any] = {"live": "training"}
+"""The mark of a setting that the next training job reads."""
 
 
 def live_fields(config: Config) -> list[LiveField]:

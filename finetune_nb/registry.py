@@ -10,6 +10,7 @@ The names stand in type_names.py; making live components is builder.py's (`Build
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
@@ -53,8 +54,8 @@ def _decorator(kind: str, config_type: Any) -> Callable[[F], F]:
             f"register_{kind}: {config_type.__name__} has no _type. "
             f'Name it: class {config_type.__name__}({base.__name__}, name="my_{kind}").'
         )
-    ours = OUR_TYPES[kind].get(name, "").partition(":")[0]
-    if ours and config_type.__module__ != ours:
+    ours, _, known_as = OUR_TYPES[kind].get(name, "").partition(":")
+    if ours and getattr(sys.modules.get(ours), known_as, None) is not config_type:
         raise ConfigError(f"register_{kind}: _type {name!r} is finetune_nb's own (in {ours}). Choose another name.")
 
     def register(build: F) -> F:

@@ -69,6 +69,10 @@ class TrainingJob:
         """`train` fills in `report`, calls `stepped` after each step and returns early once `stopped()`."""
         start_daemon(lambda: self._work(train), "finetune_nb training")
 
+    def cancel(self) -> None:
+        """It stops before its next optimizer step; those that it has made stay."""
+        self.canceled.set()
+
     def stopped(self) -> bool:
         return self.canceled.is_set() or leaving.is_set()
 

@@ -179,6 +179,7 @@ def test_names_of_our_own_types_cannot_be_taken():
 def test_one_of_our_types_is_imported_when_it_is_first_named(monkeypatch):
     monkeypatch.setitem(OUR_TYPES["evaluator"], "reg_lazy", "reg_lazy_module:LazyConfig")
     module = types.ModuleType("reg_lazy_module")
+    monkeypatch.setitem(sys.modules, "reg_lazy_module", module)
     exec(
         "from finetune_nb.config import EvaluatorBaseConfig\n"
         "from finetune_nb.registry import register_evaluator\n"
@@ -187,7 +188,6 @@ def test_one_of_our_types_is_imported_when_it_is_first_named(monkeypatch):
         "async def lazy(config, builder):\n    yield 'made'\n",
         module.__dict__,
     )
-    monkeypatch.setitem(sys.modules, "reg_lazy_module", module)
     assert load_config({"eval": {"evaluators": {"e": {"_type": "reg_lazy"}}}}).eval.evaluators["e"].type == "reg_lazy"
 
 

@@ -20,7 +20,7 @@ from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.backends.trl.adapter import TRLAdapter, TRLDPOConfig, TRLSFTConfig  # noqa: E402
 from finetune_nb.backends.trl.rows import best_of_groups, preference_rows, supervised_rows  # noqa: E402
 from finetune_nb.config import FinetuneConfig  # noqa: E402
-from finetune_nb.errors import BackendError, UnknownJob  # noqa: E402
+from finetune_nb.errors import BackendError, ConfigError, UnknownJob  # noqa: E402
 from finetune_nb.testing import make_trajectory  # noqa: E402
 from finetune_nb.types import DPOItem, TrainingJobRef, Trajectory, TrajectoryCollection  # noqa: E402
 
@@ -108,7 +108,7 @@ async def test_preferences_move_the_policy_that_is_sampled(tmp_path):
     ref = await trainer.submit(collection([preference() for _ in range(8)]))
     running = await trainer.status(ref)
     assert running.status == "running"
-    with pytest.raises(BackendError, match="is at work; one at a time"):
+    with pytest.raises(BackendError, match="is at work; expected none beside another one"):
         await trainer.submit(collection([preference()]))
     status = await trainer.wait_until_complete(ref)
     assert (status.status, status.progress, status.message) == ("completed", 100.0, "trained on 8 rows")
@@ -145,7 +145,7 @@ async def test_chosen_trajectories_move_the_policy_and_a_checkpoint_brings_it_ba
     after = logprob(policy, "yes")
     assert after > before + 0.5
     await trainer.load_checkpoint(tmp_path / "checkpoint")
-    assert (policy.version, logprob(policy, "yes")) == (0, pytest.approx(before, abs=1e-5))
+    assert (policy.version, logprob(policy, "yes"), trainer._submitted) == (0, pytest.approx(before, abs=1e-5), 0)
     with pytest.raises(BackendError, match="no checkpoint of trl_sft"):
         await trainer.load_checkpoint(tmp_path)
     await trainer.aclose()
@@ -199,6 +199,19 @@ async def test_what_cannot_be_learned_from_starts_nothing(tmp_path):
     with pytest.raises(UnknownJob):
         await trainer.status(TrainingJobRef(run_id="run", backend="trl_sft", metadata={"job_id": "x"}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_with_a_lora_adapter_is_refused_before_anything_is_written(tmp_path):
+    pytest.importorskip("peft")
+    from finetune_nb.backends.local.config import LoRAConfig
+    from finetune_nb.backends.local.lora import with_adapter
+
+    policy = LocalPolicy(with_adapter(random_model(), LoRAConfig(rank=2)), byte_tokenizer())
+    with pytest.raises(ConfigError, match=r"policy.save\(directory, merge=True\), then model=directory"):
+        TRLAdapter(TRLSFTConfig(device="cpu"), policy=policy)
+    policy.save(tmp_path, merge=True)
+    merged = TRLAdapter(TRLSFTConfig(device="cpu", model=str(tmp_path))).policy
+    assert not hasattr(merged.model, "peft_config")
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """LocalGRPOAdapter: GRPO on this machine, on the very weights that the policy samples from.
 
-Here are the config and the adapter's face: what is refused. How jobs are asked about is job_adapter.py's, what they learn
-from experience.py's, how they learn training.py's, how that is kept checkpoint.py's. Without torch this module can be
-imported, not used.
+Here is the adapter's face: what is refused. Its settings are config.py's. How jobs are asked about is job_adapter.py's, what
+they learn from experience.py's, how they learn training.py's, how that is kept checkpoint.py's. Without torch this module can
+be imported, not used.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
-from ...config import FinetuneConfig, TrainerAdapterConfig
+from ...config import FinetuneConfig
 from ...episodes import check_exact
 from ...errors import BackendError, FinetuneError, MissingExtra
 from ...experience import experience
@@ -24,6 +23,7 @@ from ...redaction import redacting_logger
 from ...registry import Builder, register_trainer_adapter
 from ...training_job import TrainingJob
 from ...types import TrainingJobRef, TrajectoryCollection
+from .config import LocalGRPOConfig, LoRAConfig
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoints
@@ -35,85 +35,7 @@ __all__ = ["LoRAConfig", "LocalGRPOAdapter", "LocalGRPOConfig"]
 logger = redacting_logger(__name__)
 
 
-AT_TRAINING: dict[str, Any] = {"live": "training"}
-"""Marks a setting that may be changed while a run goes on; the next job reads it."""
-
-
-class LoRAConfig(BaseModel):
-    """Train an adapter of low rank in place of all weights."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
-
-    rank: int = Field(default=16, ge=1)
-    """Of the two matrices beside each layer: more can learn more, and needs more memory."""
-    alpha: int | None = Field(default=None, ge=1)
-    """The adapter's output is scaled by alpha / rank. None: 2 * rank."""
-    target: str | list[str] = "all-linear"
-    """Layers that get an adapter: "all-linear" (all but the output layer), a regular expression, or ends of names."""
-
-
-class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
-    """GRPO in this process, with torch and transformers."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    model: str = "embedded"
-    """"embedded" (ships with finetune_nb), a Hugging Face model directory, or a name on the hub."""
-    lora: LoRAConfig | None = None
-    """Train a LoRA adapter: {} for its defaults. None: all weights are trained."""
-    learning_rate: float = Field(default=5e-4, gt=0, json_schema_extra=AT_TRAINING)
-    """Of AdamW, at its highest. The default suits the embedded model; a real one wants 1e-6 to 1e-5, with LoRA 1e-5 to
-    3e-4."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes over `finetuning.num_epochs` training jobs, one an epoch; it falls to a tenth."""
-    warmup: float = Field(default=0.0, ge=0, lt=1)
-    """Part of the planned epochs in which the learning rate climbs to its highest."""
-    optimizer_steps: int = Field(default=8, ge=1, json_schema_extra=AT_TRAINING)
-    """Steps in one pass over all trajectories of an epoch; fewer where there are fewer trajectories."""
-    inner_epochs: int = Field(default=1, ge=1)
-    """Passes over the trajectories of an epoch."""
-    clip_low: float = Field(default=0.2, ge=0, lt=1)
-    """A token whose probability fell below 1 - clip_low of what it was gives no further push down."""
-    clip_high: float = Field(default=0.2, ge=0)
-    """A token whose probability rose above 1 + clip_high of what it was gives no further push up."""
-    loss: Literal["dapo", "grpo"] = "dapo"
-    """"dapo": mean over all tokens of an optimizer batch; "grpo": mean over each sequence, then over sequences."""
-    kl_coef: float = Field(default=0.0, ge=0)
-    """Weight of the KL divergence from the initial weights. Above 0 a frozen copy of them is kept in memory; with LoRA
-    they are there already."""
-    scale_rewards: bool = True
-    """Advantages are divided by the standard deviation of their group's rewards."""
-    truncated: Literal["train", "mask"] = "train"
-    """Trajectories whose last reply was cut at max_tokens: "mask" does not train on them (DAPO's overlong filtering).
-    Their rewards count in their group either way."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """A longer gradient is shortened to this."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay of the gradient's mean and of its square's."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Of AdamW: the share of a weight that a step takes away, times the learning rate."""
-    micro_batch_tokens: int = Field(default=4096, ge=1, json_schema_extra=AT_TRAINING)
-    """Tokens, padding included, in one forward and backward pass, whose gradients add up to an optimizer step's: less
-    needs less memory and changes no result. A prompt that a group shares counts once."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: about a third slower, much less memory. Prompts are not shared
-    then."""
-    max_staleness: int = Field(default=0, ge=0)
-    """Policy versions by which a trajectory may be older than the weights that it trains."""
-    allow_inexact: bool = False
-    """Trains also on turns whose token ids are not known to be those that were sampled."""
-    max_logprob_gap: float | None = Field(default=0.1, gt=0)
-    """Mean |log probability in training - when sampled| (nats), before the first step of a job, beyond which the job
-    fails: something else was sampled than is trained. None: never; so with max_staleness above 0, which makes a gap."""
-    device: str = "auto"
-    """A torch device; "auto": cuda, else mps, else cpu."""
-    dtype: str = "auto"
-    """A torch dtype; "auto": float32, and with LoRA on a GPU that has it bfloat16 for what is not trained."""
-    threads: int | None = Field(default=None, ge=1)
-    """Torch threads; None: 1 for a small model, else torch's own setting (2 in a deterministic run)."""
-
-
-class LocalGRPOAdapter(JobAdapter):
+class LocalGRPOAdapter(JobAdapter[TrainingJob]):
     """Trains `policy` on the trajectories that it is given.
 
     seed: of the order in which trajectories are trained on. deterministic: a repeat is equal to the last digit. policy:

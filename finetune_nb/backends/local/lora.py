@@ -8,15 +8,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError, MissingExtra
-
-if TYPE_CHECKING:
-    from .adapter import LoRAConfig
+from .config import LoRAConfig
 
 __all__ = [
     "as_trained",

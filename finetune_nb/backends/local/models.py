@@ -8,15 +8,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...errors import ConfigError
+from .config import LoRAConfig
 from .lora import is_lora, settings_of, with_adapter, with_saved_adapter
-
-if TYPE_CHECKING:
-    from .adapter import LoRAConfig
 
 __all__ = ["EMBEDDED", "chosen_device", "chosen_dtype", "described", "load", "no_progress_bars"]
 

@@ -10,20 +10,18 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...chat_tokenizer import ChatTokenizer, check_prompt
 from ...daemons import leaving
 from ...types import EpisodeKey, Sample, SamplingParams
 from . import models
 from .batching import Batcher, Request
+from .config import LoRAConfig
 from .exclusive import Exclusive
 from .lora import as_trained, is_lora, merged_tensors
 from .replica import Replica, trained_weights, with_weights
 from .sampling import SampleRequest, sample_batch
-
-if TYPE_CHECKING:
-    from .adapter import LoRAConfig
 
 __all__ = ["LocalPolicy"]
 

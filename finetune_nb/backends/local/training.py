@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import BackendError, ConfigError
 from ...experience import Experience, TokenSequence
+from .config import LocalGRPOConfig
 from .forward import TokenBatch, collate, micro_batches
 from .grpo import LossStatistics, policy_loss
 from .lora import as_trained, is_lora, switched_off
@@ -24,9 +25,6 @@ from .memory import largest_that_fits, ran_out
 from .policy import LocalPolicy
 from .prefill import can_share
 from .schedule import rate
-
-if TYPE_CHECKING:
-    from .adapter import LocalGRPOConfig
 
 __all__ = ["Learner", "TrainingReport"]
 

@@ -1,7 +1,7 @@
 """TinkerAdapter: training on a Tinker-compatible service (Thinking Machines' cloud, SkyRL's open server).
 
-Here are the config and the adapter's face: what is refused, when a job is tried again, and when the policy version rises.
-How a job's steps are asked for is training.py's, what the service is and how its errors are told apart service.py's.
+Here is the adapter's face: what is refused, when a job is tried again, and when the policy version rises. Its settings are
+config.py's. How a job's steps are asked for is training.py's, what the service is and how its errors are told apart service.py's.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import re
 import threading
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import ConfigDict, Field, SecretStr
 
-from ...config import FinetuneConfig, TrainerAdapterConfig
+from ...config import FinetuneConfig
 from ...episodes import check_exact
 from ...errors import BackendError, FinetuneError, MissingExtra
 from ...evaluation.executor import in_daemon_thread
 from ...experience import Experience, experience
 from ...job_adapter import JobAdapter, check_versions
+from ...observe import resolve
 from ...redaction import redact_text, redacting_logger
 from ...registry import Builder, register_trainer_adapter
 from ...training_job import TrainingJob
 from ...types import TrainingJobRef, TrajectoryCollection
+from .config import TinkerConfig
 from .saved import Manifest, read_manifest, write_manifest
 from .service import TinkerService, Unavailable, sdk
 from .training import TinkerReport, check, train
@@ -37,80 +38,11 @@ __all__ = ["TinkerAdapter", "TinkerConfig"]
 
 logger = redacting_logger(__name__)
 
-AT_TRAINING: dict[str, Any] = {"live": "training"}
-"""Marks a setting that may be changed while a run goes on; the next job reads it."""
 PARTING_SECONDS = 10.0
 """What a step that is under way may still take when the adapter is closed."""
 
 
-class TinkerConfig(TrainerAdapterConfig, name="tinker"):
-    """A LoRA adapter, trained and sampled on a Tinker-compatible service."""
-
-    model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
-
-    model: str
-    """The base model, as the service calls it, such as "Qwen/Qwen3-8B"."""
-    tokenizer: str | None = None
-    """Hugging Face directory or hub name of the model's tokenizer; None: `model`."""
-    base_url: str | None = None
-    """Of a server of your own; None: $TINKER_BASE_URL, else Thinking Machines' service."""
-    api_key: SecretStr | None = None
-    """None: $TINKER_API_KEY. A server of your own needs none."""
-    rank: int = Field(default=32, ge=1)
-    """Of the LoRA adapter's matrices."""
-    learning_rate: float = Field(default=1e-4, gt=0, json_schema_extra=AT_TRAINING)
-    """Of AdamW, constant."""
-    optimizer_steps: int = Field(default=1, ge=1, json_schema_extra=AT_TRAINING)
-    """Steps in one pass over all trajectories of an epoch; fewer where there are fewer trajectories."""
-    inner_epochs: int = Field(default=1, ge=1)
-    """Passes over the trajectories of an epoch."""
-    loss: Literal["importance_sampling", "ppo", "cispo"] = "importance_sampling"
-    """The service's loss. "importance_sampling" is not clipped and known to every service; with more than a few steps on
-    the same trajectories take "ppo"."""
-    clip_low: float = Field(default=0.2, ge=0, lt=1)
-    """A token's probability ratio is clipped below 1 - clip_low; not with importance_sampling."""
-    clip_high: float = Field(default=0.2, ge=0)
-    """A token's probability ratio is clipped above 1 + clip_high; not with importance_sampling."""
-    scale_rewards: bool = True
-    """Advantages are divided by the standard deviation of their group's rewards."""
-    truncated: Literal["train", "mask"] = "train"
-    """Trajectories whose last reply was cut at max_tokens: "mask" does not train on them. Their rewards count in their
-    group either way."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    """A longer gradient is shortened to this; 0: never. SkyRL's server does not do it."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay of the gradient's mean and of its square's."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Of AdamW: the share of a weight that a step takes away, times the learning rate."""
-    max_staleness: int = Field(default=0, ge=0)
-    """Policy versions by which a trajectory may be older than the weights that it trains."""
-    max_logprob_gap: float | None = Field(default=0.1, gt=0)
-    """Mean |log probability in training - when sampled| (nats), before the first step of a job, beyond which the job
-    fails: something else was sampled than is trained. None: never; so with max_staleness above 0, which makes a gap."""
-    allow_inexact: bool = False
-    """Trains also on turns whose token ids are not known to be those that were sampled."""
-    retries: int = Field(default=2, ge=0)
-    """How often a job is begun again, and a reply asked for again, after the service failed. What the SDK tries again by
-    itself (connections, rate limits) does not count."""
-    retry_delay: float = Field(default=1.0, ge=0)
-    """Seconds before the first retry; each further one waits twice as long."""
-    step_timeout: float = Field(default=3600.0, gt=0)
-    """Seconds that one request may take, waiting in the service's queue included."""
-    state_ttl: int | None = Field(default=None, ge=1)
-    """Seconds after which the service may delete a saved state; None: it is kept. Checkpoints are as old as they get."""
-
-    @property
-    def clips(self) -> bool:
-        return self.loss != "importance_sampling"
-
-    def loss_settings(self) -> dict[str, float] | None:
-        """The service wants bounds of the ratio itself."""
-        if not self.clips:
-            return None
-        return {"clip_low_threshold": 1 - self.clip_low, "clip_high_threshold": 1 + self.clip_high}
-
-
-class TinkerAdapter(JobAdapter):
+class TinkerAdapter(JobAdapter[TrainingJob]):
     """Trains `policy` on the trajectories that it is given. seed: of the first weights and of the order in which
     trajectories are trained on. tokenizer: one that is loaded already.
 
@@ -135,12 +67,13 @@ class TinkerAdapter(JobAdapter):
         with self._loading:
             if self._policy is None:
                 sdk()
-                from .policy import TinkerPolicy, load_tokenizer
+                from .policy import TinkerPolicy
 
                 config, tokenizer = self.adapter_config, self._tokenizer
                 if tokenizer is None:
                     try:
-                        tokenizer, end_ids = load_tokenizer(config.tokenizer or config.model)
+                        load = resolve("finetune_nb.backends.tokenizer:load_tokenizer")
+                        tokenizer, end_ids = load(config.tokenizer or config.model)
                     except ImportError as error:
                         raise MissingExtra("the training backend tinker", "tinker") from error
                 else:

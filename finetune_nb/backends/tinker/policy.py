@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ...chat_tokenizer import ChatTokenizer, check_prompt
-from ...errors import BackendError, ConfigError
+from ...errors import BackendError
 from ...evaluation.executor import in_daemon_thread
 from ...types import EpisodeKey, Sample, SamplingParams
 from .service import Gone, TinkerService, Unavailable, sdk, sorted_error
 
-__all__ = ["TinkerPolicy", "load_tokenizer"]
+__all__ = ["TinkerPolicy"]
 
 
 class TinkerPolicy(ChatTokenizer):
@@ -75,23 +75,3 @@ class TinkerPolicy(ChatTokenizer):
                 "one each. Without them nothing can be trained on."
             )
         return Sample(list(reply.tokens), list(reply.logprobs), reply.stop_reason)
-
-
-def load_tokenizer(name_or_dir: str) -> tuple[Any, list[int]]:
-    """A tokenizer from a Hugging Face directory or hub name, and the tokens that end a turn. Raises ConfigError."""
-    from transformers import AutoTokenizer, GenerationConfig
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the tokenizer of {name_or_dir!r} cannot be loaded: {error} Name a Hugging Face directory or hub model in "
-            "`tokenizer` of the trainer adapter where the service calls the model otherwise."
-        ) from error
-    found = {tokenizer.eos_token_id}
-    try:
-        ends = GenerationConfig.from_pretrained(name_or_dir).eos_token_id
-        found.update(ends if isinstance(ends, list) else [ends])
-    except (OSError, ValueError):  # not every tokenizer has a model beside it
-        pass
-    return tokenizer, sorted(token for token in found if isinstance(token, int))

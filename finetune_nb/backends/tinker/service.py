@@ -14,13 +14,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import BackendError, ConfigError, MissingExtra, did_you_mean
 from ...redaction import redact_text, redacting_logger, remember_secret
-
-if TYPE_CHECKING:
-    from .adapter import TinkerConfig
+from .config import TinkerConfig
 
 __all__ = ["TESTED_SDK", "Gone", "Misunderstood", "Refused", "TinkerService", "Unavailable", "sdk", "sorted_error"]
 

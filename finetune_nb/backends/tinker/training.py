@@ -11,16 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ...errors import BackendError
 from ...experience import Experience, TokenSequence
+from .config import TinkerConfig
 from .service import TinkerService, sdk
-
-if TYPE_CHECKING:
-    from .adapter import TinkerConfig
 
 __all__ = ["TinkerReport", "check", "loss_inputs", "train"]
 
