@@ -90,6 +90,8 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
     kept_mean_reward      float64          over the groups that were trained on
     trajectories ...      int64            also groups, groups_with_spread (those that can teach), kept_trajectories,
                                            kept_groups, failures, sampled_tokens
+    continued_turns       Int64            sampled turns that carry a conversation on; drifted_turns: those of them that
+                                           were rendered anew instead of behind the sampled ids
     curriculum            bool             whether the curriculum was on
     percentile            float64          share of the groups with spread that is trained on, in (0, 1]
     schedule              str              "automatic" or "manual"
@@ -123,6 +125,8 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
         found[name] = floats(values.group_quantiles[place] for values in metrics)
     for name in _COUNTED:
         found[name] = np.array([getattr(values, name) for values in metrics], dtype=np.int64)
+    for name in ("continued_turns", "drifted_turns"):
+        found[name] = counts([getattr(values, name) for values in metrics])
     found |= {
         "curriculum": np.array([epoch.curriculum.enabled for epoch in records], dtype=bool),
         "percentile": floats(epoch.curriculum.percentile for epoch in records),

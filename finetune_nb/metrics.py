@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from .episodes import drift
 from .types import EpisodeItemRole, EpochMetrics, GroupStatistics, Selection, Trajectory, TrajectoryCollection
 
 __all__ = ["NO_SPREAD", "advantages", "epoch_metrics", "has_signal"]
@@ -34,6 +35,7 @@ def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics,
     kept_rewards = statistics.rewards[finite & np.repeat(kept, sizes)]
     means = statistics.means[np.isfinite(statistics.means)]
     low, median, high = np.quantile(means, [0.1, 0.5, 0.9]).tolist() if len(means) else [math.nan] * 3
+    continued, drifted = drift(trajectory for group in collection.trajectories for trajectory in group)
     tokens, scores = _tokens_and_scores(trajectory for group in collection.trajectories for trajectory in group)
     return EpochMetrics(
         mean_reward=_mean(rewards),
@@ -48,6 +50,8 @@ def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics,
         kept_groups=int(kept.sum()),
         kept_mean_reward=_mean(kept_rewards),
         sampled_tokens=tokens,
+        continued_turns=continued,
+        drifted_turns=drifted,
         scores=scores,
     )
 

@@ -16,6 +16,7 @@ from .config import CurriculumSettings
 from .controls import Change, LiveField
 from .html import Html, bar, cut, duration, element, number, plain, table, view
 from .live_curve import reward_curve
+from .pieces import drifted
 from .states import ACTIVE, State
 from .types import Epoch
 
@@ -219,7 +220,9 @@ def _newest(epochs: Sequence[Epoch]) -> Html:
     if not epochs:
         return Html()
     headers = ["epoch", "reward", "teach", "trained on", "failed", "validation", "time"]
-    return table([_row(epoch) for epoch in epochs[:-5:-1]], headers)
+    drift = drifted(epochs[-1].metrics)
+    warning = element("div", f"drift in epoch {epochs[-1].index}: {drift}", class_="ft-banner") if drift else Html()
+    return element("div", table([_row(epoch) for epoch in epochs[:-5:-1]], headers), warning)
 
 
 def _row(epoch: Epoch) -> list[Any]:

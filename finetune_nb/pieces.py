@@ -7,7 +7,7 @@ from typing import Any
 
 from .conversation import short
 from .html import Html, cut, element, number, plain, table
-from .types import GroupReason
+from .types import EpochMetrics, GroupReason
 
 __all__ = [
     "ERROR_LIMIT",
@@ -15,6 +15,7 @@ __all__ = [
     "SHORT",
     "bad",
     "count",
+    "drifted",
     "facts",
     "line",
     "one_line",
@@ -79,6 +80,14 @@ def one_line(text: Any, limit: int = SHORT) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def drifted(metrics: EpochMetrics) -> str:
+    """How many turns were rendered anew, in words; nothing where none was, or nobody counted."""
+    if not metrics.drifted_turns:
+        return ""
+    of = f"{metrics.drifted_turns:,} of {metrics.continued_turns or 0:,} turns that carry a conversation on"
+    return f"{of} were rendered anew instead of behind the sampled ids: each is trained on by itself"
 
 
 def signed(value: float) -> str:

@@ -104,6 +104,7 @@ def metrics_of(epoch: Epoch) -> dict[str, float]:
         "rollouts/finished": values.trajectories,
         "rollouts/failed": values.failures,
         "rollouts/sampled_tokens": values.sampled_tokens,
+        "rollouts/drifted_turns": values.drifted_turns,
         "curriculum/percentile": curriculum.percentile if curriculum.enabled else None,
         "validation/reward": epoch.validations[-1].mean_reward if epoch.validations else None,
         **{f"score/{name}": value for name, value in values.scores.items()},

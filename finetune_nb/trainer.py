@@ -136,6 +136,7 @@ class EpochTrainer(Trainer):
             "num_failures": found.failures,
             "groups_with_spread": found.groups_with_spread,
             "sampled_tokens": found.sampled_tokens,
+            "drifted_turns": found.drifted_turns,
             "scores": dict(found.scores),
         }
 

@@ -373,6 +373,10 @@ class EpochMetrics:
     kept_mean_reward: float
     sampled_tokens: int
     """Tokens that the policy sampled, in all trajectories."""
+    continued_turns: int | None = None
+    """Sampled turns that carry a conversation on. None in records from before these were counted."""
+    drifted_turns: int | None = None
+    """Those of them that were rendered anew, not behind the sampled ids; each is trained on by itself."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Mean of every evaluator, by name."""
 

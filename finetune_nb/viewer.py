@@ -14,7 +14,7 @@ from typing import Any
 
 from .conversation import short
 from .html import bar, cut, duration, element, number, sparkline, table, view
-from .pieces import ERROR_LIMIT, REASONS, SHORT, bad, count, facts, line, one_line, scores, some, title
+from .pieces import ERROR_LIMIT, REASONS, SHORT, bad, count, drifted, facts, line, one_line, scores, some, title
 from .rollout_view import failure_html, trajectory_html
 from .types import (
     Epoch,
@@ -52,6 +52,7 @@ def epoch_html(epoch: Epoch) -> str:
                 ("groups that teach", f"{metrics.groups_with_spread:,} of {metrics.groups:,} (their rewards differ)"),
                 ("groups", groups),
                 ("curriculum", curriculum.enabled and f"percentile {curriculum.percentile:.3g}, {curriculum.schedule}"),
+                ("drift", drifted(metrics)),
                 ("failures", _failures(epoch.collection.failures if metrics.failures else ())),
                 ("scores (mean)", scores(metrics.scores)),
                 ("training", _training(epoch)),
@@ -68,6 +69,7 @@ def epoch_text(epoch: Epoch) -> str:
     metrics = epoch.metrics
     parts = [f"epoch {epoch.index}", f"reward {number(metrics.mean_reward)}"]
     parts += [f"{metrics.groups_with_spread}/{metrics.groups} groups teach", count(metrics.failures, "failure")]
+    parts += [f"{count(metrics.drifted_turns, 'turn')} drifted"] if metrics.drifted_turns else []
     parts.append(_job(epoch))
     parts += [f"validation {number(each.mean_reward)}" for each in epoch.validations[-1:]]
     if "total" in epoch.seconds:

@@ -102,6 +102,16 @@ def test_sampled_tokens_are_those_that_the_policy_sampled():
     assert measured([[rollout(1.0), masked, odd], [rollout(0.0, logprobs=[-1.0] * 5)]]).sampled_tokens == 7
 
 
+def test_turns_that_were_rendered_anew_are_counted_among_those_that_carry_on():
+    def turn(**metadata):
+        known = {"token_ids": [1], "prompt_token_ids": [0], **metadata}
+        return EpisodeItem(role=EpisodeItemRole.ASSISTANT, content="4", logprobs=[-0.5], metadata=known)
+
+    drifts = Trajectory(episode=[QUESTION, turn(), turn(drifted=True), turn(), turn(conversation=1)], reward=1.0)
+    found = measured([[drifts, rollout(0.0)]])
+    assert (found.continued_turns, found.drifted_turns) == (2, 1)
+
+
 def test_preferences_have_rewards_and_no_sampled_tokens():
     pair = Trajectory(episode=[DPOItem(prompt="p", chosen_response="a", rejected_response="b")], reward=1.0)
     found = measured([[pair, pair]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from finetune_nb.config import CurriculumSettings
 from finetune_nb.evaluation.recording import Episode
 from finetune_nb.html import plain
+from finetune_nb.panel_html import record_html
 from finetune_nb.types import (
     DPOItem,
     EpisodeItem,
@@ -207,6 +209,16 @@ def test_an_epoch_without_a_job_says_why() -> None:
     assert "nothing was trained: no group has a spread of 0.1" in text_of(epoch_html(epoch))
     assert "failed: OSError: gone" in text_of(epoch_html(epoch))
     assert "not trained: no group has a spread of 0.1" in epoch_text(epoch)
+
+
+def test_an_epoch_says_how_many_turns_have_drifted() -> None:
+    epoch = make_epoch([[1, 0]])
+    drifts = replace(epoch, metrics=replace(epoch.metrics, continued_turns=1_200, drifted_turns=3))
+    sentence = "3 of 1,200 turns that carry a conversation on were rendered anew"
+    assert sentence in text_of(epoch_html(drifts)) and "  3 turns drifted  " in epoch_text(drifts)
+    assert f"drift in epoch {epoch.index}: {sentence}" in text_of(record_html([drifts], []))
+    for shown in (epoch_html(epoch), epoch_text(epoch), record_html([epoch], [])):
+        assert "drift" not in shown and "anew" not in shown
 
 
 def test_an_epoch_is_one_line_of_text() -> None:
