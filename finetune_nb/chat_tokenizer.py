@@ -28,7 +28,8 @@ class ChatTokenizer:
         self.tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
         self._name = name
-        self._reads_tool_calls = _reads_tool_calls(tokenizer)
+        self.reads_tool_calls = _reads_tool_calls(tokenizer)
+        """Whether `parse` finds tool calls: the tokenizer has a response template."""
         self._token_text: dict[int, str] = {}
 
     def render(
@@ -93,7 +94,7 @@ class ChatTokenizer:
     def parse(self, ids: Sequence[int]) -> dict[str, Any]:
         """Reply ids -> OpenAI assistant message. Tool calls are recognised where the tokenizer has a response template;
         a reply that it cannot read is plain content. Never raises, whatever the model wrote."""
-        if self._reads_tool_calls:
+        if self.reads_tool_calls:
             try:
                 raw = self.tokenizer.decode(list(ids), skip_special_tokens=False)
                 message = _openai_message(self.tokenizer.parse_response(raw, prefix=""), ids)

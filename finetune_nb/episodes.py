@@ -157,7 +157,9 @@ def _essence(message: Mapping[str, Any]) -> tuple[Any, ...]:
 def _context(message: Mapping[str, Any], conversation: int) -> EpisodeItem:
     """A message that the policy did not sample: an assistant turn among them is masked by `logprobs=[]`."""
     role = _ROLES.get(str(message.get("role")), EpisodeItemRole.OTHER)
-    metadata = {key: message[key] for key in ("tool_calls", "tool_call_id", "name") if message.get(key)}
+    metadata = {
+        key: message[key] for key in ("tool_calls", "tool_call_id", "name", "reasoning_content") if message.get(key)
+    }
     if conversation:
         metadata["conversation"] = conversation
     return EpisodeItem(
@@ -183,8 +185,9 @@ def _sampled(call: LLMCall, conversation: int) -> EpisodeItem:
         metadata |= {"token_ids": call.response_ids, "prompt_token_ids": call.prompt_ids, "exact": call.exact}
     if call.tokens is not None:
         metadata["tokens"] = call.tokens
-    if call.reply.get("tool_calls"):
-        metadata["tool_calls"] = call.reply["tool_calls"]
+    if call.top_logprobs is not None:
+        metadata["top_logprobs"] = call.top_logprobs
+    metadata |= {key: call.reply[key] for key in ("tool_calls", "reasoning_content") if call.reply.get(key)}
     if conversation:
         metadata["conversation"] = conversation
     return EpisodeItem(

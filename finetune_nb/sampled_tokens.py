@@ -1,7 +1,8 @@
 """The tokens of a turn, each with its text, logprob and, where the record has alternatives, entropy.
 
-Reads what recorders leave behind: floats with the texts beside them (`metadata["tokens"]`), or OpenAI's logprobs, as dicts
-or as objects, with their `top_logprobs`. How tokens are shown is heat_map.py's.
+Reads what recorders leave behind: floats with texts and alternatives beside them (`metadata["tokens"]` and
+`["top_logprobs"]`), or OpenAI's logprobs, as dicts or as objects, with their `top_logprobs`. How tokens are shown is
+heat_map.py's.
 """
 
 from __future__ import annotations
@@ -41,10 +42,16 @@ def tokens_of(item: EpisodeItem) -> list[Token]:
     entries = logprobs.get("content") if isinstance(logprobs, Mapping) else getattr(logprobs, "content", logprobs)
     if not isinstance(entries, Sequence) or isinstance(entries, str | bytes):
         return []
-    texts = (item.metadata or {}).get("tokens")
-    if not isinstance(texts, Sequence) or isinstance(texts, str | bytes) or len(texts) != len(entries):
-        texts = [None] * len(entries)
-    return [_token(entry, text) for entry, text in zip(entries, texts, strict=True)]
+    texts, tops = (_beside(item, name, len(entries)) for name in ("tokens", "top_logprobs"))
+    return [_token(entry, text, top) for entry, text, top in zip(entries, texts, tops, strict=True)]
+
+
+def _beside(item: EpisodeItem, name: str, count: int) -> Sequence[Any]:
+    """What the metadata has of that name, one entry a token; None each where there is nothing that fits."""
+    found = (item.metadata or {}).get(name)
+    if isinstance(found, Sequence) and not isinstance(found, str | bytes) and len(found) == count:
+        return found
+    return [None] * count
 
 
 def entropy_of(logprobs: Iterable[float]) -> float:
@@ -58,13 +65,14 @@ def entropy_of(logprobs: Iterable[float]) -> float:
     return inside - (rest * math.log(rest) if rest > 1e-12 else 0.0)
 
 
-def _token(entry: Any, text: Any) -> Token:
+def _token(entry: Any, text: Any, top: Any) -> Token:
+    own = None
     if isinstance(entry, Real):
-        return Token(text if isinstance(text, str) else None, _number(entry))
-    own = _get(entry, "token")
+        logprob = _number(entry)
+    else:
+        own, logprob = _get(entry, "token"), _number(_get(entry, "logprob"))
+        top = _get(entry, "top_logprobs")
     text = text if isinstance(text, str) else own if isinstance(own, str) else None
-    logprob = _number(_get(entry, "logprob"))
-    top = _get(entry, "top_logprobs")
     if isinstance(top, Mapping):  # {" 7": -0.2}, as completions have them
         found = [(other, _number(value)) for other, value in top.items()]
     elif isinstance(top, Sequence) and not isinstance(top, str | bytes):

@@ -130,7 +130,7 @@ class LLMCall:
     """The prompt, OpenAI chat format."""
     tools: list[dict[str, Any]] | None
     reply: dict[str, Any]
-    """The assistant message: content, tool_calls."""
+    """The assistant message: content, tool_calls, reasoning_content."""
     prompt_ids: list[int] | None
     response_ids: list[int] | None
     tokens: list[str] | None
@@ -143,6 +143,8 @@ class LLMCall:
     seconds: float
     exact: bool
     """The ids are those that the model really saw and sampled, not a re-tokenized text."""
+    top_logprobs: list[dict[str, float]] | None = None
+    """Of each response token the likeliest tokens in its place, text -> natural logprob, where they were asked for."""
 
 
 # ── episodes and trajectories ─────────────────────────────────────────────────────────────────────────────────────────
@@ -166,7 +168,8 @@ class EpisodeItem(BaseModel):
     `logprobs` of an assistant turn: one float a sampled token; `[]` for a turn that the policy did not sample (masked in
     training). `metadata` keys: token_ids, tokens (their text), prompt_token_ids, exact (the ids are those that the model saw
     and sampled), drifted (True: its prompt does not begin with the ids of the turn before), temperature, finish_reason,
-    tool_calls, tool_call_id.
+    tool_calls, tool_call_id, reasoning_content (what the model thought), top_logprobs (of each token the likeliest in its
+    place, text -> logprob).
     """
 
     role: EpisodeItemRole

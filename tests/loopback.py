@@ -1,6 +1,7 @@
 """An OpenAI-compatible server on 127.0.0.1 for tests: standard library only, a thread of its own, every request kept.
 
-What it answers is a function of the request; one character is one token, whose id is its code point.
+What it answers is a function of the request; one character is one token, whose id is its code point, but where a test
+brings a tokenizer.
 """
 
 from __future__ import annotations
@@ -48,12 +49,15 @@ class LoopbackServer:
     """`with LoopbackServer() as server:` answers at `server.base_url`.
 
     reply: the text of a request's answer, an assistant message (a mapping), a Refusal or a Fault. logprobs: whether the server
-    knows any. token_ids: whether it gives ids when it is asked for them, as vLLM does.
+    knows any. token_ids: whether it gives ids when it is asked for them, as vLLM does. takes_ids: whether completions take them
+    as prompts. ids_of: the tokens of a completion's text.
     """
 
     reply: Callable[[Request], str | Mapping[str, Any] | Refusal | Fault] = lambda request: "ok"
     logprobs: bool = True
     token_ids: bool = True
+    takes_ids: bool = True
+    ids_of: Callable[[str], list[int]] = lambda text: [ord(c) for c in text]
     requests: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> LoopbackServer:
@@ -98,12 +102,14 @@ class LoopbackServer:
         return f"http://127.0.0.1:{self._http.server_address[1]}/v1"
 
     def answer(self, request: Request, reply: str | Mapping[str, Any] | Refusal) -> tuple[int, dict[str, Any]]:
+        if isinstance(reply, Refusal):
+            return reply.status, {"error": {"message": reply.message}}
         if request.path == "/v1/completions" and isinstance(reply, str):
+            if isinstance(request.body["prompt"], list) and not self.takes_ids:
+                return 400, {"error": {"message": "prompt must be a string"}}
             return 200, self.completion(request, reply)
         if request.path != "/v1/chat/completions":
             return 404, {"error": {"message": f"no such path: {request.path}"}}
-        if isinstance(reply, Refusal):
-            return reply.status, {"error": {"message": reply.message}}
         message = {"role": "assistant", "content": reply} if isinstance(reply, str) else dict(reply)
         sampled = message.get("content") or json.dumps(message.get("tool_calls"))
         choice: dict[str, Any] = {
@@ -120,7 +126,8 @@ class LoopbackServer:
             "choices": [choice],
         }
         if self.logprobs and request.body.get("logprobs"):
-            choice["logprobs"] = {"content": [_token(position, c) for position, c in enumerate(sampled)]}
+            top = request.body.get("top_logprobs", 0)
+            choice["logprobs"] = {"content": [_token(position, c, top) for position, c in enumerate(sampled)]}
         if self.token_ids and request.body.get("return_token_ids"):
             completion["prompt_token_ids"] = [ord(c) for m in request.body["messages"] for c in m.get("content") or ""]
             choice["token_ids"] = [ord(c) for c in sampled]
@@ -128,17 +135,28 @@ class LoopbackServer:
 
     def completion(self, request: Request, text: str) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
+        ids = self.ids_of(text)
         if self.logprobs and "logprobs" in request.body:
-            logprobs = [_token(position, c)["logprob"] for position, c in enumerate(text)]
-            offsets = list(range(len(text)))
-            choice["logprobs"] = {"tokens": list(text), "token_logprobs": logprobs, "text_offset": offsets}
+            tokens = [_token(position, c, request.body["logprobs"]) for position, c in enumerate(text.ljust(len(ids)))]
+            choice["logprobs"] = {
+                "tokens": [token["token"] for token in tokens],
+                "token_logprobs": [token["logprob"] for token in tokens],
+                "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in tokens],
+                "text_offset": list(range(len(tokens))),
+            }
         if self.token_ids and request.body.get("return_token_ids"):
             prompt = request.body["prompt"]
             choice["prompt_token_ids"] = prompt if isinstance(prompt, list) else [ord(c) for c in prompt]
-            choice["token_ids"] = [ord(c) for c in text]
+            choice["token_ids"] = ids
         head = {"id": f"cmpl-{len(self.requests)}", "object": "text_completion", "created": int(time.time())}
         return {**head, "model": request.body["model"], "choices": [choice]}
 
 
-def _token(position: int, text: str) -> dict[str, Any]:
-    return {"token": text, "logprob": -0.5 - position / 100, "bytes": list(text.encode()), "top_logprobs": []}
+def _token(position: int, text: str, top: int) -> dict[str, Any]:
+    """Of the likeliest tokens the sampled one is the first."""
+    logprob = -0.5 - position / 100
+    tops = [
+        {"token": text, "logprob": logprob},
+        *({"token": chr(0x3B1 + i), "logprob": -3.0 - i} for i in range(top - 1)),
+    ]
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": tops[:top]}

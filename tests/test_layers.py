@@ -41,6 +41,8 @@ NAMED_EXCEPTIONS = {
 NAMED_BY_STRING = {
     ("interfaces", "finetune_nb.evaluation.evaluate:EvaluationRun"): "the seed's default run_eval",
     ("backends.trl.adapter", "finetune_nb.backends.local.policy:LocalPolicy"): "what TRL trains is sampled by it",
+    ("backends.tinker.adapter", "finetune_nb.backends.tokenizer:load_tokenizer"): "a tokenizer without its model",
+    ("evaluation.openai", "finetune_nb.backends.tokenizer:load_tokenizer"): "a tokenizer without its model",
     ("types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("eval_types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("preview", "finetune_nb.preview_card:*"): "how a noun shows itself",

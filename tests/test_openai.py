@@ -17,10 +17,12 @@ from loopback import LoopbackServer, Refusal
 
 import finetune_nb as ft
 from finetune_nb.config import EvaluatorBaseConfig, FunctionBaseConfig, TrainerAdapterConfig
+from finetune_nb.episodes import episode_of
 from finetune_nb.evaluation.recording import Episode
 from finetune_nb.redaction import MASK, remember_secret
+from finetune_nb.sampled_tokens import tokens_of
 from finetune_nb.testing import FakeAdapter, sums
-from finetune_nb.types import EpisodeKey
+from finetune_nb.types import EpisodeKey, EvalInputItem
 
 KEY = "sk-loopback-3f9a7c51d2"
 TOOL = {
@@ -229,6 +231,36 @@ async def test_tool_calls_are_read_recorded_and_can_be_answered(remote):
         {"role": "assistant", "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "call_7", "content": "7"},
     ]
+
+
+async def test_what_the_model_thought_and_nearly_said_is_recorded_and_shown(remote):
+    for name in ("reasoning_content", "reasoning"):
+        with LoopbackServer(
+            lambda request, name=name: {"role": "assistant", "content": "7", name: "3 and 4"}
+        ) as server:
+            llm, episode = await remote(server, top_logprobs=2)
+            with episode.live():
+                reply = await llm.chat([{"role": "user", "content": "3+4"}])
+        assert (server.requests[0].body["logprobs"], server.requests[0].body["top_logprobs"]) == (True, 2)
+        assert reply.message == {"role": "assistant", "content": "7", "reasoning_content": "3 and 4"}
+        assert episode.calls[0].top_logprobs == [{"7": -0.5, "α": -3.0}]
+    item = EvalInputItem(
+        id="q", input_obj="", expected_output_obj="", full_dataset_entry={}, trajectory=episode.steps()
+    )
+    turn = episode_of(item)[0][-1]
+    assert turn.metadata["reasoning_content"] == "3 and 4"
+    (token,) = tokens_of(turn)
+    assert (token.text, token.logprob, token.alternatives) == ("7", -0.5, (("α", -3.0),))
+    assert 0 < token.entropy < 1
+
+
+async def test_without_top_logprobs_none_are_asked_for_or_recorded(remote):
+    with LoopbackServer() as server:
+        llm, episode = await remote(server)
+        with episode.live():
+            await llm.chat([{"role": "user", "content": "3+4"}])
+    assert "top_logprobs" not in server.requests[0].body
+    assert episode.calls[0].top_logprobs is None
 
 
 # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────────

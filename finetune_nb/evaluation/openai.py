@@ -1,7 +1,8 @@
 """`_type: openai`: a client of any OpenAI-compatible server (vLLM, SGLang, OpenAI itself), recorded like every model call.
 
 It asks for logprobs and for token ids; a server that does not give ids leaves calls that are not exact, and one that gives
-no logprobs leaves turns that cannot be trained on. Training such a model is the backend's affair.
+no logprobs leaves turns that cannot be trained on. With the model's tokenizer it asks with token ids, too: see
+token_prompts.py. Training such a model is the backend's affair.
 """
 
 from __future__ import annotations
@@ -12,62 +13,38 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pydantic import AliasChoices, ConfigDict, Field, SecretStr
-
-from ..config import LLMBaseConfig
+from ..chat_tokenizer import ChatTokenizer
 from ..errors import MissingExtra
+from ..observe import resolve
 from ..redaction import redacting_logger
 from ..registry import Builder, register_llm_provider
 from ..types import LLMCall, SamplingParams, logprob_values
 from .episode import TEXT_PROMPT, Episode
+from .openai_config import OpenAIModelConfig
 from .recording import LLM, close_clients
+from .token_prompts import TokenPrompts
 
 __all__ = ["OpenAILLM", "OpenAIModelConfig"]
 
 logger = redacting_logger(__name__)
 
 
-class OpenAIModelConfig(LLMBaseConfig, name="openai"):
-    """A model behind an OpenAI-compatible server."""
-
-    model_config = ConfigDict(protected_namespaces=(), extra="forbid")
-
-    model_name: str = Field(validation_alias=AliasChoices("model_name", "model"))
-    """As the server calls it."""
-    base_url: str | None = None
-    """None = OpenAI's own."""
-    api_key: SecretStr | None = None
-    """None = OPENAI_API_KEY, or for a server of your own none at all."""
-    seed: int | None = None
-    """Base of the requests' seeds; None = derived from the run's seed."""
-    max_retries: int = Field(default=10, ge=0)
-    """Attempts after a transient failure of one request."""
-    temperature: float | None = Field(default=None, ge=0.0)
-    """None = 1.0: logprobs are trained on as those of the distribution that was sampled from."""
-    top_p: float | None = Field(default=None, ge=0.0, le=1.0)
-    """None = the server's own; below 1 the logprobs are no longer those of what was sampled."""
-    max_tokens: int = Field(default=1024, ge=1)
-    """Of one reply."""
-    request_timeout: float | None = Field(default=None, gt=0.0)
-    """Seconds; None = the client's own."""
-    logprobs: bool = True
-    """Asks for the logprobs of the sampled tokens; without them nothing can be trained."""
-    return_token_ids: bool | None = None
-    """Asks for token ids, an extension of vLLM and SGLang. None = wherever base_url is given."""
-
-
 class OpenAILLM(LLM):
     """Every call goes to the server; the policy version is unknown here.
 
-    connect: makes a client. Each event loop that asks gets one of its own, for connections belong to a loop.
+    connect: makes a client. Each event loop that asks gets one of its own, for connections belong to a loop. tokenizer: the
+    model's, to ask with token ids.
     """
 
     takes_options = True
 
-    def __init__(self, config: OpenAIModelConfig, connect: Callable[[], Any]) -> None:
+    def __init__(
+        self, config: OpenAIModelConfig, connect: Callable[[], Any], tokenizer: ChatTokenizer | None = None
+    ) -> None:
         self.name = config.model_name
         self.sampling = SamplingParams(1.0 if config.temperature is None else config.temperature, config.max_tokens)
         self._config, self._connect = config, connect
+        self._prompts = None if tokenizer is None else TokenPrompts(tokenizer, self.name)
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
         self._warned = False
 
@@ -82,38 +59,85 @@ class OpenAILLM(LLM):
         params: SamplingParams,
         **options: Any,
     ) -> LLMCall:
-        sequence, asked = self._options(episode, params, options, logprobs=True)
+        sequence, seed = episode.begin()
+        asked, top = self._options(sequence, seed, params, options)
+        prompts, refusal = self._prompts, None
+        if prompts is not None and prompts.fit(messages, tools, options):
+            try:
+                call = await self._call_with_ids(prompts, episode, sequence, messages, tools, params, asked, top)
+                prompts.taken()
+                return call
+            except Exception as error:
+                if not prompts.may_be_refused(error):
+                    raise
+                refusal = error
+        if self._config.logprobs:
+            asked |= {"logprobs": True, **({"top_logprobs": top} if top else {})}
         if tools:
             asked["tools"] = tools
         response = await self._client().chat.completions.create(messages=messages, **asked)
+        if prompts is not None and refusal is not None:
+            prompts.refused(refusal)
         choice = response.choices[0]
         content = choice.logprobs.content if choice.logprobs else None
         tokens = [entry.token for entry in content] if content is not None else None
-        reply = choice.message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"})
         prompt_ids = getattr(response, "prompt_token_ids", None)
         call = self._recorded(episode, sequence, messages, params, choice, prompt_ids, tokens, logprob_values(content))
-        return replace(call, tools=tools, reply=reply)
+        return replace(call, tools=tools, reply=_message(choice.message), top_logprobs=_top_of_chat(content))
+
+    async def _call_with_ids(
+        self,
+        prompts: TokenPrompts,
+        episode: Episode,
+        sequence: int,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        params: SamplingParams,
+        asked: dict[str, Any],
+        top: int,
+    ) -> LLMCall:
+        """The same turn, asked for with token ids behind those of the turn before."""
+        ids = prompts.tokenizer.render(messages, tools, episode.previous_ids(messages, tools))
+        choice, call = await self._completed(episode, sequence, ids, messages, params, asked, top)
+        return replace(call, tools=tools, reply=prompts.reply(call.response_ids, choice.text, sequence))
 
     async def _complete(
         self, episode: Episode, prompt: str | list[int], params: SamplingParams, **options: Any
     ) -> LLMCall:
-        sequence, asked = self._options(episode, params, options, logprobs=1)
+        sequence, seed = episode.begin()
+        asked, top = self._options(sequence, seed, params, options)
+        text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+        messages = [{"role": TEXT_PROMPT, "content": text}]
+        choice, call = await self._completed(episode, sequence, prompt, messages, params, asked, top)
+        return replace(call, reply={"role": "assistant", "content": choice.text})
+
+    async def _completed(
+        self,
+        episode: Episode,
+        sequence: int,
+        prompt: str | list[int],
+        messages: list[dict[str, Any]],
+        params: SamplingParams,
+        asked: dict[str, Any],
+        top: int,
+    ) -> tuple[Any, LLMCall]:
+        """A completion as the server gave it, and as a call without tools and reply."""
+        if self._config.logprobs:
+            asked = {**asked, "logprobs": max(1, top)}
         response = await self._client().completions.create(prompt=prompt, **asked)
         choice = response.choices[0]
         found = choice.logprobs
         tokens, logprobs = (found.tokens, found.token_logprobs) if found is not None else (None, None)
         prompt_ids = prompt if isinstance(prompt, list) else getattr(choice, "prompt_token_ids", None)
-        text = prompt if isinstance(prompt, str) else json.dumps(prompt)
-        messages = [{"role": TEXT_PROMPT, "content": text}]
         call = self._recorded(episode, sequence, messages, params, choice, prompt_ids, tokens, logprobs)
-        return replace(call, reply={"role": "assistant", "content": choice.text})
+        likeliest = found.top_logprobs if found is not None and top else None
+        return choice, replace(call, top_logprobs=[dict(each or {}) for each in likeliest] if likeliest else None)
 
     def _options(
-        self, episode: Episode, params: SamplingParams, options: dict[str, Any], logprobs: Any
-    ) -> tuple[int, dict[str, Any]]:
-        """The call's sequence number, and what is asked for beside the prompt."""
+        self, sequence: int, seed: int, params: SamplingParams, options: dict[str, Any]
+    ) -> tuple[dict[str, Any], int]:
+        """What is asked for beside prompt, tools and logprobs, and how many of the likeliest tokens are."""
         config = self._config
-        sequence, seed = episode.begin()
         asked: dict[str, Any] = {
             "model": config.model_name,
             "temperature": params.temperature,
@@ -122,16 +146,15 @@ class OpenAILLM(LLM):
         }
         if config.top_p is not None:
             asked["top_p"] = config.top_p
-        if config.logprobs:
-            asked["logprobs"] = logprobs
         if params.stop:
             asked["stop"] = list(params.stop)
         extra = dict(options)
+        top = extra.pop("top_logprobs", None) or config.top_logprobs
         if config.base_url is not None if config.return_token_ids is None else config.return_token_ids:
             extra["return_token_ids"] = True
         if extra:
             asked["extra_body"] = extra
-        return sequence, asked
+        return asked, top if config.logprobs else 0
 
     def _recorded(
         self,
@@ -190,6 +213,33 @@ class OpenAILLM(LLM):
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(client.close(), loop))
 
 
+def _tokenizer(config: OpenAIModelConfig) -> ChatTokenizer | None:
+    if config.tokenizer is None:
+        return None
+    try:
+        tokenizer, end_ids = resolve("finetune_nb.backends.tokenizer:load_tokenizer")(config.tokenizer)
+    except ImportError as error:
+        raise MissingExtra("`tokenizer` of an llm of type 'openai'", "local") from error
+    return ChatTokenizer(tokenizer, end_ids, config.tokenizer)
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """The reply as an OpenAI message. What the model thought is called `reasoning_content`, or, by newer servers,
+    `reasoning`."""
+    reply = message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"})
+    for name in ("reasoning_content", "reasoning"):
+        thought = getattr(message, name, None)
+        if isinstance(thought, str) and thought:
+            return {**reply, "reasoning_content": thought}
+    return reply
+
+
+def _top_of_chat(content: Any) -> list[dict[str, float]] | None:
+    """Text -> logprob of the likeliest tokens, one mapping a token; None where the server gave none."""
+    found = [{top.token: top.logprob for top in entry.top_logprobs or ()} for entry in content or ()]
+    return found if any(found) else None
+
+
 @register_llm_provider(config_type=OpenAIModelConfig)
 async def openai_llm(config: OpenAIModelConfig, builder: Builder):
     try:
@@ -206,7 +256,7 @@ async def openai_llm(config: OpenAIModelConfig, builder: Builder):
         return AsyncOpenAI(api_key=key or ("none" if config.base_url else None), base_url=config.base_url, **options)
 
     connect()  # what is wrong with the settings is said now
-    llm = OpenAILLM(config, connect)
+    llm = OpenAILLM(config, connect, await asyncio.to_thread(_tokenizer, config))
     yield llm
     await llm.aclose()
     await close_clients()

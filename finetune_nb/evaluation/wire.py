@@ -286,16 +286,25 @@ def _choice(request: WireRequest, call: LLMCall, index: int) -> dict[str, Any]:
         texts = call.tokens or [""] * len(call.logprobs)
         if request.tokens_as_ids and call.response_ids is not None:
             texts = [f"token_id:{i}" for i in call.response_ids]
-        choice["logprobs"] = (_text_logprobs if request.messages is None else _chat_logprobs)(texts, call.logprobs)
+        if request.messages is None:
+            choice["logprobs"] = _text_logprobs(texts, call.logprobs)
+        else:
+            likeliest = call.top_logprobs if request.options.get("top_logprobs") else None
+            choice["logprobs"] = _chat_logprobs(texts, call.logprobs, likeliest)
     return choice
 
 
-def _chat_logprobs(texts: Sequence[str], logprobs: Sequence[float]) -> dict[str, Any]:
-    content = [
-        {"token": text, "logprob": value, "bytes": _bytes(text), "top_logprobs": []}
-        for text, value in zip(texts, logprobs, strict=True)
-    ]
+def _chat_logprobs(
+    texts: Sequence[str], logprobs: Sequence[float], likeliest: Sequence[dict[str, float]] | None
+) -> dict[str, Any]:
+    content = [_token(text, value) | {"top_logprobs": []} for text, value in zip(texts, logprobs, strict=True)]
+    for entry, top in zip(content, likeliest or (), strict=False):
+        entry["top_logprobs"] = [_token(text, value) for text, value in top.items()]
     return {"content": content, "refusal": None}
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": _bytes(text)}
 
 
 def _bytes(text: str) -> list[int] | None:
