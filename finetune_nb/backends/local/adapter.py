@@ -107,7 +107,8 @@ class LocalGRPOAdapter(JobAdapter[TrainingJob]):
         """Starts a job. Raises StalePolicy for trajectories of older weights, BackendError or MissingLogprobs for those
         that cannot be trained on; nothing is then started."""
         policy, learner = await asyncio.to_thread(self._load)
-        from .training import TrainingReport  # needs torch, which is known to be there by now
+        from .memory import give_back  # both need torch, which is known to be there by now
+        from .training import TrainingReport
 
         config = self.adapter_config
         check_versions(trajectories, policy.version, config.max_staleness)
@@ -128,12 +129,14 @@ class LocalGRPOAdapter(JobAdapter[TrainingJob]):
                 check_versions(
                     trajectories, policy.version, config.max_staleness
                 )  # a job before this one may have trained
+                give_back()  # what sampling has left
                 try:
                     learner.train(learned, rng, report, job.stepped, job.stopped, number - 1, planned)
                 finally:
                     self._trained = number
                     policy.version += bool(report.steps)
                     job.policy_version = policy.version
+                    give_back()
 
         job.start(train)
         return job.ref

@@ -64,6 +64,7 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the gradient's mean and of its square's."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW: the share of a weight that a step takes away, times the learning rate."""
     micro_batch_tokens: int = Field(default=4096, ge=1, json_schema_extra=AT_TRAINING)
     """Tokens, padding included, in one forward and backward pass, whose gradients add up to an optimizer step's: less
     needs less memory and changes no result. A prompt that a group shares counts once."""

@@ -1,13 +1,17 @@
-"""Out of memory in a training step: what it looks like on each kind of device, and how large a micro-batch would fit."""
+"""Memory of training: what running out of it looks like on each kind of device, how large a micro-batch would fit, and what
+is given back between jobs.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 from collections.abc import Callable
 
 import torch
 
-__all__ = ["largest_that_fits", "ran_out"]
+__all__ = ["give_back", "largest_that_fits", "ran_out"]
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 """Of CUDA and MPS, and of torch's CPU allocator on Linux and Windows, in lower case."""
@@ -36,6 +40,22 @@ def largest_that_fits(rows: int, attempt: Callable[[int], None]) -> int:
             break
     free()
     return rows
+
+
+def give_back() -> None:
+    """Returns to the system what has been freed. glibc keeps it for the thread that freed it, and every job has a thread of
+    its own: without this a process grew by a gigabyte an epoch (measured with SmolLM2-135M). Nothing elsewhere."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return None
 
 
 def free() -> None:

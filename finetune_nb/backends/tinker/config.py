@@ -50,6 +50,7 @@ class TinkerConfig(TrainerAdapterConfig, name="tinker"):
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the gradient's mean and of its square's."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of AdamW: the share of a weight that a step takes away, times the learning rate."""
     max_staleness: int = Field(default=0, ge=0)
     """Policy versions by which a trajectory may be older than the weights that it trains."""
     max_logprob_gap: float | None = Field(default=0.1, gt=0)
