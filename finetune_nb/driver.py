@@ -293,12 +293,12 @@ class Driver:
     async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
         """One rollout of one example: its position in the dataset, or its id. It is not recorded in any epoch."""
         await self.open()
-        return await self._trial.rollout(example)
+        return await self._trial.rollout(example, self.trajectory_builder)
 
     async def chat(self, messages: Any, **options: Any) -> ChatReply:
         """One reply of the policy to a text or to OpenAI messages."""
         await self.open()
-        return await self._trial.chat(messages, **options)
+        return await self._trial.chat(messages, self.adapter, **options)
 
     async def save_model(self, directory: str, **options: Any) -> str:
         await self.open()

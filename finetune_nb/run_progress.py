@@ -68,13 +68,13 @@ class RunProgress(Steering):
         if done and epochs:
             return ProgressLine(epoch_text(epochs[-1]), progress.done, progress.total)
         left_out = f", {progress.failed} failed" if progress.failed else ""
-        far = f"{progress.done} of {progress.total} rollouts{left_out}"
+        # Not every builder tells how many rollouts there will be.
+        far = f"{progress.done} of {progress.total} rollouts{left_out}" if progress.total else ""
         reached, total = progress.done, progress.total
         if progress.phase == "training" and progress.job:
             far, reached, total = plain(cut(progress.job, 80)), round(progress.trained), 100
-        parts = [f"epoch {self.next_index}", progress.phase or "starting", far, duration(progress.seconds)]
-        parts += [self.notice] if self.notice else []
-        return ProgressLine("  ".join(parts), reached, total)
+        parts = [f"epoch {self.next_index}", progress.phase or "starting", far, duration(progress.seconds), self.notice]
+        return ProgressLine("  ".join(filter(None, parts)), reached, total)
 
 
 def _line(event: Mapping[str, Any]) -> str:

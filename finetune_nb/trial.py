@@ -7,7 +7,8 @@ from typing import Any
 from .config import Config
 from .errors import RunError
 from .evaluation.evaluate import EvaluationContext, dataset_of, evaluation_context, workflow_of
-from .evaluation.recording import ChatReply, Episode
+from .evaluation.recording import LLM, ChatReply, Episode, PolicyLLM
+from .interfaces import TrainerAdapter, TrajectoryBuilder
 from .registry import Builder
 from .trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from .types import EpisodeKey, RolloutFailure, Trajectory
@@ -32,8 +33,19 @@ class Trial:
             if run and run.validation_dataset:
                 dataset_of(self.config, self.builder, str(run.validation_dataset))
 
-    async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
-        """One scored rollout. example: position in the dataset, or id. Raises RunError for one that is not there."""
+    async def rollout(self, example: Any, trajectory_builder: TrajectoryBuilder) -> Trajectory | RolloutFailure:
+        """One scored rollout. example: position in the dataset, or id. Raises RunError for one that is not there.
+
+        trajectory_builder: the run's. One whose rollouts are its own makes this one too, by `rollout(example, run_id)`.
+        """
+        make = getattr(trajectory_builder, "rollout", None)
+        if make is not None:
+            self._tries += 1
+            token = evaluation_context.set(EvaluationContext("try", self._tries))
+            try:
+                return await make(example, self.run_id)
+            finally:
+                evaluation_context.reset(token)
         self._require_workflow()
         run = self.config.finetuning.run_configuration
         source = str(run.dataset) if run and run.dataset else None
@@ -54,10 +66,14 @@ class Trial:
             evaluation_context.reset(token)
         return collection.trajectories[0][0] if collection.trajectories else collection.failures[0]
 
-    async def chat(self, messages: Any, **options: Any) -> ChatReply:
-        """One reply to a text or to OpenAI messages. Raises RunError for a workflow without a model."""
-        self._require_workflow()
-        llm = (await workflow_of(self.config, self.builder)).llm
+    async def chat(self, messages: Any, adapter: TrainerAdapter, **options: Any) -> ChatReply:
+        """One reply to a text or to OpenAI messages, of the workflow's model, else of the adapter's policy. Raises RunError
+        where there is neither."""
+        if self.config.workflow is None and adapter.policy is not None:
+            llm: LLM | None = PolicyLLM(adapter.policy)
+        else:
+            self._require_workflow()
+            llm = (await workflow_of(self.config, self.builder)).llm
         if llm is None:
             raise RunError("this run's workflow uses no llm, so there is nothing to talk to.")
         self._tries += 1

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import toolkit
+import yaml
 from nat.data_models import finetuning as nat
 
 import finetune_nb as ft
@@ -50,7 +51,11 @@ def lines_of(path: Path):
 
 async def test_nat_finetune_and_the_notebook_select_the_same_groups_for_the_same_rewards(place, closing):
     path = toolkit.write_config(place, "", **OURS)
-    code = "import toolkit; from nat.cli.main import run_cli; run_cli()"
+    noted = place / "submitted.jsonl"
+    code = (
+        f"import pathlib, toolkit; toolkit.note_submitted(pathlib.Path({str(noted)!r}));"
+        "from nat.cli.main import run_cli; run_cli()"
+    )
     done = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-c", code, "finetune", "--config_file", str(path)],
@@ -65,6 +70,10 @@ async def test_nat_finetune_and_the_notebook_select_the_same_groups_for_the_same
     run = closing(ft.Run.from_nat(path, name="notebook"))
     run.start()
     await run.wait_async()
+    selected = [[epoch.selection.example_ids[i] for i in epoch.selection.kept] for epoch in run]
+    assert selected[0] == ["q5", "q4"]
+    assert [[example for example, _ in groups] for groups in lines_of(noted)] == selected
+    assert all(first == second for groups in lines_of(noted) for first, second in groups)
     mine = place / "runs" / "notebook" / "training_metrics.jsonl"
     assert percentiles(lines_of(mine)) == percentiles(lines_of(theirs))
     assert [line["filtered_groups"] for line in lines_of(mine)] == [2, 4, 4]
@@ -102,7 +111,35 @@ async def test_a_rollout_that_the_toolkit_dropped_is_a_failure_and_no_reward_of_
     run = closing(ft.Run.from_nat(toolkit.write_config(place, "", **OURS)))
     epoch = await run.next_epoch()
     assert [failure.example_id for failure in epoch.collection.failures] == ["q1", "q1"]
+    assert (run.progress.total, run.progress.done, run.progress.failed) == (12, 12, 2)
     assert epoch.metrics.trajectories == 10
+
+
+async def test_the_reward_is_the_one_that_the_config_names_also_in_a_validation(place, closing):
+    first = {"_type": "test_table", "rewards": {key: [0.0] for key in toolkit.REWARDS}}
+    second = {"_type": "test_table", "rewards": {key: [1.0, 0.5] for key in toolkit.REWARDS}}
+    path = toolkit.write_config(place, "", **OURS)
+    config = yaml.safe_load(path.read_text())
+    config["eval"]["evaluators"] = {"other": first, "table": second}
+    path.write_text(yaml.safe_dump(config))
+    run = closing(ft.Run.from_nat(path, validation=place / "rows.json", name="two"))
+    epoch = await run.next_epoch()
+    assert epoch.metrics.mean_reward > 0
+    assert epoch.validations[0].mean_reward > 0
+    run.close()
+    assert ft.Run.open(place / "runs" / "two")[0].metrics.mean_reward == epoch.metrics.mean_reward
+
+
+async def test_one_example_is_tried_and_the_policy_is_talked_to(place, closing):
+    run = closing(ft.Run.from_nat(toolkit.write_config(place, "", **OURS)))
+    tried = await run.rollout("q2")
+    assert tried.metadata["id"] == "q2"
+    assert tried.reward in toolkit.REWARDS["q2"]
+    assert tried.episode[-1].metadata["exact"]
+    replies = {(await run.rollout("q2")).episode[-1].content for _ in range(8)}
+    assert len(replies) > 1  # each is sampled anew
+    assert (await run.chat("1+1")).message["role"] == "assistant"
+    assert len(run) == 0
 
 
 async def test_our_trainer_drives_the_toolkits_builder_and_adapter(place, closing):

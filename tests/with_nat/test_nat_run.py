@@ -82,6 +82,36 @@ async def test_a_live_change_reaches_the_toolkits_next_selection(run, art):
     assert (run.journal().epoch == 1).all()
 
 
+async def test_rollouts_are_counted_while_the_toolkit_evaluates(run, llm):
+    reply, seen = llm.reply, []
+
+    def noting(request):
+        seen.append((run.progress.done, run.progress.total))
+        return reply(request) if callable(reply) else reply
+
+    llm.reply = noting
+    await run.next_epoch()
+    assert (run.progress.done, run.progress.total, run.progress.failed) == (12, 12, 0)
+    assert max(done for done, _ in seen) < 12
+    assert {total for _, total in seen} <= {6, 12}
+
+
+async def test_one_example_is_tried_by_the_toolkits_workflow(run):
+    by_id, by_position = await run.rollout("q2"), await run.rollout(-1)
+    assert (by_id.metadata["id"], by_position.metadata["id"]) == ("q2", "q5")
+    assert [(item.role.value, item.content) for item in by_id.episode] == [
+        ("system", "Answer."),
+        ("user", "what is q2?"),
+        ("assistant", "ok"),
+    ]
+    assert by_id.reward in toolkit.REWARDS["q2"]
+    assert len(run) == 0
+    with pytest.raises(ft.RunError, match="no example 'q9': the dataset has 6 rows, with ids like 'q0'"):
+        await run.rollout("q9")
+    with pytest.raises(ft.RunError, match="not its own"):  # its model is behind the Toolkit's client
+        await run.chat("1+1")
+
+
 async def test_a_run_selects_as_nat_finetune_does(place, llm, art, closing):
     from nat.data_models.finetuning import FinetuneRunConfig
     from nat.finetuning.finetuning_runtime import finetuning_main

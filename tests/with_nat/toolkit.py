@@ -81,6 +81,21 @@ async def table(config: TableConfig, builder: Any):
     yield EvaluatorInfo(config=config, evaluate_fn=evaluate, description="rewards from a table")
 
 
+def note_submitted(path: Path) -> None:
+    """From now on the example ids of whatever is submitted to our adapter are added to a file, a line a job."""
+    from finetune_nb.backends.local.adapter import LocalGRPOAdapter
+
+    submit = LocalGRPOAdapter.submit
+
+    async def noting(self: Any, trajectories: Any) -> Any:
+        ids = [[trajectory.metadata["id"] for trajectory in group] for group in trajectories.trajectories]
+        with path.open("a") as file:
+            file.write(json.dumps(ids) + "\n")
+        return await submit(self, trajectories)
+
+    LocalGRPOAdapter.submit = noting  # type: ignore[method-assign]
+
+
 @dataclass
 class ArtServer:
     """`art run`, as far as the Toolkit's plugin speaks to it, on an address of its own: its health check asks port 8000

@@ -15,10 +15,18 @@ from typing import Any
 
 from ...config import CurriculumLearningConfig, FinetuneConfig
 from ...errors import BackendError
+from ...evaluation.evaluate import progress
 from ...interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
-from ...observe import observe
+from ...observe import observe, resolve
 from ...redaction import redact_text, redacting_logger
-from ...types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum, Trajectory, TrajectoryCollection
+from ...types import (
+    RolloutFailure,
+    TrainingJobRef,
+    TrainingJobStatus,
+    TrainingStatusEnum,
+    Trajectory,
+    TrajectoryCollection,
+)
 from .nouns import (
     collection_from_nat,
     collection_to_nat,
@@ -53,6 +61,9 @@ class NatBuilder(TrajectoryBuilder):
         super().__init__(nat.trajectory_builder_config)
         self.nat = nat
         self._ask_start, self._ask_finalize = nat.start_run, nat.finalize
+        default = resolve("nat.finetuning.interfaces.trajectory_builder:TrajectoryBuilder").run_eval
+        if getattr(type(nat), "run_eval", None) is default:
+            observe(nat, "run_eval", self._counted)
         self._known: dict[int, tuple[Any, Trajectory]] = {}  # by id of the Toolkit's trajectory, which is kept with it
         self._theirs: Any = None
 
@@ -76,6 +87,26 @@ class NatBuilder(TrajectoryBuilder):
         if id(trajectory) not in self._known:
             self._known[id(trajectory)] = (trajectory, trajectory_from_nat(trajectory))
         return self._known[id(trajectory)][1]
+
+    async def _counted(self, original: Callable[[], Any]) -> Any:
+        """The Toolkit's evaluation as its builders ask for it, with its rollouts counted for whoever shows a Run."""
+        if progress.get() is None:
+            return await original()
+        from nat.data_models.evaluate_runtime import EvaluationRunConfig
+        from nat.utils.io.supress_logs import suppress_logs
+
+        from .evaluation_run import EvaluationRun
+
+        run = self.nat.run_config.run_configuration
+        asked = {name: getattr(run, name) for name in _ASKED}
+        async with suppress_logs(prefix="nat.eval"):
+            return await EvaluationRun(EvaluationRunConfig(**asked)).run_and_evaluate()
+
+    async def rollout(self, example: Any, run_id: str) -> Trajectory | RolloutFailure:
+        """One scored rollout of one example, by its id or its position. Raises RunError for one that is not there."""
+        from .ours import trying
+
+        return await (await trying(self.nat.run_config)).rollout(example, run_id)
 
     def forget(self) -> None:
         self._known.clear()
@@ -108,6 +139,10 @@ class NatBuilder(TrajectoryBuilder):
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+
+
+_ASKED = ("config_file", "dataset", "result_json_path", "endpoint", "endpoint_timeout", "override")
+"""What of a run configuration an evaluation is given."""
 
 
 class NatAdapter(TrainerAdapter):

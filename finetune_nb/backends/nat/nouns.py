@@ -44,6 +44,7 @@ __all__ = [
     "status_to_nat",
     "trajectory_from_nat",
     "trajectory_to_nat",
+    "was_dropped",
 ]
 
 # ── trajectories ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,7 +169,7 @@ def evaluation_from_nat(
             full_dataset_entry=item.full_dataset_entry,
         )
         items.append(ours)
-        if not item.trajectory and ours.output_obj in (None, ""):
+        if was_dropped(item):
             error = "WorkflowError: the workflow raised; the Toolkit's log has its error"
             failures.append(RolloutFailure(item.id, generation, error))
     return EvaluationRunOutput.model_construct(
@@ -181,6 +182,11 @@ def evaluation_from_nat(
         profiler_results=None,
         failures=failures,
     )
+
+
+def was_dropped(item: Any) -> bool:
+    """Whether the workflow raised for that item, or was not run because it raised for another."""
+    return not item.trajectory and item.output_obj in (None, "")
 
 
 _KEPT_STEPS = ("LLM_START", "LLM_END", "TOOL_START", "TOOL_END")

@@ -47,8 +47,9 @@ from ...observe import resolve
 from ...trainer import EpochTrainer, EpochTrainerConfig
 from ...trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from ...type_names import config_class
-from ...types import EvaluationRunOutput, SamplingParams
+from ...types import EvaluationRunOutput, RolloutFailure, SamplingParams, Trajectory
 from .bridges import NatAdapter, NatBuilder, ours_of
+from .evaluation_run import ALL, EvaluationRun
 from .evaluations import Evaluations, SharedLLM
 from .nouns import (
     collection_from_nat,
@@ -59,7 +60,7 @@ from .nouns import (
     status_to_nat,
 )
 
-__all__ = ["finetuning_from_nat"]
+__all__ = ["finetuning_from_nat", "trying"]
 
 
 def finetuning_from_nat(given: Any) -> FinetuneConfig:
@@ -101,9 +102,17 @@ class EvaluatingBuilder(EvalTrajectoryBuilder):
     reads_our_rows = False
 
     async def run_eval(self) -> EvaluationRunOutput:
-        """One generation. Nothing is written down by the Toolkit: all generations would write the same files."""
+        """One generation."""
+        return await self._evaluate()
+
+    async def rollout(self, example: Any, run_id: str) -> Trajectory | RolloutFailure:
+        """One scored rollout of one example, by its id or its position. Raises RunError for one that is not there."""
+        collection = await self.collect([await self._evaluate(example)], run_id)
+        return collection.trajectories[0][0] if collection.trajectories else collection.failures[0]
+
+    async def _evaluate(self, example: Any = ALL) -> EvaluationRunOutput:
+        """Nothing is written down by the Toolkit: all generations would write the same files."""
         from nat.data_models.evaluate_runtime import EvaluationRunConfig
-        from nat.plugins.eval.runtime.evaluate import EvaluationRun
 
         run, asked = self.run, self.run_config.run_configuration
         # A validation has its own dataset, and may have its own file; a config in memory is the Run's.
@@ -117,8 +126,16 @@ class EvaluatingBuilder(EvalTrajectoryBuilder):
             write_output=False,
         )
         with Evaluations.open() as calls:
-            output = await EvaluationRun(config=config).run_and_evaluate()
+            output = await EvaluationRun(config, example).run_and_evaluate()
             return evaluation_from_nat(output, calls.of_response, evaluation_context.get().generation)
+
+
+async def trying(run_config: Any) -> EvaluatingBuilder:
+    """A builder for rollouts by hand, over the evaluation that the Toolkit's FinetuneConfig names."""
+    builder = EvaluatingBuilder(EvalTrajectoryBuilderConfig(num_generations=1, min_episode_length=1))
+    builder.run = without_itself(run_config.run_configuration)
+    await builder.initialize(finetuning_from_nat(run_config))
+    return builder
 
 
 class OursAsNatBuilder(NatBuilderBase):
@@ -229,10 +246,21 @@ class TrainerConfig(nat.TrainerConfig, name="finetune_nb_epoch_trainer"):  # typ
     seed: int = Field(default=0, ge=0)
 
 
+class RewardedTrainer(EpochTrainer):
+    """Ours, with the reward that the Toolkit's config names: a Run's own config has no evaluators to name one of."""
+
+    reward: Any = None
+
+    async def initialize(self, run_config: FinetuneConfig) -> None:
+        if self.reward is not None:
+            run_config = run_config.model_copy(update={"reward_function": self.reward})
+        await super().initialize(run_config)
+
+
 class OursAsNatTrainer(NatTrainerBase):
     def __init__(self, config: TrainerConfig) -> None:
         super().__init__(config)
-        self.ours = EpochTrainer(EpochTrainerConfig(), seed=config.seed)
+        self.ours = RewardedTrainer(EpochTrainerConfig(), seed=config.seed)
 
     async def initialize(self, run_config: Any) -> None:
         self.run_config = run_config

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ...config import TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
+from ...config import RewardFunctionConfig, TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
 from ...errors import ConfigError
 from ...registry import Builder, register_trainer, register_trainer_adapter, register_trajectory_builder
 from .bridges import NatAdapter, NatBuilder, NatTrainer, ours_of
@@ -126,6 +126,8 @@ async def nat_trainer(config: NatTrainerConfig, builder: Builder):
             for component in (opened.builder, opened.adapter):
                 await component.initialize(opened.finetuning)
             trainer = opened.trainer.ours
+            reward = opened.finetuning.reward_function
+            trainer.reward = reward and RewardFunctionConfig(name=reward.name)
             await trainer.bind_components(ours_of(opened.builder, NatBuilder), ours_of(opened.adapter, NatAdapter))
             yield trainer
         else:
