@@ -1,9 +1,10 @@
 """The command line: `finetune-nb demo` trains the example before your eyes, `finetune-nb lab` opens the notebooks,
-`finetune-nb runs` lists what was run."""
+`finetune-nb runs` lists what was run, `finetune-nb art-server` trains for the NeMo Agent Toolkit's ART plugin."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,18 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="default: runs")
     runs.add_argument("--archived", action="store_true", help="those that were put away")
     runs.set_defaults(command=_runs)
+
+    art = commands.add_parser("art-server", help="train for the NeMo Agent Toolkit's ART plugin, in place of `art run`")
+    art.add_argument("--model", default="embedded", help='"embedded" (default), a Hugging Face directory or name')
+    art.add_argument("--host", default="127.0.0.1", help="an address of this machine alone (default 127.0.0.1)")
+    art.add_argument("--port", type=_positive, default=7999, help="as in the config (default 7999); 8000 is served too")
+    art.add_argument("--out", type=Path, help="folder for the model after every training, as 0001, 0002, ...")
+    art.add_argument("--learning-rate", type=_above_zero, help="in place of the config's (embedded model: 5e-4)")
+    art.add_argument("--max-tokens", type=_positive, default=256, help="of a reply, where not asked for (default 256)")
+    art.add_argument("--lora", action="store_true", help="train a LoRA adapter")
+    art.add_argument("--seed", type=int, default=0, help="of sampling and training (default 0)")
+    art.add_argument("--allow-inexact", action="store_true", help="also train on what was not sampled here")
+    art.set_defaults(command=_art_server)
     return parser
 
 
@@ -62,6 +75,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
     return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -115,6 +138,19 @@ def _runs(arguments: argparse.Namespace) -> int:
     shown["size"] = [f"{size / 1e6:.1f} MB" if size == size else "" for size in table["size"].astype(float)]
     shown["parent"] = [f"{p} at {e}" if p else "" for p, e in zip(table.parent, table.parent_epoch, strict=True)]
     print(shown.fillna("").to_string(index=False))
+    return 0
+
+
+def _art_server(arguments: argparse.Namespace) -> int:
+    import asyncio
+    import logging
+
+    from .observe import resolve
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    serve = resolve("finetune_nb.backends.art_server.server:serve")
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "out")}
+    asyncio.run(serve(**given, folder=arguments.out, ready=lambda text: print(text, flush=True)))
     return 0
 
 

@@ -47,6 +47,8 @@ NAMED_BY_STRING = {
     ("eval_types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("preview", "finetune_nb.preview_card:*"): "how a noun shows itself",
     ("run", "finetune_nb.backends.nat.run:settings_of"): "Run.from_nat",
+    ("cli", "finetune_nb.backends.art_server.server:serve"): "a command",
+    ("backends.art_server.server", "finetune_nb.backends.local.adapter:*"): "what it trains with",
     ("backends.nat.ours", "finetune_nb.backends.local.adapter:*"): "the backend that it offers to the Toolkit",
 }
 """Objects of a higher layer, resolved when they are used. type_names.py, whose strings are what a config can name, apart."""

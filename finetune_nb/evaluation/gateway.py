@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .episode import Episode
     from .recording import LLM
 
-__all__ = ["Endpoint", "Gateway", "gateway", "running_gateway"]
+__all__ = ["Endpoint", "Gateway", "gateway", "running_gateway", "sample"]
 
 
 @dataclass(eq=False)
@@ -179,21 +179,25 @@ class Gateway:
         return hmac.compare_digest((header or "").encode(), f"Bearer {self.api_key}".encode())
 
     async def sample(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
-        """One call a choice, not yet recorded."""
-        llm, episode, options = endpoint.llm, endpoint.episode, request.options
+        return await sample(endpoint, request)
 
-        def ask() -> Coroutine[Any, Any, LLMCall]:
-            if request.prompt is not None:
-                return llm.complete(episode, request.prompt, request.params, **options)
-            assert request.messages is not None
-            return llm.call(episode, request.messages, request.tools, request.params, **options)
 
-        with episode.current():
-            if request.choices == 1:
-                return [_without_stop(await ask())]
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(ask()) for _ in range(request.choices)]
-        return [_without_stop(task.result()) for task in tasks]
+async def sample(endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
+    """One call a choice, not yet recorded."""
+    llm, episode, options = endpoint.llm, endpoint.episode, request.options
+
+    def ask() -> Coroutine[Any, Any, LLMCall]:
+        if request.prompt is not None:
+            return llm.complete(episode, request.prompt, request.params, **options)
+        assert request.messages is not None
+        return llm.call(episode, request.messages, request.tools, request.params, **options)
+
+    with episode.current():
+        if request.choices == 1:
+            return [_without_stop(await ask())]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(ask()) for _ in range(request.choices)]
+    return [_without_stop(task.result()) for task in tasks]
 
 
 def _without_stop(call: LLMCall) -> LLMCall:

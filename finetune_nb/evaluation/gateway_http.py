@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPServerRequest
@@ -22,9 +22,10 @@ from ..types import LLMCall
 from .wire import Refused, WireRequest, answer_of, error_body, events_of, read_request
 
 if TYPE_CHECKING:
-    from .gateway import Endpoint, Gateway
+    from .gateway import Endpoint
+    from .recording import LLM
 
-__all__ = ["LARGEST_REQUEST", "http_server"]
+__all__ = ["LARGEST_REQUEST", "Addresses", "Completions", "Models", "http_server"]
 
 logger = redacting_logger(__name__)
 
@@ -33,12 +34,24 @@ LARGEST_REQUEST = 32 * 2**20
 _TOO_LARGE = Refused(413, f"the request is too large; the most is {LARGEST_REQUEST} bytes.", "request_too_large")
 
 
-def http_server(server: Gateway) -> HTTPServer:
+class Addresses(Protocol):
+    """What is served: the gateway, or whoever answers as it does."""
+
+    def authorized(self, header: str | None) -> bool: ...
+
+    def find(self, name: str) -> Endpoint:
+        """Raises Refused for a name that is no address."""
+        ...
+
+    async def sample(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]: ...
+
+
+def http_server(server: Addresses) -> HTTPServer:
     """A server of that gateway's addresses, to be started on the running event loop."""
     routes = [
-        (r"/e/([\w-]+)/v1/chat/completions", _Completions, {"server": server, "chat": True}),
-        (r"/e/([\w-]+)/v1/completions", _Completions, {"server": server, "chat": False}),
-        (r"/e/([\w-]+)/v1/models(?:/(.+))?", _Models, {"server": server}),
+        (r"/e/([\w-]+)/v1/chat/completions", Completions, {"server": server, "chat": True}),
+        (r"/e/([\w-]+)/v1/completions", Completions, {"server": server, "chat": False}),
+        (r"/e/([\w-]+)/v1/models(?:/(.+))?", Models, {"server": server}),
         (r".*", _Nothing, {"server": server}),
     ]
     app = Application(routes, log_function=lambda handler: None)
@@ -48,7 +61,7 @@ def http_server(server: Gateway) -> HTTPServer:
 class _Api(RequestHandler):
     """What all addresses share: the key, and errors as OpenAI clients read them."""
 
-    def initialize(self, server: Gateway) -> None:
+    def initialize(self, server: Addresses) -> None:
         self.server = server
 
     def prepare(self) -> None:
@@ -78,10 +91,10 @@ class _Api(RequestHandler):
 
 
 @stream_request_body
-class _Completions(_Api):
+class Completions(_Api):
     """Chat completions and completions."""
 
-    def initialize(self, server: Gateway, chat: bool = True) -> None:
+    def initialize(self, server: Addresses, chat: bool = True) -> None:
         super().initialize(server)
         self.chat, self.gone = chat, False
         self.parts: list[bytes] = []
@@ -105,8 +118,7 @@ class _Completions(_Api):
         if self._finished:
             return
         endpoint = self.server.find(name)
-        llm = endpoint.llm
-        request = read_request(b"".join(self.parts), self.chat, llm.sampling, llm.takes_options)
+        request = self.read(b"".join(self.parts), endpoint.llm)
         again, key = _identity(self.request, self.parts)
         self.parts = []
         if again and key in endpoint.answered:
@@ -128,6 +140,9 @@ class _Completions(_Api):
         else:
             self.finish(json.dumps(answer_of(request, calls, name, created), ensure_ascii=False).encode())
 
+    def read(self, body: bytes, llm: LLM) -> WireRequest:
+        return read_request(body, self.chat, llm.sampling, llm.takes_options)
+
     async def _sampled(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
         self.task = asyncio.create_task(self.server.sample(endpoint, request))
         endpoint.tasks.add(self.task)
@@ -143,7 +158,7 @@ class _Completions(_Api):
             self.task.cancel()
 
 
-class _Models(_Api):
+class Models(_Api):
     """The one model that an address has."""
 
     def get(self, name: str, model: str | None = None) -> None:

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """The Toolkit's builder, adapter and trainer as ours, so that a Run drives and watches them like any other.
 
 Each bridge holds one of the Toolkit's components. What the Toolkit's trainer asks of its builder and its adapter is led
@@ -95,7 +96,7 @@ class NatBuilder(TrajectoryBuilder):
         from nat.data_models.evaluate_runtime import EvaluationRunConfig
         from nat.utils.io.supress_logs import suppress_logs
 
-        from .evaluation_run import EvaluationRun
+        from .evaluating import EvaluationRun
 
         run = self.nat.run_config.run_configuration
         asked = {name: getattr(run, name) for name in _ASKED}
@@ -104,7 +105,7 @@ class NatBuilder(TrajectoryBuilder):
 
     async def rollout(self, example: Any, run_id: str) -> Trajectory | RolloutFailure:
         """One scored rollout of one example, by its id or its position. Raises RunError for one that is not there."""
-        from .ours import trying
+        from .evaluating import trying
 
         return await (await trying(self.nat.run_config)).rollout(example, run_id)
 

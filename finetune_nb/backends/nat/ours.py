@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -38,50 +37,27 @@ from nat.finetuning.interfaces.trainer_adapter import TrainerAdapter as NatAdapt
 from nat.finetuning.interfaces.trajectory_builder import TrajectoryBuilder as NatBuilderBase
 from pydantic import Field, create_model
 
-from ...config import FinetuneConfig, FinetuneRunConfig
+from ...config import FinetuneConfig
 from ...errors import ConfigError
-from ...evaluation.evaluate import evaluation_context
 from ...imports import put_transformers_back
 from ...interfaces import Policy
 from ...observe import resolve
 from ...trainer import EpochTrainer, EpochTrainerConfig
-from ...trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
+from ...trajectory_builder import EvalTrajectoryBuilderConfig
 from ...type_names import config_class
-from ...types import EvaluationRunOutput, RolloutFailure, SamplingParams, Trajectory
+from ...types import SamplingParams
 from .bridges import NatAdapter, NatBuilder, ours_of
-from .evaluation_run import ALL, EvaluationRun
+from .evaluating import EvaluatingBuilder, finetuning_from_nat, without_itself
 from .evaluations import Evaluations, SharedLLM
 from .nouns import (
     collection_from_nat,
     collection_to_nat,
-    evaluation_from_nat,
     ref_from_nat,
     ref_to_nat,
     status_to_nat,
 )
 
-__all__ = ["finetuning_from_nat", "trying"]
-
-
-def finetuning_from_nat(given: Any) -> FinetuneConfig:
-    """The Toolkit's FinetuneConfig as ours; its config in memory stays where it is."""
-    run = given.run_configuration
-    values = given.model_dump(exclude={"run_configuration"})
-    config = FinetuneConfig.model_validate(values)
-    if run is not None:
-        config.run_configuration = FinetuneRunConfig.model_validate(run.model_dump(exclude={"config_file"}))
-    return config
-
-
-def without_itself(run: Any) -> Any:
-    """The run configuration with a config that does not hold it: `nat finetune` puts the one into the other, and whoever
-    walks through that comes to no end."""
-    config = run.config_file
-    tuning = getattr(config, "finetuning", None)
-    if tuning is None:
-        return run
-    plain = config.model_copy(update={"finetuning": tuning.model_copy(update={"run_configuration": None})})
-    return run.model_copy(update={"config_file": plain})
+__all__ = ["OursAsNatAdapter", "OursAsNatBuilder", "OursAsNatTrainer"]
 
 
 # ── the builder ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -93,49 +69,6 @@ class BuilderConfig(nat.TrajectoryBuilderConfig, name="finetune_nb_eval_traj_bui
     num_generations: int = Field(default=8, ge=1)
     include_tool_calls: bool = True
     min_episode_length: int = Field(default=2, ge=1)
-
-
-class EvaluatingBuilder(EvalTrajectoryBuilder):
-    """Ours, whose generations are the Toolkit's evaluation runs. `run`: the Toolkit's run configuration."""
-
-    run: Any = None
-    reads_our_rows = False
-
-    async def run_eval(self) -> EvaluationRunOutput:
-        """One generation."""
-        return await self._evaluate()
-
-    async def rollout(self, example: Any, run_id: str) -> Trajectory | RolloutFailure:
-        """One scored rollout of one example, by its id or its position. Raises RunError for one that is not there."""
-        collection = await self.collect([await self._evaluate(example)], run_id)
-        return collection.trajectories[0][0] if collection.trajectories else collection.failures[0]
-
-    async def _evaluate(self, example: Any = ALL) -> EvaluationRunOutput:
-        """Nothing is written down by the Toolkit: all generations would write the same files."""
-        from nat.data_models.evaluate_runtime import EvaluationRunConfig
-
-        run, asked = self.run, self.run_config.run_configuration
-        # A validation has its own dataset, and may have its own file; a config in memory is the Run's.
-        dataset, own = (asked.dataset or run.dataset, asked.config_file) if asked is not None else (run.dataset, None)
-        config = EvaluationRunConfig(
-            config_file=own if isinstance(own, Path) else run.config_file,
-            dataset=None if dataset is None else str(dataset),
-            result_json_path=run.result_json_path,
-            endpoint=run.endpoint,
-            endpoint_timeout=run.endpoint_timeout,
-            write_output=False,
-        )
-        with Evaluations.open() as calls:
-            output = await EvaluationRun(config, example).run_and_evaluate()
-            return evaluation_from_nat(output, calls.of_response, evaluation_context.get().generation)
-
-
-async def trying(run_config: Any) -> EvaluatingBuilder:
-    """A builder for rollouts by hand, over the evaluation that the Toolkit's FinetuneConfig names."""
-    builder = EvaluatingBuilder(EvalTrajectoryBuilderConfig(num_generations=1, min_episode_length=1))
-    builder.run = without_itself(run_config.run_configuration)
-    await builder.initialize(finetuning_from_nat(run_config))
-    return builder
 
 
 class OursAsNatBuilder(NatBuilderBase):
