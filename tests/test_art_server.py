@@ -28,7 +28,11 @@ MODEL = {
     "trainable": True,
     "base_path": ".art",
     "base_model": "Qwen/Qwen2.5-7B-Instruct",
-    "_internal_config": {"init_args": None, "engine_args": None, "trainer_args": {"learning_rate": 0.0001, "beta": 0.1}},
+    "_internal_config": {
+        "init_args": None,
+        "engine_args": None,
+        "trainer_args": {"learning_rate": 0.0001, "beta": 0.1},
+    },
 }
 SYSTEM = {"role": "system", "content": "Answer."}
 
@@ -158,7 +162,9 @@ async def test_trajectories_of_weights_that_are_no_more_are_refused():
     async with serving() as client:
         group = [await client.game(reward) for reward in (1.0, 0.0)]
         await client.train(group)
-        code, answer = await client.refused("/_train_model", {"model": MODEL, "trajectory_groups": [{"trajectories": group}]})
+        code, answer = await client.refused(
+            "/_train_model", {"model": MODEL, "trajectory_groups": [{"trajectories": group}]}
+        )
         assert (code, "were not sampled by this server" in answer["detail"]) == (400, True)
 
 

@@ -246,7 +246,7 @@ async def serve(
     server.address = (host, HEALTH_PORT)
     http = HTTPServer(application(server), max_body_size=LARGEST_REQUEST)
     try:
-        for each in sorted({port, HEALTH_PORT}):
+        for each in dict.fromkeys((port, HEALTH_PORT)):
             try:
                 http.add_sockets(bind_sockets(each, host))
             except OSError as error:
