@@ -47,7 +47,7 @@ def press_many(lab, notebook, slider=0, presses=PRESSES):
     return took
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("warm", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["cold", "warm"])
 @pytest.mark.parametrize("cell", [BACKGROUND, NEXT_EPOCH, WAIT], ids=["background", "next_epoch", "wait"])
 def test_a_slider_moved_by_keyboard_reaches_the_draft_while_the_run_goes_on(lab, runs_folder, cell, warm):
     notebook = opened(lab, runs_folder, cell, seconds=6)
