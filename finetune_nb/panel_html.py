@@ -263,7 +263,9 @@ border-bottom:1px solid var(--jp-border-color2,rgba(128,128,128,.35));margin:0 0
 .ft-panel .widget-toggle-buttons{display:flex;flex-flow:row nowrap;align-items:center}
 .ft-panel .widget-toggle-buttons>.widget-label{flex:0 0 132px;text-align:right;margin-right:8px}
 .ft-panel .ft-b-heading{margin:0}
-body[data-jp-theme-light='false'] .ft-panel select{color-scheme:dark}
+body[data-jp-theme-light='false'] .ft-panel{--jp-widgets-dropdown-arrow:url("data:image/svg+xml,
+%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4l4 -4' fill='none' stroke='%23ccc'%20
+stroke-width='2'/%3E%3C/svg%3E")}
 .ft-panel .ft-section{font-weight:600;font-size:11px;letter-spacing:.06em;text-transform:uppercase;opacity:.7;margin:6px 0 0}
 .ft-head{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:center}
 .ft-name{font-size:15px}
