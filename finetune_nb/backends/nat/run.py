@@ -15,8 +15,9 @@ from pydantic import Field
 from ...config import RewardFunctionConfig, TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
 from ...errors import ConfigError
 from ...registry import Builder, register_trainer, register_trainer_adapter, register_trajectory_builder
-from .bridges import NatAdapter, NatBuilder, NatTrainer, ours_of
+from .bridges import NatAdapter, NatBuilder, ours_of
 from .opening import finetuning_section, open_config, read_config
+from .trainer import NatTrainer
 
 __all__ = ["NatAdapterConfig", "NatBuilderConfig", "NatTrainerConfig", "settings_of"]
 
