@@ -114,8 +114,21 @@ def plot(runs: list[dict], path: Path) -> None:
         axes.plot(run["all_right"], color=colour, marker=marker, label=f"seed {run['seed']}, rollouts")
         ends = [-0.5, len(run["all_right"]) - 0.5]
         held_out = [run["held_out_before"], run["held_out_after"]]
-        axes.plot(ends, held_out, linestyle=":", marker=marker, markerfacecolor="white", color=colour, label="held out")
-    axes.set(xlabel="epoch", ylabel="right calls", ylim=(0, 1), title="SmolLM2-135M, LoRA, JSON tool calls")
+        axes.plot(
+            ends,
+            held_out,
+            linestyle=":",
+            marker=marker,
+            markerfacecolor="white",
+            color=colour,
+            label=f"seed {run['seed']}, held out",
+        )
+    axes.set(
+        xlabel="epoch",
+        ylabel="right calls",
+        ylim=(0, 1),
+        title="SmolLM2-135M, LoRA, JSON tool calls; held out: before and after",
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
