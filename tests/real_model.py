@@ -60,7 +60,7 @@ def train(model: Path, seed: int, output_dir: str, epochs: int = EPOCHS, threads
             "learning_rate": 3e-4,
             "optimizer_steps": 2,
             "clip_high": 0.28,
-            "micro_batch_tokens": 1024,
+            "micro_batch_tokens": 512,
             "threads": threads,
         },
         seed=seed,
