@@ -9,7 +9,7 @@ from finetune_nb.examples import calculator
 
 pytestmark = pytest.mark.slow
 
-EPOCHS = 3
+EPOCHS = 6
 
 
 def demo(folder, engine, seed, **overrides):
@@ -32,12 +32,14 @@ async def test_model_learns_as_it_does_locally_and_takes_hardly_longer(ray, tmp_
     ratios = [b.seconds["total"] / a.seconds["total"] for a, b in zip(here[0], there, strict=True)][1:]
     with capsys.disabled():
         print(f"\nmean reward of {EPOCHS} epochs: {[round(m, 3) for m in means[:3]]} here, {means[3]:.3f} on Ray")
-        print(f"an epoch on Ray takes {[round(ratio, 2) for ratio in ratios]} of what it takes here; target 1.15")
+        middle, each = statistics.median(ratios), [round(ratio, 2) for ratio in ratios]
+        print(f"an epoch on Ray takes {each} of what it takes here, {middle:.2f} in the middle; target 1.15")
         for run in (here[0], there):
             print([{part: round(seconds, 2) for part, seconds in epoch.seconds.items()} for epoch in run])
     noise = 3 * 0.5 / (40 * 8 * EPOCHS) ** 0.5  # three standard errors of a mean of so many rewards of 0 or 1
     assert min(means[:3]) - noise <= means[3] <= max(means[:3]) + noise
-    assert min(ratios) < 1.3
+    assert min(ratios) < 1.15  # on a busy machine single epochs take twice their time, here or there
+    assert middle < 1.6
 
     assert not any(epoch.collection.failures for epoch in there)
     for epoch in there:
