@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
@@ -28,7 +29,7 @@ from .config import Config
 from .errors import ConfigError, RunError, did_you_mean
 from .observe import resolve
 from .redaction import MASK, Path, is_text, plain
-from .type_names import ENGINES, KINDS, Build, config_class, registered
+from .type_names import ENGINES, KINDS, TRAINERS, Build, config_class, registered
 
 if TYPE_CHECKING:
     from .evaluation.executor import RolloutExecutor
@@ -62,6 +63,8 @@ class Builder:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.run_folder: FilePath | None = None
+        """Where the run that it builds for leaves all behind; None outside a run."""
         self._added: dict[Key, Any] = {}
         self._live: dict[Key, _Live] = {}
         self._built: list[_Live] = []  # in the order in which they became ready
@@ -121,6 +124,11 @@ class Builder:
         return await self._get("trajectory_builder", name)
 
     async def get_trainer_adapter(self, name: str) -> TrainerAdapter:
+        if self.config.run.trains_elsewhere and ("trainer_adapter", name) in self._added:
+            raise ConfigError(
+                "found run.ray.trainer and a trainer adapter that was given as an object; expected its settings, since an "
+                "object cannot go to the cluster. Leave run.ray.trainer out, or adapter=."
+            )
         return await self._get("trainer_adapter", name)
 
     async def get_trainer(self, name: str) -> Trainer:
@@ -188,6 +196,8 @@ class Builder:
             else:
                 config = self._config_of(kind, name)
                 build = _build_of(kind, name, config)
+                if kind == "trainer_adapter" and self.config.run.trains_elsewhere:
+                    build = resolve(TRAINERS[self.config.run.engine_kind])
             self._loop = loop
             live = self._live[key] = _Live(key, loop.create_future())
             self._needs[key] = set()

@@ -53,6 +53,7 @@ class Driver:
         first: int = 0,
     ) -> None:
         self.config, self.builder, self.run_id = config, builder, run_id
+        builder.run_folder = self.folder
         self.controls, self.standing = controls, standing
         self.epochs: list[Epoch] = list(epochs)
         self._first = first  # the epoch that comes next where there is none yet: of a fork the one behind its parent's

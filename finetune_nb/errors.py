@@ -107,7 +107,11 @@ class MissingExtra(FinetuneError, ImportError):
     """An optional package is missing."""
 
     def __init__(self, what: str, extra: str) -> None:
+        self.what, self.extra = what, extra
         super().__init__(f'{what} needs packages that are not installed: pip install "finetune_nb[{extra}]"')
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
+        return type(self), (self.what, self.extra)  # so that it can come from another process
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:

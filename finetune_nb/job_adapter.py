@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from .config import TrainerAdapterConfig
+from .config import FinetuneConfig, TrainerAdapterConfig
 from .errors import BackendError, StalePolicy, UnknownJob, did_you_mean
 from .interfaces import TrainerAdapter
 from .jsonl import append_jsonl
 from .types import TrainingJobRef, TrainingJobStatus, TrajectoryCollection
 
-__all__ = ["Job", "JobAdapter", "check_versions", "plain_name"]
+__all__ = ["Job", "JobAdapter", "check_versions", "plain_name", "write_progress"]
 
 
 class Job(Protocol):
@@ -85,17 +86,24 @@ class JobAdapter(TrainerAdapter, Generic[JobT]):
 
     def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
         """Appends a line to trainer_adapter_<run id>.jsonl in `output_dir` (default: the config's), NaN as null."""
-        folder = output_dir or (self.run_config.output_dir if self.run_config else None)
-        if folder is None:
-            raise BackendError("log_progress got no output_dir, and the adapter has no config. Call initialize first.")
-        line = {"run_id": ref.run_id, "backend": ref.backend, **metrics}
-        append_jsonl(Path(folder) / f"trainer_adapter_{plain_name(ref.run_id)}.jsonl", line)
+        write_progress(self.run_config, ref, metrics, output_dir)
 
     async def aclose(self) -> None:
         """Cancels what still runs, and waits for it."""
         for job in self._jobs.values():
             job.cancel()
         await self._all_ended()
+
+
+def write_progress(
+    run_config: FinetuneConfig | None, ref: TrainingJobRef, metrics: Mapping[str, Any], output_dir: str | None
+) -> None:
+    """JobAdapter's `log_progress`, for adapters that are none."""
+    folder = output_dir or (run_config.output_dir if run_config else None)
+    if folder is None:
+        raise BackendError("log_progress got no output_dir, and the adapter has no config. Call initialize first.")
+    line = {"run_id": ref.run_id, "backend": ref.backend, **metrics}
+    append_jsonl(Path(folder) / f"trainer_adapter_{plain_name(ref.run_id)}.jsonl", line)
 
 
 def plain_name(run_id: str) -> str:

@@ -13,17 +13,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from .component import changed
 from .config import Config
 from .controls import LiveField
 from .registry import Builder
 
-__all__ = ["AT_TRAINING", "live_fields", "put"]
+__all__ = ["AT_TRAINING", "live_fields", "live_names", "put"]
 
 SAFE_POINTS = ("rollouts", "training")
 AT_TRAINING: dict[str, Any] = {"live": "training"}
 """The mark of a setting that the next training job reads."""
+
+
+def live_names(section: BaseModel) -> list[str]:
+    """The live settings of one component's config."""
+    return [name for name, info in type(section).model_fields.items() if _safe_point(info) in SAFE_POINTS]
+
+
+def _safe_point(info: FieldInfo) -> Any:
+    extra = info.json_schema_extra
+    return extra.get("live") if isinstance(extra, dict) else None
 
 
 def live_fields(config: Config) -> list[LiveField]:
@@ -31,8 +42,7 @@ def live_fields(config: Config) -> list[LiveField]:
     found = []
     for part, (_, _, section) in _sections(config).items():
         for name, info in type(section).model_fields.items():
-            extra = info.json_schema_extra
-            safe_point = extra.get("live") if isinstance(extra, dict) else None
+            safe_point = _safe_point(info)
             if safe_point not in SAFE_POINTS:
                 continue
             limits = {

@@ -89,8 +89,9 @@ class Recorder:
         Raises RunError where no weights of this run are to be had.
         """
         state = self.store.state()
+        held = await self._held(adapter, state)
         load, fresh = getattr(adapter, "load_checkpoint", None), getattr(adapter.policy, "version", None)
-        if state is None or load is None:
+        if held or state is None or load is None:
             return state
         last, version = self.store.next_index - 1, state.get("policy_version")
         behind = await in_daemon_thread(newest_with_weights, self.store, fresh)
@@ -118,6 +119,23 @@ class Recorder:
                 f"says {version}. Fork the run from an epoch that has another checkpoint, or start anew."
             )
         return state
+
+    async def _held(self, adapter: TrainerAdapter, state: dict[str, Any] | None) -> bool:
+        """Whether a backend that outlived the process that wrote the record still has the weights that it ends with, or
+        the job: there is nothing to load then."""
+        holds = getattr(adapter, "holds_weights", None)
+        if holds is None:
+            return False
+        left = await in_daemon_thread(self.store.partial)
+        version = None if state is None else state.get("policy_version")
+        if not await holds(version, None if left is None else left.job):
+            return False
+        if (
+            state is not None
+            and await in_daemon_thread(newest_with_weights, self.store, 0) != self.store.next_index - 1
+        ):
+            self._saved_version = -1  # of no weights: those that are held lie on no disk
+        return True
 
     async def go_back(self) -> bool:
         """Puts away the epochs behind which the run cannot go on, and returns whether there were any. Raises StoreError

@@ -268,7 +268,7 @@ class Run(LiveRun):
         _open_runs.add(self)
         # The cell that made the run is run again, say: nobody holds the old one, and its components must end.
         self._left = weakref.finalize(self, self._engine.close_in_background, self._driver.close)
-        self._left.atexit = False  # _close_all does it then, and waits
+        self._left.atexit = False  # close_all does it then, and waits
 
     def close(self) -> None:
         """Ends every component, once, and an epoch that is running. The records can still be read. Also done at the
@@ -291,7 +291,8 @@ class Run(LiveRun):
 
 
 @atexit.register
-def _close_all() -> None:
+def close_all() -> None:
+    """Closes every run that is open."""
     for run in list(_open_runs):
         try:
             run.close()

@@ -27,12 +27,20 @@ class RaySettings(BaseModel):
     """CPUs that the cluster sets aside for one worker: little, where agents mostly wait for a model elsewhere."""
     worker_gpus: float = Field(default=0, ge=0)
     """GPUs for one worker, where it samples from a replica of the policy."""
+    trainer: bool = False
+    """Whether `local_grpo` trains in a process of the cluster, which lives on when the kernel is killed. Otherwise training
+    stays in the kernel."""
+    trainer_cpus: float = Field(default=1, gt=0)
+    """CPUs that the cluster sets aside for the trainer."""
+    trainer_gpus: float | None = Field(default=None, ge=0)
+    """GPUs for the trainer. None: one where the cluster has any."""
     tries: int = Field(default=3, ge=1)
     """How often a rollout is begun where its worker is lost each time, before it counts as failed."""
     start_timeout: float = Field(default=300.0, gt=0)
-    """Seconds that workers may take to start, waiting for what others have of the cluster included."""
+    """Seconds that workers and trainer may take to start, waiting for what others have of the cluster included."""
     runtime_env: dict[str, Any] = {}
-    """Ray's own: `working_dir`, `py_modules`, `pip`, `env_vars` of the workers, for modules that the cluster does not have."""
+    """Ray's own: `working_dir`, `py_modules`, `pip`, `env_vars` of workers and trainer, for modules that the cluster does not
+    have."""
 
 
 class RunSettings(BaseModel):
@@ -72,3 +80,8 @@ class RunSettings(BaseModel):
     def engine_kind(self) -> str:
         """The engine without its address."""
         return self.engine.partition(":")[0]
+
+    @property
+    def trains_elsewhere(self) -> bool:
+        """Whether the engine trains, too."""
+        return self.engine_kind == "ray" and self.ray.trainer

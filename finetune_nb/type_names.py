@@ -24,7 +24,17 @@ from .errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from .builder import Builder
 
-__all__ = ["ENGINES", "KINDS", "OUR_TYPES", "Build", "Registration", "config_class", "registered", "type_names"]
+__all__ = [
+    "ENGINES",
+    "KINDS",
+    "OUR_TYPES",
+    "TRAINERS",
+    "Build",
+    "Registration",
+    "config_class",
+    "registered",
+    "type_names",
+]
 
 KINDS: dict[str, type[TypedBaseModel]] = {
     "llm_provider": LLMBaseConfig,
@@ -87,6 +97,8 @@ OUR_TYPES: dict[str, dict[str, str]] = {
 
 ENGINES = {"ray": "finetune_nb.backends.ray.executor:ray_executor"}
 """`run.engine` -> what builds the RolloutExecutor of an engine elsewhere."""
+TRAINERS = {"ray": "finetune_nb.backends.ray.trainer_adapter:ray_trainer"}
+"""`run.engine` -> what builds the trainer adapter of an engine that trains elsewhere."""
 
 Build = Callable[[Any, "Builder"], AsyncGenerator[Any, None]]
 

@@ -47,6 +47,7 @@ NAMED_BY_STRING = {
     ("eval_types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("preview", "finetune_nb.preview_card:*"): "how a noun shows itself",
     ("run", "finetune_nb.backends.nat.run:settings_of"): "Run.from_nat",
+    ("backends.ray.trainer_adapter", "finetune_nb.run:close_all"): "at exit Ray would go before the runs are closed",
     ("cli", "finetune_nb.backends.art_server.server:serve"): "a command",
     ("backends.art_server.server", "finetune_nb.backends.local.adapter:*"): "what it trains with",
     ("backends.nat.ours", "finetune_nb.backends.local.adapter:*"): "the backend that it offers to the Toolkit",

@@ -17,8 +17,12 @@ from typing import Any
 
 from ...errors import BackendError, ConfigError, MissingExtra
 from ...redaction import redact_text, remember_secret
+from ...run_settings import RaySettings
 
-__all__ = ["connect", "ray_package", "require", "total"]
+__all__ = ["NAMESPACE", "connect", "ray_package", "require", "total", "trainer_resources", "workers_at_least"]
+
+NAMESPACE = "finetune_nb"
+"""In which the trainers of runs have their names."""
 
 ATTEMPTS = 3
 """Starts of a cluster of one's own: on a busy machine Ray gives up after 15 seconds, and is quicker the next time."""
@@ -53,9 +57,7 @@ def connect(engine: str) -> Any:
         for attempt in range(1 if address else ATTEMPTS):
             try:
                 _in_lasting_thread(
-                    lambda: ray.init(
-                        log_to_driver=False, logging_level=logging.ERROR, namespace="finetune_nb", **options
-                    )
+                    lambda: ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE, **options)
                 )
                 break
             except Exception as error:  # Ray raises plain Exception, ConnectionError, RuntimeError, ...
@@ -101,6 +103,20 @@ def _remember_token() -> None:
 def total(ray: Any, resource: str) -> float:
     """How much of a resource all nodes have together, free or taken."""
     return float(ray.cluster_resources().get(resource, 0.0))
+
+
+def trainer_resources(ray: Any, settings: RaySettings) -> dict[str, float]:
+    """What the trainer takes of the cluster: nothing where training stays in the kernel."""
+    if not settings.trainer:
+        return {"CPU": 0, "GPU": 0}
+    gpus = settings.trainer_gpus
+    return {"CPU": settings.trainer_cpus, "GPU": float(total(ray, "GPU") >= 1) if gpus is None else gpus}
+
+
+def workers_at_least(settings: RaySettings, count: int | None = None) -> tuple[str, int, dict[str, float]]:
+    """For `require`: so many workers, those that the settings name, or one."""
+    each = {"CPU": settings.worker_cpus, "GPU": settings.worker_gpus}
+    return "rollout workers", count or settings.workers or 1, each
 
 
 def require(ray: Any, wanted: Sequence[tuple[str, int, Mapping[str, float]]]) -> None:

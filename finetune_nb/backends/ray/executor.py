@@ -24,7 +24,7 @@ from ...evaluation.executor import Rollout, RolloutRequest, RolloutResult, in_da
 from ...redaction import known_secrets, redact_text, redacting_logger
 from ...registry import Builder
 from ...run_settings import RaySettings, RunSettings
-from .cluster import connect, require, total
+from .cluster import connect, require, total, trainer_resources, workers_at_least
 from .parcel import Parcel, PolicyParcel, packed
 from .worker import RolloutWorker, versions
 
@@ -101,7 +101,8 @@ class RayExecutor:
         """Reaches the cluster and starts the workers. Raises BackendError where it cannot give them, or they do not start."""
         self._ray = await in_daemon_thread(connect, self.engine)
         count = self.workers_wanted()
-        require(self._ray, [("rollout workers", count, self._resources())])
+        trainer = ("the trainer", 1, trainer_resources(self._ray, self.settings))
+        require(self._ray, [trainer, workers_at_least(self.settings, count)])
         self._workers = [self._start() for _ in range(count)]
         try:
             await asyncio.gather(*[self._task(self._welcome(worker)) for worker in self._workers])
@@ -114,13 +115,11 @@ class RayExecutor:
         settings = self.settings
         if settings.workers is not None:
             return settings.workers
-        room = total(self._ray, "CPU")
+        trainer = trainer_resources(self._ray, settings)
+        room = total(self._ray, "CPU") - trainer["CPU"]
         if settings.worker_gpus:
-            room = min(room, total(self._ray, "GPU") / settings.worker_gpus)
+            room = min(room, (total(self._ray, "GPU") - trainer["GPU"]) / settings.worker_gpus)
         return max(1, min(int(room), self._bound(), MOST_WORKERS))
-
-    def _resources(self) -> dict[str, float]:
-        return {"CPU": self.settings.worker_cpus, "GPU": self.settings.worker_gpus}
 
     def _start(self) -> _Worker:
         settings = self.settings

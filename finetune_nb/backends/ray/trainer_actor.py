@@ -1,0 +1,145 @@
+"""The trainer's actor: a process of the cluster that holds the weights, and a trainer adapter that trains them.
+
+It lives on when the kernel that made it is killed, and so does the job that it is at. What the kernel has of it is
+trainer_adapter.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...config import Config, RunSettings, TrainerAdapterConfig
+from ...evaluation.executor import in_daemon_thread
+from ...redaction import remember_secret
+from ...registry import Builder
+from ...types import Sample, SamplingParams, TrainingJobRef, TrainingStatusEnum, TrajectoryCollection
+from .worker import versions
+
+__all__ = ["Face", "Standing", "TrainerActor"]
+
+UNENDED = (TrainingStatusEnum.PENDING, TrainingStatusEnum.RUNNING)
+
+
+class Standing(NamedTuple):
+    """Which weights the actor has now; goes back with every answer."""
+
+    weights_id: int
+    """Grows whenever the weights may be others."""
+    version: int
+
+
+@dataclass(frozen=True)
+class Face:
+    """What the kernel must know of the policy, to render and to parse without asking."""
+
+    tokenizer: Any = field(repr=False)
+    end_ids: frozenset[int]
+    name: str
+    description: str
+    made_of: Any
+    """The settings that it was made with."""
+
+
+class TrainerActor:
+    """An async actor. section: the config of the adapter that it holds. run: what that adapter reads of a run. made_of:
+    given back in its Face. secrets: what it hides in its logs. folders: as a worker's."""
+
+    def __init__(
+        self,
+        section: TrainerAdapterConfig,
+        run: RunSettings,
+        made_of: Any,
+        secrets: Sequence[str],
+        folders: Sequence[str],
+    ) -> None:
+        for secret in secrets:
+            remember_secret(secret)
+        sys.path += [folder for folder in folders if folder not in sys.path and os.path.isdir(folder)]
+        config = Config()
+        config.trainer_adapters["trainer"], config.run = section, run
+        self._builder = Builder(config)
+        self._made_of = made_of
+        self._adapter: Any = None
+        self._opening = asyncio.Lock()
+        self._jobs: list[TrainingJobRef] = []
+
+    async def hello(self) -> dict[str, str]:
+        """That it is there."""
+        return versions()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def open(self) -> tuple[Face, Standing]:
+        """Makes the adapter and loads its model, once. Raises what they raise."""
+        async with self._opening:
+            if self._adapter is None:
+                adapter: Any = await self._builder.get_trainer_adapter("trainer")
+                await in_daemon_thread(lambda: adapter.policy)
+                self._adapter = adapter
+        policy = self._adapter.policy
+        face = Face(policy.tokenizer, policy._end_ids, policy._name, policy.description, self._made_of)
+        return face, self._standing()
+
+    async def sees(self, path: str) -> bool:
+        """Whether a file is here, too."""
+        return await in_daemon_thread(Path(path).is_file)
+
+    # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def ask(self, method: str, *args: Any) -> tuple[Any, Standing]:
+        """The answer of an adapter's method, and which weights are there behind it."""
+        answer = await getattr(self._adapter, method)(*args)
+        return answer, self._standing()
+
+    async def submit(
+        self, trajectories: TrajectoryCollection, settings: Mapping[str, Any]
+    ) -> tuple[TrainingJobRef, Standing]:
+        """Starts a job, with the settings that may have been changed since the last one."""
+        for name, value in settings.items():
+            setattr(self._adapter.adapter_config, name, value)
+        ref = await self._adapter.submit(trajectories)
+        self._jobs.append(ref)
+        return ref, self._standing()
+
+    async def at_work(self) -> tuple[bool, Standing]:
+        """Whether a job has not ended."""
+        stand = [await self._adapter.status(ref) for ref in self._jobs]
+        return any(status.status in UNENDED for status in stand), self._standing()
+
+    def _standing(self) -> Standing:
+        policy = self._adapter.policy
+        return Standing(policy.weights_id, policy.version)
+
+    # ── the policy ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> tuple[Sample, Standing]:
+        return await self._adapter.policy.sample(ids, params, seed), self._standing()
+
+    async def replica(self) -> tuple[list[Any], Standing]:
+        """Object ref of a function that makes a replica, in a list: Ray would fetch what a bare one stands for."""
+        return [await self._put(self._adapter.policy.replica)], self._standing()
+
+    async def weights(self) -> tuple[list[Any], Standing]:
+        """Object ref of what training changes, in a list, and which weights these are."""
+        policy, found = self._adapter.policy, []
+
+        def take() -> Any:
+            weights_id, version, weights = policy.weights()
+            found.append(Standing(weights_id, version))
+            return weights
+
+        ref = await self._put(take)
+        return [ref], found[0]
+
+    async def _put(self, make: Callable[[], Any]) -> Any:
+        """Into the object store, from where workers take it without passing the kernel."""
+        import ray  # pyright: ignore[reportMissingImports]
+
+        return await in_daemon_thread(lambda: ray.put(make()))
