@@ -1,5 +1,6 @@
-"""A kernel whose trainer is in an actor: `python killed_kernel.py FOLDER ADDRESS job|rollouts|exit`. It is killed with SIGKILL
-while a job trains, or while rollouts of its second epoch go on, or comes to its end without closing its run.
+"""A kernel whose trainer is in an actor: `python killed_kernel.py FOLDER ADDRESS UNTIL`. It is killed with SIGKILL while a job
+trains ("job"), when a job was handed over and not yet recorded ("unrecorded"), behind an epoch whose weights lie on no disk
+("epoch"), or it comes to its end without closing its run ("exit").
 """
 
 import asyncio
@@ -10,10 +11,12 @@ import time
 
 import finetune_nb as ft
 from finetune_nb.examples import calculator
+from finetune_nb.recorder import Recorder
 
 
-def make(folder, address):
-    overrides = {"run__deterministic": False, "run__engine": f"ray:{address}"}
+def make(folder, address, until):
+    overrides = {"run__checkpoint_every": 0 if until == "epoch" else 1}
+    overrides |= {"run__deterministic": False, "run__engine": f"ray:{address}"}
     overrides |= {"run__ray": {"workers": 1, "worker_cpus": 0.25, "trainer": True, "trainer_cpus": 0.25}}
     overrides |= {"finetuning__run_configuration__validation_dataset": None, "finetuning__output_dir": folder}
     overrides |= {"trajectory_builders__my_builder__examples_per_epoch": 16}
@@ -21,16 +24,22 @@ def make(folder, address):
     return ft.Run.from_config(calculator.CONFIG, name="run", **overrides)
 
 
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main(folder, address, until):
-    run = make(folder, address)
+    run = make(folder, address, until)
     if until == "exit":
         asyncio.run(run.chat("what is 3 + 4 ?"))
         print("talked", flush=True)
         return
+    if until == "unrecorded":
+        Recorder.submitted = die
     run.start(epochs=2)
     while not (run._driver.progress.trained if until == "job" else len(run)):
         time.sleep(0.05)
-    os.kill(os.getpid(), signal.SIGKILL)
+    die()
 
 
 if __name__ == "__main__":

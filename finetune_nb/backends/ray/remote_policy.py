@@ -29,12 +29,15 @@ class RemotePolicy(ChatTokenizer):
         get: Callable[[str], tuple[Any, Standing]],
         in_doubt: Callable[[], bool],
     ) -> None:
-        super().__init__(face.tokenizer, face.end_ids, face.name)
+        self._show(face)
         self._ask, self._get, self._in_doubt = ask, get, in_doubt
-        self.description = f"{face.description}, in an actor of the Ray cluster"
         self._actor = 0
         self._standing = Standing(-1, 0)
         self._hearing = threading.Lock()
+
+    def _show(self, face: Face) -> None:
+        super().__init__(face.tokenizer, face.end_ids, face.name)
+        self.description = f"{face.description}, in an actor of the Ray cluster"
 
     @property
     def version(self) -> int:
@@ -44,8 +47,9 @@ class RemotePolicy(ChatTokenizer):
     def weights_id(self) -> Any:
         return object() if self._in_doubt() else (self._actor, self._standing.weights_id)
 
-    def moved(self) -> None:
+    def moved(self, face: Face) -> None:
         """Another actor has the weights now."""
+        self._show(face)
         with self._hearing:
             self._actor += 1
             self._standing = Standing(-1, 0)

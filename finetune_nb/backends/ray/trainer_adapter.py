@@ -66,6 +66,8 @@ class RayTrainerAdapter(TrainerAdapter):
         self._policy: RemotePolicy | None = None
         self._found = False
         """The actor was there, and it is not known yet whether its weights are those that this run goes on from."""
+        self._as_asked = True
+        """It was made with the settings that are asked for now."""
         self._following: dict[str, asyncio.Task[TrainingJobStatus]] = {}
 
     @property
@@ -139,20 +141,12 @@ class RayTrainerAdapter(TrainerAdapter):
                 f"every node; one that an older process left ends by ray.kill(ray.get_actor({self.name!r}, {NAMESPACE!r}))."
             )
         face, standing = await self._answer(self._actor.open.remote())
-        if self._found and face.made_of != self._made_of:
-            logger.warning("the trainer's actor of %s was made with other settings: a new one is started", self.name)
-            await self._start_anew()
-            return
+        self._as_asked = face.made_of == self._made_of
         if self._policy is None:
             self._policy = RemotePolicy(face, self._ask, self._get, self._in_doubt)
+        else:
+            self._policy.moved(face)
         self._policy.heard(standing)
-
-    async def _start_anew(self) -> None:
-        self._found = False
-        self._ray.kill(self._actor)
-        if self._policy is not None:
-            self._policy.moved()
-        await self._start()
 
     def end(self) -> None:
         """Ends the actor, unless it is one that another process may be using. The cluster goes on."""
@@ -223,7 +217,8 @@ class RayTrainerAdapter(TrainerAdapter):
 
     async def holds_weights(self, version: int | None, job: TrainingJobRef | None) -> bool:
         """Whether the actor has the weights that the record ends with, or is at the job that it ends with: then nothing is
-        loaded. Otherwise a new actor takes the place of one that was found, and the newest checkpoint is loaded."""
+        loaded. Otherwise a new actor takes the place of one that was found, and the newest checkpoint is loaded. Asked once
+        the run's folder is locked: before that, another process may be using the actor."""
         if not self._found:
             if job is not None:
                 logger.warning(
@@ -232,22 +227,24 @@ class RayTrainerAdapter(TrainerAdapter):
                     self.name,
                 )
             return False
-        job_there = job is not None and await self._knows(job)
-        if not job_there and (await self._ask("at_work") or version is None or version != self.policy.version):
-            logger.warning(
-                "the trainer's actor of %s was found, but its weights are not those that the record ends with: a new one "
-                "goes on from the newest checkpoint",
-                self.name,
-            )
-            await self._start_anew()
-            await self._prepare()
-            return False
-        logger.info("the trainer's actor of %s was found again", self.name)
         self._found = False
+        job_there = job is not None and await self._knows(job)
+        unchanged = version is not None and not await self._ask("at_work") and version == self.policy.version
+        holds = self._as_asked and (job_there or unchanged)
+        if not holds:
+            logger.warning(
+                "the trainer's actor of %s was found, but %s: a new one goes on from the newest checkpoint",
+                self.name,
+                "its weights are not those that the record ends with" if self._as_asked else "with other settings",
+            )
+            self._ray.kill(self._actor)
+            await self._start()
+        else:
+            logger.info("the trainer's actor of %s was found again", self.name)
         await self._prepare()
-        if job is not None and job_there:
+        if holds and job is not None and job_there:
             self._follow(job)
-        return True
+        return holds
 
     async def _knows(self, ref: TrainingJobRef) -> bool:
         try:
@@ -257,11 +254,8 @@ class RayTrainerAdapter(TrainerAdapter):
         return True
 
     async def is_healthy(self) -> bool:
-        try:
-            return await self._ask("is_healthy")
-        except FinetuneError as error:
-            logger.error("the trainer's actor is not healthy: %s", error)
-            return False
+        """As the adapter in the actor. Raises BackendError, which says what to do, where the actor is gone."""
+        return await self._ask("is_healthy")
 
     async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
         """As the adapter in the actor does it, with the settings as they are now."""
