@@ -75,13 +75,19 @@ class Builder:
     def add(self, kind: str, name: str, component: Any) -> None:
         """Puts in a ready-made component, which goes before the config's of that name. It is not closed by the builder.
 
-        Raises ConfigError for an unknown kind, and where the config's component has been built already.
+        Raises ConfigError for an unknown kind, where the config's component has been built already, and for a trainer adapter
+        of a run that trains elsewhere.
         """
         if kind not in KINDS:
             raise ConfigError(f"there is no kind of component {kind!r}. {did_you_mean(kind, KINDS)}")
         if (kind, name) in self._live:
             raise ConfigError(
                 f"{kind} {name!r} has been built from the config already. Add components before they are used."
+            )
+        if kind == "trainer_adapter" and self.config.run.trains_elsewhere:
+            raise ConfigError(
+                "found run.ray.trainer and a trainer adapter that was given as an object; expected its settings, since an "
+                "object cannot go to the cluster. Leave run.ray.trainer out, or adapter=."
             )
         self._added[kind, name] = component
 
@@ -124,11 +130,6 @@ class Builder:
         return await self._get("trajectory_builder", name)
 
     async def get_trainer_adapter(self, name: str) -> TrainerAdapter:
-        if self.config.run.trains_elsewhere and ("trainer_adapter", name) in self._added:
-            raise ConfigError(
-                "found run.ray.trainer and a trainer adapter that was given as an object; expected its settings, since an "
-                "object cannot go to the cluster. Leave run.ray.trainer out, or adapter=."
-            )
         return await self._get("trainer_adapter", name)
 
     async def get_trainer(self, name: str) -> Trainer:

@@ -1,10 +1,12 @@
 """What a config may say of Ray, with or without Ray."""
 
+import pickle
 import sys
 
 import pytest
 
 import finetune_nb as ft
+from finetune_nb.registry import Builder
 from finetune_nb.testing import FakeAdapter, sums
 
 
@@ -34,6 +36,22 @@ def test_secrets_of_the_workers_environment_are_not_shown():
     config = ft.load_config({"run": {"ray": {"runtime_env": {"env_vars": {"HF_TOKEN": "hf_something_secret"}}}}})
     assert "hf_something_secret" not in repr(config)
     assert "hf_something_secret" not in str(config.stored())
+
+
+async def test_trainer_of_an_actor_is_one_that_can_go_there(tmp_path):
+    with pytest.raises(ft.ConfigError, match="a trainer adapter that was given as an object"):
+        make(tmp_path, engine="ray", ray={"trainer": True})
+    section = {"_type": "tinker", "model": "some/model"}
+    config = {"run": {"engine": "ray", "ray": {"trainer": True}}, "trainer_adapters": {"mine": section}}
+    async with Builder(ft.load_config(config)) as builder:
+        with pytest.raises(ft.ConfigError, match="trainer adapter of _type 'tinker'; expected 'local_grpo'"):
+            await builder.get_trainer_adapter("mine")
+    assert not ft.load_config({"run": {"ray": {"trainer": True}}}).run.trains_elsewhere  # the engine is this process
+
+
+def test_missing_extra_can_come_from_another_process():
+    error = pickle.loads(pickle.dumps(ft.MissingExtra("the training backend local_grpo", "local")))
+    assert str(error) == str(ft.MissingExtra("the training backend local_grpo", "local"))
 
 
 async def test_without_ray_the_error_names_the_extra(tmp_path, monkeypatch, closing):

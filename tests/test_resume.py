@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from agents import coin, guess, right
+from detached import Weights
 
 import finetune_nb as ft
 from finetune_nb.errors import StoreError
@@ -66,6 +67,34 @@ async def test_looking_changes_nothing_in_the_folder(make_run, tmp_path):
     opened.trajectories(), repr(opened)
     opened.close()
     assert files() == before
+
+
+async def test_weights_that_a_backend_still_holds_are_not_loaded_but_saved(tmp_path, closing):
+    def make(adapter, every):
+        run = ft.Run(
+            guess, right, sums(6), generations=4, output_dir=tmp_path, adapter=adapter, name="kept", resume="auto"
+        )
+        run.config.run.checkpoint_every = every
+        return closing(run)
+
+    class Holding(Weights):
+        async def holds_weights(self, version, job):
+            self.asked, self.policy.version = (version, job), version
+            return True
+
+    first = make(Weights(), 0)
+    for _ in range(2):
+        await first.next_epoch()
+    version = first[-1].policy_versions[1]
+    first.close()
+    holding = Holding()
+    second = make(holding, 1)
+    await second.rollout(0)
+    assert holding.asked == (version, None)
+    second.close()
+    assert (tmp_path / "kept" / "checkpoints" / "epoch-000001").is_dir()
+    third = make(Weights(), 1)
+    assert (await third.next_epoch()).policy_versions[0] == version
 
 
 async def test_restart_and_run_all_goes_on_as_if_never_stopped(make_run):

@@ -21,7 +21,7 @@ def make(folder, address, until):
     overrides |= {"finetuning__run_configuration__validation_dataset": None, "finetuning__output_dir": folder}
     overrides |= {"trajectory_builders__my_builder__examples_per_epoch": 16}
     overrides |= {"trainer_adapters__my_adapter__inner_epochs": 6}
-    return ft.Run.from_config(calculator.CONFIG, name="run", **overrides)
+    return ft.Run.from_config(calculator.CONFIG, name="run", resume="auto", **overrides)
 
 
 def die(*args):

@@ -19,6 +19,7 @@ from ...evaluation.executor import in_daemon_thread
 from ...redaction import remember_secret
 from ...registry import Builder
 from ...types import Sample, SamplingParams, TrainingJobRef, TrainingStatusEnum, TrajectoryCollection
+from .cluster import ray_package
 from .worker import versions
 
 __all__ = ["Face", "Standing", "TrainerActor"]
@@ -140,6 +141,5 @@ class TrainerActor:
 
     async def _put(self, make: Callable[[], Any]) -> Any:
         """Into the object store, from where workers take it without passing the kernel."""
-        import ray  # pyright: ignore[reportMissingImports]
-
+        ray = ray_package()
         return await in_daemon_thread(lambda: ray.put(make()))

@@ -111,7 +111,7 @@ class RayTrainerAdapter(TrainerAdapter):
         deadline = time.monotonic() + ENDING_SECONDS
         while True:
             try:
-                self._actor = await in_daemon_thread(functools.partial(make.remote, *parts))
+                self._actor = make.remote(*parts)  # in no thread: whoever is canceled must know of it
                 break
             except ValueError:  # one of that name is still ending
                 if time.monotonic() > deadline:
