@@ -103,12 +103,15 @@ async def rollouts(policy):
     return TrajectoryCollection(trajectories=groups, run_id="run")
 
 
-async def test_it_answers_while_it_trains_and_is_canceled_between_steps(ray, tmp_path, capsys):
+async def test_it_answers_while_it_trains_and_is_canceled_between_steps(ray, tmp_path, capsys, monkeypatch):
     section = {"_type": "local_grpo", "lora": {"rank": 2}, "inner_epochs": 5000}
     run = {"engine": "ray", "ray": {"trainer": True}}
     config = ft.load_config({"run": run, "trainer_adapters": {"mine": section}})
     async with Builder(config) as builder:
         adapter = await builder.get_trainer_adapter("mine")
+        monkeypatch.chdir(tmp_path)  # the same path is another folder in each process
+        with pytest.raises(ft.BackendError, match="the trainer's actor does not see /proc/self/cwd, where checkpoints"):
+            await adapter.initialize(ft.FinetuneConfig(output_dir="/proc/self/cwd"))
         await adapter.initialize(ft.FinetuneConfig(output_dir=tmp_path))
         policy = adapter.policy
         before = policy.weights_id
