@@ -3,6 +3,7 @@ of one run can fail.
 """
 
 import asyncio
+import statistics
 import time
 
 import pytest
@@ -50,6 +51,13 @@ def cpu_seconds(work, repeats=3):
     return min(times)
 
 
+def by_turns(ours, theirs, rounds=9):
+    """CPU seconds of both, the medians, and the median of their ratios: what slows the machine for a while slows both."""
+    pairs = [(cpu_seconds(ours, repeats=1), cpu_seconds(theirs, repeats=1)) for _ in range(rounds)]
+    share = statistics.median(there / here for here, there in pairs)
+    return *map(statistics.median, zip(*pairs, strict=True)), share
+
+
 def test_concurrent_requests_are_sampled_at_four_fifths_of_the_speed_of_one_generate_or_more(policy, prompts):
     batch = policy.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     lengths = {"max_new_tokens": NEW, "min_new_tokens": NEW}
@@ -59,11 +67,12 @@ def test_concurrent_requests_are_sampled_at_four_fifths_of_the_speed_of_one_gene
             policy.model.generate(**batch, **lengths, do_sample=True, top_k=0, top_p=1.0)
 
     asyncio.run(rollouts(policy, prompts)), generate()  # warm
-    ours = cpu_seconds(lambda: asyncio.run(rollouts(policy, prompts)))
-    theirs = cpu_seconds(generate)
+    ours, theirs, share = by_turns(lambda: asyncio.run(rollouts(policy, prompts)), generate)
     tokens = ROWS * NEW
-    print(f"\n{ROWS} concurrent requests: {tokens / ours:,.0f} tokens/s; one generate: {tokens / theirs:,.0f} tokens/s")
-    assert ours < theirs / 0.8  # what it comes to on a quiet machine stands in the README
+    print(
+        f"\n{ROWS} concurrent requests: {tokens / ours:,.0f} tokens/s; one generate: {tokens / theirs:,.0f} tokens/s; {share:.0%}"
+    )
+    assert share > 0.8  # what it comes to on a quiet machine stands in the README
 
 
 def test_concurrent_requests_are_sampled_at_least_five_times_faster_than_one_by_one(policy, prompts):
@@ -78,9 +87,10 @@ def test_concurrent_requests_are_sampled_at_least_five_times_faster_than_one_by_
 
 
 def test_agents_of_several_turns_share_batches_as_large_as_one_generate(policy, prompts):
-    """32 agents of three turns, their tools between them a few milliseconds apart, beside one `generate` of 32 rows."""
+    """32 agents of three turns, their tools between them a few milliseconds apart, beside three times one `generate` of 32
+    rows, of the same prompts."""
     agents, turns = 32, 3
-    sizes = []
+    sizes, asked = [], [{} for _ in range(turns)]
     run = policy._batcher._run
 
     def watched(batch):
@@ -91,6 +101,7 @@ def test_agents_of_several_turns_share_batches_as_large_as_one_generate(policy, 
         with policy.episode(EpisodeKey("train", 0, i, 0)):
             ids = prompts[8 * i % ROWS]
             for turn in range(turns):
+                asked[turn][i] = ids
                 sample = await policy.sample(ids, SamplingParams(1.0, NEW), seed=10 * i + turn)
                 await asyncio.sleep(0.0005 * (i % 7))  # a tool
                 ids = [*ids, *sample.ids, *prompts[i][-4:]]
@@ -98,25 +109,29 @@ def test_agents_of_several_turns_share_batches_as_large_as_one_generate(policy, 
     async def all_agents():
         await asyncio.gather(*(agent(i) for i in range(agents)))
 
-    chosen = [prompts[8 * i % ROWS] for i in range(agents)]
-    batch = policy.tokenizer.pad({"input_ids": chosen}, padding_side="left", return_tensors="pt")
+    asyncio.run(all_agents())
+    rows = [[ids for _, ids in sorted(turn.items())] for turn in asked]
+    batches = [policy.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt") for ids in rows]
 
     def generate():
         with policy.exclusive.hold(), torch.inference_mode():
             lengths = {"max_new_tokens": NEW, "min_new_tokens": NEW}
-            policy.model.generate(**batch, **lengths, do_sample=True, top_k=0, top_p=1.0)
+            for batch in batches:
+                policy.model.generate(**batch, **lengths, do_sample=True, top_k=0, top_p=1.0)
 
     generate()
     policy._batcher._run = watched
     try:
-        ours = cpu_seconds(lambda: asyncio.run(all_agents()), repeats=5) / turns
+        ours, theirs, share = by_turns(lambda: asyncio.run(all_agents()), generate)
     finally:
         policy._batcher._run = run
-    theirs = cpu_seconds(generate, repeats=5)
-    tokens = agents * NEW
-    print(f"\n32 agents of 3 turns: {tokens / ours:,.0f} tokens/s; one generate of 32: {tokens / theirs:,.0f} tokens/s")
+    tokens = agents * NEW * turns
+    print(
+        f"\n32 agents of 3 turns: {tokens / ours:,.0f} tokens/s; one generate of 32 a turn: {tokens / theirs:,.0f} tokens/s; "
+        f"{share:.0%}"
+    )
     print(f"batches of {min(sizes)} to {max(sizes)}")
-    assert theirs > 0.8 * ours
+    assert share > 0.8
 
 
 def test_training_step_costs_less_than_the_rollouts_that_it_learns_from(policy, prompts):
