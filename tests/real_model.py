@@ -68,7 +68,7 @@ def train(
             "learning_rate": 3e-4,
             "optimizer_steps": 2,
             "clip_high": 0.28,
-            "micro_batch_tokens": 512,
+            "micro_batch_tokens": 1024,
             "threads": threads,
         },
         seed=seed,
