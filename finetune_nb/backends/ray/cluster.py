@@ -6,6 +6,7 @@ hidden in whatever this process shows.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
@@ -19,7 +20,7 @@ from ...errors import BackendError, ConfigError, MissingExtra
 from ...redaction import redact_text, remember_secret
 from ...run_settings import RaySettings
 
-__all__ = ["NAMESPACE", "connect", "ray_package", "require", "total", "trainer_resources", "workers_at_least"]
+__all__ = ["NAMESPACE", "connect", "greet", "ray_package", "require", "total", "trainer_resources", "workers_at_least"]
 
 NAMESPACE = "finetune_nb"
 """In which the trainers of runs have their names."""
@@ -117,6 +118,26 @@ def workers_at_least(settings: RaySettings, count: int | None = None) -> tuple[s
     """For `require`: so many workers, those that the settings name, or one."""
     each = {"CPU": settings.worker_cpus, "GPU": settings.worker_gpus}
     return "rollout workers", count or settings.workers or 1, each
+
+
+async def greet(ray: Any, actor: Any, who: str, settings: RaySettings, asked: str, package: str) -> dict[str, str]:
+    """Waits until an actor is there; returns its versions. who, asked, package: what the errors call it, the resources that it
+    was to have, and what must be installed for it. Raises BackendError where it does not come."""
+    seconds = settings.start_timeout
+    try:
+        return await asyncio.wait_for(actor.hello.remote(), seconds)
+    except TimeoutError:
+        free = ray.available_resources()
+        raise BackendError(
+            f"{who} has not started after {seconds:g} s (run.ray.start_timeout); free in the Ray cluster are "
+            f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU, expected {asked}. Others may have taken them: wait, or "
+            "ask for less."
+        ) from None
+    except ray.exceptions.RayError as error:
+        raise BackendError(
+            f"{who} could not start: {redact_text(str(error))[:600]} Expected {package} to be installed on every node of the "
+            "cluster. Install it there, or with run.ray.runtime_env."
+        ) from None
 
 
 def require(ray: Any, wanted: Sequence[tuple[str, int, Mapping[str, float]]]) -> None:

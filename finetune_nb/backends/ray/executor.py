@@ -24,7 +24,7 @@ from ...evaluation.executor import Rollout, RolloutRequest, RolloutResult, in_da
 from ...redaction import known_secrets, redact_text, redacting_logger
 from ...registry import Builder
 from ...run_settings import RaySettings, RunSettings
-from .cluster import connect, require, total, trainer_resources, workers_at_least
+from .cluster import connect, greet, require, total, trainer_resources, workers_at_least
 from .parcel import Parcel, PolicyParcel, packed
 from .worker import RolloutWorker, versions
 
@@ -131,21 +131,8 @@ class RayExecutor:
 
     async def _welcome(self, worker: _Worker) -> None:
         """Waits until it is there. Raises BackendError where it does not come, or is another version."""
-        seconds = self.settings.start_timeout
-        try:
-            told = await asyncio.wait_for(worker.actor.hello.remote(), seconds)
-        except TimeoutError:
-            free = self._ray.available_resources()
-            raise BackendError(
-                f"a rollout worker has not started after {seconds:g} s (run.ray.start_timeout); free in the Ray cluster are "
-                f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU, expected {self.settings.worker_cpus:g} CPU and "
-                f"{self.settings.worker_gpus:g} GPU for each. Others may have taken them: wait, or ask for less."
-            ) from None
-        except self._ray.exceptions.RayError as error:
-            raise BackendError(
-                f"a rollout worker could not start: {redact_text(str(error))[:600]} Expected finetune_nb to be installed on "
-                "every node of the cluster. Install it there, or with run.ray.runtime_env."
-            ) from None
+        asked = f"{self.settings.worker_cpus:g} CPU and {self.settings.worker_gpus:g} GPU for each"
+        told = await greet(self._ray, worker.actor, "a rollout worker", self.settings, asked, "finetune_nb")
         if told != versions():
             raise BackendError(
                 f"a rollout worker has {told}; expected {versions()}, as here. Install the same versions there."

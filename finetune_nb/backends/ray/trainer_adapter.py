@@ -30,7 +30,7 @@ from ...observe import resolve
 from ...redaction import known_secrets, redact_text, redacting_logger
 from ...registry import Builder
 from ...types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum, TrajectoryCollection
-from .cluster import NAMESPACE, connect, require, trainer_resources, workers_at_least
+from .cluster import NAMESPACE, connect, greet, require, trainer_resources, workers_at_least
 from .remote_policy import RemotePolicy
 from .trainer_actor import Standing, TrainerActor
 from .worker import versions
@@ -120,21 +120,8 @@ class RayTrainerAdapter(TrainerAdapter):
         await self._meet()
 
     async def _meet(self) -> None:
-        seconds = self.run.ray.start_timeout
-        try:
-            told = await asyncio.wait_for(self._actor.hello.remote(), seconds)
-        except TimeoutError:
-            free = self._ray.available_resources()
-            raise BackendError(
-                f"the trainer's actor has not started after {seconds:g} s (run.ray.start_timeout); free in the Ray cluster are "
-                f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU, expected what run.ray asks for. Others may have "
-                "taken them: wait, or ask for less."
-            ) from None
-        except self._ray.exceptions.RayError as error:
-            raise BackendError(
-                f"the trainer's actor could not start: {redact_text(str(error))[:600]} Expected finetune_nb[local] to be "
-                "installed on every node of the cluster. Install it there, or with run.ray.runtime_env."
-            ) from None
+        asked = "what run.ray asks for"
+        told = await greet(self._ray, self._actor, "the trainer's actor", self.run.ray, asked, "finetune_nb[local]")
         if told != versions():
             raise BackendError(
                 f"the trainer's actor {self.name!r} has {told}; expected {versions()}, as here. Install the same versions on "
