@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
@@ -28,8 +28,8 @@ from .component import (
 from .config import Config
 from .errors import ConfigError, RunError, did_you_mean
 from .observe import resolve
-from .redaction import MASK, Path, is_text, plain
-from .type_names import ENGINES, KINDS, TRAINERS, Build, config_class, registered
+from .redaction import MASK, KeyPath, is_text, plain_data
+from .type_names import EXECUTORS, KINDS, TRAINER_ADAPTERS, Build, config_class, registered
 
 if TYPE_CHECKING:
     from .evaluation.executor import RolloutExecutor
@@ -63,7 +63,7 @@ class Builder:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.run_folder: FilePath | None = None
+        self.run_folder: Path | None = None
         """Where the run that it builds for leaves all behind; None outside a run."""
         self._added: dict[Key, Any] = {}
         self._live: dict[Key, _Live] = {}
@@ -139,7 +139,7 @@ class Builder:
     async def get_executor(self) -> RolloutExecutor | None:
         """Where rollouts run, if `run.engine` names an engine elsewhere; None: on the event loop of whoever runs them."""
         kind = self.config.run.engine_kind
-        return await self._get("executor", kind) if kind in ENGINES else None
+        return await self._get("executor", kind) if kind in EXECUTORS else None
 
     def get_llm_config(self, name: str) -> LLMBaseConfig:
         return self._config_of("llm_provider", name)
@@ -193,12 +193,12 @@ class Builder:
         live = self._live.get(key)
         if live is None:
             if kind == "executor":
-                config, build = self.config.run, resolve(ENGINES[name])
+                config, build = self.config.run, resolve(EXECUTORS[name])
             else:
                 config = self._config_of(kind, name)
                 build = _build_of(kind, name, config)
                 if kind == "trainer_adapter" and self.config.run.trains_elsewhere:
-                    build = resolve(TRAINERS[self.config.run.engine_kind])
+                    build = resolve(TRAINER_ADAPTERS[self.config.run.engine_kind])
             self._loop = loop
             live = self._live[key] = _Live(key, loop.create_future())
             self._needs[key] = set()
@@ -304,12 +304,12 @@ def _build_of(kind: str, name: str, config: TypedBaseModel) -> Build:
             f"{kind} {name!r}: nothing is registered that builds a {type(config).__name__}. Use register_{kind}."
         )
 
-    def refuse_mask(path: Path, node: Any) -> Any:
+    def refuse_mask(path: KeyPath, node: Any) -> Any:
         text = node.get_secret_value() if isinstance(node, SecretStr) else node
         if is_text(text) and MASK in text:
             where = ".".join(map(str, path))
             raise ConfigError(f"{kind} {name!r}: {where} was left out when the config was stored. Pass it again.")
         return node
 
-    plain(config, refuse_mask)
+    plain_data(config, refuse_mask)
     return registered[kind][type_name].build

@@ -1,8 +1,8 @@
-"""What a config holds: the finetuning and evaluation sections, the curriculum's settings, and `Config` itself.
+"""What a config holds: the finetuning and evaluation sections, and `Config` itself.
 
 Names, defaults and validators are those of nvidia-nat-core 1.9.0, so that a dump of one validates as the other; what is
-stricter or ours alone says so. The base classes of component configs (component.py) are importable from here too.
-Reading YAML is loading.py's, building components registry.py's.
+stricter or ours alone says so. The base classes of component configs (component.py), the curriculum's settings and the
+`run` section are importable from here too. Reading YAML is loading.py's, building components builder.py's.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ from .component import (
 )
 from .curriculum_settings import CurriculumLearningConfig, CurriculumSettings
 from .errors import did_you_mean
-from .redaction import MASK, SHORTEST_SECRET, is_text, names_credential, plain, redact, redact_text
-from .redaction import Path as KeyPath
+from .redaction import MASK, SHORTEST_SECRET, KeyPath, is_text, names_credential, plain_data, redact_text
 from .run_settings import RaySettings, RunSettings
 from .yaml_text import dump_yaml
 
@@ -84,8 +83,6 @@ __all__ = [
     "TrainerConfig",
     "TrajectoryBuilderConfig",
     "TypedBaseModel",
-    "redact",
-    "redact_text",
 ]
 
 # ── finetuning ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -282,7 +279,7 @@ class Config(BaseModel):
                 named.setdefault(node, MASK)
             return node
 
-        plain(self, collect)
+        plain_data(self, collect)
         # A short literal may be a word ("ollama"); hiding it elsewhere would spoil a file that is to be read again.
         secrets = [value for value, shown in named.items() if len(value) >= (12 if shown == MASK else SHORTEST_SECRET)]
         secrets.sort(key=len, reverse=True)
@@ -303,7 +300,7 @@ class Config(BaseModel):
                 return text if text != node else node
             return node
 
-        return plain(self, replace)
+        return plain_data(self, replace)
 
     def redacted(self) -> dict[str, Any]:
         """This config as plain data to look at: every secret, and every value that came from the environment, is
@@ -314,7 +311,7 @@ class Config(BaseModel):
                 return MASK
             return redact_text(node) if is_text(node) else node
 
-        return plain(self, hide)
+        return plain_data(self, hide)
 
     def __repr_args__(self) -> Any:
         return self.redacted().items()

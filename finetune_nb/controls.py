@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .config import CurriculumSettings
+from .curriculum_settings import CurriculumSettings
 from .errors import ConfigError, did_you_mean
 
 __all__ = ["Change", "Controls", "LiveField"]

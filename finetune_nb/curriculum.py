@@ -22,7 +22,7 @@ from .errors import ConfigError
 from .types import GROUP_REASONS, CurriculumState, GroupReason, GroupStatistics, Selection
 
 if TYPE_CHECKING:
-    from .config import CurriculumSettings
+    from .curriculum_settings import CurriculumSettings
     from .types import Trajectory
 
 __all__ = [

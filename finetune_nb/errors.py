@@ -115,7 +115,7 @@ class MissingExtra(FinetuneError, ImportError):
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:
-    """A sentence for an error message: the nearest known name, and all of them. Empty where nothing is known."""
+    """A sentence for an error message: the nearest known name, and all of them; or that there is none."""
     names = sorted(str(name) for name in known)
     if not names:
         return "None is known."

@@ -14,12 +14,12 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, RootModel
 
-from .redaction import Path, load_keys
+from .redaction import KeyPath, load_keys
 
 __all__ = ["unknown_keys"]
 
 
-def unknown_keys(annotation: Any, raw: Any, path: Path = ()) -> Iterator[tuple[Path, list[str]]]:
+def unknown_keys(annotation: Any, raw: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, list[str]]]:
     """Yields the path of every key in `raw` that no model in `annotation` knows, with the keys that are known there.
 
     A model with extra="allow", a plain dict, and what is validated already (a model instance) know every key.

@@ -21,12 +21,11 @@ from .component import TypedBaseModel
 from .config import Config, Placeholder
 from .errors import ConfigError, did_you_mean
 from .known_keys import unknown_keys
-from .redaction import MASK, is_credential, is_text, names_credential, plain, redact_text, remember_secret
-from .redaction import Path as KeyPath
+from .redaction import MASK, KeyPath, is_credential, is_text, names_credential, plain_data, redact_text, remember_secret
 from .type_names import KINDS, config_class, type_names
 from .yaml_text import read_yaml
 
-__all__ = ["load_config", "redact_text"]
+__all__ = ["load_config"]
 
 NAMED_COMPONENTS: dict[KeyPath, str] = {
     ("llms",): "llm_provider",
@@ -238,7 +237,7 @@ class _Reading:
             self.problem(path, text)
         if self.problems or config is None:
             raise ConfigError(self.report())
-        plain(config, lambda path, node: self.note_value(path, node))
+        plain_data(config, lambda path, node: self.note_value(path, node))
         config._placeholders = self.placeholders
         return config
 

@@ -1,5 +1,5 @@
 """Keeping secrets out of what is shown or stored: which keys name a credential, the secret values met so far, and
-`plain`, the one walk that turns a config into dicts and lists.
+`plain_data`, the one walk that turns a config into dicts and lists.
 
 A secret is a string whose key names a credential (`api_key`, `hf_token`, `password`, ...), a pydantic SecretStr, or a
 value that came from the environment through `${NAME}`. Reading YAML is loading.py's; this file knows values only.
@@ -24,13 +24,13 @@ from pydantic_core import to_jsonable_python
 __all__ = [
     "MASK",
     "SHORTEST_SECRET",
-    "Path",
+    "KeyPath",
     "is_credential",
     "known_secrets",
     "is_text",
     "load_keys",
     "names_credential",
-    "plain",
+    "plain_data",
     "redact",
     "redact_exception",
     "redact_text",
@@ -43,7 +43,7 @@ MASK = "**********"
 SHORTEST_SECRET = 6
 """Shorter values are not searched for in texts: masking every "3" or "true" would only make the text unreadable."""
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """Where a value stands: mapping keys and list positions, from the root."""
 
 _CREDENTIAL = re.compile(
@@ -153,14 +153,14 @@ def redact(value: Any, secrets: Iterable[str] = ()) -> Any:
     """
     extra = _any_of(secrets)
 
-    def hide(path: Path, node: Any) -> Any:
+    def hide(path: KeyPath, node: Any) -> Any:
         if is_text(node):
             if node and names_credential(path):
                 return MASK
             return redact_text(extra.sub(MASK, node) if extra else node)
         return node
 
-    return plain(value, hide)
+    return plain_data(value, hide)
 
 
 def is_text(node: Any) -> TypeGuard[str]:
@@ -168,12 +168,14 @@ def is_text(node: Any) -> TypeGuard[str]:
     return isinstance(node, str) and not isinstance(node, enum.Enum)
 
 
-def names_credential(path: Path) -> bool:
+def names_credential(path: KeyPath) -> bool:
     """Whether the last key of `path` names a credential; positions in a list do not count as keys."""
     return is_credential(next((part for part in reversed(path) if isinstance(part, str)), ""))
 
 
-def plain(value: Any, replace: Callable[[Path, Any], Any], path: Path = (), _open: frozenset[int] = frozenset()) -> Any:
+def plain_data(
+    value: Any, replace: Callable[[KeyPath, Any], Any], path: KeyPath = (), _open: frozenset[int] = frozenset()
+) -> Any:
     """`value` as dicts, lists and scalars, ready for YAML or JSON, each node offered to `replace(path, node)` first.
 
     A node for which `replace` returns something else than the node itself is done with. Model fields stand under the
@@ -187,7 +189,7 @@ def plain(value: Any, replace: Callable[[Path, Any], Any], path: Path = (), _ope
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, PurePath):
-        return plain(str(value), replace, path, _open)
+        return plain_data(str(value), replace, path, _open)
     if isinstance(value, SecretStr | SecretBytes):
         return MASK
     if id(value) in _open:
@@ -200,12 +202,12 @@ def plain(value: Any, replace: Callable[[Path, Any], Any], path: Path = (), _ope
             **(value.model_extra or {}),
         }
     if isinstance(value, Mapping):
-        return {str(key): plain(child, replace, (*path, str(key)), _open) for key, child in value.items()}
+        return {str(key): plain_data(child, replace, (*path, str(key)), _open) for key, child in value.items()}
     if isinstance(value, set | frozenset):
         value = sorted(value, key=str)
     if isinstance(value, list | tuple):
-        return [plain(child, replace, (*path, position), _open) for position, child in enumerate(value)]
-    return plain(to_jsonable_python(value, fallback=repr), replace, path, _open)
+        return [plain_data(child, replace, (*path, position), _open) for position, child in enumerate(value)]
+    return plain_data(to_jsonable_python(value, fallback=repr), replace, path, _open)
 
 
 def load_keys(model: type[BaseModel], name: str) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import Config, CurriculumSettings
+from .config import Config, CurriculumSettings, FinetuneRunConfig
 from .controls import Controls
 from .driver import Driver
 from .engine import EngineThread
@@ -245,8 +245,6 @@ class Run(LiveRun):
         self._controls.repeat(changes)
 
     def _take(self, config: Config, builder: Builder, run_id: str, store: RunStore | None) -> None:
-        from .config import FinetuneRunConfig
-
         run_config = config.finetuning.run_configuration or FinetuneRunConfig()
         config.finetuning.run_configuration = run_config
         run_config.config_file = config

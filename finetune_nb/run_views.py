@@ -1,6 +1,6 @@
 """What can be seen of a run: tables, plots and how it shows itself, from its records alone.
 
-Everything here works on records that are in memory or read from disk, whoever's Trainer made them. Running is run.py's.
+Everything here works on records that are in memory or read from disk, whoever's Trainer made them. Running is live_run.py's.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 
 An epoch is whole or not there: its Parquet file is on the disk before run.db names it. Every method may be called from
 any thread, and blocks: on an event loop use asyncio.to_thread. Reading is run_reader.py's; what is stored, and when, is
-the driver's to say.
+recorder.py's to say.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ from typing import Any
 
 from .config import Config
 from .errors import RunError
+from .evaluation.episode import Episode
 from .evaluation.evaluate import EvaluationContext, dataset_of, evaluation_context, workflow_of
-from .evaluation.recording import LLM, ChatReply, Episode, PolicyLLM
+from .evaluation.recording import LLM, ChatReply, PolicyLLM
 from .interfaces import TrainerAdapter, TrajectoryBuilder
 from .registry import Builder
 from .trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig

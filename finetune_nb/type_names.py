@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from .builder import Builder
 
 __all__ = [
-    "ENGINES",
+    "EXECUTORS",
     "KINDS",
     "OUR_TYPES",
-    "TRAINERS",
+    "TRAINER_ADAPTERS",
     "Build",
     "Registration",
     "config_class",
@@ -95,9 +95,9 @@ OUR_TYPES: dict[str, dict[str, str]] = {
 }
 """kind -> `_type` -> "module:config class". Importing the module registers the component."""
 
-ENGINES = {"ray": "finetune_nb.backends.ray.executor:ray_executor"}
+EXECUTORS = {"ray": "finetune_nb.backends.ray.executor:ray_executor"}
 """`run.engine` -> what builds the RolloutExecutor of an engine elsewhere."""
-TRAINERS = {"ray": "finetune_nb.backends.ray.trainer_adapter:ray_trainer"}
+TRAINER_ADAPTERS = {"ray": "finetune_nb.backends.ray.trainer_adapter:ray_trainer"}
 """`run.engine` -> what builds the trainer adapter of an engine that trains elsewhere."""
 
 Build = Callable[[Any, "Builder"], AsyncGenerator[Any, None]]

@@ -169,6 +169,16 @@ def test_every_file_stands_in_exactly_one_layer():
     assert {name: layers for name, layers in places.items() if len(layers) != 1} == {}
 
 
+def test_the_map_that_contributing_draws_is_this_table():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    drawn: dict[str, list[str]] = {}
+    layer = ""
+    for line in text.split("```")[1].splitlines()[2:]:
+        layer = line[:14].strip() or layer
+        drawn.setdefault(layer, []).extend(re.sub(r"\(.*?\)", "", line[14:]).replace("/", "*").split())
+    assert drawn == {layer: patterns.split() for layer, patterns in LAYERS.items()}
+
+
 def test_every_name_of_the_table_is_a_file():
     patterns = " ".join(LAYERS.values()).split()
     assert [p for p in patterns if not any(fnmatchcase(name, p) for name in FILES)] == []

@@ -19,8 +19,8 @@ from typing import Any
 from ..config import Config
 from ..errors import RolloutTimeout, WorkflowError
 from ..interfaces import Policy
-from ..loading import load_config, redact_text
-from ..redaction import redacting_logger
+from ..loading import load_config
+from ..redaction import redact_text, redacting_logger
 from ..registry import Builder
 from ..types import (
     EpisodeKey,
@@ -32,9 +32,10 @@ from ..types import (
     UsageStats,
 )
 from .datasets import load_dataset
+from .episode import Episode
 from .evaluators import evaluate_items
 from .executor import LocalExecutor, RolloutExecutor, RolloutRequest, RolloutResult
-from .recording import LLM, Episode
+from .recording import LLM
 from .workflow import Workflow
 
 __all__ = ["EvaluationContext", "EvaluationRun", "Progress", "evaluation_context", "progress"]

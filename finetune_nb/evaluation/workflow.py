@@ -13,8 +13,9 @@ from typing import Any
 
 from ..errors import WorkflowError, did_you_mean
 from ..types import EvalInputItem
+from .episode import current_episode
 from .executor import in_daemon_thread
-from .recording import LLM, SyncLLM, current_episode
+from .recording import LLM, SyncLLM
 
 __all__ = ["Workflow"]
 

@@ -17,7 +17,7 @@ from typing import Any
 from ...errors import ConfigError, MissingExtra
 from ...imports import keeping_others
 from ...observe import resolve
-from ...redaction import is_text, names_credential, plain, redact_text, remember_secret
+from ...redaction import is_text, names_credential, plain_data, redact_text, remember_secret
 
 __all__ = ["Opened", "finetuning_section", "open_config", "read_config"]
 
@@ -87,7 +87,7 @@ def read_config(path: Path, override: Sequence[tuple[str, str]] = ()) -> dict[st
             remember_secret(node)
         return node
 
-    plain(tree, remember)
+    plain_data(tree, remember)
     return tree
 
 
