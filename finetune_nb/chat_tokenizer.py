@@ -13,12 +13,16 @@ from dataclasses import replace
 from typing import Any
 
 from .errors import BackendError, ConfigError
+from .observe import resolve
 from .redaction import redacting_logger
 from .types import SamplingParams
 
 __all__ = ["ChatTokenizer", "check_prompt"]
 
 logger = redacting_logger(__name__)
+
+OPENINGS = 1024
+"""Rendered openings of conversations that are kept, for the other rollouts of their group."""
 
 
 class ChatTokenizer:
@@ -28,9 +32,14 @@ class ChatTokenizer:
         self.tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
         self._name = name
-        self.reads_tool_calls = _reads_tool_calls(tokenizer)
-        """Whether `parse` finds tool calls: the tokenizer has a response template."""
+        self._response_template = _response_template(tokenizer)
         self._token_text: dict[int, str] = {}
+        self._openings: dict[tuple[str, str], list[int]] = {}
+
+    @property
+    def reads_tool_calls(self) -> bool:
+        """Whether `parse` finds tool calls: the tokenizer has a response template."""
+        return self._response_template is not None
 
     def render(
         self,
@@ -44,12 +53,28 @@ class ChatTokenizer:
         Raises ConfigError without a chat template, BackendError where the template refuses the messages.
         """
         messages = [_with_parsed_arguments(message) for message in messages]
+        if previous_ids is None:
+            return self._opening(messages, tools)
         text = self._render_text(messages, tools, add_generation_prompt=True)
-        if previous_ids is not None:
-            continued = self._continue(messages, tools, text, list(previous_ids))
-            if continued is not None:
-                return continued
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        continued = self._continue(messages, tools, text, list(previous_ids))
+        return self.encode(text) if continued is None else continued
+
+    def _opening(self, messages: list[dict[str, Any]], tools: Any) -> list[int]:
+        """Prompt ids without earlier ones. The rollouts of a group begin alike: one is rendered for all of them."""
+        template = str(self.tokenizer.chat_template)
+        try:
+            key = (template, json.dumps((messages, tools)))
+        except (TypeError, ValueError, RecursionError):  # no JSON, which a template may yet take
+            key = None
+        if key is None or "strftime_now" in template:  # it tells the time, which goes on
+            return self.encode(self._render_text(messages, tools, add_generation_prompt=True))
+        ids = self._openings.get(key)
+        if ids is None:
+            ids = self.encode(self._render_text(messages, tools, add_generation_prompt=True))
+            if len(self._openings) >= OPENINGS:
+                self._openings.clear()
+            self._openings[key] = ids
+        return list(ids)
 
     def _continue(
         self, messages: list[dict[str, Any]], tools: Any, text: str, previous_ids: list[int]
@@ -97,7 +122,8 @@ class ChatTokenizer:
         if self.reads_tool_calls:
             try:
                 raw = self.tokenizer.decode(list(ids), skip_special_tokens=False)
-                message = _openai_message(self.tokenizer.parse_response(raw, prefix=""), ids)
+                parsed = self.tokenizer.parse_response(raw, schema=self._response_template, prefix="")
+                message = _openai_message(parsed, ids)
                 if message is not None:
                     return message
             except Exception as error:
@@ -146,16 +172,17 @@ def check_prompt(
     return replace(params, max_tokens=min(params.max_tokens, longest - len(ids)))
 
 
-def _reads_tool_calls(tokenizer: Any) -> bool:
-    """Whether the tokenizer has a response template that works, which is tried out here once."""
+def _response_template(tokenizer: Any) -> Any:
+    """What `parse_response` reads replies by; None without a response template that works, which is tried out here."""
     if not getattr(tokenizer, "response_template", None):
-        return False
+        return None
     try:
-        tokenizer.parse_response("", prefix="")
+        template = resolve("finetune_nb.backends.tokenizer:response_template")(tokenizer)
+        tokenizer.parse_response("", schema=template, prefix="")
     except Exception as error:
         logger.warning("the tokenizer's response template does not work, so no tool calls will be seen: %s", error)
-        return False
-    return True
+        return None
+    return template
 
 
 def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ NAMED_BY_STRING = {
     ("backends.trl.adapter", "finetune_nb.backends.local.policy:LocalPolicy"): "what TRL trains is sampled by it",
     ("backends.tinker.adapter", "finetune_nb.backends.tokenizer:load_tokenizer"): "a tokenizer without its model",
     ("evaluation.openai", "finetune_nb.backends.tokenizer:load_tokenizer"): "a tokenizer without its model",
+    ("chat_tokenizer", "finetune_nb.backends.tokenizer:response_template"): "what only transformers can compile",
     ("types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("eval_types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("preview", "finetune_nb.preview_card:*"): "how a noun shows itself",

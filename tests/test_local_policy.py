@@ -399,6 +399,31 @@ def test_tool_call_arguments_reach_the_template_as_a_dict():
     assert function["arguments"] == '{"expression": "1+2"}'  # the caller's message stays as it was
 
 
+def test_rollouts_that_begin_alike_get_equal_prompts_of_their_own_rendered_once(monkeypatch):
+    p, rendered = policy(), []
+    render = p._render_text
+    monkeypatch.setattr(p, "_render_text", lambda *args, **options: rendered.append(1) or render(*args, **options))
+    first = p.render(USER)
+    expected = list(first)
+    first.append(7)
+    assert p.render([dict(USER[0])]) == expected and len(rendered) == 1
+    p.tokenizer.chat_template = p.tokenizer.chat_template.replace("user", "person") + "!"
+    assert p.tokenizer.decode(p.render(USER)).endswith("!")  # another template is another prompt
+    p._openings.update({("", str(i)): [] for i in range(2000)})
+    assert p.render([{"role": "user", "content": "9"}]) and len(p._openings) == 1
+
+
+def test_prompt_that_tells_the_time_is_rendered_anew():
+    p = policy(template="{{ strftime_now('%f') }}<|assistant|>")
+    assert len({tuple(p.render(USER)) for _ in range(5)}) > 1
+
+
+def test_messages_that_are_no_json_are_rendered_all_the_same():
+    p = policy()
+    content = [{"type": "text", "text": "1"}, {"type": "image", "image": object()}]
+    assert p.render([{"role": "user", "content": content}])
+
+
 def test_model_without_chat_template_is_refused_with_the_way_out():
     p = policy(template=None)
     with pytest.raises(ConfigError, match=r"no chat template.*chat_template\.jinja"):

@@ -1,4 +1,4 @@
-"""A model's tokenizer where the model itself is somewhere else. Needs transformers, not torch."""
+"""What transformers knows of a model's tokenizer, also where the model itself is somewhere else. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import ConfigError
 
-__all__ = ["load_tokenizer"]
+__all__ = ["load_tokenizer", "response_template"]
 
 
 def load_tokenizer(name_or_dir: str) -> tuple[Any, list[int]]:
@@ -28,3 +28,16 @@ def load_tokenizer(name_or_dir: str) -> tuple[Any, list[int]]:
     except (OSError, ValueError):  # not every tokenizer has a model beside it
         pass
     return tokenizer, sorted(token for token in found if isinstance(token, int))
+
+
+def response_template(tokenizer: Any) -> Any:
+    """The tokenizer's response template, compiled once where `parse_response` would do it for every reply; None without
+    one. Raises whatever transformers does where it is not one."""
+    template = getattr(tokenizer, "response_template", None)
+    if not template:
+        return None
+    try:
+        from transformers.utils.chat_parsing.response_templates import load_response_template
+    except ImportError:  # it is not transformers' public API
+        return template
+    return load_response_template(template)

@@ -99,7 +99,9 @@ class Batcher:
             with suppress(ValueError):  # left in another context than entered: that one never saw the value
                 _entered.reset(token)
             with self._changed:
-                self._live -= Counter([key])  # drops a key at zero
+                self._live[key] -= 1
+                if not self._live[key]:
+                    del self._live[key]
                 self._stir()
 
     async def submit(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:

@@ -56,6 +56,11 @@ class LocalPolicy(ChatTokenizer):
         """As it was asked for: replicas look for theirs by it."""
         self.source: str | None = None
         """The name or directory that `load` was given; None for a model that was handed over."""
+        text_config = model.config.get_text_config()
+        self.longest: int | None = getattr(text_config, "max_position_embeddings", None)
+        """Tokens that prompt and reply may have together; None where the model sets no bound."""
+        self.vocabulary: int = text_config.vocab_size
+        """Tokens that the model knows; ids are below it."""
         self.model = model.eval()  # training too: dropout would make it see another policy than was sampled
         if threads is None:
             threads = 1 if model.num_parameters() < SMALL else 2 if deterministic else None
@@ -97,16 +102,6 @@ class LocalPolicy(ChatTokenizer):
     def description(self) -> str:
         """What is sampled and trained, where and in which dtype, in words."""
         return f"{self.source or type(as_trained(self.model)).__name__}: {models.described(self.model, self.exclusive.threads)}"
-
-    @property
-    def longest(self) -> int | None:
-        """Tokens that prompt and reply may have together; None where the model sets no bound."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that the model knows; ids are below it."""
-        return self.model.config.get_text_config().vocab_size
 
     # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
