@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .controls import Change
 from .errors import StoreError
 from .run_folder import CONFIG, DATABASE, LOG, RUN_ID, check_plain, size_of, writer_of
-from .store_schema import change_from_row, epoch_from_row, read, selection_from_json, validation_from_json
+from .store_rows import change_from_row, epoch_from_row, selection_from_json, validation_from_json
+from .store_schema import read
 from .stored_json import decode
 from .trajectory_files import collection_of_batches, read_columns, read_trajectories
 from .types import Epoch, Selection, TrainingJobRef, TrainingJobStatus, TrajectoryCollection, Validation

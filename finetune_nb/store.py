@@ -17,10 +17,10 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from .controls import Change
 from .errors import StoreError
@@ -37,25 +37,14 @@ from .run_folder import (
     write_durably,
 )
 from .run_reader import PartialEpoch, RunReader, StoredEpoch, as_store_error
-from .store_schema import (
-    EmptyRun,
-    epoch_to_row,
-    migrate,
-    open_to_write,
-    read,
-    readable,
-    selection_to_json,
-    validation_from_json,
-    validation_to_row,
-)
+from .store_rows import epoch_to_row, readable, selection_to_json, validation_from_json, validation_to_row
+from .store_schema import EmptyRun, migrate, open_to_write, read
 from .stored_json import encode
 from .trajectory_files import batch_of, write_trajectories
 from .types import Epoch, Selection, TrainingJobRef, TrainingJobStatus, TrajectoryCollection, Validation
 from .yaml_text import dump_yaml
 
 __all__ = ["PartialEpoch", "RunStore", "StoreError", "StoredEpoch"]
-
-T = TypeVar("T")
 
 
 class RunStore(RunReader):
@@ -84,9 +73,7 @@ class RunStore(RunReader):
         with as_store_error(folder, "No run was made."):
             folder.mkdir(parents=True, exist_ok=True)
             check_plain(folder / TRAJECTORIES, folder / CONFIG, folder / LOG)
-            lock, db = WriteLock(folder), None
-            try:
-                db = open_to_write(folder, create=True)
+            with _opened(folder, create=True) as (lock, db):
                 (folder / TRAJECTORIES).mkdir(exist_ok=True)
                 write_durably(folder / CONFIG, lambda file: file.write(dump_yaml(dict(config)).encode()))
                 db.execute("PRAGMA synchronous = FULL")
@@ -100,11 +87,6 @@ class RunStore(RunReader):
                 db.execute("COMMIT")
                 db.execute("PRAGMA synchronous = NORMAL")
                 return cls(folder, lock, db)
-            except BaseException:
-                if db is not None:
-                    db.close()
-                lock.release()
-                raise
 
     @staticmethod
     def exists(folder: str | Path) -> bool:
@@ -126,26 +108,18 @@ class RunStore(RunReader):
         with as_store_error(folder / DATABASE, "Nothing was changed."):
             if not folder.is_dir():
                 raise StoreError(f"there is no folder {folder}, so no run to open. Give the folder that holds one.")
-            lock, db = WriteLock(folder), None
-            try:
-                db = open_to_write(folder)
+            with _opened(folder) as (lock, db):
                 remove_temporary(folder)
                 db.execute("BEGIN IMMEDIATE")
                 migrate(db)
                 db.execute("COMMIT")
                 return cls(folder, lock, db)
-            except BaseException:
-                if db is not None:
-                    db.close()
-                lock.release()
-                raise
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def begin_epoch(self, index: int, started_at: float, policy_version: int | None) -> bool:
         """An epoch begins. What an earlier attempt at it left behind goes; returns whether there was one."""
-
-        def work(db: sqlite3.Connection) -> bool:
+        with self._transaction(f"the begin of epoch {index}") as db:
             self._require_next(db, index)
             left = db.execute("DELETE FROM unfinished").rowcount > 0
             db.execute("DELETE FROM rollouts")
@@ -154,23 +128,18 @@ class RunStore(RunReader):
                 "INSERT INTO unfinished (epoch, started_at, policy_version) VALUES (?, ?, ?)",
                 (index, started_at, policy_version),
             )
-            return left
-
-        return self._write(work, f"the begin of epoch {index}")
+        return left
 
     def add_rollouts(self, index: int, rollouts: TrajectoryCollection, whole: bool = False) -> None:
         """Rollouts of the epoch that has begun, as they come in; best several at once, in any groups. They are there for
         the case that the epoch does not come to its end: `append` replaces them. whole: these are all of them, in their
         groups, in place of what came in before."""
         batch = batch_of(rollouts, whole)
-
-        def work(db: sqlite3.Connection) -> None:
+        with self._transaction(f"rollouts of epoch {index}", durable=whole) as db:
             self._require_begun(db, index)
             if whole:
                 db.execute("DELETE FROM rollouts WHERE epoch = ?", (index,))
             db.execute("INSERT INTO rollouts (epoch, data) VALUES (?, ?)", (index, batch))
-
-        self._write(work, f"rollouts of epoch {index}", durable=whole)
 
     def record_selection(self, index: int, selection: Selection, seconds: Mapping[str, float]) -> None:
         """Which groups of the epoch that has begun are trained on, right before they are handed over. seconds: what
@@ -186,11 +155,9 @@ class RunStore(RunReader):
         self._set_unfinished(index, "job_status", encode(status.model_dump(mode="python")), durable=False)
 
     def _set_unfinished(self, index: int, column: str, text: str, durable: bool = True) -> None:
-        def work(db: sqlite3.Connection) -> None:
+        with self._transaction(f"the training of epoch {index}", durable) as db:
             self._require_begun(db, index)
             db.execute(f"UPDATE unfinished SET {column} = ? WHERE epoch = ?", (text, index))
-
-        self._write(work, f"the training of epoch {index}", durable)
 
     def append(self, epoch: Epoch, state: Mapping[str, Any]) -> StoredEpoch:
         """Ends an epoch: its record, and what resuming behind it needs, in plain JSON data. It is on the disk when this
@@ -205,8 +172,7 @@ class RunStore(RunReader):
             self._require_writable()
             self._read(lambda db: self._require_next(db, epoch.index))
             write_trajectories(self.folder, epoch.index, self.run_id, epoch.collection)
-
-            def work(db: sqlite3.Connection) -> None:
+            with self._transaction(f"epoch {epoch.index}", durable=True) as db:
                 self._require_next(db, epoch.index)
                 ref = db.execute("SELECT job_ref FROM unfinished WHERE epoch = ?", (epoch.index,)).fetchone()
                 row = {**epoch_to_row(epoch), "job_ref": ref and ref["job_ref"], "state": stored_state}
@@ -215,14 +181,11 @@ class RunStore(RunReader):
                 _put_validations(db, epoch)
                 db.execute("DELETE FROM unfinished")
                 db.execute("DELETE FROM rollouts")
-
-            self._write(work, f"epoch {epoch.index}", durable=True)
             return self._adopt(epoch)
 
     def amend(self, epoch: Epoch) -> StoredEpoch:
         """Replaces the record of a completed epoch, but for its trajectories: a job ended after it was made, say."""
-
-        def work(db: sqlite3.Connection) -> None:
+        with self._transaction(f"the record of epoch {epoch.index}", durable=True) as db:
             row = epoch_to_row(epoch)
             index = row.pop("epoch")
             places = ", ".join(f"{name} = ?" for name in row)
@@ -236,8 +199,6 @@ class RunStore(RunReader):
                 )
             _put_validations(db, epoch)
             db.execute("UPDATE run SET revision = revision + 1")
-
-        self._write(work, f"the record of epoch {epoch.index}", durable=True)
         return self._adopt(epoch)
 
     def copy_database(self, folder: Path, state: str) -> None:
@@ -255,8 +216,7 @@ class RunStore(RunReader):
     def go_back(self, index: int) -> None:
         """Takes out every epoch behind that one, and what has begun; changes that they used first are pending again. What
         is taken out is gone: see rewind.py, which copies it before."""
-
-        def work(db: sqlite3.Connection) -> None:
+        with self._transaction(f"going back behind epoch {index}", durable=True) as db:
             later = [
                 (row["place"],)
                 for row in db.execute("SELECT place, record FROM validations")
@@ -269,50 +229,32 @@ class RunStore(RunReader):
             db.execute("DELETE FROM rollouts")
             db.execute("UPDATE changes SET epoch = NULL WHERE epoch > ?", (index,))
             db.execute("UPDATE run SET revision = revision + 1")
-
-        self._write(work, f"going back behind epoch {index}", durable=True)
         self.refresh()
-
-    def _adopt(self, epoch: Epoch) -> StoredEpoch:
-        self.refresh()
-        stored = self._epoch(epoch.index)
-        self._keep(epoch.collection)
-        vars(stored)["_collection"].remember(epoch.collection)
-        return stored
 
     def add_validation(self, validation: Validation, epoch: int | None = None) -> None:
         """A validation. epoch: the one that has begun, to which it belongs; None: it was asked for by hand."""
         row = validation_to_row(validation, epoch)
-
-        def work(db: sqlite3.Connection) -> None:
+        with self._transaction("a validation") as db:
             if epoch is not None:
                 self._require_begun(db, epoch)
-            db.execute("INSERT INTO validations (epoch, mean_reward, error, record) VALUES (?, ?, ?, ?)", row)
-
-        self._write(work, "a validation")
+            db.execute(_INSERT_VALIDATION, row)
 
     def record_change(self, change: Change) -> int:
         """A change of the controls. Returns its place in the journal, from 0."""
-
-        def work(db: sqlite3.Connection) -> int:
+        with self._transaction(_A_CHANGE) as db:
             place = db.execute("SELECT count(*) FROM changes").fetchone()[0]
             texts = readable(change.source), readable(change.field), encode(change.old), encode(change.new)
             db.execute(
                 "INSERT INTO changes (place, time, source, field, old, new, epoch) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (place, change.time, *texts, change.epoch),
             )
-            return place
-
-        return self._write(work, "a change of the controls")
+        return place
 
     def settle_change(self, place: int, epoch: int) -> None:
         """The epoch whose selection used a change first."""
-
-        def work(db: sqlite3.Connection) -> None:
+        with self._transaction(_A_CHANGE) as db:
             if db.execute("UPDATE changes SET epoch = ? WHERE place = ?", (epoch, place)).rowcount != 1:
                 raise StoreError(f"the journal has no change {place}. Record it first.")
-
-        self._write(work, "a change of the controls")
 
     def record_event(self, kind: str, **data: Any) -> None:
         """Appends to the log: an error, a change of state, a line of text."""
@@ -323,7 +265,8 @@ class RunStore(RunReader):
 
     def set_state(self, state: str) -> None:
         """What the run is doing: "running", "paused", "failed", ..."""
-        self._write(lambda db: db.execute("UPDATE run SET state = ?", (readable(state),)), "the run's state")
+        with self._transaction("the run's state") as db:
+            db.execute("UPDATE run SET state = ?", (readable(state),))
 
     def close(self) -> None:
         """Ends the writing and gives the lock back. The epochs can still be read. Again: nothing."""
@@ -352,8 +295,9 @@ class RunStore(RunReader):
                 "with write=False here."
             )
 
-    def _write(self, work: Callable[[sqlite3.Connection], T], what: str, durable: bool = False) -> T:
-        """`work` in one transaction: all of it or nothing. durable: a power failure does not undo it."""
+    @contextmanager
+    def _transaction(self, what: str, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """All that is done inside is written, or nothing. what: for the error. durable: a power failure does not undo it."""
         kept = (
             f"{what} is not recorded; everything before it is kept. Remove the cause (a full disk, say) and call again."
         )
@@ -364,13 +308,20 @@ class RunStore(RunReader):
             db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             try:
                 db.execute("BEGIN IMMEDIATE")
-                result = work(db)
+                yield db
                 db.execute("COMMIT")
             except BaseException:
                 with suppress(sqlite3.Error):  # a full disk has rolled it back already
                     db.execute("ROLLBACK")
                 raise
-            return result
+
+    def _adopt(self, epoch: Epoch) -> StoredEpoch:
+        """The record as it is read back; its trajectories need not be, as long as somebody holds them."""
+        self.refresh()
+        stored = self._epoch(epoch.index)
+        self._keep(epoch.collection)
+        vars(stored)["_collection"].remember(epoch.collection)
+        return stored
 
     def _require_next(self, db: sqlite3.Connection, index: int) -> None:
         last = db.execute("SELECT max(epoch) FROM epochs").fetchone()[0]
@@ -388,7 +339,25 @@ class RunStore(RunReader):
             )
 
 
+_A_CHANGE = "a change of the controls"
+_INSERT_VALIDATION = "INSERT INTO validations (epoch, mean_reward, error, record) VALUES (?, ?, ?, ?)"
+
+
+@contextmanager
+def _opened(folder: Path, create: bool = False) -> Iterator[tuple[WriteLock, sqlite3.Connection]]:
+    """Lock and connection of the one writer; both are given back where the block raises."""
+    lock, db = WriteLock(folder), None
+    try:
+        db = open_to_write(folder, create)
+        yield lock, db
+    except BaseException:
+        if db is not None:
+            db.close()
+        lock.release()
+        raise
+
+
 def _put_validations(db: sqlite3.Connection, epoch: Epoch) -> None:
     rows = [validation_to_row(validation, epoch.index) for validation in epoch.validations]
     db.execute("DELETE FROM validations WHERE epoch = ?", (epoch.index,))
-    db.executemany("INSERT INTO validations (epoch, mean_reward, error, record) VALUES (?, ?, ?, ?)", rows)
+    db.executemany(_INSERT_VALIDATION, rows)

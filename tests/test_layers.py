@@ -24,7 +24,7 @@ LAYERS = {
     "engine": "imports states controls journal_file live_fields tripwires curriculum preview metrics retention jsonl daemons"
     " episodes evaluation* trajectory_builder preferences trainer watch"
     " chat_tokenizer credit experience training_job job_adapter publishing"
-    " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema run_reader store"
+    " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema store_rows run_reader store"
     " rewind run_log sinks recorder witness trial driver engine",
     "views": "sampled_tokens heat_map conversation pieces rollout_group rollout_view group_comparison"
     " columns spread_forecast learning_signal rollout_frames unfolding message_frames token_frames frames"
