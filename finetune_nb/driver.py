@@ -109,7 +109,7 @@ class Driver:
         store = self.recorder.store
         self.epochs = list(store.epochs)
         self._first = store.next_index
-        state = await self.recorder.restore(self.adapter)
+        state = await self.recorder.weights.restore(self.adapter)
         take_up(self.controls, store)
         put(self.config, self.builder, self.controls.live_values())
         if state is not None and state["curriculum"] and trainer._curriculum_state is not None:

@@ -1,7 +1,7 @@
 """A run's folder as a Config and a Builder, to go on with it or to branch off from it.
 
 What no file can hold (functions, rows, ready components) is given again. Which epoch comes next, and with which weights,
-stands in the folder and is read by recorder.py.
+stands in the folder and is read by saved_weights.py.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The recorder of a run: what goes into its folder, and when, and from where it goes on.
+"""The recorder of a run: what goes into its folder, and when.
 
 Everything is written as it happens, on the engine's loop with the disk's work in a thread. An epoch that cannot be stored
-stays in memory and is stored before the next one begins. What the folder looks like is store.py's.
+stays in memory and is stored before the next one begins. What the folder looks like is store.py's; the weights in it, and
+where a run goes on with them, saved_weights.py's.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -16,15 +16,14 @@ from typing import Any
 
 from .config import CurriculumSettings
 from .controls import Change, Controls
-from .errors import RunError, StoreError
+from .errors import StoreError
 from .evaluation.executor import in_daemon_thread
 from .interfaces import TrainerAdapter
 from .jsonl import forget_epochs
 from .redaction import redacting_logger
-from .retention import to_keep
-from .rewind import logs_of, newest_checkpoint, newest_with_weights, rewind
-from .run_folder import check_plain, checkpoint_folder, checkpoints, size_of
+from .rewind import logs_of, rewind
 from .run_reader import RunReader
+from .saved_weights import SavedWeights
 from .store import RunStore
 from .types import (
     Epoch,
@@ -42,31 +41,19 @@ __all__ = ["Recorder", "settings_of", "take_up"]
 
 logger = redacting_logger(__name__)
 
-KEEP_BYTES = 500_000_000
-"""What the newest checkpoints may take together, where the config names no number."""
 WORTH_KEEPING_SECONDS = 2.0
 """Rollouts that were collected faster are stored with their epoch alone: repeating them costs less than storing twice."""
 
 
 class Recorder:
-    """Writes one run's folder. `checkpoint_every`: epochs between checkpoints, 0 = none. `keep`: how many of the newest
-    stay; None: as many as KEEP_BYTES hold, at least 2."""
+    """Writes one run's folder. checkpoint_every, keep: as SavedWeights takes them."""
 
     def __init__(self, store: RunStore, checkpoint_every: int = 1, keep: int | None = None) -> None:
         self.store = store
-        self._every, self._keep = checkpoint_every, keep
+        self.weights = SavedWeights(store, checkpoint_every, keep)
         self._journaling = threading.Lock()  # whoever steers writes it down, in any thread
         self._unsaved: list[tuple[Epoch, dict[str, Any]]] = []
-        self._pinned = {e["epoch"] for e in store.events("forked") if isinstance(e.get("epoch"), int)}
-        self._back_to: int | None = None  # the epoch behind which it goes on, where that is not the last one
-        self._look()
-
-    def _look(self) -> None:
-        """Sees where the record ends."""
-        self._checkpoint = newest_checkpoint(self.store)
-        self._version: int | None = (self.store.state() or {}).get("policy_version")
-        self._saved_version = self._version
-        self._journaled: list[Change] = self.store.journal()
+        self._journaled: list[Change] = store.journal()
 
     @classmethod
     async def open(
@@ -82,79 +69,25 @@ class Recorder:
 
         return await in_daemon_thread(work)
 
-    async def restore(self, adapter: TrainerAdapter) -> dict[str, Any] | None:
-        """Puts the adapter where the last epoch left it, or the last one whose weights were saved. Returns that epoch's
-        state; None for a new run. The record is as it was: `go_back` comes before the next epoch.
-
-        Raises RunError where no weights of this run are to be had.
-        """
-        state = self.store.state()
-        held = await self._held(adapter, state)
-        load, fresh = getattr(adapter, "load_checkpoint", None), getattr(adapter.policy, "version", None)
-        if held or state is None or load is None:
-            return state
-        last, version = self.store.next_index - 1, state.get("policy_version")
-        behind = await in_daemon_thread(newest_with_weights, self.store, fresh)
-        if behind is None:
-            raise RunError(
-                f"run {self.store.run_id!r} was left with policy version {version}, and none of its weights are kept "
-                "(run.checkpoint_every). It can be read; to train, start anew."
-            )
-        if behind != last:
-            logger.warning(
-                "the weights behind epoch %d of run %r are not kept (run.checkpoint_every is %d): the policy is the one "
-                "behind epoch %d, and epoch %d comes next. What was recorded since is put away before that, not lost.",
-                last, self.store.run_id, self._every, behind, behind + 1,
-            )  # fmt: skip
-            state, self._back_to = self.store.state_of(behind), behind
-        version, checkpoint = state.get("policy_version"), newest_checkpoint(self.store, behind)
-        if checkpoint is not None:
-            place = checkpoint_folder(self.store.folder, checkpoint)
-            check_plain(place.parent, place)
-            await load(place)
-        found = getattr(adapter.policy, "version", None)
-        if version is not None and found != version:
-            raise RunError(
-                f"the checkpoint of epoch {checkpoint} of run {self.store.run_id!r} has policy version {found}; the record "
-                f"says {version}. Fork the run from an epoch that has another checkpoint, or start anew."
-            )
-        return state
-
-    async def _held(self, adapter: TrainerAdapter, state: dict[str, Any] | None) -> bool:
-        """Whether a backend that outlived the process that wrote the record still has the weights that it ends with, or
-        the job: there is nothing to load then."""
-        holds = getattr(adapter, "holds_weights", None)
-        if holds is None:
-            return False
-        left = await in_daemon_thread(self.store.partial)
-        version = None if state is None else state.get("policy_version")
-        if not await holds(version, None if left is None else left.job):
-            return False
-        if (
-            state is not None
-            and await in_daemon_thread(newest_with_weights, self.store, 0) != self.store.next_index - 1
-        ):
-            self._saved_version = -1  # of no weights: those that are held lie on no disk
-        return True
-
     async def go_back(self) -> bool:
         """Puts away the epochs behind which the run cannot go on, and returns whether there were any. Raises StoreError
         where that cannot be; nothing is then taken out."""
-        back_to, self._back_to = self._back_to, None
+        back_to, self.weights.back_to = self.weights.back_to, None
         if back_to is None:
             return False
 
         def work() -> None:
             last = self.store.next_index - 1
             place = rewind(self.store, back_to)
-            self._look()
+            self.weights.look()
+            self._journaled = self.store.journal()
             self.event("went_back", behind=back_to, last=last, folder=str(place))
             logger.warning("epochs %d to %d are run again; the record until then is in %s", back_to + 1, last, place)
 
         try:
             await in_daemon_thread(work)
         except BaseException:
-            self._back_to = back_to
+            self.weights.back_to = back_to
             raise
         return True
 
@@ -169,8 +102,7 @@ class Recorder:
                 self._forget_logs(watch.epoch)
             self.store.set_state("running")
 
-        if self._saved_version is None:
-            self._saved_version = version  # what a run starts with needs no checkpoint
+        self.weights.begun(version)
         await in_daemon_thread(work)
 
     async def taken_up(self, index: int) -> None:
@@ -251,34 +183,17 @@ class Recorder:
     ) -> Epoch:
         """Stores the epoch and, where the weights have changed, a checkpoint before it. Returns the stored record, which
         reads its trajectories from disk; the given one where the folder cannot be written, with a warning."""
-        self._version = epoch.policy_versions[1]
-        if self._version != self._saved_version and self._every and epoch.index % self._every == 0:
-            await self._save_checkpoint(epoch.index, adapter)
+        await self.weights.trained(epoch, adapter)
         state = {
             "curriculum": {**curriculum, "included_groups": sorted(curriculum["included_groups"])}
             if curriculum
             else None,
             "settings": asdict(controls.applied),
             "live": controls.live_values(),
-            "checkpoint": None
-            if self._checkpoint is None
-            else checkpoint_folder(self.store.folder, self._checkpoint).name,
+            "checkpoint": self.weights.newest,
             "policy_version": epoch.policy_versions[1],
         }
         return await in_daemon_thread(self._store, epoch, state)
-
-    async def _save_checkpoint(self, index: int, adapter: TrainerAdapter) -> None:
-        save = getattr(adapter, "save_checkpoint", None)
-        if save is None:
-            return
-        place = checkpoint_folder(self.store.folder, index)
-        try:
-            check_plain(place.parent, place)
-            await save(place)
-        except Exception:
-            logger.warning("epoch %d: no checkpoint could be written; training goes on", index, exc_info=True)
-            return
-        self._checkpoint, self._saved_version = index, self._version
 
     def _store(self, epoch: Epoch, state: dict[str, Any]) -> Epoch:
         self._unsaved.append((epoch, state))
@@ -288,7 +203,7 @@ class Recorder:
         except Exception:
             logger.warning("epoch %d is in memory, but not stored; it is tried again", epoch.index, exc_info=True)
             return epoch
-        self._prune()
+        self.weights.prune()
         return self.store.epochs[-1]
 
     def _append_unsaved(self) -> None:
@@ -296,21 +211,10 @@ class Recorder:
             self.store.append(*self._unsaved[0])
             self._unsaved.pop(0)
 
-    def _prune(self) -> None:
-        there = checkpoints(self.store.folder)
-        pinned = [index for index in (*self._pinned, self._checkpoint) if index is not None]
-        keep = self._keep
-        if keep is None:
-            size = max(1, size_of(there[max(there)])) if there else 1
-            keep = max(2, KEEP_BYTES // size)
-        if len(there) > keep:
-            for index in there.keys() - to_keep(list(there), keep, _best(self.store.epochs), pinned):
-                shutil.rmtree(there[index], ignore_errors=True)
-
     def forked(self, index: int, run_id: str, pinned: int | None) -> None:
         """A run goes on from an epoch of this one; the checkpoint that it started from stays here."""
         if pinned is not None:
-            self._pinned.add(pinned)
+            self.weights.pin(pinned)
         self.event("forked", epoch=pinned, after=index, run=run_id)
 
     def journal(self, controls: Controls) -> None:
@@ -337,8 +241,8 @@ class Recorder:
     async def close(self, adapter: TrainerAdapter | None) -> None:
         """Stores what is left, the newest weights among it, and gives the lock back."""
         try:
-            if adapter is not None and self._every and self._version != self._saved_version and self.store.epochs:
-                await self._save_checkpoint(self.store.epochs[-1].index, adapter)
+            if adapter is not None:
+                await self.weights.save_last(adapter)
         finally:
             await in_daemon_thread(self._close)
 
@@ -359,11 +263,3 @@ def take_up(controls: Controls, store: RunReader) -> None:
 def settings_of(state: Mapping[str, Any] | None) -> CurriculumSettings | None:
     """The live settings that a stored state speaks of."""
     return CurriculumSettings(**state["settings"]) if state and state.get("settings") else None
-
-
-def _best(epochs: Sequence[Epoch]) -> int | None:
-    """The epoch after whose update validation was best; None where nothing was validated then."""
-    made = {epoch.policy_versions[1]: epoch.index for epoch in epochs if epoch.policy_versions[1] is not None}
-    checks = [(check.mean_reward, made[check.policy_version]) for e in epochs for check in e.validations
-              if check.policy_version in made and math.isfinite(check.mean_reward)]  # fmt: skip
-    return max(checks)[1] if checks else None

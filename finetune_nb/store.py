@@ -3,7 +3,7 @@
     run.db                             epochs, curriculum, validations, journal (SQLite; tables: store_schema.py)
     trajectories/epoch-000003.parquet  one row = one trajectory or failed rollout (columns: trajectory_table.py)
     config.yml                         the config, without secrets
-    checkpoints/epoch-000003/          the adapter's own files (recorder.py has them written, and lets old ones go)
+    checkpoints/epoch-000003/          the adapter's own files (saved_weights.py has them written, and lets old ones go)
     log.jsonl                          events, one a line
     lock                               who is writing
 

@@ -20,7 +20,7 @@ from agents import guess, right
 from detached import Detached, Weights
 
 import finetune_nb as ft
-from finetune_nb import jsonl, recorder, rewind, run_folder, shelf, store, trainer, trajectory_files
+from finetune_nb import jsonl, recorder, rewind, run_folder, saved_weights, shelf, store, trainer, trajectory_files
 from finetune_nb.testing import sums
 
 EPOCHS = 6
@@ -40,7 +40,7 @@ POINTS = {
     "file": (trajectory_files, "write_durably"),
     "rename": (run_folder.os, "replace"),
     "append": (store.RunStore, "append"),
-    "prune": (recorder.Recorder, "_prune"),
+    "prune": (saved_weights.SavedWeights, "prune"),
     "forget": (jsonl, "write_durably"),
     "close": (recorder.Recorder, "_close"),
     "copy": (shelf.shutil, "copytree"),

@@ -25,7 +25,7 @@ LAYERS = {
     " episodes evaluation* trajectory_builder preferences trainer watch"
     " chat_tokenizer credit experience training_job job_adapter publishing"
     " run_folder stored_json trajectory_rows trajectory_table trajectory_files store_schema store_rows run_reader store"
-    " rewind run_log sinks recorder witness trial driver engine",
+    " rewind saved_weights run_log sinks recorder witness trial driver engine",
     "views": "sampled_tokens heat_map conversation pieces rollout_group rollout_view group_comparison"
     " columns spread_forecast learning_signal rollout_frames unfolding message_frames token_frames frames"
     " figure plot_parts distributions group_plots plots viewer preview_card comparison report export kernel display interrupts"
