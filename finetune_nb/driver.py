@@ -22,7 +22,7 @@ from .evaluation.recording import ChatReply
 from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .live_fields import put
 from .recorder import Recorder, take_up
-from .redaction import redact_text, redacting_logger
+from .redaction import error_text, redacting_logger
 from .registry import Builder
 from .run_log import logging_to
 from .run_reader import PartialEpoch
@@ -204,7 +204,7 @@ class Driver:
                         error.epoch = epoch
                 else:
                     await self._witness.keep_what_came(watch)
-                await self.recorder.stopped("failed", watch.epoch, redact_text(f"{type(error).__name__}: {error}"))
+                await self.recorder.stopped("failed", watch.epoch, error_text(error))
                 raise
             epoch = await self._record(watch)
             log_what_was_left(watch, epoch, self.trainer, self.folder)

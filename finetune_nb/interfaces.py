@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import ConfigError
 from .observe import resolve, unobserved
-from .redaction import redact_text, redacting_logger
+from .redaction import error_text, redacting_logger
 from .types import (
     EpisodeKey,
     EvalOutputItem,
@@ -279,7 +279,7 @@ class Trainer(ABC):
             metrics = self._calculate_validation_metrics(await builder.run_eval())
         except Exception as error:
             logger.exception("validation before epoch %d failed", epoch)
-            metrics = {**_NO_VALIDATION, "error": redact_text(f"{type(error).__name__}: {error}")}
+            metrics = {**_NO_VALIDATION, "error": error_text(error)}
         return {**metrics, "epoch": epoch, "dataset_type": "validation"}
 
     def _calculate_validation_metrics(self, eval_output: EvaluationRunOutput) -> dict[str, Any]:

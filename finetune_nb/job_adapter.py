@@ -1,4 +1,4 @@
-"""JobAdapter: what adapters share whose training jobs end by themselves, be they threads or processes: how jobs are asked
+"""JobAdapter: what adapters share whose training jobs end by themselves, be they threads, tasks or processes: how jobs are asked
 about, canceled, waited for and written down. What a job does, and on which weights, is its subclass's business.
 """
 

@@ -20,7 +20,7 @@ from .engine import EngineThread, Launched
 from .errors import EpochAborted, FinetuneError, RunError
 from .interrupts import interrupts, place
 from .kernel import in_notebook
-from .redaction import redact_exception, redact_text
+from .redaction import error_text, redact_exception
 from .run_progress import RunProgress
 from .states import State
 from .tripwires import Tripwire, tripped
@@ -125,7 +125,7 @@ class LiveRun(RunProgress):
         try:
             return await work()
         except Exception as error:
-            text = redact_text(f"{type(error).__name__}: {error}")
+            text = error_text(error)
             if not redact_exception(error):
                 raise FinetuneError(text) from None
             raise

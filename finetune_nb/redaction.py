@@ -25,6 +25,7 @@ __all__ = [
     "MASK",
     "SHORTEST_SECRET",
     "KeyPath",
+    "error_text",
     "is_credential",
     "known_secrets",
     "is_text",
@@ -109,6 +110,11 @@ def redact_texts(texts: Sequence[Any]) -> list[Any]:
     if redact_text(together) == together:
         return list(texts)
     return [text and redact_text(text) for text in texts]
+
+
+def error_text(error: BaseException) -> str:
+    """An error's type and message, without the secrets in it: "ValueError: ..."."""
+    return redact_text(f"{type(error).__name__}: {error}")
 
 
 def redact_exception(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .display import ProgressLine
 from .html import cut, duration, plain
-from .redaction import redact_text
+from .redaction import error_text
 from .states import Standing, State
 from .steering import Steering
 from .viewer import epoch_text
@@ -31,7 +31,7 @@ class RunProgress(Steering):
     def error(self) -> str | None:
         """What the last epoch raised; None once another one begins."""
         error = self._standing.error
-        return None if error is None else redact_text(f"{type(error).__name__}: {error}")
+        return None if error is None else error_text(error)
 
     @property
     def progress(self) -> Progress:

@@ -16,7 +16,7 @@ from .errors import BackendError, JobFailed, RunError, StoreError
 from .interfaces import Trainer
 from .jsonl import append_jsonl
 from .metrics import epoch_metrics
-from .redaction import redact_text, redacting_logger
+from .redaction import error_text, redacting_logger
 from .registry import Builder, register_trainer
 from .types import (
     EpochMetrics,
@@ -204,7 +204,7 @@ class EpochTrainer(Trainer):
             try:
                 entry["status"] = (await self.trainer_adapter.status(ref)).model_dump()
             except Exception as error:
-                entry["error"] = redact_text(f"{type(error).__name__}: {error}")
+                entry["error"] = error_text(error)
             jobs.append(entry)
         return {"run_id": run_id, "total_epochs": len(self._jobs), "jobs": jobs}
 

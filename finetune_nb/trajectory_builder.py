@@ -23,7 +23,7 @@ from .evaluation.evaluate import EvaluationContext, evaluation_context
 from .evaluation.executor import LocalExecutor, RolloutExecutor, RolloutResult
 from .interfaces import TrajectoryBuilder
 from .jsonl import append_jsonl
-from .redaction import redact_text, redacting_logger
+from .redaction import error_text, redact_text, redacting_logger
 from .registry import Builder, register_trajectory_builder
 from .types import (
     EpisodeItem,
@@ -139,7 +139,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         for generation, output in enumerate(outputs):
             if isinstance(output, BaseException):
                 logger.error("generation %d failed:\n%s", generation, redact_text("".join(format_exception(output))))
-                failures.append(RolloutFailure(None, generation, redact_text(f"{type(output).__name__}: {output}")))
+                failures.append(RolloutFailure(None, generation, error_text(output)))
                 continue
             failures += output.failures
             if output.workflow_interrupted:

@@ -86,7 +86,7 @@ OUR_TYPES: dict[str, dict[str, str]] = {
         "trl_sft": "finetune_nb.backends.trl.adapter:TRLSFTConfig",
         "tinker": "finetune_nb.backends.tinker.adapter:TinkerConfig",
         "nat_adapter": f"{_NAT}:NatAdapterConfig",
-        "openpipe_art": "finetune_nb.backends.art:OpenPipeArtConfig",
+        "openpipe_art": "finetune_nb.backends.art.adapter:OpenPipeArtConfig",
     },
     "trainer": {
         "epoch_trainer": "finetune_nb.trainer:EpochTrainerConfig",

@@ -21,7 +21,7 @@ from .evaluation.evaluate import Progress
 from .evaluation.executor import RolloutResult
 from .interfaces import Trainer
 from .metrics import epoch_metrics
-from .redaction import redact_text, redacting_logger
+from .redaction import error_text, redacting_logger
 from .run_reader import PartialEpoch
 from .types import (
     GROUP_REASONS,
@@ -227,7 +227,7 @@ def _name(trajectory: Trajectory) -> tuple[str, Any]:
 
 def _why_no_job(collection: TrajectoryCollection, selection: Selection, error: Exception | None) -> str:
     if error is not None:
-        return redact_text(f"{type(error).__name__}: {error}")
+        return error_text(error)
     if not collection.trajectories:
         if collection.failures:
             return f"all {len(collection.failures)} rollouts failed; the first: {collection.failures[0].error}"

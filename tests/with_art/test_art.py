@@ -12,7 +12,8 @@ import torch
 from openai.types.chat.chat_completion import Choice
 
 import finetune_nb as ft
-from finetune_nb.backends.art import OpenPipeArtAdapter, OpenPipeArtConfig, art_groups
+from finetune_nb.backends.art.adapter import OpenPipeArtAdapter, OpenPipeArtConfig
+from finetune_nb.backends.art.trajectories import art_groups
 from finetune_nb.testing import ScriptedBuilder, make_trajectory
 
 sys.path.append(str(Path(__file__).parents[1]))

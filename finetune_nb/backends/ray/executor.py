@@ -21,7 +21,7 @@ from typing import Any
 
 from ...errors import BackendError
 from ...evaluation.executor import Rollout, RolloutRequest, RolloutResult, in_daemon_thread
-from ...redaction import known_secrets, redact_text, redacting_logger
+from ...redaction import error_text, known_secrets, redacting_logger
 from ...registry import Builder
 from ...run_settings import RaySettings, RunSettings
 from .cluster import connect, greet, require, total, trainer_resources, workers_at_least
@@ -257,7 +257,7 @@ class RayExecutor:
             cause = getattr(error, "cause", None) or error
             batch.fail(
                 BackendError(
-                    f"rollouts cannot begin on a worker: {redact_text(f'{type(cause).__name__}: {cause}')[:500]}. Expected "
+                    f"rollouts cannot begin on a worker: {error_text(cause)[:500]}. Expected "
                     "everything that the workflow needs on every node: define it in the notebook, install it there, or "
                     "name it in run.ray.runtime_env."
                 )

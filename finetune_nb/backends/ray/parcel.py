@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import ConfigError
-from ...redaction import redact_text
+from ...redaction import error_text
 
 __all__ = ["Parcel", "PolicyParcel", "packed", "packed_answer", "unpacked"]
 
@@ -53,7 +53,7 @@ def packed(value: Any, policies: Mapping[int, str]) -> bytes:
         Packer(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     except Exception as error:
         raise ConfigError(
-            f"the workflow cannot go to another process: {redact_text(f'{type(error).__name__}: {error}')[:300]}. Expected "
+            f"the workflow cannot go to another process: {error_text(error)[:300]}. Expected "
             "functions and plain data; make clients, locks and files inside the workflow."
         ) from None
     return buffer.getvalue()

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from ...redaction import redact_text, redacting_logger
+from ...redaction import error_text, redact_text, redacting_logger
 from ...types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 
 __all__ = ["TRLJob"]
@@ -102,7 +102,7 @@ class TRLJob:
             self._last = self._outcome(code)
         except BaseException as error:  # the thread's last word: whoever waits must hear of it
             logger.exception("training job %s failed", self.id)
-            self._last = self._make(TrainingStatusEnum.FAILED, redact_text(f"{type(error).__name__}: {error}"))
+            self._last = self._make(TrainingStatusEnum.FAILED, error_text(error))
         finally:
             for models in ("model", "trained", "checkpoints"):
                 shutil.rmtree(self.folder / models, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Training by OpenPipe ART: any implementation of its Backend protocol."""
