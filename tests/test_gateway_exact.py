@@ -128,6 +128,6 @@ async def test_ids_and_logprobs_of_multi_turn_episodes_with_tools_are_those_of_t
 
 
 @pytest.mark.slow
-async def test_two_hundred_episodes_are_recorded_exactly(llm):
-    turns, tools, worst = check(llm, await rollouts(llm, by_openai, 200, at_once=64))
-    print(f"\n200 episodes, {turns:,} turns, {tools:,} tool calls: all ids as sampled, logprobs within {worst:.1e}")
+async def test_thousand_episodes_are_recorded_exactly(llm):
+    turns, tools, worst = check(llm, await rollouts(llm, by_openai, 1000, at_once=64))
+    print(f"\n1,000 episodes, {turns:,} turns, {tools:,} tool calls: all ids as sampled, logprobs within {worst:.1e}")
