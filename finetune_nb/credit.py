@@ -20,20 +20,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from .errors import BackendError
-from .types import EpisodeItem, EpisodeItemRole, Trajectory, logprob_values
+from .types import DPOItem, EpisodeItem, EpisodeItemRole, Trajectory, logprob_values
 
-__all__ = ["sampled_turns", "turn_advantages", "where"]
+__all__ = ["is_sampled", "sampled_turns", "turn_advantages", "where"]
+
+
+def is_sampled(item: EpisodeItem | DPOItem) -> bool:
+    """Whether it is a turn that the policy sampled: an assistant's, but for those without a logprob (`logprobs == []`)."""
+    if not isinstance(item, EpisodeItem) or item.role != EpisodeItemRole.ASSISTANT:
+        return False
+    return item.logprobs != [] if isinstance(item.logprobs, list | None) else logprob_values(item.logprobs) != []
 
 
 def sampled_turns(trajectory: Trajectory) -> list[int]:
-    """Positions in the episode of the turns that the policy sampled; those with `logprobs == []` it did not."""
-    return [
-        position
-        for position, item in enumerate(trajectory.episode)
-        if isinstance(item, EpisodeItem)
-        and item.role == EpisodeItemRole.ASSISTANT
-        and logprob_values(item.logprobs) != []
-    ]
+    """Positions in the episode of the turns that the policy sampled."""
+    return [position for position, item in enumerate(trajectory.episode) if is_sampled(item)]
 
 
 def turn_advantages(group: Sequence[Trajectory], scale_rewards: bool = True) -> list[list[float]]:

@@ -15,13 +15,13 @@ from typing import Literal
 
 from pydantic import Field
 
+from .credit import is_sampled
 from .redaction import redacting_logger
 from .registry import Builder, register_trajectory_builder
 from .trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from .types import (
     DPOItem,
     EpisodeItem,
-    EpisodeItemRole,
     EvaluationRunOutput,
     OpenAIMessage,
     Trajectory,
@@ -105,14 +105,10 @@ def _preference(better: Trajectory, worse: Trajectory) -> DPOItem | None:
         if mine.role == other.role and text == other_text:
             prompt.append(OpenAIMessage(role=mine.role.value, content=text))
             continue
-        if not (_is_sampled(mine) and _is_sampled(other)) or not prompt:
+        if not (is_sampled(mine) and is_sampled(other)) or not prompt:
             return None
         return DPOItem(prompt=prompt, chosen_response=text, rejected_response=other_text)
     return None
-
-
-def _is_sampled(item: EpisodeItem) -> bool:
-    return item.role == EpisodeItemRole.ASSISTANT and item.logprobs != []
 
 
 def _text(item: EpisodeItem) -> str:

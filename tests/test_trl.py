@@ -151,6 +151,19 @@ async def test_chosen_trajectories_move_the_policy_and_a_checkpoint_brings_it_ba
     await trainer.aclose()
 
 
+async def test_a_checkpoint_takes_the_place_of_an_older_one_and_of_nothing_else(tmp_path):
+    trainer = await adapter(TRLDPOConfig(device="cpu", threads=1), tmp_path)
+    place = tmp_path / "epoch-000000"
+    size = await trainer.save_checkpoint(place)
+    assert size == await trainer.save_checkpoint(place) == sum(file.stat().st_size for file in place.iterdir())
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter-1.txt").write_text("years of work")
+    with pytest.raises(BackendError, match="exists and is not a checkpoint"):
+        await trainer.save_checkpoint(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter-1.txt").read_text() == "years of work"
+    await trainer.aclose()
+
+
 async def test_a_canceled_job_ends_its_process_and_leaves_the_policy_as_it_was(tmp_path):
     trainer = await adapter(TRLDPOConfig(epochs=100_000, device="cpu", threads=1), tmp_path)
     before = logprob(trainer.policy, "yes")

@@ -8,6 +8,7 @@ import json
 import math
 from typing import Any
 
+from ...credit import is_sampled
 from ...errors import BackendError, MissingLogprobs
 from ...observe import resolve
 from ...types import DPOItem, EpisodeItem, EpisodeItemRole, Trajectory, TrajectoryCollection, logprob_values
@@ -66,7 +67,7 @@ def _message(item: EpisodeItem, where: str) -> Any:
     message |= {key: known[key] for key in ("tool_calls", "tool_call_id", "name") if known.get(key)}
     if message.get("tool_calls"):
         message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
-    if item.role != EpisodeItemRole.ASSISTANT or item.logprobs == []:
+    if not is_sampled(item):
         return message
     from openai.types.chat.chat_completion import Choice
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,10 @@ from ...config import FinetuneConfig
 from ...errors import BackendError, ConfigError, FinetuneError, MissingExtra
 from ...job_adapter import JobAdapter, plain_name
 from ...observe import resolve
+from ...publishing import published
 from ...redaction import redacting_logger
 from ...registry import Builder, register_trainer_adapter
+from ...run_folder import size_of
 from ...types import TrainingJobRef, TrajectoryCollection
 from .config import TRLConfig, TRLDPOConfig, TRLSFTConfig
 from .job import TRLJob
@@ -30,6 +31,9 @@ from .rows import best_of_groups, preference_rows, supervised_rows
 __all__ = ["TRLAdapter", "TRLConfig", "TRLDPOConfig", "TRLSFTConfig"]
 
 logger = redacting_logger(__name__)
+
+MANIFEST = "job.json"
+"""In a checkpoint: the policy's version, and how many jobs there were."""
 
 
 class TRLAdapter(JobAdapter[TRLJob]):
@@ -122,18 +126,17 @@ class TRLAdapter(JobAdapter[TRLJob]):
 
     async def save_checkpoint(self, directory: str | Path) -> int:
         """Writes the weights to `directory`, at once or not at all; returns the bytes written. A job's optimizer begins
-        anew with every job, so there is nothing else to keep."""
+        anew with every job, so there is nothing else to keep. An older checkpoint of that name is replaced. Raises
+        BackendError where it cannot be written, and for a directory that is no checkpoint; what is there then stays."""
         await self._all_ended()
 
         def save() -> int:
             place = Path(directory).absolute()
-            draft = place.with_name(f".{place.name}.draft")
-            shutil.rmtree(draft, ignore_errors=True)
-            self.policy.save(draft)
-            (draft / "job.json").write_text(json.dumps({"version": self.policy.version, "jobs": self._submitted}))
-            shutil.rmtree(place, ignore_errors=True)
-            draft.rename(place)
-            return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+            with published(place, MANIFEST) as unfinished:
+                self.policy.save(unfinished)
+                said = {"version": self.policy.version, "jobs": self._submitted}
+                (unfinished / MANIFEST).write_text(json.dumps(said), encoding="utf-8")
+            return size_of(place)
 
         return await asyncio.to_thread(save)
 
@@ -147,7 +150,7 @@ class TRLAdapter(JobAdapter[TRLJob]):
 
             place = Path(directory).absolute()
             try:
-                saved = json.loads((place / "job.json").read_text(encoding="utf-8"))
+                saved = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
                 version, jobs = int(saved["version"]), int(saved["jobs"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise BackendError(f"{place.name} is no checkpoint of {self.name}: {error}") from error

@@ -34,6 +34,9 @@ LAST_LINES = 12
 
 
 class TRLJob:
+    """A training job that is a process. folder: in which it gets one of its own. policy: a local one; a job that completes
+    gives it new weights, and raises its version. rows: how many it trains on."""
+
     def __init__(self, run_id: str, backend: str, folder: Path, policy: Any, rows: int) -> None:
         self.id = uuid.uuid4().hex
         self.ref = TrainingJobRef(run_id=run_id, backend=backend, metadata={"job_id": self.id})

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ...credit import sampled_turns
 from ...errors import BackendError
-from ...types import DPOItem, EpisodeItem, EpisodeItemRole, Trajectory, TrajectoryCollection
+from ...types import DPOItem, EpisodeItem, Trajectory, TrajectoryCollection
 
 __all__ = ["best_of_groups", "preference_rows", "supervised_rows"]
 
@@ -40,7 +41,7 @@ def supervised_rows(trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
     """Rows for supervised training: `input_ids` and `completion_mask` (1 = sampled by the policy) where all ids are known,
     else prompt and completion as messages. A preference gives its chosen response."""
     by_ids = [row for trajectory in trajectories for row in _id_rows(trajectory)]
-    turns = sum(1 for trajectory in trajectories for _ in _sampled_turns(trajectory))
+    turns = sum(len(sampled_turns(trajectory)) for trajectory in trajectories)
     if by_ids and turns == sum(row.pop("turns") for row in by_ids) and not _preferences(trajectories):
         return by_ids
     return [row for trajectory in trajectories for row in _text_rows(trajectory)]
@@ -59,8 +60,8 @@ def best_of_groups(collection: TrajectoryCollection, min_reward: float | None, b
 def _id_rows(trajectory: Trajectory) -> Iterator[dict[str, Any]]:
     """The turns, as few rows as possible: one whose prompt begins with all of the row before carries that one on."""
     row: dict[str, Any] | None = None
-    for _, item in _sampled_turns(trajectory):
-        known = item.metadata or {}
+    for place in sampled_turns(trajectory):
+        known = trajectory.episode[place].metadata or {}  # type: ignore[union-attr]  # a sampled turn is no preference
         prompt, reply = known.get("prompt_token_ids"), known.get("token_ids")
         if not prompt or not reply:
             continue
@@ -80,15 +81,9 @@ def _text_rows(trajectory: Trajectory) -> Iterator[dict[str, Any]]:
     for item in trajectory.episode:
         if isinstance(item, DPOItem):
             yield {"prompt": _prompt(item), "completion": _response(item, item.chosen_response)}
-    for place, item in _sampled_turns(trajectory):
-        before = [_message(i) for i in trajectory.episode[:place] if isinstance(i, EpisodeItem)]
-        yield {"prompt": before, "completion": [_message(item)]}
-
-
-def _sampled_turns(trajectory: Trajectory) -> Iterator[tuple[int, EpisodeItem]]:
-    for place, item in enumerate(trajectory.episode):
-        if isinstance(item, EpisodeItem) and item.role == EpisodeItemRole.ASSISTANT and item.logprobs != []:
-            yield place, item
+    for place in sampled_turns(trajectory):
+        *before, turn = (_message(item) for item in trajectory.episode[: place + 1] if isinstance(item, EpisodeItem))
+        yield {"prompt": before, "completion": [turn]}
 
 
 def _message(item: EpisodeItem) -> dict[str, Any]:

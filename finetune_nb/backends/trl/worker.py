@@ -18,23 +18,27 @@ __all__ = ["main"]
 def main(folder: Path) -> None:
     """One job, in every process that accelerate starts; the first one writes."""
     import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM
 
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (folder / "data.jsonl").read_text(encoding="utf-8").splitlines()]
     if job["threads"]:
         torch.set_num_threads(job["threads"])
+    trainer = _trainer(folder, job, rows)
+    trainer.train()
+    trainer.accelerator.wait_for_everyone()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if job["lora_rank"]:
+        model = model.merge_and_unload()
+    if trainer.accelerator.is_main_process:
+        dtype = AutoModelForCausalLM.from_pretrained(folder / "model").dtype
+        model.to(dtype).save_pretrained(folder / "trained")
 
-    class Report(TrainerCallback):
-        """One line a logged step."""
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            if state.is_world_process_zero:
-                numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float) and math.isfinite(v)}
-                line = {"step": state.global_step, "steps": state.max_steps, "metrics": numbers}
-                with (folder / "progress.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+def _trainer(folder: Path, job: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
+    """TRL's trainer for the job's method."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
 
     settings = {
         "output_dir": str(folder / "checkpoints"),
@@ -55,27 +59,33 @@ def main(folder: Path) -> None:
         "model": source,
         "processing_class": tokenizer,
         "train_dataset": Dataset.from_list(rows),
-        "callbacks": [Report()],
+        "callbacks": [_report(folder)],
         "peft_config": _lora(job["lora_rank"]),
     }
     if job["method"] == "dpo":
         from trl.trainer.dpo_config import DPOConfig
         from trl.trainer.dpo_trainer import DPOTrainer
 
-        trainer: Any = DPOTrainer(args=DPOConfig(**settings), **common)
-    else:
-        from trl.trainer.sft_config import SFTConfig
-        from trl.trainer.sft_trainer import SFTTrainer
+        return DPOTrainer(args=DPOConfig(**settings), **common)
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
-        trainer = SFTTrainer(args=SFTConfig(completion_only_loss=True, **settings), **common)
-    trainer.train()
-    trainer.accelerator.wait_for_everyone()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if job["lora_rank"]:
-        model = model.merge_and_unload()
-    if trainer.accelerator.is_main_process:
-        dtype = AutoModelForCausalLM.from_pretrained(source).dtype
-        model.to(dtype).save_pretrained(folder / "trained")
+    return SFTTrainer(args=SFTConfig(completion_only_loss=True, **settings), **common)
+
+
+def _report(folder: Path) -> Any:
+    """A callback that writes one line a logged step."""
+    from transformers import TrainerCallback
+
+    class Report(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            if state.is_world_process_zero:
+                numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float) and math.isfinite(v)}
+                line = {"step": state.global_step, "steps": state.max_steps, "metrics": numbers}
+                with (folder / "progress.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+
+    return Report()
 
 
 def _lora(rank: int | None) -> Any:
