@@ -225,6 +225,11 @@ class Config(BaseModel):
     def builder(self, builder: Builder | None) -> None:
         self._builder = builder
 
+    @property
+    def llm_of_workflow(self) -> str | None:
+        """The llm that the workflow asks: the one that it names, or the only one that there is; None: none, or not clear."""
+        return getattr(self.workflow, "llm", None) or (next(iter(self.llms)) if len(self.llms) == 1 else None)
+
     def problems(self) -> list[tuple[KeyPath, str]]:
         """What does not fit together when finetuning is enabled: names that stand in no section, a curriculum under
         which nothing could train."""

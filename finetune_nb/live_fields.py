@@ -80,11 +80,10 @@ def put(config: Config, builder: Builder, values: Mapping[str, Any]) -> None:
 def _sections(config: Config) -> dict[str, tuple[str, str, BaseModel]]:
     """Part -> kind and name of the component, and its config."""
     tuning = config.finetuning
-    llm = getattr(config.workflow, "llm", None) or (next(iter(config.llms)) if len(config.llms) == 1 else "")
     parts = {
         "adapter": ("trainer_adapter", tuning.trainer_adapter, config.trainer_adapters),
         "builder": ("trajectory_builder", tuning.trajectory_builder, config.trajectory_builders),
-        "llm": ("llm_provider", llm, config.llms),
+        "llm": ("llm_provider", config.llm_of_workflow, config.llms),
     }
     found: dict[str, tuple[str, str, BaseModel]] = {
         part: (kind, name, section[name]) for part, (kind, name, section) in parts.items() if name and name in section

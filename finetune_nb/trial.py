@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from .config import Config
@@ -12,7 +14,7 @@ from .evaluation.recording import LLM, ChatReply, PolicyLLM
 from .interfaces import TrainerAdapter, TrajectoryBuilder
 from .registry import Builder
 from .trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
-from .types import EpisodeKey, RolloutFailure, Trajectory
+from .types import EpisodeKey, EvalInputItem, RolloutFailure, Trajectory
 
 __all__ = ["Trial"]
 
@@ -27,12 +29,16 @@ class Trial:
     async def preflight(self, reads_rows: bool = True) -> None:
         """Reads the datasets and binds the workflow, so that what is wrong there is said before the first rollout.
         reads_rows: whether the datasets are ours to read; somebody's own builder may have its rows from elsewhere."""
+        if not reads_rows:
+            return
+        (await workflow_of(self.config, self.builder)).check(self._rows())
         run = self.config.finetuning.run_configuration
-        if reads_rows:
-            items = dataset_of(self.config, self.builder, str(run.dataset) if run and run.dataset else None)
-            (await workflow_of(self.config, self.builder)).check(items)
-            if run and run.validation_dataset:
-                dataset_of(self.config, self.builder, str(run.validation_dataset))
+        if run and run.validation_dataset:
+            dataset_of(self.config, self.builder, str(run.validation_dataset))
+
+    def _rows(self) -> Sequence[EvalInputItem]:
+        run = self.config.finetuning.run_configuration
+        return dataset_of(self.config, self.builder, str(run.dataset) if run and run.dataset else None)
 
     async def rollout(self, example: Any, trajectory_builder: TrajectoryBuilder) -> Trajectory | RolloutFailure:
         """One scored rollout. example: position in the dataset, or id. Raises RunError for one that is not there.
@@ -41,31 +47,33 @@ class Trial:
         """
         make = getattr(trajectory_builder, "rollout", None)
         if make is not None:
-            self._tries += 1
-            token = evaluation_context.set(EvaluationContext("try", self._tries))
-            try:
+            with self._trying():
                 return await make(example, self.run_id)
-            finally:
-                evaluation_context.reset(token)
         self._require_workflow()
-        run = self.config.finetuning.run_configuration
-        source = str(run.dataset) if run and run.dataset else None
-        ids = [item.id for item in dataset_of(self.config, self.builder, source)]
-        if example in ids:
-            position = ids.index(example)
-        elif isinstance(example, int) and -len(ids) <= example < len(ids):
-            position = example % len(ids)
-        else:
-            raise RunError(f"no example {example!r}: the dataset has {len(ids)} rows, with ids like {ids[0]!r}.")
-        self._tries += 1
+        position = self._position_of(example)
         builder = EvalTrajectoryBuilder(EvalTrajectoryBuilderConfig(num_generations=1, min_episode_length=1))
         await builder.initialize(self.config.finetuning)
-        token = evaluation_context.set(EvaluationContext("try", self._tries, 0, lambda rows: [position]))
-        try:
+        with self._trying(lambda rows: [position]):
             collection = await builder.collect([await builder.run_eval()], self.run_id)
+        return collection.trajectories[0][0] if collection.trajectories else collection.failures[0]
+
+    def _position_of(self, example: Any) -> int:
+        ids = [item.id for item in self._rows()]
+        if example in ids:
+            return ids.index(example)
+        if isinstance(example, int) and -len(ids) <= example < len(ids):
+            return example % len(ids)
+        raise RunError(f"no example {example!r}: the dataset has {len(ids)} rows, with ids like {ids[0]!r}.")
+
+    @contextmanager
+    def _trying(self, draw: Callable[[int], Sequence[int]] | None = None) -> Iterator[None]:
+        """Evaluations inside are the next try, and sample anew. draw: as in EvaluationContext."""
+        self._tries += 1
+        token = evaluation_context.set(EvaluationContext("try", self._tries, 0, draw))
+        try:
+            yield
         finally:
             evaluation_context.reset(token)
-        return collection.trajectories[0][0] if collection.trajectories else collection.failures[0]
 
     async def chat(self, messages: Any, adapter: TrainerAdapter, **options: Any) -> ChatReply:
         """One reply to a text or to OpenAI messages, of the workflow's model, else of the adapter's policy. Raises RunError

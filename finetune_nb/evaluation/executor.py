@@ -24,31 +24,40 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
+    """A row to run the workflow on, and which rollout that is."""
+
     key: EpisodeKey
     item: EvalInputItem
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutResult:
+    """A rollout that has ended, well or badly; not scored yet."""
+
     request: RolloutRequest
     output: Any
+    """What the workflow returned; None where it failed."""
     steps: list[IntermediateStep]
+    """The model calls that were recorded, also of a rollout that failed."""
     seconds: float
     error: str | None = None
     """The error's type and message; None where the workflow returned something."""
 
 
-Rollout = Callable[[RolloutRequest], Awaitable[RolloutResult]]
+RolloutFunction = Callable[[RolloutRequest], Awaitable[RolloutResult]]
 
 
 class RolloutExecutor(Protocol):
+    """Whatever runs rollouts. `LocalExecutor` is the smallest one."""
+
     async def map(
         self,
-        rollout: Rollout,
+        rollout: RolloutFunction,
         requests: Sequence[RolloutRequest],
         on_result: Callable[[RolloutResult], None] | None = None,
     ) -> list[RolloutResult]:
-        """All results, in the order of the requests. Cancelling it cancels its rollouts and no others."""
+        """All results, in the order of the requests. Cancelling it cancels its rollouts and no others. on_result: called
+        with each one as it ends."""
         ...
 
 
@@ -56,7 +65,7 @@ class RolloutExecutor(Protocol):
 class _Batch:
     """The requests of one call of `map`."""
 
-    rollout: Rollout
+    rollout: RolloutFunction
     results: list[RolloutResult | None]
     on_result: Callable[[RolloutResult], None] | None
     left: int
@@ -80,7 +89,7 @@ class LocalExecutor:
 
     async def map(
         self,
-        rollout: Rollout,
+        rollout: RolloutFunction,
         requests: Sequence[RolloutRequest],
         on_result: Callable[[RolloutResult], None] | None = None,
     ) -> list[RolloutResult]:

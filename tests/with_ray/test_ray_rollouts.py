@@ -136,8 +136,8 @@ async def test_thousand_short_rollouts_take_at_most_a_third_longer_than_the_idea
         await asyncio.sleep(0.2)
         return "ok"
 
-    from finetune_nb.evaluation.evaluate import Rollout
     from finetune_nb.evaluation.executor import RolloutRequest
+    from finetune_nb.evaluation.rollout import Rollout
     from finetune_nb.evaluation.workflow import Workflow
     from finetune_nb.types import EpisodeKey, EvalInputItem
 

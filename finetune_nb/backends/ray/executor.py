@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import BackendError
-from ...evaluation.executor import Rollout, RolloutRequest, RolloutResult, in_daemon_thread
+from ...evaluation.executor import RolloutFunction, RolloutRequest, RolloutResult, in_daemon_thread
 from ...redaction import error_text, known_secrets, redacting_logger
 from ...registry import Builder
 from ...run_settings import RaySettings, RunSettings
@@ -177,7 +177,7 @@ class RayExecutor:
 
     async def map(
         self,
-        rollout: Rollout,
+        rollout: RolloutFunction,
         requests: Sequence[RolloutRequest],
         on_result: Callable[[RolloutResult], None] | None = None,
     ) -> list[RolloutResult]:
@@ -281,7 +281,7 @@ class RayExecutor:
 
     # ── what is sent ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _parcel(self, rollout: Rollout) -> Parcel:
+    async def _parcel(self, rollout: RolloutFunction) -> Parcel:
         async with self._packing:  # the generations of an epoch come at once, and share the weights
             replicated = [p for p in getattr(rollout, "policies", ()) if hasattr(p, "replica")]
             policies = tuple([await self._policy(policy) for policy in replicated])
