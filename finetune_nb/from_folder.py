@@ -18,7 +18,7 @@ from .component import changed
 from .config import Config, CurriculumSettings
 from .controls import Change
 from .errors import ConfigError, RunError, StoreError
-from .from_functions import add_dataset
+from .from_functions import add_component, add_dataset
 from .loading import load_config
 from .recorder import settings_of
 from .registry import Builder
@@ -138,29 +138,23 @@ def copy_for_fork(
     # The builder belongs to the run; what points at it points at the fork's own later.
     config = copy.deepcopy(config, {id(config.builder): None} if config.builder is not None else {})
     again = Builder(config)
-    tuning = config.finetuning
-    names = {
-        "trajectory_builder": ("builder", tuning.trajectory_builder, config.trajectory_builders),
-        "trainer_adapter": ("adapter", tuning.trainer_adapter, config.trainer_adapters),
-        "trainer": ("trainer", tuning.trainer, config.trainers),
-    }
     for kind, name, component in builder.added():
-        if kind not in names:
+        if kind not in _ARGUMENTS:
             again.add(kind, name, component)
         elif components.get(kind) is None:
+            argument = _ARGUMENTS[kind]
             raise ConfigError(
-                f"this run's {names[kind][0]} was given as an object, which has a state of its own and belongs to one run "
-                f"only. Give the fork another one: fork({names[kind][0]}=...)."
+                f"this run's {argument} was given as an object, which has a state of its own and belongs to one run "
+                f"only. Give the fork another one: fork({argument}=...)."
             )
     for kind, component in components.items():
-        argument, name, section = names[kind]
-        if component is None or name is None:
-            continue
-        section[name] = getattr(
-            component, "trajectory_builder_config" if argument == "builder" else f"{argument}_config"
-        )
-        again.add(kind, name, component)
+        if component is not None and getattr(config.finetuning, kind) is not None:
+            add_component(again, kind, component)
     if training:
-        name = tuning.trainer_adapter or ""
+        name = config.finetuning.trainer_adapter or ""
         config.trainer_adapters[name] = changed(config.trainer_adapters[name], training, "training")
     return config, again
+
+
+_ARGUMENTS = {"trajectory_builder": "builder", "trainer_adapter": "adapter", "trainer": "trainer"}
+"""Components with a state of their own, and what `Run` calls them."""

@@ -16,7 +16,7 @@ from .interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from .loading import load_config
 from .registry import Builder
 
-__all__ = ["add_dataset", "from_functions"]
+__all__ = ["add_component", "add_dataset", "from_functions"]
 
 
 def from_functions(
@@ -97,18 +97,26 @@ def from_functions(
         run_config.dataset = add_dataset(components, "train", dataset)
     if validation is not None:
         run_config.validation_dataset = add_dataset(components, "validation", validation)
-    if builder is not None:
-        config.trajectory_builders["builder"] = builder.trajectory_builder_config
-        components.add("trajectory_builder", "builder", builder)
-    if adapter is not None:
-        config.trainer_adapters["adapter"] = adapter.adapter_config
-        components.add("trainer_adapter", "adapter", adapter)
-        if adapter.policy is None:
-            config.llms.clear()
-    if trainer is not None:
-        config.trainers["trainer"] = trainer.trainer_config
-        components.add("trainer", "trainer", trainer)
+    for kind, component in (("trajectory_builder", builder), ("trainer_adapter", adapter), ("trainer", trainer)):
+        if component is not None:
+            add_component(components, kind, component)
+    if adapter is not None and adapter.policy is None:
+        config.llms.clear()
     return config, components
+
+
+def add_component(builder: Builder, kind: str, component: Any) -> None:
+    """Puts a ready-made trajectory builder, trainer adapter or trainer in the place of the one that the run names; its config
+    stands in the run's."""
+    config = builder.config
+    section, own_config = {
+        "trajectory_builder": (config.trajectory_builders, "trajectory_builder_config"),
+        "trainer_adapter": (config.trainer_adapters, "adapter_config"),
+        "trainer": (config.trainers, "trainer_config"),
+    }[kind]
+    name = getattr(config.finetuning, kind)
+    section[name] = getattr(component, own_config)
+    builder.add(kind, name, component)
 
 
 def add_dataset(builder: Builder, role: str, dataset: Any) -> str:
