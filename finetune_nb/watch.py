@@ -147,12 +147,12 @@ def record(
     policy's, now. error: what ended the epoch before its time.
     """
     collection = watch.collection or TrajectoryCollection(trajectories=[], run_id=run_id)
-    if told is not None and len(told.statistics) == len(collection.trajectories):
+    kept = _kept(watch.submitted, collection)
+    if told is not None and len(told.statistics) == len(collection.trajectories) and _agrees(told, kept):
         statistics, metrics = told.statistics, told.metrics
         selection = replace(told.selection, settings=replace(told.selection.settings, schedule=settings.schedule))
     else:
         statistics = group_statistics(collection.trajectories)
-        kept = _kept(watch.submitted, collection)
         selection = infer_selection(statistics, kept, settings, state)
         metrics = epoch_metrics(collection, statistics, selection)
     job = watch.statuses[-1] if watch.statuses else None
@@ -208,13 +208,23 @@ def settled_late(epoch: Epoch, submitted: TrajectoryCollection, status: Training
     return replace(epoch, job=status, reason=None, selection=selection, metrics=metrics)
 
 
+def _agrees(told: Told, kept: Sequence[int]) -> bool:
+    """Whether a Trainer submitted what it says that it chose; a subclass may choose once more. Groups without a finite
+    reward are chosen where there is no curriculum, and never submitted."""
+    chosen = told.selection.kept
+    return not kept or chosen[np.isfinite(told.statistics.means[chosen])].tolist() == list(kept)
+
+
 def _kept(submitted: Sequence[TrajectoryCollection], collection: TrajectoryCollection) -> list[int]:
     """Positions of the groups that were submitted, in that order: found by identity, then by (id, generation)."""
     place = {id(t): g for g, group in enumerate(collection.trajectories) for t in group}
-    names = {_name(t): g for g, group in enumerate(collection.trajectories) for t in group}
+    names: dict[tuple[str, Any], int] = {}
     kept: dict[int, None] = {}
     for trajectory in (t for handed in submitted for group in handed.trajectories for t in group):
-        position = place.get(id(trajectory), names.get(_name(trajectory)))
+        position = place.get(id(trajectory))
+        if position is None:
+            names = names or {_name(t): g for g, group in enumerate(collection.trajectories) for t in group}
+            position = names.get(_name(trajectory))
         if position is not None:
             kept[position] = None
     return list(kept)

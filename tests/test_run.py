@@ -377,6 +377,21 @@ async def test_a_foreign_trainer_is_driven_waited_for_and_logged(make_run):
     assert "submit" not in vars(fake_of(run))
 
 
+async def test_a_trainer_of_ours_whose_choice_is_narrowed_is_recorded_by_what_it_submitted(make_run):
+    class HarderHalf(ft.EpochTrainer):
+        def apply_curriculum_learning(self, trajectory_collection, epoch):
+            kept = super().apply_curriculum_learning(trajectory_collection, epoch)
+            return kept.model_copy(update={"trajectories": kept.trajectories[:3:-1]})
+
+    trainer = HarderHalf(ft.EpochTrainerConfig())
+    run = make_run(builder=ScriptedBuilder(ten_groups), trainer=trainer)
+    epoch = await run.next_epoch()
+    submitted = [group[0].metadata["id"] for group in fake_of(run).submitted[0].trajectories]
+    assert [epoch.selection.example_ids[i] for i in epoch.selection.kept] == submitted == list("987654")
+    assert epoch.selection.inferred and epoch.metrics.kept_groups == 6
+    assert run.groups().kept.tolist() == [False] * 4 + [True] * 6
+
+
 async def test_a_foreign_trainer_that_returns_none_gives_an_epoch_without_a_job(make_run):
     class Choosy(ForeignTrainer):
         async def run_epoch(self, epoch, run_id):
