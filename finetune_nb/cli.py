@@ -100,13 +100,14 @@ def _lab(arguments: argparse.Namespace) -> int:
     notebooks = sorted(source.glob("*.ipynb"))
     if not notebooks:
         raise FinetuneError(f"there are no notebooks in {source}. Install finetune_nb again: its wheel brings them.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for notebook in notebooks:
-        copy = folder / notebook.name
+    for original in [*notebooks, *sorted(source.glob("reference/*.md"))]:  # notebooks link to the reference
+        copy = folder / original.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         try:
             with copy.open("xb") as file:
-                file.write(notebook.read_bytes())
-            _trust(copy)
+                file.write(original.read_bytes())
+            if copy.suffix == ".ipynb":
+                _trust(copy)
             print(f"copied {copy}")
         except FileExistsError:
             print(f"{copy} is there already and stays as it is")

@@ -108,6 +108,13 @@ def test_lab_copies_the_notebooks(notebooks, tmp_path, capsys):
     assert not notary.check_signature(copy)
 
 
+def test_lab_copies_the_reference_that_notebooks_link_to(notebooks, tmp_path):
+    (notebooks / "reference").mkdir()
+    (notebooks / "reference" / "scale.md").write_text("# Scale")
+    assert main(["lab", "--no-open", str(tmp_path / "here")]) == 0
+    assert (tmp_path / "here" / "reference" / "scale.md").read_text() == "# Scale"
+
+
 def test_lab_never_overwrites_and_says_so(notebooks, tmp_path, capsys):
     target = tmp_path / "mine"
     target.mkdir()
