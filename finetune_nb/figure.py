@@ -66,7 +66,7 @@ THEMES = {
         background="none",
         ink="#787d84",
         faint="#8a8f9640",
-        halo="#ffffff",
+        halo="#ffffff80",
         colours=("#3f90da", "#dd6b10", "#a65fd0", "#7d838c", "#a96b59", "#d6452b"),
         sequence=("#a3914a", "#3f90da", "#7a5cc9"),
     ),
