@@ -31,7 +31,8 @@ def journal_text(run_id: str, changes: Sequence[Change]) -> str:
 
 def _written(change: Change) -> dict[str, Any]:
     when = datetime.fromtimestamp(change.time, UTC).isoformat(timespec="milliseconds")
-    return {**{name: getattr(change, name) for name in FIELDS}, "time": when}
+    old = float(f"{change.old:.12g}") if isinstance(change.old, float) else change.old  # 0.9, not 0.8999999999999999
+    return {**{name: getattr(change, name) for name in FIELDS}, "time": when, "old": old}
 
 
 def read_journal(path: str | Path) -> list[Change]:

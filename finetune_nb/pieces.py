@@ -43,7 +43,7 @@ REASONS = {
 
 
 def title(*parts: str) -> Html:
-    return element("div", " · ".join(part for part in parts if part), class_="ft-title")
+    return element("div", element("strong", " · ".join(part for part in parts if part)), class_="ft-title")
 
 
 def facts(rows: Iterable[tuple[str, Any]]) -> Html:

@@ -1,6 +1,8 @@
 """A preview shown: what other curriculum settings would train on, as a histogram of the groups' mean rewards and in numbers.
 
 Pure functions of a Preview. What carries a meaning is a number in the legend, and a fill or an outline beside the colour.
+Where a stored notebook is shown without its styles and drawings (GitHub; JupyterLab before it is trusted), words stand
+in the histogram's place, and the legend.
 """
 
 from __future__ import annotations
@@ -107,15 +109,19 @@ def _histogram(preview: Preview, codes: np.ndarray, counts: np.ndarray) -> Html:
                 floor -= height
                 box = {"x": f"{34 + place * across:.1f}", "y": f"{floor + 0.5:.1f}", "width": f"{across - 2:.1f}"}
                 bars.append(element("rect", **box, height=f"{max(height - 1, 0.5):.1f}", style=look.style))
-    said = "Groups by mean reward: " + ", ".join(f"{counts[code]} {look.text}" for code, look in LOOKS.items())
+    ends = [number(float(end)) for end in (means[there].min(), means[there].max())]
+    what = f"Groups by mean reward, {ends[0]} to {ends[1]}:"
+    said = ", ".join(f"{counts[code]:,} {look.text}" for code, look in LOOKS.items() if counts[code])
     axis = element("path", d=f"M30 4V{HEIGHT}H{WIDTH}", fill="none", stroke="currentColor", stroke_opacity="0.5")
-    y = [_label(26, 12, tallest, "end"), _label(26, HEIGHT, 0, "end")]
-    middle = (34 + WIDTH) / 2
-    ends = float(means[there].min()), float(means[there].max())
-    x = [_label(34, HEIGHT + 14, ends[0], "start"), _label(WIDTH, HEIGHT + 14, ends[1], "end")]
-    x.append(_label(middle, HEIGHT + 14, "mean reward of the group", "middle"))
-    size = {"viewBox": f"0 0 {WIDTH} {HEIGHT + BOTTOM}", "role": "img", "aria_label": said, "class_": "ft-histogram"}
-    return element("svg", element("title", said), bars, axis, y, x, **size)
+    size = {"viewBox": f"0 0 {WIDTH} {HEIGHT + BOTTOM}", "role": "img", "aria_label": f"{what} {said}"}
+    places = [(26, 10, number(tallest), "end"), (26, HEIGHT - 2, "0", "end"), (34, HEIGHT + 11, ends[0], "start")]
+    places += [
+        ((34 + WIDTH) / 2, HEIGHT + 11, "mean reward of the group", "middle"),
+        (WIDTH, HEIGHT + 11, ends[1], "end"),
+    ]
+    svg = element("svg", bars, axis, **size)
+    return element("div", svg, [_label(*place) for place in places], element("div", what, class_="ft-bare"),
+                   class_="ft-histogram")  # fmt: skip
 
 
 def _bins(means: np.ndarray) -> tuple[float, float, int]:
@@ -130,9 +136,10 @@ def _bins(means: np.ndarray) -> tuple[float, float, int]:
     return low, high, BINS
 
 
-def _label(x: float, y: float, value: Any, anchor: str) -> Html:
-    text = value if isinstance(value, str) else number(value)
-    return element("text", text, x=f"{x:.0f}", y=f"{y:.0f}", text_anchor=anchor, fill="currentColor", font_size="11")
+def _label(x: float, y: float, text: str, anchor: str) -> Html:
+    """Written by the style sheet: as an element's text it would stay behind, a bare number, where drawings are taken out."""
+    place = f"left:{100 * x / WIDTH:.1f}%;top:{100 * y / (HEIGHT + BOTTOM):.1f}%"
+    return element("span", data_text=text, style=place, class_=f"ft-at-{anchor}", aria_hidden="true")
 
 
 def _legend(counts: np.ndarray) -> Html:
@@ -141,7 +148,7 @@ def _legend(counts: np.ndarray) -> Html:
         if counts[code] or code in (0, _MOVED, _MOVED + 1):
             swatch = element("rect", x="1", y="1", width="12", height="10", style=look.style)
             key = element("svg", swatch, width="14", height="12", viewBox="0 0 14 12", aria_hidden="true")
-            rows.append(element("div", key, element("span", f"{counts[code]:,}", class_="ft-count"), look.text))
+            rows.append(element("div", key, element("span", f"{counts[code]:,}", class_="ft-count"), f" {look.text}"))
     return element("div", rows, class_="ft-legend")
 
 
