@@ -59,6 +59,9 @@ class Builder:
 
     A component's generator lives in a task of its own, from its start to its end, so that it may hold task groups and
     time limits open across its yield. Use it as `async with Builder(config) as builder`, or call `close()`.
+
+    The getters raise ConfigError for a name that the config does not have, and for components that need each other in a
+    circle; RunError on another event loop than the first one's, and after `close`; and what building the component raises.
     """
 
     def __init__(self, config: Config) -> None:
@@ -121,15 +124,19 @@ class Builder:
         return await self._get("function", "workflow" if name == "<workflow>" else name)
 
     async def get_workflow(self) -> Any:
+        """The workflow of the config."""
         return await self._get("function", "workflow")
 
     async def get_evaluator(self, name: str) -> Any:
+        """An evaluator of the section `eval.evaluators`."""
         return await self._get("evaluator", name)
 
     async def get_trajectory_builder(self, name: str) -> TrajectoryBuilder:
+        """A trajectory builder, not yet initialized."""
         return await self._get("trajectory_builder", name)
 
     async def get_trainer_adapter(self, name: str) -> TrainerAdapter:
+        """A trainer adapter, not yet initialized."""
         return await self._get("trainer_adapter", name)
 
     async def get_trainer(self, name: str) -> Trainer:
@@ -142,24 +149,31 @@ class Builder:
         return await self._get("executor", kind) if kind in EXECUTORS else None
 
     def get_llm_config(self, name: str) -> LLMBaseConfig:
+        """The config of a language model, built or not; so the next ones."""
         return self._config_of("llm_provider", name)
 
     def get_function_config(self, name: str) -> FunctionBaseConfig:
+        """The config of a workflow; the config's own is called "workflow" (NAT: "<workflow>")."""
         return self._config_of("function", "workflow" if name == "<workflow>" else name)
 
     def get_workflow_config(self) -> FunctionBaseConfig:
+        """The config of the workflow."""
         return self._config_of("function", "workflow")
 
     def get_evaluator_config(self, name: str) -> EvaluatorBaseConfig:
+        """The config of an evaluator."""
         return self._config_of("evaluator", name)
 
     def get_trajectory_builder_config(self, name: str) -> TrajectoryBuilderConfig:
+        """The config of a trajectory builder."""
         return self._config_of("trajectory_builder", name)
 
     def get_trainer_adapter_config(self, name: str) -> TrainerAdapterConfig:
+        """The config of a trainer adapter."""
         return self._config_of("trainer_adapter", name)
 
     def get_trainer_config(self, name: str) -> TrainerConfig:
+        """The config of a trainer."""
         return self._config_of("trainer", name)
 
     def _config_of(self, kind: str, name: str) -> Any:

@@ -142,6 +142,8 @@ class FunctionBaseConfig(TypedBaseModel):
 
 
 class APITypeEnum(StrEnum):
+    """How a model is asked."""
+
     CHAT_COMPLETION = "chat_completion"
     RESPONSES = "responses"
 

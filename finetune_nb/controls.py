@@ -98,6 +98,7 @@ class Controls:
 
     @property
     def journal(self) -> tuple[Change, ...]:
+        """Every change that was asked for, in order."""
         with self._lock:
             return tuple(self._journal)
 

@@ -302,6 +302,7 @@ class Driver:
         return await self._trial.chat(messages, self.adapter, **options)
 
     async def save_model(self, directory: str, **options: Any) -> str:
+        """Writes the trained model by the adapter's `save`; returns where. Raises RunError for an adapter that has none."""
         await self.open()
         save = getattr(self.adapter, "save", None)
         if save is None:

@@ -35,6 +35,8 @@ __all__ = [
 
 
 class IntermediateStepCategory(StrEnum):
+    """What a step is about."""
+
     LLM = "LLM"
     TOOL = "TOOL"
     WORKFLOW = "WORKFLOW"
@@ -46,12 +48,16 @@ class IntermediateStepCategory(StrEnum):
 
 
 class IntermediateStepState(StrEnum):
+    """Whether a step begins, goes on or ends."""
+
     START = "START"
     CHUNK = "CHUNK"
     END = "END"
 
 
 class IntermediateStepType(StrEnum):
+    """What a step is about, and whether it begins, goes on or ends."""
+
     LLM_START = "LLM_START"
     LLM_END = "LLM_END"
     LLM_NEW_TOKEN = "LLM_NEW_TOKEN"
@@ -93,6 +99,8 @@ class StreamEventData(BaseModel):
 
 
 class IntermediateStepPayload(BaseModel):
+    """What happened in a step. Times are seconds since 1970, UTC; `span_event_timestamp` of an END is that of its START."""
+
     model_config = ConfigDict(extra="allow")
 
     event_type: IntermediateStepType
@@ -188,6 +196,7 @@ class EvalInputItem(BaseModel):
     full_dataset_entry: Any
 
     def copy_with_updates(self, **updates: Any) -> EvalInputItem:
+        """A copy with other values of some fields. Raises ValidationError for those that do not fit."""
         return EvalInputItem(**{**dict(self), **updates})
 
 

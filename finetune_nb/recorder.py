@@ -147,9 +147,11 @@ class Recorder:
         await self._unless_full(index, self.store.record_selection, index, selection, seconds)
 
     async def submitted(self, index: int, ref: TrainingJobRef) -> None:
+        """The running epoch's job, once the backend has taken it."""
         await self._unless_full(index, self.store.record_job, index, ref)
 
     async def waited(self, index: int, status: TrainingJobStatus) -> None:
+        """How that job stands."""
         await self._unless_full(index, self.store.record_status, index, status)
 
     async def validated(self, validation: Validation, index: int | None) -> None:

@@ -175,6 +175,8 @@ class RunOnDisk(RunViews):
 
 
 def free_id(name: str | None, output_dir: Path) -> str:
+    """The id of a new run in `output_dir`: the name, with a number where it is taken; None: the time, and a few letters. Raises
+    ConfigError for a name that no folder should have."""
     if name is None:
         return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     if not RUN_ID.fullmatch(name):

@@ -17,6 +17,8 @@ __all__ = ["ACTIVE", "Standing", "State"]
 
 
 class State(StrEnum):
+    """What a run is doing."""
+
     NEW = "new"
     """No epoch yet."""
     READY = "ready"
@@ -74,10 +76,12 @@ class Standing:
 
     @property
     def state(self) -> State:
+        """What the run is doing now."""
         return self._state
 
     @property
     def active(self) -> bool:
+        """Whether something is running, or is on its way to an end."""
         return self._state in ACTIVE
 
     def move(self, name: str, notice: str | None = None, error: BaseException | None = None) -> State:

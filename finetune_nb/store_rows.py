@@ -187,10 +187,12 @@ def validation_to_row(validation: Validation, epoch: int | None) -> tuple[Any, .
 
 
 def validation_from_json(record: Any) -> Validation:
+    """The way back from the column `record`. Raises ValueError for what does not fit."""
     return _validation.validate_python(decode(record, dict))
 
 
 def change_from_row(row: Mapping[str, Any]) -> Change:
+    """A row of the journal. Raises ValueError for what does not fit."""
     values = {field.name: row[field.name] for field in fields(Change)}
     if not isinstance(values["time"], float) or not all(isinstance(values[name], str) for name in ("source", "field")):
         raise ValueError("a change of the journal is none")

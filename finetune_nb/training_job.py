@@ -74,9 +74,11 @@ class TrainingJob:
         self.canceled.set()
 
     def stopped(self) -> bool:
+        """Whether it is to end before its next step."""
         return self.canceled.is_set() or leaving.is_set()
 
     def stepped(self) -> None:
+        """Says which step has been made."""
         self.say(f"step {self.report.steps} of {self.report.steps_planned}")
 
     def say(self, message: str) -> None:
@@ -84,6 +86,7 @@ class TrainingJob:
         self._status = self._make(TrainingStatusEnum.RUNNING, message)
 
     def status(self) -> TrainingJobStatus:
+        """How it stands now; a copy."""
         return self._status.model_copy(deep=True)
 
     def _work(self, train: Callable[[], None]) -> None:

@@ -73,6 +73,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
 
     @property
     def num_generations(self) -> int:
+        """Rollouts of each example."""
         return getattr(self.trajectory_builder_config, "num_generations", 1)
 
     async def start_run(self, run_id: str, meta: dict | None = None) -> None:

@@ -52,6 +52,7 @@ class ValidationFalls:
             raise ConfigError(f"validation_falls: times is {self.times!r}; expected a whole number of at least 1.")
 
     def of_run(self, epochs: Sequence[Epoch]) -> str | None:
+        """Asked in place of a call, with all epochs of the run: why it should pause, or None."""
         rewards = [check.mean_reward for epoch in epochs for check in epoch.validations]
         if not epochs or not epochs[-1].validations:
             return None

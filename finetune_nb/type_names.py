@@ -105,6 +105,8 @@ Build = Callable[[Any, "Builder"], AsyncGenerator[Any, None]]
 
 @dataclass(frozen=True)
 class Registration:
+    """What a `_type` stands for: its config, and what builds the component."""
+
     config_type: type[TypedBaseModel]
     build: Build
 

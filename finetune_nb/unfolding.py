@@ -85,6 +85,7 @@ class Source(NamedTuple):
 
 
 def source_of(epoch: Epoch, example: Any, failures: bool) -> Source:
+    """The rollouts of an epoch, and of these the ones of some examples. failures: whether those that failed count, too."""
     import numpy as np
 
     found = rollouts_of(epoch, ["generation"], named=True)
@@ -114,6 +115,7 @@ def of_rollouts(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def chained(parts: Iterable[list[Any]]) -> list[Any]:
+    """Lists behind one another."""
     return list(chain.from_iterable(parts))
 
 

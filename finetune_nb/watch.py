@@ -114,14 +114,17 @@ class Watch:
         return collection
 
     async def end_keeping(self) -> None:
+        """All rollouts are in: none is put into the folder any more by itself."""
         self.all_in.set()
         if self.keeping is not None:
             await self.keeping
 
     def unwaited(self) -> list[TrainingJobRef]:
+        """Jobs that nobody has waited for."""
         return [ref for ref in self.refs if not any(ref is seen or ref == seen for seen in self.waited)]
 
     def add_seconds(self, part: str, since: float) -> None:
+        """Adds the time since `since` (time.perf_counter) to what a part of the epoch took."""
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - since
 
 

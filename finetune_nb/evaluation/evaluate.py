@@ -77,6 +77,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
+        """Since the epoch began."""
         return time.monotonic() - self.started
 
 

@@ -53,10 +53,12 @@ class Endpoint:
 
     @property
     def base_url(self) -> str:
+        """For any OpenAI client."""
         return f"{self.gateway.url}/e/{self.id}/v1"
 
     @property
     def api_key(self) -> str:
+        """The process's: all addresses have one key. Never show or store it."""
         return self.gateway.api_key
 
     def openai(self, **options: Any) -> Any:
@@ -131,6 +133,8 @@ class Gateway:
         raise Refused(404, "there is no such rollout. Take llm.base_url inside the workflow.", "unknown_episode")
 
     def forget(self, endpoint: Endpoint) -> None:
+        """Closes an address: it answers 410 from now on, and what is being answered there is canceled."""
+
         def cancel() -> None:
             for task in endpoint.tasks:
                 task.cancel()
@@ -158,6 +162,7 @@ class Gateway:
         return client
 
     def sync_client(self) -> Any:
+        """The same for threads."""
         with self._lock:
             if self._sync_client is None:
                 openai = _openai()
@@ -176,6 +181,7 @@ class Gateway:
     # ── answering ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def authorized(self, header: str | None) -> bool:
+        """Whether a request brings the key."""
         return hmac.compare_digest((header or "").encode(), f"Bearer {self.api_key}".encode())
 
     async def sample(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:

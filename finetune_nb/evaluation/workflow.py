@@ -38,6 +38,7 @@ class Workflow:
 
     @property
     def name(self) -> str:
+        """What messages call it."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     async def __call__(self, item: EvalInputItem) -> Any:

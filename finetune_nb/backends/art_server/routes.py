@@ -106,6 +106,7 @@ class _Protocol(_FromHere):
 
 
 def application(server: ArtServer) -> Application:
+    """What the server answers, address by address."""
     answers = {
         "register": server.register,
         "_get_step": server.get_step,

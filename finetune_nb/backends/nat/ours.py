@@ -72,6 +72,8 @@ class BuilderConfig(nat.TrajectoryBuilderConfig, name="finetune_nb_eval_traj_bui
 
 
 class OursAsNatBuilder(NatBuilderBase):
+    """`ours` is an EvaluatingBuilder."""
+
     def __init__(self, config: BuilderConfig) -> None:
         super().__init__(config)
         own = config.model_dump(exclude={"type", "reward"})
@@ -124,6 +126,8 @@ set of weights."""
 
 
 class OursAsNatAdapter(NatAdapterBase):
+    """`ours` is a LocalGRPOAdapter."""
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         adapter = resolve("finetune_nb.backends.local.adapter:LocalGRPOAdapter")
@@ -191,6 +195,8 @@ class RewardedTrainer(EpochTrainer):
 
 
 class OursAsNatTrainer(NatTrainerBase):
+    """`ours` is a RewardedTrainer."""
+
     def __init__(self, config: TrainerConfig) -> None:
         super().__init__(config)
         self.ours = RewardedTrainer(EpochTrainerConfig(), seed=config.seed)

@@ -288,6 +288,7 @@ class TinkerService:
                         getattr(model, "model_id", "?"), error)  # fmt: skip
 
     def close(self) -> None:
+        """Ends the session; whoever waits for the service gives up."""
         self.closing.set()
         self.drop()
 

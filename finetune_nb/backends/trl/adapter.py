@@ -56,6 +56,7 @@ class TRLAdapter(JobAdapter[TRLJob]):
 
     @property
     def name(self) -> str:
+        """The `_type` of its config, for messages."""
         return self.adapter_config.static_type() or "trl"
 
     @property

@@ -130,6 +130,7 @@ class TRLJob:
         return redact_text("\n".join(lines[:end][-LAST_LINES:])) or "it said nothing"
 
     def status(self) -> TrainingJobStatus:
+        """How it stands, as far as the process tells; reading changes nothing."""
         return (self._last or self._make(TrainingStatusEnum.RUNNING, None)).model_copy(deep=True)
 
     def _make(self, status: TrainingStatusEnum, message: str | None) -> TrainingJobStatus:
