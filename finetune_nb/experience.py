@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
 from .credit import sampled_turns, turn_advantages, where
 from .curriculum import group_statistics
 from .errors import BackendError, MissingLogprobs
@@ -47,34 +45,16 @@ class Experience:
     """What one training job learns from."""
 
     trajectories: list[list[TokenSequence]] = field(repr=False)
-    """Those with a reward and a sampled token, in groups whose rewards differ, one group after the other; each has at
-    least one sequence."""
-    sizes: list[int]
-    """Trajectories of each group."""
+    """Those with a reward and a sampled token, in groups whose rewards differ; each has at least one sequence."""
+    groups: int
+    """Groups that they belong to."""
     groups_without_signal: int
     """Groups of which nothing is trained on: their rewards do not differ, are missing or infinite."""
     truncated: int = 0
     """Trajectories that were submitted and whose last reply was cut at its longest length, trained on or not."""
 
-    @property
-    def groups(self) -> int:
-        """Groups that are trained on."""
-        return len(self.sizes)
-
     def sequences(self) -> Iterator[TokenSequence]:
         return (sequence for trajectory in self.trajectories for sequence in trajectory)
-
-    def parts(self, count: int, rng: np.random.Generator) -> Iterator[list[TokenSequence]]:
-        """All sequences once, in `count` parts of as many trajectories, one for each optimizer step.
-
-        Groups come in a random order and stay together, but for those that an end of a part cuts through: what is alike
-        in a group, its prompt above all, is then computed once in a step, and the baseline of its rewards is that of
-        what the step sees.
-        """
-        group = np.repeat(rng.permutation(self.groups), self.sizes)
-        order = np.lexsort((rng.permutation(len(self.trajectories)), group))
-        for part in np.array_split(order, count):
-            yield [sequence for i in part for sequence in self.trajectories[i]]
 
 
 def experience(
@@ -88,8 +68,7 @@ def experience(
     groups = collection.trajectories
     advantage_of = iter(advantages(group_statistics(groups), scale=scale_rewards).tolist())
     trained: list[list[TokenSequence]] = []
-    sizes: list[int] = []
-    cut = 0
+    with_signal, cut = 0, 0
     for group in groups:
         cut += sum(map(_is_truncated, group))
         weights = [next(advantage_of) for _ in group]
@@ -104,10 +83,9 @@ def experience(
                 continue
             if sequences := token_sequences(trajectory, weight if of_turn is None else of_turn):
                 of_group.append(sequences)
-        if of_group:
-            trained += of_group
-            sizes.append(len(of_group))
-    return Experience(trained, sizes, len(groups) - len(sizes), cut)
+        trained += of_group
+        with_signal += bool(of_group)
+    return Experience(trained, with_signal, len(groups) - with_signal, cut)
 
 
 def _is_truncated(trajectory: Trajectory) -> bool:

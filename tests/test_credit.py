@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -91,21 +90,3 @@ def test_cut_episode_is_trained_on_as_configured_and_its_reward_counts_either_wa
     learned = experience(TrajectoryCollection(trajectories=[group], run_id="r"), False, truncated)
     assert (len(learned.trajectories), learned.truncated) == (trained, 1)
     assert next(learned.sequences()).advantages[-1] == pytest.approx(2 / 3)
-
-
-@pytest.mark.parametrize("count", [1, 3, 4])
-def test_steps_take_each_trajectory_once_in_equal_parts_that_cut_through_few_groups(count):
-    groups = [[rollout(float(i == 0), 1) for i in range(4)] for _ in range(5)]
-    groups[2] = [rollout(1.0, 1), rollout(1.0, 1)]  # teaches nothing
-    learned = experience(TrajectoryCollection(trajectories=groups, run_id="r"))
-    assert (learned.sizes, learned.groups, learned.groups_without_signal) == ([4] * 4, 4, 1)
-    group_of = {id(sequences[0]): i // 4 for i, sequences in enumerate(learned.trajectories)}
-    orders = []
-    for seed in range(20):
-        parts = [[group_of.pop(id(s)) for s in part] for part in learned.parts(count, np.random.default_rng(seed))]
-        group_of = {id(sequences[0]): i // 4 for i, sequences in enumerate(learned.trajectories)}
-        assert sorted(g for part in parts for g in part) == sorted([0, 1, 2, 3] * 4)
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-        assert sum(len(set(part)) for part in parts) <= 4 + count - 1
-        orders.append(tuple(g for part in parts for g in part))
-    assert len(set(orders)) > 10

@@ -87,7 +87,7 @@ async def test_kl_is_measured_from_the_model_with_its_adapter_switched_off():
         ids = torch.tensor([PROMPT])
         with switched_off(a.policy.model) as model, torch.no_grad():
             assert torch.equal(model(ids).logits, untrained(ids).logits)
-    assert 0 < reached[1] < 0.75 * reached[0]
+    assert 0 < reached[1] < 0.5 * reached[0]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -42,8 +42,7 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     warmup: float = Field(default=0.0, ge=0, lt=1)
     """Part of the planned epochs in which the learning rate climbs to its highest."""
     optimizer_steps: int = Field(default=8, ge=1, json_schema_extra=AT_TRAINING)
-    """Steps in one pass over all trajectories of an epoch, of as many each, groups kept together; fewer where there are
-    fewer trajectories."""
+    """Steps in one pass over all trajectories of an epoch; fewer where there are fewer trajectories."""
     inner_epochs: int = Field(default=1, ge=1)
     """Passes over the trajectories of an epoch."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)

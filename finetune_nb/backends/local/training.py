@@ -117,16 +117,17 @@ class Learner:
         rate's schedule is made for. Raises BackendError where loss or gradient is not finite, where something else was
         sampled than is trained, and where memory runs out; the weights are then those before that step.
         """
-        config = self.config
-        parts = min(config.optimizer_steps, len(experience.trajectories))
+        trajectories, config = experience.trajectories, self.config
+        parts = min(config.optimizer_steps, len(trajectories))
         report.steps_planned = steps = parts * config.inner_epochs
         report.has_reference = config.kl_coef > 0
         for _ in range(config.inner_epochs):
-            for sequences in experience.parts(parts, rng):
+            for part in np.array_split(rng.permutation(len(trajectories)), parts):
                 factor = rate(config.lr_schedule, done + report.steps / steps, planned, 1 / steps, config.warmup)
                 report.learning_rate = config.learning_rate * factor
                 for group in self.optimizer.param_groups:  # it may also have been changed since the last job
                     group["lr"] = report.learning_rate
+                sequences = [sequence for i in part for sequence in trajectories[i]]
                 with _checkpointing(self.policy.model, config.gradient_checkpointing):
                     if not self._step(sequences, report, stopped):
                         return

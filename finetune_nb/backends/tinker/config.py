@@ -30,8 +30,7 @@ class TinkerConfig(TrainerAdapterConfig, name="tinker"):
     learning_rate: float = Field(default=1e-4, gt=0, json_schema_extra=AT_TRAINING)
     """Of AdamW, constant."""
     optimizer_steps: int = Field(default=1, ge=1, json_schema_extra=AT_TRAINING)
-    """Steps in one pass over all trajectories of an epoch, of as many each, groups kept together; fewer where there are
-    fewer trajectories."""
+    """Steps in one pass over all trajectories of an epoch; fewer where there are fewer trajectories."""
     inner_epochs: int = Field(default=1, ge=1)
     """Passes over the trajectories of an epoch."""
     loss: Literal["importance_sampling", "ppo", "cispo"] = "importance_sampling"

@@ -140,7 +140,8 @@ def train(
     the steps made so far. Raises what `TinkerService.result` raises; nobody knows then what is in the weights.
     """
     tinker, model = sdk(), service.model(version)
-    parts = min(config.optimizer_steps, len(experience.trajectories))
+    trajectories = experience.trajectories
+    parts = min(config.optimizer_steps, len(trajectories))
     report.steps_planned, report.learning_rate = parts * config.inner_epochs, config.learning_rate
     adam = tinker.AdamParams(
         learning_rate=config.learning_rate,
@@ -150,9 +151,10 @@ def train(
         grad_clip_norm=config.max_grad_norm,
     )
     for _ in range(config.inner_epochs):
-        for sequences in experience.parts(parts, rng):
+        for part in np.array_split(rng.permutation(len(trajectories)), parts):
             if stopped():
                 return
+            sequences = [sequence for i in part for sequence in trajectories[i]]
             tokens = sum(sum(sequence.sampled) for sequence in sequences)
             data = [
                 tinker.Datum(
