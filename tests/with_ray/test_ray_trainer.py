@@ -13,7 +13,8 @@ import pytest
 
 import finetune_nb as ft
 from finetune_nb.backends.local.config import LocalGRPOConfig
-from finetune_nb.backends.ray.trainer_adapter import RayTrainerAdapter, _name_of
+from finetune_nb.backends.ray.trainer_adapter import RayTrainerAdapter
+from finetune_nb.backends.ray.trainer_link import actor_name
 from finetune_nb.examples import calculator
 from finetune_nb.registry import Builder
 from finetune_nb.store import RunStore
@@ -42,7 +43,7 @@ async def no_actor_left():
 def pid_of(folder):
     import ray
 
-    return ray.get(ray.get_actor(_name_of(folder), "finetune_nb").pid.remote())
+    return ray.get(ray.get_actor(actor_name(folder), "finetune_nb").pid.remote())
 
 
 def killed(folder, ray, until):
@@ -83,7 +84,7 @@ async def test_it_trains_as_in_the_kernel_and_workers_sample_its_weights(ray, tm
     assert "in an actor of the Ray cluster" in there._driver.policy_told
     assert (await there.chat("what is 3 + 4 ?")).finish_reason == "stop"
     assert (there.save_model(tmp_path / "model") / "config.json").is_file()
-    assert actors() == [_name_of(there.folder)]
+    assert actors() == [actor_name(there.folder)]
     there.close()
     assert await no_actor_left()
 
@@ -152,7 +153,7 @@ async def test_it_answers_while_it_trains_and_is_canceled_between_steps(ray, tmp
         assert (await until_it_steps(job)).metadata["metrics"]["learning_rate"] == pytest.approx(1e-5)
         with pytest.raises(ft.BackendError, match="is at work; expected none while a checkpoint is loaded"):
             await adapter.load_checkpoint(tmp_path / "nothing")
-        os.kill(await adapter._actor.pid.remote(), signal.SIGKILL)
+        os.kill(await adapter._link._actor.pid.remote(), signal.SIGKILL)
         last = await adapter.wait_until_complete(job)
         assert last.status == "failed"
         assert "open its folder again" in last.message
