@@ -117,6 +117,16 @@ class Driver:
         self._left = store.partial()
 
     @property
+    def is_open(self) -> bool:
+        """Whether the components are built and the record is taken up."""
+        return self.trainer is not None
+
+    @property
+    def at_work(self) -> bool:
+        """Whether an epoch is running; between two of them a run may be paused."""
+        return self._witness is not None and self._witness.watch is not None
+
+    @property
     def policy_told(self) -> str | None:
         """What is sampled and trained, in the policy's own words: its `description`, if it has one."""
         return getattr(self.adapter.policy, "description", None) if self.is_open else None
@@ -255,16 +265,6 @@ class Driver:
         self.epochs.append(epoch)
         self._outlets.recorded(epoch)
         return epoch
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the components are built and the record is taken up."""
-        return self.trainer is not None
-
-    @property
-    def at_work(self) -> bool:
-        """Whether an epoch is running; between two of them a run may be paused."""
-        return self._witness is not None and self._witness.watch is not None
 
     async def trains_in_run(self) -> bool:
         """Whether the Trainer is one that trains only in its run()."""

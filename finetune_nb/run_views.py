@@ -189,7 +189,7 @@ class RunViews(ABC):
         used = None if epoch is None else {each.index for each in self.chosen(epoch)}
         return frames.journal([c for c in self.changes if used is None or c.epoch in used], columns)
 
-    # ── plots ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── one epoch, looked at ─────────────────────────────────────────────────────────────────────────────────────────
 
     def _epoch(self, epoch: int | None) -> Epoch:
         """The record to look at. None: the newest; the epoch that did not come to its end counts where it is asked for by
@@ -245,6 +245,7 @@ class RunViews(ABC):
         found = self._epoch(epoch)
         return learning_signal(found, [one for one in self.records if one.index < found.index])
 
+    # ── plots ────────────────────────────────────────────────────────────────────────────────────────────────────────
     #
     # Each returns a figure, or draws on `ax`; options: theme ("light", "dark"; by default one that suits both) and those
     # of the function of that name in plots.py. others: runs to show beside this one.
@@ -302,6 +303,8 @@ class RunViews(ABC):
         from . import plots
 
         return plots.plot_scores([self, *others], names, ax=ax, **options)
+
+    # ── taken away, shown ────────────────────────────────────────────────────────────────────────────────────────────
 
     def export(
         self,

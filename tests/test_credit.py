@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("torch")
 
-from finetune_nb.credit import sampled_turns, turn_advantages
+from finetune_nb.credit import is_sampled, sampled_turns, turn_advantages
 from finetune_nb.errors import BackendError
 from finetune_nb.experience import experience
-from finetune_nb.types import EpisodeItem, Trajectory, TrajectoryCollection
+from finetune_nb.types import DPOItem, EpisodeItem, Trajectory, TrajectoryCollection
 
 
 def rollout(reward, turns, shaped=None, tools=True, finish_reason="stop"):
@@ -24,6 +24,16 @@ def rollout(reward, turns, shaped=None, tools=True, finish_reason="stop"):
         if tools and turn < turns - 1:
             episode.append(EpisodeItem(role="tool", content="t"))
     return Trajectory(episode=episode, reward=reward, shaped_rewards=shaped, metadata={"id": "q", "generation": 0})
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "sampled"),
+    [([-1.0], True), ([], False), ({"content": [{"token": "a", "logprob": -1.0}]}, True), ({"content": []}, False)],
+)
+def test_assistants_turn_without_a_logprob_was_not_sampled_in_whatever_form_they_come(logprobs, sampled):
+    assert is_sampled(EpisodeItem(role="assistant", content="a", logprobs=logprobs)) is sampled
+    assert not is_sampled(EpisodeItem(role="user", content="a", logprobs=logprobs))
+    assert not is_sampled(DPOItem(prompt="a", chosen_response="b", rejected_response="c"))
 
 
 def test_turn_has_the_advantage_of_what_was_still_to_earn_when_it_began():
