@@ -202,7 +202,10 @@ class Builder:
                 f"{kind} {name!r} was asked for after its builder was closed. Make a new Builder, or a new Run."
             )
         if self._loop not in (None, loop):
-            raise RunError(f"{kind} {name!r} was asked for on another event loop than the one its builder works on.")
+            raise RunError(
+                f"{kind} {name!r} was asked for on another event loop than the one its builder works on. Ask there, or make a "
+                "Builder here."
+            )
         self._check_cycle(key)
         live = self._live.get(key)
         if live is None:
@@ -274,7 +277,9 @@ class Builder:
         """Resumes every component's generator after its yield, the newest first, each once, and all of them even if one
         raises: that error is then raised, several as an ExceptionGroup. Closing again does nothing more."""
         if self._loop not in (None, asyncio.get_running_loop()):
-            raise RunError("the builder was closed on another event loop than the one it works on.")
+            raise RunError(
+                "the builder was closed on another event loop than the one it works on. Await close() there."
+            )
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_task(self._close_all(), name="close components")
         # Shielded: who is canceled while closing must not leave the rest open.

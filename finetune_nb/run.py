@@ -150,11 +150,8 @@ class Run(LiveRun):
         overrides: values for single settings by dotted path, dots written as two underscores: `run__seed=1`,
         `finetuning__num_epochs=3`. Raises ConfigError, which lists everything that is wrong with the config.
         """
-        if not isinstance(config, Config):
-            config = load_config(config, override=[(key.replace("__", "."), value) for key, value in overrides.items()])
-        elif overrides:
-            raise ConfigError("overrides go with a YAML file or a dict; this Config is complete already.")
-        elif config.builder is not None:
+        config = load_config(config, override=[(key.replace("__", "."), value) for key, value in overrides.items()])
+        if config.builder is not None:
             raise ConfigError("this Config belongs to an open run already. Load it again for another one.")
         run = cls.__new__(cls)
         run._make(config, Builder(config), name, resume, replay)

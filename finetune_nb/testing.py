@@ -9,7 +9,6 @@ import contextlib
 import random
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from .config import TrainerAdapterConfig, TrajectoryBuilderConfig
@@ -75,7 +74,7 @@ class ScriptedPolicy:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 
-    @contextmanager
+    @contextlib.contextmanager
     def episode(self, key: EpisodeKey) -> Iterator[None]:
         self.live.add(key)
         try:

@@ -658,3 +658,12 @@ def test_importing_the_config_loads_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": root}
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_overrides_of_a_complete_config_are_refused_with_what_to_do():
+    from finetune_nb.run import Run
+
+    config = load_config({"run": {"seed": 1}})
+    with pytest.raises(ConfigError, match="this Config is complete. Change its fields"):
+        Run.from_config(config, run__seed=2)
+    assert config.run.seed == 1

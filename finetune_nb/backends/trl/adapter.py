@@ -154,7 +154,9 @@ class TRLAdapter(JobAdapter[TRLJob]):
                 saved = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
                 version, jobs = int(saved["version"]), int(saved["jobs"])
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise BackendError(f"{place.name} is no checkpoint of {self.name}: {error}") from error
+                raise BackendError(
+                    f"{place.name} is no checkpoint of {self.name}: {error}. Load another one."
+                ) from error
             load_weights(self.policy, place, version)
             self._submitted = jobs
 

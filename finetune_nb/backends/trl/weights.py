@@ -22,11 +22,14 @@ def load_weights(policy: Any, directory: Path, version: int) -> None:
         trained = AutoModelForCausalLM.from_pretrained(str(directory), dtype=policy.model.dtype, use_safetensors=True)
         found, own = trained.state_dict(), policy.model.state_dict()
     except (OSError, ValueError, RuntimeError) as error:
-        raise BackendError(f"the model in {directory.name} cannot be read: {error}") from error
+        raise BackendError(
+            f"the model in {directory.name} cannot be read: {error}. Load another checkpoint."
+        ) from error
     wrong = [name for name in own if name not in found or found[name].shape != own[name].shape]
     if wrong or len(found) != len(own):
         raise BackendError(
-            f"the model in {directory.name} is another one: {(wrong or sorted(set(found) - set(own)))[:3]}"
+            f"the model in {directory.name} is another one: {(wrong or sorted(set(found) - set(own)))[:3]} differ. Expected "
+            "weights of the model that the trainer adapter names: name that one, or load another checkpoint."
         )
     with policy.exclusive.hold(), torch.no_grad():
         for name, tensor in own.items():
