@@ -34,7 +34,9 @@ def report_html(run: Any) -> str:
         pieces += [_section("Plots", *(element("p", picture) for picture in _pictures(run, epochs)))]
         pieces += [_section("The newest epoch", Html(epoch_html(epochs[-1])))]
         pieces += [_section("Trajectories of it", *_rollouts(epochs[-1]))]
-        pieces += [_section("Epochs", view(_frame(run.epochs(), "epochs", _OF_EPOCHS)))]
+        steered = any(epoch.curriculum.enabled for epoch in epochs)
+        columns = [name for name in _OF_EPOCHS if steered or name != "percentile"]
+        pieces += [_section("Epochs", view(_frame(run.epochs(), "epochs", columns)))]
     if run.changes:
         pieces += [_section("Live changes", view(_frame(run.journal(), "changes")))]
     return page(f"run {plain(run.id)}", *pieces)
@@ -99,7 +101,7 @@ def _frame(frame: Any, noun: str, columns: Sequence[str] | None = None) -> Html:
     values = [[None if value is None or value != value else value for value in shown[n].astype(object)] for n in names]
     rows = [[_cell(value) for value in row] for row in zip(*values, strict=True)]
     caption = f"the last {len(shown)} of {len(frame):,} {noun}" if len(shown) < len(frame) else None
-    return table(rows, names, caption)
+    return table(rows, [name.replace("_", " ") for name in names], caption)  # words, which a narrow page can break
 
 
 def _cell(value: Any) -> Any:
