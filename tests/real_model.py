@@ -46,7 +46,7 @@ def train(
     output_dir: str,
     epochs: int = EPOCHS,
     threads: int | None = None,
-    examples: int = 9,
+    examples: int = 12,
     held_out: int = 60,
 ) -> dict:
     """One run; its figures. Of fewer epochs it is the beginning of the whole one. Peak memory is the process's so far, in GB."""
@@ -60,18 +60,19 @@ def train(
         model=str(model),
         generations=8,
         examples_per_epoch=examples,
-        max_concurrency=80,
+        max_concurrency=8 * examples,
         num_epochs=epochs,
         sampling={"temperature": 1.0, "max_tokens": 24},
         training={
             "lora": {"rank": 16},
             "learning_rate": 3e-4,
-            "optimizer_steps": 2,
+            "optimizer_steps": 3,
             "clip_high": 0.28,
             "micro_batch_tokens": 1024,
             "threads": threads,
         },
         seed=seed,
+        deterministic=True,
         output_dir=output_dir,
     )
     cpu_seconds = []

@@ -180,6 +180,18 @@ async def test_training_makes_rewarded_replies_likelier(kind):
     assert a.policy.version == 8
 
 
+def test_learning_rate_of_the_embedded_model_is_not_taken_for_another_in_silence(tmp_path, caplog):
+    random_model("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for settings in ({"learning_rate": 5e-4}, {}):
+        assert "learning_rate" not in caplog.text
+        LocalGRPOAdapter(LocalGRPOConfig(model=str(tmp_path), **settings), 0)._load()
+    assert "learning_rate is not set" in caplog.text
+    caplog.clear()
+    LocalGRPOAdapter(LocalGRPOConfig(), 0)._load()
+    assert "learning_rate" not in caplog.text
+
+
 async def test_finished_job_tells_what_it_did():
     a = adapter(optimizer_steps=4)
     trajectories = await rollouts(a, by_first_token)

@@ -88,6 +88,12 @@ class LocalGRPOAdapter(JobAdapter[TrainingJob]):
                     )
                 self._learner = Learner(self._policy, config)
                 logger.info("local_grpo: %s", self._policy.description)
+                if config.model != "embedded" and "learning_rate" not in config.model_fields_set:
+                    logger.warning(
+                        "learning_rate is not set, and its default, %g, suits the embedded model alone: another one can lose "
+                        "what it knows in an epoch. Usual are 1e-6 to 1e-5, and 1e-5 to 5e-4 with lora.",
+                        config.learning_rate,
+                    )
             return self._policy, self._learner
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
