@@ -303,16 +303,14 @@ async def test_loss_that_is_not_finite_fails_the_job_and_leaves_the_weights_as_t
 async def test_submit_returns_at_once_and_status_can_be_asked_again_and_again():
     a = adapter(optimizer_steps=30, micro_batch_tokens=64)
     trajectories = await rollouts(a, by_first_token, examples=8)
-    started = time.monotonic()
     ref = await a.submit(trajectories)
-    submitted = time.monotonic() - started
     seen = []
     while (status := await a.status(ref)).status in ("pending", "running"):
         seen.append(status.progress)
         await asyncio.sleep(0.002)
     ended = time.monotonic()
-    assert submitted < (ended - started) / 2
     assert seen == sorted(seen) and len(set(seen)) > 3
+    assert seen[0] < 0.5  # most of the job came after its submission
     status.metadata["metrics"].clear()
     assert (await a.status(ref)).metadata["metrics"] and await a.status(ref) == await a.wait_until_complete(ref)
     assert time.monotonic() - ended < 0.05
