@@ -12,7 +12,15 @@ from collections.abc import Iterable
 import numpy as np
 
 from .episodes import drift
-from .types import EpisodeItemRole, EpochMetrics, GroupStatistics, Selection, Trajectory, TrajectoryCollection
+from .types import (
+    EpisodeItemRole,
+    EpochMetrics,
+    GroupStatistics,
+    Selection,
+    Trajectory,
+    TrajectoryCollection,
+    logprob_count,
+)
 
 __all__ = ["NO_SPREAD", "advantages", "epoch_metrics", "has_signal"]
 
@@ -96,8 +104,8 @@ def _tokens_and_scores(trajectories: Iterable[Trajectory]) -> tuple[int, dict[st
     for trajectory in trajectories:
         for item in trajectory.episode:
             logprobs = getattr(item, "logprobs", None)  # a preference has none
-            if isinstance(logprobs, list) and item.role == assistant:  # type: ignore[union-attr]
-                tokens += len(logprobs)
+            if logprobs is not None and item.role == assistant:  # type: ignore[union-attr]
+                tokens += logprob_count(logprobs)
         scores = (trajectory.metadata or {}).get("scores")
         if isinstance(scores, dict):
             for name, score in scores.items():

@@ -20,12 +20,14 @@ from .observe import resolve
 from .types import (
     GROUP_REASONS,
     CurriculumState,
+    EpisodeItemRole,
     Epoch,
     GroupReason,
     GroupStatistics,
     Selection,
     TrainingStatusEnum,
     Trajectory,
+    logprob_count,
 )
 
 __all__ = ["Basis", "Preview", "basis_of", "preview"]
@@ -181,5 +183,6 @@ def _tokens_by_group(epoch: Epoch) -> np.ndarray:
 
 
 def _sampled_tokens(trajectory: Trajectory) -> int:
-    logprobs = (getattr(item, "logprobs", None) for item in trajectory.episode)  # a preference has none
-    return sum(len(values) for values in logprobs if isinstance(values, list))
+    assistant = EpisodeItemRole.ASSISTANT
+    items = (item for item in trajectory.episode if getattr(item, "role", None) == assistant)  # a preference has none
+    return sum(logprob_count(item.logprobs) for item in items)  # type: ignore[union-attr]

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from .redaction import redact_text, redact_texts
 from .stored_json import encode_all, encode_steps
-from .types import DPOItem, EpisodeItem, EpisodeItemRole, RolloutFailure, Trajectory, logprob_values
+from .types import DPOItem, EpisodeItem, EpisodeItemRole, RolloutFailure, Trajectory, logprob_count
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -124,10 +124,7 @@ def _sampled(rows: Sequence[Trajectory]) -> tuple[list[int | None], list[Any]]:
         for item in trajectory.episode:
             logprobs = getattr(item, "logprobs", None)
             if logprobs is not None and item.role == assistant:  # type: ignore[union-attr]
-                try:
-                    sampled += len(logprobs if type(logprobs) is list else logprob_values(logprobs) or ())
-                except (TypeError, ValueError, KeyError):  # a form that nobody knows; the value itself is kept
-                    pass
+                sampled += logprob_count(logprobs)
                 reason = (item.metadata or {}).get("finish_reason", reason)  # type: ignore[union-attr]
         tokens.append(sampled)
         reasons.append(reason)

@@ -76,6 +76,7 @@ __all__ = [
     "TrajectoryCollection",
     "UsageStats",
     "Validation",
+    "logprob_count",
     "logprob_values",
 ]
 
@@ -434,6 +435,16 @@ class Epoch:
 
     def __repr__(self) -> str:
         return resolve("finetune_nb.viewer:epoch_text")(self)
+
+
+def logprob_count(logprobs: Any) -> int:
+    """How many tokens have a logprob, in whatever form they came; 0 where the form is unknown."""
+    if type(logprobs) is list:
+        return len(logprobs)
+    try:
+        return len(logprob_values(logprobs) or ())
+    except (TypeError, ValueError, KeyError):
+        return 0
 
 
 def logprob_values(logprobs: Any) -> list[float] | None:

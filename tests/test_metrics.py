@@ -100,6 +100,10 @@ def test_sampled_tokens_are_those_that_the_policy_sampled():
     echoed = EpisodeItem(role=EpisodeItemRole.TOOL, content="4", logprobs=[-1.0])
     odd = Trajectory(episode=[foreign, echoed], reward=0.0)
     assert measured([[rollout(1.0), masked, odd], [rollout(0.0, logprobs=[-1.0] * 5)]]).sampled_tokens == 7
+    foreign.logprobs = {"content": [{"token": "4", "logprob": -0.5}] * 3}  # as OpenAI gives them
+    assert measured([[odd]]).sampled_tokens == 3
+    foreign.logprobs = {"content": [{"token": "4"}]}
+    assert measured([[odd]]).sampled_tokens == 0
 
 
 def test_turns_that_were_rendered_anew_are_counted_among_those_that_carry_on():
