@@ -98,7 +98,10 @@ class Learner:
                     "Was it sampled by another model?"
                 )
             if longest is not None and len(sequence) > longest:
-                raise BackendError(f"a trajectory has {len(sequence)} tokens, but the model holds {longest}.")
+                raise BackendError(
+                    f"a trajectory has {len(sequence)} tokens, but the model holds {longest}. End the episode before it grows so "
+                    "long, or leave the trajectory out."
+                )
 
     def train(
         self,

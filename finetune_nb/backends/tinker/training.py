@@ -100,7 +100,10 @@ def check(experience: Experience, longest: int | None) -> None:
     """Raises BackendError for sequences that the service cannot train on."""
     for sequence in experience.sequences():
         if longest is not None and len(sequence) > longest:
-            raise BackendError(f"a trajectory has {len(sequence)} tokens, but the model holds {longest}.")
+            raise BackendError(
+                f"a trajectory has {len(sequence)} tokens, but the model holds {longest}. End the episode before it grows so "
+                "long, or leave the trajectory out."
+            )
         if sequence.temperature != 1.0:
             raise BackendError(
                 f"a trajectory was sampled at temperature {sequence.temperature:g}, but a Tinker service computes log "
