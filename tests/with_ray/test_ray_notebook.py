@@ -17,4 +17,4 @@ async def test_notebook_runs_on_a_cluster_that_its_kernel_starts(tmp_path):
     set_parameters(notebook, SEED=0, EPOCHS=2, NAME="test")
     assert await execute(notebook, tmp_path, tmp_path) is None
     told = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-    assert "Ray is installed." in told
+    assert "in workers of Ray" in told
