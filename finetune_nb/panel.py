@@ -22,7 +22,7 @@ from .panel_html import Doing, asked_html, log_html, record_html, status_html, s
 from .panel_inputs import Inputs, TripwireInputs
 from .preview import Preview
 from .preview_card import preview_body
-from .redaction import redact_text, redacting_logger
+from .redaction import error_text, redacting_logger
 from .still import Still
 
 __all__ = ["Panel"]
@@ -199,7 +199,7 @@ class Panel:
             said = str(error)
         except Exception as error:
             logger.warning("a press of the panel failed", exc_info=True)
-            said = redact_text(f"{type(error).__name__}: {error}")
+            said = error_text(error)
         if not self.closed:
             self.inputs.bring_along()
             self._answer(said)

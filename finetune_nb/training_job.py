@@ -14,7 +14,7 @@ from typing import Protocol
 
 from .daemons import leaving, start_daemon
 from .experience import Experience
-from .redaction import redacting_logger
+from .redaction import error_text, redacting_logger
 from .types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 
 __all__ = ["Report", "TrainingJob"]
@@ -99,7 +99,7 @@ class TrainingJob:
             self._status = self._last()
         except BaseException as error:  # the thread's last word: whoever waits must hear of it
             logger.exception("training job %s failed", self.id)
-            self._status = self._make(TrainingStatusEnum.FAILED, f"{type(error).__name__}: {error}")
+            self._status = self._make(TrainingStatusEnum.FAILED, error_text(error))
         finally:
             self._before = None
             self.ended.set_result(None)

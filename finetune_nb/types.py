@@ -455,8 +455,8 @@ def logprob_values(logprobs: Any) -> list[float] | None:
     content = logprobs.get("content") if isinstance(logprobs, Mapping) else getattr(logprobs, "content", logprobs)
     if content is None:
         return None
-    if all(type(entry) is float for entry in content):
-        return list(content)
+    if type(content) is list and all(type(entry) is float for entry in content):
+        return content.copy()
     return [
         float(entry["logprob"] if isinstance(entry, Mapping) else getattr(entry, "logprob", entry)) for entry in content
     ]
