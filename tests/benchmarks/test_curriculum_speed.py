@@ -3,13 +3,12 @@
 Each test fails only on the ratio measured in its own run; the CPU seconds are printed, for the record.
 """
 
-import gc
 import math
 import random
-import time
 
 import numpy as np
 import pytest
+from measuring import by_turns
 
 from finetune_nb.config import CurriculumSettings
 from finetune_nb.curriculum import group_statistics, keep, select
@@ -74,27 +73,14 @@ def plain_loop(groups):
     return [group for _, group in kept[:share]], left_out
 
 
-def cpu_seconds(work, rounds=5):
-    """Least of a few rounds, and the last result. Garbage collection rests: it would fall on either side by chance."""
-    seconds = []
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            begin = time.process_time()
-            result = work()
-            seconds.append(time.process_time() - begin)
-    finally:
-        gc.enable()
-    return min(seconds), result
-
-
-def report(capsys, benchmark, what, ours, **others):
-    ratios = {f"{name}_ratio": seconds / ours for name, seconds in others.items()}
-    benchmark.extra_info.update(cpu_seconds=ours, **others, **ratios)
-    beside = ", ".join(f"{name} loop {seconds:.4f} s ({seconds / ours:.1f}x)" for name, seconds in others.items())
+def report(capsys, benchmark, what, found):
+    """Returns how many times as long as ours each other side takes."""
+    ratios = {side: found.ratio(side, "ours") for side in found.seconds if side != "ours"}
+    benchmark.extra_info.update(cpu_seconds=found["ours"], **{f"{side}_ratio": ratio for side, ratio in ratios.items()})
+    beside = ", ".join(f"{side} loop {found[side]:.4f} s ({ratio:.1f}x)" for side, ratio in ratios.items())
     with capsys.disabled():
-        print(f"\n{what}: {ours:.4f} s CPU; {beside}")
+        print(f"\n{what}: {found['ours']:.4f} s CPU; {beside}")
+    return ratios
 
 
 def same_groups(ours, theirs):
@@ -104,12 +90,15 @@ def same_groups(ours, theirs):
 def test_select_from_statistics_is_many_times_faster_than_the_barest_loop(collection, benchmark, capsys):
     groups = collection.trajectories
     statistics = group_statistics(groups)
-    barest, expected = cpu_seconds(lambda: barest_loop(groups))
-    ours, selection = cpu_seconds(lambda: select(statistics, SETTINGS, STATE, 0, 0))
-    report(capsys, benchmark, "select", ours, barest=barest)
-    benchmark.pedantic(select, (statistics, SETTINGS, STATE, 0, 0), rounds=5)
-    assert same_groups(keep(groups, selection), expected)
-    assert barest / ours >= 8
+
+    def ours():
+        return select(statistics, SETTINGS, STATE, 0, 0)
+
+    found = by_turns(5, barest=lambda: barest_loop(groups), ours=ours)
+    ratios = report(capsys, benchmark, "select", found)
+    benchmark.pedantic(ours, rounds=5)
+    assert same_groups(keep(groups, found.made["ours"]), found.made["barest"])
+    assert ratios["barest"] >= 8
 
 
 def test_selection_from_a_collection_is_faster_than_the_plain_loop(collection, benchmark, capsys):
@@ -119,34 +108,36 @@ def test_selection_from_a_collection_is_faster_than_the_plain_loop(collection, b
         selection = select(group_statistics(groups), SETTINGS, STATE, 0, 0)
         return keep(groups, selection), selection
 
-    barest, _ = cpu_seconds(lambda: barest_loop(groups))
-    plain, (expected, left_out) = cpu_seconds(lambda: plain_loop(groups))
-    ours, (kept, selection) = cpu_seconds(whole_road)
-    report(capsys, benchmark, "group_statistics + select + keep", ours, barest=barest, plain=plain)
+    found = by_turns(5, barest=lambda: barest_loop(groups), plain=lambda: plain_loop(groups), ours=whole_road)
+    ratios = report(capsys, benchmark, "group_statistics + select + keep", found)
     benchmark.pedantic(whole_road, rounds=3)
+    (kept, selection), (expected, left_out) = found.made["ours"], found.made["plain"]
     assert same_groups(kept, expected)
     assert {reason: sorted(ids) for reason, ids in left_out.items()} == {
         reason: sorted(ids) for reason, ids in selection.left_out().items()
     }
-    assert plain / ours >= 1.5
+    assert ratios["plain"] >= 1.5
 
 
 def test_metrics_of_an_ordinary_epoch_grow_no_faster_than_its_groups(benchmark, capsys):
     """100 groups of 8 with two messages each (target: below 2 ms), and ten times as many."""
-    seconds = {}
-    for size in (100, 1000):
+
+    def metrics_of(size):
         epoch = make_collection(size, GENERATIONS)
         statistics = group_statistics(epoch.trajectories)
         selection = select(statistics, SETTINGS, STATE, 0, 0)
-        seconds[size], _ = cpu_seconds(
-            lambda e=epoch, st=statistics, sel=selection: epoch_metrics(e, st, sel), rounds=20
-        )
-        if size == 100:
-            benchmark.pedantic(epoch_metrics, (epoch, statistics, selection), rounds=20)
-    benchmark.extra_info["cpu_seconds"] = seconds[100]
+        return lambda: epoch_metrics(epoch, statistics, selection)
+
+    few, many = metrics_of(100), metrics_of(1000)
+    found = by_turns(21, few=few, many=many)
+    benchmark.pedantic(few, rounds=20)
+    benchmark.extra_info["cpu_seconds"] = found["few"]
     with capsys.disabled():
-        print(f"\nepoch_metrics of 100 groups: {seconds[100] * 1e3:.2f} ms CPU; of 1000: {seconds[1000] * 1e3:.2f} ms")
-    assert seconds[1000] < 15 * seconds[100]
+        print(
+            f"\nepoch_metrics of 100 groups: {found['few'] * 1e3:.2f} ms CPU; of 1000: {found['many'] * 1e3:.2f} ms, "
+            f"{found.ratio('many', 'few'):.1f} times as long"
+        )
+    assert found.ratio("many", "few") < 15
 
 
 def test_a_preview_on_cached_statistics_costs_little_more_than_one_selection(collection):
@@ -158,12 +149,12 @@ def test_a_preview_on_cached_statistics_costs_little_more_than_one_selection(col
         found = preview(basis, SETTINGS, SETTINGS, SETTINGS.updated({"percentile": next(shares)}), 0)
         return found.groups, found.moves, found.trajectories, found.tokens, found.counts
 
-    drag()  # the unchanged selection stays
-    choosing, _ = cpu_seconds(lambda: select(statistics, SETTINGS, STATE, 4, 0))
-    moving, _ = cpu_seconds(drag)
-    drawing, _ = cpu_seconds(lambda: preview_html(preview(basis, SETTINGS, SETTINGS, SETTINGS, 0)))
+    def card():
+        return preview_html(preview(basis, SETTINGS, SETTINGS, SETTINGS, 0))
+
+    found = by_turns(9, choosing=lambda: select(statistics, SETTINGS, STATE, 4, 0), moving=drag, drawing=card)
     print(
-        f"\npreview on {GROUPS:,} groups: {moving * 1e3:.1f} ms CPU, its card {drawing * 1e3:.1f} ms; "
-        f"one selection {choosing * 1e3:.1f} ms"
+        f"\npreview on {GROUPS:,} groups: {found['moving'] * 1e3:.1f} ms CPU, its card {found['drawing'] * 1e3:.1f} ms; "
+        f"one selection {found['choosing'] * 1e3:.1f} ms"
     )
-    assert moving < 5 * choosing
+    assert found.ratio("moving", "choosing") < 5

@@ -1,12 +1,12 @@
 """What the harness itself costs. Absolute figures are printed, in CPU seconds on one core; a test fails on ratios alone."""
 
 import asyncio
-import statistics
 import subprocess
 import sys
 import time
 
 import pytest
+from measuring import Measured, by_turns
 
 import finetune_nb as ft
 from finetune_nb import Builder, load_config
@@ -18,26 +18,26 @@ HEAVY = ("torch", "matplotlib", "ipywidgets", "pandas", "pyarrow", "numpy", "IPy
 
 
 def cpu_of(code: str) -> float:
-    """CPU seconds of a fresh interpreter, the smallest of five."""
+    """CPU seconds of a fresh interpreter."""
     script = f"{code}\nimport time\nprint(time.process_time())"
-    return min(
-        float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
-        for _ in range(5)
-    )
+    return float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
 
 
 @pytest.mark.benchmark(group="import")
 def test_importing_costs_less_than_importing_pandas(benchmark):
-    own = benchmark.pedantic(cpu_of, args=("import finetune_nb",), rounds=1)
-    names = cpu_of(
-        "import finetune_nb as ft\nft.TrajectoryBuilder, ft.Trainer, ft.FinetuneConfig, ft.EvaluationRunOutput"
-    )
-    obvious = cpu_of("import pydantic, numpy, pandas")
-    benchmark.extra_info |= {"import_s": own, "with_the_seeds_names_s": names, "pandas_s": obvious, "target_s": 0.25}
+    names = "import finetune_nb as ft\nft.TrajectoryBuilder, ft.Trainer, ft.FinetuneConfig, ft.EvaluationRunOutput"
+    sides = {
+        "own": lambda: cpu_of("import finetune_nb"),
+        "names": lambda: cpu_of(names),
+        "pandas": lambda: cpu_of("import pydantic, numpy, pandas"),
+    }
+    found = benchmark.pedantic(by_turns, (5,), sides, rounds=1)
+    benchmark.extra_info |= {f"{side}_s": found[side] for side in sides} | {"target_s": 0.25}
     print(
-        f"\nimport finetune_nb {own:.3f} s CPU, with the seed's names {names:.3f}; pydantic + numpy + pandas {obvious:.3f}"
+        f"\nimport finetune_nb {found['own']:.3f} s CPU, with the seed's names {found['names']:.3f}; "
+        f"pydantic + numpy + pandas {found['pandas']:.3f}"
     )
-    assert own < obvious
+    assert found.ratio("own", "pandas") < 1
 
 
 def test_importing_loads_nothing_heavy():
@@ -75,23 +75,15 @@ def test_a_do_nothing_workflow_costs_little_more_than_gathering_it(benchmark):
     config.builder.add("dataset", "train", sums(rows))
 
     def ours():
-        started = time.process_time()
         output = asyncio.run(EvaluationRun(EvaluationRunConfig(config_file=config)).run_and_evaluate())
         assert len(output.eval_input.eval_input_items) == rows
-        return time.process_time() - started
 
-    def theirs():
-        started = time.process_time()
-        asyncio.run(obvious())
-        return time.process_time() - started
-
-    ours()
-    own = benchmark.pedantic(ours, rounds=1)
-    own = min(own, *(ours() for _ in range(4)))
-    plain = min(theirs() for _ in range(5))
-    benchmark.extra_info |= {"items_per_s": rows / own, "gather_items_per_s": rows / plain, "target_items_per_s": 5_000}
-    print(f"\n{rows / own:,.0f} items/s CPU with recording and scoring; bare asyncio.gather {rows / plain:,.0f}")
-    assert own < 25 * plain
+    found = by_turns(5, own=ours, plain=lambda: asyncio.run(obvious()))
+    benchmark.pedantic(ours, rounds=1)
+    own, plain = rows / found["own"], rows / found["plain"]
+    benchmark.extra_info |= {"items_per_s": own, "gather_items_per_s": plain, "target_items_per_s": 5_000}
+    print(f"\n{own:,.0f} items/s CPU with recording and scoring; bare asyncio.gather {plain:,.0f}")
+    assert found.ratio("own", "plain") < 25
 
 
 @pytest.mark.benchmark(group="epochs")
@@ -111,17 +103,18 @@ def test_the_cost_of_an_epoch_does_not_grow_with_the_number_of_epochs_before(ben
     async def work():
         old, new = make_run(), make_run()
         behind = [await cost(old) for _ in range(160)]
-        late, early = [], []
+        found = Measured({"late": [], "early": []}, {})
         for _ in range(40):
-            late.append(await cost(old))
-            early.append(await cost(new))
+            found.seconds["late"].append(await cost(old))
+            found.seconds["early"].append(await cost(new))
         await asyncio.to_thread(old.close)
         await asyncio.to_thread(new.close)
-        return sum(behind) + sum(late), statistics.median(late), statistics.median(early)
+        return sum(behind) + sum(found.seconds["late"]), found
 
-    total, late, early = benchmark.pedantic(lambda: asyncio.run(work()), rounds=1)
+    total, found = benchmark.pedantic(lambda: asyncio.run(work()), rounds=1)
+    early, late = found["early"], found["late"]
     benchmark.extra_info |= {"200_epochs_s": total, "new_run_s": early, "after_160_epochs_s": late, "target_s": 3.0}
     print(
         f"\n200 epochs x 100 groups x 8: {total:.2f} s CPU; an epoch {early * 1e3:.1f} ms first, {late * 1e3:.1f} ms later"
     )
-    assert late < 1.5 * early
+    assert found.ratio("late", "early") < 1.5

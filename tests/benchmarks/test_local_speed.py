@@ -3,10 +3,9 @@ of one run can fail.
 """
 
 import asyncio
-import statistics
-import time
 
 import pytest
+from measuring import by_turns
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -41,23 +40,6 @@ async def rollouts(policy, prompts):
     return await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts)))
 
 
-def cpu_seconds(work, repeats=3):
-    """The fastest of several, in seconds of this process: others on the machine do not count."""
-    times = []
-    for _ in range(repeats):
-        started = time.process_time()
-        work()
-        times.append(time.process_time() - started)
-    return min(times)
-
-
-def by_turns(ours, theirs, rounds=9):
-    """CPU seconds of both, the medians, and the median of their ratios: what slows the machine for a while slows both."""
-    pairs = [(cpu_seconds(ours, repeats=1), cpu_seconds(theirs, repeats=1)) for _ in range(rounds)]
-    share = statistics.median(there / here for here, there in pairs)
-    return *map(statistics.median, zip(*pairs, strict=True)), share
-
-
 def test_concurrent_requests_are_sampled_at_four_fifths_of_the_speed_of_one_generate_or_more(policy, prompts):
     batch = policy.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     lengths = {"max_new_tokens": NEW, "min_new_tokens": NEW}
@@ -66,12 +48,10 @@ def test_concurrent_requests_are_sampled_at_four_fifths_of_the_speed_of_one_gene
         with policy.exclusive.hold(), torch.inference_mode():
             policy.model.generate(**batch, **lengths, do_sample=True, top_k=0, top_p=1.0)
 
-    asyncio.run(rollouts(policy, prompts)), generate()  # warm
-    ours, theirs, share = by_turns(lambda: asyncio.run(rollouts(policy, prompts)), generate)
-    tokens = ROWS * NEW
-    print(
-        f"\n{ROWS} concurrent requests: {tokens / ours:,.0f} tokens/s; one generate: {tokens / theirs:,.0f} tokens/s; {share:.0%}"
-    )
+    found = by_turns(9, ours=lambda: asyncio.run(rollouts(policy, prompts)), generate=generate)
+    ours, theirs = (ROWS * NEW / found[side] for side in ("ours", "generate"))
+    share = found.ratio("generate", "ours")
+    print(f"\n{ROWS} concurrent requests: {ours:,.0f} tokens/s; one generate: {theirs:,.0f} tokens/s; {share:.0%}")
     assert share > 0.8  # what it comes to on a quiet machine stands in the README
 
 
@@ -80,10 +60,13 @@ def test_concurrent_requests_are_sampled_at_least_five_times_faster_than_one_by_
         for i, prompt in enumerate(prompts[::10]):
             await policy.sample(prompt, SamplingParams(1.0, NEW), seed=i)
 
-    together = cpu_seconds(lambda: asyncio.run(rollouts(policy, prompts))) / ROWS
-    alone = cpu_seconds(lambda: asyncio.run(one_by_one()), repeats=1) / len(prompts[::10])
-    print(f"\none by one: {NEW / alone:,.0f} tokens/s; together {alone / together:.0f} times faster")
-    assert alone > 5 * together
+    found = by_turns(
+        3, together=lambda: asyncio.run(rollouts(policy, prompts)), alone=lambda: asyncio.run(one_by_one())
+    )
+    requests = len(prompts[::10])
+    times = found.ratio("alone", "together") * ROWS / requests
+    print(f"\none by one: {NEW * requests / found['alone']:,.0f} tokens/s; together {times:.0f} times faster")
+    assert times > 5
 
 
 def test_agents_of_several_turns_share_batches_as_large_as_one_generate(policy, prompts):
@@ -119,16 +102,15 @@ def test_agents_of_several_turns_share_batches_as_large_as_one_generate(policy, 
             for batch in batches:
                 policy.model.generate(**batch, **lengths, do_sample=True, top_k=0, top_p=1.0)
 
-    generate()
     policy._batcher._run = watched
     try:
-        ours, theirs, share = by_turns(lambda: asyncio.run(all_agents()), generate)
+        found = by_turns(9, ours=lambda: asyncio.run(all_agents()), generate=generate)
     finally:
         policy._batcher._run = run
-    tokens = agents * NEW * turns
+    ours, theirs = (agents * NEW * turns / found[side] for side in ("ours", "generate"))
+    share = found.ratio("generate", "ours")
     print(
-        f"\n32 agents of 3 turns: {tokens / ours:,.0f} tokens/s; one generate of 32 a turn: {tokens / theirs:,.0f} tokens/s; "
-        f"{share:.0%}"
+        f"\n32 agents of 3 turns: {ours:,.0f} tokens/s; one generate of 32 a turn: {theirs:,.0f} tokens/s; {share:.0%}"
     )
     print(f"batches of {min(sizes)} to {max(sizes)}")
     assert share > 0.8
@@ -152,7 +134,7 @@ def test_training_step_costs_less_than_the_rollouts_that_it_learns_from(policy, 
 
     status = asyncio.run(epoch())
     assert status.metadata["metrics"]["optimizer_steps"] == 8
-    step = cpu_seconds(lambda: asyncio.run(epoch())) / 8
-    sampling = cpu_seconds(lambda: asyncio.run(rollouts(policy, prompts)))
+    found = by_turns(3, training=lambda: asyncio.run(epoch()), sampling=lambda: asyncio.run(rollouts(policy, prompts)))
+    step, sampling = found["training"] / 8, found["sampling"]
     print(f"\n{step:.3f} s per optimizer step of {ROWS // 8} trajectories; rollouts {sampling:.3f} s")
-    assert step < sampling
+    assert found.ratio("training", "sampling") < 8

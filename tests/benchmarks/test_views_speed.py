@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 from factories import make_epoch
+from measuring import by_turns
 from test_frames import epoch_of
 from test_message_frames import stored
 
@@ -16,16 +16,6 @@ from finetune_nb import frames, plots
 from finetune_nb.types import EpisodeItem, EpisodeItemRole, Trajectory
 
 TOKENS = 64
-
-
-def cpu(work, rounds=3):
-    """Least CPU seconds of some rounds, and what the last one made."""
-    best = float("inf")
-    for _ in range(rounds):
-        begun = time.process_time()
-        made = work()
-        best = min(best, time.process_time() - begun)
-    return best, made
 
 
 def rollout(group, generation, tokens, draw):
@@ -46,13 +36,17 @@ def groups(count, tokens):
 def test_100000_trajectories_become_a_frame_faster_and_smaller_than_their_dumps(benchmark):
     rollouts = groups(100_000, 8)
     epoch = epoch_of(rollouts)
-    own, frame = benchmark.pedantic(lambda: cpu(lambda: frames.trajectories([epoch])), rounds=1)
-    plain, dumped = cpu(lambda: pd.DataFrame([t.model_dump() for group in rollouts for t in group]), rounds=1)
-    size, plain_size = (f.memory_usage(deep=True).sum() / 1e6 for f in (frame, dumped))
-    print(f"\n100,000 trajectories: {own:.2f} s CPU, {size:.0f} MB (target 0.20 s, 25 MB); "
-          f"DataFrame(model_dump): {plain:.2f} s, {plain_size:.0f} MB")  # fmt: skip
-    assert len(frame) == 100_000
-    assert own < plain / 3
+    sides = {
+        "own": lambda: frames.trajectories([epoch]),
+        "plain": lambda: pd.DataFrame([t.model_dump() for group in rollouts for t in group]),
+    }
+    found = benchmark.pedantic(by_turns, (3,), sides, rounds=1)
+    own, plain = found.made["own"], found.made["plain"]
+    size, plain_size = (f.memory_usage(deep=True).sum() / 1e6 for f in (own, plain))
+    print(f"\n100,000 trajectories: {found['own']:.2f} s CPU, {size:.0f} MB (target 0.20 s, 25 MB); "
+          f"DataFrame(model_dump): {found['plain']:.2f} s, {plain_size:.0f} MB")  # fmt: skip
+    assert len(own) == 100_000
+    assert found.ratio("plain", "own") > 1.3
     assert size < 25
 
 
@@ -62,27 +56,35 @@ def test_the_frame_of_trajectories_costs_little_beside_that_of_their_tokens(benc
     read = stored(tmp_path, epoch)
     found = {}
     for name, epochs in (("memory", [epoch]), ("disk", read)):
-        rows, _ = cpu(lambda epochs=epochs: frames.trajectories(epochs))
-        tokens, frame = cpu(lambda epochs=epochs: frames.tokens(epochs))
-        some, _ = cpu(lambda epochs=epochs: frames.tokens(epochs, columns=["trajectory", "logprob"]))
-        assert len(frame) == 10_000 * TOKENS
-        found[name] = rows, tokens, some
+        found[name] = by_turns(
+            3,
+            trajectories=lambda epochs=epochs: frames.trajectories(epochs),
+            tokens=lambda epochs=epochs: frames.tokens(epochs),
+            logprobs=lambda epochs=epochs: frames.tokens(epochs, columns=["trajectory", "logprob"]),
+        )
+        assert len(found[name].made["tokens"]) == 10_000 * TOKENS
     benchmark.pedantic(lambda: frames.tokens(read), rounds=1)
     print(f"\n10,000 trajectories of {TOKENS} tokens, s CPU (targets 0.03 and 0.5): " + "; ".join(
-        f"from {name} trajectories {a:.3f}, tokens {b:.2f}, their logprobs alone {c:.2f}" for name, (a, b, c) in found.items()
+        f"from {name} trajectories {of['trajectories']:.3f}, tokens {of['tokens']:.2f}, their logprobs alone "
+        f"{of['logprobs']:.2f}" for name, of in found.items()
     ))  # fmt: skip
-    assert found["memory"][0] < found["memory"][1] / 3
-    assert found["disk"][2] < found["disk"][1]
+    assert found["memory"].ratio("tokens", "trajectories") > 3
+    assert found["disk"].ratio("logprobs", "tokens") < 1
 
 
 @pytest.mark.benchmark(group="views")
 def test_ten_thousand_epochs_are_drawn_in_time_that_grows_more_slowly_than_they_do(benchmark):
     one = make_epoch([[1, 0], [1, 1]], validation=0.5)
     epochs = [replace(one, index=index, validations=one.validations * (index % 50 == 0)) for index in range(10_000)]
-    few, _ = cpu(lambda: plots.plot_rewards(epochs[:100]).png())
-    drawn, _ = benchmark.pedantic(lambda: cpu(lambda: plots.plot_rewards(epochs)), rounds=1)
-    many, _ = cpu(lambda: plots.plot_rewards(epochs).png())
-    print(
-        f"\nplot_rewards of 10,000 epochs: {drawn:.2f} s CPU, as PNG {many:.2f} s (target 0.3 s); of 100: {few:.2f} s as PNG"
+    found = by_turns(
+        5,
+        few=lambda: plots.plot_rewards(epochs[:100]).png(),
+        drawn=lambda: plots.plot_rewards(epochs),
+        many=lambda: plots.plot_rewards(epochs).png(),
     )
-    assert many < 20 * few
+    benchmark.pedantic(lambda: plots.plot_rewards(epochs).png(), rounds=1)
+    print(
+        f"\nplot_rewards of 10,000 epochs: {found['drawn']:.2f} s CPU, as PNG {found['many']:.2f} s (target 0.3 s); "
+        f"of 100: {found['few']:.2f} s as PNG"
+    )
+    assert found.ratio("many", "few") < 20
