@@ -159,6 +159,7 @@ async def test_a_copy_is_made_where_files_cannot_have_two_names(make_run, tmp_pa
     assert record_of(tmp_path / "archive" / "run-until-4") == before
 
 
+@pytest.mark.slow
 def test_killed_with_few_checkpoints_and_while_going_back(killer, tmp_path):  # noqa: F811
     def every_third(**task):
         return killer(folder=tmp_path, every=3, **task)

@@ -82,6 +82,7 @@ def test_what_is_applied_while_a_cell_waits_is_used_by_that_epoch(lab, runs_fold
     assert "'source': ['panel', 'panel']" in notebook.text(2) and "'epoch': [0, 0]" in notebook.text(2)
 
 
+@pytest.mark.slow
 def test_the_page_is_reloaded_and_the_tab_closed_while_the_run_goes_on(lab, runs_folder):
     ended = "run.stop(); run.wait(); [epoch.index for epoch in run] == list(range(len(run))), len(run) > 1, run.state"
     notebook = opened(lab, runs_folder, "run.start(90)", ended, seconds=1.5)

@@ -40,9 +40,8 @@ slider
 """
 
 
-@pytest.mark.parametrize(
-    "mode", ["wait", *(pytest.param(mode, marks=pytest.mark.slow) for mode in WAITS if mode != "wait")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", WAITS)
 def test_the_stop_button_ends_behind_the_epoch_and_pressed_again_at_once(lab, runs_folder, mode):
     seconds = {1: 0.3, 2: 2}  # of a rollout; the second epoch lasts until both presses have been heard, however slowly
     cells = [CELL.format(seconds=seconds[n], name=f"{mode}-{n}", body=WAITS[mode]) for n in (1, 2)]
