@@ -93,7 +93,8 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
     continued_turns       Int64            sampled turns that carry a conversation on; drifted_turns: those of them that
                                            were rendered anew instead of behind the sampled ids
     curriculum            bool             whether the curriculum was on
-    percentile            float64          share of the groups with spread that is trained on, in (0, 1]
+    percentile            float64          share of the groups with spread that is trained on, in (0, 1]; NaN where the
+                                           curriculum was off: then all groups are
     schedule              str              "automatic" or "manual"
     inferred              bool             someone else's Trainer chose; the reasons are concluded
     validation_reward     float64          of the epoch's last validation; validation_examples counts its items
@@ -129,7 +130,7 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
         found[name] = counts([getattr(values, name) for values in metrics])
     found |= {
         "curriculum": np.array([epoch.curriculum.enabled for epoch in records], dtype=bool),
-        "percentile": floats(epoch.curriculum.percentile for epoch in records),
+        "percentile": floats(epoch.curriculum.percentile if epoch.curriculum.enabled else None for epoch in records),
         "schedule": texts([epoch.curriculum.schedule for epoch in records]),
         "inferred": np.array([epoch.selection.inferred for epoch in records], dtype=bool),
         "validation_reward": floats(v and v.mean_reward for v in last),

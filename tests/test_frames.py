@@ -176,6 +176,7 @@ def test_an_epoch_row_has_metrics_curriculum_validation_job_and_times() -> None:
         1,
     )
     assert (first["curriculum"], first["percentile"], first["schedule"]) == (True, 0.5, "automatic")
+    assert not second["curriculum"] and math.isnan(second["percentile"])
     assert (first["validation_reward"], first["validation_examples"], first["job"]) == (0.5, 8, "completed")
     assert (first["train_loss"], first["score_a"], first["seconds_total"]) == (0.125, 0.5, 1.2)
     assert (first["policy_version"], first["policy_version_after"]) == (4, 5)
