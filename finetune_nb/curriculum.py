@@ -155,9 +155,10 @@ def infer_selection(
 ) -> Selection:
     """The Selection that someone else's Trainer seems to have made: what it kept is given, the reasons are concluded.
 
-    A group left out without reward or with an infinite one says so; one without spread too, where the curriculum is on;
-    every other counts as beyond the percentile. `state` is the Trainer's after its choice; where it has none, None stands
-    for the settings' percentile. Raises ValueError for a position that is not one of the groups'.
+    A group left out without reward or with an infinite one says so; where the curriculum is on, one without spread too, and
+    every other counts as beyond the percentile; where it is off, as not submitted. `state` is the Trainer's after its
+    choice; where it has none, None stands for the settings' percentile. Raises ValueError for a position that is not one
+    of the groups'.
     """
     kept = np.array(kept_positions, dtype=np.int64)
     if outside := [int(position) for position in kept if not 0 <= position < len(statistics)]:
@@ -166,7 +167,8 @@ def infer_selection(
             'submitted groups to the collected ones by metadata["id"] first'
         )
     reasons = _unfit(statistics, settings.min_reward_diff if settings.enabled else -math.inf)
-    reasons[reasons == _CODE[GroupReason.KEPT]] = _CODE[GroupReason.BEYOND_PERCENTILE]
+    concluded = GroupReason.BEYOND_PERCENTILE if settings.enabled else GroupReason.NOT_SUBMITTED
+    reasons[reasons == _CODE[GroupReason.KEPT]] = _CODE[concluded]
     reasons[kept] = _CODE[GroupReason.KEPT]
     state = state or CurriculumState(percentile=settings.percentile)
     return replace(_selection(statistics, settings, state, kept, reasons), inferred=True)

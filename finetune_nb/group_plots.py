@@ -84,7 +84,11 @@ def _reasons_and_percentile(ax: Axes, epochs: Sequence[Epoch], look: Theme) -> N
     for code, reason in enumerate(GROUP_REASONS):
         if not len(at) or not counts[:, code].any():
             continue
-        style: dict[str, Any] = {"color": look.colours[code], "alpha": 0.5 if code else 0.9, "linewidth": 0}
+        style: dict[str, Any] = {
+            "color": look.colours[code % len(look.colours)],
+            "alpha": 0.5 if code else 0.9,
+            "linewidth": 0,
+        }
         style |= {"hatch": HATCHES[code], "edgecolor": look.ink}
         ax.bar(at, counts[:, code], bottom=floor, width=0.8, label=reason.value.replace("_", " "), **style)
         floor = floor + counts[:, code]
@@ -105,6 +109,7 @@ STYLES = {
     GroupReason.NO_REWARD: ("no reward", "x"),
     GroupReason.INFINITE_REWARD: ("infinite reward", "P"),
     GroupReason.UNDECIDED: ("undecided", "D"),
+    GroupReason.NOT_SUBMITTED: ("left out by the trainer", "v"),
 }
 """What a group is called in the map, and its marker."""
 

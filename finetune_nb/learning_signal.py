@@ -54,6 +54,7 @@ SIGNALS: dict[str, tuple[str, str]] = {
     "no_reward": ("no rollout has a reward", "see reward_error, the column `error` of run.trajectories()"),
     "infinite_reward": ("a reward is infinite", "mend the reward function"),
     "failed": ("every rollout failed", "see the column `error` of run.trajectories()"),
+    "not_submitted": ("their rewards differ, but the trainer did not submit them", "see how the trainer chooses"),
     "undecided": ("their rewards differ, and the epoch ended before groups were chosen", "run the epoch again"),
 }
 """Why a group teaches or does not, in words, and what can be done about it."""

@@ -38,6 +38,7 @@ REASONS = {
     GroupReason.NO_REWARD: "left out: no trajectory has a reward",
     GroupReason.INFINITE_REWARD: "left out: a reward is infinite",
     GroupReason.UNDECIDED: "undecided: the epoch ended before groups were chosen",
+    GroupReason.NOT_SUBMITTED: "left out by the trainer",
 }
 """Every reason in words; they go on from a number of groups."""
 

@@ -92,6 +92,8 @@ def rollout_group(epoch: Epoch, example: Any = None) -> RolloutGroup:
     if position is None:
         return RolloutGroup(epoch.index, example, (), (), mine, None, epoch.selection.inferred)
     start, stop = statistics.offsets[position : position + 2].tolist()
+    if start == stop and not mine:  # a foreign builder's empty group
+        raise RunError(f"example {short(example, 80)} has no rollouts in epoch {epoch.index}.")
     return RolloutGroup(
         epoch=epoch.index,
         example=example,

@@ -253,6 +253,8 @@ class GroupReason(StrEnum):
     INFINITE_REWARD = "infinite_reward"
     UNDECIDED = "undecided"
     """The epoch ended before groups were chosen."""
+    NOT_SUBMITTED = "not_submitted"
+    """Someone else's Trainer left it out, with the curriculum off."""
 
 
 GROUP_REASONS: tuple[GroupReason, ...] = tuple(GroupReason)

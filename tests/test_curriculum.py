@@ -453,7 +453,7 @@ def test_inferred_selection_takes_kept_groups_as_given_even_without_spread():
 def test_inferred_selection_with_the_curriculum_off_blames_no_spread():
     selection = infer_selection(FOREIGN, [], replace(ON, enabled=False), None)
     assert left_out(selection) == {
-        "beyond_percentile": ["q0", "q1", "q4", "q5"],
+        "not_submitted": ["q0", "q1", "q4", "q5"],
         "no_reward": ["q2"],
         "infinite_reward": ["q3"],
     }

@@ -49,7 +49,7 @@ def test_every_group_has_its_reason() -> None:
     row = found.groups.set_index("example").loc["failed"]
     assert (row.rollouts, row.failures) == (0, 2)
     assert found.groups.set_index("example").failures["teaches"] == 1
-    assert {"undecided", "subsampled", *by_example(found)} == set(SIGNALS)
+    assert {"undecided", "subsampled", "not_submitted", *by_example(found)} == set(SIGNALS)
     assert {str(reason) for reason in GroupReason} - set(SIGNALS) == {"kept", "no_reward_spread"}
 
 

@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 import struct
+from dataclasses import replace
 
 import matplotlib
 import matplotlib.figure
@@ -23,7 +24,7 @@ from finetune_nb.config import CurriculumSettings
 from finetune_nb.controls import Change
 from finetune_nb.errors import ConfigError
 from finetune_nb.figure import THEMES, Figure
-from finetune_nb.types import RolloutFailure
+from finetune_nb.types import GROUP_REASONS, RolloutFailure
 
 ALL = [getattr(plots, name) for name in plots.__all__]
 OVER_EPOCHS = [plot for plot in ALL if plot is not plots.plot_groups]
@@ -49,6 +50,16 @@ def test_mean_reward_is_a_line_with_its_range() -> None:
     assert line.get_ydata().tolist() == [0.5, 0.75]
     band = labelled(ax, "10–90 % of groups").get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.1, 0.9))
+
+
+def test_groups_of_every_fate_are_drawn_and_named() -> None:
+    codes = np.arange(len(GROUP_REASONS), dtype=np.int8)
+    epoch = make_epoch([[1, 0]] * len(codes))
+    epoch = replace(epoch, selection=replace(epoch.selection, reasons=codes, kept=np.array([0])))
+    drawn = plots.plot_curriculum([epoch])
+    assert drawn.png()
+    assert set(legend(drawn)) >= {reason.value.replace("_", " ") for reason in GROUP_REASONS}
+    assert plots.plot_groups([epoch]).alt_text.count("1 ") >= len(codes)
 
 
 def test_missing_rewards_and_missing_epochs_are_gaps() -> None:

@@ -235,6 +235,8 @@ def test_what_is_not_there_is_said_with_what_is() -> None:
         view_of(epoch, "q0", 5)
     with pytest.raises(RunError, match="no rollouts to look at"):
         view_of(make_epoch({}))
+    with pytest.raises(RunError, match="example None has no rollouts in epoch 0"):
+        view_of(make_epoch([[]]))
     with pytest.raises(ConfigError, match="heat='hue'; expected 'probability' or 'entropy'"):
         view_of(epoch, heat="hue")
 
