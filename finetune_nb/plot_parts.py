@@ -93,9 +93,33 @@ def mark_changes(ax: Axes, of: Sequence[Course], look: Theme, filled: bool = Fal
         if len(of) == 1 and len(marks) <= WRITTEN and not (filled and look.background == "none"):
             ground = {"facecolor": look.background, "alpha": 0.8, "linewidth": 0, "pad": 1} if filled else None
             for x, changed in zip(where, marks.values(), strict=True):
-                said = label_of(", ".join(f"{name} {_value(new)}" for name, _, new in changed[:2]))
-                ax.text(x, 0.98, f"{said} ", rotation=90, ha="right", va="top", fontsize="x-small", color=look.ink,
-                        transform=inside, bbox=ground)  # fmt: skip
+                said = [label_of(f"{name} {_value(new)}") for name, _, new in changed[:2]]
+                low = not filled and _better_below(_heights_of_lines(ax, x), 0.026 * max(map(len, said)))
+                end, side = (0.06, "bottom") if low else (0.98, "top")
+                ax.annotate("\n".join(said), (x, end), (-2, 0), inside, "offset points", rotation=90, ha="right", va=side,
+                            fontsize="x-small", color=look.ink, bbox=ground)  # fmt: skip
+
+
+def _better_below(heights: Sequence[float], length: float) -> bool:
+    """Whether a text from the upper edge down would cross more lines than one from the lower edge up."""
+    return sum(0.98 - length < at < 0.98 for at in heights) > sum(0.06 < at < 0.06 + length for at in heights)
+
+
+def _heights_of_lines(ax: Axes, x: float) -> list[float]:
+    """How high each line is at `x`, from 0, the lower edge, to 1; those on a second axis too."""
+    import numpy as np
+
+    found = []
+    for each in ax.get_shared_x_axes().get_siblings(ax):
+        if each.bbox.bounds != ax.bbox.bounds:
+            continue  # another picture
+        low, high = each.get_ylim()
+        for line in each.get_lines():
+            at, height = (np.asarray(part, dtype=float) for part in line.get_data(orig=False))
+            there = np.isfinite(height)
+            if there.any() and at.min() <= x <= at.max():
+                found.append(float((np.interp(x, at[there], height[there]) - low) / (high - low)))
+    return found
 
 
 def _changes_by_epoch(course: Course) -> dict[int, list[tuple[str, Any, Any]]]:

@@ -206,6 +206,13 @@ def test_every_live_change_is_marked_before_the_epoch_that_used_it_first() -> No
     assert not plots.plot_rewards(many).axes[0].texts  # they would cover one another
 
 
+@pytest.mark.parametrize(("reward", "where"), [(1.0, "bottom"), (0.0, "top")])
+def test_what_was_changed_is_written_where_the_lines_are_not(reward, where) -> None:
+    epochs = [make_epoch([[reward, 0.5 + abs(reward - 0.5)]] if i else [[0.0, 0.0], [1.0, 1.0]], i) for i in range(4)]
+    text = plots.plot_rewards(run_of(*epochs, changes=(change(3),))).axes[0].texts[0]
+    assert text.get_va() == where
+
+
 def test_the_map_places_groups_by_mean_and_spread_and_tells_their_reasons_by_colour_and_shape() -> None:
     groups = [[1, 0], [1, 0], [0.5, 0], [1, 1], [None, None]]
     figure = plots.plot_groups([make_epoch(groups, settings=on(0.5))])
