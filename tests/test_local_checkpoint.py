@@ -126,6 +126,7 @@ async def go_on(directory):
         await a.save_checkpoint(directory / name / "again")
 
 
+@pytest.mark.slow
 async def test_going_on_in_a_new_process_is_equal_to_never_having_stopped(tmp_path):
     for name, made in RUNS.items():
         straight = await trained(**made)

@@ -346,6 +346,7 @@ async def test_sampling_does_not_block_the_event_loop():
     assert turns > 10
 
 
+@pytest.mark.slow
 def test_interpreter_ends_quietly_and_soon_while_a_reply_is_sampled():
     script = (
         "import sys, threading, asyncio, time; sys.path[:0] = sys.argv[1:]\n"

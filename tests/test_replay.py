@@ -77,6 +77,7 @@ def test_a_replayed_journal_gives_the_same_selections_and_the_same_journal(make_
     assert {c.source for c in again.changes} == {"replay"}
 
 
+@pytest.mark.slow
 def test_a_run_from_yaml_with_the_embedded_model_repeats_its_changes(tmp_path, closing):
     pytest.importorskip("torch")
     from finetune_nb.examples import calculator

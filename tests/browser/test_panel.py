@@ -22,6 +22,7 @@ NOTICED = 100
 BACKGROUND = "run.start(3)"
 NEXT_EPOCH = "epoch = await run.next_epoch()"
 WAIT = "run.start(2); run.wait()"
+SLOW = pytest.mark.slow
 
 
 def opened(lab, folder, *cells, kernel="python3", **options):
@@ -47,8 +48,12 @@ def press_many(lab, notebook, slider=0, presses=PRESSES):
     return took
 
 
-@pytest.mark.parametrize("warm", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["cold", "warm"])
-@pytest.mark.parametrize("cell", [BACKGROUND, NEXT_EPOCH, WAIT], ids=["background", "next_epoch", "wait"])
+@pytest.mark.parametrize("warm", [False, pytest.param(True, marks=SLOW)], ids=["cold", "warm"])
+@pytest.mark.parametrize(
+    "cell",
+    [BACKGROUND, pytest.param(NEXT_EPOCH, marks=SLOW), pytest.param(WAIT, marks=SLOW)],
+    ids=["background", "next_epoch", "wait"],
+)
 def test_a_slider_moved_by_keyboard_reaches_the_draft_while_the_run_goes_on(lab, runs_folder, cell, warm):
     notebook = opened(lab, runs_folder, cell, seconds=6)
     idle = press_many(lab, notebook, slider=1, presses=5)
@@ -82,7 +87,7 @@ def test_what_is_applied_while_a_cell_waits_is_used_by_that_epoch(lab, runs_fold
     assert "'source': ['panel', 'panel']" in notebook.text(2) and "'epoch': [0, 0]" in notebook.text(2)
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_page_is_reloaded_and_the_tab_closed_while_the_run_goes_on(lab, runs_folder):
     ended = "run.stop(); run.wait(); [epoch.index for epoch in run] == list(range(len(run))), len(run) > 1, run.state"
     notebook = opened(lab, runs_folder, "run.start(90)", ended, seconds=1.5)
@@ -157,7 +162,7 @@ def sizes():
 """
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_cell_beside_the_running_demo_answers_as_if_there_were_none(lab, runs_folder):
     pytest.importorskip("torch")
     notebook = lab.open(
@@ -178,7 +183,7 @@ def test_a_cell_beside_the_running_demo_answers_as_if_there_were_none(lab, runs_
     assert statistics.median(busy) < 2 * statistics.median(idle)
 
 
-@pytest.mark.slow
+@SLOW
 def test_two_hundred_epochs_with_a_panel_open_leave_nothing_behind(lab, runs_folder):
     cells = [f"{MEMORY}\nrun.start(100); run.wait(); probe.note('sizes', **sizes())"]
     cells += ["run.start(200); run.wait(); probe.note('sizes', **sizes())"]
@@ -208,7 +213,7 @@ TRIP = (
 BREAK = "run._driver.trajectory_builder.start_run = None"
 
 
-@pytest.mark.slow
+@SLOW
 def test_pictures_of_every_state_light_and_dark(lab, runs_folder, tmp_path):
     """They are for people to look at: FINETUNE_NB_PICTURES=folder keeps them."""
     folder = Path(os.environ.get("FINETUNE_NB_PICTURES", tmp_path))
