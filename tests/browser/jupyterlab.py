@@ -195,7 +195,7 @@ class Lab:
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         """What `probe.note(name, ...)` wrote in a kernel: its values, `event` and `time` (seconds since 1970)."""
-        lines = self._notes.read_text().splitlines()
+        lines = self._notes.read_text().rpartition("\n")[0].splitlines()  # a last one may be half written yet
         found = [json.loads(line) for line in lines]
         return [event for event in found if name is None or event["event"] == name]
 
