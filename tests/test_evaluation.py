@@ -162,7 +162,6 @@ async def test_a_workflow_that_returns_nothing_is_a_failure():
 
 @pytest.mark.parametrize("kind", ["async", "sync"])
 async def test_a_workflow_that_hangs_is_timed_out(kind):
-    free = threading.Event()
     if kind == "async":
 
         async def solve(question, item):
@@ -172,13 +171,12 @@ async def test_a_workflow_that_hangs_is_timed_out(kind):
     else:
 
         def solve(question, item):
-            free.wait(60 if item.id == "sum-0" else 0)
+            time.sleep(1.0 if item.id == "sum-0" else 0)
             return "ok"
 
     started = time.monotonic()
     result = await evaluate(solve, item_timeout=0.2)
-    free.set()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 0.9
     assert outputs(result)[1:] == ["ok"] * 3
     assert result.failures[0].error.startswith("RolloutTimeout: no answer after 0.2 s")
 
@@ -252,9 +250,9 @@ async def test_a_slow_sync_reward_leaves_the_event_loop_free():
             late.append(time.monotonic() - before)
 
     task = asyncio.create_task(heart())
-    await evaluate(lambda question: "ok", rows=2, reward=lambda item: time.sleep(1) or 1.0)
+    await evaluate(lambda question: "ok", rows=2, reward=lambda item: time.sleep(0.15) or 1.0)
     task.cancel()
-    assert max(late) < 0.8
+    assert max(late) < 0.12
 
 
 @pytest.mark.parametrize(

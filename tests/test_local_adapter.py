@@ -313,7 +313,7 @@ async def test_submit_returns_at_once_and_status_can_be_asked_again_and_again():
     assert seen[0] < 0.5  # most of the job came after its submission
     status.metadata["metrics"].clear()
     assert (await a.status(ref)).metadata["metrics"] and await a.status(ref) == await a.wait_until_complete(ref)
-    assert time.monotonic() - ended < 1
+    assert time.monotonic() - ended < 0.05
 
 
 async def test_waiting_ends_with_the_job_whatever_the_poll_interval():
@@ -324,7 +324,7 @@ async def test_waiting_ends_with_the_job_whatever_the_poll_interval():
         await asyncio.sleep(0.001)
     ended = time.monotonic()
     await waiting
-    assert time.monotonic() - ended < 1
+    assert time.monotonic() - ended < 0.05
 
 
 async def test_waiter_that_is_cancelled_leaves_the_job_alone():

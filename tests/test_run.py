@@ -151,7 +151,7 @@ async def test_an_adapter_that_refuses_leaves_the_collected_epoch_in_the_record(
 async def test_the_end_of_a_job_is_noticed_at_once(make_run):
     run = make_run(adapter=FakeAdapter(policy=ScriptedPolicy(coin), delay=0.2))
     epoch = await run.next_epoch()
-    assert 0.2 <= epoch.seconds["training"] < 5  # without being noticed, it is asked for every ten seconds
+    assert 0.2 <= epoch.seconds["training"] < 2 * 0.2
 
 
 async def test_two_epochs_at_once_are_refused(make_run):
@@ -172,12 +172,12 @@ async def test_an_aborted_epoch_cancels_its_job_and_the_run_goes_on(make_run):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 1
     fake_of(run).delay = 0
     assert (await run.next_epoch()).job.status == "completed"
 
 
-async def test_aborting_while_a_sync_workflow_hangs_returns_at_once(make_run):
+async def test_aborting_while_a_sync_workflow_hangs_returns_within_a_second(make_run):
     release = threading.Event()
     run = make_run(lambda question, llm: release.wait(20))
     task = asyncio.create_task(run.next_epoch())
@@ -187,7 +187,7 @@ async def test_aborting_while_a_sync_workflow_hangs_returns_at_once(make_run):
     with pytest.raises(asyncio.CancelledError):
         await task
     run.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 1.5
     release.set()
 
 
