@@ -137,7 +137,7 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
         by_epoch: Any = frame.groupby("epoch")["tokens"]
         where = np.array([epoch.index for epoch in shown])
         low, middle, high = (by_epoch.quantile(q).reindex(where).to_numpy() for q in (0.1, 0.5, 0.9))
-        colour = look.colours[place % len(look.colours)]
+        colour = look.colour(place)
         if len(where):
             ax.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0, label="" if several else "10–90 %")
             draw_line(ax, where, middle, colour, label_of(run.name) if several else "median", MARKERS[place % 8],

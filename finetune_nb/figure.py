@@ -43,6 +43,10 @@ class Theme:
     sequence: tuple[str, str, str]
     """From low to high, of values that have an order."""
 
+    def colour(self, place: int) -> str:
+        """Of the run, score or reason in that place; they begin again where there are more of them than colours."""
+        return self.colours[place % len(self.colours)]
+
 
 THEMES = {
     "light": Theme(

@@ -49,7 +49,7 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
     said = []
     for place, run in enumerate(runs):
         if several:
-            colour, where = look.colours[place % len(look.colours)], span(run.epochs)
+            colour, where = look.colour(place), span(run.epochs)
             share = [e.metrics.kept_groups / e.metrics.groups if e.metrics.groups else math.nan for e in run.epochs]
             shown = at_their_places(where, run.epochs, share)
             draw_line(
@@ -84,11 +84,7 @@ def _reasons_and_percentile(ax: Axes, epochs: Sequence[Epoch], look: Theme) -> N
     for code, reason in enumerate(GROUP_REASONS):
         if not len(at) or not counts[:, code].any():
             continue
-        style: dict[str, Any] = {
-            "color": look.colours[code % len(look.colours)],
-            "alpha": 0.5 if code else 0.9,
-            "linewidth": 0,
-        }
+        style: dict[str, Any] = {"color": look.colour(code), "alpha": 0.5 if code else 0.9, "linewidth": 0}
         style |= {"hatch": HATCHES[code], "edgecolor": look.ink}
         ax.bar(at, counts[:, code], bottom=floor, width=0.8, label=reason.value.replace("_", " "), **style)
         floor = floor + counts[:, code]
@@ -155,7 +151,7 @@ def _map(ax: Axes, run: Course, look: Theme, whose: str) -> str:
         points, counts = np.unique(np.round(np.stack([means[those], spreads[those]], 1), 6), axis=0, return_counts=True)
         size = 26 * np.minimum(np.sqrt(counts), 5)
         said.append(f"{counts.sum():,} {name}")
-        ax.scatter(points[:, 0], points[:, 1], s=size, marker=marker, color=look.colours[code % len(look.colours)],
+        ax.scatter(points[:, 0], points[:, 1], s=size, marker=marker, color=look.colour(code),
                    alpha=0.75, linewidths=1.6 if marker in "x_" else 0.6, label=said[-1], zorder=3)  # fmt: skip
     smallest = {epoch.curriculum.min_reward_diff for epoch in run.epochs if epoch.curriculum.enabled}
     if len(smallest) == 1 and said:

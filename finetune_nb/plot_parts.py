@@ -84,7 +84,7 @@ def mark_changes(ax: Axes, of: Sequence[Course], look: Theme, filled: bool = Fal
         if not marks:
             continue
         where = [epoch - 0.5 for epoch in marks]
-        colour = look.colours[place % len(look.colours)] if len(of) > 1 else look.ink
+        colour = look.colour(place) if len(of) > 1 else look.ink
         inside = ax.get_xaxis_transform()
         ax.vlines(where, 0, 1, colors=colour, linestyles=LINES[2], linewidth=1, transform=inside, zorder=1.5)
         ax.scatter(where, [0.0] * len(where), marker="^", s=34, color=colour, transform=inside, clip_on=False, zorder=5,

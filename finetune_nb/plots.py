@@ -121,7 +121,7 @@ def plot_scores(
             _layers(ax, where, chosen, columns, look)
             continue
         for nth, (name, column) in enumerate(zip(chosen, columns, strict=True)):
-            colour = look.colours[(place if len(runs) > 1 else nth) % len(look.colours)]
+            colour = look.colour(place if len(runs) > 1 else nth)
             label = label_of(f"{run.name}: {name}" if len(runs) > 1 else name)
             draw_line(ax, where, column, colour, label, MARKERS[nth % 8], LINES[nth % 4])
     if chosen:
@@ -141,7 +141,7 @@ def _layers(ax: Axes, where: Any, names: Sequence[str], columns: Sequence[Any], 
     floor = np.zeros(len(where))
     for place, (name, column) in enumerate(zip(names, columns, strict=True)):
         top = floor + np.where(np.isnan(column), 0, column)
-        colour = look.colours[place % len(look.colours)]
+        colour = look.colour(place)
         band = ax.fill_between(where, floor, np.where(np.isnan(column), np.nan, top), color=colour, alpha=0.8)
         band.set(label=label_of(name), hatch=HATCHES[place % len(HATCHES)], edgecolor=look.faint, linewidth=0.5)
         floor = top
@@ -185,7 +185,7 @@ def plot_training(
             where = span(run.epochs)
             values = at_their_places(where, run.epochs, [_number(e.train_metrics.get(name)) for e in run.epochs])
             label = label_of(run.name) if len(runs) > 1 and each is axes[0] else "_"
-            draw_line(each, where, values, look.colours[place % 6], label, MARKERS[place % 8], LINES[place % 4])
+            draw_line(each, where, values, look.colour(place), label, MARKERS[place % 8], LINES[place % 4])
             said.append(f"{f'{run.name} ' if len(runs) > 1 else ''}{plain(name)} {course_of(values)}")
         mark_changes(each, [run._replace(changes=()) for run in runs] if each is not axes[0] else runs, look)
         finish(each, look, empty=not records)
@@ -206,7 +206,7 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
     import numpy as np
 
     where = span(epochs)
-    colour = look.colours[place % len(look.colours)]
+    colour = look.colour(place)
     mean = at_their_places(where, epochs, metrics_of(epochs, "mean_reward"))
     if not several:
         quantiles = np.array([epoch.metrics.group_quantiles for epoch in epochs]).reshape(-1, 3)

@@ -10,7 +10,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -25,7 +25,7 @@ def cpu(work: Callable[[], Any]) -> float:
 class Measured:
     seconds: dict[str, list[float]]
     """CPU seconds of each side, turn by turn."""
-    made: dict[str, Any]
+    made: dict[str, Any] = field(default_factory=dict)
     """What each side returned, in its last turn."""
 
     def __getitem__(self, side: str) -> float:
@@ -42,7 +42,7 @@ def by_turns(rounds: int, /, **sides: Callable[[], Any]) -> Measured:
     by chance.
 
     A side that returns a float has measured itself, in seconds."""
-    found = Measured({name: [] for name in sides}, {})
+    found = Measured({name: [] for name in sides})
     gc.collect()
     gc.disable()
     try:

@@ -2,7 +2,6 @@
 
 import math
 import statistics as stdlib
-import time
 import warnings
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from measuring import by_turns
 
 from finetune_nb.config import CurriculumSettings
 from finetune_nb.curriculum import group_statistics, select
@@ -127,17 +127,13 @@ def test_metrics_cost_little_beside_validating_the_same_epoch():
     collection, stats = TrajectoryCollection(trajectories=groups, run_id="r"), group_statistics(groups)
     selection = select(stats, CurriculumSettings(enabled=True), CurriculumState(0.5), 0, 0)
 
-    def fastest(work):
-        seconds = []
-        for _ in range(7):
-            begin = time.process_time()
-            work()
-            seconds.append(time.process_time() - begin)
-        return min(seconds)
-
     document = collection.model_dump_json()
-    measuring = fastest(lambda: epoch_metrics(collection, stats, selection))
-    assert measuring < fastest(lambda: TrajectoryCollection.model_validate_json(document))
+    found = by_turns(
+        7,
+        measuring=lambda: epoch_metrics(collection, stats, selection),
+        validating=lambda: TrajectoryCollection.model_validate_json(document),
+    )
+    assert found.ratio("measuring", "validating") < 1
 
 
 # ── advantages ───────────────────────────────────────────────────────────────────────────────────────────────────────

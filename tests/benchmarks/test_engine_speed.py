@@ -103,7 +103,7 @@ def test_the_cost_of_an_epoch_does_not_grow_with_the_number_of_epochs_before(ben
     async def work():
         old, new = make_run(), make_run()
         behind = [await cost(old) for _ in range(160)]
-        found = Measured({"late": [], "early": []}, {})
+        found = Measured({"late": [], "early": []})
         for _ in range(40):
             found.seconds["late"].append(await cost(old))
             found.seconds["early"].append(await cost(new))

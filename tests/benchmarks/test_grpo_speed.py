@@ -158,9 +158,8 @@ def measured(tmp_path_factory):
 
 
 def test_epoch_with_its_harness_takes_less_than_trl_with_its_own_generation(measured):
-    found = Measured(
-        {name: [s for pair in measured for s in pair[side][1][1:]] for side, name in enumerate(("ours", "TRL"))}, {}
-    )
+    sides = enumerate(("ours", "TRL"))
+    found = Measured({name: [s for pair in measured for s in pair[side][1][1:]] for side, name in sides})
     for side, name in enumerate(found.seconds):
         phases = {
             key: sum(pair[side][2].get(key, 0.0) for pair in measured) / (EPOCHS * SEEDS)
