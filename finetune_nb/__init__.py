@@ -17,16 +17,16 @@ __version__ = "0.1.0"
 
 _NAMES = {
     # the notebook
-    "run": ("Run",),
-    "run_views": ("compare",),
-    "shelf": ("runs",),
-    "sinks": ("JsonlSink", "MetricsSink", "WandbSink"),
-    "engine": ("enable_nested_asyncio", "run_sync"),
-    "loading": ("load_config",),
+    "run.run": ("Run",),
+    "analysis.run_comparison": ("compare",),
+    "store.runs": ("runs",),
+    "engine.sinks": ("JsonlSink", "MetricsSink", "WandbSink"),
+    "threads": ("enable_nested_asyncio", "run_sync"),
+    "components.loading": ("load_config",),
     # what components are made of
     "interfaces": ("Policy", "Trainer", "TrainerAdapter", "TrajectoryBuilder"),
-    "registry": (
-        "Builder",
+    "components.builder": ("Builder",),
+    "components.registry": (
         "register_evaluator",
         "register_function",
         "register_llm_provider",
@@ -49,9 +49,9 @@ _NAMES = {
         "TrajectoryBuilderConfig",
     ),
     # the components that we ship
-    "trajectory_builder": ("EvalTrajectoryBuilder", "EvalTrajectoryBuilderConfig"),
-    "trainer": ("EpochTrainer", "EpochTrainerConfig"),
-    "evaluation.evaluate": ("EvaluationRun",),
+    "rollouts.trajectory_builder": ("EvalTrajectoryBuilder", "EvalTrajectoryBuilderConfig"),
+    "training.trainer": ("EpochTrainer", "EpochTrainerConfig"),
+    "rollouts.evaluation": ("EvaluationRun",),
     # records
     "types": (
         "DPOItem",
@@ -96,6 +96,15 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 if TYPE_CHECKING:
+    from .analysis.run_comparison import compare as compare
+    from .components.builder import Builder as Builder
+    from .components.loading import load_config as load_config
+    from .components.registry import register_evaluator as register_evaluator
+    from .components.registry import register_function as register_function
+    from .components.registry import register_llm_provider as register_llm_provider
+    from .components.registry import register_trainer as register_trainer
+    from .components.registry import register_trainer_adapter as register_trainer_adapter
+    from .components.registry import register_trajectory_builder as register_trajectory_builder
     from .config import Config as Config
     from .config import CurriculumLearningConfig as CurriculumLearningConfig
     from .config import CurriculumSettings as CurriculumSettings
@@ -108,32 +117,23 @@ if TYPE_CHECKING:
     from .config import TrainerAdapterConfig as TrainerAdapterConfig
     from .config import TrainerConfig as TrainerConfig
     from .config import TrajectoryBuilderConfig as TrajectoryBuilderConfig
-    from .engine import enable_nested_asyncio as enable_nested_asyncio
-    from .engine import run_sync as run_sync
+    from .engine.sinks import JsonlSink as JsonlSink
+    from .engine.sinks import MetricsSink as MetricsSink
+    from .engine.sinks import WandbSink as WandbSink
     from .errors import *  # noqa: F403
-    from .evaluation.evaluate import EvaluationRun as EvaluationRun
     from .interfaces import Policy as Policy
     from .interfaces import Trainer as Trainer
     from .interfaces import TrainerAdapter as TrainerAdapter
     from .interfaces import TrajectoryBuilder as TrajectoryBuilder
-    from .loading import load_config as load_config
-    from .registry import Builder as Builder
-    from .registry import register_evaluator as register_evaluator
-    from .registry import register_function as register_function
-    from .registry import register_llm_provider as register_llm_provider
-    from .registry import register_trainer as register_trainer
-    from .registry import register_trainer_adapter as register_trainer_adapter
-    from .registry import register_trajectory_builder as register_trajectory_builder
-    from .run import Run as Run
-    from .run_views import compare as compare
-    from .shelf import runs as runs
-    from .sinks import JsonlSink as JsonlSink
-    from .sinks import MetricsSink as MetricsSink
-    from .sinks import WandbSink as WandbSink
-    from .trainer import EpochTrainer as EpochTrainer
-    from .trainer import EpochTrainerConfig as EpochTrainerConfig
-    from .trajectory_builder import EvalTrajectoryBuilder as EvalTrajectoryBuilder
-    from .trajectory_builder import EvalTrajectoryBuilderConfig as EvalTrajectoryBuilderConfig
+    from .rollouts.evaluation import EvaluationRun as EvaluationRun
+    from .rollouts.trajectory_builder import EvalTrajectoryBuilder as EvalTrajectoryBuilder
+    from .rollouts.trajectory_builder import EvalTrajectoryBuilderConfig as EvalTrajectoryBuilderConfig
+    from .run.run import Run as Run
+    from .store.runs import runs as runs
+    from .threads import enable_nested_asyncio as enable_nested_asyncio
+    from .threads import run_sync as run_sync
+    from .training.trainer import EpochTrainer as EpochTrainer
+    from .training.trainer import EpochTrainerConfig as EpochTrainerConfig
     from .types import *  # noqa: F403
 
 __all__ = [*_MODULE_OF, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -10,19 +10,21 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import ConfigError
-from .observe import resolve, unobserved
+from .hooks import resolve, unobserved
 from .redaction import error_text, redacting_logger
 from .types import (
     EpisodeKey,
     EvalOutputItem,
     EvaluationRunConfig,
     EvaluationRunOutput,
+    RolloutRequest,
+    RolloutResult,
     Sample,
     SamplingParams,
     TrainingJobRef,
@@ -31,16 +33,17 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from .config import (
-        CurriculumLearningConfig,
-        FinetuneConfig,
-        FinetuneRunConfig,
-        TrainerAdapterConfig,
-        TrainerConfig,
-        TrajectoryBuilderConfig,
-    )
+    from .config.base import TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
+    from .config.sections import CurriculumLearningConfig, FinetuneConfig, FinetuneRunConfig
 
-__all__ = ["Policy", "ReplicatedPolicy", "Trainer", "TrainerAdapter", "TrajectoryBuilder"]
+__all__ = [
+    "Policy",
+    "ReplicatedPolicy",
+    "RolloutExecutor",
+    "Trainer",
+    "TrainerAdapter",
+    "TrajectoryBuilder",
+]
 
 logger = redacting_logger(__name__)
 
@@ -122,7 +125,7 @@ class TrajectoryBuilder(ABC):
     async def run_eval(self) -> EvaluationRunOutput:
         """One generation: the workflow once over the dataset, scored by every evaluator."""
         run = _run_configuration(self.run_config)
-        evaluation = resolve("finetune_nb.evaluation.evaluate:EvaluationRun")
+        evaluation = resolve("finetune_nb.rollouts.evaluation:EvaluationRun")
         config = EvaluationRunConfig(
             config_file=run.config_file,
             dataset=None if run.dataset is None else str(run.dataset),
@@ -338,3 +341,20 @@ _NO_VALIDATION = {
     "num_examples": 0,
     "scores": {},
 }
+
+
+RolloutFunction = Callable[[RolloutRequest], Awaitable[RolloutResult]]
+
+
+class RolloutExecutor(Protocol):
+    """Whatever runs rollouts. `LocalExecutor` is the smallest one."""
+
+    async def map(
+        self,
+        rollout: RolloutFunction,
+        requests: Sequence[RolloutRequest],
+        on_result: Callable[[RolloutResult], None] | None = None,
+    ) -> list[RolloutResult]:
+        """All results, in the order of the requests. Cancelling it cancels its rollouts and no others. on_result: called
+        with each one as it ends."""
+        ...

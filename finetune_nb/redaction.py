@@ -22,13 +22,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 __all__ = [
+    "KeyPath",
     "MASK",
     "SHORTEST_SECRET",
-    "KeyPath",
     "error_text",
     "is_credential",
-    "known_secrets",
     "is_text",
+    "known_secrets",
     "load_keys",
     "names_credential",
     "plain_data",

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .config import TrainerAdapterConfig, TrajectoryBuilderConfig
+from .config.base import TrainerAdapterConfig, TrajectoryBuilderConfig
 from .interfaces import TrainerAdapter, TrajectoryBuilder
 from .types import (
     EpisodeItem,
@@ -27,7 +27,13 @@ from .types import (
     TrajectoryCollection,
 )
 
-__all__ = ["FakeAdapter", "ScriptedBuilder", "ScriptedPolicy", "make_trajectory", "sums"]
+__all__ = [
+    "FakeAdapter",
+    "ScriptedBuilder",
+    "ScriptedPolicy",
+    "make_trajectory",
+    "sums",
+]
 
 
 class ScriptedPolicy:

@@ -17,7 +17,14 @@ from .errors import ConfigError
 from .redaction import redact_text, redacting_logger
 from .types import Epoch
 
-__all__ = ["SpreadBelow", "Tripwire", "ValidationFalls", "spread_below", "tripped", "validation_falls"]
+__all__ = [
+    "SpreadBelow",
+    "Tripwire",
+    "ValidationFalls",
+    "spread_below",
+    "tripped",
+    "validation_falls",
+]
 
 logger = redacting_logger(__name__)
 

@@ -7,39 +7,30 @@ validates as the other); frozen dataclasses are values made inside. Missing numb
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import numbers
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
-from .eval_types import (
-    EvalInput,
-    EvalInputItem,
-    EvalOutput,
-    EvalOutputItem,
-    EvaluationRunConfig,
-    EvaluationRunOutput,
-    IntermediateStep,
-    IntermediateStepCategory,
-    IntermediateStepPayload,
-    IntermediateStepState,
-    IntermediateStepType,
-    InvocationNode,
-    RolloutFailure,
-    StreamEventData,
-    UsageStats,
-)
-from .observe import resolve
+from .errors import ConfigError, did_you_mean
+from .hooks import resolve
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .config import CurriculumSettings
+    from .config.sections import CurriculumLearningConfig
 
 __all__ = [
+    "Change",
+    "CurriculumSettings",
     "CurriculumState",
     "DPOItem",
     "EpisodeItem",
@@ -65,6 +56,8 @@ __all__ = [
     "LLMCall",
     "OpenAIMessage",
     "RolloutFailure",
+    "RolloutRequest",
+    "RolloutResult",
     "Sample",
     "SamplingParams",
     "Selection",
@@ -79,6 +72,375 @@ __all__ = [
     "logprob_count",
     "logprob_values",
 ]
+
+
+class IntermediateStepCategory(StrEnum):
+    """What a step is about."""
+
+    LLM = "LLM"
+    TOOL = "TOOL"
+    WORKFLOW = "WORKFLOW"
+    TASK = "TASK"
+    FUNCTION = "FUNCTION"
+    CUSTOM = "CUSTOM"
+    SPAN = "SPAN"
+    TTC = "TTC"
+
+
+class IntermediateStepState(StrEnum):
+    """Whether a step begins, goes on or ends."""
+
+    START = "START"
+    CHUNK = "CHUNK"
+    END = "END"
+
+
+class IntermediateStepType(StrEnum):
+    """What a step is about, and whether it begins, goes on or ends."""
+
+    LLM_START = "LLM_START"
+    LLM_END = "LLM_END"
+    LLM_NEW_TOKEN = "LLM_NEW_TOKEN"
+    TOOL_START = "TOOL_START"
+    TOOL_END = "TOOL_END"
+    WORKFLOW_START = "WORKFLOW_START"
+    WORKFLOW_END = "WORKFLOW_END"
+    TASK_START = "TASK_START"
+    TASK_END = "TASK_END"
+    TTC_START = "TTC_START"
+    TTC_END = "TTC_END"
+    FUNCTION_START = "FUNCTION_START"
+    FUNCTION_END = "FUNCTION_END"
+    CUSTOM_START = "CUSTOM_START"
+    CUSTOM_END = "CUSTOM_END"
+    SPAN_START = "SPAN_START"
+    SPAN_CHUNK = "SPAN_CHUNK"
+    SPAN_END = "SPAN_END"
+
+
+class InvocationNode(BaseModel):
+    """The function that was running when a step was made."""
+
+    function_id: str
+    function_name: str
+    parent_id: str | None = None
+    parent_name: str | None = None
+
+
+class StreamEventData(BaseModel):
+    """What went in and came out. `payload` is the LLMCall for steps that finetune_nb recorded."""
+
+    model_config = ConfigDict(extra="allow")
+
+    input: Any | None = None
+    output: Any | None = None
+    chunk: Any | None = None
+    payload: Any | None = None
+
+
+class IntermediateStepPayload(BaseModel):
+    """What happened in a step. Times are seconds since 1970, UTC; `span_event_timestamp` of an END is that of its START."""
+
+    model_config = ConfigDict(extra="allow")
+
+    event_type: IntermediateStepType
+    event_timestamp: float = Field(default_factory=time.time)
+    span_event_timestamp: float | None = None
+    framework: str | None = None
+    name: str | None = None
+    tags: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    data: StreamEventData | None = None
+    usage_info: Any | None = None
+    UUID: str = Field(default_factory=lambda: str(uuid.uuid4()))
+
+    @property
+    def event_category(self) -> IntermediateStepCategory:
+        return IntermediateStepCategory(self.event_type.split("_")[0])
+
+    @property
+    def event_state(self) -> IntermediateStepState:
+        last = self.event_type.split("_")[-1]
+        return IntermediateStepState.CHUNK if last == "TOKEN" else IntermediateStepState(last)
+
+    @model_validator(mode="after")
+    def check_span_event_timestamp(self) -> IntermediateStepPayload:
+        if self.event_state != IntermediateStepState.END and self.span_event_timestamp is not None:
+            raise ValueError("span_event_timestamp can only be provided for events with an END state")
+        return self
+
+
+class IntermediateStep(BaseModel):
+    """One event of a workflow's run: a model call, a tool call."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    parent_id: str
+    function_ancestry: InvocationNode
+    payload: IntermediateStepPayload
+
+    @property
+    def event_type(self) -> IntermediateStepType:
+        return self.payload.event_type
+
+    @property
+    def event_timestamp(self) -> float:
+        return self.payload.event_timestamp
+
+    @property
+    def span_event_timestamp(self) -> float | None:
+        return self.payload.span_event_timestamp
+
+    @property
+    def name(self) -> str | None:
+        return self.payload.name
+
+    @property
+    def tags(self) -> list[str] | None:
+        return self.payload.tags
+
+    @property
+    def metadata(self) -> dict[str, Any] | None:
+        return self.payload.metadata
+
+    @property
+    def data(self) -> StreamEventData | None:
+        return self.payload.data
+
+    @property
+    def usage_info(self) -> Any | None:
+        return self.payload.usage_info
+
+    @property
+    def UUID(self) -> str:  # noqa: N802  # NAT's name
+        return self.payload.UUID
+
+    @property
+    def event_category(self) -> IntermediateStepCategory:
+        return self.payload.event_category
+
+    @property
+    def event_state(self) -> IntermediateStepState:
+        return self.payload.event_state
+
+
+class EvalInputItem(BaseModel):
+    """One dataset row and, after its rollout, what the workflow made of it."""
+
+    id: Any
+    input_obj: Any
+    expected_output_obj: Any
+    output_obj: Any = None
+    expected_trajectory: list[IntermediateStep] = Field(default_factory=list)
+    trajectory: list[IntermediateStep] = Field(default_factory=list)
+    full_dataset_entry: Any
+
+    def copy_with_updates(self, **updates: Any) -> EvalInputItem:
+        """A copy with other values of some fields. Raises ValidationError for those that do not fit."""
+        return EvalInputItem(**{**dict(self), **updates})
+
+
+class EvalInput(BaseModel):
+    """The items of one evaluation."""
+
+    eval_input_items: list[EvalInputItem]
+
+
+class EvalOutputItem(BaseModel):
+    """One evaluator's verdict on one item. `score` None (with `error`) means that there is none."""
+
+    id: Any
+    score: Any
+    reasoning: Any
+    error: str | None = None
+
+
+class EvalOutput(BaseModel):
+    """One evaluator's verdicts on all items, and their mean."""
+
+    average_score: Any
+    eval_output_items: list[EvalOutputItem]
+
+
+class EvaluationRunConfig(BaseModel):
+    """What one evaluation run needs: a config (file or model) and, if not the config's own, a dataset."""
+
+    config_file: Path | BaseModel
+    dataset: str | None = None
+    result_json_path: str = "$"
+    skip_workflow: bool = False
+    skip_completed_entries: bool = False
+    endpoint: str | None = None
+    endpoint_timeout: int = 300
+    reps: int = 1
+    override: tuple[tuple[str, str], ...] = ()
+    write_output: bool = True
+    adjust_dataset_size: bool = False
+    num_passes: int = 0
+    export_timeout: float = 60.0
+    user_id: str = "nat_eval_user_id"
+
+
+class UsageStats(BaseModel):
+    """Seconds that the evaluation took, and what each item cost."""
+
+    min_timestamp: float = 0.0
+    max_timestamp: float = 0.0
+    total_runtime: float = 0.0
+    usage_stats_items: dict[Any, Any] = {}
+
+
+@dataclass(frozen=True)
+class RolloutFailure:
+    """A rollout that ended without a trajectory. It is data: never reward 0, never gone."""
+
+    example_id: Any
+    generation: int
+    error: str
+    """The error's type and message."""
+    steps: list[IntermediateStep] = field(default_factory=list, repr=False)
+    """What had happened until then."""
+
+    def _repr_html_(self) -> str:
+        return resolve("finetune_nb.views.rollout:failure_html")(self)
+
+
+class EvaluationRunOutput(BaseModel):
+    """What one evaluation run returns: all items with their outputs, and each evaluator's verdicts."""
+
+    workflow_output_file: Path | None
+    evaluator_output_files: list[Path]
+    workflow_interrupted: bool
+    eval_input: EvalInput
+    evaluation_results: list[tuple[str, Any]]
+    usage_stats: UsageStats | None = None
+    profiler_results: Any = None
+    config_original_file: Path | None = None
+    config_effective_file: Path | None = None
+    config_metadata_file: Path | None = None
+    failures: SkipValidation[list[RolloutFailure]] = Field(default_factory=list, exclude=True)
+    """Items whose workflow raised, hung or returned nothing; no evaluator saw them."""
+
+
+@dataclass(frozen=True)
+class CurriculumSettings:
+    """The curriculum at one moment of a run. A value: `updated` makes another one. Wrong values raise ConfigError."""
+
+    enabled: bool = False
+    percentile: float = 0.3
+    """Share of the groups with spread that is trained on, in (0, 1]."""
+    schedule: Literal["automatic", "manual"] = "automatic"
+    """Whether the percentile grows by itself, or stays where it was put."""
+    increment_percentile: float = 0.2
+    """Added at every automatic expansion, in (0, 1]."""
+    expansion_interval: int = 5
+    """Epochs between two expansions, at least 1."""
+    min_reward_diff: float = 0.1
+    """Smallest spread of a group's rewards that teaches, at least 0."""
+    sort_ascending: bool = False
+    """True: low mean rewards (hard examples) first."""
+    random_subsample: float | None = None
+    """Share of the selected groups that is drawn at random, in (0, 1]; None: all."""
+
+    def __post_init__(self) -> None:
+        for name in ("enabled", "sort_ascending"):
+            self._check(name, isinstance(getattr(self, name), bool), "True or False")
+        self._check("schedule", self.schedule in ("automatic", "manual"), "'automatic' or 'manual'")
+        self._check(
+            "expansion_interval", _is(numbers.Integral, self.expansion_interval, 1), "a whole number of at least 1"
+        )
+        self._check("min_reward_diff", _is(numbers.Real, self.min_reward_diff, 0), "a number of at least 0")
+        for name in ("percentile", "increment_percentile", "random_subsample"):
+            value = getattr(self, name)
+            if name != "random_subsample" or value is not None:
+                self._check(name, _is(numbers.Real, value, 0) and 0 < value <= 1, "a number above 0 and at most 1")
+        # A numpy number would make two equal settings print and store differently.
+        object.__setattr__(self, "expansion_interval", int(self.expansion_interval))
+        for name in ("percentile", "increment_percentile", "min_reward_diff", "random_subsample"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
+
+    def _check(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"curriculum: {name} is {getattr(self, name)!r}; expected {expected}.")
+
+    @classmethod
+    def from_config(cls, config: CurriculumLearningConfig) -> CurriculumSettings:
+        """The settings with which a run starts."""
+        values = config.model_dump()
+        return cls(percentile=values.pop("initial_percentile"), **values)
+
+    def to_config(self, initial_percentile: float) -> CurriculumLearningConfig:
+        """The same as a config section; `initial_percentile` is where the run started."""
+        from .config.sections import CurriculumLearningConfig
+
+        values = dataclasses.asdict(self)
+        del values["percentile"], values["schedule"]
+        return CurriculumLearningConfig(initial_percentile=initial_percentile, **values)
+
+    def updated(self, changes: Mapping[str, Any] | CurriculumSettings) -> CurriculumSettings:
+        """These settings with `changes`, the rest as it is. A percentile given without a schedule stays where it is
+        put: the schedule becomes "manual"."""
+        if isinstance(changes, CurriculumSettings):
+            return changes
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name == "initial_percentile":
+                raise ConfigError(
+                    "curriculum: initial_percentile is where a run starts. To change a run, set percentile."
+                )
+            if name not in known:
+                raise ConfigError(f"curriculum: {name!r} is not a setting. {did_you_mean(name, known)}")
+        manual = {"schedule": "manual"} if "percentile" in changes else {}
+        return dataclasses.replace(self, **{**manual, **changes})
+
+    def resumes_after(self, before: CurriculumSettings) -> bool:
+        """Whether the schedule goes on from this percentile, an interval from now: it is automatic, and was not before
+        or has been given another percentile."""
+        return self.schedule == "automatic" and (before.schedule == "manual" or before.percentile != self.percentile)
+
+
+def _is(kind: type, value: Any, least: float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value >= least  # type: ignore[arg-type, operator]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One field that somebody changed."""
+
+    time: float
+    """Seconds since 1970, UTC."""
+    source: str
+    """Who: "code", "panel", "fork", "replay"."""
+    field: str
+    """Of CurriculumSettings, or the name of a LiveField."""
+    old: Any
+    new: Any
+    epoch: int | None = None
+    """The epoch that used it first; None while it is pending, or when another change came before that."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """A row to run the workflow on, and which rollout that is."""
+
+    key: EpisodeKey
+    item: EvalInputItem
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutResult:
+    """A rollout that has ended, well or badly; not scored yet."""
+
+    request: RolloutRequest
+    output: Any
+    """What the workflow returned; None where it failed."""
+    steps: list[IntermediateStep]
+    """The model calls that were recorded, also of a rollout that failed."""
+    seconds: float
+    error: str | None = None
+    """The error's type and message; None where the workflow returned something."""
+
 
 # ── model calls ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -215,7 +577,7 @@ class Trajectory(BaseModel):
     metadata: dict | None = None
 
     def _repr_html_(self) -> str:
-        return resolve("finetune_nb.viewer:trajectory_html")(self)
+        return resolve("finetune_nb.views.rollout:trajectory_html")(self)
 
     def __repr__(self) -> str:
         known = self.metadata or {}
@@ -433,10 +795,10 @@ class Epoch:
         return ((self.job.metadata if self.job else None) or {}).get("metrics") or {}
 
     def _repr_html_(self) -> str:
-        return resolve("finetune_nb.viewer:epoch_html")(self)
+        return resolve("finetune_nb.views.summary:epoch_html")(self)
 
     def __repr__(self) -> str:
-        return resolve("finetune_nb.viewer:epoch_text")(self)
+        return resolve("finetune_nb.views.summary:epoch_text")(self)
 
 
 def logprob_count(logprobs: Any) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.curriculum import group_statistics, select
-from finetune_nb.metrics import epoch_metrics
+from finetune_nb.training.curriculum import group_statistics, select
+from finetune_nb.training.metrics import epoch_metrics
 from finetune_nb.types import (
     CurriculumState,
     EpisodeItem,

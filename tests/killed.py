@@ -20,8 +20,16 @@ from agents import guess, right
 from detached import Detached, Weights
 
 import finetune_nb as ft
-from finetune_nb import jsonl, recorder, rewind, run_folder, saved_weights, shelf, store, trainer, trajectory_files
+from finetune_nb.engine import run_writer as recorder
+from finetune_nb.store import checkpoints as rewind
+from finetune_nb.store import checkpoints as saved_weights
+from finetune_nb.store import folder as run_folder
+from finetune_nb.store import json as jsonl
+from finetune_nb.store import runs as shelf
+from finetune_nb.store import store
+from finetune_nb.store import trajectories as trajectory_files
 from finetune_nb.testing import sums
+from finetune_nb.training import trainer
 
 EPOCHS = 6
 POINTS = {

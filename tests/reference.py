@@ -22,7 +22,7 @@ from pydantic_core import PydanticUndefined
 
 import finetune_nb
 from finetune_nb import config, frames, tripwires
-from finetune_nb.type_names import KINDS, OUR_TYPES, config_class
+from finetune_nb.components.registry import KINDS, OUR_TYPES, config_class
 
 FOLDER = Path(__file__).parents[1] / "notebooks" / "reference"
 SECTIONS = {

@@ -14,11 +14,12 @@ from tornado.netutil import bind_sockets
 from finetune_nb.backends.art_server.payload import AnsweredCalls, SentGroup, collection_of
 from finetune_nb.backends.art_server.routes import application
 from finetune_nb.backends.art_server.server import ArtServer, serve
-from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig
+from finetune_nb.backends.local.adapter import LocalGRPOAdapter
+from finetune_nb.backends.local.config import LocalGRPOConfig
 from finetune_nb.backends.local.policy import LocalPolicy
-from finetune_nb.cli import main
+from finetune_nb.cli.main import main
 from finetune_nb.errors import BackendError, ConfigError
-from finetune_nb.experience import token_sequences
+from finetune_nb.training.batch import token_sequences
 
 MODEL = {
     "name": "trainer_run",

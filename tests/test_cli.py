@@ -14,8 +14,8 @@ import pytest
 from nbformat.sign import NotebookNotary
 
 import finetune_nb as ft
-from finetune_nb import demo
-from finetune_nb.cli import main
+from finetune_nb.cli import demo
+from finetune_nb.cli.main import main
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_parameters_are_put_into_the_tagged_cell_of_a_notebook():
 def test_runs_lists_a_directory(tmp_path, capsys):
     from factories import make_epoch
 
-    from finetune_nb.store import RunStore
+    from finetune_nb.store.store import RunStore
 
     assert main(["runs", str(tmp_path)]) == 0
     assert "no run in" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from factories import make_epoch
 
-from finetune_nb.comparison import compare_runs
+from finetune_nb.analysis.run_comparison import compare_runs
 from finetune_nb.errors import ConfigError
 
 

@@ -11,6 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
+from finetune_nb.components.loading import load_config
+from finetune_nb.components.registry import (
+    register_evaluator,
+    register_function,
+    register_llm_provider,
+    register_trainer,
+    register_trainer_adapter,
+    register_trajectory_builder,
+)
 from finetune_nb.config import (
     Config,
     CurriculumLearningConfig,
@@ -26,18 +35,9 @@ from finetune_nb.config import (
     TrainerConfig,
     TrajectoryBuilderConfig,
 )
+from finetune_nb.config.yaml import dump_yaml
 from finetune_nb.errors import ConfigError
-from finetune_nb.loading import load_config
 from finetune_nb.redaction import MASK, is_credential, redact, redact_text
-from finetune_nb.registry import (
-    register_evaluator,
-    register_function,
-    register_llm_provider,
-    register_trainer,
-    register_trainer_adapter,
-    register_trajectory_builder,
-)
-from finetune_nb.yaml_text import dump_yaml
 
 SECRET = "sk-live-0123456789"
 
@@ -650,7 +650,7 @@ def test_importing_the_config_loads_nothing_heavy():
     import sys
 
     code = (
-        "import sys, finetune_nb.loading, finetune_nb.registry;"
+        "import sys, finetune_nb.components.loading, finetune_nb.components.registry;"
         "print([m for m in ('numpy', 'pandas', 'torch', 'matplotlib', 'pyarrow', 'ruamel.yaml') if m in sys.modules])"
     )
     root = str(Path(__file__).parents[1])
@@ -661,7 +661,7 @@ def test_importing_the_config_loads_nothing_heavy():
 
 
 def test_overrides_of_a_complete_config_are_refused_with_what_to_do():
-    from finetune_nb.run import Run
+    from finetune_nb.run.run import Run
 
     config = load_config({"run": {"seed": 1}})
     with pytest.raises(ConfigError, match="this Config is complete. Change its fields"):

@@ -11,8 +11,9 @@ from dataclasses import fields, replace
 import pytest
 
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.controls import Change, Controls, LiveField
+from finetune_nb.engine.live_settings import Controls, LiveField
 from finetune_nb.errors import ConfigError
+from finetune_nb.types import Change
 
 START = CurriculumSettings(enabled=True, percentile=0.3)
 

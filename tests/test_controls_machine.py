@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from test_controls import START, in_threads, rate, replayed, threads_take_turns_often
 
-from finetune_nb.controls import Controls
+from finetune_nb.engine.live_settings import Controls
+from finetune_nb.engine.state import ACTIVE, MOVES, Standing, State
 from finetune_nb.errors import ConfigError, RunError
-from finetune_nb.states import ACTIVE, MOVES, Standing, State
 
 __all__ = ["threads_take_turns_often"]  # around every test here, too
 

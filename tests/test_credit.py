@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from finetune_nb.credit import is_sampled, sampled_turns, turn_advantages
 from finetune_nb.errors import BackendError
-from finetune_nb.experience import experience
+from finetune_nb.rollouts.episodes import is_sampled, sampled_turns
+from finetune_nb.training.batch import experience, turn_advantages
 from finetune_nb.types import DPOItem, EpisodeItem, Trajectory, TrajectoryCollection
 
 

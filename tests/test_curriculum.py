@@ -14,7 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.curriculum import (
+from finetune_nb.errors import ConfigError
+from finetune_nb.training.curriculum import (
     group_statistics,
     infer_selection,
     keep,
@@ -23,7 +24,6 @@ from finetune_nb.curriculum import (
     state_to_dict,
     steer,
 )
-from finetune_nb.errors import ConfigError
 from finetune_nb.types import CurriculumState, GroupReason, Trajectory
 
 NAN, INF = math.nan, math.inf

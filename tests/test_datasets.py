@@ -7,7 +7,7 @@ import pytest
 
 from finetune_nb.config import EvalDatasetBaseConfig, EvalDatasetStructureConfig
 from finetune_nb.errors import DatasetError
-from finetune_nb.evaluation.datasets import load_dataset, to_items
+from finetune_nb.rollouts.datasets import load_dataset, to_items
 
 ROWS = [{"id": "007", "question": "3+4", "answer": "7"}, {"id": "b", "question": "1+1", "answer": "2"}]
 

@@ -15,7 +15,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 import finetune_nb as ft
-from finetune_nb.cli import main
+from finetune_nb.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "notebooks" / "reference").glob("*.md"))]

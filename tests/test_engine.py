@@ -14,8 +14,8 @@ import time
 import pytest
 
 import finetune_nb as ft
-from finetune_nb.engine import EngineThread
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
+from finetune_nb.threads import EngineThread
 
 
 @pytest.fixture

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_nb.episodes import check_exact, drift, episode_of
 from finetune_nb.errors import BackendError
-from finetune_nb.evaluation.recording import Episode, PolicyLLM
+from finetune_nb.llms.call_recorder import Episode
+from finetune_nb.llms.client import PolicyLLM
+from finetune_nb.rollouts.episodes import drift, episode_of
 from finetune_nb.testing import ScriptedPolicy, make_trajectory
+from finetune_nb.training.jobs import check_exact
 from finetune_nb.types import EpisodeKey, EvalInputItem, Trajectory
 
 

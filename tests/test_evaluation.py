@@ -6,14 +6,16 @@ import time
 
 import pytest
 
-from finetune_nb import Builder, load_config
+from finetune_nb.components.builder import Builder
+from finetune_nb.components.loading import load_config
 from finetune_nb.errors import WorkflowError
-from finetune_nb.evaluation.evaluate import EvaluationContext, EvaluationRun, Progress, evaluation_context, progress
-from finetune_nb.evaluation.executor import LocalExecutor, RolloutRequest
-from finetune_nb.evaluation.recording import ChatReply, Episode, PolicyLLM, current_episode
-from finetune_nb.evaluation.workflow import Workflow
+from finetune_nb.llms.call_recorder import Episode, current_episode
+from finetune_nb.llms.client import ChatReply, PolicyLLM
+from finetune_nb.rollouts.evaluation import EvaluationContext, EvaluationRun, Progress, evaluation_context, progress
+from finetune_nb.rollouts.executor import LocalExecutor
+from finetune_nb.rollouts.workflow import Workflow
 from finetune_nb.testing import ScriptedPolicy, sums
-from finetune_nb.types import EpisodeKey, EvalInputItem, EvaluationRunConfig, LLMCall
+from finetune_nb.types import EpisodeKey, EvalInputItem, EvaluationRunConfig, LLMCall, RolloutRequest
 
 
 def item(**row):

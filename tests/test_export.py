@@ -12,11 +12,10 @@ from factories import item, make_epoch
 from test_frames import epoch_of
 from test_message_frames import Views, failed, stored, with_tool
 
-from finetune_nb.controls import Change
 from finetune_nb.errors import ConfigError
-from finetune_nb.export import EXPORTS, FRAMES
 from finetune_nb.redaction import remember_secret
-from finetune_nb.types import Trajectory
+from finetune_nb.types import Change, Trajectory
+from finetune_nb.views.export import EXPORTS, FRAMES
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> \x00\x1b[31m \ud800 \u202e"
 

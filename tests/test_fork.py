@@ -12,12 +12,12 @@ from agents import guess, right
 from detached import Detached, Weights
 
 import finetune_nb as ft
-from finetune_nb import shelf
+from finetune_nb.engine.observer import Witness
 from finetune_nb.errors import StoreError
-from finetune_nb.run_folder import WriteLock
-from finetune_nb.store import RunStore
+from finetune_nb.store import runs as shelf
+from finetune_nb.store.folder import WriteLock
+from finetune_nb.store.store import RunStore
 from finetune_nb.testing import sums
-from finetune_nb.witness import Witness
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ async def test_small_checkpoints_are_all_kept_and_their_size_is_shown(make_run):
 
 
 async def test_an_epoch_that_died_in_its_training_shows_what_was_chosen(make_run, monkeypatch):
-    monkeypatch.setattr("finetune_nb.recorder.WORTH_KEEPING_SECONDS", 0.0)
+    monkeypatch.setattr("finetune_nb.engine.run_writer.WORTH_KEEPING_SECONDS", 0.0)
     run = make_run(adapter=Weights(delay=60))
     task = asyncio.create_task(run.next_epoch())
     while run.partial is None or run.partial.selection.inferred or not len(run.partial.selection.kept):
@@ -344,7 +344,7 @@ async def test_an_aborted_epoch_can_be_looked_at(make_run, tmp_path):
 
 
 async def test_rollouts_go_into_the_folder_while_others_are_still_running(make_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune_nb.witness.KEEP_EVERY", 0.05)
+    monkeypatch.setattr("finetune_nb.engine.observer.KEEP_EVERY", 0.05)
     seen = []
 
     async def one_waits(question, llm):

@@ -12,10 +12,10 @@ import pytest
 from factories import item, make_epoch, make_trajectory
 
 from finetune_nb import frames
-from finetune_nb.columns import counts, floats
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.curriculum import group_statistics, select
-from finetune_nb.metrics import epoch_metrics
+from finetune_nb.frames.columns import counts, floats
+from finetune_nb.training.curriculum import group_statistics, select
+from finetune_nb.training.metrics import epoch_metrics
 from finetune_nb.types import CurriculumState, EpisodeItem, Epoch, RolloutFailure, Trajectory, TrajectoryCollection
 
 ON = CurriculumSettings(enabled=True, percentile=0.5, min_reward_diff=0.1, expansion_interval=100)
@@ -205,15 +205,15 @@ def test_100000_trajectories_take_less_than_250_bytes_a_row() -> None:
 
 def test_views_load_pandas_and_matplotlib_only_when_they_are_used() -> None:
     code = (
-        "import sys, finetune_nb.frames, finetune_nb.viewer, finetune_nb.plots;"
+        "import sys, finetune_nb.frames.epochs, finetune_nb.views.summary, finetune_nb.plots.curves;"
         "print([m for m in ('pandas', 'matplotlib', 'torch', 'pyarrow') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_trajectories_read_from_their_files_equal_those_in_memory_and_make_none(tmp_path, monkeypatch):
-    from finetune_nb import run_reader
-    from finetune_nb.store import RunStore
+    from finetune_nb.store import reader as run_reader
+    from finetune_nb.store.store import RunStore
 
     rewards = {"a": [1.0, None, math.inf], 7: [0.0, 0.5], "7": [0.25, 0.25], None: [0.1, 0.9], "é\0\ud800": [0.5]}
     failures = [RolloutFailure(7, 3, "TimeoutError: too slow"), RolloutFailure("7", 1, "E")]

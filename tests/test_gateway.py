@@ -20,10 +20,11 @@ from agents import coin, right
 
 import finetune_nb as ft
 from finetune_nb.errors import RunError
-from finetune_nb.evaluation import gateway as gateway_module
-from finetune_nb.evaluation import gateway_http
-from finetune_nb.evaluation.gateway import gateway
-from finetune_nb.evaluation.recording import Episode, PolicyLLM, SyncLLM
+from finetune_nb.llms import gateway as gateway_http
+from finetune_nb.llms import gateway as gateway_module
+from finetune_nb.llms.call_recorder import Episode
+from finetune_nb.llms.client import PolicyLLM, SyncLLM
+from finetune_nb.llms.gateway import gateway
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
 from finetune_nb.types import EpisodeKey
 

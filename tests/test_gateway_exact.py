@@ -14,10 +14,11 @@ pytest.importorskip("transformers")
 openai = pytest.importorskip("openai")
 
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
-from finetune_nb.episodes import drift, episode_of  # noqa: E402
-from finetune_nb.evaluation.gateway import gateway  # noqa: E402
-from finetune_nb.evaluation.recording import Episode, PolicyLLM  # noqa: E402
 from finetune_nb.examples.calculator.task import LEVELS, TOOLS, calculate, make_question  # noqa: E402
+from finetune_nb.llms.call_recorder import Episode  # noqa: E402
+from finetune_nb.llms.client import PolicyLLM  # noqa: E402
+from finetune_nb.llms.gateway import gateway  # noqa: E402
+from finetune_nb.rollouts.episodes import drift, episode_of  # noqa: E402
 from finetune_nb.types import EpisodeKey, EvalInputItem, SamplingParams, Trajectory  # noqa: E402
 
 

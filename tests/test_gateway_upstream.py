@@ -12,8 +12,8 @@ import openai
 from loopback import Fault, LoopbackServer, Refusal
 
 import finetune_nb as ft
-from finetune_nb.evaluation.gateway import gateway
-from finetune_nb.evaluation.recording import Episode
+from finetune_nb.llms.call_recorder import Episode
+from finetune_nb.llms.gateway import gateway
 from finetune_nb.types import EpisodeKey
 
 QUESTION = [{"role": "user", "content": "3+4"}]

@@ -13,12 +13,12 @@ from test_rollout_view import sampled
 from test_viewer import HOSTILE, text_of
 
 import finetune_nb as ft
+from finetune_nb.analysis.group_comparison import Divergence, GroupComparison, compare_group, first_divergence
 from finetune_nb.errors import RunError
-from finetune_nb.group_comparison import Divergence, GroupComparison, compare_group, first_divergence
-from finetune_nb.html import plain
-from finetune_nb.rollout_group import rollout_group
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
+from finetune_nb.text import plain
 from finetune_nb.types import DPOItem, EpisodeItem, Epoch, Trajectory
+from finetune_nb.views.rollout import rollout_group
 
 
 def of(*turns: EpisodeItem) -> Trajectory:

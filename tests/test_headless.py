@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from finetune_nb.demo import execute
+from finetune_nb.cli.demo import execute
 
 SETUP = """
 import sys

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_nb.html import Html, bar, cut, details, duration, element, escape, number, plain, sparkline, table, view
+from finetune_nb.text import cut, duration, number, plain
+from finetune_nb.views.html import Html, bar, details, element, escape, sparkline, table, view
 
 # every code point, lone surrogates and noncharacters among them
 ANY_TEXT = st.text(st.characters(exclude_categories=())) | st.text("<>&\"'\x00\x1b\r\n\u202e\ud800\ufffe", max_size=20)

@@ -15,7 +15,7 @@ import pytest
 from detached import Detached
 
 import finetune_nb as ft
-from finetune_nb.store import RunStore
+from finetune_nb.store.store import RunStore
 
 TOUCHING_AN_EPOCH = [
     "begin",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_nb.observe import resolve
+from finetune_nb.hooks import resolve
 
 # From the bottom to the top. A file imports files of its own layer or of one below it; the edge may use the first three
 # layers, nobody imports the edge (a config names it), and nobody imports the package itself but for __version__.
@@ -39,16 +39,19 @@ NAMED_EXCEPTIONS = {
     ("demo", "examples.calculator"): "the demo shows that example",
 }
 NAMED_BY_STRING = {
-    ("interfaces", "finetune_nb.evaluation.evaluate:EvaluationRun"): "the seed's default run_eval",
+    ("interfaces", "finetune_nb.rollouts.evaluation:EvaluationRun"): "the seed's default run_eval",
     ("backends.trl.adapter", "finetune_nb.backends.local.policy:LocalPolicy"): "what TRL trains is sampled by it",
-    ("backends.tinker.adapter", "finetune_nb.backends.tokenizer:load_tokenizer"): "a tokenizer without its model",
-    ("evaluation.openai", "finetune_nb.backends.tokenizer:load_tokenizer"): "a tokenizer without its model",
-    ("chat_tokenizer", "finetune_nb.backends.tokenizer:response_template"): "what only transformers can compile",
+    ("backends.tinker.adapter", "finetune_nb.llms.chat_tokenizer:load_tokenizer"): "a tokenizer without its model",
+    ("evaluation.openai", "finetune_nb.llms.chat_tokenizer:load_tokenizer"): "a tokenizer without its model",
+    ("chat_tokenizer", "finetune_nb.llms.chat_tokenizer:response_template"): "what only transformers can compile",
     ("types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("eval_types", "finetune_nb.viewer:*"): "how a noun shows itself",
     ("preview", "finetune_nb.preview_card:*"): "how a noun shows itself",
     ("run", "finetune_nb.backends.nat.run:settings_of"): "Run.from_nat",
-    ("backends.ray.trainer_adapter", "finetune_nb.run:close_all"): "at exit Ray would go before the runs are closed",
+    (
+        "backends.ray.trainer_adapter",
+        "finetune_nb.run.run:close_all",
+    ): "at exit Ray would go before the runs are closed",
     ("cli", "finetune_nb.backends.art_server.server:serve"): "a command",
     ("backends.art_server.server", "finetune_nb.backends.local.adapter:*"): "what it trains with",
     ("backends.nat.ours", "finetune_nb.backends.local.adapter:*"): "the backend that it offers to the Toolkit",

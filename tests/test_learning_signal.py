@@ -13,11 +13,10 @@ from factories import make_epoch
 from test_viewer import HOSTILE, text_of
 
 import finetune_nb as ft
+from finetune_nb.analysis.learning_signal import SIGNALS, LearningSignal, chance_of_spread, learning_signal
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.html import plain
-from finetune_nb.learning_signal import SIGNALS, LearningSignal, learning_signal
-from finetune_nb.spread_forecast import chance_of_spread
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
+from finetune_nb.text import plain
 from finetune_nb.types import GroupReason, RolloutFailure
 
 ON = CurriculumSettings(enabled=True, percentile=0.5, min_reward_diff=0.2, expansion_interval=100)

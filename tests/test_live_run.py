@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import finetune_nb as ft
+from finetune_nb.engine.state import ACTIVE, MOVES, Standing
 from finetune_nb.errors import RunError
-from finetune_nb.states import ACTIVE, MOVES, Standing
 from finetune_nb.testing import sums
 from finetune_nb.tripwires import spread_below, tripped, validation_falls
 

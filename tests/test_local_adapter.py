@@ -15,11 +15,12 @@ transformers = pytest.importorskip("transformers")
 
 from tiny_models import byte_tokenizer, random_model  # noqa: E402
 
-from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig  # noqa: E402
+from finetune_nb.backends.local.adapter import LocalGRPOAdapter  # noqa: E402
+from finetune_nb.backends.local.config import LocalGRPOConfig  # noqa: E402
 from finetune_nb.backends.local.forward import micro_batches  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.errors import BackendError, MissingLogprobs, StalePolicy  # noqa: E402
-from finetune_nb.experience import experience, token_sequences  # noqa: E402
+from finetune_nb.training.batch import experience, token_sequences  # noqa: E402
 from finetune_nb.types import (  # noqa: E402
     DPOItem,
     EpisodeItem,
@@ -483,7 +484,8 @@ def test_setting_out_of_range_is_refused(setting):
 def test_config_is_readable_without_torch_and_the_adapter_names_the_extra():
     script = (
         "import sys; sys.modules['torch'] = None\n"
-        "from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig\n"
+        "from finetune_nb.backends.local.adapter import LocalGRPOAdapter\n"
+        "from finetune_nb.backends.local.config import LocalGRPOConfig\n"
         "from finetune_nb.errors import MissingExtra\n"
         "adapter = LocalGRPOAdapter(LocalGRPOConfig())\n"
         "try: adapter.policy\n"

@@ -18,12 +18,13 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_models import byte_tokenizer, random_model  # noqa: E402
 
-from finetune_nb import publishing  # noqa: E402
 from finetune_nb.backends.local import checkpoint  # noqa: E402
-from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig  # noqa: E402
+from finetune_nb.backends.local.adapter import LocalGRPOAdapter  # noqa: E402
+from finetune_nb.backends.local.config import LocalGRPOConfig  # noqa: E402
 from finetune_nb.backends.local.models import EMBEDDED  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.errors import BackendError  # noqa: E402
+from finetune_nb.store import durable as publishing  # noqa: E402
 from finetune_nb.types import EpisodeItem, SamplingParams, Trajectory, TrajectoryCollection  # noqa: E402
 
 WEIGHTS, OPTIMIZER, REFERENCE = "weights.safetensors", "optimizer.safetensors", "reference.safetensors"
@@ -549,7 +550,7 @@ WRITER = """
 import sys
 from itertools import count
 from pathlib import Path
-from finetune_nb.publishing import published
+from finetune_nb.store.durable import published
 for n in count():
     with published(Path(sys.argv[1]), "first") as unfinished:
         for name in ("first", "second", "third"):

@@ -15,7 +15,8 @@ from test_local_adapter import PROMPT, by_first_token, rollouts, train, turn, we
 from tiny_models import byte_tokenizer, random_model  # noqa: E402
 
 from finetune_nb.backends.local import models  # noqa: E402
-from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig, LoRAConfig  # noqa: E402
+from finetune_nb.backends.local.adapter import LocalGRPOAdapter  # noqa: E402
+from finetune_nb.backends.local.config import LocalGRPOConfig, LoRAConfig  # noqa: E402
 from finetune_nb.backends.local.forward import WORTH_SHARING, collate, micro_batches  # noqa: E402
 from finetune_nb.backends.local.lora import switched_off, with_adapter  # noqa: E402
 from finetune_nb.backends.local.memory import ran_out  # noqa: E402
@@ -23,7 +24,7 @@ from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.backends.local.prefill import can_share, prefill  # noqa: E402
 from finetune_nb.config import FinetuneConfig  # noqa: E402
 from finetune_nb.errors import BackendError, ConfigError  # noqa: E402
-from finetune_nb.experience import TokenSequence  # noqa: E402
+from finetune_nb.training.batch import TokenSequence  # noqa: E402
 from finetune_nb.types import SamplingParams  # noqa: E402
 
 
@@ -378,7 +379,8 @@ async def test_bfloat16_weights_beside_an_adapter_are_sampled_and_trained_alike(
 def test_lora_without_peft_names_the_extra():
     script = (
         "import sys; sys.modules['peft'] = None\n"
-        "from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig\n"
+        "from finetune_nb.backends.local.adapter import LocalGRPOAdapter\n"
+        "from finetune_nb.backends.local.config import LocalGRPOConfig\n"
         "from finetune_nb.errors import MissingExtra\n"
         "try: LocalGRPOAdapter(LocalGRPOConfig(lora={})).policy\n"
         "except MissingExtra as error: print(error)\n"
@@ -389,7 +391,7 @@ def test_lora_without_peft_names_the_extra():
 
 def test_turns_of_tools_and_environment_are_never_trained_on():
     items = [turn([3], [5], [-1.0]), turn([3, 5, 7, 8], [9], [-2.0])]
-    from finetune_nb.experience import token_sequences
+    from finetune_nb.training.batch import token_sequences
     from finetune_nb.types import EpisodeItem, Trajectory
 
     said = [EpisodeItem(role=role, content="x") for role in ("tool", "environment", "function")]

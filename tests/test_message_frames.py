@@ -12,11 +12,11 @@ from test_frames import epoch_of
 
 from finetune_nb import frames
 from finetune_nb.errors import ConfigError
-from finetune_nb.evaluation.recording import EpisodeKey
-from finetune_nb.run_views import RunViews
-from finetune_nb.store import RunStore
+from finetune_nb.run.history import RunViews
+from finetune_nb.store.store import RunStore
 from finetune_nb.types import (
     DPOItem,
+    EpisodeKey,
     Epoch,
     IntermediateStep,
     IntermediateStepPayload,
@@ -177,7 +177,7 @@ def test_frames_from_the_disk_equal_those_from_memory(make, tmp_path):
 def test_no_trajectory_is_made_for_a_frame_of_a_stored_epoch_and_no_column_read_that_was_not_asked_for(
     tmp_path, monkeypatch
 ):
-    from finetune_nb import run_reader
+    from finetune_nb.store import reader as run_reader
 
     read = []
     columns = run_reader.read_columns

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from measuring import by_turns
 
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.curriculum import group_statistics, select
-from finetune_nb.metrics import advantages, epoch_metrics, has_signal
+from finetune_nb.training.curriculum import group_statistics, select
+from finetune_nb.training.metrics import advantages, epoch_metrics, has_signal
 from finetune_nb.types import (
     CurriculumState,
     DPOItem,

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from finetune_nb.demo import execute, set_parameters
+from finetune_nb.cli.demo import execute, set_parameters
 
 pytest.importorskip("torch")
 

@@ -10,12 +10,11 @@ import pytest
 from agents import coin, guess, right
 
 import finetune_nb as ft
-from finetune_nb import kernel
-from finetune_nb.helm import Helm
-from finetune_nb.live_curve import MOST, reward_curve
-from finetune_nb.panel import Panel
-from finetune_nb.panel_html import status_html
-from finetune_nb.still import Still
+from finetune_nb.notebook import kernel
+from finetune_nb.notebook.panel import Panel, Still
+from finetune_nb.notebook.panel import RunHelm as Helm
+from finetune_nb.notebook.panel_html import status_html
+from finetune_nb.notebook.reward_curve import MOST, reward_curve
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
 from finetune_nb.tripwires import SpreadBelow, ValidationFalls
 
@@ -35,7 +34,7 @@ def run(tmp_path, closing):
 @pytest.fixture
 def panel(run, monkeypatch):
     """As if a front end were there; widgets work without a kernel, they only tell nobody."""
-    monkeypatch.setattr("finetune_nb.helm.is_seen", lambda: True)
+    monkeypatch.setattr("finetune_nb.notebook.panel.is_seen", lambda: True)
     panel = run.panel()
     yield panel
     panel.close()
@@ -66,7 +65,7 @@ class Telling(FakeAdapter):
 
 @pytest.mark.parametrize("cheap", [True, False])
 def test_training_is_shown_in_steps_where_asking_costs_nothing(tmp_path, closing, monkeypatch, cheap):
-    monkeypatch.setattr("finetune_nb.witness.ASK_EVERY", 0.01)
+    monkeypatch.setattr("finetune_nb.engine.observer.ASK_EVERY", 0.01)
     adapter = Telling(policy=ScriptedPolicy(coin), delay=60)
     adapter.status_is_cheap = cheap
     run = closing(ft.Run(guess, right, sums(4), adapter=adapter, output_dir=tmp_path))
@@ -237,7 +236,7 @@ def test_a_panel_is_one_and_is_gone_when_it_is_closed(run, panel):
 
 
 def test_a_panel_keeps_no_run_alive(tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune_nb.helm.is_seen", lambda: True)
+    monkeypatch.setattr("finetune_nb.notebook.panel.is_seen", lambda: True)
     before = len(alive)
     run = ft.Run(guess, right, sums(4), adapter=FakeAdapter(policy=ScriptedPolicy(coin)), output_dir=tmp_path)
     run.panel()
@@ -319,7 +318,7 @@ def test_the_curve_of_a_long_run_stays_small_and_marks_changes(run):
 
     from factories import make_epoch
 
-    from finetune_nb.controls import Change
+    from finetune_nb.types import Change
 
     epochs = [make_epoch([[0.0, 1.0], [math.nan, math.nan]], index, validation=0.5) for index in range(0, 900, 3)]
     change = Change(0.0, "code", "<b>percentile", 0.1, 0.5, epoch=30)

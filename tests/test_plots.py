@@ -21,10 +21,9 @@ from test_message_frames import Views, stored
 
 from finetune_nb import plots
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.controls import Change
 from finetune_nb.errors import ConfigError
-from finetune_nb.figure import THEMES, Figure
-from finetune_nb.types import GROUP_REASONS, RolloutFailure
+from finetune_nb.plots.figure import THEMES, Figure
+from finetune_nb.types import GROUP_REASONS, Change, RolloutFailure
 
 ALL = [getattr(plots, name) for name in plots.__all__]
 OVER_EPOCHS = [plot for plot in ALL if plot is not plots.plot_groups]

@@ -8,7 +8,7 @@ import pytest
 from agents import right
 
 import finetune_nb as ft
-from finetune_nb.preferences import PreferenceBuilder, PreferenceBuilderConfig, preference_pairs
+from finetune_nb.rollouts.preferences import PreferenceBuilder, PreferenceBuilderConfig, preference_pairs
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, make_trajectory, sums
 from finetune_nb.types import EpisodeItem, Trajectory
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 
 import finetune_nb as ft
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.controls import Controls
-from finetune_nb.curriculum import group_statistics, select, steer
+from finetune_nb.engine.live_settings import Controls
 from finetune_nb.errors import ConfigError, RunError
-from finetune_nb.preview import basis_of, preview
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
+from finetune_nb.training.curriculum import group_statistics, select, steer
+from finetune_nb.training.preview import basis_of, preview
 from finetune_nb.types import CurriculumState, GroupReason
 
 shares = st.sampled_from([0.01, 0.1, 0.25, 0.3, 0.5, 0.7, 1.0])

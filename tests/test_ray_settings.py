@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import finetune_nb as ft
-from finetune_nb.registry import Builder
+from finetune_nb.components.builder import Builder
 from finetune_nb.testing import FakeAdapter, sums
 
 

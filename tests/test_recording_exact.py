@@ -12,10 +12,11 @@ pytest.importorskip("transformers")
 from tiny_models import CALLS, byte_tokenizer, random_model  # noqa: E402
 
 import finetune_nb as ft  # noqa: E402
-from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig  # noqa: E402
+from finetune_nb.backends.local.adapter import LocalGRPOAdapter  # noqa: E402
+from finetune_nb.backends.local.config import LocalGRPOConfig  # noqa: E402
 from finetune_nb.backends.local.forward import collate, micro_batches  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
-from finetune_nb.experience import token_sequences  # noqa: E402
+from finetune_nb.training.batch import token_sequences  # noqa: E402
 
 TOOLS = [{"type": "function", "function": {"name": "calc", "parameters": {"type": "object", "properties": {}}}}]
 SAID = ["3", "", "é ∑ 漢", "<|end|>", "line\nline", "    ", ">1+2", json.dumps({"a": [1, None]})]

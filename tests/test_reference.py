@@ -4,7 +4,7 @@ import pytest
 import reference
 
 import finetune_nb
-from finetune_nb.type_names import KINDS, OUR_TYPES, config_class
+from finetune_nb.components.registry import KINDS, OUR_TYPES, config_class
 
 
 @pytest.mark.parametrize("name", reference.pages())

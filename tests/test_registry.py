@@ -8,6 +8,19 @@ import types
 
 import pytest
 
+from finetune_nb.components.builder import Builder
+from finetune_nb.components.loading import load_config
+from finetune_nb.components.registry import (
+    OUR_TYPES,
+    config_class,
+    register_evaluator,
+    register_function,
+    register_llm_provider,
+    register_trainer,
+    register_trainer_adapter,
+    register_trajectory_builder,
+    type_names,
+)
 from finetune_nb.config import (
     Config,
     EvaluatorBaseConfig,
@@ -18,18 +31,7 @@ from finetune_nb.config import (
     TrajectoryBuilderConfig,
 )
 from finetune_nb.errors import ConfigError, RunError
-from finetune_nb.loading import load_config
 from finetune_nb.redaction import MASK
-from finetune_nb.registry import (
-    Builder,
-    register_evaluator,
-    register_function,
-    register_llm_provider,
-    register_trainer,
-    register_trainer_adapter,
-    register_trajectory_builder,
-)
-from finetune_nb.type_names import OUR_TYPES, config_class, type_names
 
 
 class RegLLMConfig(LLMBaseConfig, name="reg_llm"):
@@ -182,7 +184,7 @@ def test_one_of_our_types_is_imported_when_it_is_first_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "reg_lazy_module", module)
     exec(
         "from finetune_nb.config import EvaluatorBaseConfig\n"
-        "from finetune_nb.registry import register_evaluator\n"
+        "from finetune_nb.components.registry import register_evaluator\n"
         "class LazyConfig(EvaluatorBaseConfig, name='reg_lazy'):\n    pass\n"
         "@register_evaluator(config_type=LazyConfig)\n"
         "async def lazy(config, builder):\n    yield 'made'\n",

@@ -7,11 +7,9 @@ from agents import guess, right
 from detached import Weights
 
 import finetune_nb as ft
-from finetune_nb.controls import Change, Controls
-from finetune_nb.curriculum_settings import CurriculumSettings
-from finetune_nb.journal_file import journal_text, read_journal
-from finetune_nb.live_fields import live_fields
+from finetune_nb.engine.live_settings import Controls, journal_text, live_fields, read_journal
 from finetune_nb.testing import sums
+from finetune_nb.types import Change, CurriculumSettings
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from detached import Weights
 import finetune_nb as ft
 from finetune_nb.errors import StoreError
 from finetune_nb.examples import calculator
-from finetune_nb.store import RunStore
+from finetune_nb.store.store import RunStore
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_nb.errors import ConfigError
-from finetune_nb.retention import to_keep
+from finetune_nb.store.checkpoints import to_keep
 
 
 def test_newest_best_and_pinned_epochs_stay():

@@ -14,8 +14,8 @@ from detached import Weights
 from test_kills import killer, record_of  # noqa: F401  # a fixture
 
 import finetune_nb as ft
-from finetune_nb import rewind
-from finetune_nb.store import RunStore
+from finetune_nb.store import checkpoints as rewind
+from finetune_nb.store.store import RunStore
 from finetune_nb.testing import sums
 
 

@@ -14,14 +14,13 @@ from factories import item, make_epoch
 from test_viewer import HOSTILE, text_of
 
 import finetune_nb as ft
-from finetune_nb.conversation import fair_shares
 from finetune_nb.errors import ConfigError, RunError
-from finetune_nb.html import plain
-from finetune_nb.rollout_group import rollout_group
-from finetune_nb.rollout_view import RolloutView, trajectory_html
-from finetune_nb.sampled_tokens import Token, entropy_of, tokens_of
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
+from finetune_nb.text import plain
 from finetune_nb.types import EpisodeItem, Epoch, RolloutFailure, Trajectory
+from finetune_nb.views.conversation import fair_shares
+from finetune_nb.views.rollout import RolloutView, rollout_group, trajectory_html
+from finetune_nb.views.tokens import Token, entropy_of, tokens_of
 
 
 def sampled(*tokens: tuple[str, float], **metadata: Any) -> EpisodeItem:

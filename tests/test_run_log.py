@@ -8,7 +8,7 @@ from agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.redaction import remember_secret
-from finetune_nb.store import RunStore
+from finetune_nb.store.store import RunStore
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
 
 

@@ -14,10 +14,11 @@ from agents import guess, right
 from detached import Weights
 
 import finetune_nb as ft
-from finetune_nb import frames, run_folder
+from finetune_nb import frames
 from finetune_nb.errors import StoreError
 from finetune_nb.redaction import remember_secret
-from finetune_nb.store import RunStore
+from finetune_nb.store import folder as run_folder
+from finetune_nb.store.store import RunStore
 from finetune_nb.testing import sums
 
 

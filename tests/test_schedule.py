@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune_nb.backends.local.schedule import rate
+from finetune_nb.backends.local.training import rate
 
 
 def whole_run(schedule, warmup=0.0, planned=4, steps=5, behind=0):

@@ -15,29 +15,33 @@ from pydantic import BaseModel, Field, ValidationError
 
 import finetune_nb as ft
 from finetune_nb import (
-    Builder,
-    EpochTrainer,
     EvalInput,
     EvalInputItem,
     EvalOutput,
     EvalOutputItem,
-    EvalTrajectoryBuilder,
     EvaluationRunOutput,
-    EvaluatorBaseConfig,
-    FunctionBaseConfig,
     IntermediateStep,
-    TrainerAdapterConfig,
-    TrainerConfig,
     TrainingJobRef,
-    TrajectoryBuilderConfig,
     TrajectoryCollection,
+)
+from finetune_nb.components.builder import Builder
+from finetune_nb.components.registry import (
     register_evaluator,
     register_function,
     register_trainer,
     register_trainer_adapter,
     register_trajectory_builder,
 )
+from finetune_nb.config.base import (
+    EvaluatorBaseConfig,
+    FunctionBaseConfig,
+    TrainerAdapterConfig,
+    TrainerConfig,
+    TrajectoryBuilderConfig,
+)
+from finetune_nb.rollouts.trajectory_builder import EvalTrajectoryBuilder
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, sums
+from finetune_nb.training.trainer import EpochTrainer
 
 logger = logging.getLogger(__name__)
 

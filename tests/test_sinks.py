@@ -13,7 +13,7 @@ from factories import make_epoch
 
 import finetune_nb as ft
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.sinks import JsonlSink, MetricsSink, Outlets, WandbSink, metrics_of
+from finetune_nb.engine.sinks import JsonlSink, MetricsSink, Outlets, WandbSink, metrics_of
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder
 
 

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from finetune_nb import frames, redaction
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.controls import Change
 from finetune_nb.errors import StoreError
-from finetune_nb.run_folder import trajectory_file
-from finetune_nb.store import RunStore, StoredEpoch
+from finetune_nb.store.folder import trajectory_file
+from finetune_nb.store.reader import StoredEpoch
+from finetune_nb.store.store import RunStore
 from finetune_nb.types import (
+    Change,
     DPOItem,
     EpisodeItem,
     EpisodeKey,
@@ -61,8 +62,8 @@ def store(folder):
 def epoch_of(trajectories, failures=(), index=0) -> Epoch:
     """An epoch whose collection is exactly this."""
     base = make_epoch({}, index)
-    from finetune_nb.curriculum import group_statistics, select
-    from finetune_nb.metrics import epoch_metrics
+    from finetune_nb.training.curriculum import group_statistics, select
+    from finetune_nb.training.metrics import epoch_metrics
     from finetune_nb.types import CurriculumState
 
     collection = TrajectoryCollection.model_construct(trajectories=trajectories, run_id="run", failures=list(failures))
@@ -179,7 +180,7 @@ trajectories = st.builds(
 )
 @given(groups=st.lists(st.lists(trajectories, max_size=3), max_size=3))
 def test_any_trajectory_comes_back_with_the_same_values_and_types(tmp_path, groups):
-    from finetune_nb.trajectory_files import batch_of, collection_of_batches, read_trajectories, write_trajectories
+    from finetune_nb.store.trajectories import batch_of, collection_of_batches, read_trajectories, write_trajectories
 
     collection = TrajectoryCollection(trajectories=groups, run_id="run")
     write_trajectories(tmp_path, 0, "run", collection)

@@ -24,10 +24,11 @@ import pyarrow.parquet as pq
 import pytest
 from factories import collected, make_epoch, make_trajectory
 
-from finetune_nb import run_folder, store_schema
 from finetune_nb.errors import StoreError
-from finetune_nb.run_folder import trajectory_file
-from finetune_nb.store import RunStore
+from finetune_nb.store import database as store_schema
+from finetune_nb.store import folder as run_folder
+from finetune_nb.store.folder import trajectory_file
+from finetune_nb.store.store import RunStore
 
 CONFIG = {"run": {"seed": 0}}
 HERE = Path(__file__).parent
@@ -56,7 +57,7 @@ def in_another_process(code: str, *arguments, **options) -> subprocess.Completed
 
 OPEN_TO_WRITE = """
 import sys
-from finetune_nb.store import RunStore, StoreError
+from finetune_nb.store.store import RunStore; from finetune_nb.errors import StoreError
 try:
     RunStore.open(sys.argv[1], write=True)
 except StoreError as error:
@@ -99,7 +100,7 @@ def test_a_forked_child_neither_writes_nor_keeps_the_lock(store, folder):
 WRITE_EPOCHS = """
 import sys
 from factories import make_epoch
-from finetune_nb.store import RunStore
+from finetune_nb.store.store import RunStore
 store = RunStore.open(sys.argv[1], write=True)
 for index in range(int(sys.argv[2]), int(sys.argv[3])):
     store.append(make_epoch([[1.0, 0.0]], index=index), {"index": index})
@@ -151,7 +152,7 @@ def test_a_moved_folder_is_the_same_run(store, folder, tmp_path):
 
 READ = """
 import os, sys
-from finetune_nb.store import RunStore, StoreError
+from finetune_nb.store.store import RunStore; from finetune_nb.errors import StoreError
 RunStore.open(sys.argv[2]).epochs[0].collection  # all that is needed is loaded before the rights to read it go
 if os.getuid() == 0:
     os.setuid(65534)
@@ -306,7 +307,7 @@ import os, sys
 from pathlib import Path
 import numpy, pyarrow.parquet
 from factories import collected, make_epoch, make_trajectory
-from finetune_nb.store import RunStore
+from finetune_nb.store.store import RunStore
 epochs = [make_epoch([[1.0, 0.0]] * 3, index=i) for i in range(400)]
 rollouts = collected([make_trajectory(0.25)] * 4)
 while name := sys.stdin.readline().strip():

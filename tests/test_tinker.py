@@ -11,11 +11,12 @@ import pytest
 from test_local_adapter import collection, trajectory, turn
 
 import finetune_nb as ft
-from finetune_nb.backends.tinker.adapter import TinkerAdapter, TinkerConfig
+from finetune_nb.backends.tinker.adapter import TinkerAdapter
+from finetune_nb.backends.tinker.config import TinkerConfig
 from finetune_nb.backends.tinker.saved import Manifest, read_manifest, write_manifest
 from finetune_nb.backends.tinker.training import check, loss_inputs
 from finetune_nb.errors import BackendError, ConfigError, MissingExtra
-from finetune_nb.experience import experience
+from finetune_nb.training.batch import experience
 
 STATE = Manifest(state="tinker://m-1/weights/a-b", model="m", rank=32, service=None, policy_version=3, jobs=4)
 

@@ -13,9 +13,9 @@ from byte_tokenizer import APPENDING, CALLS, byte_tokenizer
 from loopback import LoopbackServer, Refusal
 
 import finetune_nb as ft
-from finetune_nb.episodes import drift, episode_of
 from finetune_nb.errors import ConfigError
-from finetune_nb.evaluation.recording import Episode
+from finetune_nb.llms.call_recorder import Episode
+from finetune_nb.rollouts.episodes import drift, episode_of
 from finetune_nb.types import EpisodeKey, EvalInputItem, Trajectory
 
 QUESTION = [{"role": "user", "content": "3+4"}]

@@ -8,9 +8,9 @@ from test_evaluation import sums
 
 import finetune_nb as ft
 from finetune_nb.errors import ConfigError
-from finetune_nb.evaluation.recording import PolicyLLM
+from finetune_nb.llms.client import PolicyLLM
+from finetune_nb.rollouts.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig, draw_examples
 from finetune_nb.testing import ScriptedPolicy
-from finetune_nb.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig, draw_examples
 from finetune_nb.types import (
     EpisodeItem,
     EvalInput,

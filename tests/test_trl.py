@@ -17,7 +17,8 @@ from tiny_models import byte_tokenizer, random_model  # noqa: E402
 
 import finetune_nb as ft  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
-from finetune_nb.backends.trl.adapter import TRLAdapter, TRLDPOConfig, TRLSFTConfig  # noqa: E402
+from finetune_nb.backends.trl.adapter import TRLAdapter  # noqa: E402
+from finetune_nb.backends.trl.config import TRLDPOConfig, TRLSFTConfig  # noqa: E402
 from finetune_nb.backends.trl.rows import best_of_groups, preference_rows, supervised_rows  # noqa: E402
 from finetune_nb.config import FinetuneConfig  # noqa: E402
 from finetune_nb.errors import BackendError, ConfigError, UnknownJob  # noqa: E402

@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.evaluation.recording import Episode
-from finetune_nb.html import plain
-from finetune_nb.panel_html import record_html
+from finetune_nb.llms.call_recorder import Episode
+from finetune_nb.notebook.panel_html import record_html
+from finetune_nb.text import plain
 from finetune_nb.types import (
     DPOItem,
     EpisodeItem,
@@ -28,7 +28,9 @@ from finetune_nb.types import (
     SamplingParams,
     Trajectory,
 )
-from finetune_nb.viewer import REASONS, epoch_html, epoch_text, failure_html, run_html, run_text, trajectory_html
+from finetune_nb.views.html import REASONS
+from finetune_nb.views.rollout import failure_html, trajectory_html
+from finetune_nb.views.summary import epoch_html, epoch_text, run_html, run_text
 
 ON = CurriculumSettings(enabled=True, percentile=0.5, min_reward_diff=0.1, expansion_interval=100)
 ATTRIBUTES = {"class", "style", "scope", "dir", "role", "aria-label", "aria-hidden"} | {

@@ -23,7 +23,8 @@ from byte_tokenizer import byte_tokenizer
 from tinker_service import LONGEST, MODEL, Http, TinkerService
 
 import finetune_nb as ft
-from finetune_nb.backends.tinker.adapter import TinkerAdapter, TinkerConfig
+from finetune_nb.backends.tinker.adapter import TinkerAdapter
+from finetune_nb.backends.tinker.config import TinkerConfig
 from finetune_nb.backends.tinker.service import Refused
 from finetune_nb.errors import BackendError
 from finetune_nb.types import EpisodeItem, SamplingParams, Trajectory, TrajectoryCollection

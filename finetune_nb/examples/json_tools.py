@@ -13,7 +13,14 @@ import json
 import random
 from typing import Any
 
-__all__ = ["HELD_OUT_CITIES", "TRAINING_CITIES", "all_right", "reward", "rows", "solve"]
+__all__ = [
+    "HELD_OUT_CITIES",
+    "TRAINING_CITIES",
+    "all_right",
+    "reward",
+    "rows",
+    "solve",
+]
 
 _words = str.split
 

@@ -11,11 +11,11 @@ import pytest
 from measuring import by_turns
 
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.curriculum import group_statistics, keep, select
-from finetune_nb.metrics import epoch_metrics
-from finetune_nb.preview import Basis, preview
-from finetune_nb.preview_card import preview_html
+from finetune_nb.training.curriculum import group_statistics, keep, select
+from finetune_nb.training.metrics import epoch_metrics
+from finetune_nb.training.preview import Basis, preview
 from finetune_nb.types import CurriculumState, EpisodeItem, EpisodeItemRole, Trajectory, TrajectoryCollection
+from finetune_nb.views.preview_card import preview_html
 
 pytestmark = pytest.mark.benchmark
 

@@ -9,8 +9,9 @@ import pytest
 from measuring import Measured, by_turns
 
 import finetune_nb as ft
-from finetune_nb import Builder, load_config
-from finetune_nb.evaluation.evaluate import EvaluationRun
+from finetune_nb.components.builder import Builder
+from finetune_nb.components.loading import load_config
+from finetune_nb.rollouts.evaluation import EvaluationRun
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, sums
 from finetune_nb.types import EvaluationRunConfig
 

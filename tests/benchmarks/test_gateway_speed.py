@@ -14,8 +14,9 @@ from measuring import by_turns
 
 openai = pytest.importorskip("openai")
 
-from finetune_nb.evaluation.gateway import gateway  # noqa: E402
-from finetune_nb.evaluation.recording import Episode, PolicyLLM  # noqa: E402
+from finetune_nb.llms.call_recorder import Episode  # noqa: E402
+from finetune_nb.llms.client import PolicyLLM  # noqa: E402
+from finetune_nb.llms.gateway import gateway  # noqa: E402
 from finetune_nb.testing import ScriptedPolicy  # noqa: E402
 from finetune_nb.types import EpisodeKey  # noqa: E402
 

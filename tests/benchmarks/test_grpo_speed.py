@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 import finetune_nb as ft  # noqa: E402
 from finetune_nb.backends.local.models import EMBEDDED  # noqa: E402
 from finetune_nb.examples.calculator.task import TOOLS, first_operation, make_question  # noqa: E402
-from finetune_nb.trajectory_builder import draw_examples  # noqa: E402
+from finetune_nb.rollouts.trajectory_builder import draw_examples  # noqa: E402
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 PROMPTS, GENERATIONS, TOKENS, STEPS, EPOCHS, SEEDS = 40, 8, 10, 4, 6, 3

@@ -10,7 +10,8 @@ from measuring import by_turns
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from finetune_nb.backends.local.adapter import LocalGRPOAdapter, LocalGRPOConfig  # noqa: E402
+from finetune_nb.backends.local.adapter import LocalGRPOAdapter  # noqa: E402
+from finetune_nb.backends.local.config import LocalGRPOConfig  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.types import EpisodeItem, EpisodeKey, SamplingParams, Trajectory, TrajectoryCollection  # noqa: E402
 

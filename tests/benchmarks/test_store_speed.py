@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune_nb.frames import trajectories
-from finetune_nb.store import RunStore
+from finetune_nb.store.store import RunStore
 from finetune_nb.types import EpisodeItem, Trajectory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -51,7 +51,7 @@ def sampled(draw: random.Random, example: int, generation: int) -> Trajectory:
 
 
 def epoch_of(groups, index=0):
-    from finetune_nb.curriculum import group_statistics
+    from finetune_nb.training.curriculum import group_statistics
     from finetune_nb.types import TrajectoryCollection
 
     base = make_epoch([[t.reward for t in group] for group in groups], index)
@@ -132,7 +132,7 @@ OPENING = """
 import resource, sys, time
 import numpy, pydantic
 from finetune_nb.frames import trajectories
-from finetune_nb.store import RunStore
+from finetune_nb.store.store import RunStore
 before, started = int(open("/proc/self/statm").read().split()[1]) * 4096, time.process_time()
 store = RunStore.open(sys.argv[1])
 epochs = store.epochs
@@ -189,8 +189,8 @@ def test_recording_costs_little_beside_an_epoch_of_the_demo(tmp_path, benchmark,
     import asyncio
 
     import finetune_nb as ft
+    from finetune_nb.engine.run_writer import Recorder
     from finetune_nb.examples import calculator
-    from finetune_nb.recorder import Recorder
 
     pytest.importorskip("torch")
     spent, ending = [], []

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 from factories import item, make_epoch, make_trajectory
 
-from finetune_nb.group_comparison import compare_group
-from finetune_nb.html import plain
-from finetune_nb.learning_signal import learning_signal
-from finetune_nb.rollout_group import rollout_group
-from finetune_nb.rollout_view import RolloutView
+from finetune_nb.analysis.group_comparison import compare_group
+from finetune_nb.analysis.learning_signal import learning_signal
+from finetune_nb.text import plain
 from finetune_nb.types import RolloutFailure
-from finetune_nb.viewer import epoch_html, failure_html, run_html, trajectory_html
+from finetune_nb.views.rollout import RolloutView, failure_html, rollout_group, trajectory_html
+from finetune_nb.views.summary import epoch_html, run_html
 
 ATTACKS = [
     "<script>window.ran = 'script'</script>",

@@ -14,7 +14,7 @@ import yaml
 from nat.data_models import finetuning as nat
 
 import finetune_nb as ft
-from finetune_nb.backends.nat import nouns
+from finetune_nb.backends.nat import conversion as nouns
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ import sys
 import time
 
 import finetune_nb as ft
+from finetune_nb.engine.run_writer import Recorder
 from finetune_nb.examples import calculator
-from finetune_nb.recorder import Recorder
 
 
 def make(folder, address, until):

@@ -51,7 +51,7 @@ async def test_model_learns_as_it_does_locally_and_takes_hardly_longer(ray, tmp_
 async def test_replica_of_a_lora_policy_is_sent_the_adapter_alone(ray, tmp_path):
     import pickle
 
-    from finetune_nb.backends.local.adapter import LoRAConfig
+    from finetune_nb.backends.local.config import LoRAConfig
     from finetune_nb.backends.local.policy import LocalPolicy
     from finetune_nb.types import SamplingParams
 

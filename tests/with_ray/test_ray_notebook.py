@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from finetune_nb.demo import execute, set_parameters
+from finetune_nb.cli.demo import execute, set_parameters
 
 pytestmark = pytest.mark.slow
 

@@ -136,10 +136,9 @@ async def test_thousand_short_rollouts_take_at_most_a_third_longer_than_the_idea
         await asyncio.sleep(0.2)
         return "ok"
 
-    from finetune_nb.evaluation.executor import RolloutRequest
-    from finetune_nb.evaluation.rollout import Rollout
-    from finetune_nb.evaluation.workflow import Workflow
-    from finetune_nb.types import EpisodeKey, EvalInputItem
+    from finetune_nb.rollouts.rollout import Rollout
+    from finetune_nb.rollouts.workflow import Workflow
+    from finetune_nb.types import EpisodeKey, EvalInputItem, RolloutRequest
 
     run = closing(make(tmp_path, "ray", sleep, lambda item: 1.0, rows=2, max_concurrency=64))
     await run.rollout(example=0)

@@ -15,9 +15,9 @@ import finetune_nb as ft
 from finetune_nb.backends.local.config import LocalGRPOConfig
 from finetune_nb.backends.ray.trainer_adapter import RayTrainerAdapter
 from finetune_nb.backends.ray.trainer_link import actor_name
+from finetune_nb.components.builder import Builder
 from finetune_nb.examples import calculator
-from finetune_nb.registry import Builder
-from finetune_nb.store import RunStore
+from finetune_nb.store.store import RunStore
 from finetune_nb.types import EpisodeItem, SamplingParams, Trajectory, TrajectoryCollection
 
 pytestmark = pytest.mark.slow

@@ -11,22 +11,49 @@ from __future__ import annotations
 import asyncio
 import inspect
 import shutil
-from typing import Any
+from typing import Any, Literal
 
-from ...config import FinetuneConfig
-from ...episodes import check_exact
+from pydantic import Field
+
+from ...components.builder import Builder
+from ...components.registry import register_trainer_adapter
+from ...config.base import AT_TRAINING, TrainerAdapterConfig
+from ...config.sections import FinetuneConfig
 from ...errors import BackendError, ConfigError, MissingExtra, did_you_mean
-from ...imports import keeping_others
-from ...job_adapter import JobAdapter
-from ...observe import resolve
+from ...hooks import resolve
 from ...redaction import error_text
-from ...registry import Builder, register_trainer_adapter
+from ...training.jobs import JobAdapter, check_exact
 from ...types import TrainingJobRef, TrajectoryCollection
-from .config import OpenPipeArtConfig
+from ..import_guard import keeping_others
 from .job import ArtJob
 from .trajectories import art_groups
 
-__all__ = ["OpenPipeArtAdapter", "OpenPipeArtConfig"]
+__all__ = [
+    "OpenPipeArtAdapter",
+    "OpenPipeArtConfig",
+]
+
+
+class OpenPipeArtConfig(TrainerAdapterConfig, name="openpipe_art"):
+    """Training by OpenPipe ART."""
+
+    backend: Literal["local", "serverless", "tinker"] = "local"
+    """ART's own: "local" wants a GPU, "serverless" WANDB_API_KEY, "tinker" TINKER_API_KEY. Another implementation is handed
+    over in code: `OpenPipeArtAdapter(config, backend=...)`."""
+    backend_options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of that backend's constructor."""
+    base_model: str
+    """The model that is trained, as the ART backend names it."""
+    name: str = "finetune-nb"
+    """The model's name in ART; a run that uses it again goes on from its last step."""
+    project: str = "finetune-nb"
+    """What ART files the model under."""
+    learning_rate: float = Field(default=5e-6, gt=0, json_schema_extra=AT_TRAINING)
+    allow_inexact: bool = False
+    """Also trains on token ids that are not known to be those that were sampled."""
+    train_options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the backend's `train`: epsilon, kl_penalty_coef, loss_fn, ..."""
+
 
 _BACKENDS = {
     "local": "art.local:LocalBackend",

@@ -12,7 +12,10 @@ from typing import Any
 from ...redaction import error_text
 from ...types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 
-__all__ = ["ArtJob", "is_number"]
+__all__ = [
+    "ArtJob",
+    "is_number",
+]
 
 
 class ArtJob:

@@ -8,13 +8,15 @@ import json
 import math
 from typing import Any
 
-from ...credit import is_sampled
 from ...errors import BackendError, MissingLogprobs
-from ...observe import resolve
+from ...hooks import resolve
+from ...rollouts.episodes import is_sampled
 from ...types import DPOItem, EpisodeItem, EpisodeItemRole, Trajectory, TrajectoryCollection, logprob_values
 from .job import is_number
 
-__all__ = ["art_groups"]
+__all__ = [
+    "art_groups",
+]
 
 _ROLES = {EpisodeItemRole.ENVIRONMENT: "user", EpisodeItemRole.OTHER: "user"}
 """Roles that no chat template knows."""

@@ -15,13 +15,18 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from ...chat_tokenizer import ChatTokenizer
-from ...episodes import episode_of
 from ...errors import BackendError
-from ...evaluation.episode import Episode
+from ...llms.call_recorder import Episode
+from ...llms.chat_tokenizer import ChatTokenizer
+from ...rollouts.episodes import episode_of
 from ...types import EpisodeKey, EvalInputItem, LLMCall, SamplingParams, Trajectory, TrajectoryCollection
 
-__all__ = ["AnsweredCalls", "Model", "TrainRequest", "collection_of"]
+__all__ = [
+    "AnsweredCalls",
+    "Model",
+    "TrainRequest",
+    "collection_of",
+]
 
 AS_ID = "token_id:"
 

@@ -16,16 +16,19 @@ from tornado.ioloop import IOLoop
 from tornado.web import Application, RequestHandler, stream_request_body
 
 from ...errors import FinetuneError
-from ...evaluation.gateway_http import Completions, Models
-from ...evaluation.recording import LLM
-from ...evaluation.wire import Refused, WireRequest
+from ...llms.client import LLM
+from ...llms.gateway import Completions, Models
+from ...llms.openai_wire import Refused, WireRequest
 from ...redaction import redact_text, redacting_logger
 from ...types import TrainingJobRef
 
 if TYPE_CHECKING:
     from .server import ArtServer
 
-__all__ = ["application", "is_here"]
+__all__ = [
+    "application",
+    "is_here",
+]
 
 logger = redacting_logger(__name__)
 

@@ -16,19 +16,23 @@ from pydantic import ValidationError
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
+from ...components.registry import config_class
 from ...errors import BackendError, ConfigError
-from ...evaluation.episode import Episode
-from ...evaluation.gateway import Endpoint, Gateway, sample
-from ...evaluation.recording import PolicyLLM
-from ...evaluation.wire import Refused, WireRequest
-from ...observe import resolve
+from ...hooks import resolve
+from ...llms.call_recorder import Episode
+from ...llms.client import PolicyLLM
+from ...llms.gateway import Endpoint, Gateway, sample
+from ...llms.openai_wire import Refused, WireRequest
 from ...redaction import redacting_logger
-from ...type_names import config_class
 from ...types import EpisodeKey, LLMCall, SamplingParams, TrainingJobRef, TrainingStatusEnum
 from .payload import AnsweredCalls, Model, TrainRequest, collection_of
 from .routes import application, is_here
 
-__all__ = ["HEALTH_PORT", "ArtServer", "serve"]
+__all__ = [
+    "ArtServer",
+    "HEALTH_PORT",
+    "serve",
+]
 
 logger = redacting_logger(__name__)
 

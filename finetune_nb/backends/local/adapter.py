@@ -14,23 +14,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...config import FinetuneConfig
-from ...episodes import check_exact
+from ...components.builder import Builder
+from ...components.registry import register_trainer_adapter
+from ...config.sections import FinetuneConfig
 from ...errors import BackendError, FinetuneError, MissingExtra
-from ...experience import experience
-from ...job_adapter import JobAdapter, check_versions
 from ...redaction import redacting_logger
-from ...registry import Builder, register_trainer_adapter
-from ...training_job import TrainingJob
+from ...training.batch import experience
+from ...training.jobs import JobAdapter, TrainingJob, check_exact, check_versions
 from ...types import TrainingJobRef, TrajectoryCollection
-from .config import LocalGRPOConfig, LoRAConfig
+from .config import LocalGRPOConfig
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoints
     from .policy import LocalPolicy
     from .training import Learner
 
-__all__ = ["LoRAConfig", "LocalGRPOAdapter", "LocalGRPOConfig"]
+__all__ = [
+    "LocalGRPOAdapter",
+]
 
 logger = redacting_logger(__name__)
 

@@ -20,12 +20,15 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from ...daemons import leaving, start_daemon
 from ...errors import BackendError, FinetuneError
 from ...redaction import redacting_logger
+from ...threads import leaving, start_daemon
 from ...types import EpisodeKey, Sample, SamplingParams
 
-__all__ = ["Batcher", "Request"]
+__all__ = [
+    "Batcher",
+    "Request",
+]
 
 logger = redacting_logger(__name__)
 
@@ -214,7 +217,7 @@ class Batcher:
 
 def _current_key() -> EpisodeKey | None:
     """The episode that the running code belongs to: the recorder's, else the one entered here."""
-    from ...evaluation.recording import current_episode
+    from ...llms.call_recorder import current_episode
 
     episode = current_episode()
     return episode.key if episode is not None else _entered.get()

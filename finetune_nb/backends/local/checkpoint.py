@@ -27,10 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import BackendError
-from ...publishing import Seal, file_in, published, seal
 from ...redaction import redact_text, redacting_logger
+from ...store.durable import Seal, file_in, published, seal
 from .lora import as_trained, settings_of
-from .model_state import (
+from .training import Learner
+from .weights import (
     all_tensors,
     check_like,
     dtype_name,
@@ -41,9 +42,12 @@ from .model_state import (
     shortened,
     trained_tensors,
 )
-from .training import Learner
 
-__all__ = ["Checkpoints", "Manifest", "Reference"]
+__all__ = [
+    "Checkpoints",
+    "Manifest",
+    "Reference",
+]
 
 logger = redacting_logger(__name__)
 

@@ -6,10 +6,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...config import TrainerAdapterConfig
-from ...live_fields import AT_TRAINING
+from ...config.base import AT_TRAINING, TrainerAdapterConfig
 
-__all__ = ["LoRAConfig", "LocalGRPOConfig"]
+__all__ = [
+    "LoRAConfig",
+    "LocalGRPOConfig",
+]
 
 
 class LoRAConfig(BaseModel):

@@ -15,11 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...experience import TokenSequence
+from ...training.batch import TokenSequence
 from .grpo import token_logprobs
 from .prefill import prefill
 
-__all__ = ["TokenBatch", "collate", "micro_batches"]
+__all__ = [
+    "TokenBatch",
+    "collate",
+    "micro_batches",
+]
 
 WORTH_SHARING = 1 / 3
 """Prompts are shared where this part of all tokens is saved: a pass of their own costs something, too."""

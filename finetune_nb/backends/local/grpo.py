@@ -18,7 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["LossStatistics", "forward_parameters", "policy_loss", "token_logprobs"]
+__all__ = [
+    "LossStatistics",
+    "forward_parameters",
+    "policy_loss",
+    "token_logprobs",
+]
 
 Loss = Literal["dapo", "grpo"]
 

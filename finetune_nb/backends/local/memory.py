@@ -11,7 +11,11 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["give_back", "largest_that_fits", "ran_out"]
+__all__ = [
+    "give_back",
+    "largest_that_fits",
+    "ran_out",
+]
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 """Of CUDA and MPS, and of torch's CPU allocator on Linux and Windows, in lower case."""

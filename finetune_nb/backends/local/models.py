@@ -16,7 +16,14 @@ from ...errors import ConfigError
 from .config import LoRAConfig
 from .lora import is_lora, settings_of, with_adapter, with_saved_adapter
 
-__all__ = ["EMBEDDED", "chosen_device", "chosen_dtype", "described", "load", "no_progress_bars"]
+__all__ = [
+    "EMBEDDED",
+    "chosen_device",
+    "chosen_dtype",
+    "described",
+    "load",
+    "no_progress_bars",
+]
 
 EMBEDDED = Path(__file__).parent / "tiny" / "model"
 """The model that ships with finetune_nb: a quarter of a million weights, enough for the calculator example."""

@@ -7,23 +7,62 @@ batching.py's, how sampling.py's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...chat_tokenizer import ChatTokenizer, check_prompt
-from ...daemons import leaving
+from ...llms.chat_tokenizer import ChatTokenizer, check_prompt
+from ...threads import leaving
 from ...types import EpisodeKey, Sample, SamplingParams
 from . import models
 from .batching import Batcher, Request
 from .config import LoRAConfig
-from .exclusive import Exclusive
 from .lora import as_trained, is_lora, merged_tensors
 from .replica import Replica, trained_weights, with_weights
 from .sampling import SampleRequest, sample_batch
 
-__all__ = ["LocalPolicy"]
+__all__ = [
+    "Exclusive",
+    "LocalPolicy",
+]
+
+
+class Exclusive:
+    """`with exclusive.hold():` alone with the weights, on `threads` torch threads (None: torch's own setting)."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def hold(self, given_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """True once alone; False if `given_up()` became true while waiting, and then nothing is held."""
+        while not (held := self._lock.acquire(timeout=0.05)):
+            if given_up():
+                break
+        if not held:
+            yield False
+            return
+        try:
+            with _torch_threads(self.threads):
+                yield True
+        finally:
+            self._lock.release()
+
+
+@contextmanager
+def _torch_threads(count: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    # Also where nothing changes: a thread that never set a count has the machine's, not the one that was set elsewhere.
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 SMALL = 10_000_000

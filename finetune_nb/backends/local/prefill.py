@@ -14,7 +14,12 @@ from torch import Tensor
 
 from .grpo import forward_parameters
 
-__all__ = ["Forward", "can_share", "forward_of", "prefill"]
+__all__ = [
+    "Forward",
+    "can_share",
+    "forward_of",
+    "prefill",
+]
 
 Forward = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Any]]
 """ids (B, T), attention mask (B, cached + T), positions (B, T), cache -> float32 logits of the last column (B, V), cache."""

@@ -15,12 +15,16 @@ from torch import Tensor
 from ...errors import BackendError
 from . import models
 from .lora import as_trained, is_lora
-from .model_state import all_tensors, trained_tensors
+from .weights import all_tensors, trained_tensors
 
 if TYPE_CHECKING:
     from .policy import LocalPolicy
 
-__all__ = ["Replica", "trained_weights", "with_weights"]
+__all__ = [
+    "Replica",
+    "trained_weights",
+    "with_weights",
+]
 
 Packed = tuple[str, np.ndarray]
 """A tensor's dtype and its bytes in its shape: numpy knows no bfloat16."""

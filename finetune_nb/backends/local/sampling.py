@@ -20,7 +20,10 @@ from ...errors import BackendError
 from ...types import Sample, SamplingParams
 from .prefill import forward_of, prefill
 
-__all__ = ["SampleRequest", "sample_batch"]
+__all__ = [
+    "SampleRequest",
+    "sample_batch",
+]
 
 COMPACT_BELOW = 0.75
 """Rows that have ended are cut out of the cache once at most this share still runs: cutting copies the whole cache."""

@@ -1,4 +1,3 @@
-# pyright: reportMissingImports=false
 """The Toolkit's builder and adapter as ours, so that a Run drives and watches them like any other; its trainer is trainer.py's.
 
 Each bridge holds one of the Toolkit's components. What the Toolkit's trainer asks of its builder and its adapter is led
@@ -6,16 +5,18 @@ through the bridges, where a Run looks on: it sees our nouns, the Toolkit gets i
 be healed without another result are healed here, each where it says so; making the components is opening.py's.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from ...config import FinetuneConfig
-from ...evaluation.evaluate import progress
+from ...config.sections import FinetuneConfig
+from ...hooks import observe, resolve
 from ...interfaces import TrainerAdapter, TrajectoryBuilder
-from ...observe import observe, resolve
+from ...rollouts.evaluation import progress
 from ...types import (
     RolloutFailure,
     TrainingJobRef,
@@ -24,7 +25,7 @@ from ...types import (
     Trajectory,
     TrajectoryCollection,
 )
-from .nouns import (
+from .conversion import (
     collection_from_nat,
     collection_to_nat,
     ref_from_nat,
@@ -34,7 +35,12 @@ from .nouns import (
     trajectory_from_nat,
 )
 
-__all__ = ["NatAdapter", "NatBuilder", "named_in", "ours_of"]
+__all__ = [
+    "NatAdapter",
+    "NatBuilder",
+    "named_in",
+    "ours_of",
+]
 
 POLLS_ITSELF = {"nat.plugins.openpipe.trainer_adapter.ARTTrainerAdapter"}
 """Adapters whose jobs are tasks of this process: asking them often costs nothing, and their 10 seconds are waited for
@@ -88,7 +94,7 @@ class NatBuilder(TrajectoryBuilder):
         from nat.data_models.evaluate_runtime import EvaluationRunConfig
         from nat.utils.io.supress_logs import suppress_logs
 
-        from .evaluating import EvaluationRun
+        from .evaluation import EvaluationRun
 
         run = self.nat.run_config.run_configuration
         asked = {name: getattr(run, name) for name in _ASKED}
@@ -97,7 +103,7 @@ class NatBuilder(TrajectoryBuilder):
 
     async def rollout(self, example: Any, run_id: str) -> Trajectory | RolloutFailure:
         """One scored rollout of one example, by its id or its position. Raises RunError for one that is not there."""
-        from .evaluating import trying
+        from .evaluation import trying
 
         return await (await trying(self.nat.run_config)).rollout(example, run_id)
 

@@ -4,6 +4,7 @@ What keeps version 1.9.0 from working as pip installs it is said here before any
 """
 
 # pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -15,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, MissingExtra
-from ...imports import keeping_others
-from ...observe import resolve
+from ...hooks import resolve
 from ...redaction import is_text, names_credential, plain_data, redact_text, remember_secret
+from ..import_guard import keeping_others
 
-__all__ = ["Opened", "finetuning_section", "open_config", "read_config"]
+__all__ = [
+    "Opened",
+    "finetuning_section",
+    "open_config",
+    "read_config",
+]
 
 PIN_ART = 'pip install "nvidia-nat-openpipe-art==1.9.0" "openpipe-art==0.5.17" pyarrow'
 PIN_PROFILER = 'pip install "nvidia-nat-profiler==1.9.0"'

@@ -12,14 +12,20 @@ from typing import Any
 
 from pydantic import Field
 
-from ...config import RewardFunctionConfig, TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
+from ...components.builder import Builder
+from ...components.registry import register_trainer, register_trainer_adapter, register_trajectory_builder
+from ...config.base import RewardFunctionConfig, TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
 from ...errors import ConfigError
-from ...registry import Builder, register_trainer, register_trainer_adapter, register_trajectory_builder
 from .bridges import NatAdapter, NatBuilder, ours_of
 from .opening import finetuning_section, open_config, read_config
 from .trainer import NatTrainer
 
-__all__ = ["NatAdapterConfig", "NatBuilderConfig", "NatTrainerConfig", "settings_of"]
+__all__ = [
+    "NatAdapterConfig",
+    "NatBuilderConfig",
+    "NatTrainerConfig",
+    "settings_of",
+]
 
 NAME = "nat"
 """What the three are called in the Config."""

@@ -8,16 +8,19 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ...config import CurriculumLearningConfig, FinetuneConfig
+from ...config.sections import CurriculumLearningConfig, FinetuneConfig
 from ...errors import BackendError
+from ...hooks import observe
 from ...interfaces import Trainer
-from ...observe import observe
 from ...redaction import redact_text, redacting_logger
 from ...types import TrainingJobRef, TrainingJobStatus, TrajectoryCollection
 from .bridges import NatAdapter, NatBuilder, named_in
-from .nouns import collection_from_nat, collection_to_nat, status_from_nat
+from .conversion import collection_from_nat, collection_to_nat, status_from_nat
 
-__all__ = ["TRAINS_IN_RUN", "NatTrainer"]
+__all__ = [
+    "NatTrainer",
+    "TRAINS_IN_RUN",
+]
 
 logger = redacting_logger(__name__)
 

@@ -16,11 +16,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ...config.sections import RaySettings
 from ...errors import BackendError, ConfigError, MissingExtra
 from ...redaction import redact_text, remember_secret
-from ...run_settings import RaySettings
 
-__all__ = ["NAMESPACE", "connect", "greet", "ray_package", "require", "total", "trainer_resources", "workers_at_least"]
+__all__ = [
+    "NAMESPACE",
+    "connect",
+    "greet",
+    "ray_package",
+    "require",
+    "total",
+    "trainer_resources",
+    "workers_at_least",
+]
 
 NAMESPACE = "finetune_nb"
 """In which the trainers of runs have their names."""

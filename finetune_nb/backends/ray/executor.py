@@ -19,16 +19,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...components.builder import Builder
+from ...config.sections import RaySettings, RunSettings
 from ...errors import BackendError
-from ...evaluation.executor import RolloutFunction, RolloutRequest, RolloutResult, in_daemon_thread
+from ...interfaces import RolloutFunction
 from ...redaction import error_text, known_secrets, redacting_logger
-from ...registry import Builder
-from ...run_settings import RaySettings, RunSettings
+from ...threads import in_daemon_thread
+from ...types import RolloutRequest, RolloutResult
 from .cluster import connect, greet, require, total, trainer_resources, workers_at_least
 from .parcel import Parcel, PolicyParcel, packed
 from .worker import RolloutWorker, versions
 
-__all__ = ["RayExecutor"]
+__all__ = [
+    "RayExecutor",
+]
 
 logger = redacting_logger(__name__)
 

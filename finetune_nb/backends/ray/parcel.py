@@ -15,7 +15,13 @@ from typing import Any
 from ...errors import ConfigError
 from ...redaction import error_text
 
-__all__ = ["Parcel", "PolicyParcel", "packed", "packed_answer", "unpacked"]
+__all__ = [
+    "Parcel",
+    "PolicyParcel",
+    "packed",
+    "packed_answer",
+    "unpacked",
+]
 
 
 @dataclass(frozen=True)

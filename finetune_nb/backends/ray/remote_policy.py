@@ -10,11 +10,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from ...chat_tokenizer import ChatTokenizer
+from ...llms.chat_tokenizer import ChatTokenizer
 from ...types import EpisodeKey, Sample, SamplingParams
 from .trainer_actor import Face, Standing
 
-__all__ = ["RemotePolicy"]
+__all__ = [
+    "RemotePolicy",
+]
 
 
 class RemotePolicy(ChatTokenizer):

@@ -14,15 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...config import Config, RunSettings, TrainerAdapterConfig
-from ...evaluation.executor import in_daemon_thread
+from ...components.builder import Builder
+from ...config.base import TrainerAdapterConfig
+from ...config.sections import Config, RunSettings
 from ...redaction import remember_secret
-from ...registry import Builder
+from ...threads import in_daemon_thread
 from ...types import Sample, SamplingParams, TrainingJobRef, TrainingStatusEnum, TrajectoryCollection
 from .cluster import ray_package
 from .worker import versions
 
-__all__ = ["Face", "Standing", "TrainerActor"]
+__all__ = [
+    "Face",
+    "Standing",
+    "TrainerActor",
+]
 
 UNENDED = (TrainingStatusEnum.PENDING, TrainingStatusEnum.RUNNING)
 

@@ -16,20 +16,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...config import FinetuneConfig, RunSettings, TrainerAdapterConfig
+from ...components.builder import Builder
+from ...config.base import TrainerAdapterConfig
+from ...config.sections import FinetuneConfig, RunSettings
+from ...engine.live_settings import live_names
 from ...errors import BackendError, ConfigError, UnknownJob
-from ...evaluation.executor import in_daemon_thread
+from ...hooks import resolve
 from ...interfaces import TrainerAdapter
-from ...job_adapter import write_progress
-from ...live_fields import live_names
-from ...observe import resolve
 from ...redaction import redacting_logger
-from ...registry import Builder
+from ...threads import in_daemon_thread
+from ...training.jobs import write_progress
 from ...types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum, TrajectoryCollection
 from .remote_policy import RemotePolicy
 from .trainer_link import TrainerLink, TrainerLost
 
-__all__ = ["RayTrainerAdapter"]
+__all__ = [
+    "RayTrainerAdapter",
+]
 
 logger = redacting_logger(__name__)
 
@@ -212,7 +215,7 @@ def _lost(ref: TrainingJobRef, error: TrainerLost) -> TrainingJobStatus:
 def _close_before_ray_does() -> None:
     """At exit Ray lets go of its cluster before the runs are closed, which it was loaded after: so they are closed once more,
     and first."""
-    atexit.register(resolve("finetune_nb.run:close_all"))
+    atexit.register(resolve("finetune_nb.run.run:close_all"))
 
 
 async def ray_trainer(config: TrainerAdapterConfig, builder: Builder):

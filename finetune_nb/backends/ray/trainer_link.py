@@ -17,17 +17,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...config import RunSettings, TrainerAdapterConfig
+from ...config.base import TrainerAdapterConfig
+from ...config.sections import RunSettings
+from ...engine.live_settings import live_names
 from ...errors import BackendError, FinetuneError
-from ...evaluation.executor import in_daemon_thread
-from ...live_fields import live_names
 from ...redaction import known_secrets, redact_text
+from ...threads import in_daemon_thread
 from .cluster import NAMESPACE, connect, greet, require, trainer_resources, workers_at_least
 from .remote_policy import RemotePolicy
 from .trainer_actor import Standing, TrainerActor
 from .worker import versions
 
-__all__ = ["TrainerLink", "TrainerLost", "actor_name"]
+__all__ = [
+    "TrainerLink",
+    "TrainerLost",
+    "actor_name",
+]
 
 ENDING_SECONDS = 30.0
 """Until the name of an actor that was ended is free again."""

@@ -13,11 +13,15 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ... import __version__
-from ...evaluation.executor import RolloutRequest, in_daemon_thread
 from ...redaction import remember_secret
+from ...threads import in_daemon_thread
+from ...types import RolloutRequest
 from .parcel import Parcel, PolicyParcel, packed_answer, unpacked
 
-__all__ = ["RolloutWorker", "versions"]
+__all__ = [
+    "RolloutWorker",
+    "versions",
+]
 
 GATHER_SECONDS = 0.004
 """Rollouts that end within this time of each other go back together."""

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...config import FinetuneConfig
-from ...episodes import check_exact
+from ...components.builder import Builder
+from ...components.registry import register_trainer_adapter
+from ...config.sections import FinetuneConfig
 from ...errors import BackendError, FinetuneError, MissingExtra
-from ...evaluation.executor import in_daemon_thread
-from ...experience import Experience, experience
-from ...job_adapter import JobAdapter, check_versions
-from ...observe import resolve
+from ...hooks import resolve
 from ...redaction import redact_text, redacting_logger
-from ...registry import Builder, register_trainer_adapter
-from ...training_job import TrainingJob
+from ...threads import in_daemon_thread
+from ...training.batch import Experience, experience
+from ...training.jobs import JobAdapter, TrainingJob, check_exact, check_versions
 from ...types import TrainingJobRef, TrajectoryCollection
 from .config import TinkerConfig
 from .saved import Manifest, read_manifest, write_manifest
@@ -34,7 +33,9 @@ from .training import TinkerReport, check, train
 if TYPE_CHECKING:
     from .policy import TinkerPolicy
 
-__all__ = ["TinkerAdapter", "TinkerConfig"]
+__all__ = [
+    "TinkerAdapter",
+]
 
 logger = redacting_logger(__name__)
 
@@ -72,7 +73,7 @@ class TinkerAdapter(JobAdapter[TrainingJob]):
                 config, tokenizer = self.adapter_config, self._tokenizer
                 if tokenizer is None:
                     try:
-                        load = resolve("finetune_nb.backends.tokenizer:load_tokenizer")
+                        load = resolve("finetune_nb.llms.chat_tokenizer:load_tokenizer")
                         tokenizer, end_ids = load(config.tokenizer or config.model)
                     except ImportError as error:
                         raise MissingExtra("the training backend tinker", "tinker") from error

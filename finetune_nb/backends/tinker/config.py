@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, SecretStr
 
-from ...config import TrainerAdapterConfig
-from ...live_fields import AT_TRAINING
+from ...config.base import AT_TRAINING, TrainerAdapterConfig
 
-__all__ = ["TinkerConfig"]
+__all__ = [
+    "TinkerConfig",
+]
 
 
 class TinkerConfig(TrainerAdapterConfig, name="tinker"):

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from ...chat_tokenizer import ChatTokenizer, check_prompt
 from ...errors import BackendError
-from ...evaluation.executor import in_daemon_thread
+from ...llms.chat_tokenizer import ChatTokenizer, check_prompt
+from ...threads import in_daemon_thread
 from ...types import EpisodeKey, Sample, SamplingParams
 from .service import Gone, TinkerService, Unavailable, sdk, sorted_error
 
-__all__ = ["TinkerPolicy"]
+__all__ = [
+    "TinkerPolicy",
+]
 
 
 class TinkerPolicy(ChatTokenizer):

@@ -20,7 +20,16 @@ from ...errors import BackendError, ConfigError, MissingExtra, did_you_mean
 from ...redaction import redact_text, redacting_logger, remember_secret
 from .config import TinkerConfig
 
-__all__ = ["TESTED_SDK", "Gone", "Misunderstood", "Refused", "TinkerService", "Unavailable", "sdk", "sorted_error"]
+__all__ = [
+    "Gone",
+    "Misunderstood",
+    "Refused",
+    "TESTED_SDK",
+    "TinkerService",
+    "Unavailable",
+    "sdk",
+    "sorted_error",
+]
 
 logger = redacting_logger(__name__)
 

@@ -16,11 +16,16 @@ from typing import Any
 import numpy as np
 
 from ...errors import BackendError
-from ...experience import Experience, TokenSequence
+from ...training.batch import Experience, TokenSequence
 from .config import TinkerConfig
 from .service import TinkerService, sdk
 
-__all__ = ["TinkerReport", "check", "loss_inputs", "train"]
+__all__ = [
+    "TinkerReport",
+    "check",
+    "loss_inputs",
+    "train",
+]
 
 
 @dataclass

@@ -15,20 +15,22 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ...config import FinetuneConfig
+from ...components.builder import Builder
+from ...components.registry import register_trainer_adapter
+from ...config.sections import FinetuneConfig
 from ...errors import BackendError, ConfigError, FinetuneError, MissingExtra
-from ...job_adapter import JobAdapter, plain_name
-from ...observe import resolve
-from ...publishing import published
+from ...hooks import resolve
 from ...redaction import redacting_logger
-from ...registry import Builder, register_trainer_adapter
-from ...run_folder import size_of
+from ...store.durable import published, size_of
+from ...training.jobs import JobAdapter, plain_name
 from ...types import TrainingJobRef, TrajectoryCollection
-from .config import TRLConfig, TRLDPOConfig, TRLSFTConfig
+from .config import TRLDPOConfig, TRLSFTConfig
 from .job import TRLJob
 from .rows import best_of_groups, preference_rows, supervised_rows
 
-__all__ = ["TRLAdapter", "TRLConfig", "TRLDPOConfig", "TRLSFTConfig"]
+__all__ = [
+    "TRLAdapter",
+]
 
 logger = redacting_logger(__name__)
 
@@ -147,7 +149,7 @@ class TRLAdapter(JobAdapter[TRLJob]):
         self._require_no_job_at_work()
 
         def load() -> None:
-            from .weights import load_weights
+            from .job import load_weights
 
             place = Path(directory).absolute()
             try:

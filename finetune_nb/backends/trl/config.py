@@ -6,10 +6,13 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from ...config import TrainerAdapterConfig
-from ...live_fields import AT_TRAINING
+from ...config.base import AT_TRAINING, TrainerAdapterConfig
 
-__all__ = ["TRLConfig", "TRLDPOConfig", "TRLSFTConfig"]
+__all__ = [
+    "TRLConfig",
+    "TRLDPOConfig",
+    "TRLSFTConfig",
+]
 
 
 class TRLConfig(TrainerAdapterConfig):

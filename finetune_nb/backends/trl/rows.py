@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ...credit import sampled_turns
 from ...errors import BackendError
+from ...rollouts.episodes import sampled_turns
 from ...types import DPOItem, EpisodeItem, Trajectory, TrajectoryCollection
 
-__all__ = ["best_of_groups", "preference_rows", "supervised_rows"]
+__all__ = [
+    "best_of_groups",
+    "preference_rows",
+    "supervised_rows",
+]
 
 
 def preference_rows(collection: TrajectoryCollection) -> list[dict[str, Any]]:

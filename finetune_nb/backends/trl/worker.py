@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main"]
+__all__ = [
+    "main",
+]
 
 
 def main(folder: Path) -> None:

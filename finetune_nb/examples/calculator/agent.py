@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from ...config import EvaluatorBaseConfig, FunctionBaseConfig
-from ...registry import Builder, register_evaluator, register_function
+from ...components.builder import Builder
+from ...components.registry import register_evaluator, register_function
+from ...config.base import EvaluatorBaseConfig, FunctionBaseConfig
 from ...types import EvalInputItem
 from .task import TOOLS, calculate, first_operation
 

@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from finetune_nb.examples.calculator import task
+from . import task
 
 DATA = Path(__file__).parent / "data"
 PER_LEVEL = {"train": 180, "held_out": 100, "dev": 100}

@@ -19,8 +19,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from finetune_nb.examples.calculator import task
-from finetune_nb.examples.calculator.make_data import splits
+from ....examples.calculator import task
+from ....examples.calculator.make_data import splits
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|tools|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
 

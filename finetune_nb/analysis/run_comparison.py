@@ -1,0 +1,175 @@
+"""Comparing runs on the same examples: did a change help, or did the runs just draw other questions?
+
+Groups are paired by (epoch, example): runs of one seed draw the same examples in an epoch, and so do a run and its fork. The
+difference of two runs is the mean over pairs, with a bootstrap interval over examples (Efron and Tibshirani 1993, chapter
+13: the percentile method; examples are resampled, as the pairs of one example are not independent).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from ..plots.curves import plot_rewards
+from ..run.history import RunViews
+from ..text import number
+from ..types import Epoch
+from ..views.html import table, view
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+
+__all__ = [
+    "Comparison",
+    "Difference",
+    "compare",
+    "compare_runs",
+]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better a run did than the first one, on the examples that both have."""
+
+    run: str
+    mean: float
+    """Mean difference of the groups' mean rewards; NaN without pairs."""
+    low: float
+    high: float
+    """Bootstrap interval at `Comparison.confidence`."""
+    pairs: int
+    examples: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Runs on the same examples. `frame` has the pairs, `differences` one entry for every run but the first."""
+
+    runs: dict[str, Sequence[Epoch]]
+    differences: tuple[Difference, ...]
+    confidence: float
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row = one (epoch, example) that all runs have: columns epoch, example, then each run's mean reward."""
+        return _pairs(self.runs).dropna().reset_index()
+
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Reward per epoch of all runs, on all of their examples."""
+        return plot_rewards(self.runs, ax=ax, **options)
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            _sentence(difference, next(iter(self.runs)), self.confidence) for difference in self.differences
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (d.run, number(d.mean), f"{number(d.low)} to {number(d.high)}", d.pairs, d.examples, _verdict(d))
+            for d in self.differences
+        ]
+        first = next(iter(self.runs))
+        headers = ("run", f"better than {first} by", f"{self.confidence:.0%} interval", "pairs", "examples", "")
+        return str(view(table(rows, headers)))
+
+
+def compare_runs(
+    runs: dict[str, Sequence[Epoch]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Comparison:
+    """Compares records by name; the first run is what the others are held against.
+
+    Raises ConfigError for fewer than two runs, or a confidence outside (0, 1).
+    """
+    if len(runs) < 2:
+        raise ConfigError(f"a comparison needs at least two runs with names of their own; got {len(runs)}.")
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence}; expected a share between 0 and 1, such as 0.95.")
+    pairs = _pairs(runs)
+    first, *others = runs
+    differences = []
+    for name in others:
+        both = pairs[[first, name]].dropna()
+        held, gained = both.to_numpy().T
+        gain = gained - held
+        examples = both.index.get_level_values("example").astype(str).to_numpy()
+        low, high = _bootstrap(gain, examples, confidence, resamples, seed)
+        mean = float(gain.mean()) if len(gain) else math.nan
+        differences.append(Difference(name, mean, low, high, len(gain), len(set(examples.tolist()))))
+    return Comparison(runs, tuple(differences), confidence)
+
+
+def _pairs(runs: dict[str, Sequence[Epoch]]) -> pd.DataFrame:
+    """Mean reward of each group, a column a run, indexed by (epoch, example); NaN where a run has none."""
+    import numpy as np
+    import pandas as pd
+
+    columns = {}
+    for name, epochs in runs.items():
+        keys = [(epoch.index, example) for epoch in epochs for example in epoch.statistics.example_ids]
+        means = np.concatenate([np.empty(0), *(epoch.statistics.means for epoch in epochs)])
+        index = pd.MultiIndex.from_tuples(keys, names=["epoch", "example"]) if keys else _no_pairs()
+        means = pd.Series(np.where(np.isfinite(means), means, np.nan), index=index, dtype=np.float64)
+        columns[name] = means[~index.duplicated()]
+    return pd.concat(columns, axis=1).rename_axis(["epoch", "example"])
+
+
+def _no_pairs() -> pd.MultiIndex:
+    import pandas as pd
+
+    return pd.MultiIndex.from_arrays([[], []], names=["epoch", "example"])
+
+
+def _bootstrap(
+    gain: np.ndarray, examples: np.ndarray, confidence: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Percentile interval of the mean gain, whole examples drawn with replacement; NaN without any."""
+    import numpy as np
+
+    if not len(gain):
+        return math.nan, math.nan
+    _, position = np.unique(examples, return_inverse=True)
+    sums, counts = np.bincount(position, weights=gain), np.bincount(position)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _verdict(difference: Difference) -> str:
+    if not difference.pairs:
+        return "they have no example in common"
+    if not difference.is_clear:
+        return "no clear difference"
+    return "better" if difference.mean > 0 else "worse"
+
+
+def _sentence(difference: Difference, first: str, confidence: float) -> str:
+    if not difference.pairs:
+        return f"{difference.run} against {first}: no example in common"
+    interval = f"{confidence:.0%} interval {number(difference.low)} to {number(difference.high)}"
+    where = f"{difference.pairs} pairs of {difference.examples} examples"
+    return f"{difference.run} against {first}: {difference.mean:+.3g} ({interval}; {where}): {_verdict(difference)}"
+
+
+def compare(runs: Sequence[RunViews], confidence: float = 0.95) -> Comparison:
+    """Holds the other runs against the first one, on the examples that they have in common in the same epoch.
+
+    Shows a table; `.frame` has the pairs, `.differences` the numbers with their bootstrap intervals, `.plot()` the curves.
+    Raises ConfigError for fewer than two different runs.
+    """
+    pass
+
+    names = [run.id for run in runs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"a run is held against others, not against itself; got {', '.join(names)}.")
+    return compare_runs({run.id: run.records for run in runs}, confidence)

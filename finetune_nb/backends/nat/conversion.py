@@ -1,0 +1,260 @@
+"""The Toolkit's nouns as ours, and ours as the Toolkit's: trajectories, preferences, jobs, evaluations.
+
+They have the same fields by design, so nothing is lost on the way but what only one side has: `failures` of a collection
+(the Toolkit has none) and the Toolkit's usage records. Objects inside `metadata` and `logprobs` are handed over as they
+are. Nothing here imports the Toolkit but the functions that make its nouns.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ...types import (
+    DPOItem,
+    EpisodeItem,
+    EpisodeItemRole,
+    EvalInput,
+    EvalInputItem,
+    EvalOutput,
+    EvalOutputItem,
+    EvaluationRunOutput,
+    IntermediateStep,
+    IntermediateStepPayload,
+    IntermediateStepType,
+    InvocationNode,
+    LLMCall,
+    OpenAIMessage,
+    RolloutFailure,
+    StreamEventData,
+    TrainingJobRef,
+    TrainingJobStatus,
+    Trajectory,
+    TrajectoryCollection,
+)
+
+__all__ = [
+    "collection_from_nat",
+    "collection_to_nat",
+    "evaluation_from_nat",
+    "ref_from_nat",
+    "ref_to_nat",
+    "status_from_nat",
+    "status_to_nat",
+    "trajectory_from_nat",
+    "trajectory_to_nat",
+    "was_dropped",
+]
+
+# ── trajectories ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def trajectory_from_nat(trajectory: Any) -> Trajectory:
+    """The Toolkit's Trajectory as ours. The values were validated there and are not validated again."""
+    return Trajectory.model_construct(
+        episode=[_item_from_nat(item) for item in trajectory.episode],
+        reward=trajectory.reward,
+        shaped_rewards=trajectory.shaped_rewards,
+        metadata=trajectory.metadata,
+    )
+
+
+def _item_from_nat(item: Any) -> EpisodeItem | DPOItem:
+    if hasattr(item, "chosen_response"):
+        prompt = item.prompt
+        return DPOItem(
+            prompt=prompt
+            if isinstance(prompt, str)
+            else [OpenAIMessage(role=m.role, content=m.content) for m in prompt],
+            chosen_response=item.chosen_response,
+            rejected_response=item.rejected_response,
+        )
+    return EpisodeItem.model_construct(
+        role=EpisodeItemRole(str(item.role)), content=item.content, logprobs=item.logprobs, metadata=item.metadata
+    )
+
+
+def trajectory_to_nat(trajectory: Trajectory) -> Any:
+    """Our Trajectory as the Toolkit's."""
+    from nat.data_models import finetuning as nat
+
+    def item_to_nat(item: EpisodeItem | DPOItem) -> Any:
+        if isinstance(item, EpisodeItem):
+            return nat.EpisodeItem(
+                role=nat.EpisodeItemRole(item.role.value),
+                content=item.content,
+                logprobs=item.logprobs,
+                metadata=item.metadata,
+            )
+        return nat.DPOItem(
+            prompt=item.prompt if isinstance(item.prompt, str) else [nat.OpenAIMessage(**dict(m)) for m in item.prompt],
+            chosen_response=item.chosen_response,
+            rejected_response=item.rejected_response,
+        )
+
+    return nat.Trajectory(
+        episode=[item_to_nat(item) for item in trajectory.episode],
+        reward=trajectory.reward,
+        shaped_rewards=trajectory.shaped_rewards,
+        metadata=trajectory.metadata,
+    )
+
+
+def collection_from_nat(collection: Any, convert: Callable[[Any], Trajectory] = trajectory_from_nat) -> Any:
+    """The Toolkit's TrajectoryCollection as ours. convert: for a trajectory that is known already."""
+    return TrajectoryCollection.model_construct(
+        trajectories=[[convert(trajectory) for trajectory in group] for group in collection.trajectories],
+        run_id=collection.run_id,
+        failures=[],
+    )
+
+
+def collection_to_nat(collection: TrajectoryCollection) -> Any:
+    """Our TrajectoryCollection as the Toolkit's; `failures` stay behind."""
+    from nat.data_models import finetuning as nat
+
+    return nat.TrajectoryCollection(
+        trajectories=[[trajectory_to_nat(trajectory) for trajectory in group] for group in collection.trajectories],
+        run_id=collection.run_id,
+    )
+
+
+# ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ref_from_nat(ref: Any) -> TrainingJobRef:
+    return TrainingJobRef(run_id=ref.run_id, backend=ref.backend, metadata=ref.metadata)
+
+
+def ref_to_nat(ref: TrainingJobRef) -> Any:
+    from nat.data_models import finetuning as nat
+
+    return nat.TrainingJobRef(run_id=ref.run_id, backend=ref.backend, metadata=ref.metadata)
+
+
+def status_from_nat(status: Any) -> TrainingJobStatus:
+    return TrainingJobStatus(**{**dict(status), "status": str(status.status)})
+
+
+def status_to_nat(status: TrainingJobStatus) -> Any:
+    from nat.data_models import finetuning as nat
+
+    return nat.TrainingJobStatus(**{**dict(status), "status": status.status.value})
+
+
+# ── evaluations ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def evaluation_from_nat(
+    output: Any, call_of_id: Callable[[str], LLMCall | None] = lambda response_id: None, generation: int = 0
+) -> EvaluationRunOutput:
+    """What the Toolkit's EvaluationRun returned, as ours. generation: which of the group's rollouts these are.
+
+    Its model calls become LLMCalls: of a reply whose id the gateway knows (`call_of_id`) the call as it was recorded,
+    exact ids and all; of any other what the Toolkit noted. An item whose workflow raised has neither output nor steps
+    there, and evaluators score it all the same; here it is a failure.
+    """
+    items, failures = [], []
+    for item in output.eval_input.eval_input_items:
+        steps = [step for step in item.trajectory if step.event_type in _KEPT_STEPS]
+        starts = {step.UUID: step for step in steps if step.event_type == IntermediateStepType.LLM_START}
+        ours = EvalInputItem.model_construct(
+            id=item.id,
+            input_obj=item.input_obj,
+            expected_output_obj=item.expected_output_obj,
+            output_obj=item.output_obj,
+            expected_trajectory=[],
+            trajectory=[_step_from_nat(step, starts.get(step.UUID), call_of_id) for step in steps],
+            full_dataset_entry=item.full_dataset_entry,
+        )
+        items.append(ours)
+        if was_dropped(item):
+            error = "WorkflowError: the workflow raised; the Toolkit's log has its error"
+            failures.append(RolloutFailure(item.id, generation, error))
+    return EvaluationRunOutput.model_construct(
+        workflow_output_file=output.workflow_output_file,
+        evaluator_output_files=list(output.evaluator_output_files),
+        workflow_interrupted=False,  # said by the failures, one by one
+        eval_input=EvalInput.model_construct(eval_input_items=items),
+        evaluation_results=[(name, _verdicts(result)) for name, result in output.evaluation_results],
+        usage_stats=None,
+        profiler_results=None,
+        failures=failures,
+    )
+
+
+def was_dropped(item: Any) -> bool:
+    """Whether the workflow raised for that item, or was not run because it raised for another."""
+    return not item.trajectory and item.output_obj in (None, "")
+
+
+_KEPT_STEPS = ("LLM_START", "LLM_END", "TOOL_START", "TOOL_END")
+
+
+def _verdicts(output: Any) -> EvalOutput:
+    return EvalOutput.model_construct(
+        average_score=output.average_score,
+        eval_output_items=[
+            EvalOutputItem.model_construct(
+                id=item.id, score=item.score, reasoning=item.reasoning, error=getattr(item, "error", None)
+            )
+            for item in output.eval_output_items
+        ],
+    )
+
+
+def _step_from_nat(step: Any, start: Any, call_of_id: Callable[[str], LLMCall | None]) -> IntermediateStep:
+    data, given = step.data, step.payload
+    payload, text = (data.payload, data.output) if data is not None else (None, None)
+    messages = _messages((start.data.input if start is not None and start.data else None) or (data and data.input))
+    if step.event_type == IntermediateStepType.LLM_END:
+        message = _get(payload, "message")
+        told = _get(message, "response_metadata") or {}
+        text = text if message is None else _get(message, "content")  # the Toolkit writes tool calls behind it
+        known = call_of_id(str(told.get("id") or _get(message, "id") or ""))
+        payload = known or {
+            "logprobs": told.get("logprobs"),
+            "finish_reason": told.get("finish_reason"),
+            "token_ids": None,
+            "prompt_token_ids": None,
+        }
+    return IntermediateStep.model_construct(
+        parent_id=step.parent_id,
+        function_ancestry=InvocationNode.model_construct(**dict(step.function_ancestry)),
+        payload=IntermediateStepPayload.model_construct(
+            event_type=IntermediateStepType(str(step.event_type)),
+            event_timestamp=given.event_timestamp,
+            span_event_timestamp=given.span_event_timestamp,
+            framework=given.framework and str(given.framework),
+            name=given.name,
+            tags=given.tags,
+            metadata=None,
+            data=data and StreamEventData.model_construct(input=messages, output=text, payload=payload),
+            usage_info=None,
+            UUID=given.UUID,
+        ),
+    )
+
+
+_LANGCHAIN_ROLES = {"human": "user", "ai": "assistant"}
+
+
+def _messages(given: Any) -> Any:
+    """A chat as OpenAI messages, from those of LangChain; anything else as it is."""
+    if not isinstance(given, list):
+        return given
+    out = []
+    for message in given:
+        role = _get(message, "role") or _get(message, "type")
+        if role is None:
+            return given
+        out.append({"role": _LANGCHAIN_ROLES.get(str(role), str(role)), "content": _get(message, "content")})
+        if _get(message, "tool_call_id"):
+            out[-1]["tool_call_id"] = _get(message, "tool_call_id")
+    return out
+
+
+def _get(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)

@@ -1,0 +1,5 @@
+"""The command line: `finetune-nb`, `python -m finetune_nb.cli`."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,335 @@
+"""`Builder` makes the live components of a config by name and closes them: it starts the async generator that
+registry.py's decorators registered for a `_type`, hands out what that yields, and resumes it after its yield when the
+run closes.
+
+It knows no run and no epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import SecretStr
+
+from ..config.base import (
+    EvaluatorBaseConfig,
+    FunctionBaseConfig,
+    LLMBaseConfig,
+    TrainerAdapterConfig,
+    TrainerConfig,
+    TrajectoryBuilderConfig,
+    TypedBaseModel,
+)
+from ..config.sections import Config
+from ..errors import ConfigError, RunError, did_you_mean
+from ..hooks import resolve
+from ..redaction import MASK, KeyPath, is_text, plain_data
+from .registry import EXECUTORS, KINDS, TRAINER_ADAPTERS, Build, config_class, registered
+
+if TYPE_CHECKING:
+    from ..interfaces import RolloutExecutor, Trainer, TrainerAdapter, TrajectoryBuilder
+
+__all__ = [
+    "Builder",
+]
+
+Key = tuple[str, str]
+"""A component: its kind and its name in the config."""
+
+
+@dataclass
+class _Live:
+    """One component and the task that keeps its generator."""
+
+    key: Key
+    ready: asyncio.Future[Any]
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+
+_under_construction: ContextVar[tuple[Builder, Key] | None] = ContextVar("finetune_nb_building", default=None)
+
+
+class Builder:
+    """Makes the components of a config by name: each once, when it is first asked for, on the loop that asks first.
+
+    A component's generator lives in a task of its own, from its start to its end, so that it may hold task groups and
+    time limits open across its yield. Use it as `async with Builder(config) as builder`, or call `close()`.
+
+    The getters raise ConfigError for a name that the config does not have, and for components that need each other in a
+    circle; RunError on another event loop than the first one's, and after `close`; and what building the component raises.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.run_folder: Path | None = None
+        """Where the run that it builds for leaves all behind; None outside a run."""
+        self._added: dict[Key, Any] = {}
+        self._live: dict[Key, _Live] = {}
+        self._built: list[_Live] = []  # in the order in which they became ready
+        self._needs: dict[Key, set[Key]] = {}  # of each component under construction
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    def add(self, kind: str, name: str, component: Any) -> None:
+        """Puts in a ready-made component, which goes before the config's of that name. It is not closed by the builder.
+
+        Raises ConfigError for an unknown kind, where the config's component has been built already, and for a trainer adapter
+        of a run that trains elsewhere.
+        """
+        if kind not in KINDS:
+            raise ConfigError(f"there is no kind of component {kind!r}. {did_you_mean(kind, KINDS)}")
+        if (kind, name) in self._live:
+            raise ConfigError(
+                f"{kind} {name!r} has been built from the config already. Add components before they are used."
+            )
+        if kind == "trainer_adapter" and self.config.run.trains_elsewhere:
+            raise ConfigError(
+                "found run.ray.trainer and a trainer adapter that was given as an object; expected its settings, since an "
+                "object cannot go to the cluster. Leave run.ray.trainer out, or adapter=."
+            )
+        self._added[kind, name] = component
+
+    def added(self) -> list[tuple[str, str, Any]]:
+        """What was put in: kind, name, component."""
+        return [(*key, component) for key, component in self._added.items()]
+
+    def ready(self, kind: str, name: str) -> Any | None:
+        """The component if it was added or has been built, else None."""
+        if (kind, name) in self._added:
+            return self._added[kind, name]
+        return next((live.ready.result() for live in self._built if live.key == (kind, name)), None)
+
+    def built(self, kind: str) -> list[Any]:
+        """Every component of a kind that was added or has been built."""
+        added = [component for (of_kind, _), component in self._added.items() if of_kind == kind]
+        return added + [live.ready.result() for live in self._built if live.key[0] == kind]
+
+    async def get_llm(self, name: str, wrapper_type: Any = None) -> Any:
+        """A language model. `wrapper_type` is NAT's and must be None: finetune_nb wraps no model for another
+        framework."""
+        if wrapper_type is not None:
+            raise ConfigError(
+                f"get_llm({name!r}, wrapper_type={str(wrapper_type)!r}): no model is wrapped for other frameworks here. "
+                "Leave wrapper_type out, and give llm.base_url and llm.api_key to that framework's OpenAI client."
+            )
+        return await self._get("llm_provider", name)
+
+    async def get_function(self, name: str) -> Any:
+        """A workflow. The config's own is called "workflow" (NAT: "<workflow>")."""
+        return await self._get("function", "workflow" if name == "<workflow>" else name)
+
+    async def get_workflow(self) -> Any:
+        """The workflow of the config."""
+        return await self._get("function", "workflow")
+
+    async def get_evaluator(self, name: str) -> Any:
+        """An evaluator of the section `eval.evaluators`."""
+        return await self._get("evaluator", name)
+
+    async def get_trajectory_builder(self, name: str) -> TrajectoryBuilder:
+        """A trajectory builder, not yet initialized."""
+        return await self._get("trajectory_builder", name)
+
+    async def get_trainer_adapter(self, name: str) -> TrainerAdapter:
+        """A trainer adapter, not yet initialized."""
+        return await self._get("trainer_adapter", name)
+
+    async def get_trainer(self, name: str) -> Trainer:
+        """A trainer, not yet bound to its two components."""
+        return await self._get("trainer", name)
+
+    async def get_executor(self) -> RolloutExecutor | None:
+        """Where rollouts run, if `run.engine` names an engine elsewhere; None: on the event loop of whoever runs them."""
+        kind = self.config.run.engine_kind
+        return await self._get("executor", kind) if kind in EXECUTORS else None
+
+    def get_llm_config(self, name: str) -> LLMBaseConfig:
+        """The config of a language model, built or not; so the next ones."""
+        return self._config_of("llm_provider", name)
+
+    def get_function_config(self, name: str) -> FunctionBaseConfig:
+        """The config of a workflow; the config's own is called "workflow" (NAT: "<workflow>")."""
+        return self._config_of("function", "workflow" if name == "<workflow>" else name)
+
+    def get_workflow_config(self) -> FunctionBaseConfig:
+        """The config of the workflow."""
+        return self._config_of("function", "workflow")
+
+    def get_evaluator_config(self, name: str) -> EvaluatorBaseConfig:
+        """The config of an evaluator."""
+        return self._config_of("evaluator", name)
+
+    def get_trajectory_builder_config(self, name: str) -> TrajectoryBuilderConfig:
+        """The config of a trajectory builder."""
+        return self._config_of("trajectory_builder", name)
+
+    def get_trainer_adapter_config(self, name: str) -> TrainerAdapterConfig:
+        """The config of a trainer adapter."""
+        return self._config_of("trainer_adapter", name)
+
+    def get_trainer_config(self, name: str) -> TrainerConfig:
+        """The config of a trainer."""
+        return self._config_of("trainer", name)
+
+    def _config_of(self, kind: str, name: str) -> Any:
+        config = self.config
+        title, section = {
+            "llm_provider": ("llms", config.llms),
+            "function": ("the config", {} if config.workflow is None else {"workflow": config.workflow}),
+            "evaluator": ("eval.evaluators", config.eval.evaluators),
+            "dataset": ("the config", {}),
+            "trajectory_builder": ("trajectory_builders", config.trajectory_builders),
+            "trainer_adapter": ("trainer_adapters", config.trainer_adapters),
+            "trainer": ("trainers", config.trainers),
+        }[kind]
+        if name not in section:
+            known = {*section, *(added for of_kind, added in self._added if of_kind == kind)}
+            raise ConfigError(f"there is no {kind} {name!r} in {title}. {did_you_mean(name, known)}")
+        return section[name]
+
+    async def _get(self, kind: str, name: str) -> Any:
+        key = (kind, name)
+        if key in self._added:
+            return self._added[key]
+        loop = asyncio.get_running_loop()
+        if self._closing is not None:
+            raise RunError(
+                f"{kind} {name!r} was asked for after its builder was closed. Make a new Builder, or a new Run."
+            )
+        if self._loop not in (None, loop):
+            raise RunError(
+                f"{kind} {name!r} was asked for on another event loop than the one its builder works on. Ask there, or make a "
+                "Builder here."
+            )
+        self._check_cycle(key)
+        live = self._live.get(key)
+        if live is None:
+            if kind == "executor":
+                config, build = self.config.run, resolve(EXECUTORS[name])
+            else:
+                config = self._config_of(kind, name)
+                build = _build_of(kind, name, config)
+                if kind == "trainer_adapter" and self.config.run.trains_elsewhere:
+                    build = resolve(TRAINER_ADAPTERS[self.config.run.engine_kind])
+            self._loop = loop
+            live = self._live[key] = _Live(key, loop.create_future())
+            self._needs[key] = set()
+            live.task = loop.create_task(self._keep(live, build(config, self)), name=f"{kind} {name}")
+        # Shielded: whoever waits may be canceled, and the component is still wanted by the next one.
+        return await asyncio.shield(live.ready)
+
+    def _check_cycle(self, key: Key) -> None:
+        parent = _under_construction.get()
+        if parent is None or parent[0] is not self or parent[1] not in self._needs:
+            return
+        road = self._road(key, parent[1])
+        if road:
+            names = " -> ".join(f"{kind} {name!r}" for kind, name in (parent[1], *road))
+            raise ConfigError(f"components need each other in a circle: {names}. Take one of these references out.")
+        self._needs[parent[1]].add(key)
+
+    def _road(self, start: Key, end: Key, seen: frozenset[Key] = frozenset()) -> tuple[Key, ...]:
+        """From `start` to `end` along what components under construction wait for; empty where there is no road."""
+        if start == end:
+            return (end,)
+        for key in sorted(self._needs.get(start, set()) - seen):
+            road = self._road(key, end, seen | {start})
+            if road:
+                return (start, *road)
+        return ()
+
+    async def _keep(self, live: _Live, generator: AsyncGenerator[Any, None]) -> None:
+        """A component's whole life, in one task: up to its yield, until it is closed, and after its yield."""
+        kind, name = live.key
+        _under_construction.set((self, live.key))
+        try:
+            component = await anext(generator, None)
+            if component is None:
+                raise ConfigError(
+                    f"{kind} {name!r} was registered by a function that yields no component. Yield it, once."
+                )
+        except Exception as error:
+            del self._live[live.key]  # so that it can be tried again, once the cause is gone
+            error.add_note(f"while building {kind} {name!r}")
+            live.ready.set_exception(error)
+            live.ready.exception()  # seen, also where nobody waits any more
+            return
+        except BaseException:
+            live.ready.cancel()
+            raise
+        finally:
+            del self._needs[live.key]
+        self._built.append(live)
+        live.ready.set_result(component)
+        try:
+            await live.closing.wait()
+            if await anext(generator, None) is not None:
+                raise ConfigError(f"{kind} {name!r} was registered by a function that yields twice. Yield once.")
+        finally:
+            await generator.aclose()
+
+    async def close(self) -> None:
+        """Resumes every component's generator after its yield, the newest first, each once, and all of them even if one
+        raises: that error is then raised, several as an ExceptionGroup. Closing again does nothing more."""
+        if self._loop not in (None, asyncio.get_running_loop()):
+            raise RunError(
+                "the builder was closed on another event loop than the one it works on. Await close() there."
+            )
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close_all(), name="close components")
+        # Shielded: who is canceled while closing must not leave the rest open.
+        await asyncio.shield(self._closing)
+
+    async def _close_all(self) -> None:
+        unfinished = [live.task for live in self._live.values() if live.task is not None and not live.ready.done()]
+        for task in unfinished:
+            task.cancel()
+        await asyncio.gather(*unfinished, return_exceptions=True)
+        errors: list[Exception] = []
+        for live in reversed(self._built):
+            live.closing.set()
+            assert live.task is not None
+            for error in await asyncio.gather(live.task, return_exceptions=True):
+                if isinstance(error, Exception):
+                    error.add_note(f"while closing {live.key[0]} {live.key[1]!r}")
+                    errors.append(error)
+        self._live.clear()
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise ExceptionGroup("several components could not be closed", errors)
+
+    async def __aenter__(self) -> Builder:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Builder:
+        return self  # live components cannot be copied
+
+
+def _build_of(kind: str, name: str, config: TypedBaseModel) -> Build:
+    type_name = type(config).static_type()
+    if type_name is not None and type_name not in registered[kind]:
+        config_class(kind, type_name)  # imports our own module, which registers it, or says what is known
+    if type_name is None or type_name not in registered[kind]:
+        raise ConfigError(
+            f"{kind} {name!r}: nothing is registered that builds a {type(config).__name__}. Use register_{kind}."
+        )
+
+    def refuse_mask(path: KeyPath, node: Any) -> Any:
+        text = node.get_secret_value() if isinstance(node, SecretStr) else node
+        if is_text(text) and MASK in text:
+            where = ".".join(map(str, path))
+            raise ConfigError(f"{kind} {name!r}: {where} was left out when the config was stored. Pass it again.")
+        return node
+
+    plain_data(config, refuse_mask)
+    return registered[kind][type_name].build

@@ -1,0 +1,409 @@
+"""What a config holds: the finetuning and evaluation sections, and `Config` itself.
+
+Names, defaults and validators are those of nvidia-nat-core 1.9.0, so that a dump of one validates as the other; what is
+stricter or ours alone says so. The base classes of component configs (component.py), the curriculum's settings and the
+`run` section are importable from here too. Reading YAML is loading.py's, building components builder.py's.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import html
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    SerializeAsAny,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+
+from ..errors import did_you_mean
+from ..redaction import MASK, SHORTEST_SECRET, KeyPath, is_text, names_credential, plain_data, redact_text
+from .base import (
+    EvalDatasetBaseConfig,
+    EvaluatorBaseConfig,
+    FunctionBaseConfig,
+    LLMBaseConfig,
+    RewardFunctionConfig,
+    TrainerAdapterConfig,
+    TrainerConfig,
+    TrajectoryBuilderConfig,
+)
+from .yaml import dump_yaml
+
+if TYPE_CHECKING:
+    from ..components.builder import Builder
+
+__all__ = [
+    "Config",
+    "CurriculumLearningConfig",
+    "EvalConfig",
+    "EvalGeneralConfig",
+    "FinetuneConfig",
+    "FinetuneRunConfig",
+    "Placeholder",
+    "RaySettings",
+    "RunSettings",
+]
+
+
+class CurriculumLearningConfig(BaseModel):
+    """Which groups of an epoch are trained on: those whose rewards differ, the best `percentile` of them first."""
+
+    enabled: bool = False
+    """False: every group is trained on, whatever the rest says."""
+    initial_percentile: float = 0.3
+    """Share of the groups with spread that the first epochs train on, in (0, 1]."""
+    increment_percentile: float = 0.2
+    """Added to the share at every expansion, in (0, 1]."""
+    expansion_interval: int = Field(default=5, ge=1)
+    """Epochs between two expansions."""
+    min_reward_diff: float = Field(default=0.1, ge=0)
+    """A group whose rewards lie closer together teaches nothing and is left out. At least 0 (NAT: unchecked)."""
+    sort_ascending: bool = False
+    """True: low mean rewards (hard examples) first."""
+    random_subsample: float | None = Field(default=None, gt=0, le=1)
+    """Share of the selected groups that is drawn at random, in (0, 1] (NAT: unchecked); None: all."""
+
+    @model_validator(mode="after")
+    def validate_percentiles(self) -> CurriculumLearningConfig:
+        for name in ("initial_percentile", "increment_percentile"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1")
+        return self
+
+
+ENGINES = ("local", "ray")
+
+
+class RaySettings(BaseModel):
+    """The `run.ray` section: what a run takes of a Ray cluster. It counts with `engine: ray` alone."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
+
+    workers: int | None = Field(default=None, ge=1)
+    """Processes that roll out. None: one for each CPU of the cluster, or for what `worker_gpus` leaves room for, and no more
+    than rollouts at once."""
+    worker_cpus: float = Field(default=0.5, gt=0)
+    """CPUs that the cluster sets aside for one worker: little, where agents mostly wait for a model elsewhere."""
+    worker_gpus: float = Field(default=0, ge=0)
+    """GPUs for one worker, where it samples from a replica of the policy."""
+    trainer: bool = False
+    """Whether `local_grpo` trains in a process of the cluster, which lives on when the kernel is killed. Otherwise training
+    stays in the kernel."""
+    trainer_cpus: float = Field(default=1, gt=0)
+    """CPUs that the cluster sets aside for the trainer."""
+    trainer_gpus: float | None = Field(default=None, ge=0)
+    """GPUs for the trainer. None: one where the cluster has any."""
+    tries: int = Field(default=3, ge=1)
+    """How often a rollout is begun where its worker is lost each time, before it counts as failed."""
+    start_timeout: float = Field(default=300.0, gt=0)
+    """Seconds that workers and trainer may take to start, waiting for what others have of the cluster included."""
+    runtime_env: dict[str, Any] = {}
+    """Ray's own: `working_dir`, `py_modules`, `pip`, `env_vars` of workers and trainer, for modules that the cluster does not
+    have."""
+
+
+class RunSettings(BaseModel):
+    """The `run` section. Ours alone."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    engine: str = "local"
+    """Where the work is done. "local": in this process. "ray": on a Ray cluster of this machine, which is started where
+    none runs in this process yet; "ray:auto": on the cluster that this machine belongs to; "ray:HOST:PORT": on that one."""
+    ray: RaySettings = RaySettings()
+    """What it takes of a Ray cluster."""
+    seed: int = Field(default=0, ge=0)
+    """Of every draw and every sampled token."""
+    deterministic: bool = False
+    """True: a repeat is equal to the last digit, at the price of waiting for the slowest rollout of a batch."""
+    checkpoint_every: int = Field(default=1, ge=0)
+    """Epochs between checkpoints of the weights; a run that is killed goes on behind the newest one, and cannot with 0 = none."""
+    keep_checkpoints: int | None = Field(default=None, ge=1)
+    """The newest ones that are kept, beside the one that validated best and those that runs were forked from. None: as
+    many as take 500 MB together, at least 2."""
+
+    @field_validator("engine")
+    @classmethod
+    def check_engine(cls, engine: str) -> str:
+        kind, _, address = engine.partition(":")
+        if kind not in ENGINES or (kind == "local" and engine != kind):
+            raise ValueError(f"there is no engine {engine!r}. {did_you_mean(engine, ENGINES)}")
+        if "://" in address:
+            raise ValueError(
+                f"found engine {engine!r}; expected 'ray', 'ray:auto' or 'ray:HOST:PORT'. Ray Client (ray://) is too slow for "
+                "rollouts: start the kernel on a machine of the cluster, and take 'ray:auto'"
+            )
+        return engine
+
+    @property
+    def engine_kind(self) -> str:
+        """The engine without its address."""
+        return self.engine.partition(":")[0]
+
+    @property
+    def trains_elsewhere(self) -> bool:
+        """Whether the engine trains, too."""
+        return self.engine_kind == "ray" and self.ray.trainer
+
+
+# ── finetuning ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class FinetuneRunConfig(BaseModel):
+    """What a run is started with: in NAT these are arguments of the command line."""
+
+    config_file: Path | BaseModel = None  # type: ignore[assignment]  # as in NAT
+    """A config to evaluate with, as a file or a Config."""
+    dataset: str | Path | None = None
+    """Overrides the config's dataset."""
+    result_json_path: str = "$"
+    """Where the answer stands in what a remote workflow returns; kept for the Toolkit, not used here."""
+    endpoint: str | None = None
+    """Always None when loaded from YAML: NAT can run a remote workflow, finetune_nb cannot."""
+    endpoint_timeout: int = 300
+    """Seconds, of that remote workflow."""
+    override: tuple[tuple[str, str], ...] = ()
+    """Pairs of dotted path and value, put into the config before it is read."""
+    validation_dataset: str | Path | None = None
+    """Rows to validate on, as a file; None: no validation."""
+    validation_interval: int = Field(default=5, ge=1)
+    """Epochs between two validations."""
+    validation_config_file: str | Path | None = None
+    """A config to validate with in place of this one."""
+
+    @field_validator("config_file", mode="wrap")
+    @classmethod
+    def allow_none(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        # None is the default, so a dump holds it; the annotation alone would refuse to read it back.
+        return None if value is None else handler(value)
+
+
+class FinetuneConfig(BaseModel):
+    """The `finetuning` section."""
+
+    enabled: bool = False
+    """Whether the three components below must be named. A `Run` trains either way."""
+    trainer: str | None = None
+    """A name of the `trainers` section; so with the next two."""
+    trajectory_builder: str | None = None
+    """What turns rollouts of the workflow into trajectories."""
+    trainer_adapter: str | None = None
+    """What trains the model, and usually what it is sampled from."""
+    reward_function: RewardFunctionConfig | None = None
+    """The evaluator whose score is the reward; a component that names its own comes first. None: the only one there is."""
+    target_functions: list[str] = ["<workflow>"]
+    """Only model calls made inside these functions make a trajectory; "<workflow>" is the workflow itself."""
+    target_model: str | None = None
+    """Only calls of this llm make a trajectory; None: every call."""
+    curriculum_learning: CurriculumLearningConfig = CurriculumLearningConfig()
+    """Which groups of an epoch are trained on."""
+    num_epochs: int = Field(default=1, ge=1)
+    """Epochs that are planned; more or fewer can be run."""
+    output_dir: Path = Path("./.tmp/nat/finetuning/")
+    """Each run makes a folder of its own in it."""
+    run_configuration: FinetuneRunConfig | None = None
+    """What `nat finetune` takes on its command line: datasets, validation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def validate_finetuning_enabled(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("enabled", False):
+            missing = [
+                name for name in ("trainer", "trajectory_builder", "trainer_adapter") if values.get(name) is None
+            ]
+            if missing:
+                raise ValueError(f"When fine-tuning is enabled, the following fields must be set: {', '.join(missing)}")
+        return values
+
+
+# ── evaluation, run ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class EvalGeneralConfig(BaseModel):
+    """The `eval.general` section: what is evaluated, and how many at once."""
+
+    max_concurrency: int = Field(default=8, ge=1, json_schema_extra={"live": "rollouts"})
+    """Rollouts at one time."""
+    workflow_alias: str | None = None
+    """Kept for the Toolkit, not used here."""
+    output_dir: Path = Path("./.tmp/nat/examples/default/")
+    """Kept for the Toolkit; a run writes into `finetuning.output_dir`."""
+    dataset: SerializeAsAny[EvalDatasetBaseConfig] | None = None
+    """The rows that the workflow is run on."""
+    item_timeout: float | None = Field(default=None, gt=0)
+    """Seconds that a rollout may take; None: as long as it likes. Ours alone."""
+    retries: int = Field(default=0, ge=0)
+    """Attempts after a transient failure (a timeout, a lost connection). Ours alone."""
+
+
+class EvalConfig(BaseModel):
+    """The `eval` section."""
+
+    general: EvalGeneralConfig = Field(default_factory=EvalGeneralConfig)
+    """The dataset, and how it is run."""
+    evaluators: dict[str, SerializeAsAny[EvaluatorBaseConfig]] = Field(default_factory=dict)
+    """What scores the rollouts, by name."""
+
+
+# ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """What stood where a value came from the environment."""
+
+    template: str
+    """The text as written, `${NAME}` and all."""
+    value: Any = dataclasses.field(repr=False)
+    """What became of it."""
+    secrets: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    """Values of the variables in the template whose name, or whose key, names a credential, by variable."""
+
+
+class Config(BaseModel):
+    """A whole config. Components are config instances here; `load_config` makes them from YAML or a dict."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    llms: dict[str, SerializeAsAny[LLMBaseConfig]] = Field(default_factory=dict)
+    workflow: SerializeAsAny[FunctionBaseConfig] | None = None
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    trajectory_builders: dict[str, SerializeAsAny[TrajectoryBuilderConfig]] = Field(default_factory=dict)
+    trainer_adapters: dict[str, SerializeAsAny[TrainerAdapterConfig]] = Field(default_factory=dict)
+    trainers: dict[str, SerializeAsAny[TrainerConfig]] = Field(default_factory=dict)
+    finetuning: FinetuneConfig = Field(default_factory=FinetuneConfig)
+    run: RunSettings = Field(default_factory=RunSettings)
+
+    _builder: Any = PrivateAttr(default=None)
+    _placeholders: dict[KeyPath, Placeholder] = PrivateAttr(default_factory=dict)
+
+    @property
+    def builder(self) -> Builder | None:
+        """The live components, while a run holds them. Copies of the config share it."""
+        return self._builder
+
+    @builder.setter
+    def builder(self, builder: Builder | None) -> None:
+        self._builder = builder
+
+    @property
+    def llm_of_workflow(self) -> str | None:
+        """The llm that the workflow asks: the one that it names, or the only one that there is; None: none, or not clear."""
+        return getattr(self.workflow, "llm", None) or (next(iter(self.llms)) if len(self.llms) == 1 else None)
+
+    def problems(self) -> list[tuple[KeyPath, str]]:
+        """What does not fit together when finetuning is enabled: names that stand in no section, a curriculum under
+        which nothing could train."""
+        tuning = self.finetuning
+        if not tuning.enabled:
+            return []
+        found: list[tuple[KeyPath, str]] = []
+        if self.run.deterministic and self.run.engine_kind != "local":
+            problem = (
+                f"found deterministic with engine {self.run.engine!r}; which rollouts share a batch, and so the last digit, "
+                "depends there on which worker is free. Take engine 'local', or leave deterministic out"
+            )
+            found.append((("run", "deterministic"), problem))
+        names: tuple[tuple[KeyPath, str | None, Collection[str], str], ...] = (
+            (("trainer",), tuning.trainer, self.trainers, "trainers"),
+            (("trajectory_builder",), tuning.trajectory_builder, self.trajectory_builders, "trajectory_builders"),
+            (("trainer_adapter",), tuning.trainer_adapter, self.trainer_adapters, "trainer_adapters"),
+            (
+                ("reward_function", "name"),
+                getattr(tuning.reward_function, "name", None),
+                self.eval.evaluators,
+                "eval.evaluators",
+            ),
+        )
+        for path, name, section, title in names:
+            if name is not None and name not in section:
+                found.append(
+                    (("finetuning", *path), f"{name!r} does not stand in {title}. {did_you_mean(name, section)}")
+                )
+        builder, curriculum = self.trajectory_builders.get(tuning.trajectory_builder or ""), tuning.curriculum_learning
+        single = getattr(builder, "num_generations", None) == 1
+        if single and curriculum.enabled and curriculum.min_reward_diff > 0:
+            problem = (
+                "1 rollout an example has no spread of rewards, so the curriculum would leave every group out and "
+                "nothing could train. Set num_generations to at least 2, or curriculum_learning.min_reward_diff to 0"
+            )
+            found.append((("trajectory_builders", tuning.trajectory_builder or "", "num_generations"), problem))
+        return found
+
+    def stored(self) -> dict[str, Any]:
+        """This config as plain data for a YAML file: `load_config` reads it back. `${NAME}` stands where it stood, and
+        other credentials are asterisks."""
+        named: dict[str, str] = {}  # a secret -> what stands for it, wherever else it stands
+
+        def collect(path: KeyPath, node: Any) -> Any:
+            written = self._placeholders.get(path)
+            if written is not None:
+                named.update({value: f"${{{name}}}" for name, value in written.secrets.items()})
+            elif isinstance(node, SecretStr):
+                named.setdefault(node.get_secret_value(), MASK)
+            elif is_text(node) and names_credential(path):
+                named.setdefault(node, MASK)
+            return node
+
+        plain_data(self, collect)
+        # A short literal may be a word ("ollama"); hiding it elsewhere would spoil a file that is to be read again.
+        secrets = [value for value, shown in named.items() if len(value) >= (12 if shown == MASK else SHORTEST_SECRET)]
+        secrets.sort(key=len, reverse=True)
+
+        def replace(path: KeyPath, node: Any) -> Any:
+            placeholder = self._placeholders.get(path)
+            if placeholder is not None and placeholder.value == node:
+                return placeholder.template
+            if isinstance(node, BaseModel) and path[-1:] == ("config_file",):
+                return None  # a config in memory, which is this one or has a file of its own
+            if is_text(node):
+                if node and names_credential(path):
+                    return MASK
+                # What stands in a value is no placeholder, so it must not become one when the file is read again.
+                text = node.replace("${", "$${")
+                for secret in secrets:
+                    text = text.replace(secret, named[secret])
+                return text if text != node else node
+            return node
+
+        return plain_data(self, replace)
+
+    def redacted(self) -> dict[str, Any]:
+        """This config as plain data to look at: every secret, and every value that came from the environment, is
+        asterisks."""
+
+        def hide(path: KeyPath, node: Any) -> Any:
+            if path in self._placeholders or (is_text(node) and node and names_credential(path)):
+                return MASK
+            return redact_text(node) if is_text(node) else node
+
+        return plain_data(self, hide)
+
+    def __repr_args__(self) -> Any:
+        return self.redacted().items()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(dump_yaml(self.redacted()))}</pre>"
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Config:
+        # A run's config holds itself (finetuning.run_configuration.config_file), so the copy must be known before its
+        # parts are copied.
+        memo = {} if memo is None else memo
+        twin = type(self).model_construct()
+        memo[id(self)] = twin
+        object.__setattr__(twin, "__dict__", copy.deepcopy(self.__dict__, memo))
+        object.__setattr__(twin, "__pydantic_fields_set__", set(self.model_fields_set))
+        twin._builder, twin._placeholders = self._builder, dict(self._placeholders)
+        return twin

@@ -1,0 +1,1 @@
+"""Running epochs: the driver, what it observes, and what is written down."""

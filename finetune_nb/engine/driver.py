@@ -1,0 +1,414 @@
+"""The driver: runs epochs of any Trainer, one at a time, and has each recorded.
+
+It lives on the engine thread and is all async; it knows Controls and records, no widget and no notebook. What is seen of
+the Trainer is witness.py's, what a record is made of watch.py's, what is written when recorder.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..components.builder import Builder
+from ..config.sections import Config
+from ..errors import BackendError, ConfigError, JobFailed, RunError, UnknownJob
+from ..interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
+from ..llms.call_recorder import Episode
+from ..llms.client import LLM, ChatReply, PolicyLLM
+from ..redaction import error_text, redacting_logger
+from ..rollouts.evaluation import EvaluationContext, Progress, dataset_of, evaluation_context, workflow_of
+from ..rollouts.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
+from ..store.reader import PartialEpoch
+from ..threads import in_daemon_thread
+from ..training.curriculum import state_from_dict, state_to_dict
+from ..types import (
+    EpisodeKey,
+    Epoch,
+    EvalInputItem,
+    RolloutFailure,
+    TrainingJobRef,
+    TrainingStatusEnum,
+    Trajectory,
+    Validation,
+)
+from .epoch_record import Watch, log_what_was_left
+from .live_settings import Controls, put
+from .observer import Witness
+from .run_writer import Recorder, logging_to, take_up
+from .sinks import MetricsSink, Outlets
+from .state import Standing
+
+__all__ = [
+    "Driver",
+    "Trial",
+]
+
+T = TypeVar("T")
+logger = redacting_logger(__name__)
+
+
+class Driver:
+    """Drives one Trainer. All methods run on one event loop; one epoch at a time."""
+
+    def __init__(
+        self,
+        config: Config,
+        builder: Builder,
+        run_id: str,
+        controls: Controls,
+        standing: Standing,
+        epochs: Sequence[Epoch] = (),
+        first: int = 0,
+    ) -> None:
+        self.config, self.builder, self.run_id = config, builder, run_id
+        builder.run_folder = self.folder
+        self.controls, self.standing = controls, standing
+        self.epochs: list[Epoch] = list(epochs)
+        self._first = first  # the epoch that comes next where there is none yet: of a fork the one behind its parent's
+        self.recorder: Recorder = None  # type: ignore[assignment]  # set by open
+        self.progress = Progress()
+        self.trainer: Trainer = None  # type: ignore[assignment]  # set by open
+        self.trajectory_builder: TrajectoryBuilder = None  # type: ignore[assignment]
+        self.adapter: TrainerAdapter = None  # type: ignore[assignment]
+        self._witness: Witness = None  # type: ignore[assignment]  # set by open
+        self._left: PartialEpoch | None = None  # begun by a process that has ended
+        self._trial = Trial(config, builder, run_id)
+        self.sinks: list[MetricsSink] = []
+        self._outlets = Outlets(self.sinks, run_id, config.stored)
+
+    # ── opening and closing ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def open(self) -> None:
+        """Builds the three components, initializes them and checks that the backend is healthy. Once; later calls do
+        nothing."""
+        if self.trainer is not None:
+            return
+        names = self.config.finetuning
+        if names.trainer is None or names.trajectory_builder is None or names.trainer_adapter is None:
+            raise ConfigError("finetuning needs trainer, trajectory_builder and trainer_adapter. Name all three.")
+        trainer = await self.builder.get_trainer(names.trainer)
+        self.trajectory_builder = await self.builder.get_trajectory_builder(names.trajectory_builder)
+        self.adapter = await self.builder.get_trainer_adapter(names.trainer_adapter)
+        await trainer.bind_components(self.trajectory_builder, self.adapter)
+        await trainer.initialize(names)
+        await self._trial.preflight(reads_rows=getattr(self.trajectory_builder, "reads_our_rows", False))
+        if not await self.adapter.is_healthy():
+            name = type(self.adapter).__name__
+            raise BackendError(
+                f"the training backend is not healthy: {name}.is_healthy() is False. No rollout was started. "
+                "Start or repair the backend, then run the epoch again."
+            )
+        if self.recorder is None:
+            await _to_its_end(self._open_recorder())
+        await self._take_up(trainer)
+        self._witness = Witness(trainer, self.run_id, self.controls, self.standing, self.recorder, self.builder)
+        self.trainer = trainer
+        if self.policy_told is not None:
+            self.recorder.event("policy", text=self.policy_told)
+
+    async def _open_recorder(self) -> None:
+        run = self.config.run
+        self.recorder = await Recorder.open(
+            self.folder, self.run_id, self.config.stored(), run.checkpoint_every, run.keep_checkpoints
+        )
+
+    async def _take_up(self, trainer: Trainer) -> None:
+        """Puts everything where the record ends."""
+        store = self.recorder.store
+        self.epochs = list(store.epochs)
+        self._first = store.next_index
+        state = await self.recorder.weights.restore(self.adapter)
+        take_up(self.controls, store)
+        put(self.config, self.builder, self.controls.live_values())
+        if state is not None and state["curriculum"] and trainer._curriculum_state is not None:
+            trainer._curriculum_state |= state_to_dict(state_from_dict(state["curriculum"]))
+        self._left = store.partial()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the components are built and the record is taken up."""
+        return self.trainer is not None
+
+    @property
+    def at_work(self) -> bool:
+        """Whether an epoch is running; between two of them a run may be paused."""
+        return self._witness is not None and self._witness.watch is not None
+
+    @property
+    def policy_told(self) -> str | None:
+        """What is sampled and trained, in the policy's own words: its `description`, if it has one."""
+        return getattr(self.adapter.policy, "description", None) if self.is_open else None
+
+    @property
+    def next_index(self) -> int:
+        """The epoch that comes next."""
+        return self.epochs[-1].index + 1 if self.epochs else self._first
+
+    @property
+    def folder(self) -> Path:
+        """All that the run leaves behind."""
+        return Path(self.config.finetuning.output_dir) / self.run_id
+
+    async def close(self) -> None:
+        """Takes the wrappers off and ends every component, once. All are ended even if one raises."""
+        if self._witness is not None:
+            try:
+                await asyncio.wait_for(self._witness.settle_late_jobs(self.epochs), 5.0)
+            except Exception:
+                logger.warning("a job that was submitted late has not ended well", exc_info=True)
+            self._witness.leave()
+        try:
+            if self.trainer is not None:
+                await self.trainer.cleanup()
+        finally:
+            try:
+                await in_daemon_thread(self._outlets.close)
+                if self.recorder is not None:
+                    self.recorder.journal(self.controls)
+                    await self.recorder.close(self.adapter)
+            finally:
+                await self.builder.close()
+
+    # ── what a run is asked for ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def next_epoch(self) -> Epoch:
+        """One epoch, recorded. A job that failed raises JobFailed, with the record in its `epoch`."""
+        await self.open()
+        self.require_single_epochs()
+        return await self._next(lambda watch: self.trainer.run_epoch(watch.epoch, self.run_id))
+
+    async def whole_run(self, num_epochs: int) -> Epoch:
+        """All of a Trainer that trains only in its run(), recorded as one epoch: whatever it collects, and its job."""
+
+        async def work(watch: Watch) -> None:
+            statuses = await self.trainer.run(num_epochs)
+            if statuses and not watch.refs:
+                watch.statuses.append(statuses[-1])  # why it ended before it submitted anything
+
+        return await self._next(work)
+
+    async def _next(self, work: Callable[[Watch], Awaitable[TrainingJobRef | None]]) -> Epoch:
+        with logging_to(self.recorder):
+            if await self.recorder.go_back():
+                await self._take_up(self.trainer)
+            await self._witness.settle_late_jobs(self.epochs)
+            left, self._left = self._left, None
+            epoch = await self._end_left(left) if left is not None else None
+            epoch = epoch or await self._run_epoch(work)
+        if epoch.job is not None and epoch.job.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
+            failure = JobFailed.of(epoch.index, epoch.job)
+            failure.epoch = epoch
+            raise failure
+        return epoch
+
+    async def _run_epoch(self, work: Callable[[Watch], Awaitable[TrainingJobRef | None]]) -> Epoch:
+        watch = Watch(self.next_index, progress=Progress("rollouts"))
+        self.recorder.journal(self.controls)
+        await self.recorder.begun(watch, self._witness.version)
+        watch.begun, self.progress = True, watch.progress
+        with self._witness.watching(watch):
+            try:
+                ref = await work(watch)
+                await self._witness.wait_for_jobs(watch, ref)
+            except asyncio.CancelledError:
+                await self._witness.cancel_jobs(watch)
+                await self._witness.keep_what_came(watch)
+                await self.recorder.stopped("aborted", watch.epoch)
+                raise
+            except Exception as error:
+                if watch.collection is not None:
+                    epoch = await self._record(watch, error)
+                    if isinstance(error, JobFailed):
+                        error.epoch = epoch
+                else:
+                    await self._witness.keep_what_came(watch)
+                await self.recorder.stopped("failed", watch.epoch, error_text(error))
+                raise
+            epoch = await self._record(watch)
+            log_what_was_left(watch, epoch, self.trainer, self.folder)
+            return epoch
+
+    async def _end_left(self, left: PartialEpoch) -> Epoch | None:
+        """An epoch whose job was handed over by a process that has ended: the job is asked for, and not submitted again.
+        None where it cannot be, so that the epoch must be run anew."""
+        if not self.adapter.finds_jobs_again or left.selection is None:
+            return None
+        if left.job is None:
+            logger.warning(
+                "epoch %d is run again. Its trajectories may have been handed over when the process ended, without the "
+                "job's id having come back: look at the backend for a job that is not needed.",
+                left.index,
+            )
+            return None
+        watch = Watch.again(left)
+        self.progress = watch.progress
+        await self.recorder.taken_up(left.index)
+        with self._witness.watching(watch):
+            try:
+                await self._witness.wait_for_jobs(watch, left.job)
+            except UnknownJob as error:
+                logger.warning("epoch %d is run again: its training job is not to be had (%s)", left.index, error)
+                return None
+            except BaseException:
+                self._left = left  # it can be asked for again
+                raise
+            if self.trainer._curriculum_state is not None:
+                self.trainer._curriculum_state |= state_to_dict(left.selection.state)
+            self.controls.start_from(left.selection.settings, self.controls.journal, left.index + 1)
+            epoch = await self._record(watch)
+            log_what_was_left(watch, epoch, self.trainer, self.folder)
+            return epoch
+
+    async def _record(self, watch: Watch, error: Exception | None = None) -> Epoch:
+        """Makes and stores the record: an epoch is recorded or not, also if somebody aborts meanwhile."""
+        return await _to_its_end(self._record_now(watch, error))
+
+    async def _record_now(self, watch: Watch, error: Exception | None) -> Epoch:
+        epoch = self._witness.record(watch, error)
+        self.controls.settle(epoch.curriculum.percentile)
+        self._witness.recorded(epoch)
+        self.recorder.journal(self.controls)
+        state = self.trainer._curriculum_state
+        epoch = await self.recorder.ended(epoch, self.adapter, state, self.controls)
+        self.epochs.append(epoch)
+        self._outlets.recorded(epoch)
+        return epoch
+
+    async def trains_in_run(self) -> bool:
+        """Whether the Trainer is one that trains only in its run()."""
+        await self.open()
+        return self.trainer.trains_in_run
+
+    def require_single_epochs(self) -> None:
+        """Raises RunError for a Trainer that trains only in its run()."""
+        if self.trainer is not None and self.trainer.trains_in_run:
+            raise RunError(
+                f"{self.trainer.shown_as} trains only in its run(): it offers neither single epochs nor a curriculum that can be "
+                "changed while it runs. Use run.start()."
+            )
+
+    async def validate(self) -> Validation:
+        """The validation evaluation with the policy as it is now. Raises RunError without a validation dataset."""
+        await self.open()
+        run = self.config.finetuning.run_configuration
+        if not run or not run.validation_dataset:
+            raise RunError(
+                "this run has no validation dataset: give validation=... or run_configuration.validation_dataset."
+            )
+        with logging_to(self.recorder), self._witness.watching(Watch(self.next_index)) as watch:
+            await self.trainer.run_validation_evaluation(watch.epoch, self.run_id)
+        return watch.validations[-1]
+
+    async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
+        """One rollout of one example: its position in the dataset, or its id. It is not recorded in any epoch."""
+        await self.open()
+        return await self._trial.rollout(example, self.trajectory_builder)
+
+    async def chat(self, messages: Any, **options: Any) -> ChatReply:
+        """One reply of the policy to a text or to OpenAI messages."""
+        await self.open()
+        return await self._trial.chat(messages, self.adapter, **options)
+
+    async def save_model(self, directory: str, **options: Any) -> str:
+        """Writes the trained model by the adapter's `save`; returns where. Raises RunError for an adapter that has none."""
+        await self.open()
+        save = getattr(self.adapter, "save", None)
+        if save is None:
+            raise RunError(f"{type(self.adapter).__name__} cannot save its model: it has no save(directory).")
+        saved = save(directory, **options)
+        return str(await saved if isinstance(saved, Awaitable) else saved)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """What writes the folder is not left in the middle: whoever is canceled waits for that moment first."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):  # canceled once more
+                await asyncio.wait([task])
+        raise
+
+
+class Trial:
+    """Tries with a run's own components. Each try samples anew."""
+
+    def __init__(self, config: Config, builder: Builder, run_id: str) -> None:
+        self.config, self.builder, self.run_id = config, builder, run_id
+        self._tries = 0
+
+    async def preflight(self, reads_rows: bool = True) -> None:
+        """Reads the datasets and binds the workflow, so that what is wrong there is said before the first rollout.
+        reads_rows: whether the datasets are ours to read; somebody's own builder may have its rows from elsewhere."""
+        if not reads_rows:
+            return
+        (await workflow_of(self.config, self.builder)).check(self._rows())
+        run = self.config.finetuning.run_configuration
+        if run and run.validation_dataset:
+            dataset_of(self.config, self.builder, str(run.validation_dataset))
+
+    def _rows(self) -> Sequence[EvalInputItem]:
+        run = self.config.finetuning.run_configuration
+        return dataset_of(self.config, self.builder, str(run.dataset) if run and run.dataset else None)
+
+    async def rollout(self, example: Any, trajectory_builder: TrajectoryBuilder) -> Trajectory | RolloutFailure:
+        """One scored rollout. example: position in the dataset, or id. Raises RunError for one that is not there.
+
+        trajectory_builder: the run's. One whose rollouts are its own makes this one too, by `rollout(example, run_id)`.
+        """
+        make = getattr(trajectory_builder, "rollout", None)
+        if make is not None:
+            with self._trying():
+                return await make(example, self.run_id)
+        self._require_workflow()
+        position = self._position_of(example)
+        builder = EvalTrajectoryBuilder(EvalTrajectoryBuilderConfig(num_generations=1, min_episode_length=1))
+        await builder.initialize(self.config.finetuning)
+        with self._trying(lambda rows: [position]):
+            collection = await builder.collect([await builder.run_eval()], self.run_id)
+        return collection.trajectories[0][0] if collection.trajectories else collection.failures[0]
+
+    def _position_of(self, example: Any) -> int:
+        ids = [item.id for item in self._rows()]
+        if example in ids:
+            return ids.index(example)
+        if isinstance(example, int) and -len(ids) <= example < len(ids):
+            return example % len(ids)
+        raise RunError(f"no example {example!r}: the dataset has {len(ids)} rows, with ids like {ids[0]!r}.")
+
+    @contextmanager
+    def _trying(self, draw: Callable[[int], Sequence[int]] | None = None) -> Iterator[None]:
+        """Evaluations inside are the next try, and sample anew. draw: as in EvaluationContext."""
+        self._tries += 1
+        token = evaluation_context.set(EvaluationContext("try", self._tries, 0, draw))
+        try:
+            yield
+        finally:
+            evaluation_context.reset(token)
+
+    async def chat(self, messages: Any, adapter: TrainerAdapter, **options: Any) -> ChatReply:
+        """One reply to a text or to OpenAI messages, of the workflow's model, else of the adapter's policy. Raises RunError
+        where there is neither."""
+        if self.config.workflow is None and adapter.policy is not None:
+            llm: LLM | None = PolicyLLM(adapter.policy)
+        else:
+            self._require_workflow()
+            llm = (await workflow_of(self.config, self.builder)).llm
+        if llm is None:
+            raise RunError("this run's workflow uses no llm, so there is nothing to talk to.")
+        self._tries += 1
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        episode = Episode(EpisodeKey("try", self._tries, 0, 0), self.config.run.seed)
+        with episode.live([llm.policy] if llm.policy else []):
+            return await llm.chat(messages, **options)
+
+    def _require_workflow(self) -> None:
+        if self.config.workflow is None:
+            raise RunError(
+                "this run's workflow is not its own: its trajectory builder runs one that is not known here, so there is "
+                "nothing to try by hand. Run an epoch."
+            )

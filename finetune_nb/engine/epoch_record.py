@@ -1,0 +1,297 @@
+"""What is seen of one epoch, and the record that is made of it.
+
+A Watch collects while the epoch runs; `record` makes the Epoch. What a Trainer of ours tells of its own (its Selection) is
+taken; what someone else's does not tell is concluded from what it submitted, and marked as inferred.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..interfaces import Trainer
+from ..redaction import error_text, redacting_logger
+from ..rollouts.evaluation import Progress
+from ..store.reader import PartialEpoch
+from ..training.curriculum import group_statistics, infer_selection
+from ..training.metrics import epoch_metrics
+from ..types import (
+    GROUP_REASONS,
+    CurriculumSettings,
+    CurriculumState,
+    Epoch,
+    EpochMetrics,
+    GroupReason,
+    GroupStatistics,
+    RolloutResult,
+    Selection,
+    TrainingJobRef,
+    TrainingJobStatus,
+    Trajectory,
+    TrajectoryCollection,
+    Validation,
+)
+
+__all__ = [
+    "Watch",
+    "log_what_was_left",
+    "partial_record",
+    "record",
+    "settled_late",
+    "told_by",
+    "validation_of",
+]
+
+logger = redacting_logger(__name__)
+
+
+class Told(NamedTuple):
+    """What a Trainer of ours says of its choice."""
+
+    selection: Selection
+    statistics: GroupStatistics
+    metrics: EpochMetrics
+
+
+@dataclass
+class Watch:
+    """What was seen of the epoch that is running."""
+
+    epoch: int
+    started_at: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    collection: TrajectoryCollection | None = None
+    collected: float | None = None
+    settings: CurriculumSettings | None = None
+    version: int | None = None
+    submitted: list[TrajectoryCollection] = field(default_factory=list)
+    refs: list[TrainingJobRef] = field(default_factory=list)
+    waited: list[TrainingJobRef] = field(default_factory=list)
+    statuses: list[TrainingJobStatus] = field(default_factory=list)
+    stands: TrainingJobStatus | None = None
+    """What was last answered of a job that was asked how it stands."""
+    validations: list[Validation] = field(default_factory=list)
+    logged: set[str] = field(default_factory=set)
+    progress: Progress = field(default_factory=Progress)
+    begun: bool = False
+    """Whether the folder knows of it."""
+    told: Told | None = None
+    """What was chosen, where that is known from an earlier process."""
+    came_in: list[RolloutResult] = field(default_factory=list)
+    """Rollouts that are done and not yet in the folder."""
+    kept: bool = False
+    """Whether the folder has the whole collection."""
+    all_in: asyncio.Event = field(default_factory=asyncio.Event)
+    keeping: asyncio.Task[None] | None = None
+    """Puts rollouts into the folder until all are in."""
+
+    @classmethod
+    def again(cls, left: PartialEpoch) -> Watch:
+        """The watch of an epoch that is known from the folder as far as its training."""
+        assert left.selection is not None
+        statistics = group_statistics(left.collection.trajectories)
+        return cls(
+            left.index,
+            started_at=left.started_at,
+            seconds=dict(left.seconds),
+            collection=left.collection,
+            settings=left.selection.settings,
+            version=left.policy_version,
+            validations=list(left.validations),
+            progress=Progress("training"),
+            begun=True,
+            told=Told(left.selection, statistics, epoch_metrics(left.collection, statistics, left.selection)),
+        )
+
+    def collect(self, collection: TrajectoryCollection, joined: bool) -> TrajectoryCollection:
+        """What was collected, all of it. joined: behind what was collected in this epoch before."""
+        if joined and self.collection is not None:
+            update: dict[str, Any] = {
+                "trajectories": self.collection.trajectories + collection.trajectories,
+                "failures": self.collection.failures + collection.failures,
+            }
+            collection = self.collection.model_copy(update=update)
+        self.collection = collection
+        return collection
+
+    async def end_keeping(self) -> None:
+        """All rollouts are in: none is put into the folder any more by itself."""
+        self.all_in.set()
+        if self.keeping is not None:
+            await self.keeping
+
+    def unwaited(self) -> list[TrainingJobRef]:
+        """Jobs that nobody has waited for."""
+        return [ref for ref in self.refs if not any(ref is seen or ref == seen for seen in self.waited)]
+
+    def add_seconds(self, part: str, since: float) -> None:
+        """Adds the time since `since` (time.perf_counter) to what a part of the epoch took."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - since
+
+
+def told_by(trainer: Trainer) -> Told | None:
+    """None for a Trainer that says nothing, or nothing of the running epoch."""
+    told = tuple(getattr(trainer, name, None) for name in ("selection", "statistics", "metrics"))
+    kinds = (Selection, GroupStatistics, EpochMetrics)
+    return Told(*told) if all(map(isinstance, told, kinds)) else None  # type: ignore[arg-type]
+
+
+def record(
+    watch: Watch,
+    run_id: str,
+    told: Told | None,
+    settings: CurriculumSettings,
+    state: CurriculumState | None,
+    version: int | None,
+    error: Exception | None = None,
+) -> Epoch:
+    """The Epoch.
+
+    told: what the Trainer itself says of its choice, if it does. settings, state: the curriculum in force. version: the
+    policy's, now. error: what ended the epoch before its time.
+    """
+    collection = watch.collection or TrajectoryCollection(trajectories=[], run_id=run_id)
+    kept = _kept(watch.submitted, collection)
+    if told is not None and len(told.statistics) == len(collection.trajectories) and _agrees(told, kept):
+        statistics, metrics = told.statistics, told.metrics
+        selection = replace(told.selection, settings=replace(told.selection.settings, schedule=settings.schedule))
+    else:
+        statistics = group_statistics(collection.trajectories)
+        selection = infer_selection(statistics, kept, settings, state)
+        metrics = epoch_metrics(collection, statistics, selection)
+    job = watch.statuses[-1] if watch.statuses else None
+    return Epoch(
+        index=watch.epoch,
+        run_id=run_id,
+        collection=collection,
+        statistics=statistics,
+        selection=selection,
+        job=job,
+        reason=None if job is not None else _why_no_job(collection, selection, error),
+        metrics=metrics,
+        validations=tuple(watch.validations),
+        policy_versions=(watch.version, version),
+        started_at=watch.started_at,
+        seconds={**watch.seconds, "total": time.perf_counter() - watch.started},
+    )
+
+
+def partial_record(left: PartialEpoch, run_id: str, settings: CurriculumSettings) -> Epoch:
+    """The record of an epoch that did not come to its end: as complete ones, with whatever there is."""
+    statistics = group_statistics(left.collection.trajectories)
+    selection = left.selection or Selection(
+        statistics.example_ids,
+        np.full(len(statistics), GROUP_REASONS.index(GroupReason.UNDECIDED), np.int8),
+        np.empty(0, np.int64),
+        CurriculumState(settings.percentile),
+        settings,
+    )
+    return Epoch(
+        index=left.index,
+        run_id=run_id,
+        collection=left.collection,
+        statistics=statistics,
+        selection=selection,
+        job=left.status,
+        reason=None if left.status else "the epoch did not come to its end" + (", its job is out" if left.job else ""),
+        metrics=epoch_metrics(left.collection, statistics, selection),
+        validations=left.validations,
+        policy_versions=(left.policy_version, None),
+        started_at=left.started_at,
+        seconds=left.seconds,
+    )
+
+
+def settled_late(epoch: Epoch, submitted: TrajectoryCollection, status: TrainingJobStatus) -> Epoch:
+    """The record, once a job has ended that was submitted after it had been made."""
+    selection = epoch.selection
+    if selection.inferred:
+        kept = _kept([submitted], epoch.collection)
+        selection = infer_selection(epoch.statistics, kept, selection.settings, selection.state)
+    metrics = epoch_metrics(epoch.collection, epoch.statistics, selection)
+    return replace(epoch, job=status, reason=None, selection=selection, metrics=metrics)
+
+
+def _agrees(told: Told, kept: Sequence[int]) -> bool:
+    """Whether a Trainer submitted what it says that it chose; a subclass may choose once more. Groups without a finite
+    reward are chosen where there is no curriculum, and never submitted."""
+    chosen = told.selection.kept
+    return not kept or chosen[np.isfinite(told.statistics.means[chosen])].tolist() == list(kept)
+
+
+def _kept(submitted: Sequence[TrajectoryCollection], collection: TrajectoryCollection) -> list[int]:
+    """Positions of the groups that were submitted, in that order: found by identity, then by (id, generation)."""
+    place = {id(t): g for g, group in enumerate(collection.trajectories) for t in group}
+    names: dict[tuple[str, Any], int] = {}
+    kept: dict[int, None] = {}
+    for trajectory in (t for handed in submitted for group in handed.trajectories for t in group):
+        position = place.get(id(trajectory))
+        if position is None:
+            names = names or {_name(t): g for g, group in enumerate(collection.trajectories) for t in group}
+            position = names.get(_name(trajectory))
+        if position is not None:
+            kept[position] = None
+    return list(kept)
+
+
+def _name(trajectory: Trajectory) -> tuple[str, Any]:
+    metadata = trajectory.metadata or {}
+    return str(metadata.get("id")), metadata.get("generation")
+
+
+def _why_no_job(collection: TrajectoryCollection, selection: Selection, error: Exception | None) -> str:
+    if error is not None:
+        return error_text(error)
+    if not collection.trajectories:
+        if collection.failures:
+            return f"all {len(collection.failures)} rollouts failed; the first: {collection.failures[0].error}"
+        return "no trajectories were collected"
+    left_out = selection.left_out()
+    if left_out and not len(selection.kept):
+        parts = (f"{len(examples)} with {reason.replace('_', ' ')}" for reason, examples in left_out.items())
+        return f"no group is left to train on: {', '.join(parts)}"
+    return "the trainer submitted nothing"
+
+
+def validation_of(epoch: int, version: int | None, metrics: Mapping[str, Any], seconds: float) -> Validation:
+    """What `run_validation_evaluation` returned, as a record."""
+    return Validation(
+        epoch=epoch,
+        policy_version=version,
+        mean_reward=float(metrics.get("avg_reward", float("nan"))),
+        examples=int(metrics.get("num_examples", 0)),
+        scores=dict(metrics.get("scores") or {}),
+        seconds=seconds,
+        error=metrics.get("error"),
+    )
+
+
+def log_what_was_left(watch: Watch, epoch: Epoch, trainer: Trainer, folder: Path) -> None:
+    """The three log_progress are called once an epoch: those that someone else's Trainer left out are called here."""
+    found = epoch.metrics
+    metrics = {
+        "epoch": epoch.index,
+        "avg_reward": found.mean_reward,
+        "num_trajectories": found.trajectories,
+        "num_groups": found.groups,
+    }
+    calls: dict[str, Callable[[], None]] = {
+        "trainer": lambda: trainer.log_progress(epoch.index, metrics, str(folder)),
+        "builder": lambda: trainer.trajectory_builder.log_progress(epoch.run_id, metrics, str(folder)),
+    }
+    if watch.refs:
+        measured = dict(epoch.train_metrics)
+        calls["adapter"] = lambda: trainer.trainer_adapter.log_progress(watch.refs[-1], measured, str(folder))
+    for part, call in calls.items():
+        if part not in watch.logged:
+            try:
+                call()
+            except Exception:
+                logger.warning("log_progress of the %s failed", part, exc_info=True)

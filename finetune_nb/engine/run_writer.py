@@ -1,0 +1,312 @@
+"""The recorder of a run: what goes into its folder, and when.
+
+Everything is written as it happens, on the engine's loop with the disk's work in a thread. An epoch that cannot be stored
+stays in memory and is stored before the next one begins. What the folder looks like is store.py's; the weights in it, and
+where a run goes on with them, saved_weights.py's.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import StoreError
+from ..interfaces import TrainerAdapter
+from ..redaction import redacting_logger
+from ..store.checkpoints import SavedWeights, logs_of, rewind
+from ..store.json import forget_epochs
+from ..store.reader import RunReader
+from ..store.store import RunStore
+from ..threads import in_daemon_thread
+from ..types import (
+    Change,
+    CurriculumSettings,
+    Epoch,
+    RolloutFailure,
+    Selection,
+    TrainingJobRef,
+    TrainingJobStatus,
+    Trajectory,
+    TrajectoryCollection,
+    Validation,
+)
+from .epoch_record import Watch
+from .live_settings import Controls
+
+__all__ = [
+    "Recorder",
+    "logging_to",
+    "settings_of",
+    "take_up",
+]
+
+logger = redacting_logger(__name__)
+
+WORTH_KEEPING_SECONDS = 2.0
+"""Rollouts that were collected faster are stored with their epoch alone: repeating them costs less than storing twice."""
+
+
+class Recorder:
+    """Writes one run's folder. checkpoint_every, keep: as SavedWeights takes them."""
+
+    def __init__(self, store: RunStore, checkpoint_every: int = 1, keep: int | None = None) -> None:
+        self.store = store
+        self.weights = SavedWeights(store, checkpoint_every, keep)
+        self._journaling = threading.Lock()  # whoever steers writes it down, in any thread
+        self._unsaved: list[tuple[Epoch, dict[str, Any]]] = []
+        self._journaled: list[Change] = store.journal()
+
+    @classmethod
+    async def open(
+        cls, folder: Path, run_id: str, config: Mapping[str, Any], checkpoint_every: int = 1, keep: int | None = None
+    ) -> Recorder:
+        """The recorder of a folder that holds the run already, or of a new one. Raises StoreError, which says who writes
+        it already, or what is wrong with it."""
+
+        def work() -> Recorder:
+            exists = RunStore.exists(folder)
+            store = RunStore.open(folder, write=True) if exists else RunStore.create(folder, run_id, config)
+            return cls(store, checkpoint_every, keep)
+
+        return await in_daemon_thread(work)
+
+    async def go_back(self) -> bool:
+        """Puts away the epochs behind which the run cannot go on, and returns whether there were any. Raises StoreError
+        where that cannot be; nothing is then taken out."""
+        back_to, self.weights.back_to = self.weights.back_to, None
+        if back_to is None:
+            return False
+
+        def work() -> None:
+            last = self.store.next_index - 1
+            place = rewind(self.store, back_to)
+            self.weights.look()
+            self._journaled = self.store.journal()
+            self.event("went_back", behind=back_to, last=last, folder=str(place))
+            logger.warning("epochs %d to %d are run again; the record until then is in %s", back_to + 1, last, place)
+
+        try:
+            await in_daemon_thread(work)
+        except BaseException:
+            self.weights.back_to = back_to
+            raise
+        return True
+
+    # ── as it happens ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def begun(self, watch: Watch, version: int | None) -> None:
+        """An epoch begins; what could not be stored before is stored first. Raises StoreError where that cannot be."""
+
+        def work() -> None:
+            self._append_unsaved()
+            if self.store.begin_epoch(watch.epoch, watch.started_at, version):
+                self._forget_logs(watch.epoch)
+            self.store.set_state("running")
+
+        self.weights.begun(version)
+        await in_daemon_thread(work)
+
+    async def taken_up(self, index: int) -> None:
+        """An epoch whose job was handed over by a process that has ended is brought to its end."""
+
+        def work() -> None:
+            self._forget_logs(index)
+            self.store.set_state("running")
+
+        await self._unless_full(index, work)
+
+    def _forget_logs(self, index: int) -> None:
+        """What an earlier attempt at an epoch wrote into the seed's logs would stand there twice."""
+        for log in logs_of(self.store.folder):
+            forget_epochs(log, index)
+
+    async def came_in(self, index: int, rollouts: Sequence[Callable[[], Trajectory | RolloutFailure]]) -> None:
+        """Rollouts of the running epoch that have ended, each made when called."""
+
+        def work() -> None:
+            made = [make() for make in rollouts]
+            finished = [rollout for rollout in made if isinstance(rollout, Trajectory)]
+            failures = [rollout for rollout in made if isinstance(rollout, RolloutFailure)]
+            collection = TrajectoryCollection.model_construct(
+                trajectories=[finished], run_id=self.store.run_id, failures=failures
+            )
+            self.store.add_rollouts(index, collection)
+
+        await self._unless_full(index, work)
+
+    async def collected(
+        self, index: int, collection: TrajectoryCollection, seconds: float = math.inf, always: bool = False
+    ) -> bool:
+        """All of the epoch's rollouts, before they are trained on, if collecting them took so long that they are worth
+        it, or `always`. Returns whether the folder has them."""
+        if seconds < WORTH_KEEPING_SECONDS and not always:
+            return False
+        return await self._unless_full(index, self.store.add_rollouts, index, collection, True)
+
+    async def selected(self, index: int, selection: Selection, seconds: Mapping[str, float]) -> None:
+        """What of it is handed over next, and why the rest is not."""
+        await self._unless_full(index, self.store.record_selection, index, selection, seconds)
+
+    async def submitted(self, index: int, ref: TrainingJobRef) -> None:
+        """The running epoch's job, once the backend has taken it."""
+        await self._unless_full(index, self.store.record_job, index, ref)
+
+    async def waited(self, index: int, status: TrainingJobStatus) -> None:
+        """How that job stands."""
+        await self._unless_full(index, self.store.record_status, index, status)
+
+    async def validated(self, validation: Validation, index: int | None) -> None:
+        """A validation of the running epoch; index None: it was asked for by hand."""
+        await self._unless_full(index, self.store.add_validation, validation, index)
+
+    async def stopped(self, how: str, index: int, error: str | None = None) -> None:
+        """The running epoch ended before its time: "failed", or "aborted"."""
+
+        def work() -> None:
+            self.store.record_event(how, epoch=index, error=error)
+            self.store.set_state("failed" if how == "failed" else "ready")
+
+        await self._unless_full(index, work)
+
+    async def _unless_full(self, index: int | None, work: Callable[..., Any], *args: Any) -> bool:
+        """Writes what the epoch's own record will have too. Where it cannot, a full disk say, the epoch goes on."""
+        try:
+            await in_daemon_thread(work, *args)
+        except StoreError as error:
+            logger.warning("epoch %s goes on, but: %s", index, error)
+            return False
+        return True
+
+    async def amended(self, epoch: Epoch) -> Epoch:
+        """A job of an epoch ended after its record had been made."""
+        return await in_daemon_thread(self.store.amend, epoch)
+
+    async def ended(
+        self, epoch: Epoch, adapter: TrainerAdapter, curriculum: Mapping[str, Any] | None, controls: Controls
+    ) -> Epoch:
+        """Stores the epoch and, where the weights have changed, a checkpoint before it. Returns the stored record, which
+        reads its trajectories from disk; the given one where the folder cannot be written, with a warning."""
+        await self.weights.trained(epoch, adapter)
+        state = {
+            "curriculum": {**curriculum, "included_groups": sorted(curriculum["included_groups"])}
+            if curriculum
+            else None,
+            "settings": asdict(controls.applied),
+            "live": controls.live_values(),
+            "checkpoint": self.weights.newest,
+            "policy_version": epoch.policy_versions[1],
+        }
+        return await in_daemon_thread(self._store, epoch, state)
+
+    def _store(self, epoch: Epoch, state: dict[str, Any]) -> Epoch:
+        self._unsaved.append((epoch, state))
+        try:
+            self._append_unsaved()
+            self.store.set_state("ready")
+        except Exception:
+            logger.warning("epoch %d is in memory, but not stored; it is tried again", epoch.index, exc_info=True)
+            return epoch
+        self.weights.prune()
+        return self.store.epochs[-1]
+
+    def _append_unsaved(self) -> None:
+        while self._unsaved:
+            self.store.append(*self._unsaved[0])
+            self._unsaved.pop(0)
+
+    def forked(self, index: int, run_id: str, pinned: int | None) -> None:
+        """A run goes on from an epoch of this one; the checkpoint that it started from stays here."""
+        if pinned is not None:
+            self.weights.pin(pinned)
+        self.event("forked", epoch=pinned, after=index, run=run_id)
+
+    def journal(self, controls: Controls) -> None:
+        """Brings the journal on disk up to date, once the controls have started from it. A handful of rows."""
+        try:
+            with self._journaling:
+                for place, change in enumerate(controls.journal):
+                    if place == len(self._journaled):
+                        self.store.record_change(change)
+                        self._journaled.append(change)
+                    elif change.epoch is not None and self._journaled[place].epoch is None:
+                        self.store.settle_change(place, change.epoch)
+                        self._journaled[place] = change
+        except Exception:
+            logger.warning("a change of the controls could not be stored", exc_info=True)
+
+    def event(self, kind: str, **data: Any) -> None:
+        """A line of the run's log."""
+        try:
+            self.store.record_event(kind, **data)
+        except Exception:
+            logger.warning("an event could not be stored", exc_info=True)
+
+    async def close(self, adapter: TrainerAdapter | None) -> None:
+        """Stores what is left, the newest weights among it, and gives the lock back."""
+        try:
+            if adapter is not None:
+                await self.weights.save_last(adapter)
+        finally:
+            await in_daemon_thread(self._close)
+
+    def _close(self) -> None:
+        try:
+            self._append_unsaved()
+            self.store.set_state("closed")
+        finally:
+            self.store.close()
+
+
+def take_up(controls: Controls, store: RunReader) -> None:
+    """Puts the controls where the record ends."""
+    state = store.state() or {}
+    controls.start_from(settings_of(state), store.journal(), store.next_index, state.get("live"))
+
+
+def settings_of(state: Mapping[str, Any] | None) -> CurriculumSettings | None:
+    """The live settings that a stored state speaks of."""
+    return CurriculumSettings(**state["settings"]) if state and state.get("settings") else None
+
+
+class EventLog(Protocol):
+    def event(self, kind: str, **data: object) -> None:
+        """Takes one line."""
+        ...
+
+
+_current: contextvars.ContextVar[EventLog | None] = contextvars.ContextVar("finetune_nb_run_log", default=None)
+
+
+@contextmanager
+def logging_to(log: EventLog) -> Iterator[None]:
+    """Inside, everything that finetune_nb logs goes to `log` as well."""
+    package = logging.getLogger("finetune_nb")
+    if not any(isinstance(handler, _ToRun) for handler in package.handlers):
+        package.addHandler(_ToRun())
+    token = _current.set(log)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+class _ToRun(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        log = _current.get()
+        if log is None:
+            return
+        token = _current.set(None)  # a log that cannot be written says so, and must not come back here
+        try:
+            trace = {"traceback": record.exc_text} if record.exc_text else {}
+            log.event("log", level=record.levelname, logger=record.name, text=record.getMessage(), **trace)
+        except Exception:
+            self.handleError(record)
+        finally:
+            _current.reset(token)

@@ -1,0 +1,188 @@
+"""Metrics sinks: each epoch's numbers, handed to trackers such as trackio and wandb, or to a file.
+
+A sink has three methods (MetricsSink). It is called on a thread of its own, in order: one that is slow, hangs or raises
+holds nothing up and fails no epoch; what it raises is a warning. The run's own JSONL files are written whether there are
+sinks or not (jsonl.py), and record what a sink missed.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from ..errors import ConfigError
+from ..redaction import redacting_logger
+from ..store.json import append_jsonl
+from ..types import Epoch
+
+__all__ = [
+    "JsonlSink",
+    "MetricsSink",
+    "Outlets",
+    "WandbSink",
+    "metrics_of",
+]
+
+logger = redacting_logger(__name__)
+
+
+@runtime_checkable
+class MetricsSink(Protocol):
+    """Where the numbers of a run's epochs go."""
+
+    def begin(self, run_id: str, config: Mapping[str, Any]) -> None:
+        """Once, before the first epoch that it sees. config: plain data, without secrets."""
+        ...
+
+    def log(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """An epoch has been recorded. metrics: see `metrics_of`."""
+        ...
+
+    def end(self) -> None:
+        """The run is closed."""
+        ...
+
+
+class JsonlSink:
+    """Appends a line an epoch to a file: its time, run, epoch and metrics. Several runs may share the file."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._run_id = ""
+
+    def begin(self, run_id: str, config: Mapping[str, Any]) -> None:
+        self._run_id = run_id
+
+    def log(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        append_jsonl(self.path, {"run": self._run_id, "epoch": epoch, **metrics})
+
+    def end(self) -> None:
+        pass
+
+
+class WandbSink:
+    """Logs to whatever has wandb's shape: wandb, trackio.
+
+        run.sinks.append(ft.WandbSink(trackio, project="sums"))
+
+    tracker: a module with `init(project=, name=, config=) -> run`, or a run that you have begun yourself, with
+    `log(metrics, step=)` and `finish()`. options: go to `init` (project, entity, resume, ...); the run's id is its name
+    unless they give one. Raises ConfigError for a tracker of another shape.
+    """
+
+    def __init__(self, tracker: Any, **options: Any) -> None:
+        if not callable(getattr(tracker, "init", None)) and not callable(getattr(tracker, "log", None)):
+            raise ConfigError(
+                f"found {type(tracker).__name__}; expected a module with init(), such as trackio or wandb, or a run with log()."
+            )
+        self._tracker, self._options = tracker, {"project": "finetune_nb", **options}
+        self._run: Any = None if callable(getattr(tracker, "init", None)) else tracker
+
+    def begin(self, run_id: str, config: Mapping[str, Any]) -> None:
+        if self._run is None:
+            self._run = self._tracker.init(**{"name": run_id, "config": dict(config), **self._options})
+
+    def log(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=epoch)
+
+    def end(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+def metrics_of(epoch: Epoch) -> dict[str, float]:
+    """An epoch's numbers by name, in groups ("reward/mean", "train/loss", "seconds/total"). What is missing is left out:
+    it would be drawn as 0, or stop a tracker that takes no NaN."""
+    values, curriculum = epoch.metrics, epoch.curriculum
+    found: dict[str, Any] = {
+        "reward/mean": values.mean_reward,
+        "reward/min": values.min_reward,
+        "reward/max": values.max_reward,
+        "reward/trained_on": values.kept_mean_reward,
+        "groups/all": values.groups,
+        "groups/with_spread": values.groups_with_spread,
+        "groups/trained_on": values.kept_groups,
+        "rollouts/finished": values.trajectories,
+        "rollouts/failed": values.failures,
+        "rollouts/sampled_tokens": values.sampled_tokens,
+        "rollouts/drifted_turns": values.drifted_turns,
+        "curriculum/percentile": curriculum.percentile if curriculum.enabled else None,
+        "validation/reward": epoch.validations[-1].mean_reward if epoch.validations else None,
+        **{f"score/{name}": value for name, value in values.scores.items()},
+        **{f"train/{name}": value for name, value in epoch.train_metrics.items()},
+        **{f"seconds/{name}": value for name, value in epoch.seconds.items()},
+    }
+    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+class Outlets:
+    """The sinks of one run at work. `sinks` may grow while the run goes on; one that came late sees what comes after."""
+
+    def __init__(self, sinks: Sequence[MetricsSink], run_id: str, config: Callable[[], Mapping[str, Any]]) -> None:
+        self._sinks, self._run_id, self._config = sinks, run_id, config
+        self._open: dict[int, _Outlet] = {}
+
+    def recorded(self, epoch: Epoch) -> None:
+        """Hands an epoch to every sink, and waits for none."""
+        for sink in self._sinks:
+            if id(sink) not in self._open:
+                self._open[id(sink)] = _Outlet(sink, self._run_id, self._config())
+            self._open[id(sink)].put(epoch.index, metrics_of(epoch))
+
+    def close(self, seconds: float = 5.0) -> None:
+        """Ends every sink; those that do not come to their end in that time are left behind."""
+        for outlet in self._open.values():
+            outlet.put_end()
+        for outlet in self._open.values():
+            outlet.join(seconds)
+        self._open.clear()
+
+
+class _Outlet:
+    """One sink and its thread. The thread is a daemon: a tracker that hangs does not keep the interpreter."""
+
+    def __init__(self, sink: MetricsSink, run_id: str, config: Mapping[str, Any]) -> None:
+        self._sink, self._run_id, self._config = sink, run_id, config
+        self._waiting: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
+        self._begun, self._said = False, ""
+        context = copy_context()  # so that warnings stand in the run's log
+        self._thread = threading.Thread(target=context.run, args=(self._work,), name=f"ft-sink-{run_id}", daemon=True)
+        self._thread.start()
+
+    def put(self, epoch: int, metrics: dict[str, float]) -> None:
+        self._waiting.put((epoch, metrics))
+
+    def put_end(self) -> None:
+        self._waiting.put(None)
+
+    def join(self, seconds: float) -> None:
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            logger.warning("sink %s has not come to its end; it is left behind", type(self._sink).__name__)
+
+    def _work(self) -> None:
+        while (given := self._waiting.get()) is not None:
+            self._try(f"epoch {given[0]} is missing there", self._log, *given)
+        if self._begun:
+            self._try("it may not have ended well", self._sink.end)
+
+    def _log(self, epoch: int, metrics: dict[str, float]) -> None:
+        if not self._begun:
+            self._sink.begin(self._run_id, self._config)
+            self._begun = True
+        self._sink.log(epoch, metrics)
+
+    def _try(self, lost: str, work: Callable[..., None], *args: Any) -> None:
+        try:
+            work(*args)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            level = logger.debug if said == self._said else logger.warning  # a tracker that is down is down every epoch
+            level("sink %s failed (%s): %s; the run goes on", type(self._sink).__name__, said, lost)
+            self._said = said

@@ -1,0 +1,14 @@
+"""Records as tidy DataFrames: one function a kind of row.
+
+Pure functions of a sequence of Epochs. Missing is NaN (<NA> in counting columns), never 0; failed rollouts have rows.
+Columns and dtypes are the same for no epoch at all; only score_*, train_*, seconds_* and validation_score_* columns
+depend on what there is. Rows are joined on `epoch` and `example`, or on `trajectory`. Works with pandas 2.2 and 3.
+"""
+
+from __future__ import annotations
+
+from .epochs import epochs, groups, journal
+from .messages import messages, tokens
+from .trajectories import is_example, trajectories
+
+__all__ = ["epochs", "groups", "is_example", "journal", "messages", "tokens", "trajectories"]

@@ -1,0 +1,58 @@
+"""Watching components from outside: `observe` wraps one method of one instance, `unobserve` takes the wrapper off,
+`unobserved` copies an instance without any. So a Run can follow a Trainer, a builder and an adapter that know nothing
+of it. `resolve` turns "module:object" into the object: the one way in which a file names one that lies above it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = [
+    "observe",
+    "resolve",
+    "unobserve",
+    "unobserved",
+]
+
+T = TypeVar("T")
+_MARK = "__finetune_nb_observes__"
+
+
+def observe(instance: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replaces `instance.name` by `wrapper(original, *args, **kwargs)`, for this instance only."""
+    original = getattr(instance, name)
+
+    @functools.wraps(original)
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(observed, _MARK, vars(instance).get(name, _MARK))
+    setattr(instance, name, observed)
+
+
+def unobserve(instance: Any) -> None:
+    """Takes off every wrapper; what the instance held of its own (a test's replacement, say) comes back."""
+    for name, value in list(vars(instance).items()):
+        while hasattr(value, _MARK):
+            value = getattr(value, _MARK)
+            if value is _MARK:
+                delattr(instance, name)
+            else:
+                setattr(instance, name, value)
+
+
+def unobserved(instance: T) -> T:
+    """A shallow copy without wrappers, whose methods are bound to the copy."""
+    twin = copy.copy(instance)
+    unobserve(twin)
+    return twin
+
+
+def resolve(path: str) -> Any:
+    """The object that "package.module:name" stands for."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

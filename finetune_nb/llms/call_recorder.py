@@ -1,0 +1,180 @@
+"""The recorder: an Episode holds one LLMCall for every call of a language model that one rollout makes.
+
+The rollout's context names its episode, so that concurrent agents, their tasks and their threads each write into their
+own. Who makes the calls stands in recording.py and gateway.py; trajectories are made from them in episodes.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..interfaces import Policy
+from ..types import (
+    EpisodeKey,
+    IntermediateStep,
+    IntermediateStepPayload,
+    IntermediateStepType,
+    InvocationNode,
+    LLMCall,
+    StreamEventData,
+)
+
+if TYPE_CHECKING:
+    from .gateway import Endpoint
+
+__all__ = [
+    "Episode",
+    "TEXT_PROMPT",
+    "arguments_of",
+    "current_episode",
+]
+
+_WORKFLOW = InvocationNode(function_id="<workflow>", function_name="<workflow>")
+TEXT_PROMPT = "other"
+"""The role under which a prompt without a chat template is recorded."""
+_episode: ContextVar[Episode | None] = ContextVar("finetune_nb_episode", default=None)
+
+
+def current_episode() -> Episode | None:
+    """The episode that the running code belongs to, if any."""
+    return _episode.get()
+
+
+@dataclass(eq=False)
+class Episode:
+    """The calls of one rollout, in order of their start. May be written to from any thread."""
+
+    key: EpisodeKey
+    seed: int = 0
+    """The run's seed."""
+    calls: list[LLMCall] = field(default_factory=list)
+    endpoints: list[Endpoint] = field(default_factory=list, repr=False)
+    """The addresses at which the gateway serves it, one a model."""
+    ended: bool = False
+    _begun: int = 0
+    _restarted: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def begin(self) -> tuple[int, int]:
+        """Sequence number and seed of the next call: the seed is a hash of run seed, episode and sequence."""
+        with self._lock:
+            sequence, self._begun = self._begun, self._begun + 1
+        digest = hashlib.blake2b(repr((self.seed, *self.key, sequence)).encode(), digest_size=8).digest()
+        return sequence, int.from_bytes(digest, "big") >> 1
+
+    def record(self, call: LLMCall) -> bool:
+        """Writes a call down. False for one that comes too late: the rollout has ended, or is tried again by now."""
+        with self._lock:
+            in_time = not self.ended and call.sequence >= self._restarted
+            if in_time:
+                self.calls.append(call)
+        return in_time
+
+    def restart(self) -> None:
+        """The rollout is tried again: what was recorded of it, and what is still on its way, is forgotten."""
+        with self._lock:
+            self.calls.clear()
+            self._restarted = self._begun
+
+    def previous_ids(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[int] | None:
+        """Ids of the turn that `messages` carries on from, exactly as they were seen and sampled; None at a start."""
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+        for call in reversed(self.calls):
+            if (
+                len(call.messages) == last
+                and call.prompt_ids is not None
+                and call.response_ids is not None
+                and call.tools == tools
+                and all(_same(a, b) for a, b in zip((*call.messages, call.reply), messages, strict=False))
+            ):
+                return [*call.prompt_ids, *call.response_ids]
+        return None
+
+    def previous_text(self, prompt: str) -> tuple[list[int], str] | None:
+        """The same for a text prompt that begins with an earlier one and all that was sampled behind it: its ids, and
+        the text that is new."""
+        for call in reversed(self.calls):
+            if call.prompt_ids is None or call.response_ids is None or call.messages[0]["role"] != TEXT_PROMPT:
+                continue
+            so_far = call.messages[0]["content"] + "".join(call.tokens or ())
+            if prompt.startswith(so_far):
+                return [*call.prompt_ids, *call.response_ids], prompt[len(so_far) :]
+        return None
+
+    def steps(self) -> list[IntermediateStep]:
+        """The calls as intermediate steps, the form in which evaluators and builders see them."""
+        return [_step(call) for call in sorted(self.calls, key=lambda call: call.sequence)]
+
+    @contextmanager
+    def current(self) -> Iterator[Episode]:
+        """Code inside belongs to this episode."""
+        token = _episode.set(self)
+        try:
+            yield self
+        finally:
+            _episode.reset(token)
+
+    @contextmanager
+    def live(self, policies: Sequence[Policy] = ()) -> Iterator[Episode]:
+        """The rollout, from its start to its end: its policies wait for it when they form batches."""
+        with self.current(), ExitStack() as stack:
+            for policy in policies:
+                stack.enter_context(policy.episode(self.key))
+            stack.callback(self.end)
+            yield self
+
+    def end(self) -> None:
+        """Nothing is recorded any more, and what the gateway still has of it is dropped."""
+        with self._lock:
+            self.ended = True
+        for endpoint in self.endpoints:
+            endpoint.close()
+
+
+def _same(mine: dict[str, Any], message: dict[str, Any]) -> bool:
+    """Whether a message of the next prompt is that one, however a library has written it down in between: empty parts
+    left out or not, the JSON of a tool call formatted anew. Everything that a chat template may show counts."""
+    return mine == message or _essence(mine) == _essence(message)
+
+
+def _essence(message: dict[str, Any]) -> tuple[Any, ...]:
+    calls = [call.get("function") or {} for call in message.get("tool_calls") or ()]
+    return (
+        message.get("role"),
+        message.get("content") or "",
+        [(function.get("name"), arguments_of(function)) for function in calls],
+        message.get("tool_call_id") or None,
+        message.get("name") or None,
+    )
+
+
+def arguments_of(function: Mapping[str, Any]) -> Any:
+    """A tool call's arguments, read where they are JSON; else as they stand there."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            return json.loads(arguments)
+        except (ValueError, RecursionError):
+            pass
+    return arguments
+
+
+def _step(call: LLMCall) -> IntermediateStep:
+    data = StreamEventData(input=call.messages, output=call.reply.get("content"), payload=call)
+    payload = IntermediateStepPayload(
+        event_type=IntermediateStepType.LLM_END,
+        event_timestamp=time.time(),
+        name=call.model,
+        data=data,
+        metadata={"tools": call.tools} if call.tools else None,
+        UUID=f"{'/'.join(map(str, call.episode or ()))}/{call.sequence}",
+    )
+    return IntermediateStep(parent_id="root", function_ancestry=_WORKFLOW, payload=payload)

@@ -1,0 +1,312 @@
+"""The clients that a workflow gets as `llm`, each call recorded in the rollout's Episode (episode.py).
+
+`PolicyLLM` asks a policy of ours: messages in, reply out, token ids and logprobs kept exactly. Clients of other libraries
+come in through gateway.py, which makes the same calls. Trajectories are made from them elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from ..components.builder import Builder
+from ..components.registry import register_llm_provider
+from ..config.base import LLMBaseConfig
+from ..errors import ConfigError, RunError, did_you_mean
+from ..interfaces import Policy
+from ..types import EpisodeKey, LLMCall, SamplingParams
+from .call_recorder import TEXT_PROMPT, Episode, arguments_of, current_episode
+
+if TYPE_CHECKING:
+    from .gateway import Endpoint
+
+__all__ = [
+    "ChatReply",
+    "LLM",
+    "PolicyLLM",
+    "PolicyLLMConfig",
+    "SyncLLM",
+    "ToolCall",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool that the model asks for."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+    """Empty where the model wrote something that is no JSON object."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatReply:
+    """The assistant's turn. Append it to the messages as it is."""
+
+    content: str
+    tool_calls: list[ToolCall]
+    finish_reason: str | None
+    message: dict[str, Any] = field(repr=False)
+    """The turn as an OpenAI message."""
+
+
+class LLM:
+    """What a workflow gets as `llm`: one model, asked by `chat`, or by a client of any OpenAI-compatible library."""
+
+    name: str
+    policy: Policy | None = None
+    sampling: SamplingParams = SamplingParams()
+    takes_options: bool = False
+    """Whether `call` passes on options of the OpenAI API that SamplingParams does not have."""
+
+    async def chat(
+        self, messages: Sequence[Any], tools: Sequence[dict[str, Any]] | None = None, **sampling: Any
+    ) -> ChatReply:
+        """One turn.
+
+        messages: OpenAI messages, and replies as they came. tools: OpenAI tool schemas. sampling: fields of
+        SamplingParams for this call alone. Raises ConfigError for an unknown one.
+        """
+        params = self.sampling
+        if sampling:
+            known = [f.name for f in fields(SamplingParams)]
+            for name in sampling.keys() - set(known):
+                raise ConfigError(f"chat() has no sampling parameter {name!r}. {did_you_mean(name, known)}")
+            params = replace(params, **sampling)
+        prompt = [_message(m) for m in messages]
+        episode = current_episode() or Episode(EpisodeKey("try", 0, 0, 0), seed=time.time_ns())
+        call = await self.call(episode, prompt, list(tools) if tools else None, params)
+        episode.record(call)
+        return _reply(call)
+
+    async def call(
+        self,
+        episode: Episode,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        params: SamplingParams,
+        **options: Any,
+    ) -> LLMCall:
+        """One call for that episode, which is left to record it. options: see `takes_options`."""
+        started = time.perf_counter()
+        call = await self._call(episode, messages, tools, params, **options)
+        return replace(call, seconds=time.perf_counter() - started)
+
+    async def complete(
+        self, episode: Episode, prompt: str | list[int], params: SamplingParams, **options: Any
+    ) -> LLMCall:
+        """The same for a prompt of plain text or token ids, without a chat template."""
+        started = time.perf_counter()
+        call = await self._complete(episode, prompt, params, **options)
+        return replace(call, seconds=time.perf_counter() - started)
+
+    async def _call(
+        self,
+        episode: Episode,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        params: SamplingParams,
+    ) -> LLMCall:
+        raise NotImplementedError
+
+    async def _complete(self, episode: Episode, prompt: str | list[int], params: SamplingParams) -> LLMCall:
+        raise ConfigError(f"llm {self.name!r} takes chat messages only, no plain prompts. Use chat completions.")
+
+    @property
+    def base_url(self) -> str:
+        """Where any OpenAI client reaches this model for the current rollout: every rollout has an address of its own,
+        and what is asked there is recorded in it. Raises RunError outside of a rollout."""
+        return self._endpoint(current_episode()).base_url
+
+    @property
+    def api_key(self) -> str:
+        """The key that `base_url` wants. Never show or store it."""
+        return self._endpoint(current_episode()).api_key
+
+    def openai(self, **options: Any) -> Any:
+        """An `openai.AsyncOpenAI` at `base_url`, for the running event loop; its connections are shared and closed with
+        the run. options: of the client, such as max_retries. Needs the extra "openai"."""
+        return self._endpoint(current_episode()).openai(**options)
+
+    def _endpoint(self, episode: Episode | None) -> Endpoint:
+        if episode is None or episode.ended:
+            raise RunError(
+                "an address of the llm (base_url, api_key, openai()) belongs to one rollout, and no rollout "
+                f"{'runs here' if episode is None else 'goes on here any more'}. Ask for it inside the workflow; in a "
+                "thread that the workflow started by itself, hand it over."
+            )
+        from .gateway import gateway
+
+        return gateway().endpoint(episode, self)
+
+
+class PolicyLLM(LLM):
+    """A client of a policy in this process."""
+
+    def __init__(self, policy: Policy, name: str = "policy", sampling: SamplingParams = SamplingParams()) -> None:
+        self.policy, self.name, self.sampling = policy, name, sampling
+        self.config: PolicyLLMConfig | None = None
+
+    def configured(self) -> None:
+        """Its config has been changed while it is in use."""
+        if self.config is not None:
+            self.sampling = self.config.sampling()
+
+    async def _call(
+        self,
+        episode: Episode,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        params: SamplingParams,
+    ) -> LLMCall:
+        assert self.policy is not None
+        sequence, seed = episode.begin()
+        ids = self.policy.render(messages, tools, episode.previous_ids(messages, tools))
+        sampled = await self._sample(episode, sequence, seed, messages, list(ids), params)
+        reply = self.policy.parse(sampled.response_ids or ())
+        for i, tool_call in enumerate(reply.get("tool_calls") or ()):
+            tool_call["id"] = f"call_{sequence}_{i}"  # repeatable, unlike a random id
+        return replace(sampled, tools=tools, reply=reply)
+
+    async def _complete(self, episode: Episode, prompt: str | list[int], params: SamplingParams) -> LLMCall:
+        assert self.policy is not None
+        sequence, seed = episode.begin()
+        if isinstance(prompt, str):
+            known, new = episode.previous_text(prompt) or ([], prompt)
+            text, ids = prompt, known + self.policy.encode(new)
+        else:
+            text, ids = "".join(self.policy.tokens(prompt)), prompt
+        sampled = await self._sample(episode, sequence, seed, [{"role": TEXT_PROMPT, "content": text}], ids, params)
+        reply = {"role": "assistant", "content": self.policy.decode(sampled.response_ids or ())}
+        return replace(sampled, reply=reply)
+
+    async def _sample(
+        self,
+        episode: Episode,
+        sequence: int,
+        seed: int,
+        messages: list[dict[str, Any]],
+        ids: list[int],
+        params: SamplingParams,
+    ) -> LLMCall:
+        """The call, but for its reply as a message."""
+        policy = self.policy
+        assert policy is not None
+        version = policy.version
+        sample = await policy.sample(ids, params, seed)
+        return LLMCall(
+            episode=episode.key,
+            sequence=sequence,
+            model=self.name,
+            messages=messages,
+            tools=None,
+            reply={},
+            prompt_ids=ids,
+            response_ids=list(sample.ids),
+            tokens=policy.tokens(sample.ids),
+            logprobs=list(sample.logprobs),
+            finish_reason=sample.finish_reason,
+            policy_version=version,
+            sampling=params,
+            seconds=float("nan"),
+            exact=True,
+        )
+
+
+class SyncLLM:
+    """The same client for a sync workflow, which runs in a thread of its own: `chat` blocks that thread. Threads that the
+    workflow starts may use it too."""
+
+    def __init__(self, llm: LLM, loop: asyncio.AbstractEventLoop, episode: Episode | None = None) -> None:
+        self._llm, self._loop, self._episode = llm, loop, episode
+
+    def chat(
+        self, messages: Sequence[Any], tools: Sequence[dict[str, Any]] | None = None, **sampling: Any
+    ) -> ChatReply:
+        async def ask() -> ChatReply:
+            if self._episode is None:
+                return await self._llm.chat(messages, tools, **sampling)
+            with self._episode.current():
+                return await self._llm.chat(messages, tools, **sampling)
+
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
+
+    @property
+    def name(self) -> str:
+        return self._llm.name
+
+    @property
+    def base_url(self) -> str:
+        """See LLM.base_url."""
+        return self._llm._endpoint(self._episode).base_url
+
+    @property
+    def api_key(self) -> str:
+        """See LLM.api_key."""
+        return self._llm._endpoint(self._episode).api_key
+
+    def openai(self, **options: Any) -> Any:
+        """An `openai.OpenAI`, the sync client; see LLM.openai."""
+        return self._llm._endpoint(self._episode).sync_openai(**options)
+
+
+class PolicyLLMConfig(LLMBaseConfig, name="policy"):
+    """The policy that a trainer adapter trains: one set of weights, sampled and trained."""
+
+    adapter: str
+    """Name of the trainer adapter."""
+    temperature: float = Field(default=1.0, ge=0, json_schema_extra={"live": "rollouts"})
+    max_tokens: int = Field(default=256, ge=1, json_schema_extra={"live": "rollouts"})
+    stop: list[str] = []
+    """Texts that end a reply."""
+
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(self.temperature, self.max_tokens, tuple(self.stop))
+
+
+@register_llm_provider(config_type=PolicyLLMConfig)
+async def policy_llm(config: PolicyLLMConfig, builder: Builder):
+    adapter = await builder.get_trainer_adapter(config.adapter)
+    if adapter.policy is None:
+        raise ConfigError(
+            f"llm of type 'policy' names the trainer adapter {config.adapter!r}, which offers no policy to sample from. "
+            "Use an adapter that does (local_grpo), or an llm of type 'openai'."
+        )
+    llm = PolicyLLM(adapter.policy, config.adapter, config.sampling())
+    llm.config = config
+    yield llm
+    await close_clients()
+
+
+def _message(message: Any) -> dict[str, Any]:
+    if isinstance(message, ChatReply):
+        return message.message
+    if isinstance(message, Mapping) and "role" in message:
+        return dict(message)
+    raise TypeError(
+        f"a message is a dict with a role, or a reply as it came; got {type(message).__name__}: {message!r:.80}"
+    )
+
+
+async def close_clients() -> None:
+    """Closes the OpenAI clients that workflows got on the running event loop."""
+    from .gateway import running_gateway
+
+    gateway = running_gateway()
+    if gateway is not None:
+        await gateway.close_clients()
+
+
+def _reply(call: LLMCall) -> ChatReply:
+    calls = []
+    for tool_call in call.reply.get("tool_calls") or ():
+        function = tool_call["function"]
+        arguments = arguments_of(function)
+        calls.append(ToolCall(tool_call["id"], function["name"], arguments if isinstance(arguments, dict) else {}))
+    return ChatReply(call.reply.get("content") or "", calls, call.finish_reason, call.reply)

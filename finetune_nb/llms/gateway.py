@@ -1,0 +1,434 @@
+"""The gateway: an OpenAI-compatible server on 127.0.0.1, so that agents written with any client library are recorded.
+
+Every rollout has an address of its own for every model that it asks (`/e/{episode}/v1`): which rollout a request belongs
+to does not depend on threads, tasks or libraries. A request becomes the same call that `llm.chat` makes, recorded in the
+same Episode, with the token ids that were seen and sampled. Nothing of any HTTP library is patched.
+
+The server has a thread and an event loop of its own, so that an agent which blocks the run's loop gets its answer too. It
+is started when an address is first asked for. What goes over the wire is left to gateway_http.py and wire.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import itertools
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPServerRequest
+from tornado.netutil import bind_sockets
+from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
+
+from ..errors import BackendError, ConfigError, FinetuneError, MissingExtra
+from ..redaction import redact_text, redacting_logger, remember_secret
+from ..types import LLMCall
+from .openai_wire import Refused, WireRequest, answer_of, error_body, events_of, read_request
+
+if TYPE_CHECKING:
+    from .call_recorder import Episode
+    from .client import LLM
+
+__all__ = [
+    "Addresses",
+    "Completions",
+    "Endpoint",
+    "Gateway",
+    "LARGEST_REQUEST",
+    "Models",
+    "gateway",
+    "http_server",
+    "running_gateway",
+    "sample",
+]
+
+
+@dataclass(eq=False)
+class Endpoint:
+    """One address: a model, asked by one rollout. Closed when the rollout ends."""
+
+    id: str
+    episode: Episode
+    llm: LLM
+    gateway: Gateway = field(repr=False)
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set, repr=False)
+    """Requests that are being answered. Touched on the gateway's loop alone."""
+    answered: dict[str, tuple[WireRequest, list[LLMCall]]] = field(default_factory=dict, repr=False)
+    """What was answered, by request: one that comes again because its answer got lost is not sampled again."""
+
+    @property
+    def base_url(self) -> str:
+        """For any OpenAI client."""
+        return f"{self.gateway.url}/e/{self.id}/v1"
+
+    @property
+    def api_key(self) -> str:
+        """The process's: all addresses have one key. Never show or store it."""
+        return self.gateway.api_key
+
+    def openai(self, **options: Any) -> Any:
+        """An AsyncOpenAI for the running event loop."""
+        return self.gateway.async_client().copy(base_url=self.base_url, api_key=self.api_key, **options)
+
+    def sync_openai(self, **options: Any) -> Any:
+        """An OpenAI client, for any thread."""
+        return self.gateway.sync_client().copy(base_url=self.base_url, api_key=self.api_key, **options)
+
+    def close(self) -> None:
+        """From now on the address answers 410, and what is being answered is canceled."""
+        self.gateway.forget(self)
+
+
+class Gateway:
+    """The server of this process. `gateway()` is the one that is running."""
+
+    def __init__(self) -> None:
+        self.api_key = secrets.token_urlsafe(32)
+        remember_secret(self.api_key)
+        self._seal = secrets.token_bytes(16)
+        self._numbers = itertools.count()
+        self._open: dict[str, Endpoint] = {}
+        self._lock = threading.Lock()
+        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
+        self._sync_client: Any = None
+        started: Future[int] = Future()
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self._serve, args=(started,), name="finetune_nb gateway", daemon=True).start()
+        self.url = f"http://127.0.0.1:{started.result()}"
+
+    def __repr__(self) -> str:
+        return f"Gateway({self.url}, {len(self._open)} open)"
+
+    def _serve(self, started: Future[int]) -> None:
+        asyncio.set_event_loop(self.loop)
+
+        async def start() -> None:
+            try:
+                sockets = bind_sockets(0, "127.0.0.1", backlog=1024)
+                http_server(self).add_sockets(sockets)
+            except BaseException as error:
+                started.set_exception(error)
+                raise
+            started.set_result(sockets[0].getsockname()[1])
+
+        self.loop.run_until_complete(start())
+        self.loop.run_forever()
+
+    # ── addresses ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def endpoint(self, episode: Episode, llm: LLM) -> Endpoint:
+        """The address of that model for that rollout."""
+        with self._lock:
+            for endpoint in episode.endpoints:
+                if endpoint.llm is llm:
+                    return endpoint
+            endpoint = Endpoint(self._sealed(next(self._numbers)), episode, llm, self)
+            self._open[endpoint.id] = endpoint
+            episode.endpoints.append(endpoint)
+            return endpoint
+
+    def find(self, name: str) -> Endpoint:
+        """Raises Refused: 410 for an address whose rollout has ended, 404 for one that never was."""
+        endpoint = self._open.get(name)
+        if endpoint is not None:
+            return endpoint
+        number = name.partition("-")[0]
+        if number.isascii() and number.isdigit() and hmac.compare_digest(name, self._sealed(int(number[:20]))):
+            raise Refused(410, "this rollout has ended: its address is closed.", "episode_closed")
+        raise Refused(404, "there is no such rollout. Take llm.base_url inside the workflow.", "unknown_episode")
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """Closes an address: it answers 410 from now on, and what is being answered there is canceled."""
+
+        def cancel() -> None:
+            for task in endpoint.tasks:
+                task.cancel()
+
+        if self._open.pop(endpoint.id, None) is not None:
+            self.loop.call_soon_threadsafe(cancel)
+
+    def _sealed(self, number: int) -> str:
+        """The name of the address of that number: it cannot be guessed, and is known again after it was forgotten."""
+        return f"{number}-{hashlib.blake2b(b'%d' % number, key=self._seal, digest_size=12).hexdigest()}"
+
+    # ── clients ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def async_client(self) -> Any:
+        """The client whose connections all rollouts on the running event loop share: a new one would take longer to
+        make than the embedded model to answer."""
+        loop = asyncio.get_running_loop()
+        client = self._clients.get(loop)
+        if client is None:
+            openai = _openai()
+            # Proxies of the environment must not see what goes to 127.0.0.1.
+            http = openai.DefaultAsyncHttpxClient(trust_env=False, timeout=None)
+            client = openai.AsyncOpenAI(base_url=self.url, api_key=self.api_key, http_client=http, timeout=None)
+            self._clients[loop] = client
+        return client
+
+    def sync_client(self) -> Any:
+        """The same for threads."""
+        with self._lock:
+            if self._sync_client is None:
+                openai = _openai()
+                http = openai.DefaultHttpxClient(trust_env=False, timeout=None)
+                self._sync_client = openai.OpenAI(
+                    base_url=self.url, api_key=self.api_key, http_client=http, timeout=None
+                )
+            return self._sync_client
+
+    async def close_clients(self) -> None:
+        """Closes the client of the running event loop."""
+        client = self._clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.close()
+
+    # ── answering ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def authorized(self, header: str | None) -> bool:
+        """Whether a request brings the key."""
+        return hmac.compare_digest((header or "").encode(), f"Bearer {self.api_key}".encode())
+
+    async def sample(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
+        return await sample(endpoint, request)
+
+
+async def sample(endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
+    """One call a choice, not yet recorded."""
+    llm, episode, options = endpoint.llm, endpoint.episode, request.options
+
+    def ask() -> Coroutine[Any, Any, LLMCall]:
+        if request.prompt is not None:
+            return llm.complete(episode, request.prompt, request.params, **options)
+        assert request.messages is not None
+        return llm.call(episode, request.messages, request.tools, request.params, **options)
+
+    with episode.current():
+        if request.choices == 1:
+            return [_without_stop(await ask())]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(ask()) for _ in range(request.choices)]
+    return [_without_stop(task.result()) for task in tasks]
+
+
+def _without_stop(call: LLMCall) -> LLMCall:
+    """The call with its text cut before a stop text, as the OpenAI API has it. The ids stay those that were sampled."""
+    content = call.reply.get("content")
+    if not call.sampling.stop or not content:
+        return call
+    end = min((at for text in call.sampling.stop if (at := content.find(text)) >= 0), default=len(content))
+    return replace(call, reply={**call.reply, "content": content[:end]})
+
+
+_gateway: Gateway | None = None
+_process: int | None = None
+_starting = threading.Lock()
+
+
+def gateway() -> Gateway:
+    """The gateway of this process, started if need be."""
+    global _gateway, _process
+    with _starting:
+        if _gateway is None or _process != os.getpid():  # a fork has no threads of its parent's
+            _gateway, _process = Gateway(), os.getpid()
+        return _gateway
+
+
+def running_gateway() -> Gateway | None:
+    """The gateway of this process, if it has been started."""
+    return _gateway if _process == os.getpid() else None
+
+
+def _openai() -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise MissingExtra("llm.openai()", "openai") from error
+    return openai
+
+
+logger = redacting_logger(__name__)
+
+LARGEST_REQUEST = 32 * 2**20
+"""Bytes of a request's body; a conversation of a million tokens has some five million."""
+_TOO_LARGE = Refused(413, f"the request is too large; the most is {LARGEST_REQUEST} bytes.", "request_too_large")
+
+
+class Addresses(Protocol):
+    """What is served: the gateway, or whoever answers as it does."""
+
+    def authorized(self, header: str | None) -> bool: ...
+
+    def find(self, name: str) -> Endpoint:
+        """Raises Refused for a name that is no address."""
+        ...
+
+    async def sample(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]: ...
+
+
+def http_server(server: Addresses) -> HTTPServer:
+    """A server of that gateway's addresses, to be started on the running event loop."""
+    routes = [
+        (r"/e/([\w-]+)/v1/chat/completions", Completions, {"server": server, "chat": True}),
+        (r"/e/([\w-]+)/v1/completions", Completions, {"server": server, "chat": False}),
+        (r"/e/([\w-]+)/v1/models(?:/(.+))?", Models, {"server": server}),
+        (r".*", _Nothing, {"server": server}),
+    ]
+    app = Application(routes, log_function=lambda handler: None)
+    return HTTPServer(app, max_body_size=2 * LARGEST_REQUEST)
+
+
+class _Api(RequestHandler):
+    """What all addresses share: the key, and errors as OpenAI clients read them."""
+
+    def initialize(self, server: Addresses) -> None:
+        self.server = server
+
+    def prepare(self) -> None:
+        if not self.server.authorized(self.request.headers.get("Authorization")):
+            raise Refused(401, "the key is wrong or missing. Take llm.api_key.", "invalid_api_key")
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        self.set_header("Content-Type", "application/json")
+
+    def compute_etag(self) -> None:
+        return None
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
+        if isinstance(error, HTTPError):
+            error = Refused(status_code, f"{self.request.method} {self.request.path}: {error.reason or self._reason}")
+        refused = error if isinstance(error, Refused) else _refusal(error)
+        self.set_status(refused.status)
+        # The model has been asked as often as it makes sense; a client that asks again would only multiply that.
+        self.set_header("x-should-retry", "false")
+        self.finish(error_body(redact_text(str(refused)), refused.status, refused.code, refused.param))
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        if not isinstance(value, Refused | HTTPError | FinetuneError):
+            logger.warning("a model call through the gateway failed: %s: %s", type(value).__name__, value)
+
+
+@stream_request_body
+class Completions(_Api):
+    """Chat completions and completions."""
+
+    def initialize(self, server: Addresses, chat: bool = True) -> None:
+        super().initialize(server)
+        self.chat, self.gone = chat, False
+        self.parts: list[bytes] = []
+        self.size = 0
+        self.task: asyncio.Task[list[LLMCall]] | None = None
+
+    def prepare(self) -> None:
+        super().prepare()
+        if int(self.request.headers.get("Content-Length") or 0) > LARGEST_REQUEST:
+            raise _TOO_LARGE
+
+    def data_received(self, chunk: bytes) -> None:
+        self.size += len(chunk)
+        if self.size <= LARGEST_REQUEST:
+            self.parts.append(chunk)
+        elif not self._finished:  # it came in chunks, and did not say before how large it is
+            self.parts.clear()
+            self.send_error(413, exc_info=(Refused, _TOO_LARGE, None))
+
+    async def post(self, name: str) -> None:
+        if self._finished:
+            return
+        endpoint = self.server.find(name)
+        request = self.read(b"".join(self.parts), endpoint.llm)
+        again, key = _identity(self.request, self.parts)
+        self.parts = []
+        if again and key in endpoint.answered:
+            request, calls = endpoint.answered[key]
+        else:
+            calls = await self._sampled(endpoint, request)
+            if self.gone:
+                return
+            if not all(endpoint.episode.record(call) for call in calls):
+                raise Refused(
+                    410, "the rollout ended, or was begun again, before there was an answer.", "episode_closed"
+                )
+            endpoint.answered[key] = request, calls
+        name, created = f"{endpoint.id}-{calls[0].sequence}", int(time.time())
+        if request.stream:
+            self.set_header("Content-Type", "text/event-stream; charset=utf-8")
+            self.set_header("Cache-Control", "no-cache")
+            self.finish(b"".join(events_of(request, calls, name, created)))
+        else:
+            self.finish(json.dumps(answer_of(request, calls, name, created), ensure_ascii=False).encode())
+
+    def read(self, body: bytes, llm: LLM) -> WireRequest:
+        return read_request(body, self.chat, llm.sampling, llm.takes_options)
+
+    async def _sampled(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
+        self.task = asyncio.create_task(self.server.sample(endpoint, request))
+        endpoint.tasks.add(self.task)
+        self.task.add_done_callback(endpoint.tasks.discard)
+        try:
+            return await self.task
+        except asyncio.CancelledError:
+            raise Refused(410, "the rollout ended before there was an answer.", "episode_closed") from None
+
+    def on_connection_close(self) -> None:
+        self.gone = True
+        if self.task is not None:
+            self.task.cancel()
+
+
+class Models(_Api):
+    """The one model that an address has."""
+
+    def get(self, name: str, model: str | None = None) -> None:
+        llm = self.server.find(name).llm
+        entry = {"id": llm.name, "object": "model", "created": 0, "owned_by": "finetune_nb"}
+        self.finish(entry if model else {"object": "list", "data": [entry]})
+
+
+class _Nothing(_Api):
+    def prepare(self) -> None:
+        super().prepare()
+        known = "chat/completions, completions and models under /e/{episode}/v1"
+        raise Refused(404, f"there is nothing at {self.request.path}; there are {known}.", "unknown_url")
+
+
+def _identity(request: HTTPServerRequest, body: list[bytes]) -> tuple[bool, str]:
+    """Whether a request may be one that was answered before, and by what it is known again: the client's idempotency
+    key, else what it asks."""
+    key = request.headers.get("Idempotency-Key")
+    if key:
+        return True, f"key {key}"
+    digest = hashlib.blake2b(digest_size=16)
+    for part in body:
+        digest.update(part)
+    return request.headers.get("x-stainless-retry-count", "0") != "0", digest.hexdigest()
+
+
+def _refusal(error: BaseException | None) -> Refused:
+    """How a call that failed is answered: by whose fault it was."""
+    while isinstance(error, BaseExceptionGroup):  # of several choices
+        error = error.exceptions[0]
+    if error is None:
+        return Refused(500, "no answer")
+    text = f"{type(error).__name__}: {error}"
+    status = getattr(error, "status_code", None)
+    if isinstance(status, int) and 400 <= status < 600:
+        return Refused(status, f"the model's server refused: {text}", "upstream_error")
+    if type(error).__name__ == "APITimeoutError" or isinstance(error, TimeoutError):
+        return Refused(504, f"the model's server did not answer in time: {text}", "upstream_timeout")
+    if type(error).__name__ == "APIConnectionError" or isinstance(error, ConnectionError):
+        return Refused(502, f"the model's server cannot be reached: {text}", "upstream_error")
+    asked_wrongly = isinstance(error, ConfigError) or (isinstance(error, BackendError) and error.__cause__ is None)
+    return Refused(400 if asked_wrongly else 500, text)

@@ -1,0 +1,1 @@
+"""What needs a notebook: displays, widgets, the control panel."""

@@ -1,0 +1,466 @@
+"""The control panel of a run: what it is doing, and what may be asked of it, as ipywidgets (their core controls only).
+
+One Panel a run; shown again, it is another view of the same widgets. Buttons ask the run, inputs go into the draft of its
+Controls; everything that is only looked at is written by a thread of the panel's own: at most two messages a second, and
+at most ten more in answer to a person's own input. Where nobody sees widgets, `still` is what a panel would show.
+"""
+
+from __future__ import annotations
+
+import base64
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..engine.live_settings import Controls
+from ..engine.state import ACTIVE
+from ..errors import FinetuneError, RunError
+from ..redaction import error_text, redact_text, redacting_logger
+from ..training.preview import Preview, preview
+from ..types import Change
+from ..views.html import Html, element, image, view
+from ..views.preview_card import preview_body
+from ..views.summary import run_html, run_text
+from .kernel import is_seen, let_through, word_of_absence
+from .panel_html import Doing, asked_html, log_html, record_html, status_html, style_html
+from .panel_inputs import Inputs, TripwireInputs
+
+if TYPE_CHECKING:
+    from ..run.run import LiveRun
+
+__all__ = [
+    "Panel",
+    "RunHelm",
+    "Still",
+    "panel_of",
+]
+
+logger = redacting_logger(__name__)
+
+EVERY = 0.5
+"""Seconds between two messages of the panel's own accord."""
+ANSWER_EVERY = 0.1
+"""Seconds between two answers to a person's input."""
+LOG_LINES = 8
+WIDGET = "application/vnd.jupyter.widget-view+json"
+_numbers = iter(range(1, 1_000_000))
+
+
+class Steered(Protocol):
+    """What a panel needs of a run."""
+
+    id: str
+    tripwires: list[Any]
+
+    @property
+    def changes(self) -> Sequence[Change]: ...
+    def log_lines(self, count: int = 20) -> list[str]: ...
+    def start(self, epochs: int | None = None) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def stop(self) -> None: ...
+    def abort(self) -> None: ...
+
+
+class Helm(Protocol):
+    """A run as its panel knows it."""
+
+    @property
+    def run(self) -> Steered: ...
+    @property
+    def controls(self) -> Controls: ...
+    def doing(self) -> Doing:
+        """Where the run stands."""
+        ...
+
+    def preview(self) -> Preview | None:
+        """What the draft would do; None before the first epoch."""
+        ...
+
+    def ask(self) -> None:
+        """Asks for what is in the draft."""
+        ...
+
+
+class Panel:
+    """The panel of one run, as a cell shows it. `close()` takes it away; it also ends with its run."""
+
+    def __init__(self, helm: Helm) -> None:
+        import ipywidgets as w
+
+        self.helm, self.run, self.number = helm, helm.run, next(_numbers)
+        self._said: str | None = None
+        self._answer_due = threading.Event()
+        self._wake = threading.Event()
+        self._answered = self._wrote = 0.0
+        self._written: dict[str, float] = {}
+        self._drawn: tuple[Any, str] = (None, "")
+        self.closed = False
+        panel = weakref.ref(self)
+
+        def weakly(call: Callable[[Panel], None]) -> Callable[..., None]:
+            """Widgets live as long as the kernel; they must not keep a run that nobody else holds."""
+
+            def answer(*_: Any) -> None:
+                found = panel()
+                if found is not None and not found.closed:
+                    found._press(lambda: call(found))
+
+            return answer
+
+        def changed(said: str | None) -> None:
+            found = panel()
+            if found is not None:
+                found._answer(said)
+
+        controls, run = helm.controls, weakref.ref(helm.run)
+        self.inputs = Inputs(controls, changed)
+        self.tripwires = TripwireInputs(_get_tripwires(run), _put_tripwires(run))
+        self.shown = {name: w.HTML().add_class(f"ft-b-{name}") for name in ("status", "record", "answer", "log")}
+        buttons = {
+            "start": w.Button(
+                description="Start", icon="play", button_style="primary", tooltip="run epochs in the background"
+            ),
+            "step": w.Button(description="Step", icon="step-forward", tooltip="run one epoch"),
+            "pause": w.Button(description="Pause", icon="pause", tooltip="hold at the next safe point"),
+            "resume": w.Button(description="Resume", icon="play", button_style="primary", tooltip="go on"),
+            "stop": w.Button(description="Stop", icon="stop", tooltip="end behind the epoch that is running"),
+            "abort": w.Button(
+                description="Abort", icon="times", tooltip="end the running epoch now; what was collected is kept"
+            ),
+            "close": w.Button(description="Close", tooltip="take the panel away; the run goes on"),
+            "apply": w.Button(
+                description="Apply", icon="check", button_style="primary", tooltip="ask for what was tried out"
+            ),
+            "revert": w.Button(description="Revert", icon="undo", tooltip="back to what is asked for"),
+        }
+        presses: dict[str, Callable[[Panel], None]] = {
+            "start": lambda p: p.run.start(p.epochs.value),
+            "step": lambda p: p.run.start(1),
+            "pause": lambda p: p.run.pause(),
+            "resume": lambda p: p.run.resume(),
+            "stop": lambda p: p.run.stop(),
+            "abort": lambda p: p.run.abort(),
+            "close": lambda p: p.close(),
+            "apply": lambda p: p.helm.ask(),
+            "revert": lambda p: p.helm.controls.drop_draft(),
+        }
+        for name, button in buttons.items():
+            button.add_class(f"ft-b-{name}").layout.width = "96px"
+            button.on_click(weakly(presses[name]))
+        doing = helm.doing()
+        left = max(1, doing.planned - doing.next_index)
+        self.epochs = w.BoundedIntText(left, min=1, max=100_000, description="epochs", layout=w.Layout(width="140px"),
+                                       style={"description_width": "56px"}).add_class("ft-b-epochs")  # fmt: skip
+        self.at_once = w.Checkbox(
+            controls.at_once, description="apply at once", indent=False, layout=w.Layout(width="auto")
+        )
+        self.at_once.observe(weakly(lambda p: p._set_at_once()), "value")
+        self.buttons = buttons
+        self._steering = [*self.inputs.widgets, *self.tripwires.widgets, *buttons.values(), self.epochs, self.at_once]
+        self.view = self._layout(can_steer=doing.looked_at is None)
+        self._tree = list(_family(self.view))
+        let_through(self._steering)
+        self._close_widgets = weakref.finalize(self, _close_all, self._tree)
+        self._close_widgets.atexit = False
+        self.tick(first=True)
+        threading.Thread(target=_serve, args=(panel, self._wake), name=f"ft-panel-{helm.run.id}", daemon=True).start()
+
+    def _layout(self, can_steer: bool) -> Any:
+        import ipywidgets as w
+
+        def heading(text: str) -> Any:
+            return w.HTML(element("div", text, class_="ft-section")).add_class("ft-b-heading")
+
+        buttons, shown, wires = self.buttons, self.shown, self.tripwires
+        row = {"flex_flow": "row wrap", "align_items": "center"}
+        asks = [buttons[name] for name in ("start", "step", "pause", "resume", "stop", "abort")]
+        gap = w.Box(layout=w.Layout(flex="1 1 auto"))
+        bar = w.HBox([*asks, self.epochs, gap, buttons["close"]], layout=w.Layout(**row)).add_class("ft-b-bar")
+        fields = [heading("components"), *(each.widget for each in self.inputs.live)] if self.inputs.live else []
+        pairs = [w.HBox([wires.spread, wires.share]), w.HBox([wires.falls, wires.times])]
+        left = w.VBox(
+            [
+                heading("curriculum"),
+                *(each.widget for each in self.inputs.curriculum),
+                *fields,
+                w.HBox([buttons["apply"], buttons["revert"], self.at_once], layout=w.Layout(**row)),
+                heading("pause the run when"),
+                *pairs,
+            ],
+            layout=w.Layout(flex="0 1 360px", min_width="320px"),
+        ).add_class("ft-b-inputs")
+        right = w.VBox([shown["record"], shown["answer"]], layout=w.Layout(flex="1 1 420px", min_width="320px"))
+        body = w.HBox([left, right] if can_steer else [right], layout=w.Layout(flex_flow="row wrap")).add_class(
+            "ft-b-body"
+        )
+        parts = [w.HTML(style_html()).add_class("ft-b-style"), shown["status"], bar, body, shown["log"]]
+        return w.VBox(parts).add_class("ft-panel").add_class(f"ft-panel-{self.number}")
+
+    # ── what a person does ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _press(self, call: Callable[[], None]) -> None:
+        said = None
+        try:
+            call()
+        except FinetuneError as error:
+            said = str(error)
+        except Exception as error:
+            logger.warning("a press of the panel failed", exc_info=True)
+            said = error_text(error)
+        if not self.closed:
+            self.inputs.bring_along()
+            self._answer(said)
+
+    def _set_at_once(self) -> None:
+        self.helm.controls.at_once = self.at_once.value
+        if self.at_once.value:
+            self.helm.ask()
+
+    def _answer(self, said: str | None) -> None:
+        self._said = said
+        self._answer_due.set()
+        self._wake.set()
+
+    # ── what the panel shows ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def tick(self, first: bool = False) -> float:
+        """Writes at most one message, if one is due. Returns the seconds until it should be asked again."""
+        now = time.monotonic()
+        if self._answer_due.is_set() and now - self._answered >= ANSWER_EVERY:
+            self._answer_due.clear()
+            self._answered = now
+            self._write("answer", self._answer_html())
+        elif first or now - self._wrote >= EVERY:
+            self._wrote = now
+            let_through(self._steering)
+            texts = self._texts()
+            stale = [name for name, text in texts.items() if self.shown[name].value != text]
+            for name in stale if first else sorted(stale, key=lambda name: self._written.get(name, 0.0))[:1]:
+                self._write(name, texts[name])
+        else:
+            due = [EVERY - (now - self._wrote)]
+            due += [ANSWER_EVERY - (now - self._answered)] if self._answer_due.is_set() else []
+            return max(0.005, min(due))
+        return 0.005
+
+    def _write(self, name: str, text: str) -> None:
+        if self.shown[name].value != text:
+            self._written[name] = time.monotonic()
+            self.shown[name].value = text
+
+    def _texts(self) -> dict[str, str]:
+        doing, changes = self.helm.doing(), self.run.changes
+        newest = doing.epochs[-1] if doing.epochs else None
+        key = (len(doing.epochs), newest, len(changes), sum(change.epoch is not None for change in changes))
+        if self._drawn[0] != key:
+            self._drawn = key, record_html(doing.epochs, changes)
+        texts = {"record": self._drawn[1], "log": log_html(self.run.log_lines(LOG_LINES))}
+        if not self._answer_due.is_set():
+            texts["answer"] = self._answer_html()
+        return {**texts, "status": status_html(doing, self.number)}
+
+    def _answer_html(self) -> str:
+        controls, preview = self.helm.controls, None
+        with suppress(FinetuneError):
+            preview = self.helm.preview()
+        own = [each for each in self.run.tripwires if each not in self._panel_tripwires()]
+        return asked_html(
+            controls.applied,
+            controls.pending,
+            controls.draft,
+            controls.live_fields,
+            controls.waiting,
+            self.number,
+            self._said,
+            preview and preview_body(preview),
+            len(own),
+        )
+
+    def _panel_tripwires(self) -> list[Any]:
+        from ..tripwires import SpreadBelow, ValidationFalls
+
+        return [each for each in self.run.tripwires if isinstance(each, SpreadBelow | ValidationFalls)]
+
+    def close(self) -> None:
+        """Takes the panel away, wherever it is shown; the run goes on."""
+        self.closed = True
+        self._wake.set()
+        self._close_widgets()
+
+    def __repr__(self) -> str:
+        return f"Panel of {self.run!r}"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        """The widgets; and, for a saved notebook and for places without widgets, the run as it is now."""
+        bundle = Still(self.helm)._repr_mimebundle_()
+        if self.closed:
+            return bundle
+        return {**bundle, WIDGET: {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}}
+
+
+def _get_tripwires(run: weakref.ref[Steered]) -> Callable[[], list[Any]]:
+    def get() -> list[Any]:
+        found = run()
+        return [] if found is None else list(found.tripwires)
+
+    return get
+
+
+def _put_tripwires(run: weakref.ref[Steered]) -> Callable[[list[Any]], None]:
+    def put(tripwires: list[Any]) -> None:
+        found = run()
+        if found is not None:
+            found.tripwires = tripwires
+
+    return put
+
+
+def _serve(panel: weakref.ref[Panel], wake: threading.Event) -> None:
+    """The panel's thread. It ends with the panel, and holds neither that nor the run while it sleeps."""
+    pause = EVERY
+    while True:
+        wake.wait(pause)
+        wake.clear()
+        found = panel()
+        if found is None or found.closed:
+            return
+        try:
+            pause = found.tick()
+        except Exception:
+            if found.closed:
+                return
+            logger.warning("the panel could not be brought up to date", exc_info=True)
+            pause = 5.0
+        del found
+
+
+def _family(widget: Any) -> Any:
+    """The widget, its style and layout, and all below it."""
+    for child in getattr(widget, "children", ()):
+        yield from _family(child)
+    for part in ("style", "layout"):
+        found = getattr(widget, part, None)
+        if hasattr(found, "close"):
+            yield found
+    yield widget
+
+
+def _close_all(widgets: Sequence[Any]) -> None:
+    for widget in reversed(widgets):
+        with suppress(Exception):  # the kernel may be on its way out
+            widget.close()
+
+
+DPI = 120
+"""Of the picture: a run may be shown in many cells."""
+
+
+class Still:
+    """A panel without widgets: the run as it was when this was made."""
+
+    def __init__(self, helm: Helm) -> None:
+        doing = helm.doing()
+        where = {"name": doing.name, "state": doing.state, "epochs": doing.epochs, "error": doing.error}
+        self._text = run_text(**where)
+        self._png: bytes | None = None
+        body = [Html(run_html(**where))]
+        if doing.notice and not doing.error:
+            body.append(view(doing.notice, styled=False))
+        if doing.epochs:
+            from ..plots.curves import plot_rewards
+
+            figure: Any = plot_rewards(SimpleNamespace(id=doing.name, records=doing.epochs, changes=helm.run.changes))
+            self._png = picture = figure.png(DPI)
+            body.append(image(picture, redact_text(figure.alt_text), round(96 * figure.get_figwidth())))
+        if absent := word_of_absence():
+            body.append(view(element("div", absent, class_="ft-dim"), styled=False))
+        self._html = element("div", *body)
+
+    def __repr__(self) -> str:
+        return self._text
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        found = {"text/plain": self._text, "text/html": self._html}
+        return {**found, "image/png": base64.b64encode(self._png).decode("ascii")} if self._png else found
+
+
+REFRESH_SECONDS = 2.0
+"""How often a panel looks for what another process has added to the run that it shows."""
+
+
+def panel_of(run: LiveRun) -> Panel | Still:
+    """The run's panel, made where there is none; without widgets where nobody would see them."""
+    if not is_seen():
+        return Still(RunHelm(run))
+    if run._panel is None or run._panel.closed:
+        run._panel = Panel(RunHelm(run))
+    return run._panel
+
+
+class RunHelm:
+    """What a Panel steers by."""
+
+    def __init__(self, run: LiveRun) -> None:
+        self.run = run
+        self._refreshed = 0.0
+
+    @property
+    def controls(self) -> Controls:
+        return self.run._controls
+
+    def doing(self) -> Doing:
+        """Where the run stands."""
+        run, looked_at = self.run, self._why_only_looked_at()
+        if looked_at and run.writer and time.monotonic() - self._refreshed > REFRESH_SECONDS:
+            self._refreshed = time.monotonic()
+            run.refresh()
+        progress, state = run.progress, run.state
+        live = state in ACTIVE and run._driver.at_work
+        return Doing(
+            name=run.id,
+            state=state,
+            epochs=run.records,
+            next_index=run.next_index,
+            planned=run.planned,
+            phase=progress.phase if live else "",
+            done=progress.done if live else 0,
+            failed=progress.failed if live else 0,
+            total=progress.total if live else 0,
+            trained=progress.trained if live else 0.0,
+            job=progress.job if live else "",
+            seconds=progress.seconds if live else 0.0,
+            notice=run.notice,
+            error=run.error,
+            looked_at=looked_at,
+        )
+
+    def _why_only_looked_at(self) -> str | None:
+        run = self.run
+        if run._closed:
+            return "This run is closed: it can be looked at. Run.open goes on with it."
+        if run._unable:
+            return run._unable
+        if run.writer:
+            return f"Another process writes this run ({run.writer}): it can be looked at here, and steered there."
+        try:
+            run._driver.require_single_epochs()
+        except RunError as error:
+            return str(error)
+        return None
+
+    def preview(self) -> Preview | None:
+        """What the draft would do; None before the first epoch."""
+        basis, controls = self.run._preview_basis(), self.controls
+        if basis is None:
+            return None
+        return preview(basis, controls.applied, controls.curriculum, controls.drafted, self.run.config.run.seed)
+
+    def ask(self) -> None:
+        """Asks for what is in the draft."""
+        self.controls.ask_for_draft()
+        self.run._write_journal()

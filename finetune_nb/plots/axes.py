@@ -1,0 +1,288 @@
+"""What the pictures have in common: whose epochs they show, lines with gaps, marks for live changes, panels, labels.
+
+plots.py names all plots; the figure itself and the themes are in figure.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ..errors import ConfigError
+from ..text import cut, number, plain
+from ..types import Epoch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+
+    from ..types import Change
+    from .figure import Figure, Theme
+
+__all__ = [
+    "Course",
+    "HATCHES",
+    "LINES",
+    "MARKERS",
+    "ThemeName",
+    "at_their_places",
+    "course_of",
+    "courses",
+    "draw_line",
+    "finish",
+    "label_of",
+    "mark_changes",
+    "metrics_of",
+    "panels",
+    "said_of",
+    "share_axis",
+    "span",
+    "stands_alone",
+    "start",
+    "step_line",
+]
+
+ThemeName = Literal["light", "dark"] | None
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
+HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "++", "--")
+WRITTEN = 6
+"""So many changes are written beside their marks; more would cover one another."""
+
+
+class Course(NamedTuple):
+    """One run's way through its epochs."""
+
+    name: str
+    epochs: Sequence[Epoch]
+    changes: Sequence[Change]
+
+
+def courses(given: Any) -> list[Course]:
+    """Whose epochs are to be drawn: those of one run, of a list of runs, of epochs by a run's name, or just epochs."""
+    if isinstance(given, Mapping):
+        return [Course(plain(name), *_records(value)) for name, value in given.items()]
+    if hasattr(given, "records"):
+        return [Course(given.id, *_records(given))]
+    given = list(given)
+    if any(hasattr(each, "records") for each in given):
+        return [Course(run.id, *_records(run)) for run in given]
+    return [Course("", given, ())]
+
+
+def _records(given: Any) -> tuple[Sequence[Epoch], Sequence[Change]]:
+    return (given.records, given.changes) if hasattr(given, "records") else (list(given), ())
+
+
+def mark_changes(ax: Axes, of: Sequence[Course], look: Theme, filled: bool = False) -> None:
+    """A mark for every live change, before the epoch that used it first; few of them are written out. filled: over
+    coloured areas, where a text needs a ground of its own."""
+    first = True
+    for place, course in enumerate(of):
+        marks = _changes_by_epoch(course)
+        if not marks:
+            continue
+        where = [epoch - 0.5 for epoch in marks]
+        colour = look.colour(place) if len(of) > 1 else look.ink
+        inside = ax.get_xaxis_transform()
+        ax.vlines(where, 0, 1, colors=colour, linestyles=LINES[2], linewidth=1, transform=inside, zorder=1.5)
+        ax.scatter(where, [0.0] * len(where), marker="^", s=34, color=colour, transform=inside, clip_on=False, zorder=5,
+                   label="live change" if first else None)  # fmt: skip
+        first = False
+        if len(of) == 1 and len(marks) <= WRITTEN and not (filled and look.background == "none"):
+            ground = {"facecolor": look.background, "alpha": 0.8, "linewidth": 0, "pad": 1} if filled else None
+            for x, changed in zip(where, marks.values(), strict=True):
+                said = [label_of(f"{name} {_value(new)}") for name, _, new in changed[:2]]
+                low = not filled and _better_below(_heights_of_lines(ax, x), 0.026 * max(map(len, said)))
+                end, side = (0.06, "bottom") if low else (0.98, "top")
+                ax.annotate("\n".join(said), (x, end), (-2, 0), inside, "offset points", rotation=90, ha="right", va=side,
+                            fontsize="x-small", color=look.ink, bbox=ground)  # fmt: skip
+
+
+def _better_below(heights: Sequence[float], length: float) -> bool:
+    """Whether a text from the upper edge down would cross more lines than one from the lower edge up."""
+    return sum(0.98 - length < at < 0.98 for at in heights) > sum(0.06 < at < 0.06 + length for at in heights)
+
+
+def _heights_of_lines(ax: Axes, x: float) -> list[float]:
+    """How high each line is at `x`, from 0, the lower edge, to 1; those on a second axis too."""
+    import numpy as np
+
+    found = []
+    for each in ax.get_shared_x_axes().get_siblings(ax):
+        if each.bbox.bounds != ax.bbox.bounds:
+            continue  # another picture
+        low, high = each.get_ylim()
+        for line in each.get_lines():
+            at, height = (np.asarray(part, dtype=float) for part in line.get_data(orig=False))
+            there = np.isfinite(height)
+            if there.any() and at.min() <= x <= at.max():
+                found.append(float((np.interp(x, at[there], height[there]) - low) / (high - low)))
+    return found
+
+
+def _changes_by_epoch(course: Course) -> dict[int, list[tuple[str, Any, Any]]]:
+    there = {epoch.index for epoch in course.epochs}
+    marks: dict[int, list[tuple[str, Any, Any]]] = {}
+    for change in course.changes:
+        if change.epoch in there:
+            marks.setdefault(change.epoch, []).append((change.field, change.old, change.new))  # type: ignore[arg-type]
+    return marks
+
+
+def _value(value: Any) -> str:
+    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else plain(cut(value, 24))
+
+
+def said_of(of: Sequence[Course]) -> str:
+    """The live changes in words, for those who do not see the marks."""
+    said = [
+        f"{f'{course.name}, ' if len(of) > 1 else ''}epoch {epoch}: {plain(name)} {_value(old)} to {_value(new)}"
+        for course in of
+        for epoch, changed in _changes_by_epoch(course).items()
+        for name, old, new in changed
+    ]
+    more = f"; and {len(said) - 8} more" if len(said) > 8 else ""
+    return f". Live changes: {'; '.join(said[:8])}{more}" if said else ""
+
+
+# ── frame ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def start(ax: Axes | None, theme: ThemeName, x: str, y: str) -> tuple[Axes, Figure | None, Theme]:
+    """The axes to draw on, the new figure if there was none, and the theme. A given `ax` keeps its own look."""
+    from matplotlib.ticker import MaxNLocator
+
+    from .figure import Figure, theme_named
+
+    look = theme_named(theme)
+    figure = Figure(theme=look) if ax is None else None
+    ax = figure.add_axes_of_theme() if figure is not None else ax
+    assert ax is not None
+    ax.set(xlabel=x, ylabel=y)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return ax, figure, look
+
+
+def panels(
+    ax: Any, theme: ThemeName, x: str, y: str, count: int, columns: int = 1, share: bool = True
+) -> tuple[list[Axes], Figure | None, Theme]:
+    """As many axes, below one another, in a figure of their own or those that are given."""
+    from .figure import Figure, styled, theme_named
+
+    if count == 1:
+        only, figure, look = start(next(iter(ax), None) if isinstance(ax, Iterable) else ax, theme, x, y)
+        return [only], figure, look
+    if ax is not None:
+        given = list(getattr(ax, "flat", ax)) if isinstance(ax, Iterable) else [ax]
+        if len(given) != count:
+            raise ConfigError(
+                f"found {len(given)} axes for {count} pictures. Give ax= as many, or none for a new figure."
+            )
+        return [start(each, theme, x, y)[0] for each in given], None, theme_named(theme)
+    look = theme_named(theme)
+    rows = math.ceil(count / columns)
+    figure = Figure(height=0.6 + 1.9 * rows, theme=look)
+    grid: Any = figure.subplots(rows, columns, sharex=True, sharey=share, squeeze=False)
+    for each in grid.flat[count:]:
+        each.remove()
+    axes = [start(styled(each, look), theme, x, y)[0] for each in grid.flat[:count]]
+    for place, each in enumerate(axes):
+        if place + columns < count:
+            each.set_xlabel("")
+        else:
+            each.tick_params(labelbottom=True)
+    return axes, figure, look
+
+
+def finish(ax: Axes, look: Theme, empty: bool, said: str = "no epoch yet") -> None:
+    """The legend; where there is nothing to draw, a text that says so."""
+    from .figure import legend_above
+
+    if empty:
+        ax.set(xticks=[], yticks=[])
+        ax.text(0.5, 0.5, said, ha="center", va="center", transform=ax.transAxes, color=look.ink)
+    else:
+        legend_above(ax, look)
+
+
+def span(epochs: Sequence[Epoch]) -> np.ndarray:
+    """All epoch numbers from the first to the last, also those that are missing: a line has a gap there."""
+    import numpy as np
+
+    at = [epoch.index for epoch in epochs]
+    return np.arange(min(at), max(at) + 1) if at else np.empty(0, dtype=int)
+
+
+def at_their_places(where: np.ndarray, epochs: Sequence[Epoch], values: Any) -> np.ndarray:
+    """The epochs' values at their places in `where`, NaN elsewhere."""
+    import numpy as np
+
+    out = np.full(len(where), math.nan)
+    if len(where):
+        out[np.array([epoch.index for epoch in epochs]) - where[0]] = values
+    out[np.isinf(out)] = math.nan
+    return out
+
+
+def stands_alone(values: np.ndarray) -> np.ndarray:
+    """Where a value has none beside it."""
+    import numpy as np
+
+    there = np.pad(~np.isnan(values), 1)
+    return there[1:-1] & ~there[:-2] & ~there[2:]
+
+
+def metrics_of(epochs: Sequence[Epoch], name: str) -> list[float]:
+    return [float(getattr(epoch.metrics, name)) for epoch in epochs]
+
+
+def label_of(name: Any) -> str:
+    """A name as matplotlib shows it literally: a "$" would begin a formula, a leading "_" hide it from the legend."""
+    text = " ".join(plain(cut(name, 40)).split()).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text or "(no name)"
+
+
+def course_of(values: Sequence[float] | np.ndarray) -> str:
+    finite = [float(value) for value in values if math.isfinite(value)]
+    if not finite:
+        return "no values"
+    if len(finite) == 1:
+        return number(finite[0])
+    return (
+        f"from {number(finite[0])} to {number(finite[-1])}, lowest {number(min(finite))}, highest {number(max(finite))}"
+    )
+
+
+def draw_line(ax: Axes, where: np.ndarray, values: np.ndarray, colour: str, label: str, marker: str, line: Any) -> None:
+    """A line with gaps; markers as long as they can be told apart, and always where a value stands alone."""
+    import numpy as np
+
+    marked = list(range(len(where))) if len(where) <= 40 else np.flatnonzero(stands_alone(values)).tolist()
+    ax.plot(where, values, color=colour, label=label, linewidth=1.7, linestyle=line, marker=marker, markersize=4.5,
+            markevery=marked)  # fmt: skip
+
+
+def step_line(ax: Axes, epochs: Sequence[Epoch], look: Theme, colour: str, label: str) -> None:
+    """The curriculum's percentile, a step an epoch, where it was on."""
+    where = span(epochs)
+    used = [epoch.curriculum.percentile if epoch.curriculum.enabled else math.nan for epoch in epochs]
+    shown = at_their_places(where, epochs, used)
+    single = stands_alone(shown).nonzero()[0].tolist()
+    style: dict[str, Any] = {"color": colour, "linewidth": 1.2, "linestyle": LINES[2]}
+    style |= {"marker": "_" if single else "", "markersize": 12, "markevery": single}
+    ax.step(where, shown, where="mid", label=label, **style)
+
+
+def share_axis(ax: Axes, look: Theme, label: str) -> Axes:
+    """A second axis for shares, on the right, with the margins of rewards from 0 to 1."""
+    from .figure import styled
+
+    share = ax.twinx()
+    share.set(ylim=(-0.05, 1.05), ylabel=label)
+    styled(share, look).grid(False)
+    share.spines["right"].set_visible(True)
+    for side in ("left", "bottom"):
+        share.spines[side].set_visible(False)
+    return share

@@ -1,0 +1,244 @@
+"""Records -> figures of what is distributed within an epoch: rewards, advantages, lengths. plots.py names all plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..text import number
+from ..training.metrics import advantages
+from ..types import Epoch
+from .axes import (
+    LINES,
+    MARKERS,
+    ThemeName,
+    course_of,
+    courses,
+    draw_line,
+    finish,
+    label_of,
+    mark_changes,
+    panels,
+    said_of,
+    share_axis,
+    start,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+
+    from .figure import Figure, Theme
+
+__all__ = [
+    "plot_advantages",
+    "plot_lengths",
+    "plot_reward_distribution",
+]
+
+VIOLINS = 24
+"""More could not be told apart in one picture; of more epochs, evenly spaced ones are shown."""
+LENGTHS = 200
+"""Epochs whose trajectories are read for a picture of lengths; of more, evenly spaced ones."""
+
+
+def plot_reward_distribution(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure | Any:
+    """How each epoch's rewards are distributed.
+
+    At most six different values: stacked bars, the share of the rollouts with each of them, lowest at the bottom, then
+    those without a finite reward and those that failed. More: a violin an epoch (width = density, on one scale; the
+    thick line is the 10-90 % range, the dot the median); of many epochs, evenly spaced ones.
+
+    epochs: of one run; of several runs, a picture each, all of one kind (ax: as many axes).
+    """
+    import numpy as np
+
+    runs = courses(epochs)
+    axes, figure, look = panels(ax, theme, "epoch", "share of rollouts", max(1, len(runs)))
+    all_epochs = [epoch for run in runs for epoch in run.epochs]
+    values = np.unique(np.concatenate([np.empty(0), *(_finite(epoch.statistics.rewards) for epoch in all_epochs)]))
+    said = []
+    for each, run in zip(axes, runs, strict=False):
+        finite = np.concatenate([np.empty(0), *(_finite(epoch.statistics.rewards) for epoch in run.epochs)])
+        whose = f"{label_of(run.name)}: " if len(runs) > 1 else ""
+        if len(values) <= 6:
+            each.set_ylabel(f"{whose}share of rollouts")
+            _bars(each, run.epochs, values, look)
+            told = ", ".join(
+                f"{np.mean(finite == value):.0%} {number(float(value))}" for value in values if len(finite)
+            )
+        else:
+            each.set_ylabel(f"{whose}reward")
+            shown = run.epochs[:: _every(run.epochs)]
+            samples = [(epoch.index, _finite(epoch.statistics.rewards)) for epoch in shown]
+            _violins(each, samples, (float(values[0]), float(values[-1])), look, look.colours[0], _every(run.epochs))
+            told = _middle(finite)
+        said.append(f"{run.name + ': ' if len(runs) > 1 else ''}{told or 'no rewards'}")
+        mark_changes(each, [run], look, filled=len(values) <= 6)
+        finish(each, look, empty=not run.epochs)
+    if figure is None:
+        return ax
+    figure.alt_text = f"Distribution of rewards over {len(all_epochs)} epochs: {'. '.join(said)}{said_of(runs)}"
+    return figure
+
+
+def plot_advantages(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure | Any:
+    """How the advantages of each epoch's trajectories are distributed: violins of those that are not 0, as in
+    `plot_reward_distribution`, and, on an axis from 0 to 1, the share of trajectories whose advantage is 0, as the rewards
+    of their group do not differ: these teach nothing.
+
+    epochs: of one run; of several runs, a picture each (ax: as many axes).
+    """
+    import numpy as np
+
+    runs = courses(epochs)
+    axes, figure, look = panels(ax, theme, "epoch", "advantage", max(1, len(runs)))
+    said = []
+    for each, run in zip(axes, runs, strict=False):
+        found = [(epoch.index, _finite(advantages(epoch.statistics))) for epoch in run.epochs[:: _every(run.epochs)]]
+        idle = [float(np.mean(values == 0)) if len(values) else math.nan for _, values in found]
+        samples = [(index, values[values != 0]) for index, values in found]
+        teaching = np.concatenate([np.empty(0), *(values for _, values in samples)])
+        if len(runs) > 1:
+            each.set_ylabel(f"{label_of(run.name)}: advantage")
+        if len(teaching):
+            limits = float(teaching.min()), float(teaching.max())
+            _violins(each, samples, limits, look, look.colours[0], _every(run.epochs))
+        if run.epochs:
+            share = share_axis(each, look, "share with advantage 0")
+            where = np.array([index for index, _ in found])
+            draw_line(share, where, np.array(idle), look.colours[1], "share with advantage 0", "s", LINES[1])
+        said.append(f"{run.name + ': ' if len(runs) > 1 else ''}{_middle(teaching) or 'none'}; "
+                    f"share with advantage 0: {course_of(idle)}")  # fmt: skip
+        mark_changes(each, [run], look)
+        finish(each, look, empty=not run.epochs)
+    if figure is None:
+        return ax
+    figure.alt_text = f"Advantages that are not 0: {'. '.join(said)}{said_of(runs)}"
+    return figure
+
+
+def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -> Figure | Axes:
+    """How long the trajectories are, in tokens that the policy sampled: median and 10-90 % range of each epoch, and, on
+    an axis from 0 to 1, the share whose last turn was cut at the token limit.
+
+    epochs: of one run, or of several runs: then each is one line with its range, without that share. Lengths are read
+    from the run's files; of a long run, evenly spaced epochs.
+    """
+    import numpy as np
+
+    from ..frames.trajectories import trajectories
+
+    runs = courses(epochs)
+    ax, figure, look = start(ax, theme, "epoch", "sampled tokens a trajectory")
+    several, said = len(runs) > 1, []
+    for place, run in enumerate(runs):
+        every = math.ceil(len(run.epochs) / LENGTHS)
+        shown = run.epochs[:: max(1, every)]
+        frame: Any = trajectories(shown, columns=["epoch", "tokens", "finish_reason"])
+        frame = frame[frame["tokens"].notna()].astype({"tokens": "float64"})
+        by_epoch: Any = frame.groupby("epoch")["tokens"]
+        where = np.array([epoch.index for epoch in shown])
+        low, middle, high = (by_epoch.quantile(q).reindex(where).to_numpy() for q in (0.1, 0.5, 0.9))
+        colour = look.colour(place)
+        if len(where):
+            ax.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0, label="" if several else "10–90 %")
+            draw_line(ax, where, middle, colour, label_of(run.name) if several else "median", MARKERS[place % 8],
+                      LINES[place % 4])  # fmt: skip
+        said.append(f"{run.name + ': ' if several else ''}median {course_of(middle)}")
+        if not several and len(frame):
+            shares: Any = (frame["finish_reason"] == "length").groupby(frame["epoch"]).mean()
+            cut_off = shares.reindex(where).to_numpy()
+            if np.nansum(cut_off):
+                share = share_axis(ax, look, "share cut at the token limit")
+                draw_line(share, where, cut_off, look.colours[1], "share cut at the token limit", "s", LINES[1])
+            said.append(f"share cut at the token limit: {course_of(cut_off)}")
+        if every > 1:
+            ax.set_xlabel(f"epoch (1 in {every} is shown)")
+    ax.set_ylim(bottom=0)
+    mark_changes(ax, runs, look)
+    finish(ax, look, empty=not any(run.epochs for run in runs))
+    if figure is None:
+        return ax
+    figure.alt_text = f"Sampled tokens of a trajectory, per epoch: {'; '.join(said)}{said_of(runs)}"
+    return figure
+
+
+# ── parts of a picture ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return values[np.isfinite(values)]
+
+
+def _middle(values: np.ndarray) -> str:
+    import numpy as np
+
+    if not len(values):
+        return ""
+    low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
+    return f"median {number(float(middle))}, 10-90 % from {number(float(low))} to {number(float(high))}"
+
+
+def _every(epochs: Sequence[Epoch]) -> int:
+    return max(1, math.ceil(len(epochs) / VIOLINS))
+
+
+def _bars(ax: Axes, epochs: Sequence[Epoch], values: np.ndarray, look: Theme) -> None:
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+
+    scale = LinearSegmentedColormap.from_list("rewards", look.sequence)
+    at = [epoch.index for epoch in epochs]
+    total = [max(1, len(epoch.statistics.rewards) + epoch.metrics.failures) for epoch in epochs]
+    layers = [(f"reward {number(float(v))}", [np.sum(e.statistics.rewards == v) for e in epochs], {}) for v in values]
+    for place, (_, _, style) in enumerate(layers):
+        style |= {"color": scale(place / max(1, len(values) - 1)), "alpha": 0.9}
+    without = [np.sum(~np.isfinite(epoch.statistics.rewards)) for epoch in epochs]
+    failed = [epoch.metrics.failures for epoch in epochs]
+    layers.append(("no reward", without, {"facecolor": "none", "edgecolor": look.ink, "hatch": "////"}))
+    layers.append(("failed", failed, {"facecolor": "none", "edgecolor": look.colours[5], "hatch": "xxxx"}))
+    floor = np.zeros(len(at))
+    for label, counts, style in layers:
+        if not any(counts):
+            continue
+        height = np.divide(counts, total)
+        ax.bar(at, height, bottom=floor, width=0.86, label=label, linewidth=0, **style)
+        floor = floor + height
+    ax.set_ylim(0, 1)
+
+
+def _violins(
+    ax: Axes,
+    samples: Sequence[tuple[int, np.ndarray]],
+    limits: tuple[float, float],
+    look: Theme,
+    colour: str,
+    every: int,
+) -> None:
+    """A violin for each epoch that has values: its density, the 10-90 % range and the median."""
+    import numpy as np
+
+    edges = np.linspace(*limits, 65) if limits[1] > limits[0] else np.linspace(limits[0] - 0.5, limits[0] + 0.5, 65)
+    middles = (edges[:-1] + edges[1:]) / 2
+    kernel = np.exp(-0.5 * (np.arange(-6, 7) / 2) ** 2)
+    shown = []
+    for index, values in samples:
+        if len(values):
+            density = np.convolve(np.histogram(values, edges)[0] / len(values), kernel / kernel.sum(), mode="same")
+            shown.append((index, density, np.quantile(values, [0.1, 0.5, 0.9])))
+    if not shown:
+        return
+    widest = max(density.max() for _, density, _ in shown)
+    for index, density, (low, middle, high) in shown:
+        half = 0.45 * every * density / widest
+        first = index == shown[0][0]
+        ax.fill_betweenx(middles, index - half, index + half, color=colour, alpha=0.4, linewidth=0,
+                         label="density" if first else None)  # fmt: skip
+        ax.vlines(index, low, high, color=colour, linewidth=2.5, label="10–90 %" if first else "")
+        ax.plot(index, middle, "o", color=look.ink, markersize=4, label="median" if first else None)
+    if every > 1:
+        ax.set_xlabel(f"epoch (1 in {every} is shown)")

@@ -1,0 +1,181 @@
+"""Figure: a matplotlib figure that shows itself in a notebook, with a text for those who do not see it; and the themes.
+
+No pyplot, no backend, no rcParams: nothing outlives the figure, any thread may make one, and the user's own plots stay
+as they are. Imports matplotlib, so it is imported where a figure is made.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib.figure
+from matplotlib.axes import Axes
+
+from ..errors import ConfigError
+
+__all__ = [
+    "Figure",
+    "THEMES",
+    "Theme",
+    "legend_above",
+    "styled",
+    "theme_named",
+]
+
+DPI = 192
+"""Pixels an inch in the PNG: twice those of the screen, so that it is sharp on every display."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """What a figure is drawn with.
+
+    The colours are petroff10's (arXiv 2107.02270, made to be told apart also by the colour-blind), lightened where they
+    would vanish on the background; a line style, a marker or a hatch always says the same.
+    """
+
+    background: str
+    ink: str
+    """Text, axes."""
+    faint: str
+    """Grid, and whatever is only context."""
+    halo: str
+    """Around a line that runs over coloured areas."""
+    colours: tuple[str, ...]
+    sequence: tuple[str, str, str]
+    """From low to high, of values that have an order."""
+
+    def colour(self, place: int) -> str:
+        """Of the run, score or reason in that place; they begin again where there are more of them than colours."""
+        return self.colours[place % len(self.colours)]
+
+
+THEMES = {
+    "light": Theme(
+        background="#ffffff",
+        ink="#24292f",
+        faint="#d0d4d9",
+        halo="#ffffff",
+        colours=("#3f90da", "#d95f02", "#832db6", "#717581", "#a96b59", "#bd1f01"),
+        sequence=("#c9b458", "#3f90da", "#1d2a6b"),
+    ),
+    "dark": Theme(
+        background="#111111",
+        ink="#e6e6e6",
+        faint="#3a3d42",
+        halo="#111111",
+        colours=("#5aa9f0", "#ffa90e", "#c58be8", "#94a4a2", "#c98b79", "#ff6f52"),
+        sequence=("#7d6c34", "#3f90da", "#cfe8ff"),
+    ),
+    # No background, and colours of middle lightness: at least 3:1 in contrast on white and on near-black alike.
+    "": Theme(
+        background="none",
+        ink="#787d84",
+        faint="#8a8f9640",
+        halo="#ffffff80",
+        colours=("#3f90da", "#dd6b10", "#a65fd0", "#7d838c", "#a96b59", "#d6452b"),
+        sequence=("#a3914a", "#3f90da", "#7a5cc9"),
+    ),
+}
+
+
+def theme_named(name: Literal["light", "dark"] | None) -> Theme:
+    """The theme of that name; None: one that reads well on light and dark alike, without a background of its own."""
+    if (name or "") not in THEMES:
+        raise ConfigError(f"found theme {name!r}; expected 'light', 'dark' or None for one that suits both")
+    return THEMES[name or ""]
+
+
+class Figure(matplotlib.figure.Figure):
+    """A figure that a cell shows as PNG. `alt_text` says what there is to see; `.axes` are its Axes."""
+
+    def __init__(self, *, width: float = 6.4, height: float = 3.4, theme: Theme = THEMES[""], **options: Any) -> None:
+        """`width` and `height` in inches; on the screen an inch is 96 pixels."""
+        super().__init__(figsize=(width, height), layout="constrained", facecolor=theme.background, **options)
+        self.theme = theme
+        self.alt_text = ""
+
+    def add_axes_of_theme(self) -> Axes:
+        """One Axes in the theme's colours."""
+        return styled(self.add_subplot(), self.theme)
+
+    def png(self, dpi: float = DPI) -> bytes:
+        """The picture, in its own background. With 256 colours it has a quarter of the bytes, and a notebook keeps them
+        all."""
+        from PIL import Image
+
+        drawn, picture = io.BytesIO(), io.BytesIO()
+        quick = {"compress_level": 1}
+        self.savefig(drawn, format="png", dpi=dpi, facecolor=self.get_facecolor(), edgecolor="none", pil_kwargs=quick)
+        full = Image.open(drawn)
+        few = full.quantize(256)
+        colours, corner = few.getpalette("RGBA") or [], (0, 0)
+        at = 4 * few.getpixel(corner)  # type: ignore[operator]
+        colours[at : at + 4] = full.getpixel(corner)  # type: ignore[call-overload]  # else white would be 254, 254, 254
+        few.putpalette(colours, "RGBA")
+        few.save(picture, "PNG", optimize=True)
+        return picture.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        width, height = (round(96 * float(inches)) for inches in self.get_size_inches())
+        picture = base64.b64encode(self.png()).decode("ascii")
+        about = {"width": width, "height": height, "alt": self.alt_text}
+        return {"image/png": picture, "text/plain": self.alt_text or repr(self)}, {"image/png": about}
+
+
+def styled(ax: Axes, theme: Theme) -> Axes:
+    """Gives the Axes the theme's colours: no box, a faint grid behind the data."""
+    ax.set_facecolor(theme.background)
+    ax.grid(True, color=theme.faint, linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=theme.ink, labelcolor=theme.ink, length=3)
+    ax.xaxis.label.set_color(theme.ink)
+    ax.yaxis.label.set_color(theme.ink)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.ink)
+        spine.set_linewidth(0.8)
+    return ax
+
+
+def legend_above(ax: Axes, theme: Theme) -> None:
+    """One legend for all that is drawn in that place, twin axes included, above the data rather than on it."""
+    handles, labels = [], []
+    for each in ax.figure.axes:
+        if each is ax or (each.bbox.bounds == ax.bbox.bounds and each.get_shared_x_axes().joined(each, ax)):
+            found = each.get_legend_handles_labels()
+            handles += found[0]
+            labels += found[1]
+    if not handles:
+        return
+    legend = ax.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=_columns(labels),
+        frameon=False,
+        fontsize="small",
+        borderaxespad=0.2,
+        columnspacing=1.4,
+    )
+    for text in legend.get_texts():
+        text.set_color(theme.ink)
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Most columns, up to four, in which the labels fit above the axes; matplotlib fills one after the other."""
+    for columns in (4, 3, 2):
+        deep = math.ceil(len(labels) / columns)
+        widths = [max(map(len, labels[start : start + deep])) + 7 for start in range(0, len(labels), deep)]
+        if len(widths) <= columns and sum(widths) <= 86:
+            return len(widths)
+    return 1

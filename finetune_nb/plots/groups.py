@@ -1,0 +1,171 @@
+"""Records -> figures: what became of an epoch's groups, and how the curriculum chose. plots.py names all plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..types import GROUP_REASONS, Epoch, GroupReason
+from .axes import (
+    HATCHES,
+    LINES,
+    MARKERS,
+    Course,
+    ThemeName,
+    at_their_places,
+    course_of,
+    courses,
+    draw_line,
+    finish,
+    label_of,
+    mark_changes,
+    metrics_of,
+    panels,
+    said_of,
+    share_axis,
+    span,
+    start,
+    step_line,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .figure import Figure, Theme
+
+__all__ = [
+    "plot_curriculum",
+    "plot_groups",
+]
+
+
+def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -> Figure | Axes:
+    """How the curriculum went: each epoch's groups, trained on or left out, by reason; as a line, how many can teach
+    (their rewards differ); its percentile, on an axis from 0 to 1; and the live changes.
+
+    Of several runs: each one's percentile, and the share of its groups that was trained on.
+    """
+    runs = courses(epochs)
+    several = len(runs) > 1
+    ax, figure, look = start(ax, theme, "epoch", "share" if several else "groups")
+    said = []
+    for place, run in enumerate(runs):
+        if several:
+            colour, where = look.colour(place), span(run.epochs)
+            share = [e.metrics.kept_groups / e.metrics.groups if e.metrics.groups else math.nan for e in run.epochs]
+            shown = at_their_places(where, run.epochs, share)
+            draw_line(
+                ax, where, shown, colour, f"{label_of(run.name)}: trained on", MARKERS[place % 8], LINES[place % 4]
+            )
+            if any(epoch.curriculum.enabled for epoch in run.epochs):
+                step_line(ax, run.epochs, look, colour, f"{label_of(run.name)}: percentile")
+            said.append(f"{run.name}: share of groups trained on {course_of(shown)}")
+        else:
+            _reasons_and_percentile(ax, run.epochs, look)
+            teach = course_of(metrics_of(run.epochs, "groups_with_spread"))
+            said.append(f"groups whose rewards differ: {teach}")
+            on = [epoch.curriculum.percentile for epoch in run.epochs if epoch.curriculum.enabled]
+            said.append(f"curriculum percentile: {course_of(on)}" if on else "the curriculum is off")
+    if several:
+        ax.set_ylim(-0.05, 1.05)
+    mark_changes(ax, runs, look, filled=not several)
+    finish(ax, look, empty=not any(run.epochs for run in runs))
+    if figure is None:
+        return ax
+    figure.alt_text = f"Groups per epoch; {'; '.join(said)}{said_of(runs)}"
+    return figure
+
+
+def _reasons_and_percentile(ax: Axes, epochs: Sequence[Epoch], look: Theme) -> None:
+    import numpy as np
+    from matplotlib.patheffects import withStroke
+
+    at = [epoch.index for epoch in epochs]
+    counts = np.array([np.bincount(epoch.selection.reasons, minlength=len(GROUP_REASONS)) for epoch in epochs])
+    floor = np.zeros(len(at))
+    for code, reason in enumerate(GROUP_REASONS):
+        if not len(at) or not counts[:, code].any():
+            continue
+        style: dict[str, Any] = {"color": look.colour(code), "alpha": 0.5 if code else 0.9, "linewidth": 0}
+        style |= {"hatch": HATCHES[code], "edgecolor": look.ink}
+        ax.bar(at, counts[:, code], bottom=floor, width=0.8, label=reason.value.replace("_", " "), **style)
+        floor = floor + counts[:, code]
+    teach = metrics_of(epochs, "groups_with_spread")
+    where = span(epochs)
+    draw_line(ax, where, at_their_places(where, epochs, teach), look.ink, "rewards differ", "D", LINES[0])
+    ax.lines[-1].set_path_effects([withStroke(linewidth=3.5, foreground=look.halo)])
+    if any(epoch.curriculum.enabled for epoch in epochs):
+        share = share_axis(ax, look, "curriculum percentile")
+        step_line(share, epochs, look, look.ink, "curriculum percentile")
+
+
+STYLES = {
+    GroupReason.KEPT: ("trained on", "o"),
+    GroupReason.NO_REWARD_SPREAD: ("rewards hardly differ", "_"),
+    GroupReason.BEYOND_PERCENTILE: ("beyond the percentile", "^"),
+    GroupReason.SUBSAMPLED: ("not drawn", "s"),
+    GroupReason.NO_REWARD: ("no reward", "x"),
+    GroupReason.INFINITE_REWARD: ("infinite reward", "P"),
+    GroupReason.UNDECIDED: ("undecided", "D"),
+    GroupReason.NOT_SUBMITTED: ("left out by the trainer", "v"),
+}
+"""What a group is called in the map, and its marker."""
+
+
+def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure | Any:
+    """A map of the groups: mean reward against the spread of its rewards, coloured and shaped by what became of the
+    group. The larger a mark, the more groups lie there. Only those above the line can teach, the curriculum's smallest
+    spread where it was on.
+
+    epochs: of a run, all of its groups; of several runs, a picture each (ax: as many axes). Groups without a finite mean
+    and spread have no place; their number is said.
+    """
+    runs = courses(epochs)
+    axes, figure, look = panels(ax, theme, "mean reward of the group", "spread", max(1, len(runs)))
+    said = []
+    for each, run in zip(axes, runs, strict=False):
+        if len(runs) > 1:
+            each.set_ylabel(f"{label_of(run.name)}: spread")
+        said.append(_map(each, run, look, f"{run.name}: " if len(runs) > 1 else ""))
+        finish(each, look, empty=not run.epochs)
+    if figure is None:
+        return ax
+    figure.alt_text = f"Map of groups, mean reward against spread. {'. '.join(said)}"
+    return figure
+
+
+def _map(ax: Axes, run: Course, look: Theme, whose: str) -> str:
+    """Draws one run's groups. Returns what there is to see."""
+    import numpy as np
+    from matplotlib.ticker import AutoLocator
+
+    nothing = np.empty(0)
+    means = np.concatenate([nothing, *(epoch.statistics.means for epoch in run.epochs)])
+    spreads = np.concatenate([nothing, *(epoch.statistics.spreads for epoch in run.epochs)])
+    codes = np.concatenate([nothing, *(epoch.selection.reasons for epoch in run.epochs)]).astype(int)
+    placed = np.isfinite(means) & np.isfinite(spreads)
+    said = []
+    for code, reason in enumerate(GROUP_REASONS):
+        those = placed & (codes == code)
+        if not those.any():
+            continue
+        name, marker = STYLES[reason]
+        points, counts = np.unique(np.round(np.stack([means[those], spreads[those]], 1), 6), axis=0, return_counts=True)
+        size = 26 * np.minimum(np.sqrt(counts), 5)
+        said.append(f"{counts.sum():,} {name}")
+        ax.scatter(points[:, 0], points[:, 1], s=size, marker=marker, color=look.colour(code),
+                   alpha=0.75, linewidths=1.6 if marker in "x_" else 0.6, label=said[-1], zorder=3)  # fmt: skip
+    smallest = {epoch.curriculum.min_reward_diff for epoch in run.epochs if epoch.curriculum.enabled}
+    if len(smallest) == 1 and said:
+        ax.axhline(
+            smallest.pop(), color=look.ink, linewidth=1, linestyle=LINES[1], label="smallest spread that teaches"
+        )
+    ax.xaxis.set_major_locator(AutoLocator())
+    if placed.any():
+        margin = 0.07 * max(1e-9, float(spreads[placed].max()))
+        ax.set_ylim(-margin, float(spreads[placed].max()) + margin)
+    if (~placed).any():
+        said.append(f"{(~placed).sum():,} without a finite mean and spread, not in the map")
+        ax.set_xlabel(f"mean reward of the group ({(~placed).sum():,} groups have none)")
+    return whose + (", ".join(said) or "no groups")

@@ -1,0 +1,129 @@
+"""One rollout: the workflow once on one row, under the recorder, with its time limit and its further attempts.
+
+What goes wrong is data: a rollout that raises, hangs or returns nothing is a result with an error. Which rows are run, and
+where, is left to evaluate.py and the executors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from ..errors import RolloutTimeout, WorkflowError
+from ..interfaces import Policy
+from ..llms.call_recorder import Episode
+from ..types import RolloutRequest, RolloutResult
+from .workflow import Workflow
+
+__all__ = [
+    "Rollout",
+]
+
+
+class Rollout:
+    """One run of the workflow on one row. Never raises: what goes wrong is the result's error.
+
+    seed: the run's. policies: they wait for the rollout when they form batches. timeout: seconds for all attempts
+    together; None: as long as it likes. retries: attempts after a transient failure. gate: awaited before it begins.
+    """
+
+    def __init__(
+        self,
+        workflow: Workflow,
+        seed: int = 0,
+        policies: Sequence[Policy] = (),
+        timeout: float | None = None,
+        retries: int = 0,
+        gate: Callable[[], Awaitable[float]] | None = None,
+    ) -> None:
+        self.workflow, self.seed, self.policies, self.timeout, self.retries = workflow, seed, policies, timeout, retries
+        self.gate = gate
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "gate": None}  # a run is paused where it is driven, not where its rollouts run
+
+    async def __call__(self, request: RolloutRequest) -> RolloutResult:
+        if self.gate is not None:
+            await self.gate()
+        started = time.perf_counter()
+        episode = Episode(request.key, self.seed)
+        try:
+            with episode.live(self.policies):
+                if self.timeout is None:
+                    output = await self._attempts(request, episode)
+                else:
+                    output = await self._timed(request, episode, self.timeout)
+            error = None
+            if output is None:
+                error = f"WorkflowError: workflow {self.workflow.name!r} returned nothing"
+        except asyncio.CancelledError as caught:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            output, error = None, f"{type(caught).__name__}: the workflow was cancelled from inside"
+        except GeneratorExit:
+            raise
+        except BaseException as caught:  # SystemExit too: an agent must not take the run down
+            output, error = None, f"{type(caught).__name__}: {caught}{_loop_hint(caught)}"
+        return RolloutResult(request, output, episode.steps(), time.perf_counter() - started, error)
+
+    async def _timed(self, request: RolloutRequest, episode: Episode, seconds: float) -> Any:
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                return await self._attempts(request, episode)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            left = "" if self.workflow.is_async else " Its thread is left behind."
+            raise RolloutTimeout(
+                f"no answer after {seconds:g} s (eval.general.item_timeout), {len(episode.calls)} model calls.{left}"
+            ) from error
+
+    async def _attempts(self, request: RolloutRequest, episode: Episode) -> Any:
+        if not self.retries:
+            return await self.workflow(request.item)
+        from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+        async for attempt in AsyncRetrying(
+            stop=stop_after_attempt(self.retries + 1),
+            wait=wait_random_exponential(multiplier=0.2, max=10),
+            retry=retry_if_exception(_is_transient),
+            reraise=True,
+        ):
+            with attempt:
+                episode.restart()
+                return await self.workflow(request.item)
+        raise WorkflowError("no attempt was made")
+
+
+def _loop_hint(error: BaseException | None) -> str:
+    """What to do about a client that belongs to another event loop, where that is the cause somewhere."""
+    first, seen = error, set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, RuntimeError) and _OTHER_LOOP.search(str(error)):
+            return (
+                f"{'' if error is first else f' ({error})'}. Workflows run on the run's own event loop, and a client that "
+                "was used in a cell belongs to the cell's. Make it inside the workflow, or take llm.openai()."
+            )
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+_OTHER_LOOP = re.compile(r"different (event )?loop|Event loop is closed|non-thread-safe operation")
+_TRANSIENT_STATUS = {408, 409, 429, 500, 502, 503, 504}
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: a lost connection, a time-out, a server that is busy."""
+    if isinstance(error, RolloutTimeout):
+        return False
+    return (
+        isinstance(error, ConnectionError | TimeoutError)
+        or getattr(error, "status_code", None) in _TRANSIENT_STATUS
+        or type(error).__name__ in ("APIConnectionError", "APITimeoutError", "ConnectError", "ReadTimeout", "ReadError")
+    )

@@ -1,0 +1,299 @@
+"""EvalTrajectoryBuilder: G generations of every drawn example, each one evaluation run, grouped by example.
+
+A generation that fails leaves the others; a rollout that fails is a RolloutFailure in the collection; a finished rollout
+without a valid reward is a trajectory with reward NaN. How episodes are cut out of recorded calls stands in episodes.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from traceback import format_exception
+from typing import Any
+
+from pydantic import Field
+
+from ..components.builder import Builder
+from ..components.registry import register_trajectory_builder
+from ..config.base import TrajectoryBuilderConfig
+from ..errors import ConfigError, did_you_mean
+from ..interfaces import RolloutExecutor, TrajectoryBuilder
+from ..redaction import error_text, redact_text, redacting_logger
+from ..store.json import append_jsonl
+from ..types import (
+    EpisodeItem,
+    EvalInputItem,
+    EvalOutputItem,
+    EvaluationRunOutput,
+    RolloutFailure,
+    RolloutResult,
+    Trajectory,
+    TrajectoryCollection,
+)
+from .episodes import drift, episode_of, tools_of
+from .evaluation import EvaluationContext, evaluation_context
+from .executor import LocalExecutor
+
+__all__ = [
+    "EvalTrajectoryBuilder",
+    "EvalTrajectoryBuilderConfig",
+    "draw_examples",
+]
+
+logger = redacting_logger(__name__)
+
+
+class EvalTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="eval_traj_builder"):
+    """Trajectories from evaluation runs."""
+
+    num_generations: int = Field(default=8, ge=1, json_schema_extra={"live": "rollouts"})
+    """Rollouts of each example: the size of a group. Advantages are relative to it, so 1 teaches nothing."""
+    examples_per_epoch: int | None = Field(default=None, ge=1)
+    """Examples drawn for an epoch, without replacement until the dataset is used up; None = all of them."""
+    include_tool_calls: bool = True
+    """Whether tool messages stand in the episode. What is trained on is the same either way: the sampled tokens."""
+    min_episode_length: int = Field(default=2, ge=1)
+    """Messages that an episode must have; a shorter one is a failure."""
+
+
+class EvalTrajectoryBuilder(TrajectoryBuilder):
+    """Collects by `run_eval`, once a generation, all generations at the same time under one bound on concurrency."""
+
+    reads_our_rows: bool = True
+    """Whether `run_eval` runs the Config's workflow on the Config's dataset, which a Run then checks before it begins."""
+
+    def __init__(
+        self,
+        trajectory_builder_config: TrajectoryBuilderConfig,
+        seed: int = 0,
+        max_concurrency: int | Callable[[], int] = 8,
+        executor: RolloutExecutor | None = None,
+    ) -> None:
+        super().__init__(trajectory_builder_config)
+        self.evaluation_runs: dict[str, list[asyncio.Task[EvaluationRunOutput]]] = {}
+        self.seed = seed
+        self._executor, self._max_concurrency = executor, max_concurrency
+
+    @property
+    def num_generations(self) -> int:
+        """Rollouts of each example."""
+        return getattr(self.trajectory_builder_config, "num_generations", 1)
+
+    async def start_run(self, run_id: str, meta: dict | None = None) -> None:
+        """Starts all generations. Raises ValueError while the run is already collecting."""
+        if run_id in self.evaluation_runs:
+            raise ValueError(f"Run {run_id} is already in progress: finalize it before the next start_run.")
+        epoch = (meta or {}).get("epoch", 0)
+        size = getattr(self.trajectory_builder_config, "examples_per_epoch", None)
+        draw = functools.partial(draw_examples, size=size, epoch=epoch, seed=self.seed) if size else None
+        bound = self._max_concurrency
+        executor = self._executor or LocalExecutor(bound if isinstance(bound, int) else bound())
+        self.evaluation_runs[run_id] = [
+            asyncio.create_task(
+                self._generation(EvaluationContext("train", epoch, generation, draw, executor)),
+                name=f"{run_id}-epoch-{epoch}-generation-{generation}",
+            )
+            for generation in range(self.num_generations)
+        ]
+
+    async def _generation(self, context: EvaluationContext) -> EvaluationRunOutput:
+        evaluation_context.set(context)
+        return await self.run_eval()
+
+    async def finalize(self, run_id: str, meta: dict | None = None) -> TrajectoryCollection:
+        """Waits for all generations and returns the trajectories, grouped by example in the order of the draw.
+
+        Raises ValueError for a run that was not started, ConfigError where no evaluator has the reward's name, and the
+        generations' own error where all of them failed alike.
+        """
+        if run_id not in self.evaluation_runs:
+            raise ValueError(f"No evaluation runs found for run_id: {run_id}. Call start_run first.")
+        tasks = self.evaluation_runs[run_id]
+        try:
+            outputs = await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            self.evaluation_runs.pop(run_id, None)
+            for task in tasks:
+                task.cancel()
+        return await self.collect(outputs, run_id, meta)
+
+    def unscored(self, result: RolloutResult, run_id: str) -> Trajectory | RolloutFailure:
+        """A rollout that has ended, before it is scored: its reward is NaN."""
+        key, item = result.request.key, result.request.item
+        if result.error is not None:
+            return RolloutFailure(item.id, key.generation, redact_text(result.error), result.steps)
+        item = item.model_copy(update={"output_obj": result.output, "trajectory": result.steps})
+        try:
+            episode, version = self._episode(item)
+        except ValueError as error:
+            return RolloutFailure(item.id, key.generation, f"{type(error).__name__}: {error}", result.steps)
+        metadata = {"id": item.id, "generation": key.generation, "run_id": run_id, "policy_version": version}
+        metadata["reward_error"] = "it was not scored before the epoch ended"
+        return Trajectory(episode=episode, reward=math.nan, metadata=metadata)
+
+    async def collect(
+        self, outputs: Sequence[EvaluationRunOutput | BaseException], run_id: str, meta: dict | None = None
+    ) -> TrajectoryCollection:
+        """The trajectories of finished evaluations, one a generation; an exception stands for one that failed."""
+        errors = [output for output in outputs if isinstance(output, BaseException)]
+        if errors and len(errors) == len(outputs):
+            raise errors[0]
+        groups: dict[Any, list[Trajectory]] = {}
+        failures: list[RolloutFailure] = []
+        for generation, output in enumerate(outputs):
+            if isinstance(output, BaseException):
+                logger.error("generation %d failed:\n%s", generation, redact_text("".join(format_exception(output))))
+                failures.append(RolloutFailure(None, generation, error_text(output)))
+                continue
+            failures += output.failures
+            if output.workflow_interrupted:
+                failures.append(
+                    RolloutFailure(None, generation, "the evaluation was interrupted before all items were done")
+                )
+            await self._collect(output, generation, run_id, meta, groups, failures)
+        if failures:
+            logger.warning("%d rollouts failed; the first: %s", len(failures), failures[0].error)
+        carried, drifted = drift(trajectory for group in groups.values() for trajectory in group)
+        if drifted:
+            logger.warning(
+                "%d of %d turns that carry a conversation on were rendered anew instead of behind the sampled ids (the chat "
+                "template changes earlier turns, the agent does, or the server renders): each is trained on by itself.",
+                drifted, carried,
+            )  # fmt: skip
+        return TrajectoryCollection(trajectories=list(groups.values()), run_id=run_id, failures=failures)
+
+    async def _collect(
+        self,
+        output: EvaluationRunOutput,
+        generation: int,
+        run_id: str,
+        meta: dict | None,
+        groups: dict[Any, list[Trajectory]],
+        failures: list[RolloutFailure],
+    ) -> None:
+        failed = {failure.example_id for failure in output.failures}
+        verdicts = {
+            name: {verdict.id: verdict for verdict in result.eval_output_items}
+            for name, result in output.evaluation_results
+        }
+        reward_name = self._reward_name(list(verdicts))
+        for item in output.eval_input.eval_input_items:
+            if item.id in failed:
+                continue
+            found = {name: by_id[item.id] for name, by_id in verdicts.items() if item.id in by_id}
+            try:
+                groups.setdefault(item.id, []).append(
+                    await self._trajectory(item, found, reward_name, generation, run_id, meta)
+                )
+            except ValueError as error:
+                failures.append(
+                    RolloutFailure(item.id, generation, f"{type(error).__name__}: {error}", item.trajectory)
+                )
+        for example in [example for example, group in groups.items() if not group]:
+            del groups[example]
+
+    async def _trajectory(
+        self,
+        item: EvalInputItem,
+        verdicts: Mapping[str, EvalOutputItem],
+        reward_name: str | None,
+        generation: int,
+        run_id: str,
+        meta: dict | None,
+    ) -> Trajectory:
+        episode, version = self._episode(item)
+        verdict = verdicts.get(reward_name) if reward_name else None
+        reward, error = await self._reward(verdict, reward_name, meta)
+        metadata: dict[str, Any] = {
+            "id": item.id,
+            "generation": generation,
+            "run_id": run_id,
+            "reasoning": verdict.reasoning if verdict else None,
+            "policy_version": version,
+            "scores": {name: v.score for name, v in verdicts.items()},
+        }
+        tools = tools_of(item)
+        if tools is not None:
+            metadata["tools"] = tools
+        if error:
+            metadata["reward_error"] = redact_text(error)
+        return Trajectory(episode=episode, reward=reward, metadata=metadata)
+
+    def _episode(self, item: EvalInputItem) -> tuple[list[EpisodeItem], int | None]:
+        config, run_config = self.trajectory_builder_config, self.run_config
+        episode, version = episode_of(
+            item,
+            target_functions=run_config.target_functions if run_config else None,
+            target_model=run_config.target_model if run_config else None,
+            include_tool_calls=getattr(config, "include_tool_calls", True),
+        )
+        least = getattr(config, "min_episode_length", 2)
+        if len(episode) < least:
+            raise ValueError(f"the episode has {len(episode)} messages; min_episode_length is {least}")
+        return episode, version
+
+    async def _reward(
+        self, verdict: EvalOutputItem | None, name: str | None, meta: dict | None
+    ) -> tuple[float, str | None]:
+        """The reward and, where it is NaN, why. An item without a score reaches only an overridden compute_reward."""
+        if verdict is None:
+            return math.nan, f"evaluator {name!r} has no verdict on it" if name else "no reward function is configured"
+        scored = verdict.score is not None and not (isinstance(verdict.score, float) and math.isnan(verdict.score))
+        if not scored and type(self).compute_reward is TrajectoryBuilder.compute_reward:
+            return math.nan, verdict.error or "the evaluator gave no score"
+        try:
+            reward = float(await self.compute_reward(verdict, meta))
+        except Exception as error:
+            return math.nan, f"{type(error).__name__}: {error}"
+        return reward, "the reward is NaN" if math.isnan(reward) else None
+
+    def _reward_name(self, evaluators: Sequence[str]) -> str | None:
+        reward = self.trajectory_builder_config.reward or (self.run_config and self.run_config.reward_function)
+        if reward is None:
+            return evaluators[0] if len(evaluators) == 1 else None
+        if reward.name not in evaluators:
+            raise ConfigError(
+                f"reward_function {reward.name!r} is none of the evaluators. {did_you_mean(reward.name, evaluators)}"
+            )
+        return reward.name
+
+    def log_progress(self, run_id: str, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        """Appends a line to trajectory_builder_<run_id>.jsonl."""
+        folder = output_dir or (self.run_config.output_dir / run_id if self.run_config else ".")
+        line = {"num_generations": self.num_generations, **metrics}
+        append_jsonl(Path(folder) / f"trajectory_builder_{run_id}.jsonl", {"run_id": run_id, **line})
+
+    async def aclose(self) -> None:
+        """Cancels what is still collecting."""
+        tasks = [task for tasks in self.evaluation_runs.values() for task in tasks]
+        self.evaluation_runs.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def draw_examples(rows: int, size: int, epoch: int, seed: int) -> list[int]:
+    """Positions of the rows of one epoch: the epoch's share of a seeded shuffle; a new shuffle when too few are left.
+
+    The same arguments give the same draw, whatever was drawn before. Raises ConfigError if the dataset is too small.
+    """
+    import numpy as np
+
+    if size > rows:
+        raise ConfigError(f"examples_per_epoch is {size}, but the dataset has {rows} rows. Lower it, or leave it out.")
+    shuffle, place = divmod(epoch, rows // size)
+    order = np.random.default_rng([seed, shuffle]).permutation(rows)
+    return order[place * size : (place + 1) * size].tolist()
+
+
+@register_trajectory_builder(config_type=EvalTrajectoryBuilderConfig)
+async def eval_trajectory_builder(config: EvalTrajectoryBuilderConfig, builder: Builder):
+    general = builder.config.eval.general
+    trajectory_builder = EvalTrajectoryBuilder(
+        config, builder.config.run.seed, lambda: general.max_concurrency, await builder.get_executor()
+    )
+    yield trajectory_builder
+    await trajectory_builder.aclose()

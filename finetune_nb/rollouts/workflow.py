@@ -1,0 +1,97 @@
+"""Calling a workflow: any sync or async callable, its parameters filled by name from the dataset row.
+
+`question` gets the row's input, `item` the whole EvalInputItem, `llm` the client of the model, every other parameter the
+row's column of that name. A workflow with a single parameter gets the input, whatever the parameter is called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import WorkflowError, did_you_mean
+from ..llms.call_recorder import current_episode
+from ..llms.client import LLM, SyncLLM
+from ..threads import in_daemon_thread
+from ..types import EvalInputItem
+
+__all__ = [
+    "Workflow",
+]
+
+
+class Workflow:
+    """A callable bound to its model. Raises WorkflowError where it cannot be called with the dataset's rows."""
+
+    def __init__(self, function: Callable[..., Any], llm: LLM | None = None, question_key: str = "question") -> None:
+        if not callable(function):
+            raise WorkflowError(f"a workflow is a function; got {type(function).__name__}.")
+        self.function, self.llm = function, llm
+        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+        kinds = inspect.Parameter
+        parameters = [p for p in inspect.signature(function).parameters.values() if p.kind != kinds.VAR_POSITIONAL]
+        self._takes_all = any(p.kind == kinds.VAR_KEYWORD for p in parameters)
+        self._parameters = [p for p in parameters if p.kind != kinds.VAR_KEYWORD]
+        self._inputs = {"question", question_key}
+        if len(self._parameters) == 1 and self._parameters[0].name not in ("item", "llm"):
+            self._inputs.add(self._parameters[0].name)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    async def __call__(self, item: EvalInputItem) -> Any:
+        """What the workflow returns. Sync code runs in a thread of its own; its `llm.chat` blocks."""
+        llm: Any = self.llm
+        if self.is_async:
+            args, kwargs = self._arguments(item, llm)
+            return await self.function(*args, **kwargs)
+        if llm is not None:
+            llm = SyncLLM(llm, asyncio.get_running_loop(), current_episode())
+        args, kwargs = self._arguments(item, llm)
+        output = await in_daemon_thread(lambda: self.function(*args, **kwargs))
+        return await output if inspect.isawaitable(output) else output
+
+    def _arguments(self, item: EvalInputItem, llm: Any) -> tuple[list[Any], dict[str, Any]]:
+        row = item.full_dataset_entry if isinstance(item.full_dataset_entry, dict) else {}
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for parameter in self._parameters:
+            name = parameter.name
+            if name in self._inputs:
+                if item.input_obj is None:
+                    raise WorkflowError(
+                        f"row {item.id!r} has no question. Its columns: {', '.join(map(str, row)) or 'none'}."
+                    )
+                value = item.input_obj
+            elif name == "item":
+                value = item
+            elif name == "llm":
+                if llm is None and parameter.default is inspect.Parameter.empty:
+                    raise WorkflowError(f"workflow {self.name!r} wants `llm`, but the config names no llm for it.")
+                value = llm
+            elif name in row:
+                value = row[name]
+            elif parameter.default is not inspect.Parameter.empty:
+                continue
+            else:
+                known = ["question", "item", "llm", *map(str, row)]
+                raise WorkflowError(
+                    f"workflow {self.name!r} wants {name!r}, which row {item.id!r} does not have. {did_you_mean(name, known)}"
+                )
+            if parameter.kind == inspect.Parameter.POSITIONAL_ONLY:
+                args.append(value)
+            else:
+                kwargs[name] = value
+        if self._takes_all:
+            kwargs = {**{str(k): v for k, v in row.items()}, **kwargs}
+        return args, kwargs
+
+    def check(self, items: Sequence[EvalInputItem]) -> None:
+        """Raises WorkflowError if the workflow cannot be called with rows like these (the first hundred are looked at)."""
+        rows = [item.full_dataset_entry for item in items[:100] if isinstance(item.full_dataset_entry, dict)]
+        row = {column: value for row in rows for column, value in row.items()}
+        self._arguments(items[0].model_copy(update={"input_obj": "", "full_dataset_entry": row}), self.llm)

@@ -1,0 +1,1 @@
+"""`Run`: the notebook's handle on a finetuning run."""

@@ -1,0 +1,279 @@
+"""A run's folder as a Config and a Builder, to go on with it or to branch off from it.
+
+What no file can hold (functions, rows, ready components) is given again. Which epoch comes next, and with which weights,
+stands in the folder and is read by saved_weights.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..components.builder import Builder
+from ..components.loading import load_config
+from ..config.base import changed
+from ..config.sections import Config
+from ..engine.run_writer import settings_of
+from ..errors import ConfigError, RunError, StoreError
+from ..interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
+from ..rollouts.datasets import read_rows
+from ..store.checkpoints import has_weights, newest_checkpoint
+from ..store.durable import check_plain
+from ..store.folder import checkpoint_folder, checkpoints
+from ..store.reader import RunReader
+from ..store.store import RunStore
+from ..types import Change, CurriculumSettings
+
+__all__ = [
+    "Branch",
+    "add_component",
+    "add_dataset",
+    "branch_of",
+    "config_of",
+    "copy_for_fork",
+    "from_functions",
+    "make_fork",
+]
+
+
+def config_of(
+    store: RunReader,
+    workflow: Callable[..., Any] | None,
+    scores: Mapping[str, Callable[..., Any]],
+    datasets: Mapping[str, Any],
+) -> tuple[Config, Builder, str | None]:
+    """The config of a run, and a builder with what was given again. scores: evaluators by name; datasets: by role. The
+    text is why the run can be read, but not gone on with; None where it can."""
+    unable = None
+    try:
+        config = load_config(store.config())
+    except ConfigError as error:  # somebody's components are not registered here: it can be read all the same
+        config, unable = Config(), f"this run can be read, but not gone on with here: {error}"
+    config.finetuning.output_dir = store.folder.resolve().parent
+    builder = Builder(config)
+    if workflow is not None:
+        builder.add("function", "workflow", workflow)
+    for key, function in scores.items():
+        builder.add("evaluator", key, function)
+    for role, rows in datasets.items():
+        if rows is not None:
+            add_dataset(builder, role, rows)
+    return config, builder, unable
+
+
+# ── forks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a fork leaves its parent."""
+
+    parent: str
+    epoch: int
+    state: dict[str, Any]
+    """What resuming behind that epoch needs, with the changed settings in it."""
+    checkpoint: int | None
+    """The epoch whose checkpoint has the weights behind that one; None where the adapter keeps none here."""
+    changes: tuple[Change, ...]
+    """What was changed on the way."""
+
+
+def branch_of(
+    store: RunReader, epoch: int | None, curriculum: Mapping[str, Any] | None, training: Mapping[str, Any] | None
+) -> Branch:
+    """epoch: None = the last one. training: what the fork's adapter is given anew. Raises RunError where that epoch is not
+    there or its weights are gone, ConfigError for settings that do not fit."""
+    indices = [each.index for each in store.epochs]
+    if not indices:
+        raise RunError(f"run {store.run_id!r} has no epoch to go on from. Run one first, or make a new Run.")
+    if epoch is None:
+        epoch = indices[-1]
+    if epoch not in indices:
+        raise RunError(
+            f"found epoch={epoch!r}; run {store.run_id!r} has the epochs {indices[0]} to {indices[-1]}. A fork goes on "
+            "behind one of them."
+        )
+    state, kept = store.state_of(epoch), checkpoints(store.folder)
+    index = newest_checkpoint(store, epoch)
+    if index is not None and not has_weights(store, index, epoch):
+        raise RunError(
+            f"the weights behind epoch {epoch} of run {store.run_id!r} are not kept; checkpoints are there of epochs "
+            f"{', '.join(map(str, kept)) or 'none'}. Fork from one of these; run.keep_checkpoints keeps more."
+        )
+    before = settings_of(state) or CurriculumSettings()
+    after = before.updated({"enabled": True, **curriculum} if curriculum else {})  # as in a new Run
+    changes = tuple(
+        Change(time.time(), "fork", f.name, getattr(before, f.name), getattr(after, f.name), epoch + 1)
+        for f in fields(after)
+        if getattr(before, f.name) != getattr(after, f.name)
+    )
+    live = state.get("live") or {}
+    state["live"] = {name: value for name, value in live.items() if name.partition(".")[2] not in (training or {})}
+    state["settings"] = {f.name: getattr(after, f.name) for f in fields(after)}
+    if state.get("curriculum") and after.percentile != before.percentile:
+        state["curriculum"]["current_percentile"] = after.percentile
+    return Branch(store.run_id, epoch, state, index, changes)
+
+
+def make_fork(parent: Path, branch: Branch, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
+    """The folder of the fork: a run without epochs, that starts where the branch leaves the parent's folder, on a copy of
+    its weights."""
+    state = branch.state
+    try:
+        if branch.checkpoint is not None:
+            weights, copied = (checkpoint_folder(place, branch.checkpoint) for place in (parent, folder))
+            check_plain(weights.parent, weights, *weights.rglob("*"))
+            shutil.copytree(weights, copied)
+            state = {**state, "checkpoint": copied.name}
+        with RunStore.create(folder, run_id, config, (branch.parent, branch.epoch), state) as store:
+            for change in branch.changes:
+                store.record_change(change)
+    except (OSError, shutil.Error, StoreError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise StoreError(f"no fork was made in {folder}: {error}. The run itself is as it was.") from error
+
+
+def copy_for_fork(
+    config: Config, builder: Builder, training: Mapping[str, Any] | None, components: Mapping[str, Any]
+) -> tuple[Config, Builder]:
+    """A config and a builder that share nothing with the given ones but functions and rows.
+
+    training: other fields of the adapter's config. components: ready ones in place of the run's, by kind. Raises
+    ConfigError for a ready component that is not replaced: it has state, and cannot belong to two runs.
+    """
+    # The builder belongs to the run; what points at it points at the fork's own later.
+    config = copy.deepcopy(config, {id(config.builder): None} if config.builder is not None else {})
+    again = Builder(config)
+    for kind, name, component in builder.added():
+        if kind not in _ARGUMENTS:
+            again.add(kind, name, component)
+        elif components.get(kind) is None:
+            argument = _ARGUMENTS[kind]
+            raise ConfigError(
+                f"this run's {argument} was given as an object, which has a state of its own and belongs to one run "
+                f"only. Give the fork another one: fork({argument}=...)."
+            )
+    for kind, component in components.items():
+        if component is not None and getattr(config.finetuning, kind) is not None:
+            add_component(again, kind, component)
+    if training:
+        name = config.finetuning.trainer_adapter or ""
+        config.trainer_adapters[name] = changed(config.trainer_adapters[name], training, "training")
+    return config, again
+
+
+_ARGUMENTS = {"trajectory_builder": "builder", "trainer_adapter": "adapter", "trainer": "trainer"}
+"""Components with a state of their own, and what `Run` calls them."""
+
+
+def from_functions(
+    workflow: Callable[..., Any] | None,
+    reward: Callable[..., Any] | None,
+    dataset: Any,
+    *,
+    model: str,
+    generations: int,
+    examples_per_epoch: int | None,
+    validation: Any,
+    validation_interval: int,
+    evaluators: Mapping[str, Callable[..., Any]],
+    curriculum: Mapping[str, Any] | None,
+    sampling: Mapping[str, Any],
+    training: Mapping[str, Any],
+    num_epochs: int,
+    max_concurrency: int,
+    item_timeout: float | None,
+    retries: int,
+    seed: int,
+    deterministic: bool,
+    engine: str,
+    ray: Mapping[str, Any],
+    output_dir: str,
+    builder: TrajectoryBuilder | None,
+    adapter: TrainerAdapter | None,
+    trainer: Trainer | None,
+) -> tuple[Config, Builder]:
+    """Raises ConfigError for arguments that do not go together, and for what load_config finds wrong."""
+    if builder is None and (workflow is None or reward is None or dataset is None):
+        raise ConfigError(
+            "Run needs workflow, reward and dataset, or a builder= of your own. See help(finetune_nb.Run)."
+        )
+    if adapter is not None and (training or model != "embedded"):
+        raise ConfigError("adapter= brings its own model and settings: leave model= and training= out.")
+    scores = {"reward": reward, **evaluators} if reward is not None else dict(evaluators)
+    settings: dict[str, Any] = {
+        "llms": {"policy": {"_type": "policy", "adapter": "adapter", **sampling}},
+        "eval": {
+            "general": {"max_concurrency": max_concurrency, "item_timeout": item_timeout, "retries": retries},
+            "evaluators": {key: {"_type": "python_function"} for key in scores},
+        },
+        "trajectory_builders": {
+            "builder": {
+                "_type": "eval_traj_builder",
+                "num_generations": generations,
+                "examples_per_epoch": examples_per_epoch,
+            }
+        },
+        "trainer_adapters": {"adapter": {"_type": "local_grpo", "model": model, **training}},
+        "trainers": {"trainer": {"_type": "epoch_trainer"}},
+        "finetuning": {
+            "enabled": True,
+            "trainer": "trainer",
+            "trajectory_builder": "builder",
+            "trainer_adapter": "adapter",
+            "num_epochs": num_epochs,
+            "output_dir": output_dir,
+            "curriculum_learning": {"enabled": True, **curriculum} if curriculum is not None else {},
+            "run_configuration": {"validation_interval": validation_interval},
+        },
+        "run": {"seed": seed, "deterministic": deterministic, "engine": engine, "ray": dict(ray)},
+    }
+    if workflow is not None:
+        settings["workflow"] = {"_type": "python_function"}
+    if reward is not None:
+        settings["finetuning"]["reward_function"] = {"name": "reward"}
+    config = load_config(settings)
+    components = Builder(config)
+    if workflow is not None:
+        components.add("function", "workflow", workflow)
+    for key, function in scores.items():
+        components.add("evaluator", key, function)
+    run_config = config.finetuning.run_configuration
+    assert run_config is not None
+    if dataset is not None:
+        run_config.dataset = add_dataset(components, "train", dataset)
+    if validation is not None:
+        run_config.validation_dataset = add_dataset(components, "validation", validation)
+    for kind, component in (("trajectory_builder", builder), ("trainer_adapter", adapter), ("trainer", trainer)):
+        if component is not None:
+            add_component(components, kind, component)
+    if adapter is not None and adapter.policy is None:
+        config.llms.clear()
+    return config, components
+
+
+def add_component(builder: Builder, kind: str, component: Any) -> None:
+    """Puts a ready-made trajectory builder, trainer adapter or trainer in the place of the one that the run names; its config
+    stands in the run's."""
+    config = builder.config
+    section, own_config = {
+        "trajectory_builder": (config.trajectory_builders, "trajectory_builder_config"),
+        "trainer_adapter": (config.trainer_adapters, "adapter_config"),
+        "trainer": (config.trainers, "trainer_config"),
+    }[kind]
+    name = getattr(config.finetuning, kind)
+    section[name] = getattr(component, own_config)
+    builder.add(kind, name, component)
+
+
+def add_dataset(builder: Builder, role: str, dataset: Any) -> str:
+    """A file's path as it is; rows under the name of their role."""
+    if isinstance(dataset, str | Path):
+        return str(dataset)
+    builder.add("dataset", role, read_rows(dataset))
+    return role

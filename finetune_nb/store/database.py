@@ -1,0 +1,391 @@
+"""run.db: its tables, and how it is opened, to write and to read. What a row says is store_rows.py's, which files lie around
+it store.py's.
+
+    run          one row: id, created_at, state, revision (counts amended epochs); of a fork parent, parent_epoch and
+                 start, the state from which it goes on
+    epochs       one row an epoch: a few columns to query, `record` (JSON: all that is known but arrays and
+                 trajectories), the arrays of its statistics and selection (little-endian float64, int64, int8), and
+                 `state` (JSON: what resuming needs)
+    unfinished   the epoch that has begun and is not in `epochs`, with its job and selection (JSON) where it came so far;
+                 `rollouts` its trajectories, in batches
+    validations  by the epoch that they belong to; NULL: asked for by hand
+    changes      the journal of the controls
+
+PRAGMA user_version is the number of migrations that were applied. NaN is NULL in the columns to query.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from ..errors import StoreError
+from ..types import (
+    GROUP_REASONS,
+    Change,
+    CurriculumSettings,
+    CurriculumState,
+    Epoch,
+    EpochMetrics,
+    GroupStatistics,
+    Selection,
+    TrainingJobStatus,
+    Validation,
+)
+from .durable import check_plain
+from .folder import DATABASE
+from .json import decode, encode
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = [
+    "EmptyRun",
+    "MIGRATIONS",
+    "change_from_row",
+    "epoch_from_row",
+    "epoch_to_row",
+    "migrate",
+    "open_to_write",
+    "read",
+    "readable",
+    "selection_from_json",
+    "selection_to_json",
+    "validation_from_json",
+    "validation_to_row",
+]
+
+T = TypeVar("T")
+
+APPLICATION_ID = 0x46544E42
+"""Says in the file's header whose it is: "FTNB"."""
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE run (one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL, created_at REAL NOT NULL, "
+        "state TEXT NOT NULL, parent TEXT, parent_epoch INTEGER, revision INTEGER NOT NULL DEFAULT 0)",
+        "CREATE TABLE epochs (epoch INTEGER PRIMARY KEY CHECK (epoch >= 0), started_at REAL, mean_reward REAL, "
+        "trajectories INTEGER NOT NULL, failures INTEGER NOT NULL, groups INTEGER NOT NULL, job TEXT, reason TEXT, "
+        "record TEXT NOT NULL, rewards BLOB NOT NULL, offsets BLOB NOT NULL, counts BLOB NOT NULL, "
+        "means BLOB NOT NULL, spreads BLOB NOT NULL, reasons BLOB NOT NULL, kept BLOB NOT NULL, job_ref TEXT, "
+        "state TEXT NOT NULL)",
+        "CREATE TABLE unfinished (epoch INTEGER PRIMARY KEY CHECK (epoch >= 0), started_at REAL NOT NULL, "
+        "policy_version INTEGER, job_ref TEXT, job_status TEXT)",
+        "CREATE TABLE rollouts (batch INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, data BLOB NOT NULL)",
+        "CREATE TABLE validations (place INTEGER PRIMARY KEY, epoch INTEGER, mean_reward REAL, error TEXT, "
+        "record TEXT NOT NULL)",
+        "CREATE TABLE changes (place INTEGER PRIMARY KEY, time REAL NOT NULL, source TEXT NOT NULL, "
+        "field TEXT NOT NULL, old TEXT NOT NULL, new TEXT NOT NULL, epoch INTEGER)",
+    ),
+    ("ALTER TABLE run ADD COLUMN start TEXT", "ALTER TABLE unfinished ADD COLUMN selection TEXT"),
+)
+"""Statements of each version; a new one is added behind the others, never changed."""
+
+
+class EmptyRun(StoreError):
+    """A run whose creation did not come to its end."""
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / f"{DATABASE}{suffix}" for suffix in ("", "-wal", "-shm", "-journal")]
+
+
+def _connect(path: Path, options: str) -> sqlite3.Connection:
+    db = sqlite3.connect(
+        f"{path.absolute().as_uri()}?{options}", uri=True, isolation_level=None, check_same_thread=False, timeout=10
+    )
+    db.row_factory = sqlite3.Row
+    try:
+        db.execute("PRAGMA trusted_schema = OFF")  # the file may be anybody's
+        db.execute("PRAGMA cell_size_check = ON")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def open_to_write(folder: Path, create: bool = False) -> sqlite3.Connection:
+    """A connection for the one writer. create: where there is no run yet, or one whose creation did not end; else where
+    there is one. Raises StoreError, sqlite3.Error."""
+    check_plain(*_files(folder))
+    _require_file(folder, create)
+    if not create and not (folder / f"{DATABASE}-wal").exists():
+        _require_whole(folder / DATABASE)
+    db = _connect(folder / DATABASE, "mode=rwc" if create else "mode=rw")
+    try:
+        version = _version(db, folder)
+        if version and create:
+            raise StoreError(f"there is a run in {folder} already. Open it, or choose another folder.")
+        if not create:
+            _require_version(folder, version)
+            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(str(found))
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def migrate(db: sqlite3.Connection, version: int | None = None) -> None:
+    """Applies the migrations that the file has not seen. Call it inside a transaction."""
+    done = db.execute("PRAGMA user_version").fetchone()[0]
+    for statements in MIGRATIONS[done:version]:
+        for statement in statements:
+            db.execute(statement)
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS[:version])}")
+
+
+def _version(db: sqlite3.Connection, folder: Path) -> int:
+    """The file's schema version; 0 for one that is still empty. Raises StoreError for a foreign or a newer one."""
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    application = db.execute("PRAGMA application_id").fetchone()[0]
+    if (tables or version) and application != APPLICATION_ID:
+        raise StoreError(f"{folder / DATABASE} is no run of finetune_nb. Nothing was changed; choose another folder.")
+    if version > len(MIGRATIONS):
+        raise StoreError(
+            f"{folder / DATABASE} has schema version {version}, and this finetune_nb knows {len(MIGRATIONS)}. "
+            "Nothing was changed. Update finetune_nb to open the run."
+        )
+    return version
+
+
+def read(folder: Path, work: Callable[[sqlite3.Connection], T]) -> T:
+    """What `work` finds, in one snapshot. Changes nothing, also beside a writer and in a folder that cannot be written.
+    Raises StoreError, sqlite3.Error and what `work` raises."""
+    path, wal = folder / DATABASE, folder / f"{DATABASE}-wal"
+    check_plain(*_files(folder))
+    _require_file(folder)
+    if not wal.exists():
+        # Then nobody writes, and the ordinary mode would create files beside it.
+        try:
+            _require_whole(path)
+            found = _in_snapshot(folder, _connect(path, "mode=ro&immutable=1"), work)
+            if not wal.exists():
+                return found
+        except (sqlite3.Error, ValueError, StoreError):
+            if not wal.exists():
+                raise
+        # A writer has come meanwhile: what was read may be half old and half new.
+    try:
+        return _in_snapshot(folder, _connect(path, "mode=ro"), work)
+    except sqlite3.OperationalError:
+        # A crash left the log behind, and where it lies nothing can be created: SQLite reads it in a copy only.
+        if os.access(folder, os.W_OK) or not wal.exists():
+            raise
+        with tempfile.TemporaryDirectory() as copy:
+            for file in (path, wal):
+                shutil.copyfile(file, Path(copy) / file.name, follow_symlinks=False)
+            return _in_snapshot(folder, _connect(Path(copy) / DATABASE, "mode=rw"), work)
+
+
+def _in_snapshot(folder: Path, db: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
+    with closing(db):
+        db.execute("BEGIN")
+        version = _version(db, folder)
+        _require_version(folder, version)
+        if version == len(MIGRATIONS):
+            return work(db)
+        with closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:  # brought up to date where no one sees
+            copy.row_factory = sqlite3.Row
+            db.execute("COMMIT")
+            db.backup(copy)
+            migrate(copy)
+            return work(copy)
+
+
+def _require_file(folder: Path, create: bool = False) -> None:
+    if not create and not (folder / DATABASE).is_file():
+        raise StoreError(f"there is no run in {folder}: it has no {DATABASE}. Give the folder that holds one.")
+
+
+def _require_whole(path: Path) -> None:
+    """SQLite reads zeros where the last page is cut; without a log beside it, a file has whole pages only."""
+    with path.open("rb") as file:
+        head = file.read(18)
+    page = int.from_bytes(head[16:], "big")
+    page = 65536 if page == 1 else page
+    if page >= 512 and path.stat().st_size % page:
+        raise sqlite3.DatabaseError("the file is cut off")
+
+
+def _require_version(folder: Path, version: int) -> None:
+    if version == 0:
+        raise EmptyRun(f"the run in {folder} is empty: its creation did not come to its end. Create it again.")
+
+
+# ── an epoch ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_ARRAYS = {
+    "rewards": "<f8",
+    "offsets": "<i8",
+    "counts": "<i8",
+    "means": "<f8",
+    "spreads": "<f8",
+    "reasons": "|i1",
+    "kept": "<i8",
+}
+"""Of a GroupStatistics and of a Selection, as they lie in the file."""
+_metrics = TypeAdapter(EpochMetrics)
+_status = TypeAdapter(TrainingJobStatus | None)
+_numbers = TypeAdapter(dict[str, float])
+_versions = TypeAdapter(tuple[int | None, int | None])
+
+
+def epoch_to_row(epoch: Epoch) -> dict[str, Any]:
+    """The columns of an epoch but `job_ref` and `state`."""
+    statistics, selection = epoch.statistics, epoch.selection
+    record = {
+        "run_id": epoch.run_id,
+        "example_ids": list(statistics.example_ids),
+        **_about_selection(selection),
+        "job": epoch.job and epoch.job.model_dump(mode="python"),
+        "reason": epoch.reason,
+        "metrics": asdict(epoch.metrics),
+        "policy_versions": epoch.policy_versions,
+        "started_at": epoch.started_at,
+        "seconds": dict(epoch.seconds),
+    }
+    arrays = {name: getattr(statistics if hasattr(statistics, name) else selection, name) for name in _ARRAYS}
+    return {
+        "epoch": epoch.index,
+        "started_at": epoch.started_at,
+        "mean_reward": epoch.metrics.mean_reward,
+        "trajectories": len(statistics.rewards),
+        "failures": len(epoch.collection.failures),
+        "groups": len(statistics),
+        "job": epoch.job and str(epoch.job.status),
+        "reason": readable(epoch.reason),
+        "record": encode(record),
+        **{name: array.astype(_ARRAYS[name], copy=False).tobytes() for name, array in arrays.items()},
+    }
+
+
+def _about_selection(selection: Selection) -> dict[str, Any]:
+    """A selection but for its examples and arrays."""
+    state = selection.state
+    return {
+        "settings": asdict(selection.settings),
+        "curriculum_state": {**asdict(state), "included_groups": sorted(state.included_groups)},
+        "inferred": selection.inferred,
+    }
+
+
+def _selection(
+    record: Mapping[str, Any], example_ids: Sequence[Any], reasons: np.ndarray, kept: np.ndarray
+) -> Selection:
+    if len(reasons) != len(example_ids):
+        raise ValueError("its arrays do not belong together")
+    if len(kept) and not (kept.min() >= 0 and kept.max() < len(example_ids)):
+        raise ValueError("it keeps groups that are not there")
+    if len(reasons) and not (reasons.min() >= 0 and reasons.max() < len(GROUP_REASONS)):
+        raise ValueError("it has reasons that are not known")
+    state = record["curriculum_state"]
+    curriculum = CurriculumState(
+        float(state["percentile"]),
+        int(state["last_expansion_epoch"]),
+        int(state["total_groups"]),
+        frozenset(map(int, state["included_groups"])),
+    )
+    settings = CurriculumSettings(**record["settings"])
+    return Selection(example_ids, reasons, kept, curriculum, settings, bool(record["inferred"]))
+
+
+def selection_to_json(selection: Selection, seconds: Mapping[str, float]) -> str:
+    """The selection of an epoch that is not complete, and what each part of it took so far."""
+    arrays = {"reasons": selection.reasons.tolist(), "kept": selection.kept.tolist()}
+    record = {"example_ids": list(selection.example_ids), **arrays, **_about_selection(selection)}
+    return encode({**record, "seconds": dict(seconds)})
+
+
+def selection_from_json(text: str) -> tuple[Selection, dict[str, float]]:
+    """The way back. Raises ValueError, KeyError, TypeError, OverflowError and FinetuneError for what does not fit."""
+    import numpy as np
+
+    record = decode(text, dict)
+    reasons, kept = np.array(record["reasons"], np.int8), np.array(record["kept"], np.int64)
+    selection = _selection(record, tuple(record["example_ids"]), reasons, kept)
+    return selection, _numbers.validate_python(record["seconds"])
+
+
+def epoch_from_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an Epoch but `collection`, and `failures`: how many. Raises ValueError, KeyError, TypeError and
+    FinetuneError for what does not fit."""
+    record = decode(row["record"], dict)
+    arrays = {name: _array(row[name], dtype) for name, dtype in _ARRAYS.items()}
+    kept, reasons = arrays.pop("kept"), arrays.pop("reasons")
+    if not isinstance(record["example_ids"], list):
+        raise ValueError("its example ids are no list")
+    example_ids = tuple(record["example_ids"])
+    groups, rows = len(example_ids), len(arrays["rewards"])
+    offsets = arrays["offsets"]
+    of_groups = {len(offsets) - 1, len(arrays["counts"]), len(arrays["means"]), len(arrays["spreads"]), len(reasons)}
+    if of_groups != {groups} or offsets[0] != 0 or offsets[-1] != rows or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError("its arrays do not belong together")
+    if (row["trajectories"], row["groups"]) != (rows, groups) or type(row["failures"]) is not int:
+        raise ValueError("its counts do not fit its arrays")
+    reason = record["reason"]
+    if not (reason is None or isinstance(reason, str)) or not isinstance(record["run_id"], str):
+        raise ValueError("a text is none")
+    return {
+        "index": int(row["epoch"]),
+        "run_id": record["run_id"],
+        "statistics": GroupStatistics(example_ids=example_ids, **arrays),
+        "selection": _selection(record, example_ids, reasons, kept),
+        "job": _status.validate_python(record["job"]),
+        "reason": reason,
+        "metrics": _metrics.validate_python(record["metrics"]),
+        "policy_versions": _versions.validate_python(record["policy_versions"]),
+        "started_at": float(record["started_at"]),
+        "seconds": _numbers.validate_python(record["seconds"]),
+        "failures": row["failures"],
+    }
+
+
+def _array(data: Any, dtype: str) -> np.ndarray:
+    import numpy as np
+
+    if not isinstance(data, bytes):
+        raise ValueError("an array is no BLOB")
+    return np.frombuffer(data, dtype)
+
+
+# ── validations, changes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+_validation = TypeAdapter(Validation)
+
+
+def validation_to_row(validation: Validation, epoch: int | None) -> tuple[Any, ...]:
+    """epoch, mean_reward, error, record."""
+    return epoch, validation.mean_reward, readable(validation.error), encode(asdict(validation))
+
+
+def validation_from_json(record: Any) -> Validation:
+    """The way back from the column `record`. Raises ValueError for what does not fit."""
+    return _validation.validate_python(decode(record, dict))
+
+
+def change_from_row(row: Mapping[str, Any]) -> Change:
+    """A row of the journal. Raises ValueError for what does not fit."""
+    values = {field.name: row[field.name] for field in fields(Change)}
+    if not isinstance(values["time"], float) or not all(isinstance(values[name], str) for name in ("source", "field")):
+        raise ValueError("a change of the journal is none")
+    return Change(**{**values, "old": decode(values["old"]), "new": decode(values["new"])})
+
+
+def readable(text: str | None) -> str | None:
+    """Text for a column that people query: secrets masked, lone surrogates escaped. The JSON has the exact one."""
+    return None if text is None else decode(encode(text)).encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,223 @@
+"""Directories that are complete or are not there: written beside under another name, made durable, then renamed.
+Also what their reader needs: plain files only, and their seals. What the files mean is the business of others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import BackendError, StoreError
+from ..redaction import redacting_logger
+
+__all__ = [
+    "Seal",
+    "append_line",
+    "check_plain",
+    "file_in",
+    "published",
+    "seal",
+    "size_of",
+    "sync_folder",
+    "write_durably",
+]
+_TEMPORARY = ".tmp-"
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
+def check_plain(*paths: Path) -> None:
+    """Raises StoreError for a path that is there but is neither a file nor a folder: a link (which may lead anywhere),
+    or a pipe (which would be waited for)."""
+    for path in paths:
+        try:
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StoreError(f"{path} cannot be looked at: {error}.") from error
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            kind = "a symbolic link" if stat.S_ISLNK(mode) else "a special file"
+            raise StoreError(
+                f"{path} is {kind}; a run's folder holds plain files only, and nothing outside it is touched. "
+                "Put the file itself there."
+            )
+
+
+def write_durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Calls `write` with a new file that then takes the place of `path`. At every moment `path` is the old file or the
+    whole new one, and after the return it survives a power failure. Raises OSError; `path` is then as it was."""
+    check_plain(path.parent, path)
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK | _BINARY, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename last. Where the system cannot open a folder (Windows), its own journal does that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (PermissionError, IsADirectoryError):
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # gone meanwhile
+                total += os.lstat(os.path.join(root, name)).st_size
+    return total
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line in one write, so that lines of several processes do not mix. Raises OSError."""
+    check_plain(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_LINK | _BINARY, 0o666)
+    try:
+        end = os.fstat(descriptor).st_size
+        # A line that a crash or a full disk cut off must not swallow this one.
+        torn = end > 0 and os.lseek(descriptor, end - 1, os.SEEK_SET) >= 0 and os.read(descriptor, 1) != b"\n"
+        data = ("\n" if torn else "").encode() + line.encode("utf-8", "backslashreplace") + b"\n"
+        if (written := os.write(descriptor, data)) < len(data):
+            raise OSError(f"only {written} of {len(data)} bytes were written")
+    finally:
+        os.close(descriptor)
+
+
+logger = redacting_logger(__name__)
+
+
+class Seal(BaseModel):
+    """By which a file is known to be what was written. It finds damage; it does not keep out a forger."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+def seal(path: Path) -> Seal:
+    """The seal of a file as it is now; reads all of it."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Seal(bytes=file.tell(), sha256=digest)
+
+
+def file_in(directory: Path, name: str) -> Path:
+    """The plain file of that name. Raises BackendError where there is none: a link is not followed."""
+    path = directory / name
+    try:
+        mode = path.lstat().st_mode
+    except OSError as error:
+        raise BackendError(
+            f"{path} cannot be read: {error.strerror}. Expected a checkpoint, with {name} in it. Load another one."
+        ) from error
+    if not stat.S_ISREG(mode):
+        kind = "a symbolic link" if stat.S_ISLNK(mode) else "not a file"
+        raise BackendError(f"{path} is {kind}; expected a plain file, as a checkpoint is written. Load another one.")
+    return path
+
+
+@contextmanager
+def published(directory: Path, mark: str) -> Iterator[Path]:
+    """An empty directory to write files into, which becomes `directory` when the block ends without an error.
+
+    mark: a file that all such directories hold; an older one that holds it is replaced, and anything else that has the
+    name is refused. Raises BackendError for that, and in place of an OSError in the block or after it; what had the
+    name before then has it still, and nothing else is left behind. After a crash at any moment the name stands for
+    the old, for the new, or (between two renames) for nothing.
+    """
+    if directory.is_symlink() or (directory.exists() and not _is_replaceable(directory, mark)):
+        raise BackendError(
+            f"{directory} exists and is not a checkpoint (it has no {mark}), so it is not replaced. "
+            "Expected a new directory, or an older checkpoint."
+        )
+    parent = directory.parent
+    unfinished, replaced = parent / f".{directory.name}.unfinished", parent / f".{directory.name}.replaced"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove(unfinished)  # what a crash left
+        unfinished.mkdir()
+        yield unfinished
+        for path in unfinished.iterdir():
+            _sync(path)
+        _sync(unfinished)
+        _rename(unfinished, directory, replaced)
+    except OSError as error:
+        raise BackendError(
+            f"checkpoint {directory} could not be written: {error}. {_free(parent)}Nothing of it is left; a checkpoint "
+            "that had the name before still has it. Make room or make it writable, then save again."
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_replaceable(directory: Path, mark: str) -> bool:
+    return directory.is_dir() and ((directory / mark).is_file() or not any(directory.iterdir()))
+
+
+def _rename(unfinished: Path, directory: Path, replaced: Path) -> None:
+    if directory.exists():
+        _remove(replaced)
+        directory.rename(replaced)
+        try:
+            unfinished.rename(directory)
+        except OSError:
+            replaced.rename(directory)
+            raise
+    else:
+        unfinished.rename(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
+    try:
+        _sync(directory.parent)
+    except OSError as error:  # it is there, and whole; only a power cut could still take it back
+        logger.warning("the name of %s may not outlive a power cut: %s", directory, error)
+
+
+def _sync(path: Path) -> None:
+    """Returns once the file, or the directory's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _free(directory: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(directory).free / 1e6:,.1f} MB are free there. "
+    except OSError:
+        return ""

@@ -1,0 +1,211 @@
+"""The files of a run's folder: which names they have, how one is written so that a crash leaves the old or the new one,
+and the lock of the process that writes.
+
+No symbolic link inside the folder is followed, for a folder may come from somebody else. What stands in the files is
+left to trajectory_files.py, store_schema.py and store.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import StoreError
+from .durable import _BINARY, _NO_LINK, _TEMPORARY, check_plain
+
+__all__ = [
+    "ARCHIVE",
+    "CHECKPOINTS",
+    "CONFIG",
+    "DATABASE",
+    "LOG",
+    "RUN_ID",
+    "TRAJECTORIES",
+    "WriteLock",
+    "checkpoint_folder",
+    "checkpoints",
+    "free_in_archive",
+    "remove_temporary",
+    "trajectory_file",
+    "writer_of",
+]
+
+DATABASE = "run.db"
+TRAJECTORIES = "trajectories"
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yml"
+LOG = "log.jsonl"
+LOCK = "lock"
+ARCHIVE = "archive"
+"""The folder, beside the runs, into which they are put away."""
+
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def trajectory_file(folder: Path, epoch: int) -> Path:
+    """Where the trajectories of an epoch lie."""
+    return folder / TRAJECTORIES / f"epoch-{epoch:06d}.parquet"
+
+
+def checkpoint_folder(folder: Path, epoch: int) -> Path:
+    """Where the checkpoint lies that was written behind an epoch."""
+    return folder / CHECKPOINTS / f"epoch-{epoch:06d}"
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a run's folder, by epoch."""
+    found = sorted((folder / CHECKPOINTS).glob("epoch-[0-9]*"))
+    return {int(path.name[6:]): path for path in found if path.name[6:].isdigit() and path.is_dir()}
+
+
+def free_in_archive(folder: Path, name: str) -> Path:
+    """A place of that name in the archive beside a run's folder, with a number where it is taken. Raises StoreError for a
+    link in the archive's place, OSError."""
+    place, n = folder.parent / ARCHIVE / name, 1
+    check_plain(place.parent)
+    place.parent.mkdir(exist_ok=True)
+    while place.exists():
+        n += 1
+        place = place.with_name(f"{name}-{n}")
+    return place
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes what a writer that died had begun to write. Only the writer who holds the lock may call it."""
+    for place in (folder, folder / TRAJECTORIES):
+        if place.is_dir() and not place.is_symlink():
+            for path in place.glob(f".*{_TEMPORARY}*"):
+                with suppress(OSError):
+                    path.unlink()
+
+
+# ── the lock ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class WriteLock:
+    """The right to write into a run's folder: the operating system's lock on the file `lock`, which ends with its
+    process, and in that file who holds it, for people to read."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises StoreError, which names the holder, where another process or another store of this one holds it."""
+        path = folder / LOCK
+        check_plain(path)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK | _BINARY, 0o666)
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be written ({error.strerror}), so the run cannot be locked. Open it with write=False "
+                "to read it, or copy the folder to a place where you may write."
+            ) from error
+        try:
+            if not (_lock(descriptor) or _lock_soon(descriptor)):
+                raise StoreError(
+                    f"the run in {folder} is being written by {_owner(descriptor)}. Close it there, or open it with "
+                    "write=False to read along."
+                )
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
+            os.ftruncate(descriptor, 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.write(descriptor, json.dumps(owner).encode() + b"\n")
+        except OSError as error:
+            os.close(descriptor)
+            raise StoreError(f"{path} cannot be written: {error}. Nothing was changed.") from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor: int | None = descriptor
+        _held.add(self)
+
+    def release(self) -> None:
+        """Gives the lock back. Again: nothing."""
+        _held.discard(self)
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+    def _forget(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            self._forget()
+
+
+_held: weakref.WeakSet[WriteLock] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for lock in list(_held):
+        lock._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child shares the lock; it would hold it on after its parent's death.
+    os.register_at_fork(after_in_child=_forget_all)
+
+_FAR = 1 << 40
+"""Windows locks bytes, and makes them unreadable to others: one that is never there leaves the owner readable."""
+
+
+def _lock(descriptor: int, shared: bool = False) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt  # Windows
+
+        os.lseek(descriptor, _FAR, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_soon(descriptor: int) -> bool:
+    """Tries again for a moment: somebody may just have looked who writes."""
+    for _ in range(5):
+        time.sleep(0.01)
+        if _lock(descriptor):
+            return True
+    return False
+
+
+def writer_of(folder: Path) -> str | None:
+    """Who writes the run in that folder at the moment; None where nobody does."""
+    path = folder / LOCK
+    try:
+        check_plain(path)
+        descriptor = os.open(path, os.O_RDONLY | _NO_LINK | _BINARY)
+    except (OSError, StoreError):  # never written, or not to be trusted
+        return None
+    try:
+        return None if _lock(descriptor, shared=True) else _owner(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _owner(descriptor: int) -> str:
+    """Who wrote the lock file. Its text is anybody's: only numbers and a host-like name are repeated."""
+    try:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        found = json.loads(os.read(descriptor, 1000))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(found["started"])))
+        host = re.sub(r"[^A-Za-z0-9._-]", "?", str(found["host"]))[:100]
+        return f"process {int(found['pid'])} on {host} since {since}"
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return "another process"

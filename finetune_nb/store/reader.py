@@ -1,0 +1,325 @@
+"""Reading a run's folder: epochs, journal, validations, events, and the epoch that did not come to its end.
+
+Nothing here changes a byte. run.db is trusted to be ours only after its values have been looked at; every error is a
+StoreError that names the file. Writing is store.py's.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..config.yaml import MAX_CHARACTERS, read_yaml
+from ..errors import StoreError
+from ..types import Change, Epoch, Selection, TrainingJobRef, TrainingJobStatus, TrajectoryCollection, Validation
+from .database import change_from_row, epoch_from_row, read, selection_from_json, validation_from_json
+from .durable import check_plain, size_of
+from .folder import CONFIG, DATABASE, LOG, RUN_ID, writer_of
+from .json import decode
+from .trajectories import collection_of_batches, read_columns, read_trajectories
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = [
+    "PartialEpoch",
+    "RunReader",
+    "StoredEpoch",
+    "as_store_error",
+]
+
+T = TypeVar("T")
+
+
+class StoredEpoch(Epoch):
+    """An Epoch whose collection is read from its file when it is asked for, and forgotten when nobody holds it."""
+
+    def __init__(
+        self,
+        *,
+        collection: TrajectoryCollection | Callable[[], TrajectoryCollection],
+        columns: Callable[[Sequence[str]], pa.Table] | None = None,
+        **record: Any,
+    ) -> None:
+        # dataclasses.replace hands over a collection; then it is this epoch's own, as in any other Epoch.
+        vars(self).update(record, _collection=collection, _columns=columns)
+
+    _collection: TrajectoryCollection | Callable[[], TrajectoryCollection]
+    _columns: Callable[[Sequence[str]], pa.Table] | None
+
+    @property
+    def collection(self) -> TrajectoryCollection:  # type: ignore[override]
+        """Raises StoreError where the file is missing or damaged."""
+        found = self._collection
+        return found if isinstance(found, TrajectoryCollection) else found()
+
+    @property
+    def columns(self) -> Callable[[Sequence[str]], pa.Table] | None:
+        """`columns(["generation", "reward"])`: those columns of trajectory_table.COLUMNS, straight from the file,
+        without the trajectories. None where the epoch has no file."""
+        return self._columns
+
+
+@dataclass(frozen=True)
+class PartialEpoch:
+    """An epoch that has begun and did not come to its end, or has not yet."""
+
+    index: int
+    collection: TrajectoryCollection
+    """The rollouts so far, grouped by example."""
+    job: TrainingJobRef | None
+    status: TrainingJobStatus | None
+    started_at: float
+    """Seconds since 1970, UTC."""
+    policy_version: int | None
+    validations: tuple[Validation, ...] = ()
+    selection: Selection | None = None
+    """Which groups were to be trained on, where it came so far."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class _Collection:
+    """The trajectories of one epoch, read when called; held only as long as somebody else holds them."""
+
+    def __init__(self, read: Callable[[], TrajectoryCollection], keep: Callable[[TrajectoryCollection], None]) -> None:
+        self._read, self._keep = read, keep
+        self._known: weakref.ref[TrajectoryCollection] | None = None
+
+    def __call__(self) -> TrajectoryCollection:
+        found = self._known() if self._known else None
+        if found is None:
+            found = self._read()
+            self.remember(found)
+        self._keep(found)
+        return found
+
+    def remember(self, collection: TrajectoryCollection) -> None:
+        self._known = weakref.ref(collection)
+
+
+class RunReader:
+    """What a run's folder holds."""
+
+    _db: sqlite3.Connection | None = None
+    """The writer's connection, where this is the writer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._turn = threading.RLock()
+        self._epochs: list[StoredEpoch] = []
+        self._revision = -1
+        self._newest: TrajectoryCollection | None = None  # so that a loop over one epoch does not read it twice
+        self.run_id, self.created_at, self.parent = self._read(_run_of)
+        """The run's id, when it was made (seconds since 1970, UTC), and the run and epoch that it goes on from."""
+
+    def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        with (
+            self._turn,
+            as_store_error(self.folder / DATABASE, "Nothing was changed; the Parquet files beside it are whole."),
+        ):
+            return work(self._db) if self._db is not None else read(self.folder, work)
+
+    @property
+    def epochs(self) -> list[StoredEpoch]:
+        """The completed epochs, in order; a reader's since its last `refresh`. Trajectories are read when asked for."""
+        if self._revision < 0:
+            self.refresh()
+        return list(self._epochs)
+
+    def refresh(self) -> None:
+        """Sees what a writer has added since."""
+        with self._turn:
+            revision, new = self._read(self._new_epochs)
+            if revision != self._revision:
+                self._epochs, self._revision = [], revision
+            self._epochs += new
+
+    def _new_epochs(self, db: sqlite3.Connection) -> tuple[int, list[StoredEpoch]]:
+        revision = int(db.execute("SELECT revision FROM run").fetchone()[0])
+        since = self._epochs[-1].index if self._epochs and revision == self._revision else -1
+        validations: dict[int, list[Validation]] = {}
+        for row in db.execute("SELECT epoch, record FROM validations WHERE epoch > ? ORDER BY place", (since,)):
+            validations.setdefault(row["epoch"], []).append(validation_from_json(row["record"]))
+        rows = db.execute("SELECT * FROM epochs WHERE epoch > ? ORDER BY epoch", (since,))
+        return revision, [self._stored(epoch_from_row(row), validations) for row in rows]
+
+    def _stored(self, record: dict[str, Any], validations: Mapping[int, list[Validation]]) -> StoredEpoch:
+        index, statistics = record["index"], record["statistics"]
+        rows, groups = len(statistics.rewards) + record.pop("failures"), len(statistics)
+        return StoredEpoch(
+            collection=_Collection(
+                lambda: read_trajectories(self.folder, index, self.run_id, rows, groups), self._keep
+            ),
+            columns=lambda names: read_columns(self.folder, index, self.run_id, rows, groups, names),
+            validations=tuple(validations.get(index, ())),
+            **record,
+        )
+
+    def _keep(self, collection: TrajectoryCollection) -> None:
+        self._newest = collection
+
+    def columns(self, index: int, names: Sequence[str]) -> pa.Table:
+        """Some columns of an epoch's trajectories and failures, without reading the others; their names and types are
+        in trajectory_table.COLUMNS. The rows are in the collection's order, failures last."""
+        columns = self._epoch(index).columns
+        assert columns is not None  # an epoch of ours has a file
+        return columns(names)
+
+    @property
+    def next_index(self) -> int:
+        """The epoch that comes next: 0 for a new run, the one behind its parent's for a fork."""
+        if self.epochs:
+            return self._epochs[-1].index + 1
+        return self.parent[1] + 1 if self.parent else 0
+
+    def _epoch(self, index: int) -> StoredEpoch:
+        for epoch in self.epochs:
+            if epoch.index == index:
+                return epoch
+        raise StoreError(f"run {self.run_id!r} has no completed epoch {index!r}; it has {len(self._epochs)}.")
+
+    def partial(self) -> PartialEpoch | None:
+        """The epoch that has begun and is not complete; None where there is none."""
+
+        def work(db: sqlite3.Connection) -> PartialEpoch | None:
+            row = db.execute("SELECT * FROM unfinished ORDER BY epoch DESC LIMIT 1").fetchone()
+            if row is None:
+                return None
+            index = int(row["epoch"])
+            batches = [r[0] for r in db.execute("SELECT data FROM rollouts WHERE epoch = ? ORDER BY batch", (index,))]
+            validations = db.execute("SELECT record FROM validations WHERE epoch = ? ORDER BY place", (index,))
+            ref, status = row["job_ref"], row["job_status"]
+            selection, seconds = selection_from_json(row["selection"]) if row["selection"] else (None, {})
+            return PartialEpoch(
+                index=index,
+                collection=collection_of_batches(batches, self.run_id),
+                job=None if ref is None else TrainingJobRef.model_validate(decode(ref)),
+                status=None if status is None else TrainingJobStatus.model_validate(decode(status)),
+                started_at=float(row["started_at"]),
+                policy_version=row["policy_version"],
+                validations=tuple(validation_from_json(record[0]) for record in validations),
+                selection=selection,
+                seconds=seconds,
+            )
+
+        return self._read(work)
+
+    def state(self) -> dict[str, Any] | None:
+        """What resuming behind the last completed epoch needs; of a fork that has none, what it starts from; else None."""
+
+        def work(db: sqlite3.Connection) -> dict[str, Any] | None:
+            row = db.execute("SELECT state FROM epochs ORDER BY epoch DESC LIMIT 1").fetchone()
+            row = row or db.execute("SELECT start FROM run WHERE start IS NOT NULL").fetchone()
+            return None if row is None else decode(row[0], dict)
+
+        return self._read(work)
+
+    def state_of(self, index: int) -> dict[str, Any]:
+        """The same behind another epoch; of a fork also behind the one it began behind."""
+
+        def work(db: sqlite3.Connection) -> dict[str, Any]:
+            row = db.execute("SELECT state FROM epochs WHERE epoch = ?", (index,)).fetchone()
+            start = "SELECT start FROM run WHERE parent_epoch = ? AND start IS NOT NULL"
+            row = row or db.execute(start, (index,)).fetchone()
+            if row is None:
+                raise StoreError(f"run {self.run_id!r} has no completed epoch {index!r} to go on from.")
+            return decode(row[0], dict)
+
+        return self._read(work)
+
+    def journal(self) -> list[Change]:
+        """Every change of the controls, in order."""
+        query = "SELECT time, source, field, old, new, epoch FROM changes ORDER BY place"
+        return self._read(lambda db: [change_from_row(row) for row in db.execute(query)])
+
+    @property
+    def validations(self) -> list[Validation]:
+        """Those that belong to no epoch: asked for by hand."""
+        query = "SELECT record FROM validations WHERE epoch IS NULL ORDER BY place"
+        return self._read(lambda db: [validation_from_json(row["record"]) for row in db.execute(query)])
+
+    @property
+    def run_state(self) -> str:
+        """What the run is doing, or was when its writer ended: "new", "running", ...; "interrupted" where it was running
+        and nobody writes it any more."""
+        told = self._read(lambda db: str(db.execute("SELECT state FROM run").fetchone()[0]))
+        return "interrupted" if told == "running" and self.writer is None else told
+
+    @property
+    def writer(self) -> str | None:
+        """Who writes the run at the moment: "process 4711 on host since ..."; None where nobody does."""
+        return writer_of(self.folder)
+
+    def events(self, kind: str | None = None, last: int | None = None) -> list[dict[str, Any]]:
+        """The log, oldest first: `time`, `kind` and what was said. A line that a crash cut off is passed over. last: no more
+        than that many, read from the end, so that the last words of a long run cost no more than those of a short one."""
+        path = self.folder / LOG
+        with as_store_error(path, "Everything else can be read."):
+            check_plain(path)
+            if not path.exists():
+                return []
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                reach = size if last is None else 65_536
+                while True:
+                    file.seek(max(0, size - reach))
+                    lines = file.read().split(b"\n")[reach < size :]  # the first one has lost its beginning
+                    found = [event for event in map(_event, lines) if event and kind in (None, event["kind"])]
+                    if last is None:
+                        return found
+                    if reach >= size or len(found) >= last:
+                        return found[max(0, len(found) - last) :]
+                    reach *= 4
+
+    def config(self) -> dict[str, Any]:
+        """The config as plain data, `${NAME}` where it stood; `load_config` takes it."""
+        path = self.folder / CONFIG
+        with as_store_error(path, "Everything else can be read."):
+            check_plain(path)
+            with path.open(encoding="utf-8") as file:
+                found = read_yaml(file.read(MAX_CHARACTERS + 1), str(path))
+            if not isinstance(found, dict):
+                raise ValueError(f"{type(found).__name__} where a mapping was expected")
+            return found
+
+    def size(self) -> int:
+        """Bytes of all files in the folder."""
+        return size_of(self.folder)
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """A line of the log; None for one that is none."""
+    try:
+        event = decode(line.decode("utf-8", errors="replace"), dict)
+    except ValueError:
+        return None
+    return event if "kind" in event else None
+
+
+def _run_of(db: sqlite3.Connection) -> tuple[str, float, tuple[str, int] | None]:
+    row = db.execute("SELECT id, created_at, parent, parent_epoch FROM run").fetchone()
+    if row is None or not isinstance(row["id"], str) or not RUN_ID.fullmatch(row["id"]):
+        raise ValueError(f"it holds no run, or one whose id is none: {row and row['id']!r}")
+    parent = None if row["parent"] is None else (str(row["parent"]), int(row["parent_epoch"]))
+    return row["id"], float(row["created_at"]), parent
+
+
+@contextmanager
+def as_store_error(path: Path, kept: str) -> Iterator[None]:
+    """What goes wrong with a file as a StoreError that names it. kept: what the reader need not fear for."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except (sqlite3.Error, OSError) as error:
+        raise StoreError(f"{path}: {type(error).__name__}: {error}. {kept}") from error
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, AttributeError) as error:
+        raise StoreError(
+            f"{path} holds what no run of finetune_nb writes: {type(error).__name__}: {str(error)[:500]}. {kept}"
+        ) from error

@@ -1,0 +1,363 @@
+"""RunStore: all that a run leaves behind, in one folder that can be moved, copied, and read while it is written.
+
+    run.db                             epochs, curriculum, validations, journal (SQLite; tables: store_schema.py)
+    trajectories/epoch-000003.parquet  one row = one trajectory or failed rollout (columns: trajectory_table.py)
+    config.yml                         the config, without secrets
+    checkpoints/epoch-000003/          the adapter's own files (saved_weights.py has them written, and lets old ones go)
+    log.jsonl                          events, one a line
+    lock                               who is writing
+
+An epoch is whole or not there: its Parquet file is on the disk before run.db names it. Every method may be called from
+any thread, and blocks: on an event loop use asyncio.to_thread. Reading is run_reader.py's; what is stored, and when, is
+recorder.py's to say.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..config.yaml import dump_yaml
+from ..errors import StoreError
+from ..types import Change, Epoch, Selection, TrainingJobRef, TrainingJobStatus, TrajectoryCollection, Validation
+from .database import (
+    EmptyRun,
+    epoch_to_row,
+    migrate,
+    open_to_write,
+    read,
+    readable,
+    selection_to_json,
+    validation_from_json,
+    validation_to_row,
+)
+from .durable import append_line, check_plain, write_durably
+from .folder import CONFIG, DATABASE, LOG, RUN_ID, TRAJECTORIES, WriteLock, remove_temporary
+from .json import encode
+from .reader import RunReader, StoredEpoch, as_store_error
+from .trajectories import batch_of, write_trajectories
+
+__all__ = [
+    "RunStore",
+]
+
+
+class RunStore(RunReader):
+    """One run's folder. Made by `create` and `open`; every error is a StoreError."""
+
+    def __init__(self, folder: Path, lock: WriteLock | None, db: sqlite3.Connection | None) -> None:
+        self._lock, self._db, self._pid = lock, db, os.getpid()
+        super().__init__(folder)
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        run_id: str,
+        config: Mapping[str, Any],
+        parent: tuple[str, int] | None = None,
+        start: Mapping[str, Any] | None = None,
+    ) -> RunStore:
+        """A new run, to be written. config: `Config.stored()`. parent: run id and epoch of which it is a fork. start:
+        the state behind that epoch, from which it goes on."""
+        folder = Path(folder)
+        if not RUN_ID.fullmatch(run_id):
+            raise StoreError(
+                f"run id {run_id!r}: expected letters, digits, '.', '_' and '-', at most 100, no leading sign."
+            )
+        with as_store_error(folder, "No run was made."):
+            folder.mkdir(parents=True, exist_ok=True)
+            check_plain(folder / TRAJECTORIES, folder / CONFIG, folder / LOG)
+            with _opened(folder, create=True) as (lock, db):
+                (folder / TRAJECTORIES).mkdir(exist_ok=True)
+                write_durably(folder / CONFIG, lambda file: file.write(dump_yaml(dict(config)).encode()))
+                db.execute("PRAGMA synchronous = FULL")
+                db.execute("BEGIN IMMEDIATE")
+                migrate(db)
+                db.execute(
+                    "INSERT INTO run (one, id, created_at, state, parent, parent_epoch, start) "
+                    "VALUES (1, ?, ?, 'new', ?, ?, ?)",
+                    (run_id, time.time(), *(parent or (None, None)), start and encode(dict(start), strict=True)),
+                )
+                db.execute("COMMIT")
+                db.execute("PRAGMA synchronous = NORMAL")
+                return cls(folder, lock, db)
+
+    @staticmethod
+    def exists(folder: str | Path) -> bool:
+        """Whether there is a run, damaged or not; False also where its creation did not come to its end."""
+        try:
+            read(Path(folder), lambda db: None)
+        except EmptyRun:
+            return False
+        except (StoreError, sqlite3.Error, ValueError):
+            return (Path(folder) / DATABASE).exists()
+        return True
+
+    @classmethod
+    def open(cls, folder: str | Path, write: bool = False) -> RunStore:
+        """A run from its folder. Without `write` nothing is locked or changed; `refresh` shows what a writer adds."""
+        folder = Path(folder)
+        if not write:
+            return cls(folder, None, None)
+        with as_store_error(folder / DATABASE, "Nothing was changed."):
+            if not folder.is_dir():
+                raise StoreError(f"there is no folder {folder}, so no run to open. Give the folder that holds one.")
+            with _opened(folder) as (lock, db):
+                remove_temporary(folder)
+                db.execute("BEGIN IMMEDIATE")
+                migrate(db)
+                db.execute("COMMIT")
+                return cls(folder, lock, db)
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def begin_epoch(self, index: int, started_at: float, policy_version: int | None) -> bool:
+        """An epoch begins. What an earlier attempt at it left behind goes; returns whether there was one."""
+        with self._transaction(f"the begin of epoch {index}") as db:
+            self._require_next(db, index)
+            left = db.execute("DELETE FROM unfinished").rowcount > 0
+            db.execute("DELETE FROM rollouts")
+            db.execute("DELETE FROM validations WHERE epoch = ?", (index,))
+            db.execute(
+                "INSERT INTO unfinished (epoch, started_at, policy_version) VALUES (?, ?, ?)",
+                (index, started_at, policy_version),
+            )
+        return left
+
+    def add_rollouts(self, index: int, rollouts: TrajectoryCollection, whole: bool = False) -> None:
+        """Rollouts of the epoch that has begun, as they come in; best several at once, in any groups. They are there for
+        the case that the epoch does not come to its end: `append` replaces them. whole: these are all of them, in their
+        groups, in place of what came in before."""
+        batch = batch_of(rollouts, whole)
+        with self._transaction(f"rollouts of epoch {index}", durable=whole) as db:
+            self._require_begun(db, index)
+            if whole:
+                db.execute("DELETE FROM rollouts WHERE epoch = ?", (index,))
+            db.execute("INSERT INTO rollouts (epoch, data) VALUES (?, ?)", (index, batch))
+
+    def record_selection(self, index: int, selection: Selection, seconds: Mapping[str, float]) -> None:
+        """Which groups of the epoch that has begun are trained on, right before they are handed over. seconds: what
+        each part of the epoch has taken so far."""
+        self._set_unfinished(index, "selection", selection_to_json(selection, seconds))
+
+    def record_job(self, index: int, ref: TrainingJobRef) -> None:
+        """The training job of the epoch that has begun."""
+        self._set_unfinished(index, "job_ref", encode(ref.model_dump(mode="python")))
+
+    def record_status(self, index: int, status: TrainingJobStatus) -> None:
+        """How that job stands."""
+        self._set_unfinished(index, "job_status", encode(status.model_dump(mode="python")), durable=False)
+
+    def _set_unfinished(self, index: int, column: str, text: str, durable: bool = True) -> None:
+        with self._transaction(f"the training of epoch {index}", durable) as db:
+            self._require_begun(db, index)
+            db.execute(f"UPDATE unfinished SET {column} = ? WHERE epoch = ?", (text, index))
+
+    def append(self, epoch: Epoch, state: Mapping[str, Any]) -> StoredEpoch:
+        """Ends an epoch: its record, and what resuming behind it needs, in plain JSON data. It is on the disk when this
+        returns. Where it fails nothing of it is there, and it can be appended again."""
+        try:
+            stored_state = encode(dict(state), strict=True)
+        except ValueError as error:
+            raise StoreError(
+                f"the state of epoch {epoch.index} cannot be stored: {error}. Make it lists, dicts, numbers."
+            ) from None
+        with self._turn:
+            self._require_writable()
+            self._read(lambda db: self._require_next(db, epoch.index))
+            write_trajectories(self.folder, epoch.index, self.run_id, epoch.collection)
+            with self._transaction(f"epoch {epoch.index}", durable=True) as db:
+                self._require_next(db, epoch.index)
+                ref = db.execute("SELECT job_ref FROM unfinished WHERE epoch = ?", (epoch.index,)).fetchone()
+                row = {**epoch_to_row(epoch), "job_ref": ref and ref["job_ref"], "state": stored_state}
+                marks = ", ".join("?" * len(row))
+                db.execute(f"INSERT INTO epochs ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))
+                _put_validations(db, epoch)
+                db.execute("DELETE FROM unfinished")
+                db.execute("DELETE FROM rollouts")
+            return self._adopt(epoch)
+
+    def amend(self, epoch: Epoch) -> StoredEpoch:
+        """Replaces the record of a completed epoch, but for its trajectories: a job ended after it was made, say."""
+        with self._transaction(f"the record of epoch {epoch.index}", durable=True) as db:
+            row = epoch_to_row(epoch)
+            index = row.pop("epoch")
+            places = ", ".join(f"{name} = ?" for name in row)
+            done = db.execute(
+                f"UPDATE epochs SET {places} WHERE epoch = ? AND trajectories = ? AND failures = ?",
+                (*row.values(), index, row["trajectories"], row["failures"]),
+            )
+            if done.rowcount != 1:
+                raise StoreError(
+                    f"there is no epoch {index} with these trajectories, so it cannot be amended. Append it."
+                )
+            _put_validations(db, epoch)
+            db.execute("UPDATE run SET revision = revision + 1")
+        return self._adopt(epoch)
+
+    def copy_database(self, folder: Path, state: str) -> None:
+        """run.db as it is, into a folder that has none, where the run is then in that state. It is on the disk when this
+        returns."""
+        path = folder / DATABASE
+        with (
+            as_store_error(path, "The run itself is as it was."),
+            closing(sqlite3.connect(path, isolation_level=None)) as copy,
+        ):
+            self._read(lambda db: db.backup(copy))
+            copy.execute("PRAGMA synchronous = FULL")
+            copy.execute("UPDATE run SET state = ?", (state,))
+
+    def go_back(self, index: int) -> None:
+        """Takes out every epoch behind that one, and what has begun; changes that they used first are pending again. What
+        is taken out is gone: see rewind.py, which copies it before."""
+        with self._transaction(f"going back behind epoch {index}", durable=True) as db:
+            later = [
+                (row["place"],)
+                for row in db.execute("SELECT place, record FROM validations")
+                if validation_from_json(row["record"]).epoch > index + 1
+            ]
+            db.executemany("DELETE FROM validations WHERE place = ?", later)  # those of weights that are gone
+            db.execute("DELETE FROM validations WHERE epoch > ?", (index,))
+            db.execute("DELETE FROM epochs WHERE epoch > ?", (index,))
+            db.execute("DELETE FROM unfinished")
+            db.execute("DELETE FROM rollouts")
+            db.execute("UPDATE changes SET epoch = NULL WHERE epoch > ?", (index,))
+            db.execute("UPDATE run SET revision = revision + 1")
+        self.refresh()
+
+    def add_validation(self, validation: Validation, epoch: int | None = None) -> None:
+        """A validation. epoch: the one that has begun, to which it belongs; None: it was asked for by hand."""
+        row = validation_to_row(validation, epoch)
+        with self._transaction("a validation") as db:
+            if epoch is not None:
+                self._require_begun(db, epoch)
+            db.execute(_INSERT_VALIDATION, row)
+
+    def record_change(self, change: Change) -> int:
+        """A change of the controls. Returns its place in the journal, from 0."""
+        with self._transaction(_A_CHANGE) as db:
+            place = db.execute("SELECT count(*) FROM changes").fetchone()[0]
+            texts = readable(change.source), readable(change.field), encode(change.old), encode(change.new)
+            db.execute(
+                "INSERT INTO changes (place, time, source, field, old, new, epoch) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (place, change.time, *texts, change.epoch),
+            )
+        return place
+
+    def settle_change(self, place: int, epoch: int) -> None:
+        """The epoch whose selection used a change first."""
+        with self._transaction(_A_CHANGE) as db:
+            if db.execute("UPDATE changes SET epoch = ? WHERE place = ?", (epoch, place)).rowcount != 1:
+                raise StoreError(f"the journal has no change {place}. Record it first.")
+
+    def record_event(self, kind: str, **data: Any) -> None:
+        """Appends to the log: an error, a change of state, a line of text."""
+        self._require_writable()
+        path = self.folder / LOG
+        with self._turn, as_store_error(path, "The event is not recorded; everything else is kept."):
+            append_line(path, encode({"time": time.time(), "kind": kind, **data}))
+
+    def set_state(self, state: str) -> None:
+        """What the run is doing: "running", "paused", "failed", ..."""
+        with self._transaction("the run's state") as db:
+            db.execute("UPDATE run SET state = ?", (readable(state),))
+
+    def close(self) -> None:
+        """Ends the writing and gives the lock back. The epochs can still be read. Again: nothing."""
+        with self._turn:
+            db, self._db = self._db, None
+            if db is not None and os.getpid() == self._pid:
+                db.close()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ── how it is written ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _require_writable(self) -> None:
+        if self._db is None:
+            raise StoreError(f"the run in {self.folder} is open to be read only. Open it with write=True.")
+        if os.getpid() != self._pid:
+            raise StoreError(
+                f"the run in {self.folder} is written by process {self._pid}, which this one was forked from. Open it "
+                "with write=False here."
+            )
+
+    @contextmanager
+    def _transaction(self, what: str, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """All that is done inside is written, or nothing. what: for the error. durable: a power failure does not undo it."""
+        kept = (
+            f"{what} is not recorded; everything before it is kept. Remove the cause (a full disk, say) and call again."
+        )
+        with self._turn, as_store_error(self.folder / DATABASE, kept):
+            self._require_writable()
+            db = self._db
+            assert db is not None
+            db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):  # a full disk has rolled it back already
+                    db.execute("ROLLBACK")
+                raise
+
+    def _adopt(self, epoch: Epoch) -> StoredEpoch:
+        """The record as it is read back; its trajectories need not be, as long as somebody holds them."""
+        self.refresh()
+        stored = self._epoch(epoch.index)
+        self._keep(epoch.collection)
+        vars(stored)["_collection"].remember(epoch.collection)
+        return stored
+
+    def _require_next(self, db: sqlite3.Connection, index: int) -> None:
+        last = db.execute("SELECT max(epoch) FROM epochs").fetchone()[0]
+        allowed = {0, self.parent[1] + 1 if self.parent else 0} if last is None else {last + 1}
+        if index not in allowed:
+            raise StoreError(
+                f"found epoch {index}; run {self.run_id!r} goes on with epoch {' or '.join(map(str, sorted(allowed)))}."
+                " Epochs are recorded in order, each once."
+            )
+
+    def _require_begun(self, db: sqlite3.Connection, index: int) -> None:
+        if db.execute("SELECT count(*) FROM unfinished WHERE epoch = ?", (index,)).fetchone()[0] != 1:
+            raise StoreError(
+                f"epoch {index!r} of run {self.run_id!r} has not begun, or is complete. Call begin_epoch first."
+            )
+
+
+_A_CHANGE = "a change of the controls"
+_INSERT_VALIDATION = "INSERT INTO validations (epoch, mean_reward, error, record) VALUES (?, ?, ?, ?)"
+
+
+@contextmanager
+def _opened(folder: Path, create: bool = False) -> Iterator[tuple[WriteLock, sqlite3.Connection]]:
+    """Lock and connection of the one writer; both are given back where the block raises."""
+    lock, db = WriteLock(folder), None
+    try:
+        db = open_to_write(folder, create)
+        yield lock, db
+    except BaseException:
+        if db is not None:
+            db.close()
+        lock.release()
+        raise
+
+
+def _put_validations(db: sqlite3.Connection, epoch: Epoch) -> None:
+    rows = [validation_to_row(validation, epoch.index) for validation in epoch.validations]
+    db.execute("DELETE FROM validations WHERE epoch = ?", (epoch.index,))
+    db.executemany(_INSERT_VALIDATION, rows)

@@ -1,0 +1,108 @@
+"""Any value as text: plain, cut, numbers, durations."""
+
+from __future__ import annotations
+
+import math
+import re
+from numbers import Integral, Real
+from typing import Any
+
+__all__ = [
+    "SHORT",
+    "count",
+    "cut",
+    "duration",
+    "number",
+    "one_line",
+    "plain",
+    "short",
+    "signed",
+]
+
+
+# ── values to text ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Characters that are unseen, that reorder or hide their neighbours, or that are no characters at all. Joiners (U+200C,
+# U+200D) and variation selectors of emoji stay: scripts and emoji need them. Tag characters (U+E00xx) do not: they are
+# a way to hide text from the reader and not from a model.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
+    "\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]"
+)
+
+
+def plain(value: Any) -> str:
+    """Any value as one text that can be printed and encoded: control characters as their pictures (␀, ␛), other unseen
+    ones, bidi controls and lone surrogates as [U+202E]. Never raises; line breaks and tabs stay."""
+    return _UNSEEN.sub(_visible, _text(value).replace("\r\n", "\n"))
+
+
+def _text(value: Any) -> str:
+    try:
+        return value if isinstance(value, str) else str(value)
+    except Exception as error:
+        return f"<{type(value).__name__} whose text cannot be made: {type(error).__name__}>"
+
+
+def _visible(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else f"[U+{code:04X}]"
+
+
+def cut(value: Any, limit: int) -> str:
+    """A text of at most `limit` characters of the value: its beginning and, as the end is often the outcome, its end.
+    The note between them says how much is left out and comes on top of the limit."""
+    text = _text(value)
+    if len(text) <= limit:
+        return text
+    tail = limit // 4
+    note = f" […{len(text) - limit:,} of {len(text):,} characters left out…] "
+    return text[: limit - tail] + note + text[len(text) - tail :]
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number to `digits` significant digits; "–" where it is missing (None or NaN)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return "–" if value is None else plain(cut(value, 40))
+    if isinstance(value, Integral):
+        return f"{int(value):,}" if abs(int(value)) < 10**15 else "beyond ±10¹⁵"
+    value = float(value)
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:.{digits}g}" if abs(value) < 10**digits or abs(value) >= 1e15 else f"{value:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as "0.52 s", "1 min 05 s" or "2 h 03 min"; "–" where they are missing."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+SHORT = 300
+"""Characters shown of an id or a note."""
+
+
+def one_line(text: Any, limit: int = SHORT) -> str:
+    return " ".join(plain(cut(text, limit)).split())
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def signed(value: float) -> str:
+    """A number with its sign, as an advantage is written."""
+    return f"+{number(value)}" if value > 0 else number(value)
+
+
+def short(value: Any, limit: int = 300) -> str:
+    """A name, an id or a note, as text without unseen characters."""
+    return plain(cut(value, limit))

@@ -1,0 +1,1 @@
+"""From trajectories to a training job: curriculum, batches, jobs, the trainer."""

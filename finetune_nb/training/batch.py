@@ -1,0 +1,222 @@
+"""Credit: which part of an episode's reward each of its turns is trained for, where shaped rewards say it.
+
+Let rollout i of a group have the reward R_i, in all, and let its turn k = 0, 1, ... have earned r_ik of it (its shaped
+rewards; 0 where it has none). When turn k began there was still G_ik = R_i - (r_i0 + ... + r_i,k-1) to earn: what the shaped
+rewards leave of R_i is earned at the end. All tokens of turn k have the advantage
+
+    A_ik = (G_ik - mean over j of G_j,min(k, last turn of j)) / (std(R) + 1e-4)
+
+so a turn is not praised for what was earned before it. The first turn, and every turn where nothing is shaped, has the
+advantage of plain GRPO. Rewards to go are those of DeepSeekMath's process supervision (arXiv 2402.03300, section 4.1.3),
+which normalises each step's reward instead. Which groups teach is still decided by the rewards R alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from ..errors import BackendError, MissingLogprobs
+from ..rollouts.episodes import sampled_turns
+from ..types import DPOItem, EpisodeItem, Trajectory, TrajectoryCollection, logprob_values
+from .curriculum import group_statistics
+from .metrics import advantages
+
+__all__ = [
+    "Experience",
+    "TokenSequence",
+    "experience",
+    "token_sequences",
+    "turn_advantages",
+    "where",
+]
+
+
+def turn_advantages(group: Sequence[Trajectory], scale_rewards: bool = True) -> list[list[float]]:
+    """For each trajectory one advantage a sampled turn, NaN where it has no reward. The rewards of the group differ.
+
+    Raises BackendError where shaped rewards are neither one a sampled turn nor one a message, or are not finite.
+    """
+    counted = [i for i, trajectory in enumerate(group) if not math.isnan(trajectory.reward)]
+    turns = [len(sampled_turns(trajectory)) for trajectory in group]
+    longest = max(turns, default=0)
+    to_go_CK = np.empty((len(counted), longest))
+    for row, i in enumerate(counted):
+        left = group[i].reward - np.cumsum([0.0, *_earned(group[i])])[: max(turns[i], 1)]
+        to_go_CK[row] = np.pad(left, (0, longest - len(left)), mode="edge") if longest else left[:0]
+    advantages_CK = to_go_CK - to_go_CK.mean(0)
+    if scale_rewards:
+        advantages_CK /= np.std([group[i].reward for i in counted], ddof=1) + 1e-4
+    found = [[math.nan] * count for count in turns]
+    for row, i in enumerate(counted):
+        found[i] = advantages_CK[row, : turns[i]].tolist()
+    return found
+
+
+def _earned(trajectory: Trajectory) -> list[float]:
+    """What each sampled turn earned. Of values that come one a message, a turn has those from it up to the next turn."""
+    shaped, turns = trajectory.shaped_rewards, sampled_turns(trajectory)
+    if not shaped:
+        return [0.0] * len(turns)
+    if not all(map(math.isfinite, shaped)):
+        raise BackendError(f"{where(trajectory)} has shaped_rewards that are not finite: {shaped!r:.80}")
+    if len(shaped) == len(turns):
+        return list(shaped)
+    if len(shaped) != len(trajectory.episode) or not turns:
+        raise BackendError(
+            f"{where(trajectory)} has {len(shaped)} shaped_rewards; expected one for each of its {len(turns)} sampled "
+            f"turns or one for each of its {len(trajectory.episode)} messages."
+        )
+    borders = [0, *turns[1:], len(shaped)]
+    return [sum(shaped[begin:end]) for begin, end in itertools.pairwise(borders)]
+
+
+def where(trajectory: Trajectory, turn: int | None = None) -> str:
+    """The place of a trajectory, or of a turn in it, for a message."""
+    metadata = trajectory.metadata or {}
+    place = f"example {metadata.get('id')!r}, generation {metadata.get('generation')}"
+    return f"the trajectory of {place}" if turn is None else f"turn {turn} of {place}"
+
+
+@dataclass(slots=True)
+class TokenSequence:
+    """T tokens that the policy saw and sampled in one piece."""
+
+    ids: list[int]
+    """(T,)"""
+    sampled: list[bool]
+    """(T,) True for tokens that the policy sampled; the others are context: prompts, tools, the environment."""
+    logprobs: list[float]
+    """(T,) when sampled, at `temperature`; 0.0 for context, where it is ignored."""
+    temperature: float
+    """At which the logprobs hold, above 0."""
+    advantages: list[float]
+    """(T,) of the turn that a token belongs to; 0.0 for context."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """What one training job learns from."""
+
+    trajectories: list[list[TokenSequence]] = field(repr=False)
+    """Those with a reward and a sampled token, in groups whose rewards differ; each has at least one sequence."""
+    groups: int
+    """Groups that they belong to."""
+    groups_without_signal: int
+    """Groups of which nothing is trained on: their rewards do not differ, are missing or infinite."""
+    truncated: int = 0
+    """Trajectories that were submitted and whose last reply was cut at its longest length, trained on or not."""
+
+    def sequences(self) -> Iterator[TokenSequence]:
+        return (sequence for trajectory in self.trajectories for sequence in trajectory)
+
+
+def experience(
+    collection: TrajectoryCollection, scale_rewards: bool = True, truncated: Literal["train", "mask"] = "train"
+) -> Experience:
+    """What `collection` can teach. Raises BackendError or MissingLogprobs where a turn lacks what training needs.
+
+    scale_rewards: advantages are divided by the standard deviation of their group's rewards. truncated: whether
+    trajectories whose last reply was cut are trained on; their rewards count in their group either way.
+    """
+    groups = collection.trajectories
+    advantage_of = iter(advantages(group_statistics(groups), scale=scale_rewards).tolist())
+    trained: list[list[TokenSequence]] = []
+    with_signal, cut = 0, 0
+    for group in groups:
+        cut += sum(map(_is_truncated, group))
+        weights = [next(advantage_of) for _ in group]
+        if not any(weight for weight in weights if math.isfinite(weight)):
+            continue
+        of_turns: list[list[float] | None] = [None] * len(group)
+        if any(trajectory.shaped_rewards for trajectory in group):
+            of_turns = list(turn_advantages(group, scale_rewards))
+        of_group = []
+        for trajectory, weight, of_turn in zip(group, weights, of_turns, strict=True):
+            if not math.isfinite(weight) or (truncated == "mask" and _is_truncated(trajectory)):
+                continue
+            if sequences := token_sequences(trajectory, weight if of_turn is None else of_turn):
+                of_group.append(sequences)
+        trained += of_group
+        with_signal += bool(of_group)
+    return Experience(trained, with_signal, len(groups) - with_signal, cut)
+
+
+def _is_truncated(trajectory: Trajectory) -> bool:
+    turns = sampled_turns(trajectory)
+    last = trajectory.episode[turns[-1]] if turns else None
+    return isinstance(last, EpisodeItem) and (last.metadata or {}).get("finish_reason") == "length"
+
+
+def token_sequences(trajectory: Trajectory, advantage: float | Sequence[float] = math.nan) -> list[TokenSequence]:
+    """The sampled turns of an episode, as few sequences as possible: a turn whose prompt begins with all of an earlier
+    sequence carries that one on, any other begins a new one. Turns with `logprobs == []` are context.
+
+    advantage: of the trajectory, or one for each sampled turn.
+    """
+    for item in trajectory.episode:
+        if isinstance(item, DPOItem):
+            raise BackendError(
+                "this backend got a preference (DPOItem); expected episodes of EpisodeItems with rewards. "
+                "Use a trajectory builder that makes episodes, or a backend that learns from preferences."
+            )
+    sequences: list[TokenSequence] = []
+    turns = sampled_turns(trajectory)
+    of_turns = advantage if isinstance(advantage, Sequence) else [advantage] * len(turns)
+    for turn, weight in zip(turns, of_turns, strict=True):
+        item = trajectory.episode[turn]
+        assert isinstance(item, EpisodeItem)
+        logprobs = logprob_values(item.logprobs)
+        prompt, reply, temperature = _sampled_ids(item, logprobs, where(trajectory, turn))
+        assert logprobs is not None
+        sequence = next(
+            (
+                s
+                for s in reversed(sequences)
+                if s.temperature == temperature and len(s) <= len(prompt) and s.ids == prompt[: len(s)]
+            ),
+            None,
+        )
+        if sequence is None:
+            sequence = TokenSequence([], [], [], temperature, [])
+            sequences.append(sequence)
+        context = prompt[len(sequence) :]
+        sequence.ids += context + reply
+        sequence.sampled += [False] * len(context) + [True] * len(reply)
+        sequence.logprobs += [0.0] * len(context) + logprobs
+        sequence.advantages += [0.0] * len(context) + [weight] * len(reply)
+    return sequences
+
+
+def _sampled_ids(item: EpisodeItem, logprobs: list[float] | None, where: str) -> tuple[list[int], list[int], float]:
+    """Prompt ids, reply ids and temperature of a sampled turn."""
+    metadata = item.metadata or {}
+    if logprobs is None:
+        raise MissingLogprobs(
+            f"{where} has no logprobs. Sample with the adapter's policy, or mark a turn that is not to be trained on "
+            "with logprobs=[]."
+        )
+    prompt, reply = metadata.get("prompt_token_ids"), metadata.get("token_ids")
+    if not prompt or not reply:
+        missing = "metadata['token_ids']" if not reply else "metadata['prompt_token_ids']"
+        raise BackendError(
+            f"{where} has {len(logprobs)} logprobs but no {missing}: text is not tokenized again, as that can give "
+            "other tokens than were sampled. Sample with the adapter's policy, which records the ids."
+        )
+    prompt, reply = list(prompt), list(reply)
+    if not all(type(token) is int and token >= 0 for token in prompt + reply):
+        raise BackendError(f"{where} has token ids that are not whole numbers from 0 up.")
+    if len(reply) != len(logprobs):
+        raise BackendError(f"{where} has {len(reply)} token ids but {len(logprobs)} logprobs; expected one for each.")
+    if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):  # rounding may exceed 0 a little
+        raise BackendError(f"{where} has logprobs that are not finite numbers up to 0.")
+    # Greedy replies carry their logprobs at temperature 1; where it is not told, 1 is what most samplers default to.
+    return prompt, reply, float(metadata.get("temperature") or 1.0)

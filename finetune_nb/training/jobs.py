@@ -1,0 +1,281 @@
+"""A training job: its id, its daemon thread, its status. What the thread does is handed in as a function.
+
+A status is made anew whenever something changes and is never altered: reading one needs no lock and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from ..config.base import TrainerAdapterConfig
+from ..config.sections import FinetuneConfig
+from ..errors import BackendError, StalePolicy, UnknownJob, did_you_mean
+from ..interfaces import TrainerAdapter
+from ..redaction import error_text, redacting_logger
+from ..store.json import append_jsonl
+from ..threads import leaving, start_daemon
+from ..types import (
+    EpisodeItem,
+    TrainingJobRef,
+    TrainingJobStatus,
+    TrainingStatusEnum,
+    Trajectory,
+    TrajectoryCollection,
+)
+from .batch import Experience
+
+__all__ = [
+    "Job",
+    "JobAdapter",
+    "Report",
+    "TrainingJob",
+    "check_exact",
+    "check_versions",
+    "plain_name",
+    "write_progress",
+]
+
+logger = redacting_logger(__name__)
+
+
+class Report(Protocol):
+    """What a job has done so far, filled in by whoever trains."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps made."""
+        ...
+
+    @property
+    def steps_planned(self) -> int:
+        """0 as long as nobody knows."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What was measured, NaN where nothing was."""
+        ...
+
+
+class TrainingJob:
+    """Starts after the job `before` has ended. Of `learned` only numbers are kept once it has ended itself."""
+
+    def __init__(
+        self,
+        run_id: str,
+        backend: str,
+        policy_version: int,
+        learned: Experience,
+        report: Report,
+        before: TrainingJob | None,
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self.ref = TrainingJobRef(run_id=run_id, backend=backend, metadata={"job_id": self.id})
+        self.report = report
+        self.policy_version = policy_version
+        self.canceled = threading.Event()
+        self.ended: Future[None] = Future()
+        self.ended.set_running_or_notify_cancel()  # so that a waiter who is canceled does not cancel the job's end
+        self._before = before
+        self._trajectories, self._groups = len(learned.trajectories), learned.groups
+        self._without_signal, self._truncated = learned.groups_without_signal, learned.truncated
+        self._started = time.perf_counter()
+        self._status = self._make(TrainingStatusEnum.PENDING, "waiting for the weights")
+
+    def start(self, train: Callable[[], None]) -> None:
+        """`train` fills in `report`, calls `stepped` after each step and returns early once `stopped()`."""
+        start_daemon(lambda: self._work(train), "finetune_nb training")
+
+    def cancel(self) -> None:
+        """It stops before its next optimizer step; those that it has made stay."""
+        self.canceled.set()
+
+    def stopped(self) -> bool:
+        """Whether it is to end before its next step."""
+        return self.canceled.is_set() or leaving.is_set()
+
+    def stepped(self) -> None:
+        """Says which step has been made."""
+        self.say(f"step {self.report.steps} of {self.report.steps_planned}")
+
+    def say(self, message: str) -> None:
+        """What the running job is at, or waits for."""
+        self._status = self._make(TrainingStatusEnum.RUNNING, message)
+
+    def status(self) -> TrainingJobStatus:
+        """How it stands now; a copy."""
+        return self._status.model_copy(deep=True)
+
+    def _work(self, train: Callable[[], None]) -> None:
+        try:
+            while self._before is not None and not self.stopped():
+                if wait([self._before.ended], timeout=0.05).done:
+                    self._before = None
+            self._started = time.perf_counter()
+            train()
+            self._status = self._last()
+        except BaseException as error:  # the thread's last word: whoever waits must hear of it
+            logger.exception("training job %s failed", self.id)
+            self._status = self._make(TrainingStatusEnum.FAILED, error_text(error))
+        finally:
+            self._before = None
+            self.ended.set_result(None)
+
+    def _last(self) -> TrainingJobStatus:
+        report = self.report
+        if not self._trajectories:
+            message = f"nothing to train on: none of {self._without_signal} groups has rewards that differ"
+            return self._make(TrainingStatusEnum.COMPLETED, message)
+        if report.steps == report.steps_planned > 0:
+            return self._make(TrainingStatusEnum.COMPLETED, f"{report.steps} optimizer steps")
+        message = f"canceled after {report.steps} of {report.steps_planned or 'the'} optimizer steps"
+        return self._make(TrainingStatusEnum.CANCELED, message)
+
+    def _make(self, status: TrainingStatusEnum, message: str) -> TrainingJobStatus:
+        report = self.report
+        progress = 100.0 * report.steps / report.steps_planned if report.steps_planned else 0.0
+        metrics = {
+            **report.metrics(),
+            "trained_trajectories": self._trajectories if report.steps else 0,
+            "trained_groups": self._groups if report.steps else 0,
+            "groups_without_signal": self._without_signal,
+            "truncated_trajectories": self._truncated,
+            "seconds": time.perf_counter() - self._started,
+        }
+        return TrainingJobStatus(
+            run_id=self.ref.run_id,
+            backend=self.ref.backend,
+            status=status,
+            progress=100.0 if status == TrainingStatusEnum.COMPLETED else progress,
+            message=message,
+            metadata={"job_id": self.id, "policy_version": self.policy_version, "metrics": metrics},
+        )
+
+
+class Job(Protocol):
+    """A training job that has been started."""
+
+    id: str
+    ended: Future[None]
+    """Done once the job has ended, well or badly."""
+
+    def status(self) -> TrainingJobStatus:
+        """How it stands; reading changes nothing."""
+        ...
+
+    def cancel(self) -> None:
+        """Asks it to end; returns at once, and may be called again."""
+        ...
+
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+class JobAdapter(TrainerAdapter, Generic[JobT]):
+    """A subclass's `submit` makes a job, puts it into `_jobs` and starts it."""
+
+    status_is_cheap = True
+
+    def __init__(self, adapter_config: TrainerAdapterConfig) -> None:
+        super().__init__(adapter_config)
+        self._jobs: dict[str, JobT] = {}
+        self._submitted = 0  # over the run's life, also before a checkpoint: each job's order is drawn by its number
+        self._trained = 0  # those whose steps are in the weights, and all before them
+
+    async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
+        """How the job stands. `metadata`: job_id, policy_version, and metrics, as the job measures them."""
+        return self._job(ref).status()
+
+    async def wait_until_complete(self, ref: TrainingJobRef, poll_interval: float = 10.0) -> TrainingJobStatus:
+        """The last status, as soon as there is one; nothing is polled. A job that failed is returned, not raised."""
+        job = self._job(ref)
+        await asyncio.wrap_future(job.ended)
+        return job.status()
+
+    async def cancel(self, ref: TrainingJobRef) -> None:
+        """Asks the job to stop; returns at once. Whether steps that it has made stay is the job's to say."""
+        self._job(ref).cancel()
+
+    def _job(self, ref: TrainingJobRef) -> JobT:
+        job_id = str((ref.metadata or {}).get("job_id"))
+        if job_id not in self._jobs:
+            raise UnknownJob(f"this adapter has no training job {job_id!r}. {did_you_mean(job_id, self._jobs)}")
+        return self._jobs[job_id]
+
+    def _newest_job(self) -> JobT | None:
+        return next(reversed(self._jobs.values()), None)
+
+    async def _all_ended(self) -> None:
+        for job in list(self._jobs.values()):
+            await asyncio.wrap_future(job.ended)
+
+    def _require_no_job_at_work(self, when: str = "while a checkpoint is loaded") -> None:
+        working = [job.id for job in self._jobs.values() if not job.ended.done()]
+        if working:
+            raise BackendError(
+                f"training job {working[0]!r} is at work; expected none {when}. Wait for it, or cancel it."
+            )
+
+    def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        """Appends a line to trainer_adapter_<run id>.jsonl in `output_dir` (default: the config's), NaN as null."""
+        write_progress(self.run_config, ref, metrics, output_dir)
+
+    async def aclose(self) -> None:
+        """Cancels what still runs, and waits for it."""
+        for job in self._jobs.values():
+            job.cancel()
+        await self._all_ended()
+
+
+def write_progress(
+    run_config: FinetuneConfig | None, ref: TrainingJobRef, metrics: Mapping[str, Any], output_dir: str | None
+) -> None:
+    """JobAdapter's `log_progress`, for adapters that are none."""
+    folder = output_dir or (run_config.output_dir if run_config else None)
+    if folder is None:
+        raise BackendError("log_progress got no output_dir, and the adapter has no config. Call initialize first.")
+    line = {"run_id": ref.run_id, "backend": ref.backend, **metrics}
+    append_jsonl(Path(folder) / f"trainer_adapter_{plain_name(ref.run_id)}.jsonl", line)
+
+
+def plain_name(run_id: str) -> str:
+    """A run's id as the name of a file or folder, which leads nowhere else."""
+    return re.sub(r"[^\w.-]", "_", run_id)
+
+
+def check_versions(trajectories: TrajectoryCollection, current: int, max_staleness: int) -> None:
+    """Raises StalePolicy for a trajectory that other weights sampled than those of version `current`, more than
+    `max_staleness` versions before it."""
+    for trajectory in (t for group in trajectories.trajectories for t in group):
+        version = (trajectory.metadata or {}).get("policy_version")
+        if version is None or 0 <= current - version <= max_staleness:
+            continue
+        age = "older" if version < current else "newer"
+        raise StalePolicy(
+            f"a trajectory of example {(trajectory.metadata or {}).get('id')!r} was sampled by policy version "
+            f"{version}, {age} than version {current}, which would be trained; expected at most "
+            f"{max_staleness} older. Collect it anew, or raise max_staleness."
+        )
+
+
+def check_exact(trajectories: Iterable[Trajectory], allow_inexact: bool) -> None:
+    """Raises BackendError for a sampled turn whose ids are not those that the model saw and sampled, unless allowed."""
+    if allow_inexact:
+        return
+    for trajectory in trajectories:
+        for turn, item in enumerate(trajectory.episode):
+            if isinstance(item, EpisodeItem) and (item.metadata or {}).get("exact") is False:
+                known = trajectory.metadata or {}
+                raise BackendError(
+                    f"turn {turn} of example {known.get('id')!r}, generation {known.get('generation')}, has token ids that "
+                    "are not exact: nothing says that they are those that the model saw and sampled, and training on "
+                    "others teaches something else. Sample with the adapter's policy or from a server that returns token "
+                    "ids, or set allow_inexact of the trainer adapter."
+                )

@@ -1,0 +1,120 @@
+"""What an epoch looks like in numbers, and what each trajectory teaches: groups -> EpochMetrics, advantages, signal.
+
+Pure functions of one epoch. A missing reward stays missing: it counts in no mean and has no advantage. Frames and plots
+over epochs are made elsewhere; a training backend measures its own loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from ..rollouts.episodes import drift
+from ..types import (
+    EpisodeItemRole,
+    EpochMetrics,
+    GroupStatistics,
+    Selection,
+    Trajectory,
+    TrajectoryCollection,
+    logprob_count,
+)
+
+__all__ = [
+    "NO_SPREAD",
+    "advantages",
+    "epoch_metrics",
+    "has_signal",
+]
+
+NO_SPREAD = 1e-9
+"""Rewards of a group that differ by no more than this count as equal: the difference is float rounding."""
+
+
+def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics, selection: Selection) -> EpochMetrics:
+    """The numbers of one epoch. `statistics` and `selection` belong to `collection`: the same groups in the same order.
+
+    Rewards are summed up over finite ones only, NaN where there is none. `kept_trajectories` counts all trajectories of
+    the kept groups, as they were submitted, also those without reward. An evaluator's mean in `scores` is over its
+    finite scores, NaN where it has none. Tokens count where logprobs are a list: one float a sampled token.
+    """
+    sizes = np.diff(statistics.offsets)
+    kept = np.zeros(len(statistics), dtype=bool)
+    kept[selection.kept] = True
+    finite = np.isfinite(statistics.rewards)
+    rewards = statistics.rewards[finite]
+    kept_rewards = statistics.rewards[finite & np.repeat(kept, sizes)]
+    means = statistics.means[np.isfinite(statistics.means)]
+    low, median, high = np.quantile(means, [0.1, 0.5, 0.9]).tolist() if len(means) else [math.nan] * 3
+    continued, drifted = drift(trajectory for group in collection.trajectories for trajectory in group)
+    tokens, scores = _tokens_and_scores(trajectory for group in collection.trajectories for trajectory in group)
+    return EpochMetrics(
+        mean_reward=_mean(rewards),
+        min_reward=float(rewards.min()) if len(rewards) else math.nan,
+        max_reward=float(rewards.max()) if len(rewards) else math.nan,
+        group_quantiles=(low, median, high),
+        trajectories=len(statistics.rewards),
+        groups=len(statistics),
+        failures=len(collection.failures),
+        groups_with_spread=int(has_signal(statistics).sum()),
+        kept_trajectories=int(sizes[kept].sum()),
+        kept_groups=int(kept.sum()),
+        kept_mean_reward=_mean(kept_rewards),
+        sampled_tokens=tokens,
+        continued_turns=continued,
+        drifted_turns=drifted,
+        scores=scores,
+    )
+
+
+def has_signal(statistics: GroupStatistics) -> np.ndarray:
+    """(G,) bool: whether the group's rewards differ. Where they do not, every advantage is 0 and nothing is taught."""
+    return np.isfinite(statistics.spreads) & (statistics.spreads > NO_SPREAD)
+
+
+def advantages(statistics: GroupStatistics, scale: bool = True) -> np.ndarray:
+    """(N,) float64: how much better each trajectory did than its group, the weight of its tokens in GRPO's loss.
+
+    (r - mean(group)) / (std(group) + 1e-4), from DeepSeekMath (arXiv 2402.03300, section 4.1), with the sample standard
+    deviation (ddof=1) and the 1e-4 of TRL. `scale=False` leaves the division out (Dr. GRPO, arXiv 2503.20783).
+
+    NaN for a trajectory without reward, and for all of a group that has an infinite one. 0 in a group whose rewards do
+    not differ, or that has only one.
+    """
+    groups = len(statistics)
+    group_of = np.repeat(np.arange(groups), np.diff(statistics.offsets))
+    missing = np.isnan(statistics.rewards) | np.isnan(statistics.spreads)[group_of]
+    teaches = ~missing & has_signal(statistics)[group_of]
+
+    out = np.where(missing, np.nan, 0.0)
+    out[teaches] = statistics.rewards[teaches] - statistics.means[group_of[teaches]]
+    if scale:
+        squares = np.bincount(group_of[teaches], weights=out[teaches] ** 2, minlength=groups)
+        deviations = np.sqrt(squares / np.maximum(statistics.counts - 1, 1))
+        out[teaches] /= deviations[group_of[teaches]] + 1e-4
+    return out
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _tokens_and_scores(trajectories: Iterable[Trajectory]) -> tuple[int, dict[str, float]]:
+    """Sampled tokens, and each evaluator's mean score, in one pass."""
+    assistant = EpisodeItemRole.ASSISTANT
+    tokens = 0
+    found: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        for item in trajectory.episode:
+            logprobs = getattr(item, "logprobs", None)  # a preference has none
+            if logprobs is not None and item.role == assistant:  # type: ignore[union-attr]
+                tokens += logprob_count(logprobs)
+        scores = (trajectory.metadata or {}).get("scores")
+        if isinstance(scores, dict):
+            for name, score in scores.items():
+                values = found.setdefault(name, [])
+                if isinstance(score, int | float) and math.isfinite(score):
+                    values.append(score)
+    return tokens, {name: sum(values) / len(values) if values else math.nan for name, values in found.items()}

@@ -1,0 +1,193 @@
+"""What other curriculum settings would do, before they do it: the next selection, made on the newest epoch's rewards.
+
+The same pure functions as the trainer's, so what is shown is what would happen if the next epoch brought the same
+rewards; it draws other examples, so it is a forecast of shares and counts. What is needed of an epoch is put together
+once, in a Basis; a preview on it then costs two selections.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..hooks import resolve
+from ..types import (
+    GROUP_REASONS,
+    CurriculumSettings,
+    CurriculumState,
+    EpisodeItemRole,
+    Epoch,
+    GroupReason,
+    GroupStatistics,
+    Selection,
+    TrainingStatusEnum,
+    Trajectory,
+    logprob_count,
+)
+from .curriculum import select, steer
+
+__all__ = [
+    "Basis",
+    "Preview",
+    "basis_of",
+    "preview",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """One epoch as previews need it."""
+
+    epoch: int
+    """Whose rewards these are; the selection that is previewed is that of the next one."""
+    statistics: GroupStatistics
+    state: CurriculumState
+    """Where the curriculum stands behind that epoch."""
+    tokens: np.ndarray
+    """(G,) int64, sampled tokens of each group."""
+    seconds_per_token: float
+    """What training took for each token of the groups that were trained on; NaN where nothing was trained."""
+
+    _made: dict[Any, Selection] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(G,) trajectories of each group."""
+        return np.diff(self.statistics.offsets)
+
+    def next_selection(self, applied: CurriculumSettings, settings: CurriculumSettings, seed: int) -> Selection:
+        """The selection of the next epoch, if it brings these rewards. applied: the settings of the last one."""
+        key = settings, settings.resumes_after(applied), seed
+        made = self._made.pop(key, None)
+        if made is None:
+            epoch = self.epoch + 1
+            made = select(self.statistics, settings, steer(self.state, settings, epoch, key[1]), epoch, seed)
+        self._made[key] = made
+        for old in list(self._made)[:-4]:  # what a slider was moved over need not stay
+            self._made.pop(old, None)
+        return made
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """What a selection would be, beside what it will be if nothing is changed. Shows itself as a card."""
+
+    basis: Basis
+    selection: Selection
+    """With the settings in question."""
+    unchanged: Selection
+    """With those that are in force, or asked for already."""
+
+    @property
+    def settings(self) -> CurriculumSettings:
+        """The settings in question; their percentile is the share that would be used."""
+        return self.selection.settings
+
+    @property
+    def enters(self) -> list[Any]:
+        """Example ids of groups that would be trained on, and will not be if nothing is changed."""
+        return self._examples(self._kept & ~self._kept_unchanged)
+
+    @property
+    def leaves(self) -> list[Any]:
+        """Example ids of groups that would not be trained on any more."""
+        return self._examples(self._kept_unchanged & ~self._kept)
+
+    @property
+    def moves(self) -> tuple[int, int]:
+        """How many groups enter and leave."""
+        kept, before = self._kept, self._kept_unchanged
+        return int(np.count_nonzero(kept & ~before)), int(np.count_nonzero(before & ~kept))
+
+    @cached_property
+    def counts(self) -> dict[GroupReason, int]:
+        """Groups by what would become of them; reasons without a group are left out."""
+        return _counts(self.selection)
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Groups trained on: with the settings in question, and if nothing is changed."""
+        return len(self.selection.kept), len(self.unchanged.kept)
+
+    @cached_property
+    def trajectories(self) -> tuple[int, int]:
+        """Trajectories in these groups, in the same order."""
+        return self._sums(self.basis.sizes)
+
+    @cached_property
+    def tokens(self) -> tuple[int, int]:
+        """Sampled tokens in them."""
+        return self._sums(self.basis.tokens)
+
+    @property
+    def training_seconds(self) -> tuple[float, float]:
+        """What training on them would take, at the newest epoch's pace; NaN where nothing was trained in it."""
+        then, now = self.tokens
+        return then * self.basis.seconds_per_token, now * self.basis.seconds_per_token
+
+    @cached_property
+    def _kept(self) -> np.ndarray:
+        return self.selection.reasons == 0
+
+    @cached_property
+    def _kept_unchanged(self) -> np.ndarray:
+        return self.unchanged.reasons == 0
+
+    def _examples(self, which: np.ndarray) -> list[Any]:
+        return [self.selection.example_ids[place] for place in np.flatnonzero(which).tolist()]
+
+    def _sums(self, values: np.ndarray) -> tuple[int, int]:
+        return int(values[self.selection.kept].sum()), int(values[self.unchanged.kept].sum())
+
+    def __repr__(self) -> str:
+        return resolve("finetune_nb.views.preview_card:preview_text")(self)
+
+    def _repr_html_(self) -> str:
+        return resolve("finetune_nb.views.preview_card:preview_html")(self)
+
+
+def basis_of(epoch: Epoch) -> Basis:
+    """What previews need of an epoch."""
+    tokens = _tokens_by_group(epoch)
+    trained = epoch.job is not None and epoch.job.status == TrainingStatusEnum.COMPLETED
+    kept = int(tokens[epoch.selection.kept].sum())
+    took = epoch.seconds.get("training", math.nan) if trained else math.nan
+    return Basis(epoch.index, epoch.statistics, epoch.selection.state, tokens, took / kept if kept else math.nan)
+
+
+def preview(
+    basis: Basis, applied: CurriculumSettings, asked: CurriculumSettings, settings: CurriculumSettings, seed: int
+) -> Preview:
+    """The next epoch's selection with `settings`, and with those that are `asked` for already.
+
+    applied: the settings of the last selection. seed: the run's, which decides a random subsample.
+    """
+    unchanged = basis.next_selection(applied, asked, seed)
+    return Preview(basis, basis.next_selection(applied, settings, seed), unchanged)
+
+
+def _counts(selection: Selection) -> dict[GroupReason, int]:
+    found = np.bincount(selection.reasons, minlength=len(GROUP_REASONS)).tolist()
+    return {reason: count for reason, count in zip(GROUP_REASONS, found, strict=True) if count}
+
+
+def _tokens_by_group(epoch: Epoch) -> np.ndarray:
+    groups = len(epoch.statistics)
+    columns = getattr(epoch, "columns", None)  # a stored epoch: without its trajectories being read
+    if columns is None:
+        counts = (sum(map(_sampled_tokens, group)) for group in epoch.collection.trajectories)
+        return np.fromiter(counts, np.int64, groups)
+    table = columns(("group", "tokens"))
+    rows = len(epoch.statistics.rewards)  # failures come behind them, and belong to no group
+    group, tokens = (table.column(name).slice(0, rows).to_numpy() for name in ("group", "tokens"))
+    return np.bincount(group, weights=tokens, minlength=groups).astype(np.int64)
+
+
+def _sampled_tokens(trajectory: Trajectory) -> int:
+    assistant = EpisodeItemRole.ASSISTANT
+    items = (item for item in trajectory.episode if getattr(item, "role", None) == assistant)  # a preference has none
+    return sum(logprob_count(item.logprobs) for item in items)  # type: ignore[union-attr]

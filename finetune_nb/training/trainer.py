@@ -1,0 +1,240 @@
+"""EpochTrainer, the Trainer that we ship: collect -> select -> submit -> wait -> write down.
+
+Selection is curriculum.select, metrics are metrics.epoch_metrics; neither this file nor they know a Run, a store or a
+plot. The cost of an epoch does not depend on how many went before.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ..components.builder import Builder
+from ..components.registry import register_trainer
+from ..config.base import TrainerConfig
+from ..errors import BackendError, JobFailed, RunError, StoreError
+from ..interfaces import Trainer
+from ..redaction import error_text, redacting_logger
+from ..store.json import append_jsonl
+from ..types import (
+    CurriculumSettings,
+    EpochMetrics,
+    GroupStatistics,
+    Selection,
+    TrainingJobRef,
+    TrainingJobStatus,
+    TrainingStatusEnum,
+    Trajectory,
+    TrajectoryCollection,
+)
+from .curriculum import group_statistics, keep, select, state_from_dict, state_to_dict
+from .metrics import epoch_metrics
+
+__all__ = [
+    "EpochTrainer",
+    "EpochTrainerConfig",
+]
+
+logger = redacting_logger(__name__)
+
+
+class EpochTrainerConfig(TrainerConfig, name="epoch_trainer"):
+    """Epochs with a curriculum by reward percentile."""
+
+
+class EpochTrainer(Trainer):
+    """Runs epochs one after the other. A failed or canceled job ends the run: JobFailed with the backend's reason."""
+
+    def __init__(self, trainer_config: TrainerConfig, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(trainer_config, **kwargs)
+        self.seed = seed
+        self.selection: Selection | None = None
+        """What the last epoch's curriculum chose."""
+        self.statistics: GroupStatistics | None = None
+        self.metrics: EpochMetrics | None = None
+        """What it chose from, and in numbers: whoever makes a record of the epoch need not count again."""
+        self._jobs: list[TrainingJobRef] = []
+        self._healthy = False
+
+    async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
+        """One epoch to its end, the job's included.
+
+        Validates before the rollouts when `epoch` is a multiple of the interval, and after the last epoch's update.
+        Returns None where nothing was collected or nothing is left to train on. Raises JobFailed, BackendError.
+        """
+        self.selection = None
+        await self._check_health()
+        run = self.run_config.run_configuration
+        validates = run is not None and run.validation_dataset is not None
+        if run is not None and validates and epoch % run.validation_interval == 0:
+            await self.run_validation_evaluation(epoch, run_id)
+        meta = {"epoch": epoch, "run_id": run_id, "trainer_config": self.trainer_config.model_dump()}
+        await self.trajectory_builder.start_run(run_id=run_id, meta=meta)
+        collection = await self.trajectory_builder.finalize(run_id=run_id, meta=meta)
+        selected = self.apply_curriculum_learning(collection, epoch)
+        job = await self._train(epoch, run_id, collection, selected)
+        if validates and epoch == self.run_config.num_epochs - 1:
+            await self.run_validation_evaluation(epoch, run_id)
+        return job
+
+    async def _check_health(self) -> None:
+        if self._healthy:
+            return
+        if not await self.trainer_adapter.is_healthy():
+            name = type(self.trainer_adapter).__name__
+            raise BackendError(f"the training backend is not healthy ({name}.is_healthy() is False). Nothing was run.")
+        self._healthy = True
+
+    def apply_curriculum_learning(
+        self, trajectory_collection: TrajectoryCollection, epoch: int
+    ) -> TrajectoryCollection:
+        """The groups that the curriculum keeps, in its order. All of them where it is switched off."""
+        statistics = group_statistics(trajectory_collection.trajectories)
+        settings = CurriculumSettings.from_config(self.curriculum_config)
+        selection = select(statistics, settings, state_from_dict(self._curriculum_state), epoch, self.seed)
+        self.selection, self.statistics = selection, statistics
+        self._curriculum_state |= state_to_dict(selection.state)
+        self.metrics = epoch_metrics(trajectory_collection, statistics, selection)
+        if not settings.enabled:
+            return trajectory_collection
+        return trajectory_collection.model_copy(
+            update={"trajectories": keep(trajectory_collection.trajectories, selection), "failures": []}
+        )
+
+    async def _train(
+        self, epoch: int, run_id: str, collection: TrajectoryCollection, selected: TrajectoryCollection
+    ) -> TrainingJobRef | None:
+        metrics = self._epoch_metrics(epoch, selected)
+        groups = trainable(selected.trajectories)
+        if not groups:
+            logger.warning("epoch %d: nothing to train on (%d groups collected)", epoch, len(collection.trajectories))
+            self._write(epoch, run_id, None, None, metrics)
+            return None
+        ref = await self.trainer_adapter.submit(TrajectoryCollection(trajectories=groups, run_id=run_id))
+        self._jobs.append(ref)
+        status = await self.trainer_adapter.wait_until_complete(ref)
+        self._write(epoch, run_id, ref, status, metrics)
+        if status.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
+            raise JobFailed.of(epoch, status)
+        return ref
+
+    def _epoch_metrics(self, epoch: int, selected: TrajectoryCollection) -> dict[str, Any]:
+        """The numbers of the log line, by the names that the NeMo Agent Toolkit gives them, and ours behind."""
+        found = self.metrics
+        assert found is not None
+        rewards = [t.reward for group in selected.trajectories for t in group if math.isfinite(t.reward)]
+        return {
+            "avg_reward": found.mean_reward,
+            "min_reward": found.min_reward,
+            "max_reward": found.max_reward,
+            "num_trajectories": found.trajectories,
+            "num_groups": found.groups,
+            "filtered_trajectories": sum(map(len, selected.trajectories)),
+            "filtered_groups": len(selected.trajectories),
+            "filtered_avg_reward": sum(rewards) / len(rewards) if rewards else math.nan,
+            "filtered_min_reward": min(rewards, default=math.nan),
+            "filtered_max_reward": max(rewards, default=math.nan),
+            "curriculum_percentile": self._curriculum_state["current_percentile"]
+            if self.curriculum_config.enabled
+            else 1.0,
+            "num_failures": found.failures,
+            "groups_with_spread": found.groups_with_spread,
+            "sampled_tokens": found.sampled_tokens,
+            "drifted_turns": found.drifted_turns,
+            "scores": dict(found.scores),
+        }
+
+    def _write(
+        self,
+        epoch: int,
+        run_id: str,
+        ref: TrainingJobRef | None,
+        status: TrainingJobStatus | None,
+        metrics: dict[str, Any],
+    ) -> None:
+        """All three logs, once an epoch. A log that cannot be written is a warning: the epoch is worth more."""
+        folder = str(self.run_config.output_dir / run_id)
+        training = {"status": status.status.value, "message": status.message} if status else {"status": None}
+        training |= (status.metadata or {}).get("metrics", {}) if status else {}
+        collected = {k: metrics[k] for k in ("num_trajectories", "num_groups", "num_failures", "avg_reward")}
+        try:
+            self.log_progress(epoch, {**metrics, "run_id": run_id, "training": training}, folder)
+            self.trajectory_builder.log_progress(run_id, {"epoch": epoch, **collected}, folder)
+            if ref is not None:
+                self.trainer_adapter.log_progress(ref, {"epoch": epoch, **training}, folder)
+        except (OSError, StoreError):
+            logger.warning("epoch %d: the log in %s cannot be written", epoch, folder, exc_info=True)
+
+    def log_progress(self, epoch: int, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        """Appends a line to training_metrics.jsonl: NAT's keys, with the number of included groups instead of all."""
+        line: dict[str, Any] = {"epoch": epoch, **metrics}
+        if self.curriculum_config.enabled:
+            state = self.get_curriculum_state()
+            line["curriculum_state"] = {**state, "included_groups": len(state["included_groups"])}
+        append_jsonl(Path(output_dir or self.run_config.output_dir) / "training_metrics.jsonl", line)
+
+    async def run_validation_evaluation(self, epoch: int, run_id: str) -> dict[str, Any]:
+        """As the base class; also appends a line to validation_metrics.jsonl."""
+        version = getattr(self.trainer_adapter.policy, "version", None)
+        metrics = await super().run_validation_evaluation(epoch, run_id)
+        try:
+            path = self.run_config.output_dir / run_id / "validation_metrics.jsonl"
+            append_jsonl(path, {**metrics, "run_id": run_id, "policy_version": version})
+        except (OSError, StoreError):
+            logger.warning("epoch %d: the validation log cannot be written", epoch, exc_info=True)
+        return metrics
+
+    async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
+        """Epochs 0 to num_epochs - 1; one status for each that submitted a job. Ends at the first failed job."""
+        if self.run_config is None:
+            raise RunError("this trainer is not initialized: call bind_components and initialize first.")
+        run_id = f"run-{id(self):x}"
+        statuses = []
+        for epoch in range(num_epochs):
+            try:
+                ref = await self.run_epoch(epoch, run_id)
+            except JobFailed:
+                statuses.append(await self.trainer_adapter.status(self._jobs[-1]))
+                break
+            if ref is not None:
+                statuses.append(await self.trainer_adapter.status(ref))
+        return statuses
+
+    async def get_metrics(self, run_id: str) -> dict[str, Any]:
+        """Every job of this trainer with its status, or the error that asking for it gave."""
+        jobs: list[dict[str, Any]] = []
+        for ref in self._jobs:
+            entry: dict[str, Any] = {"job_ref": ref.model_dump()}
+            try:
+                entry["status"] = (await self.trainer_adapter.status(ref)).model_dump()
+            except Exception as error:
+                entry["error"] = error_text(error)
+            jobs.append(entry)
+        return {"run_id": run_id, "total_epochs": len(self._jobs), "jobs": jobs}
+
+    async def cleanup(self) -> None:
+        """Ends what builder and adapter still have going."""
+        for component in (self.trajectory_builder, self.trainer_adapter):
+            aclose = getattr(component, "aclose", None)
+            if aclose is not None:
+                await aclose()
+
+
+def trainable(groups: list[list[Trajectory]]) -> list[list[Trajectory]]:
+    """The groups without the trajectories that have no reward, and without groups in which one is infinite."""
+    kept = []
+    for group in groups:
+        rewards = [t.reward for t in group]
+        if all(map(math.isfinite, rewards)):
+            kept.append(group)
+        elif not any(map(math.isinf, rewards)):
+            kept.append([t for t in group if not math.isnan(t.reward)])
+    return [group for group in kept if group]
+
+
+@register_trainer(config_type=EpochTrainerConfig)
+async def epoch_trainer(config: EpochTrainerConfig, builder: Builder):
+    trainer = EpochTrainer(config, seed=builder.config.run.seed)
+    yield trainer
+    await trainer.cleanup()

@@ -1,0 +1,281 @@
+"""Turns -> HTML: a conversation with its roles, texts, tokens and tool calls, in a bounded number of bytes.
+
+Works on messages of any record: the episode of a trajectory, or the calls that a failed rollout made. What stands
+around a conversation is made in rollout_view.py; how tokens are set, in heat_map.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from numbers import Real
+from typing import Any
+
+from ..text import cut, duration, plain, short
+from ..types import DPOItem, EpisodeItem, EpisodeItemRole
+from .html import Html, details, element, escape
+from .tokens import Heat, Token, heat_legend, heat_map, summary, token_table, tokens_of
+
+__all__ = [
+    "SIZE_LIMIT",
+    "Setting",
+    "Turn",
+    "body_of",
+    "conversation",
+    "fair_shares",
+    "fitting",
+    "head_of",
+    "tool_names",
+    "turn_of",
+]
+
+SIZE_LIMIT = 130_000
+"""Bytes of HTML for the turns of one conversation; leaves room for the head and the style within 200 kB."""
+TURN_LIMIT = 60_000
+"""Bytes of HTML for one turn, of which text is cut to a tenth: that much can be read."""
+LEAST = 1_500
+"""Bytes that a turn gets at least: where many are too long, fewer are shown rather than crumbs of all."""
+
+_THINKING = re.compile(r"\A\s*(?:<think(?:ing)?>)?(.*?)</think(?:ing)?>\s*|\A\s*<think(?:ing)?>(.*)\Z", re.DOTALL)
+"""What comes before the answer. Some chat templates open the thinking in the prompt: then only its end stands there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How tokens are set."""
+
+    heat: Heat = "probability"
+    """What tints them."""
+    tables: bool = True
+    """Whether a table of their numbers follows."""
+    legend: bool = True
+    """Whether the tints are explained at the top."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message to show, whatever record it comes from."""
+
+    role: str
+    content: Any
+    metadata: Mapping[str, Any]
+    """As in EpisodeItem: tool_calls, tool_call_id, name, finish_reason, seconds, conversation, reasoning_content."""
+    note: str = ""
+    tokens: Sequence[Token] = field(default=(), repr=False)
+    """Those that the policy sampled."""
+
+
+def turn_of(item: EpisodeItem | DPOItem) -> Turn:
+    """A message of an episode, or a preference, to show."""
+    if isinstance(item, DPOItem):
+        prompt = item.prompt
+        if not isinstance(prompt, str):
+            prompt = "\n".join(f"{message.role}: {message.content}" for message in prompt)
+        text = f"{prompt}\n\n✓ chosen: {item.chosen_response}\n\n✗ rejected: {item.rejected_response}"
+        return Turn("preference", text, {})
+    if item.role != EpisodeItemRole.ASSISTANT:
+        return Turn(str(item.role), item.content, item.metadata or {})
+    tokens = tokens_of(item)
+    note = summary(tokens) if tokens else "" if item.logprobs else "not sampled by the policy"
+    return Turn(str(item.role), item.content, item.metadata or {}, note, tokens)
+
+
+# ── a conversation ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting = Setting()) -> Iterator[Html]:
+    """The turns in `room` bytes: from the beginning as many as fit, and always the last, which has the outcome. Long
+    turns are cut, so that the short ones stay whole."""
+    if not turns:
+        return
+    if setting.legend and any(has_heat(turn) for turn in turns):
+        legend = heat_legend(setting.heat)
+        room -= len(legend.encode())
+        yield legend
+    called = tool_names(turns)
+    limit = max(LEAST, min(TURN_LIMIT, 4 * room // len(turns)))
+    whole = [_turn(turn, limit, called, setting) for turn in turns]
+    sizes = [len(shown.encode()) for shown in whole]
+    last = len(turns) - 1
+    least = accumulate((min(size, LEAST) for size in sizes[:last]), initial=min(sizes[last], LEAST))
+    shown = max(0, sum(size <= room for size in least) - 1)
+    places = [*range(shown), last]
+    for place, share in zip(places, fair_shares([sizes[place] for place in places], room), strict=True):
+        if sizes[place] > share:
+            whole[place] = _turn(turns[place], share, called, setting)
+    room -= len(whole[last].encode()) + 100
+    for place in range(shown):
+        begins = _break(turns, place)
+        room -= len(begins) + len(whole[place].encode())
+        if room < 0:
+            shown = place
+            break
+        yield begins
+        yield whole[place]
+    if shown < last:
+        yield element("p", f"… {last - shown:,} of {len(turns):,} turns are left out …", class_="ft-dim")
+    yield _break(turns, last)
+    yield whole[last]
+
+
+def _break(turns: Sequence[Turn], place: int) -> Html:
+    """A line where another conversation begins."""
+    if place and turns[place].metadata.get("conversation", 0) != turns[place - 1].metadata.get("conversation", 0):
+        return element("div", "— a new conversation —", class_="ft-dim")
+    return Html()
+
+
+def fair_shares(needs: Sequence[int], room: int) -> list[int]:
+    """`room` divided: whoever needs less than an equal share has what it needs, the others share the rest equally."""
+    shares = [0] * len(needs)
+    for done, place in enumerate(sorted(range(len(needs)), key=needs.__getitem__)):
+        shares[place] = min(needs[place], max(0, room) // (len(needs) - done))
+        room -= shares[place]
+    return shares
+
+
+def has_heat(turn: Turn) -> bool:
+    return any(token.text is not None for token in turn.tokens)
+
+
+# ── one turn ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tool_names(turns: Sequence[Turn]) -> dict[str, str]:
+    """Names of the tools that were called, by the id of the call: results have the id alone."""
+    names = {}
+    for turn in turns:
+        for call in _listed(turn.metadata.get("tool_calls")):
+            function = call.get("function") if isinstance(call, Mapping) else None
+            if isinstance(function, Mapping):
+                names[str(call.get("id"))] = short(function.get("name"), 80)
+    return names
+
+
+def _turn(turn: Turn, room: int, called: Mapping[str, str], setting: Setting) -> Html:
+    head = head_of(turn, called)
+    body = body_of(turn, room - len(head.encode()) - 200, setting)
+    role = turn.role if turn.role in ("assistant", "user", "tool", "system") else "other"
+    if turn.role == "system":
+        title = f"system prompt, {len(_content(turn)):,} characters"
+        head, body = details(title, *body), []
+    return element("div", head, *body, class_=f"ft-turn {role}")
+
+
+def head_of(turn: Turn, called: Mapping[str, str]) -> Html:
+    """Who speaks, and what is to be said of the turn."""
+    name = called.get(str(turn.metadata.get("tool_call_id"))) or turn.metadata.get("name")
+    finish, seconds = turn.metadata.get("finish_reason"), turn.metadata.get("seconds")
+    notes = [
+        turn.note,
+        duration(float(seconds)) if isinstance(seconds, Real) and math.isfinite(seconds) else "",
+        finish and ("cut at the token limit" if finish == "length" else f"finish: {short(finish, 40)}"),
+    ]
+    label = element("strong", short(turn.role, 40), name and f" · {short(name, 80)}")
+    return element("div", label, element("span", *(f" · {note}" for note in notes if note), class_="ft-dim"))
+
+
+def body_of(turn: Turn, room: int, setting: Setting = Setting()) -> list[Html]:
+    """What the turn says, in about `room` bytes: thinking folded, then its text or its tokens, then its tool calls."""
+    text, calls = _content(turn), _listed(turn.metadata.get("tool_calls"))
+    thought = turn.metadata.get("reasoning_content") or turn.metadata.get("reasoning")
+    calls_room = min(room // 3, 200 + 9 * sum(len(_json(call)) for call in calls[:40])) if calls else 0
+    room -= calls_room
+    body: list[Html] = []
+    if isinstance(thought, str) and thought:
+        body.append(_folded_thinking(len(thought), [_text(thought, room // 3)]))
+        room -= len(body[-1].encode())
+    sampled = "".join(token.text or "" for token in turn.tokens)
+    if has_heat(turn) and text.strip() in sampled:  # the tokens say all that the text says, and more exactly
+        body += _sampled(turn.tokens, sampled, room, setting)
+    else:
+        tokens_room = room // 2 if has_heat(turn) else 0
+        body += _written(text, room - tokens_room, may_think=turn.role == "assistant")
+        if tokens_room:
+            body.append(details("as it was sampled", *_sampled(turn.tokens, sampled, tokens_room, setting)))
+    body += _tool_calls(calls, calls_room)
+    return body or [element("div", "(empty)", class_="ft-dim")]
+
+
+def _written(text: str, room: int, may_think: bool) -> list[Html]:
+    """A text, its thinking folded."""
+    if not text:
+        return []
+    thinking = _THINKING.match(text) if may_think else None
+    if not thinking:
+        return [_text(text, room)]
+    thought, answer = thinking[1] or thinking[2] or "", text[thinking.end() :]
+    shown = [_folded_thinking(len(thought), [_text(thought, room // 2)])]
+    return [*shown, _text(answer, room - len(shown[0].encode()))] if answer else shown
+
+
+def _sampled(tokens: Sequence[Token], text: str, room: int, setting: Setting) -> list[Html]:
+    """The tokens as a heat map, thinking folded, and as a table."""
+    numbers = token_table(tokens, room // 4) if setting.tables else Html()
+    heat = setting.heat
+    room -= len(numbers.encode())
+    thinking = _THINKING.match(text)  # tokens are an assistant's
+    if not thinking:
+        return [heat_map(tokens, room, heat), numbers]
+    ends = list(accumulate(len(token.text or "") for token in tokens))
+    thought = sum(end <= thinking.end() for end in ends)
+    shown = [_folded_thinking(len(thinking[1] or thinking[2] or ""), [heat_map(tokens[:thought], room // 2, heat)])]
+    if thought < len(tokens):
+        shown.append(heat_map(tokens[thought:], room - len(shown[0].encode()), heat))
+    return [*shown, numbers]
+
+
+def _folded_thinking(characters: int, body: Sequence[Html]) -> Html:
+    return details(f"thinking, {characters:,} characters", *body)
+
+
+def _tool_calls(calls: Sequence[Any], room: int) -> list[Html]:
+    """The calls in about `room` bytes."""
+    shown: list[Html] = []
+    for place, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        name, arguments = "?", call
+        if isinstance(function, Mapping):
+            name, arguments = short(function.get("name"), 80), function.get("arguments")
+        text = _text(arguments if isinstance(arguments, str) else _json(arguments), max(300, room - 300))
+        if shown and len(text.encode()) + 300 > room:
+            shown.append(element("div", f"… {len(calls) - place:,} more tool calls …", class_="ft-dim"))
+            break
+        shown.append(element("div", "→ calls ", element("strong", name), text))
+        room -= len(shown[-1].encode())
+    return shown
+
+
+def _text(text: str, room: int) -> Html:
+    # dir=auto: right-to-left text is set as such, and does not reorder what stands around it
+    return element("pre", fitting(text, min(room, TURN_LIMIT) - 30), dir="auto")
+
+
+def fitting(text: str, room: int) -> str:
+    """The text, cut so that it takes about `room` bytes as HTML, and at least 100 characters of it. What it takes
+    depends on what it says: "<" is 4 bytes, an unseen character up to 9."""
+    limit = max(100, min(room, TURN_LIMIT // 10))
+    shown = cut(text, limit)
+    while limit > 100 and (size := len(escape(shown).encode())) > room:
+        limit = max(100, min(limit - 1, limit * max(room, 0) // size))
+        shown = cut(text, limit)
+    return shown
+
+
+def _content(turn: Turn) -> str:
+    return turn.content if isinstance(turn.content, str) else _json(turn.content) if turn.content else ""
+
+
+def _listed(calls: Any) -> list[Any]:
+    return list(calls) if isinstance(calls, list | tuple) else [calls] if calls else []
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):
+        return plain(value)

@@ -1,0 +1,271 @@
+"""Small pieces of HTML: escaping, tables, folds, bars, sparklines, and the one style sheet that they share.
+
+Safe by construction: every piece escapes what it is given unless it is `Html`, and only the pieces themselves make
+`Html`. No script, no link, no image but those that are handed over as bytes; text and background are always set
+together, by JupyterLab's variables where they exist; what carries a meaning is also written out, for places that strip
+styles. What is shown is left to the callers: no noun of finetuning is known here.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from ..text import number, plain, short
+from ..types import EpochMetrics, GroupReason
+
+__all__ = [
+    "ERROR_LIMIT",
+    "Html",
+    "REASONS",
+    "bad",
+    "bar",
+    "details",
+    "drifted",
+    "element",
+    "escape",
+    "facts",
+    "image",
+    "line",
+    "page",
+    "scores",
+    "some",
+    "sparkline",
+    "table",
+    "title",
+    "view",
+]
+
+
+class Html(str):
+    """Markup that is safe to show. Adding or formatting one gives a plain str again, which would be escaped."""
+
+    __slots__ = ()
+
+
+def escape(value: Any) -> Html:
+    """Any value as HTML text, also good inside a quoted attribute. Html passes as it is; None is empty."""
+    if isinstance(value, Html):
+        return value
+    return Html() if value is None else Html(html.escape(plain(value), quote=True))
+
+
+# ── pieces ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def element(tag: str, *children: Any, **attributes: Any) -> Html:
+    """`<tag attributes>children</tag>`; children (also in lists) and attribute values are escaped. An underscore in an
+    attribute's name is a hyphen, one at its end is dropped (`class_`); an attribute that is None is left out."""
+    names = ((name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items() if value is not None)
+    head = "".join(f' {name}="{escape(value)}"' for name, value in names)
+    return Html(f"<{tag}{head}>{_joined(children)}</{tag}>")
+
+
+def _joined(children: Iterable[Any]) -> str:
+    return "".join(_joined(child) if isinstance(child, list) else escape(child) for child in children)
+
+
+def details(summary: Any, *body: Any, open: bool = False) -> Html:
+    """A fold: the summary stands there, a click shows the body."""
+    return element("details", element("summary", summary), *body, open="" if open else None)
+
+
+def table(rows: Iterable[Sequence[Any]], headers: Sequence[Any] | None = None, caption: Any = None) -> Html:
+    """A table. Without headers the first cell of a row is the row's name; with them, columns of numbers stand right."""
+    rows = list(rows)
+    numeric = [_is_number(cell) for cell in rows[0]] if rows and headers else []
+    head = None
+    if headers:
+        kinds = [*numeric, *[False] * (len(headers) - len(numeric))]
+        cells = (element("th", h, scope="col", class_="n" if n else None) for h, n in zip(headers, kinds, strict=False))
+        head = element("thead", element("tr", *cells))
+    body = [
+        element("tr", *(_cell(c, named=not headers and place == 0, right=bool(headers)) for place, c in enumerate(row)))
+        for row in rows
+    ]
+    return element("table", caption and element("caption", caption), head, element("tbody", *body))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _cell(value: Any, named: bool, right: bool) -> Html:
+    if named:
+        return element("th", value, scope="row")
+    if _is_number(value):
+        return element("td", number(value), class_="n" if right else None)
+    return element("td", value)
+
+
+def bar(value: float, largest: float = 1.0, text: Any = None) -> Html:
+    """A horizontal bar of `value` out of `largest`, with its text behind it. A missing value has the text alone."""
+    shown = number(value) if text is None else text
+    if not (math.isfinite(value) and largest > 0):
+        return element("span", shown)
+    share = min(max(value / largest, 0.0), 1.0)
+    filled = element("span", style=f"width:{100 * share:.1f}%")
+    return element("span", element("span", filled, class_="ft-bar", aria_hidden="true"), " ", shown)
+
+
+def sparkline(values: Sequence[float], text: str, width: int = 240, height: int = 40) -> Html:
+    """A line through the values, without axes; a gap where one is missing. `text` says the same for those who do not
+    see it. At most `width` points are drawn: of more, those that are evenly spaced."""
+    every = max(1, math.ceil(len(values) / width))
+    points = [(place, values[place]) for place in range(0, len(values), every)]
+    finite = [value for _, value in points if math.isfinite(value)]
+    if not finite:
+        return Html()
+    low, high = min(finite), max(finite)
+    across, up = (width - 8) / max(1, len(values) - 1), (height - 8) / ((high - low) or 1.0)
+    path, dots, pen = [], [], "M"
+    for index, (place, value) in enumerate(points):
+        if not math.isfinite(value):
+            pen = "M"
+            continue
+        x, y = f"{4 + place * across:.1f}", f"{height - 4 - (value - low) * up:.1f}"
+        path.append(f"{pen}{x} {y}")
+        after = points[index + 1][1] if index + 1 < len(points) else math.nan
+        if not math.isfinite(after):
+            dots.append(element("circle", cx=x, cy=y, r="2.5"))
+        pen = "L"
+    line = element("path", d="".join(path), fill="none", stroke="currentColor", stroke_width="1.5")
+    size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height, "fill": "currentColor"}
+    return element("svg", line, *dots, role="img", aria_label=text, class_="ft-spark", **size)
+
+
+# JupyterLab's variables come first, then VS Code's, then a colour for the reader's preference. Tints are half
+# transparent grey, which darkens a light background and lightens a dark one.
+_STYLE = """
+.ft{--fg:var(--jp-content-font-color1,var(--vscode-editor-foreground,#1f2328));
+--bg:var(--jp-layout-color0,var(--vscode-editor-background,#fff));
+--bad:var(--jp-error-color1,var(--vscode-errorForeground,#b3261e));--on:var(--jp-brand-color1,#1a73b8);--enter:#a65fd0;--leave:#dd6b10;
+color:var(--fg);background:var(--bg);font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);
+padding:8px 12px;max-width:64em;overflow-wrap:break-word;overflow-x:auto}
+@media(prefers-color-scheme:dark){.ft{--fg:var(--jp-content-font-color1,var(--vscode-editor-foreground,#e6e6e6));
+--bg:var(--jp-layout-color0,var(--vscode-editor-background,#161616));
+--bad:var(--jp-error-color1,var(--vscode-errorForeground,#ff8a80));--on:var(--jp-brand-color1,#64b5f6)}}
+.ft .ft-title{font-size:15px;font-weight:600;margin:0 0 4px}
+.ft .ft-dim{opacity:.75}
+.ft .ft-bad{color:var(--bad);font-weight:600}
+.ft table{border-collapse:collapse;margin:6px 0;color:var(--fg);background:var(--bg);font-size:13px}
+.ft.ft caption{text-align:left;font-weight:600;padding:2px 0}
+.ft.ft tbody tr,.ft.ft tbody tr:nth-child(even),.ft.ft tbody tr:hover{background:var(--bg);color:var(--fg)}
+.ft.ft th,.ft.ft td{text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0;white-space:normal;max-width:40em}
+.ft.ft thead th{border-bottom:1px solid rgba(128,128,128,.5)}
+.ft.ft .n{text-align:right;font-variant-numeric:tabular-nums}
+.ft pre{color:var(--fg);background:rgba(128,128,128,.09);white-space:pre-wrap;overflow-wrap:anywhere;margin:2px 0;padding:4px 8px;
+font:12.5px/1.5 var(--jp-code-font-family,ui-monospace,monospace);max-height:28em;overflow:auto}
+.ft summary{cursor:pointer}
+.ft .ft-turn{border-left:4px solid rgba(128,128,128,.6);padding:1px 0 1px 10px;margin:8px 0}
+.ft .ft-turn.assistant{border-color:var(--on)}
+.ft.ft .ft-heat span.t1{background:rgba(217,95,2,.12)}
+.ft.ft .ft-heat span.t2{background:rgba(217,95,2,.27)}
+.ft.ft .ft-heat span.t3{background:rgba(217,95,2,.42)}
+.ft.ft .ft-heat span.t4{background:rgba(217,95,2,.57);border-bottom:2px dotted var(--fg)}
+.ft.ft .ft-heat span.t5{background:rgba(217,95,2,.72);border-bottom:2px solid var(--fg)}
+.ft.ft .ft-pair{width:100%;table-layout:fixed}
+.ft mark{color:var(--bg);background:var(--on);padding:0 2px}
+.ft .ft-bar{display:inline-block;width:90px;height:9px;background:rgba(128,128,128,.25)}
+.ft .ft-bar>span{display:block;height:100%;background:var(--on)}
+.ft .ft-spark{color:var(--on);vertical-align:middle}
+.ft .ft-what-if{display:flex;flex-wrap:wrap;gap:8px 20px;align-items:center;margin:6px 0}
+.ft .ft-histogram{position:relative;flex:1 1 280px;min-width:240px;max-width:440px}
+.ft .ft-histogram svg{display:block}
+.ft .ft-histogram>span{position:absolute;font-size:11px;line-height:1;white-space:nowrap;transform:translate(0,-50%)}
+.ft .ft-histogram>span::after{content:attr(data-text)}
+.ft .ft-histogram>.ft-at-middle{transform:translate(-50%,-50%)}
+.ft .ft-histogram>.ft-at-end{transform:translate(-100%,-50%)}
+.ft .ft-bare{display:none}
+.ft .ft-legend{flex:0 0 auto;font-size:12px}
+.ft .ft-legend svg{vertical-align:-1px}
+.ft .ft-count{display:inline-block;min-width:3.2em;text-align:right;padding-right:.5em;
+font-variant-numeric:tabular-nums;font-weight:600}
+""".strip().replace("\n", "")
+
+
+def view(*body: Any, styled: bool = True) -> Html:
+    """The outermost element: the style sheet and what is shown. The classes keep MathJax from reading a "$" in a
+    model's text as a formula. styled: False where the style sheet is on the page already."""
+    style = Html(f"<style>{_STYLE}</style>") if styled else None
+    return element("div", style, *body, class_="ft mathjax_ignore tex2jax_ignore")
+
+
+def image(png: bytes, text: str, width: int) -> Html:
+    """A picture, in the page itself, `width` pixels wide at most. `text` says the same for those who do not see it."""
+    source = base64.b64encode(png).decode("ascii")
+    return Html(
+        f'<img src="data:image/png;base64,{source}" alt="{escape(text)}" style="width:{width}px;max-width:100%">'
+    )
+
+
+def page(title: str, *body: Any) -> str:
+    """A whole document. Nothing in it can run or fetch anything: the browser is told so as well."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    looks = (
+        ":root{color-scheme:light dark}body{margin:0 auto;max-width:72em;padding:12px;font-family:system-ui,sans-serif}"
+    )
+    head = element("title", title) + f"<style>{looks}</style>"
+    metas = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    metas += '<meta name="viewport" content="width=device-width">'
+    return f'<!doctype html>\n<html lang="en"><head>{metas}{head}</head><body>{_joined(body)}</body></html>\n'
+
+
+ERROR_LIMIT = 2_000
+"""Characters shown of an error."""
+
+REASONS = {
+    GroupReason.KEPT: "kept",
+    GroupReason.NO_REWARD_SPREAD: "left out: their rewards hardly differ",
+    GroupReason.BEYOND_PERCENTILE: "left out: beyond the curriculum's percentile",
+    GroupReason.SUBSAMPLED: "left out: not drawn in the random subsample",
+    GroupReason.NO_REWARD: "left out: no trajectory has a reward",
+    GroupReason.INFINITE_REWARD: "left out: a reward is infinite",
+    GroupReason.UNDECIDED: "undecided: the epoch ended before groups were chosen",
+    GroupReason.NOT_SUBMITTED: "left out by the trainer",
+}
+"""Every reason in words; they go on from a number of groups."""
+
+
+def title(*parts: str) -> Html:
+    return element("div", element("strong", " · ".join(part for part in parts if part)), class_="ft-title")
+
+
+def facts(rows: Iterable[tuple[str, Any]]) -> Html:
+    """A table of what there is: rows without a value are left out; 0 is a value."""
+    given = [row for row in rows if row[1] or (row[1] == 0 and row[1] is not False)]
+    return table(given) if given else Html()
+
+
+def scores(found: Any) -> str:
+    """Numbers by name: "correct 1 · length 0.4"."""
+    if not isinstance(found, Mapping):
+        return ""
+    shown = [f"{short(name, 80)} {number(value)}" for name, value in list(found.items())[:24]]
+    return " · ".join(shown) + (f" · and {len(found) - 24:,} more" if len(found) > 24 else "")
+
+
+def some(examples: Sequence[Any], most: int = 5) -> Html:
+    """The first of some examples, in brackets."""
+    ids = ", ".join(short(example, 40) for example in examples[:most])
+    return element("span", f" ({ids}{', …' if len(examples) > most else ''})", class_="ft-dim")
+
+
+def line(*parts: Any) -> Html:
+    return element("div", *parts)
+
+
+def bad(label: str, text: str) -> Html:
+    return element("div", element("strong", label, class_="ft-bad"), element("pre", text, dir="auto"))
+
+
+def drifted(metrics: EpochMetrics) -> str:
+    """How many turns were rendered anew, in words; nothing where none was, or nobody counted."""
+    if not metrics.drifted_turns:
+        return ""
+    of = f"{metrics.drifted_turns:,} of {metrics.continued_turns or 0:,} turns that carry a conversation on"
+    return f"{of} were rendered anew instead of behind the sampled ids: each is trained on by itself"

@@ -1,0 +1,169 @@
+"""A preview shown: what other curriculum settings would train on, as a histogram of the groups' mean rewards and in numbers.
+
+Pure functions of a Preview. What carries a meaning is a number in the legend, and a fill or an outline beside the colour.
+Where a stored notebook is shown without its styles and drawings (GitHub; JupyterLab before it is trusted), words stand
+in the histogram's place, and the legend.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..text import duration, number
+from ..training.preview import Preview
+from ..types import GROUP_REASONS, GroupReason
+from .html import Html, element, table, view
+
+__all__ = [
+    "preview_body",
+    "preview_html",
+    "preview_text",
+]
+
+BINS = 24
+WIDTH, HEIGHT, BOTTOM = 440, 120, 18
+_MOVED = len(GROUP_REASONS)  # behind the reasons' codes: groups that enter, groups that leave
+
+
+class Look(NamedTuple):
+    text: str
+    style: str
+
+
+_GREY = "rgba(128,128,128,"
+LOOKS: dict[int, Look] = {
+    0: Look("trained on", "fill:var(--on);stroke:none"),
+    _MOVED: Look("enter", "fill:var(--enter);stroke:var(--fg);stroke-width:1.5"),
+    _MOVED + 1: Look("leave", "fill:none;stroke:var(--leave);stroke-width:2"),
+    GROUP_REASONS.index(GroupReason.BEYOND_PERCENTILE): Look("beyond the percentile", f"fill:{_GREY}.45);stroke:none"),
+    GROUP_REASONS.index(GroupReason.SUBSAMPLED): Look(
+        "not drawn in the subsample", f"fill:{_GREY}.2);stroke:{_GREY}.9)"
+    ),
+    GROUP_REASONS.index(GroupReason.NO_REWARD_SPREAD): Look(
+        "rewards hardly differ", f"fill:none;stroke:{_GREY}.9);stroke-dasharray:2 2"
+    ),
+    GROUP_REASONS.index(GroupReason.NO_REWARD): Look("no reward", f"fill:none;stroke:{_GREY}.9)"),
+    GROUP_REASONS.index(GroupReason.INFINITE_REWARD): Look("infinite reward", f"fill:none;stroke:{_GREY}.9)"),
+}
+"""In the order in which they are stacked, from the bottom."""
+_ROWS = ((0, "then"), (1, "unchanged"))
+
+
+def preview_html(preview: Preview) -> str:
+    """A preview as a card of its own."""
+    return view(preview_body(preview))
+
+
+def preview_text(preview: Preview) -> str:
+    """A preview in one line."""
+    groups, before = preview.groups
+    enters, leaves = preview.moves
+    return (
+        f"preview on the rewards of epoch {preview.basis.epoch}: {groups} of {len(preview.basis.statistics)} groups trained "
+        f"on (unchanged {before}; {enters} enter, {leaves} leave), {preview.trajectories[0]} trajectories, "
+        f"{preview.tokens[0]} tokens, {duration(preview.training_seconds[0])} of training"
+    )
+
+
+def preview_body(preview: Preview) -> Html:
+    """The card without its frame."""
+    codes = preview.selection.reasons.astype(np.int64)
+    before = preview.unchanged.reasons
+    codes[(codes == 0) & (before != 0)] = _MOVED
+    codes[(codes != 0) & (codes != _MOVED) & (before == 0)] = _MOVED + 1
+    counts = np.bincount(codes, minlength=_MOVED + 2)
+    question = "The next epoch " if preview.selection is preview.unchanged else "What if "
+    return element(
+        "div",
+        element("div", element("strong", question), _settings(preview), class_="ft-line"),
+        element("div", _histogram(preview, codes, counts), _legend(counts), class_="ft-what-if"),
+        _numbers(preview),
+    )
+
+
+def _settings(preview: Preview) -> Html:
+    settings = preview.settings
+    if not settings.enabled:
+        said = "without a curriculum: every group is trained on"
+    else:
+        said = f"the best {settings.percentile:.0%} of the groups that can teach"
+        if settings.sort_ascending:
+            said = said.replace("best", "worst")
+    return element("span", said, element("span", f" · on the rewards of epoch {preview.basis.epoch}", class_="ft-dim"))
+
+
+def _histogram(preview: Preview, codes: np.ndarray, counts: np.ndarray) -> Html:
+    means = preview.basis.statistics.means
+    there = np.isfinite(means)
+    if not there.any():
+        return element("div", "no group has a finite reward", class_="ft-dim")
+    low, high, many = _bins(means[there])
+    bins = np.minimum(((means[there] - low) * (many / (high - low))).astype(np.int64), many - 1)
+    stacks = np.bincount(bins * len(counts) + codes[there], minlength=many * len(counts)).reshape(many, len(counts))
+    tallest = int(stacks.sum(axis=1).max())
+    up, across = (HEIGHT - 6) / tallest, (WIDTH - 36) / many
+    bars = []
+    for place, stack in enumerate(stacks.tolist()):
+        floor = float(HEIGHT)
+        for code, look in LOOKS.items():
+            if stack[code]:
+                height = stack[code] * up
+                floor -= height
+                box = {"x": f"{34 + place * across:.1f}", "y": f"{floor + 0.5:.1f}", "width": f"{across - 2:.1f}"}
+                bars.append(element("rect", **box, height=f"{max(height - 1, 0.5):.1f}", style=look.style))
+    ends = [number(float(end)) for end in (means[there].min(), means[there].max())]
+    what = f"Groups by mean reward, {ends[0]} to {ends[1]}:"
+    said = ", ".join(f"{counts[code]:,} {look.text}" for code, look in LOOKS.items() if counts[code])
+    axis = element("path", d=f"M30 4V{HEIGHT}H{WIDTH}", fill="none", stroke="currentColor", stroke_opacity="0.5")
+    size = {"viewBox": f"0 0 {WIDTH} {HEIGHT + BOTTOM}", "role": "img", "aria_label": f"{what} {said}"}
+    places = [(26, 10, number(tallest), "end"), (26, HEIGHT - 2, "0", "end"), (34, HEIGHT + 11, ends[0], "start")]
+    places += [
+        ((34 + WIDTH) / 2, HEIGHT + 11, "mean reward of the group", "middle"),
+        (WIDTH, HEIGHT + 11, ends[1], "end"),
+    ]
+    svg = element("svg", bars, axis, **size)
+    return element("div", svg, [_label(*place) for place in places], element("div", what, class_="ft-bare"),
+                   class_="ft-histogram")  # fmt: skip
+
+
+def _bins(means: np.ndarray) -> tuple[float, float, int]:
+    """Edges and number of equal bins: one a value where there are few, such as shares of eight rewards."""
+    low, high = float(means.min()), float(means.max())
+    steps = np.diff(np.unique(means.round(9))) if len(means) <= 5_000 else np.empty(0)
+    if high - low < 1e-9:
+        return low - 0.5, high + 0.5, 1
+    if len(steps) and (high - low) / steps.min() < BINS - 0.5:
+        step = float(steps.min())
+        return low - step / 2, high + step / 2, round((high - low) / step) + 1
+    return low, high, BINS
+
+
+def _label(x: float, y: float, text: str, anchor: str) -> Html:
+    """Written by the style sheet: as an element's text it would stay behind, a bare number, where drawings are taken out."""
+    place = f"left:{100 * x / WIDTH:.1f}%;top:{100 * y / (HEIGHT + BOTTOM):.1f}%"
+    return element("span", data_text=text, style=place, class_=f"ft-at-{anchor}", aria_hidden="true")
+
+
+def _legend(counts: np.ndarray) -> Html:
+    rows = []
+    for code, look in LOOKS.items():
+        if counts[code] or code in (0, _MOVED, _MOVED + 1):
+            swatch = element("rect", x="1", y="1", width="12", height="10", style=look.style)
+            key = element("svg", swatch, width="14", height="12", viewBox="0 0 14 12", aria_hidden="true")
+            rows.append(element("div", key, element("span", f"{counts[code]:,}", class_="ft-count"), f" {look.text}"))
+    return element("div", rows, class_="ft-legend")
+
+
+def _numbers(preview: Preview) -> Html:
+    """What is trained on, beside what it will be if nothing is changed."""
+    columns = {"groups": preview.groups, "trajectories": preview.trajectories, "tokens": preview.tokens}
+    headers = ["trained on", *columns]
+    rows: list[list[Any]] = [[name, *(pair[place] for pair in columns.values())] for place, name in _ROWS]
+    if math.isfinite(preview.training_seconds[0]):
+        headers.append("training takes about")
+        for row, seconds in zip(rows, preview.training_seconds, strict=True):
+            row.append(duration(seconds))
+    return table(rows[: 1 + (preview.selection is not preview.unchanged)], headers)

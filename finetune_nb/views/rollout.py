@@ -1,0 +1,376 @@
+"""The rollouts of one example in one epoch: found by the example's id, with their advantages and what became of the group.
+
+Works on any Epoch, complete or not, whoever's Trainer made it. Showing is left to rollout_view.py and
+group_comparison.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
+
+from ..errors import RunError
+from ..text import SHORT, count, cut, duration, number, one_line, short, signed
+from ..training.metrics import advantages
+from ..types import Epoch, GroupReason, LLMCall, RolloutFailure, Trajectory
+from .conversation import SIZE_LIMIT, Setting, Turn, conversation, turn_of
+from .html import ERROR_LIMIT, REASONS, Html, bad, bar, details, element, facts, scores, table, title, view
+from .tokens import Heat, check_heat
+
+__all__ = [
+    "RolloutGroup",
+    "RolloutView",
+    "failure_html",
+    "rollout_group",
+    "trajectory_html",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutGroup:
+    """One example in one epoch."""
+
+    epoch: int
+    example: Any
+    trajectories: Sequence[Trajectory]
+    """Rollouts that finished, in the collection's order."""
+    advantages: Sequence[float]
+    """(len(trajectories),) as in metrics.advantages."""
+    failures: Sequence[RolloutFailure]
+    reason: GroupReason | None
+    """Why the group was trained on, or was not; None where no rollout finished, so that there is no group."""
+    inferred: bool
+    """The reason is concluded from the choice of someone else's Trainer."""
+
+    def generation(self, place: int) -> Any:
+        """The generation of the trajectory in that place; "#2" where the record does not say."""
+        found = (self.trajectories[place].metadata or {}).get("generation")
+        return f"#{place}" if found is None else found
+
+    def best_first(self) -> list[int]:
+        """Places of the trajectories, highest reward first, ties in order, those without a reward last."""
+        rewards = [trajectory.reward for trajectory in self.trajectories]
+        return sorted(range(len(rewards)), key=lambda place: (math.isnan(rewards[place]), -rewards[place]))
+
+    def rollout(self, generation: Any = None) -> int | RolloutFailure:
+        """The place of a generation's trajectory, or its failure. None: the best one. Raises RunError."""
+        if generation is None:
+            return self.best_first()[0] if self.trajectories else self.failures[0]
+        for place in range(len(self.trajectories)):
+            if _same(self.generation(place), generation):
+                return place
+        for failure in self.failures:
+            if _same(failure.generation, generation):
+                return failure
+        known = [*map(self.generation, range(len(self.trajectories))), *(f.generation for f in self.failures)]
+        raise RunError(
+            f"found generation={generation!r}; example {short(self.example, 80)} has the generations "
+            f"{_some(known)} in epoch {self.epoch}."
+        )
+
+
+def rollout_group(epoch: Epoch, example: Any = None) -> RolloutGroup:
+    """The rollouts of an example. `example`: its id, as it stands in the dataset or as text; None = the one whose rewards
+    differ most, as most can be seen there. Raises RunError where the epoch has no such example, or none at all."""
+    statistics, failures = epoch.statistics, epoch.collection.failures
+    ids = statistics.example_ids
+    if not len(ids) and not failures:
+        raise RunError(f"epoch {epoch.index} has no rollouts to look at.")
+    position: int | None = None
+    if example is not None:
+        position = next((p for p, known in enumerate(ids) if _same(known, example)), None)
+        failed = [failure for failure in failures if _same(failure.example_id, example)]
+        if position is None and not failed:
+            known = list(dict.fromkeys(map(str, [*ids, *(failure.example_id for failure in failures)])))
+            near = difflib.get_close_matches(str(example), known, n=1, cutoff=0.6)
+            raise RunError(
+                f"found example={short(repr(example), 80)}; epoch {epoch.index} has {_some(known)}."
+                + (f" Did you mean {short(near[0], 80)!r}?" if near else "")
+            )
+        example = ids[position] if position is not None else failed[0].example_id
+    elif len(ids):
+        spreads = statistics.spreads.tolist()
+        position = max(range(len(ids)), key=lambda p: -1.0 if math.isnan(spreads[p]) else spreads[p])
+        example = ids[position]
+    else:
+        example = failures[0].example_id
+    mine = [failure for failure in failures if _same(failure.example_id, example)]
+    if position is None:
+        return RolloutGroup(epoch.index, example, (), (), mine, None, epoch.selection.inferred)
+    start, stop = statistics.offsets[position : position + 2].tolist()
+    if start == stop and not mine:  # a foreign builder's empty group
+        raise RunError(f"example {short(example, 80)} has no rollouts in epoch {epoch.index}.")
+    return RolloutGroup(
+        epoch=epoch.index,
+        example=example,
+        trajectories=epoch.collection.trajectories[position],
+        advantages=advantages(statistics)[start:stop].tolist(),
+        failures=mine,
+        reason=epoch.selection.reason_of(position),
+        inferred=epoch.selection.inferred,
+    )
+
+
+def _same(known: Any, wanted: Any) -> bool:
+    return str(known) == str(wanted)
+
+
+def _some(values: Iterable[Any], most: int = 12) -> str:
+    values = list(values)
+    listed = ", ".join(short(value, 40) for value in values[:most])
+    return listed + (f", … ({len(values):,} in all)" if len(values) > most else "")
+
+
+VIEW_LIMIT = 194_000
+"""Bytes of a whole view; the rest of the 200 kB is for the style sheet."""
+WITH_SIBLINGS = 100_000
+"""Bytes for the turns of the rollout that is looked at, where its siblings are shown too."""
+SIBLING_LIMIT, SIBLING_LEAST = 40_000, 3_000
+"""Bytes that a sibling takes at most; with less than the latter it is only counted."""
+ROWS = 32
+"""Siblings in the table."""
+
+
+# ── one rollout ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def trajectory_html(trajectory: Trajectory) -> str:
+    """A trajectory as a conversation: role, text, tokens, tool calls and finish reason of every turn, under a head with
+    reward, scores, generation and policy version. At most 200 kB, whatever its length."""
+    metadata = trajectory.metadata or {}
+    name = title(f"example {short(metadata.get('id'))}", _generation(metadata.get("generation")))
+    return view(name, *_head(trajectory), *conversation(_turns(trajectory)))
+
+
+def failure_html(failure: RolloutFailure) -> str:
+    """A rollout that failed: its error, and the conversation up to there as far as model calls were recorded."""
+    name = title(f"example {short(failure.example_id)}", _generation(failure.generation), "failed")
+    return view(name, *_failed(failure, SIZE_LIMIT, Setting()))
+
+
+def _failed(failure: RolloutFailure, room: int, setting: Setting) -> list[Html]:
+    calls = [step.data.payload for step in failure.steps if step.data and isinstance(step.data.payload, LLMCall)]
+    messages = [*calls[-1].messages, {**calls[-1].reply, "finish_reason": calls[-1].finish_reason}] if calls else []
+    so_far = f"{count(len(calls), 'model call')} until then" if calls else "no model call was recorded"
+    return [
+        bad("error: ", cut(failure.error, ERROR_LIMIT)),
+        element("div", so_far, class_="ft-dim"),
+        *conversation([Turn(str(m.get("role")), m.get("content"), m) for m in messages], room, setting),
+    ]
+
+
+def _head(trajectory: Trajectory, more: Sequence[tuple[str, Any]] = ()) -> list[Html]:
+    """The reward, and what it is made of."""
+    metadata = trajectory.metadata or {}
+    if math.isnan(trajectory.reward):
+        why = metadata.get("reward_error") or "no reason was recorded"
+        reward = bad("no reward: ", cut(why, ERROR_LIMIT))
+    else:
+        reward = element("div", "reward ", element("strong", number(trajectory.reward)))
+    shaped = trajectory.shaped_rewards or []
+    shown = " · ".join(map(number, shaped[:40])) + (f" · and {len(shaped) - 40:,} more" if len(shaped) > 40 else "")
+    return [
+        reward,
+        facts(
+            [
+                ("scores", scores(metadata.get("scores"))),
+                ("shaped rewards", shown),
+                ("reasoning", metadata.get("reasoning") and cut(metadata["reasoning"], SHORT)),
+                *more,
+                ("model time", _model_time(trajectory)),
+                ("policy version", _plain_version(metadata.get("policy_version"))),
+            ]
+        ),
+    ]
+
+
+def _turns(trajectory: Trajectory) -> list[Turn]:
+    return [turn_of(item) for item in trajectory.episode]
+
+
+def _model_time(trajectory: Trajectory) -> str:
+    """Seconds that the model took, over all turns; in a batch they wait for each other."""
+    known = [(getattr(item, "metadata", None) or {}).get("seconds") for item in trajectory.episode]
+    seconds = [float(value) for value in known if isinstance(value, Real) and math.isfinite(value)]
+    return f"{duration(sum(seconds))} in {count(len(seconds), 'turn')}" if seconds else ""
+
+
+def _plain_version(version: Any) -> Any:
+    return version if isinstance(version, int) else version and short(version, 40)
+
+
+def _generation(generation: Any) -> str:
+    return "" if generation is None else f"generation {short(generation, 40)}"
+
+
+# ── a rollout in its group ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutView:
+    """One rollout among its siblings, to be shown in a cell. `trajectory` is the record itself."""
+
+    group: RolloutGroup
+    chosen: int | RolloutFailure
+    """The trajectory's place in the group, or the failure."""
+    heat: Heat = "probability"
+
+    def __post_init__(self) -> None:
+        check_heat(self.heat)
+
+    @property
+    def trajectory(self) -> Trajectory | None:
+        """None for a rollout that failed."""
+        return self.group.trajectories[self.chosen] if isinstance(self.chosen, int) else None
+
+    @property
+    def failure(self) -> RolloutFailure | None:
+        """None for a rollout that finished."""
+        return None if isinstance(self.chosen, int) else self.chosen
+
+    def _name(self) -> str:
+        generation = self.chosen.generation if isinstance(self.chosen, RolloutFailure) else self._label(self.chosen)
+        return f"example {short(self.group.example)} · {_generation(generation)}"
+
+    def _label(self, place: int) -> Any:
+        return self.group.generation(place)
+
+    def __repr__(self) -> str:
+        """Plain text: the group in a line, and the beginning of every turn."""
+        group, trajectory = self.group, self.trajectory
+        lines = [f"epoch {group.epoch} · {one_line(self._name())} · {_standing(group)}"]
+        if trajectory is None:
+            return "\n  ".join([*lines, f"failed: {one_line(self.failure and self.failure.error)}"])
+        assert isinstance(self.chosen, int)
+        lines.append(f"reward {number(trajectory.reward)}, advantage {signed(group.advantages[self.chosen])}")
+        turns = _turns(trajectory)
+        shown = turns if len(turns) <= 20 else [*turns[:16], *turns[-4:]]
+        lines += [f"{turn.role}: {_gist(turn)}" for turn in shown]
+        if len(shown) < len(turns):
+            lines.insert(-4, f"… {len(turns) - 20:,} of {len(turns):,} turns are left out …")
+        return "\n  ".join(lines)
+
+    def _repr_html_(self) -> str:
+        group = self.group
+        setting = Setting(self.heat)
+        siblings = [place for place in group.best_first() if place != self.chosen]
+        failures = [failure for failure in group.failures if failure is not self.chosen]
+        head: list[Any] = [title(f"epoch {group.epoch}", self._name())]
+        if isinstance(self.chosen, int):
+            advantage = group.advantages[self.chosen]
+            more = [("advantage", "" if math.isnan(advantage) else signed(advantage)), ("group", _standing(group))]
+            head += _head(group.trajectories[self.chosen], more)
+        head.append(_table(group, self.chosen))
+        room = VIEW_LIMIT - _bytes(*head)
+        most = min(SIZE_LIMIT, room) if not siblings and not failures else min(WITH_SIBLINGS, room)
+        if isinstance(self.chosen, int):
+            body = list(conversation(_turns(group.trajectories[self.chosen]), most, setting))
+        else:
+            body = _failed(self.chosen, most - 20_000, setting)
+        return view(*head, *body, *_siblings(group, siblings, failures, room - _bytes(*body), setting))
+
+
+def _siblings(
+    group: RolloutGroup,
+    places: Sequence[int],
+    failures: Sequence[RolloutFailure],
+    room: int,
+    setting: Setting,
+) -> list[Html]:
+    """The others of the group, folded, as far as there is room; then how many there are besides."""
+    setting = replace(setting, tables=False, legend=False)
+    total = len(places) + len(failures)
+    shown: list[Html] = []
+    for rollout in [*places, *failures]:
+        share = min(SIBLING_LIMIT, (room - 200) // (total - len(shown)) - 1_200)
+        if share < SIBLING_LEAST:
+            break
+        if isinstance(rollout, int):
+            trajectory = group.trajectories[rollout]
+            name = f"generation {short(group.generation(rollout), 40)} · reward {number(trajectory.reward)}"
+            if not math.isnan(group.advantages[rollout]):
+                name += f" · advantage {signed(group.advantages[rollout])}"
+            turns = _turns(trajectory)
+            name += f" · {count(len(turns), 'turn')}" + (f", the last: {_gist(turns[-1], 60)}" if turns else "")
+            body = list(conversation(turns, share, setting))
+        else:
+            name = f"generation {short(rollout.generation, 40)} · failed"
+            body = _failed(rollout, share - ERROR_LIMIT, setting)
+        fold = details(name, *body)
+        if _bytes(fold) > room - 200:
+            break
+        shown.append(fold)
+        room -= _bytes(fold)
+    if total > len(shown):
+        left_out = (
+            f"… {total - len(shown):,} of {total:,} siblings are left out here; run.show(generation=…) shows them …"
+        )
+        shown.append(element("p", left_out, class_="ft-dim"))
+    return [element("div", element("strong", "siblings, best first")), *shown] if shown else []
+
+
+def _table(group: RolloutGroup, chosen: int | RolloutFailure) -> Html:
+    """Every rollout of the group in a line, best first."""
+    total = len(group.trajectories) + len(group.failures)
+    if total < 2:
+        return Html()
+    rewards = [t.reward for t in group.trajectories if math.isfinite(t.reward)]
+    bars = bool(rewards) and min(rewards) >= 0 and max(rewards) <= 1
+    rows: list[list[Any]] = []
+    for place in group.best_first()[:ROWS]:
+        trajectory = group.trajectories[place]
+        tokens, finish = _sampled(trajectory)
+        rows.append(
+            [
+                element("strong" if place == chosen else "span", short(group.generation(place), 20)),
+                bar(trajectory.reward) if bars else number(trajectory.reward),
+                signed(group.advantages[place]),
+                f"{len(trajectory.episode):,}",
+                f"{tokens:,}",
+                short(finish, 20),
+            ]
+        )
+    for failure in group.failures[: ROWS - len(rows)]:
+        rows.append([short(failure.generation, 20), "failed", "–", "", "", one_line(failure.error, 60)])
+    caption = f"the first {ROWS} of {total:,} rollouts" if total > ROWS else None
+    headers = ["generation", "reward", "advantage", "turns", "tokens", "ended with"]
+    return table(rows, headers, caption)
+
+
+def _sampled(trajectory: Trajectory) -> tuple[int, Any]:
+    """How many tokens the policy sampled, and how the last turn ended that says so."""
+    tokens, finish = 0, ""
+    for item in trajectory.episode:
+        logprobs = getattr(item, "logprobs", None)  # a preference has none
+        entries = logprobs.get("content") if isinstance(logprobs, Mapping) else getattr(logprobs, "content", logprobs)
+        tokens += len(entries) if isinstance(entries, list | tuple) else 0
+        finish = (getattr(item, "metadata", None) or {}).get("finish_reason", finish)
+    return tokens, finish
+
+
+def _standing(group: RolloutGroup) -> str:
+    """How the group did, and what became of it."""
+    rewards = [t.reward for t in group.trajectories if not math.isnan(t.reward)]
+    parts = [count(len(group.trajectories), "rollout")]
+    if rewards:
+        low, high = min(rewards), max(rewards)
+        parts.append(f"rewards {number(low)} to {number(high)}" if low != high else f"all rewards {number(low)}")
+    if group.failures:
+        parts.append(f"{len(group.failures):,} failed")
+    if group.reason is not None:
+        parts.append(REASONS[group.reason] + (" (concluded)" if group.inferred else ""))
+    return ", ".join(parts)
+
+
+def _gist(turn: Turn, limit: int = 160) -> str:
+    calls = turn.metadata.get("tool_calls")
+    text = one_line(turn.content if isinstance(turn.content, str) else "", limit)
+    return f"{text} → {one_line(calls, limit)}".strip() if calls else text
+
+
+def _bytes(*pieces: Html) -> int:
+    return sum(len(piece.encode()) for piece in pieces)

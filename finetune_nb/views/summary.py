@@ -1,0 +1,210 @@
+"""Records shown: a trajectory, a failed rollout (both in rollout_view.py), an epoch, a run, each as HTML; epochs and runs
+also as plain text.
+
+Pure functions that return one self-contained piece of HTML, at most 200 kB of it: long texts are cut, and what is left
+out is said. All text is untrusted and goes through html.py, which also owns the style. Figures are made in plots.py, the
+control panel in panel.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..text import SHORT, count, cut, duration, number, one_line, short
+from ..types import Epoch, GroupReason, RolloutFailure, TrainingStatusEnum, Validation
+from .html import (
+    ERROR_LIMIT,
+    REASONS,
+    bad,
+    bar,
+    drifted,
+    element,
+    facts,
+    line,
+    scores,
+    some,
+    sparkline,
+    table,
+    title,
+    view,
+)
+
+__all__ = [
+    "epoch_html",
+    "epoch_text",
+    "run_html",
+    "run_text",
+]
+
+
+# ── an epoch ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def epoch_html(epoch: Epoch) -> str:
+    """An epoch as a card: its rewards, which groups were trained on and why the others were not, failures, the training
+    job, validation, versions, times."""
+    metrics = epoch.metrics
+    low, _, high = metrics.group_quantiles
+    spread = f" (most groups {number(low)} to {number(high)})" if math.isfinite(low) else ""
+    reward = element("span", bar(metrics.mean_reward) if 0 <= metrics.mean_reward <= 1 else number(metrics.mean_reward))
+    by_reason = epoch.selection.left_out()
+    groups = [line(f"{metrics.kept_groups:,} of {metrics.groups:,} {REASONS[GroupReason.KEPT]}")]
+    groups += [line(f"{len(ids):,} {REASONS[reason]}", some(ids)) for reason, ids in by_reason.items()]
+    if epoch.selection.inferred:
+        groups.append(line("the Trainer made its own choice; the reasons are concluded from it"))
+    curriculum = epoch.curriculum
+    return view(
+        title(f"epoch {epoch.index}", short(epoch.run_id, 80)),
+        facts(
+            [
+                ("mean reward", [reward, spread]),
+                ("trajectories", [number(metrics.trajectories), f", {metrics.sampled_tokens:,} sampled tokens"]),
+                ("groups that teach", f"{metrics.groups_with_spread:,} of {metrics.groups:,} (their rewards differ)"),
+                ("groups", groups),
+                ("curriculum", curriculum.enabled and f"percentile {curriculum.percentile:.3g}, {curriculum.schedule}"),
+                ("drift", drifted(metrics)),
+                ("failures", _failures(epoch.collection.failures if metrics.failures else ())),
+                ("scores (mean)", scores(metrics.scores)),
+                ("training", _training(epoch)),
+                ("validation", [line(_validation(each)) for each in epoch.validations]),
+                ("policy version", _versions(*epoch.policy_versions)),
+                ("time", ", ".join(f"{short(part, 40)} {duration(took)}" for part, took in epoch.seconds.items())),
+            ]
+        ),
+    )
+
+
+def epoch_text(epoch: Epoch) -> str:
+    """An epoch as one line: `epoch 3  reward 0.61  31/40 groups teach  0 failures  trained in 0.5 s  1.2 s`."""
+    metrics = epoch.metrics
+    parts = [f"epoch {epoch.index}", f"reward {number(metrics.mean_reward)}"]
+    parts += [f"{metrics.groups_with_spread}/{metrics.groups} groups teach", count(metrics.failures, "failure")]
+    parts += [f"{count(metrics.drifted_turns, 'turn')} drifted"] if metrics.drifted_turns else []
+    parts.append(_job(epoch))
+    parts += [f"validation {number(each.mean_reward)}" for each in epoch.validations[-1:]]
+    if "total" in epoch.seconds:
+        parts.append(duration(epoch.seconds["total"]))
+    return "  ".join(parts)
+
+
+def _job(epoch: Epoch) -> str:
+    """What became of the training, in one short line."""
+    if epoch.job is None:
+        return f"not trained: {one_line(epoch.reason or 'no reason was recorded')}"
+    if epoch.job.status != TrainingStatusEnum.COMPLETED:
+        return f"training {epoch.job.status}" + (f": {one_line(epoch.job.message)}" if epoch.job.message else "")
+    took = epoch.seconds.get("training")
+    return "trained" if took is None else f"trained in {duration(took)}"
+
+
+def _training(epoch: Epoch) -> Any:
+    job = epoch.job
+    if job is None:
+        return element("strong", "nothing was trained: ", cut(epoch.reason or "no reason was recorded", SHORT))
+    status = f"{job.status} ({short(job.backend, 80)})"
+    good = job.status == TrainingStatusEnum.COMPLETED
+    message = job.message and element("div", cut(job.message, 4 * SHORT), class_=None if good else "ft-bad")
+    return [
+        status if good else element("strong", status, class_="ft-bad"),
+        message,
+        line(scores(epoch.train_metrics)),
+    ]
+
+
+def _failures(failures: Sequence[RolloutFailure]) -> Any:
+    if not failures:
+        return "none"
+    kinds: dict[str, list[RolloutFailure]] = {}
+    for failure in failures:
+        kinds.setdefault(failure.error, []).append(failure)
+    shown = [line(element("strong", f"{len(failures):,} failed", class_="ft-bad"))]
+    for error, those in list(kinds.items())[:5]:
+        examples = [failure.example_id for failure in those]
+        shown.append(line(f"{len(those):,} × {cut(error, SHORT)}", some(examples)))
+    if len(kinds) > 5:
+        shown.append(line(f"and {len(kinds) - 5:,} other errors"))
+    return shown
+
+
+def _validation(validation: Validation) -> str:
+    if validation.error:
+        return f"failed: {cut(validation.error, SHORT)}"
+    found = f"{number(validation.mean_reward)} on {count(validation.examples, 'example')}"
+    return f"{found} in {duration(validation.seconds)}" if math.isfinite(validation.seconds) else found
+
+
+def _versions(sampled: int | None, trained: int | None) -> str:
+    if sampled is None and trained is None:
+        return ""
+    before, after = ("unknown" if version is None else str(version) for version in (sampled, trained))
+    return f"{before}, unchanged" if before == after else f"{before} sampled, {after} after training"
+
+
+# ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_html(
+    *,
+    name: str,
+    state: str,
+    epochs: Sequence[Epoch],
+    error: str | None = None,
+    folder: str | None = None,
+    model: str | None = None,
+) -> str:
+    """A run: its state, the mean reward of all epochs as a line, and the last ten epochs as a table."""
+    rewards = [epoch.metrics.mean_reward for epoch in epochs]
+    where = [("model", model and short(model)), ("folder", folder and short(folder))]
+    body = [title(f"run {short(name, 120)}", state, count(len(epochs), "epoch")), facts(where)]
+    if error:
+        body.append(bad("error: ", cut(error, ERROR_LIMIT)))
+    if not epochs:
+        return view(*body, element("div", "no epoch yet", class_="ft-dim"))
+    course = sparkline(rewards, _course(rewards))
+    body.append(element("div", _course(rewards), " ", course))
+    headers = ["epoch", "reward", "groups that teach", "kept", "failures", "validation", "time", "training"]
+    shown = epochs[-10:]
+    caption = f"the last {len(shown)} of {len(epochs):,} epochs" if len(shown) < len(epochs) else None
+    return view(*body, table([_row(epoch) for epoch in shown], headers, caption))
+
+
+def run_text(
+    *,
+    name: str,
+    state: str,
+    epochs: Sequence[Epoch],
+    error: str | None = None,
+    folder: str | None = None,
+    model: str | None = None,
+) -> str:
+    """A run in a few lines, for terminals: its state, and the last three epochs."""
+    lines = [
+        f"run {one_line(name)}  {state}  {count(len(epochs), 'epoch')}" + (f"  {one_line(folder)}" if folder else "")
+    ]
+    if model:
+        lines.append(f"model: {one_line(model)}")
+    if error:
+        lines.append(f"error: {one_line(error)}")
+    return "\n  ".join([*lines, *map(epoch_text, epochs[-3:])])
+
+
+def _row(epoch: Epoch) -> list[Any]:
+    metrics = epoch.metrics
+    validation = epoch.validations[-1] if epoch.validations else None
+    checked = "" if validation is None else "failed" if validation.error else number(validation.mean_reward)
+    teach, took = (
+        text.replace(" ", "\u00a0")  # stays on one line
+        for text in (f"{metrics.groups_with_spread:,} of {metrics.groups:,}", duration(epoch.seconds.get("total")))
+    )
+    return [epoch.index, metrics.mean_reward, teach, metrics.kept_groups, metrics.failures, checked, took, _job(epoch)]
+
+
+def _course(rewards: Sequence[float]) -> str:
+    finite = [reward for reward in rewards if math.isfinite(reward)]
+    if not finite:
+        return "no epoch has a reward"
+    if len(finite) == 1:
+        return f"mean reward {number(finite[0])}"
+    return f"mean reward from {number(finite[0])} to {number(finite[-1])}, at best {number(max(finite))}"

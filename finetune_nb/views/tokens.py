@@ -1,0 +1,231 @@
+"""Sampled tokens -> HTML: a heat map of how likely each one was, and the same as a table, in a bounded number of bytes.
+
+A tint says little to some and nothing where styles are stripped: unlikely tokens are also underlined, each token tells its
+numbers on hover, and a folded table lists them. What stands around the tokens is made in conversation.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from numbers import Real
+from typing import Any, Literal, NamedTuple, get_args
+
+from ..errors import ConfigError
+from ..text import cut, number, plain
+from ..types import EpisodeItem
+from .html import Html, details, element, table
+
+__all__ = [
+    "Heat",
+    "Token",
+    "check_heat",
+    "entropy_of",
+    "heat_legend",
+    "heat_map",
+    "summary",
+    "token_table",
+    "tokens_of",
+    "visible",
+]
+
+Heat = Literal["probability", "entropy"]
+"""What tints a token: how unlikely it was, or how open the choice was."""
+
+_BOUNDS = {"probability": (0.9, 0.6, 0.3, 0.1, 0.02), "entropy": (0.1, 0.4, 0.8, 1.4, 2.0)}
+"""Where the next darker tint begins: below that probability, above that many nats."""
+TEXT_LIMIT = 200
+"""Characters shown of one token."""
+ROW_LIMIT = 60
+"""Rows of a table of tokens."""
+
+
+def check_heat(heat: str) -> None:
+    """Raises ConfigError for anything but the names of Heat."""
+    if heat not in get_args(Heat):
+        raise ConfigError(f"found heat={heat!r}; expected 'probability' or 'entropy'.")
+
+
+def heat_map(tokens: Sequence[Token], room: int, heat: Heat = "probability") -> Html:
+    """The tokens as text, each tinted and with its numbers on hover; of too many for `room` bytes the beginning and the
+    end."""
+    spans = [_span(token, heat) for token in tokens[: room // 30]]  # no span has fewer bytes
+    left_out = len(tokens) - len(spans)
+    room -= 120
+    if left_out or sum(map(_bytes, spans)) > room:
+        ends = [_span(token, heat) for token in tokens[-max(1, room // 120) :]]
+        head = sum(size <= room * 3 // 4 for size in accumulate(map(_bytes, spans)))
+        tail = sum(size <= room // 4 for size in accumulate(map(_bytes, reversed(ends))))
+        left_out = len(tokens) - head - tail
+        note = element("span", f" […{left_out:,} of {len(tokens):,} tokens left out…] ", class_="ft-dim")
+        spans = [*spans[:head], note, *ends[len(ends) - tail :]]
+    return element("pre", spans, dir="auto", class_="ft-heat")
+
+
+def _span(token: Token, heat: Heat) -> Html:
+    text = cut(token.text or "", TEXT_LIMIT)
+    if text and not text.strip(" \n"):
+        text = text.replace("\n", "↵\n")  # else its tint would have no width
+    return element("span", text, title=_numbers(token), class_=_tint(token, heat))
+
+
+def _tint(token: Token, heat: Heat) -> str | None:
+    value = token.probability if heat == "probability" else token.entropy
+    if math.isnan(value):
+        return None
+    bounds = _BOUNDS[heat]
+    level = sum(value < bound for bound in bounds) if heat == "probability" else sum(value > bound for bound in bounds)
+    return f"t{level}" if level else None
+
+
+def _numbers(token: Token) -> str:
+    parts = [f"p {number(token.probability)}, logprob {number(token.logprob)}"]
+    if not math.isnan(token.entropy):
+        parts.append(f"entropy {number(token.entropy)}")
+    if token.alternatives:
+        parts.append(f"instead {_alternatives(token, 3)}")
+    return ", ".join(parts)
+
+
+def _alternatives(token: Token, most: int) -> str:
+    return " · ".join(
+        f"{visible(text, 40)} {number(math.exp(min(logprob, 0.0)), 2)}" for text, logprob in token.alternatives[:most]
+    )
+
+
+def token_table(tokens: Sequence[Token], room: int) -> Html:
+    """A fold with a row a token: its place, text, probability, logprob, and where there are alternatives its entropy and
+    what was likely instead. Of many tokens, the least likely, as many as fit into `room` bytes."""
+    has_entropy = any(not math.isnan(token.entropy) for token in tokens)
+    headers = ["#", "token", "probability", "logprob", *(["entropy", "instead"] if has_entropy else [])]
+    least_likely = sorted(range(len(tokens)), key=lambda place: _order(tokens[place].logprob))[:ROW_LIMIT]
+    rows = {place: _row(place, tokens[place], has_entropy) for place in least_likely}
+    size = _bytes(table(rows.values(), headers))
+    fit = len(rows) if size <= room - 100 else len(rows) * max(0, room - 500) // size
+    rows = {place: rows[place] for place in least_likely[:fit]}
+    if not rows:
+        return Html()
+    few = len(rows) < len(tokens)
+    title = f"the {len(rows):,} least likely of {len(tokens):,} tokens" if few else f"{len(tokens):,} tokens as a table"
+    return details(title, table([rows[place] for place in sorted(rows)], headers))
+
+
+def _row(place: int, token: Token, has_entropy: bool) -> list[Any]:
+    row = [place, element("code", visible(token.text, 60)), token.probability, token.logprob]
+    return [*row, token.entropy, _alternatives(token, 3)] if has_entropy else row
+
+
+def _order(logprob: float) -> float:
+    return math.inf if math.isnan(logprob) else logprob
+
+
+def heat_legend(heat: Heat) -> Html:
+    """One line that explains the tints."""
+    bounds = _BOUNDS[heat]
+    sign = "below" if heat == "probability" else "above"
+    what = "probability of the sampled token" if heat == "probability" else "entropy in nats"
+    marks = [element("span", f" {sign} {bound:g} ", class_=f"t{level}") for level, bound in enumerate(bounds, 1)]
+    return element("div", f"{what}: ", *marks, " · numbers on hover, and in the tables", class_="ft-heat")
+
+
+def summary(tokens: Sequence[Token]) -> str:
+    """ "12 tokens, mean logprob -0.31"."""
+    known = [token.logprob for token in tokens if math.isfinite(token.logprob)]
+    count = f"{len(tokens):,} token" + "s" * (len(tokens) != 1)
+    return f"{count}, mean logprob {number(math.fsum(known) / len(known))}" if known else count
+
+
+def visible(text: str | None, limit: int) -> str:
+    """A token's text with its white space to be seen."""
+    if text is None:
+        return "–"
+    text = plain(cut(text, limit)).replace("\n", "↵").replace("\t", "⇥")
+    inside = text.strip(" ")
+    lead = len(text) - len(text.lstrip(" ")) if inside else len(text)
+    return "␣" * lead + inside + "␣" * (len(text) - lead - len(inside))
+
+
+def _bytes(markup: str) -> int:
+    return len(markup.encode())
+
+
+class Token(NamedTuple):
+    """One sampled token."""
+
+    text: str | None
+    """None where the record does not say."""
+    logprob: float
+    """Natural logarithm, of the distribution that it was sampled from; NaN where it is missing."""
+    entropy: float = math.nan
+    """In nats, see `entropy_of`; NaN without alternatives."""
+    alternatives: tuple[tuple[str, float], ...] = ()
+    """Other tokens that were likely in that place, with their logprobs; likeliest first."""
+
+    @property
+    def probability(self) -> float:
+        """In [0, 1]; NaN where it is missing."""
+        return math.exp(min(self.logprob, 0.0))
+
+
+def tokens_of(item: EpisodeItem) -> list[Token]:
+    """The sampled tokens of a message, in order; empty where the policy sampled none, or where the record is of a kind
+    that is not known. Never raises: records come from others."""
+    logprobs = item.logprobs
+    entries = logprobs.get("content") if isinstance(logprobs, Mapping) else getattr(logprobs, "content", logprobs)
+    if not isinstance(entries, Sequence) or isinstance(entries, str | bytes):
+        return []
+    texts, tops = (_beside(item, name, len(entries)) for name in ("tokens", "top_logprobs"))
+    return [_token(entry, text, top) for entry, text, top in zip(entries, texts, tops, strict=True)]
+
+
+def _beside(item: EpisodeItem, name: str, count: int) -> Sequence[Any]:
+    """What the metadata has of that name, one entry a token; None each where there is nothing that fits."""
+    found = (item.metadata or {}).get(name)
+    if isinstance(found, Sequence) and not isinstance(found, str | bytes) and len(found) == count:
+        return found
+    return [None] * count
+
+
+def entropy_of(logprobs: Iterable[float]) -> float:
+    """Entropy in nats of a distribution of which some tokens' natural logprobs are known, the rest taken as one token:
+    -sum p ln p - rest ln rest. A lower bound of the true entropy, the closer the less is left. NaN without any."""
+    known = [min(logprob, 0.0) for logprob in logprobs if not math.isnan(logprob)]
+    if not known:
+        return math.nan
+    rest = 1.0 - math.fsum(map(math.exp, known))
+    inside = math.fsum(-logprob * math.exp(logprob) for logprob in known if logprob > -math.inf)
+    return inside - (rest * math.log(rest) if rest > 1e-12 else 0.0)
+
+
+def _token(entry: Any, text: Any, top: Any) -> Token:
+    own = None
+    if isinstance(entry, Real):
+        logprob = _number(entry)
+    else:
+        own, logprob = _get(entry, "token"), _number(_get(entry, "logprob"))
+        top = _get(entry, "top_logprobs")
+    text = text if isinstance(text, str) else own if isinstance(own, str) else None
+    if isinstance(top, Mapping):  # {" 7": -0.2}, as completions have them
+        found = [(other, _number(value)) for other, value in top.items()]
+    elif isinstance(top, Sequence) and not isinstance(top, str | bytes):
+        found = [(_get(other, "token"), _number(_get(other, "logprob"))) for other in top]
+    else:
+        return Token(text, logprob)
+    others = sorted(
+        ((other, value) for other, value in found if isinstance(other, str) and other != text and value == value),
+        key=lambda pair: -pair[1],
+    )
+    entropy = entropy_of([logprob, *(value for _, value in others)]) if others else math.nan
+    return Token(text, logprob, entropy, tuple(others))
+
+
+def _get(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        return math.nan
