@@ -21,9 +21,11 @@ from .redaction import redacting_logger
 
 __all__ = [
     "EngineThread",
+    "before_exit",
     "enable_nested_asyncio",
     "in_daemon_thread",
     "leaving",
+    "renew_exit_order",
     "run_sync",
     "start_daemon",
 ]
@@ -60,6 +62,32 @@ def _part() -> None:
         wake()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
+
+
+_exit_work: list[Callable[[], None]] = []
+
+
+def before_exit(work: Callable[[], None]) -> Callable[[], None]:
+    """Calls `work` when the interpreter exits. It must bear to be called twice: see `renew_exit_order`.
+
+    Args:
+        work: A function without arguments.
+
+    Returns:
+        `work` itself, so that this can be used as a decorator.
+    """
+    _exit_work.append(work)
+    return atexit.register(work)
+
+
+def renew_exit_order() -> None:
+    """Moves what `before_exit` was given to the front of what happens at exit.
+
+    Exit functions run last in, first out. A library that is imported later, such as Ray, would shut down before the runs
+    that use it are closed: whoever loads it calls this once.
+    """
+    for work in _exit_work:
+        atexit.register(work)
 
 
 T = TypeVar("T")

@@ -148,10 +148,9 @@ def _art_server(arguments: argparse.Namespace) -> int:
     import asyncio
     import logging
 
-    from ..hooks import resolve
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    serve = resolve("finetune_nb.backends.art_server.server:serve")
+    from ..backends.art_server.server import serve
+
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "out")}
     asyncio.run(serve(**given, folder=arguments.out, ready=lambda text: print(text, flush=True)))
     return 0

@@ -4,7 +4,7 @@
     async def my_trainer(config: MyTrainerConfig, builder: Builder):
         yield MyTrainer(trainer_config=config)         # resumed after its yield when the run closes
 
-The names stand in type_names.py; making live components is builder.py's (`Builder` is importable from here too).
+A `_type` is looked up in `OUR_TYPES` first, then among what was registered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import inspect
 import sys
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..config.base import (
     EvalDatasetBaseConfig,
@@ -28,9 +28,6 @@ from ..config.base import (
 )
 from ..errors import ConfigError, did_you_mean
 from ..redaction import redacting_logger
-
-if TYPE_CHECKING:
-    from .builder import Builder
 
 __all__ = [
     "Build",
@@ -116,7 +113,7 @@ EXECUTORS = {"ray": "finetune_nb.backends.ray.executor:ray_executor"}
 TRAINER_ADAPTERS = {"ray": "finetune_nb.backends.ray.trainer_adapter:ray_trainer"}
 """`run.engine` -> what builds the trainer adapter of an engine that trains elsewhere."""
 
-Build = Callable[[Any, "Builder"], AsyncGenerator[Any, None]]
+Build = Callable[[Any, Any], AsyncGenerator[Any, None]]
 
 
 @dataclass(frozen=True)
@@ -229,12 +226,12 @@ class PythonEvaluatorConfig(EvaluatorBaseConfig, name="python_function"):
 
 
 @register_function(config_type=PythonFunctionConfig)
-async def _python_function(config: PythonFunctionConfig, builder: Builder) -> AsyncGenerator[Any, None]:
+async def _python_function(config: PythonFunctionConfig, builder: Any) -> AsyncGenerator[Any, None]:
     raise ConfigError("the workflow is a plain Python function, which no file can hold. Pass it again: workflow=...")
     yield
 
 
 @register_evaluator(config_type=PythonEvaluatorConfig)
-async def _python_evaluator(config: PythonEvaluatorConfig, builder: Builder) -> AsyncGenerator[Any, None]:
+async def _python_evaluator(config: PythonEvaluatorConfig, builder: Any) -> AsyncGenerator[Any, None]:
     raise ConfigError("the evaluator is a plain Python function, which no file can hold. Pass it again: reward=...")
     yield

@@ -13,7 +13,7 @@ import html
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import (
     BaseModel,
@@ -40,9 +40,6 @@ from .base import (
     TrajectoryBuilderConfig,
 )
 from .yaml import dump_yaml
-
-if TYPE_CHECKING:
-    from ..components.builder import Builder
 
 __all__ = [
     "Config",
@@ -290,12 +287,12 @@ class Config(BaseModel):
     _placeholders: dict[KeyPath, Placeholder] = PrivateAttr(default_factory=dict)
 
     @property
-    def builder(self) -> Builder | None:
+    def builder(self) -> Any:
         """The live components, while a run holds them. Copies of the config share it."""
         return self._builder
 
     @builder.setter
-    def builder(self, builder: Builder | None) -> None:
+    def builder(self, builder: Any) -> None:
         self._builder = builder
 
     @property

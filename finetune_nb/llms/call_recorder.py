@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..interfaces import Policy
 from ..types import (
@@ -27,10 +27,8 @@ from ..types import (
     StreamEventData,
 )
 
-if TYPE_CHECKING:
-    from .gateway import Endpoint
-
 __all__ = [
+    "Address",
     "Episode",
     "TEXT_PROMPT",
     "arguments_of",
@@ -48,6 +46,19 @@ def current_episode() -> Episode | None:
     return _episode.get()
 
 
+class Address(Protocol):
+    """An address that a gateway serves for one rollout and one model."""
+
+    @property
+    def llm(self) -> Any:
+        """The model that is asked there."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is answered there any more."""
+        ...
+
+
 @dataclass(eq=False)
 class Episode:
     """The calls of one rollout, in order of their start. May be written to from any thread."""
@@ -56,7 +67,7 @@ class Episode:
     seed: int = 0
     """The run's seed."""
     calls: list[LLMCall] = field(default_factory=list)
-    endpoints: list[Endpoint] = field(default_factory=list, repr=False)
+    endpoints: list[Address] = field(default_factory=list, repr=False)
     """The addresses at which the gateway serves it, one a model."""
     ended: bool = False
     _begun: int = 0

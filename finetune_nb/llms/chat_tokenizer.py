@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import BackendError, ConfigError
-from ..hooks import resolve
 from ..redaction import redacting_logger
 from ..types import SamplingParams
 
@@ -213,7 +212,7 @@ def _response_template(tokenizer: Any) -> Any:
     if not getattr(tokenizer, "response_template", None):
         return None
     try:
-        template = resolve("finetune_nb.llms.chat_tokenizer:response_template")(tokenizer)
+        template = response_template(tokenizer)
         tokenizer.parse_response("", schema=template, prefix="")
     except Exception as error:
         logger.warning("the tokenizer's response template does not work, so no tool calls will be seen: %s", error)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from tornado.httpserver import HTTPServer
@@ -32,15 +32,13 @@ from tornado.web import Application, HTTPError, RequestHandler, stream_request_b
 
 from ..errors import BackendError, ConfigError, FinetuneError, MissingExtra
 from ..redaction import redact_text, redacting_logger, remember_secret
-from ..types import LLMCall
+from ..types import LLMCall, SamplingParams
+from .call_recorder import Episode
 from .openai_wire import Refused, WireRequest, answer_of, error_body, events_of, read_request
-
-if TYPE_CHECKING:
-    from .call_recorder import Episode
-    from .client import LLM
 
 __all__ = [
     "Addresses",
+    "AskedModel",
     "Completions",
     "Endpoint",
     "Gateway",
@@ -53,13 +51,34 @@ __all__ = [
 ]
 
 
+class AskedModel(Protocol):
+    """What the gateway needs of a model: `llms.client.LLM` has it."""
+
+    name: str
+    sampling: SamplingParams
+    takes_options: bool
+
+    async def call(
+        self,
+        episode: Episode,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        params: SamplingParams,
+        **options: Any,
+    ) -> LLMCall: ...
+
+    async def complete(
+        self, episode: Episode, prompt: str | list[int], params: SamplingParams, **options: Any
+    ) -> LLMCall: ...
+
+
 @dataclass(eq=False)
 class Endpoint:
     """One address: a model, asked by one rollout. Closed when the rollout ends."""
 
     id: str
     episode: Episode
-    llm: LLM
+    llm: AskedModel
     gateway: Gateway = field(repr=False)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set, repr=False)
     """Requests that are being answered. Touched on the gateway's loop alone."""
@@ -126,11 +145,11 @@ class Gateway:
 
     # ── addresses ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def endpoint(self, episode: Episode, llm: LLM) -> Endpoint:
+    def endpoint(self, episode: Episode, llm: AskedModel) -> Endpoint:
         """The address of that model for that rollout."""
         with self._lock:
             for endpoint in episode.endpoints:
-                if endpoint.llm is llm:
+                if isinstance(endpoint, Endpoint) and endpoint.llm is llm:
                     return endpoint
             endpoint = Endpoint(self._sealed(next(self._numbers)), episode, llm, self)
             self._open[endpoint.id] = endpoint
@@ -370,7 +389,7 @@ class Completions(_Api):
         else:
             self.finish(json.dumps(answer_of(request, calls, name, created), ensure_ascii=False).encode())
 
-    def read(self, body: bytes, llm: LLM) -> WireRequest:
+    def read(self, body: bytes, llm: AskedModel) -> WireRequest:
         return read_request(body, self.chat, llm.sampling, llm.takes_options)
 
     async def _sampled(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:

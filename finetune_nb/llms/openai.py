@@ -19,11 +19,10 @@ from ..components.builder import Builder
 from ..components.registry import register_llm_provider
 from ..config.base import LLMBaseConfig
 from ..errors import MissingExtra
-from ..hooks import resolve
 from ..redaction import redacting_logger
 from ..types import LLMCall, SamplingParams, logprob_values
 from .call_recorder import TEXT_PROMPT, Episode
-from .chat_tokenizer import ChatTokenizer
+from .chat_tokenizer import ChatTokenizer, load_tokenizer
 from .client import LLM, close_clients
 
 __all__ = [
@@ -322,7 +321,7 @@ def _tokenizer(config: OpenAIModelConfig) -> ChatTokenizer | None:
     if config.tokenizer is None:
         return None
     try:
-        tokenizer, end_ids = resolve("finetune_nb.llms.chat_tokenizer:load_tokenizer")(config.tokenizer)
+        tokenizer, end_ids = load_tokenizer(config.tokenizer)
     except ImportError as error:
         raise MissingExtra("`tokenizer` of an llm of type 'openai'", "local") from error
     return ChatTokenizer(tokenizer, end_ids, config.tokenizer)

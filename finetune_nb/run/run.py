@@ -6,7 +6,6 @@ Running and steering it is live_run.py's, its folder run_on_disk.py's, tables an
 from __future__ import annotations
 
 import asyncio
-import atexit
 import threading
 import time
 import weakref
@@ -38,7 +37,7 @@ from ..store.reader import RunReader
 from ..store.runs import free_id
 from ..store.store import RunStore
 from ..text import cut, duration, plain
-from ..threads import EngineThread, Launched
+from ..threads import EngineThread, Launched, before_exit
 from ..tripwires import Tripwire, tripped
 from ..types import Change, CurriculumSettings, Epoch, RolloutFailure, Trajectory, Validation
 from ..views.summary import epoch_text
@@ -864,7 +863,7 @@ class Run(LiveRun):
         await asyncio.to_thread(self.close)
 
 
-@atexit.register
+@before_exit
 def close_all() -> None:
     """Closes every run that is open."""
     for run in list(_open_runs):

@@ -9,21 +9,17 @@ import ipaddress
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from tornado.ioloop import IOLoop
 from tornado.web import Application, RequestHandler, stream_request_body
 
 from ...errors import FinetuneError
-from ...llms.client import LLM
-from ...llms.gateway import Completions, Models
+from ...llms.gateway import Addresses, AskedModel, Completions, Models
 from ...llms.openai_wire import Refused, WireRequest
 from ...redaction import redact_text, redacting_logger
 from ...types import TrainingJobRef
-
-if TYPE_CHECKING:
-    from .server import ArtServer
 
 __all__ = [
     "application",
@@ -31,6 +27,20 @@ __all__ = [
 ]
 
 logger = redacting_logger(__name__)
+
+Body = dict[str, Any]
+
+
+class TrainedModel(Addresses, Protocol):
+    """What answers the routes: the model, asked as the gateway's addresses are, and ART's protocol."""
+
+    adapter: Any
+
+    async def register(self, body: Body) -> None: ...
+    async def get_step(self, body: Body) -> int: ...
+    async def prepare(self, body: Body) -> list[str]: ...
+    async def delete_checkpoints(self, body: Body) -> None: ...
+    async def train(self, body: Body, started: Callable[[TrainingJobRef], None]) -> Body: ...
 
 
 def is_here(host: str) -> bool:
@@ -56,7 +66,7 @@ class _FromHere(RequestHandler):
 
 @stream_request_body
 class _Chat(_FromHere, Completions):
-    def read(self, body: bytes, llm: LLM) -> WireRequest:
+    def read(self, body: bytes, llm: AskedModel) -> WireRequest:
         """Log probabilities and ids come unasked, as from ART's server: without them nothing could be trained on."""
         return replace(super().read(body, llm), logprobs=True, tokens_as_ids=True)
 
@@ -68,7 +78,7 @@ class _OneModel(_FromHere, Models):
 class _Protocol(_FromHere):
     """One request of the protocol: JSON in, JSON out, errors as FastAPI writes them."""
 
-    def initialize(self, answer: Callable[..., Awaitable[Any]] | None, server: ArtServer) -> None:
+    def initialize(self, answer: Callable[..., Awaitable[Any]] | None, server: TrainedModel) -> None:
         self.answer, self.server = answer, server
         self.job: TrainingJobRef | None = None
 
@@ -108,7 +118,7 @@ class _Protocol(_FromHere):
         logger.warning("%s: %s", self.request.path, value, exc_info=None if expected else value)
 
 
-def application(server: ArtServer) -> Application:
+def application(server: TrainedModel) -> Application:
     """What the server answers, address by address."""
     answers = {
         "register": server.register,

@@ -16,9 +16,7 @@ from pydantic import ValidationError
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
-from ...components.registry import config_class
 from ...errors import BackendError, ConfigError
-from ...hooks import resolve
 from ...llms.call_recorder import Episode
 from ...llms.client import PolicyLLM
 from ...llms.gateway import Endpoint, Gateway, sample
@@ -234,6 +232,9 @@ async def serve(
     ready: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Serves until it is cancelled. ready: told once, in words, where. Raises ConfigError and MissingExtra."""
+    from ..local.adapter import LocalGRPOAdapter
+    from ..local.config import LocalGRPOConfig
+
     if not is_here(host) or host in ("0.0.0.0", "::"):
         raise ConfigError(
             f"host is {host!r}; expected an address of this machine alone, such as 127.0.0.1: there is no key."
@@ -243,8 +244,7 @@ async def serve(
             f"{folder} is not empty. Name another folder with --out; --model {folder}/0001, say, goes on from a model in it."
         )
     values = {"model": model, **({"lora": {}} if lora else {})}
-    config = config_class("trainer_adapter", "local_grpo").model_validate(values)
-    adapter = resolve("finetune_nb.backends.local.adapter:LocalGRPOAdapter")(config, seed=seed)
+    adapter = LocalGRPOAdapter(LocalGRPOConfig.model_validate(values), seed=seed)
     await asyncio.to_thread(lambda: adapter.policy)
     server = ArtServer(adapter, folder, learning_rate, SamplingParams(max_tokens=max_tokens), allow_inexact)
     server.address = (host, HEALTH_PORT)

@@ -131,7 +131,10 @@ class Checkpoints:
         with published(directory, MANIFEST) as unfinished:
             seals: dict[FileName, Seal] = {
                 WEIGHTS: _write(unfinished / WEIGHTS, trained_tensors(model), widen=True),
-                OPTIMIZER: _write(unfinished / OPTIMIZER, optimizer_tensors(learner)),
+                OPTIMIZER: _write(
+                    unfinished / OPTIMIZER,
+                    optimizer_tensors(learner.optimizer, learner.parameters, learner.policy.model),
+                ),
             }
             reference = self._reference()
             if reference is not None and reference.found == "in_file":
@@ -216,7 +219,8 @@ class Checkpoints:
         targets = trained_tensors(model)
         weights = _read(directory, WEIGHTS, manifest)
         check_like(weights, targets, directory / WEIGHTS)
-        state = parameter_states(_read(directory, OPTIMIZER, manifest), learner, directory / OPTIMIZER)
+        tensors = _read(directory, OPTIMIZER, manifest)
+        state = parameter_states(tensors, learner.parameters, learner.policy.model, directory / OPTIMIZER)
         reference = self._read_reference(directory, manifest)
 
         groups = learner.optimizer.state_dict()["param_groups"]  # ours: another learning rate may have been asked for

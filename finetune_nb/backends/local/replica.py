@@ -6,7 +6,7 @@ With LoRA that is the adapter alone. Weights travel as numpy arrays, which an ob
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from ...errors import BackendError
 from . import models
 from .lora import as_trained, is_lora
 from .weights import all_tensors, trained_tensors
-
-if TYPE_CHECKING:
-    from .policy import LocalPolicy
 
 __all__ = [
     "Replica",
@@ -47,8 +44,8 @@ class Replica:
     frozen: dict[str, Packed] = field(repr=False)
 
     @classmethod
-    def of(cls, policy: LocalPolicy) -> Replica:
-        """Whoever calls holds `policy.exclusive`."""
+    def of(cls, policy: Any) -> Replica:
+        """A replica of a `LocalPolicy`. The caller holds `policy.exclusive`."""
         model = policy.model
         inside = as_trained(model)
         trained = trained_tensors(model).keys()

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import BackendError
-
-if TYPE_CHECKING:
-    from .training import Learner
 
 __all__ = [
     "all_tensors",
@@ -48,27 +45,31 @@ def all_tensors(model: Any) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()} | buffers
 
 
-def optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], model: Any
+) -> dict[str, Tensor]:
     """AdamW's state, as `exp_avg/<name of the weight>` and so on; nothing for a weight that has taken no step."""
-    state = learner.optimizer.state
+    state = optimizer.state
     return {
         f"{key}/{name}": state[parameter][key]
-        for name, parameter in _trained(learner)
+        for name, parameter in _trained(parameters, model)
         for key in (OPTIMIZER_STATE if parameter in state else ())
     }
 
 
-def _trained(learner: Learner) -> list[tuple[str, torch.nn.Parameter]]:
+def _trained(parameters: Sequence[torch.nn.Parameter], model: Any) -> list[tuple[str, torch.nn.Parameter]]:
     """The optimizer's weights in its order, with their names."""
-    name_of = {parameter: name for name, parameter in learner.policy.model.named_parameters()}
-    return [(name_of[parameter], parameter) for parameter in learner.parameters]
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    return [(name_of[parameter], parameter) for parameter in parameters]
 
 
-def parameter_states(tensors: dict[str, Tensor], learner: Learner, path: Path) -> dict[int, dict[str, Tensor]]:
+def parameter_states(
+    tensors: dict[str, Tensor], parameters: Sequence[torch.nn.Parameter], model: Any, path: Path
+) -> dict[int, dict[str, Tensor]]:
     """What `optimizer_tensors` made, by position, as torch's load_state_dict wants it."""
     state: dict[int, dict[str, Tensor]] = {}
     expected: dict[str, Tensor] = {}
-    for position, (name, parameter) in enumerate(_trained(learner)):
+    for position, (name, parameter) in enumerate(_trained(parameters, model)):
         names = {key: f"{key}/{name}" for key in OPTIMIZER_STATE}
         if tensors.keys().isdisjoint(names.values()):
             continue

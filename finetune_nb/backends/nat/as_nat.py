@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 from nat.builder.builder import Builder
@@ -38,15 +38,14 @@ from nat.finetuning.interfaces.trainer_adapter import TrainerAdapter as NatAdapt
 from nat.finetuning.interfaces.trajectory_builder import TrajectoryBuilder as NatBuilderBase
 from pydantic import Field, create_model
 
-from ...components.registry import config_class
 from ...config.sections import FinetuneConfig
 from ...errors import ConfigError
-from ...hooks import resolve
 from ...interfaces import Policy
 from ...rollouts.trajectory_builder import EvalTrajectoryBuilderConfig
 from ...training.trainer import EpochTrainer, EpochTrainerConfig
 from ...types import SamplingParams
 from ..import_guard import put_transformers_back
+from ..local.config import LocalGRPOConfig
 from .bridges import NatAdapter, NatBuilder, ours_of
 from .conversion import collection_from_nat, collection_to_nat, ref_from_nat, ref_to_nat, status_to_nat
 from .evaluation import EvaluatingBuilder, Evaluations, SharedLLM, finetuning_from_nat, without_itself
@@ -102,10 +101,9 @@ async def trajectory_builder(config: BuilderConfig, builder: Builder) -> AsyncIt
 
 # ── the adapter ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-LocalConfig = config_class("trainer_adapter", "local_grpo")
 _own_fields: dict[str, Any] = {
     name: (field.annotation, field)
-    for name, field in LocalConfig.model_fields.items()
+    for name, field in LocalGRPOConfig.model_fields.items()
     if name not in ("type", "reward")
 }
 AdapterConfig: Any = create_model(
@@ -128,9 +126,10 @@ class OursAsNatAdapter(NatAdapterBase):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        adapter = resolve("finetune_nb.backends.local.adapter:LocalGRPOAdapter")
+        from ..local.adapter import LocalGRPOAdapter
+
         own = config.model_dump(exclude={"type", "reward", "seed", "deterministic"})
-        self.ours = adapter(LocalConfig(**own), seed=config.seed, deterministic=config.deterministic)
+        self.ours = LocalGRPOAdapter(LocalGRPOConfig(**own), seed=config.seed, deterministic=config.deterministic)
         self.initialized = False
 
     @property
@@ -140,7 +139,7 @@ class OursAsNatAdapter(NatAdapterBase):
                 "the trainer adapter of this model is not the one that trains: a validation_config_file makes a model of its "
                 "own. Leave validation_config_file out, and name the dataset by validation_dataset."
             )
-        return self.ours.policy
+        return cast(Policy, self.ours.policy)
 
     async def initialize(self, run_config: Any) -> None:
         await super().initialize(run_config)

@@ -8,7 +8,6 @@ is sampled in remote_policy.py.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import functools
 import tempfile
 from collections.abc import Mapping
@@ -21,10 +20,9 @@ from ...config.base import TrainerAdapterConfig
 from ...config.sections import FinetuneConfig, RunSettings
 from ...engine.live_settings import live_names
 from ...errors import BackendError, ConfigError, UnknownJob
-from ...hooks import resolve
 from ...interfaces import TrainerAdapter
 from ...redaction import redacting_logger
-from ...threads import in_daemon_thread
+from ...threads import in_daemon_thread, renew_exit_order
 from ...training.jobs import write_progress
 from ...types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum, TrajectoryCollection
 from .remote_policy import RemotePolicy
@@ -213,9 +211,8 @@ def _lost(ref: TrainingJobRef, error: TrainerLost) -> TrainingJobStatus:
 
 @functools.cache
 def _close_before_ray_does() -> None:
-    """At exit Ray lets go of its cluster before the runs are closed, which it was loaded after: so they are closed once more,
-    and first."""
-    atexit.register(resolve("finetune_nb.run.run:close_all"))
+    """At exit Ray would shut down before the runs are closed, because it was loaded after them."""
+    renew_exit_order()
 
 
 async def ray_trainer(config: TrainerAdapterConfig, builder: Builder):

@@ -19,7 +19,7 @@ from ...components.builder import Builder
 from ...components.registry import register_trainer_adapter
 from ...config.sections import FinetuneConfig
 from ...errors import BackendError, FinetuneError, MissingExtra
-from ...hooks import resolve
+from ...llms.chat_tokenizer import load_tokenizer
 from ...redaction import redact_text, redacting_logger
 from ...threads import in_daemon_thread
 from ...training.batch import Experience, experience
@@ -73,8 +73,7 @@ class TinkerAdapter(JobAdapter[TrainingJob]):
                 config, tokenizer = self.adapter_config, self._tokenizer
                 if tokenizer is None:
                     try:
-                        load = resolve("finetune_nb.llms.chat_tokenizer:load_tokenizer")
-                        tokenizer, end_ids = load(config.tokenizer or config.model)
+                        tokenizer, end_ids = load_tokenizer(config.tokenizer or config.model)
                     except ImportError as error:
                         raise MissingExtra("the training backend tinker", "tinker") from error
                 else:

@@ -19,7 +19,6 @@ from ...components.builder import Builder
 from ...components.registry import register_trainer_adapter
 from ...config.sections import FinetuneConfig
 from ...errors import BackendError, ConfigError, FinetuneError, MissingExtra
-from ...hooks import resolve
 from ...redaction import redacting_logger
 from ...store.durable import published, size_of
 from ...training.jobs import JobAdapter, plain_name
@@ -69,8 +68,9 @@ class TRLAdapter(JobAdapter[TRLJob]):
                 if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers", "trl")):
                     raise MissingExtra(f"the training backend {self.name}", "trl")
                 config = self.adapter_config
-                load = resolve("finetune_nb.backends.local.policy:LocalPolicy").load
-                self._policy = load(config.model, config.device)
+                from ..local.policy import LocalPolicy
+
+                self._policy = LocalPolicy.load(config.model, config.device)
             return self._policy
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
