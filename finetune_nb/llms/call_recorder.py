@@ -25,6 +25,7 @@ from ..types import (
     InvocationNode,
     LLMCall,
     StreamEventData,
+    same_message,
 )
 
 __all__ = [
@@ -104,7 +105,7 @@ class Episode:
                 and call.prompt_ids is not None
                 and call.response_ids is not None
                 and call.tools == tools
-                and all(_same(a, b) for a, b in zip((*call.messages, call.reply), messages, strict=False))
+                and all(same_message(a, b) for a, b in zip((*call.messages, call.reply), messages, strict=False))
             ):
                 return [*call.prompt_ids, *call.response_ids]
         return None
@@ -148,23 +149,6 @@ class Episode:
             self.ended = True
         for endpoint in self.endpoints:
             endpoint.close()
-
-
-def _same(mine: dict[str, Any], message: dict[str, Any]) -> bool:
-    """Whether a message of the next prompt is that one, however a library has written it down in between: empty parts
-    left out or not, the JSON of a tool call formatted anew. Everything that a chat template may show counts."""
-    return mine == message or _essence(mine) == _essence(message)
-
-
-def _essence(message: dict[str, Any]) -> tuple[Any, ...]:
-    calls = [call.get("function") or {} for call in message.get("tool_calls") or ()]
-    return (
-        message.get("role"),
-        message.get("content") or "",
-        [(function.get("name"), arguments_of(function)) for function in calls],
-        message.get("tool_call_id") or None,
-        message.get("name") or None,
-    )
 
 
 def arguments_of(function: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import did_you_mean
-from ..types import LLMCall, SamplingParams
+from ..types import LLMCall, SamplingParams, plain_content
 
 __all__ = [
     "Refused",
@@ -175,16 +175,10 @@ def _messages(messages: Any, as_given: bool) -> list[dict[str, Any]]:
 
 def _text(content: Any, i: int) -> str | None:
     """A message's content; a list of text parts as one text."""
-    if content is None or isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") in _TEXTS else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    text = None if content is None else plain_content(content)
+    if text is not None and not isinstance(text, str):
         raise Refused(400, "the policy reads text only, and the message has other content.", None, f"messages[{i}]")
-    return "".join(texts)  # type: ignore[arg-type]  # all are texts
-
-
-_TEXTS = ("text", "input_text", "output_text", "refusal")
+    return text
 
 
 def _check_tool_calls(message: dict[str, Any], i: int) -> None:

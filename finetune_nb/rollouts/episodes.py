@@ -23,6 +23,8 @@ from ..types import (
     SamplingParams,
     Trajectory,
     logprob_values,
+    plain_content,
+    same_message,
 )
 
 __all__ = [
@@ -138,11 +140,7 @@ def call_of(step: IntermediateStep) -> LLMCall | None:
 def _carries_on(so_far: list[dict[str, Any]], messages: list[dict[str, Any]]) -> bool:
     if not so_far or len(messages) < len(so_far):
         return False
-    return all(_essence(a) == _essence(b) for a, b in zip(so_far, messages, strict=False))
-
-
-def _essence(message: Mapping[str, Any]) -> tuple[Any, ...]:
-    return message.get("role"), message.get("content") or "", message.get("tool_calls") or []
+    return all(same_message(a, b) for a, b in zip(so_far, messages, strict=False))
 
 
 def _context(message: Mapping[str, Any], conversation: int) -> EpisodeItem:
@@ -190,8 +188,7 @@ def _sampled(call: LLMCall, conversation: int) -> EpisodeItem:
 
 
 def _text(content: Any) -> str:
-    if content is None:
-        return ""
+    content = plain_content(content)
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
 
 
