@@ -291,7 +291,7 @@ def test_a_change_that_was_pending_when_the_process_died_is_pending_again(killer
 
     asyncio.run(first())
     again = killed.make(tmp_path, "local")
-    assert again.curriculum.percentile == 0.9 and again._controls.applied.percentile == 0.3
+    assert again.curriculum.percentile == 0.9 and again._settings.applied.percentile == 0.3
     again.curriculum = {"random_subsample": 0.5}
 
     async def second():

@@ -253,7 +253,7 @@ def test_closing_a_running_run_ends_it(make_run):
 
 
 def test_a_change_while_it_runs_is_used_by_the_next_selection_and_journaled(make_run):
-    run = make_run(curriculum=dict(initial_percentile=0.3))
+    run = make_run(curriculum=dict(initial_percentile=0.3, expansion_interval=1000))
     run.start(epochs=200)
     until(lambda: len(run) >= 2)
     run.curriculum = {"percentile": 0.8}
@@ -568,4 +568,4 @@ def test_a_thousand_calls_from_four_threads_lose_no_change_and_lock_nothing_up(m
     told = [change.new for change in run.changes if change.field == "percentile"]
     assert sorted(told) == sorted(asked)
     assert told[-1] == run[-1].curriculum.percentile
-    assert [change.new for change in run._controls.journal] == [change.new for change in run.changes]
+    assert [change.new for change in run._settings.journal] == [change.new for change in run.changes]

@@ -11,8 +11,9 @@ from factories import item, make_epoch, make_trajectory
 from test_frames import epoch_of
 
 from finetune_nb import frames
+from finetune_nb.engine.state import RunStatus
 from finetune_nb.errors import ConfigError
-from finetune_nb.run.history import RunViews
+from finetune_nb.run.history import RunHistory
 from finetune_nb.store.store import RunStore
 from finetune_nb.types import (
     DPOItem,
@@ -65,10 +66,10 @@ def stored(tmp_path, *epochs: Epoch) -> list[Epoch]:
     return list(RunStore.open(tmp_path / "run").epochs)
 
 
-class Views(RunViews):
+class Views(RunHistory):
     """A run to look at, from records alone."""
 
-    id, folder, state, partial, changes = "run", None, "ready", None, ()  # type: ignore[assignment]
+    id, folder, status, partial, changes = "run", None, RunStatus("run", "ready", (), 0, 0), None, ()  # type: ignore[assignment]
 
     def __init__(self, *records: Epoch) -> None:
         self._records = records

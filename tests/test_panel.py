@@ -12,7 +12,6 @@ from agents import coin, guess, right
 import finetune_nb as ft
 from finetune_nb.notebook import kernel
 from finetune_nb.notebook.panel import Panel, Still
-from finetune_nb.notebook.panel import RunHelm as Helm
 from finetune_nb.notebook.panel_html import status_html
 from finetune_nb.notebook.reward_curve import MOST, reward_curve
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
@@ -74,7 +73,7 @@ def test_training_is_shown_in_steps_where_asking_costs_nothing(tmp_path, closing
     while run.progress.phase != "training" or (cheap and adapter.asked < 3):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    shown = status_html(Helm(run).doing(), 1)
+    shown = status_html(run.status, 1)
     line = run._progress_line(False)
     if cheap:
         assert "step 3 of 8" in shown and "width:37.5%" in shown and "rollouts" not in shown
@@ -91,7 +90,7 @@ def test_what_a_person_moves_is_tried_out_and_counts_once_it_is_applied(run, pan
     ft.run_sync(run.next_epoch())
     widget(panel, "percentile").value = 0.7
     assert widget(panel, "schedule").value == "manual"
-    assert run._controls.draft == {"percentile": 0.7, "schedule": "manual"} and run.curriculum.percentile == 0.3
+    assert run._settings.draft == {"percentile": 0.7, "schedule": "manual"} and run.curriculum.percentile == 0.3
     assert shows(panel, "answer", "What if") and shows(panel, "answer", "Tried out")
     panel.buttons["apply"].click()
     assert run.curriculum.percentile == 0.7 and shows(panel, "answer", "Asked for")
@@ -108,7 +107,7 @@ def test_revert_takes_the_inputs_back_to_what_is_asked_for(run, panel):
     assert widget(panel, "percentile").value == 0.5  # brought along
     panel.buttons["revert"].click()
     assert widget(panel, "expansion_interval").value == 5 and widget(panel, "schedule").value == "manual"
-    assert run._controls.draft == {}
+    assert run._settings.draft == {}
 
 
 def test_every_kind_of_input_reaches_its_setting(run, panel):
@@ -137,7 +136,7 @@ def test_apply_at_once_needs_no_button(run, panel):
     panel.at_once.value = True
     assert run.curriculum.min_reward_diff == 0.4
     widget(panel, "percentile").value = 0.9
-    assert run.curriculum.percentile == 0.9 and run._controls.draft == {}
+    assert run.curriculum.percentile == 0.9 and run._settings.draft == {}
 
 
 def test_a_live_field_goes_the_same_way_and_a_value_that_does_not_fit_is_refused_in_words(run, panel):
@@ -146,7 +145,7 @@ def test_a_live_field_goes_the_same_way_and_a_value_that_does_not_fit_is_refused
     assert run.live["llm.temperature"] == 0.8
     widget(panel, "llm.temperature").value = -1.0
     assert shows(panel, "answer", "temperature")
-    assert run._controls.draft == {} and widget(panel, "llm.temperature").value == 0.8
+    assert run._settings.draft == {} and widget(panel, "llm.temperature").value == 0.8
 
 
 def test_tripwires_are_set_beside_those_from_code(run, panel):
@@ -280,7 +279,7 @@ def test_a_run_that_is_only_read_has_no_inputs_and_says_why(run, tmp_path, monke
     run.close()
     read = ft.Run.open(run.folder)
     read._unable = "this run can be read, but not gone on with here: its agent is missing"
-    panel = Panel(Helm(read))
+    panel = Panel(read, read._settings)
     try:
         assert "its agent is missing" in panel.shown["status"].value
         assert ".ft-b-start{display:none}" in panel.shown["status"].value

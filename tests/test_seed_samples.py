@@ -435,7 +435,7 @@ async def test_the_cleanup_sample_cancels_what_is_pending_and_closes_the_connect
         await asyncio.sleep(0.01)
         return dict(trainer.pending_tasks)
 
-    tasks = await run._engine.run(begin())
+    tasks = await run._session.engine.run(begin())
     await asyncio.to_thread(run.close)
     assert tasks["late"].cancelled()
     assert not tasks["done"].cancelled()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..plots.curves import plot_rewards
-from ..run.history import RunViews
+from ..run.history import RunHistory
 from ..text import number
 from ..types import Epoch
 from ..views.html import table, view
@@ -161,7 +161,7 @@ def _sentence(difference: Difference, first: str, confidence: float) -> str:
     return f"{difference.run} against {first}: {difference.mean:+.3g} ({interval}; {where}): {_verdict(difference)}"
 
 
-def compare(runs: Sequence[RunViews], confidence: float = 0.95) -> Comparison:
+def compare(runs: Sequence[RunHistory], confidence: float = 0.95) -> Comparison:
     """Holds the other runs against the first one, on the examples that they have in common in the same epoch.
 
     Shows a table; `.frame` has the pairs, `.differences` the numbers with their bootstrap intervals, `.plot()` the curves.

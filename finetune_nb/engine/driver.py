@@ -132,6 +132,11 @@ class Driver:
         """Whether the components are built and the record is taken up."""
         return self.trainer is not None
 
+    def write_journal(self) -> None:
+        """Writes down which settings were asked for, if the record is open."""
+        if self.is_open:
+            self.recorder.journal(self.controls)
+
     @property
     def at_work(self) -> bool:
         """Whether an epoch is running; between two of them a run may be paused."""

@@ -138,6 +138,8 @@ class Controls:
         self._told = 0  # how many entries of the journal came from the record
         self._waiting: dict[str, int] = {}  # field -> place in the journal of its last change, while that is pending
         self._repeat: list[Change] = []
+        self.when_asked: Callable[[], None] = lambda: None
+        """Called after somebody asked for other settings: it writes the journal."""
 
     @property
     def applied(self) -> CurriculumSettings:
@@ -193,7 +195,9 @@ class Controls:
         """Asks for other settings; names with a dot are live fields. Returns the curriculum that is asked for. Raises
         ConfigError, and changes nothing, if they do not fit."""
         with self._lock:
-            return self._change(changes, source)
+            after = self._change(changes, source)
+        self.when_asked()
+        return after
 
     def _change(self, changes: Mapping[str, Any] | CurriculumSettings, source: str) -> CurriculumSettings:
         live: dict[str, LiveField] = {}
@@ -262,7 +266,8 @@ class Controls:
         with self._lock:
             curriculum = self._change(self._draft, source) if self._draft else self._pending or self._applied
             self._draft = {}
-            return curriculum
+        self.when_asked()
+        return curriculum
 
     def drop_draft(self) -> None:
         """Empties the draft."""

@@ -7,14 +7,21 @@ epoch is.
 from __future__ import annotations
 
 import asyncio
+import math
+import statistics
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ..errors import RunError
+from ..rollouts.evaluation import Progress
+from ..types import Epoch
 
 __all__ = [
     "ACTIVE",
+    "RunStatus",
     "Standing",
     "State",
 ]
@@ -65,6 +72,60 @@ _HINTS = {
     "stop": "Nothing is running that could be stopped.",
     "abort": "Nothing is running that could be aborted.",
 }
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run at one moment: what the panel, a saved notebook and `repr` show of it."""
+
+    name: str
+    state: str
+    epochs: Sequence[Epoch]
+    next_index: int
+    planned: int
+    phase: str = ""
+    done: int = 0
+    failed: int = 0
+    total: int = 0
+    trained: float = 0.0
+    """Of the training job, 0 to 100 %."""
+    job: str = ""
+    """What it says of itself."""
+    seconds: float = 0.0
+    notice: str | None = None
+    error: str | None = None
+    looked_at: str | None = None
+    """Why it can only be looked at; None where it can be steered."""
+    writer: str | None = None
+
+    def during(self, progress: Progress) -> RunStatus:
+        """The same with how far the running epoch is."""
+        return replace(
+            self,
+            phase=progress.phase,
+            done=progress.done,
+            failed=progress.failed,
+            total=progress.total,
+            trained=progress.trained,
+            job=progress.job,
+            seconds=progress.seconds,
+        )
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+    def seconds_left(self) -> float:
+        """At the pace of the last five epochs, pauses left out; NaN where there is no pace yet."""
+        took = [e.seconds.get("total", math.nan) - e.seconds.get("paused", 0.0) for e in self.epochs[-5:]]
+        took = [seconds for seconds in took if math.isfinite(seconds)]
+        if not took or self.state not in (State.RUNNING, State.STOPPING):
+            return math.nan
+        pace = statistics.median(took)
+        return max(0.0, pace * (self.planned - self.next_index) - min(self.seconds, pace))
+
+
+# ── the state ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Standing:

@@ -17,24 +17,24 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..engine.live_settings import Controls
-from ..engine.state import ACTIVE
-from ..errors import FinetuneError, RunError
+from ..engine.state import RunStatus
+from ..errors import FinetuneError
 from ..redaction import error_text, redact_text, redacting_logger
-from ..training.preview import Preview, preview
-from ..types import Change
+from ..training.preview import Preview
+from ..types import Change, CurriculumSettings
 from ..views.html import Html, element, image, view
 from ..views.preview_card import preview_body
 from ..views.summary import run_html, run_text
 from .kernel import is_seen, let_through, word_of_absence
-from .panel_html import Doing, asked_html, log_html, record_html, status_html, style_html
+from .panel_html import asked_html, log_html, record_html, status_html, style_html
 from .panel_inputs import Inputs, TripwireInputs
 
 if TYPE_CHECKING:
-    from ..run.run import LiveRun
+    pass
 
 __all__ = [
+    "PanelRun",
     "Panel",
-    "RunHelm",
     "Still",
     "panel_of",
 ]
@@ -46,19 +46,25 @@ EVERY = 0.5
 ANSWER_EVERY = 0.1
 """Seconds between two answers to a person's input."""
 LOG_LINES = 8
+REFRESH_SECONDS = 2.0
+"""How often a panel looks for what another process has added to the run that it shows."""
 WIDGET = "application/vnd.jupyter.widget-view+json"
 _numbers = iter(range(1, 1_000_000))
 
 
-class Steered(Protocol):
+class PanelRun(Protocol):
     """What a panel needs of a run."""
 
     id: str
     tripwires: list[Any]
 
     @property
+    def status(self) -> RunStatus: ...
+    @property
     def changes(self) -> Sequence[Change]: ...
     def log_lines(self, count: int = 20) -> list[str]: ...
+    def preview(self, changes: CurriculumSettings) -> Preview: ...
+    def refresh(self) -> None: ...
     def start(self, epochs: int | None = None) -> None: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -66,33 +72,14 @@ class Steered(Protocol):
     def abort(self) -> None: ...
 
 
-class Helm(Protocol):
-    """A run as its panel knows it."""
-
-    @property
-    def run(self) -> Steered: ...
-    @property
-    def controls(self) -> Controls: ...
-    def doing(self) -> Doing:
-        """Where the run stands."""
-        ...
-
-    def preview(self) -> Preview | None:
-        """What the draft would do; None before the first epoch."""
-        ...
-
-    def ask(self) -> None:
-        """Asks for what is in the draft."""
-        ...
-
-
 class Panel:
     """The panel of one run, as a cell shows it. `close()` takes it away; it also ends with its run."""
 
-    def __init__(self, helm: Helm) -> None:
+    def __init__(self, run: PanelRun, settings: Controls) -> None:
         import ipywidgets as w
 
-        self.helm, self.run, self.number = helm, helm.run, next(_numbers)
+        self.run, self.settings, self.number = run, settings, next(_numbers)
+        self._refreshed = 0.0
         self._said: str | None = None
         self._answer_due = threading.Event()
         self._wake = threading.Event()
@@ -102,7 +89,7 @@ class Panel:
         self.closed = False
         panel = weakref.ref(self)
 
-        def weakly(call: Callable[[Panel], None]) -> Callable[..., None]:
+        def weakly(call: Callable[[Panel], Any]) -> Callable[..., None]:
             """Widgets live as long as the kernel; they must not keep a run that nobody else holds."""
 
             def answer(*_: Any) -> None:
@@ -117,9 +104,9 @@ class Panel:
             if found is not None:
                 found._answer(said)
 
-        controls, run = helm.controls, weakref.ref(helm.run)
-        self.inputs = Inputs(controls, changed)
-        self.tripwires = TripwireInputs(_get_tripwires(run), _put_tripwires(run))
+        held = weakref.ref(run)
+        self.inputs = Inputs(settings, changed)
+        self.tripwires = TripwireInputs(_get_tripwires(held), _put_tripwires(held))
         self.shown = {name: w.HTML().add_class(f"ft-b-{name}") for name in ("status", "record", "answer", "log")}
         buttons = {
             "start": w.Button(
@@ -138,7 +125,7 @@ class Panel:
             ),
             "revert": w.Button(description="Revert", icon="undo", tooltip="back to what is asked for"),
         }
-        presses: dict[str, Callable[[Panel], None]] = {
+        presses: dict[str, Callable[[Panel], Any]] = {
             "start": lambda p: p.run.start(p.epochs.value),
             "step": lambda p: p.run.start(1),
             "pause": lambda p: p.run.pause(),
@@ -146,29 +133,29 @@ class Panel:
             "stop": lambda p: p.run.stop(),
             "abort": lambda p: p.run.abort(),
             "close": lambda p: p.close(),
-            "apply": lambda p: p.helm.ask(),
-            "revert": lambda p: p.helm.controls.drop_draft(),
+            "apply": lambda p: p.settings.ask_for_draft(),
+            "revert": lambda p: p.settings.drop_draft(),
         }
         for name, button in buttons.items():
             button.add_class(f"ft-b-{name}").layout.width = "96px"
             button.on_click(weakly(presses[name]))
-        doing = helm.doing()
-        left = max(1, doing.planned - doing.next_index)
+        status = run.status
+        left = max(1, status.planned - status.next_index)
         self.epochs = w.BoundedIntText(left, min=1, max=100_000, description="epochs", layout=w.Layout(width="140px"),
                                        style={"description_width": "56px"}).add_class("ft-b-epochs")  # fmt: skip
         self.at_once = w.Checkbox(
-            controls.at_once, description="apply at once", indent=False, layout=w.Layout(width="auto")
+            settings.at_once, description="apply at once", indent=False, layout=w.Layout(width="auto")
         )
         self.at_once.observe(weakly(lambda p: p._set_at_once()), "value")
         self.buttons = buttons
         self._steering = [*self.inputs.widgets, *self.tripwires.widgets, *buttons.values(), self.epochs, self.at_once]
-        self.view = self._layout(can_steer=doing.looked_at is None)
+        self.view = self._layout(can_steer=status.looked_at is None)
         self._tree = list(_family(self.view))
         let_through(self._steering)
         self._close_widgets = weakref.finalize(self, _close_all, self._tree)
         self._close_widgets.atexit = False
         self.tick(first=True)
-        threading.Thread(target=_serve, args=(panel, self._wake), name=f"ft-panel-{helm.run.id}", daemon=True).start()
+        threading.Thread(target=_serve, args=(panel, self._wake), name=f"ft-panel-{run.id}", daemon=True).start()
 
     def _layout(self, can_steer: bool) -> Any:
         import ipywidgets as w
@@ -203,7 +190,7 @@ class Panel:
 
     # ── what a person does ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _press(self, call: Callable[[], None]) -> None:
+    def _press(self, call: Callable[[], Any]) -> None:
         said = None
         try:
             call()
@@ -217,9 +204,9 @@ class Panel:
             self._answer(said)
 
     def _set_at_once(self) -> None:
-        self.helm.controls.at_once = self.at_once.value
+        self.settings.at_once = self.at_once.value
         if self.at_once.value:
-            self.helm.ask()
+            self.settings.ask_for_draft()
 
     def _answer(self, said: str | None) -> None:
         self._said = said
@@ -254,27 +241,36 @@ class Panel:
             self.shown[name].value = text
 
     def _texts(self) -> dict[str, str]:
-        doing, changes = self.helm.doing(), self.run.changes
-        newest = doing.epochs[-1] if doing.epochs else None
-        key = (len(doing.epochs), newest, len(changes), sum(change.epoch is not None for change in changes))
+        status, changes = self._status(), self.run.changes
+        newest = status.epochs[-1] if status.epochs else None
+        key = (len(status.epochs), newest, len(changes), sum(change.epoch is not None for change in changes))
         if self._drawn[0] != key:
-            self._drawn = key, record_html(doing.epochs, changes)
+            self._drawn = key, record_html(status.epochs, changes)
         texts = {"record": self._drawn[1], "log": log_html(self.run.log_lines(LOG_LINES))}
         if not self._answer_due.is_set():
             texts["answer"] = self._answer_html()
-        return {**texts, "status": status_html(doing, self.number)}
+        return {**texts, "status": status_html(status, self.number)}
+
+    def _status(self) -> RunStatus:
+        """Where the run stands, with what another process has added to it."""
+        status = self.run.status
+        if status.writer and time.monotonic() - self._refreshed > REFRESH_SECONDS:
+            self._refreshed = time.monotonic()
+            self.run.refresh()
+            status = self.run.status
+        return status
 
     def _answer_html(self) -> str:
-        controls, preview = self.helm.controls, None
-        with suppress(FinetuneError):
-            preview = self.helm.preview()
+        settings, preview = self.settings, None
+        with suppress(FinetuneError):  # no epoch has ended yet, say
+            preview = self.run.preview(settings.drafted)
         own = [each for each in self.run.tripwires if each not in self._panel_tripwires()]
         return asked_html(
-            controls.applied,
-            controls.pending,
-            controls.draft,
-            controls.live_fields,
-            controls.waiting,
+            settings.applied,
+            settings.pending,
+            settings.draft,
+            settings.live_fields,
+            settings.waiting,
             self.number,
             self._said,
             preview and preview_body(preview),
@@ -297,13 +293,13 @@ class Panel:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """The widgets; and, for a saved notebook and for places without widgets, the run as it is now."""
-        bundle = Still(self.helm)._repr_mimebundle_()
+        bundle = Still(self.run)._repr_mimebundle_()
         if self.closed:
             return bundle
         return {**bundle, WIDGET: {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}}
 
 
-def _get_tripwires(run: weakref.ref[Steered]) -> Callable[[], list[Any]]:
+def _get_tripwires(run: weakref.ref[PanelRun]) -> Callable[[], list[Any]]:
     def get() -> list[Any]:
         found = run()
         return [] if found is None else list(found.tripwires)
@@ -311,7 +307,7 @@ def _get_tripwires(run: weakref.ref[Steered]) -> Callable[[], list[Any]]:
     return get
 
 
-def _put_tripwires(run: weakref.ref[Steered]) -> Callable[[list[Any]], None]:
+def _put_tripwires(run: weakref.ref[PanelRun]) -> Callable[[list[Any]], None]:
     def put(tripwires: list[Any]) -> None:
         found = run()
         if found is not None:
@@ -363,18 +359,18 @@ DPI = 120
 class Still:
     """A panel without widgets: the run as it was when this was made."""
 
-    def __init__(self, helm: Helm) -> None:
-        doing = helm.doing()
-        where = {"name": doing.name, "state": doing.state, "epochs": doing.epochs, "error": doing.error}
+    def __init__(self, run: PanelRun) -> None:
+        status = run.status
+        where = {"name": status.name, "state": status.state, "epochs": status.epochs, "error": status.error}
         self._text = run_text(**where)
         self._png: bytes | None = None
         body = [Html(run_html(**where))]
-        if doing.notice and not doing.error:
-            body.append(view(doing.notice, styled=False))
-        if doing.epochs:
+        if status.notice and not status.error:
+            body.append(view(status.notice, styled=False))
+        if status.epochs:
             from ..plots.curves import plot_rewards
 
-            figure: Any = plot_rewards(SimpleNamespace(id=doing.name, records=doing.epochs, changes=helm.run.changes))
+            figure: Any = plot_rewards(SimpleNamespace(id=status.name, records=status.epochs, changes=run.changes))
             self._png = picture = figure.png(DPI)
             body.append(image(picture, redact_text(figure.alt_text), round(96 * figure.get_figwidth())))
         if absent := word_of_absence():
@@ -389,78 +385,16 @@ class Still:
         return {**found, "image/png": base64.b64encode(self._png).decode("ascii")} if self._png else found
 
 
-REFRESH_SECONDS = 2.0
-"""How often a panel looks for what another process has added to the run that it shows."""
+def panel_of(run: PanelRun, settings: Controls, shown: Panel | None) -> Panel | Still:
+    """The run's panel; without widgets where nobody would see them.
 
-
-def panel_of(run: LiveRun) -> Panel | Still:
-    """The run's panel, made where there is none; without widgets where nobody would see them."""
+    Args:
+        run: The run to steer.
+        settings: Its live settings, which the inputs draft.
+        shown: The panel that it has already, if any.
+    """
     if not is_seen():
-        return Still(RunHelm(run))
-    if run._panel is None or run._panel.closed:
-        run._panel = Panel(RunHelm(run))
-    return run._panel
-
-
-class RunHelm:
-    """What a Panel steers by."""
-
-    def __init__(self, run: LiveRun) -> None:
-        self.run = run
-        self._refreshed = 0.0
-
-    @property
-    def controls(self) -> Controls:
-        return self.run._controls
-
-    def doing(self) -> Doing:
-        """Where the run stands."""
-        run, looked_at = self.run, self._why_only_looked_at()
-        if looked_at and run.writer and time.monotonic() - self._refreshed > REFRESH_SECONDS:
-            self._refreshed = time.monotonic()
-            run.refresh()
-        progress, state = run.progress, run.state
-        live = state in ACTIVE and run._driver.at_work
-        return Doing(
-            name=run.id,
-            state=state,
-            epochs=run.records,
-            next_index=run.next_index,
-            planned=run.planned,
-            phase=progress.phase if live else "",
-            done=progress.done if live else 0,
-            failed=progress.failed if live else 0,
-            total=progress.total if live else 0,
-            trained=progress.trained if live else 0.0,
-            job=progress.job if live else "",
-            seconds=progress.seconds if live else 0.0,
-            notice=run.notice,
-            error=run.error,
-            looked_at=looked_at,
-        )
-
-    def _why_only_looked_at(self) -> str | None:
-        run = self.run
-        if run._closed:
-            return "This run is closed: it can be looked at. Run.open goes on with it."
-        if run._unable:
-            return run._unable
-        if run.writer:
-            return f"Another process writes this run ({run.writer}): it can be looked at here, and steered there."
-        try:
-            run._driver.require_single_epochs()
-        except RunError as error:
-            return str(error)
-        return None
-
-    def preview(self) -> Preview | None:
-        """What the draft would do; None before the first epoch."""
-        basis, controls = self.run._preview_basis(), self.controls
-        if basis is None:
-            return None
-        return preview(basis, controls.applied, controls.curriculum, controls.drafted, self.run.config.run.seed)
-
-    def ask(self) -> None:
-        """Asks for what is in the draft."""
-        self.controls.ask_for_draft()
-        self.run._write_journal()
+        return Still(run)
+    if shown is None or shown.closed:
+        return Panel(run, settings)
+    return shown

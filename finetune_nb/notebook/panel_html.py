@@ -7,20 +7,17 @@ Pure functions. Which of the panel's buttons make sense is said by the style she
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..engine.live_settings import LiveField
-from ..engine.state import ACTIVE, State
+from ..engine.state import RunStatus, State
 from ..text import cut, duration, number, plain
 from ..types import Change, CurriculumSettings, Epoch
 from ..views.html import Html, bar, drifted, element, table, view
 from .reward_curve import reward_curve
 
 __all__ = [
-    "Doing",
     "asked_html",
     "log_html",
     "record_html",
@@ -48,48 +45,7 @@ _SIGNS = {
 }
 
 
-@dataclass(frozen=True)
-class Doing:
-    """What a run is doing at one moment."""
-
-    name: str
-    state: str
-    epochs: Sequence[Epoch]
-    next_index: int
-    planned: int
-    phase: str = ""
-    done: int = 0
-    failed: int = 0
-    total: int = 0
-    trained: float = 0.0
-    """Of the training job, 0 to 100 %."""
-    job: str = ""
-    """What it says of itself."""
-    seconds: float = 0.0
-    notice: str | None = None
-    error: str | None = None
-    looked_at: str | None = None
-    """Why it can only be looked at; None where it can be steered."""
-    writer: str | None = None
-
-    @property
-    def active(self) -> bool:
-        return self.state in ACTIVE
-
-    def seconds_left(self) -> float:
-        """At the pace of the last five epochs, pauses left out; NaN where there is no pace yet."""
-        took = [e.seconds.get("total", math.nan) - e.seconds.get("paused", 0.0) for e in self.epochs[-5:]]
-        took = [seconds for seconds in took if math.isfinite(seconds)]
-        if not took or self.state not in (State.RUNNING, State.STOPPING):
-            return math.nan
-        pace = statistics.median(took)
-        return max(0.0, pace * (self.planned - self.next_index) - min(self.seconds, pace))
-
-
-# ── the state ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def status_html(doing: Doing, number_: int) -> str:
+def status_html(doing: RunStatus, number_: int) -> str:
     """The head of panel `number_`: state, epochs, how far the running one is, and what went wrong."""
     state = element(
         "span", f"{_SIGNS.get(doing.state, '●')} {doing.state}", class_=f"ft-state {_css_name(doing.state)}"
@@ -110,7 +66,7 @@ def _css_name(state: str) -> str:
     return f"ft-is-{state}" if state.isalpha() else "ft-is-other"
 
 
-def _how_far(doing: Doing) -> Html:
+def _how_far(doing: RunStatus) -> Html:
     ended, planned = doing.next_index, max(doing.planned, doing.next_index)
     text = f"{ended} of {planned} epochs"
     left = doing.seconds_left()
@@ -119,7 +75,7 @@ def _how_far(doing: Doing) -> Html:
     return element("span", bar(ended, planned or 1, text), class_="ft-far")
 
 
-def _epoch_line(doing: Doing) -> list[Any]:
+def _epoch_line(doing: RunStatus) -> list[Any]:
     if not doing.active:
         newest = doing.epochs[-1] if doing.epochs else None
         if newest is None:
@@ -139,7 +95,7 @@ def _epoch_line(doing: Doing) -> list[Any]:
     return parts
 
 
-def _buttons_style(doing: Doing, number_: int) -> str:
+def _buttons_style(doing: RunStatus, number_: int) -> str:
     shown = () if doing.looked_at else _SHOWN.get(doing.state, ())  # type: ignore[call-overload]
     hidden = [name for name in BUTTONS if name not in shown]
     if doing.looked_at:

@@ -1,6 +1,7 @@
-"""What can be seen of a run: tables, plots and how it shows itself, from its records alone.
+"""A run as its records show it: frames, plots, rollouts, exports.
 
-Everything here works on records that are in memory or read from disk, whoever's Trainer made them. Running is live_run.py's.
+Everything here works on records that are in memory or read from disk, whoever's Trainer made them. Nothing here needs an
+engine.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from ..engine.state import RunStatus
 from ..errors import ConfigError, did_you_mean
 from ..types import Epoch
 from ..views.summary import run_html, run_text
@@ -25,13 +27,13 @@ if TYPE_CHECKING:
     from ..views.tokens import Heat
 
 __all__ = [
-    "RunViews",
+    "RunHistory",
 ]
 
 Columns = Sequence[str] | str | None
 
 
-class RunViews(ABC):
+class RunHistory(ABC):
     """A run to look at. `run[3]` is the record of epoch 3, `len(run)` their number."""
 
     id: str
@@ -54,33 +56,39 @@ class RunViews(ABC):
 
     @property
     @abstractmethod
+    def status(self) -> RunStatus:
+        """What the run is doing at this moment, as one value."""
+
+    @property
     def state(self) -> str:
         """What the run is doing, in a word."""
+        return self.status.state
 
     @property
     def error(self) -> str | None:
         """What the last epoch raised."""
-        return None
+        return self.status.error
 
     @property
     def notice(self) -> str | None:
         """Why it is paused, or what it is about to do."""
-        return None
+        return self.status.notice
 
     @property
     def writer(self) -> str | None:
         """Which other process writes the run at the moment; None where none does."""
-        return None
+        return self.status.writer
 
     def _place(self) -> str:
         """The folder, and what is worth saying of it."""
         return str(self.folder)
 
     def _state_and_writer(self) -> str:
-        state, notice = self.state, self.notice or ""
+        status = self.status
+        state, notice = status.state, status.notice or ""
         if notice:
             state = notice if notice.startswith(state) else f"{state}: {notice}"
-        return f"{state}, written by {self.writer}" if self.writer else state
+        return f"{state}, written by {status.writer}" if status.writer else state
 
     @property
     def model(self) -> str | None:
@@ -250,25 +258,25 @@ class RunViews(ABC):
     # Each returns a figure, or draws on `ax`; options: theme ("light", "dark"; by default one that suits both) and those
     # of the function of that name in plots.py. others: runs to show beside this one.
 
-    def plot_rewards(self, others: Sequence[RunViews] = (), ax: Any = None, **options: Any) -> Any:
+    def plot_rewards(self, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any) -> Any:
         """Reward per epoch, with validation, curriculum and live changes."""
         from .. import plots
 
         return plots.plot_rewards([self, *others], ax=ax, **options)
 
-    def plot_reward_distribution(self, others: Sequence[RunViews] = (), ax: Any = None, **options: Any) -> Any:
+    def plot_reward_distribution(self, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any) -> Any:
         """How the rewards of each epoch are distributed."""
         from .. import plots
 
         return plots.plot_reward_distribution([self, *others], ax=ax, **options)
 
-    def plot_curriculum(self, others: Sequence[RunViews] = (), ax: Any = None, **options: Any) -> Any:
+    def plot_curriculum(self, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any) -> Any:
         """What became of each epoch's groups, the curriculum's percentile, and the live changes."""
         from .. import plots
 
         return plots.plot_curriculum([self, *others], ax=ax, **options)
 
-    def plot_groups(self, epoch: Any = -1, others: Sequence[RunViews] = (), ax: Any = None, **options: Any) -> Any:
+    def plot_groups(self, epoch: Any = -1, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any) -> Any:
         """A map of the groups, mean reward against spread, by what became of them. epoch: the newest by default; as in
         `trajectories`."""
         from .. import plots
@@ -276,20 +284,20 @@ class RunViews(ABC):
         runs = {run.id: run.chosen(epoch) if run.records else [] for run in (self, *others)}
         return plots.plot_groups(runs, ax=ax, **options)
 
-    def plot_advantages(self, others: Sequence[RunViews] = (), ax: Any = None, **options: Any) -> Any:
+    def plot_advantages(self, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any) -> Any:
         """How the advantages of each epoch are distributed, and how many trajectories have none."""
         from .. import plots
 
         return plots.plot_advantages([self, *others], ax=ax, **options)
 
-    def plot_lengths(self, others: Sequence[RunViews] = (), ax: Any = None, **options: Any) -> Any:
+    def plot_lengths(self, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any) -> Any:
         """How many tokens the policy sampled for a trajectory, and how many were cut at the limit."""
         from .. import plots
 
         return plots.plot_lengths([self, *others], ax=ax, **options)
 
     def plot_training(
-        self, names: Sequence[str] | None = None, others: Sequence[RunViews] = (), ax: Any = None, **options: Any
+        self, names: Sequence[str] | None = None, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any
     ) -> Any:
         """What the training backend measured: loss, KL, clip fraction, gradient norm, ..."""
         from .. import plots
@@ -297,7 +305,7 @@ class RunViews(ABC):
         return plots.plot_training([self, *others], names, ax=ax, **options)
 
     def plot_scores(
-        self, names: Sequence[str] | None = None, others: Sequence[RunViews] = (), ax: Any = None, **options: Any
+        self, names: Sequence[str] | None = None, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any
     ) -> Any:
         """The mean of every evaluator per epoch."""
         from .. import plots

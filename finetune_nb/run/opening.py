@@ -20,7 +20,6 @@ from ..config.base import changed
 from ..config.sections import Config
 from ..engine.run_writer import settings_of
 from ..errors import ConfigError, RunError, StoreError
-from ..interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from ..rollouts.datasets import read_rows
 from ..store.checkpoints import has_weights, newest_checkpoint
 from ..store.durable import check_plain
@@ -36,7 +35,7 @@ __all__ = [
     "branch_of",
     "config_of",
     "copy_for_fork",
-    "from_functions",
+    "components_from",
     "make_fork",
 ]
 
@@ -171,87 +170,38 @@ _ARGUMENTS = {"trajectory_builder": "builder", "trainer_adapter": "adapter", "tr
 """Components with a state of their own, and what `Run` calls them."""
 
 
-def from_functions(
-    workflow: Callable[..., Any] | None,
-    reward: Callable[..., Any] | None,
-    dataset: Any,
-    *,
-    model: str,
-    generations: int,
-    examples_per_epoch: int | None,
-    validation: Any,
-    validation_interval: int,
-    evaluators: Mapping[str, Callable[..., Any]],
-    curriculum: Mapping[str, Any] | None,
-    sampling: Mapping[str, Any],
-    training: Mapping[str, Any],
-    num_epochs: int,
-    max_concurrency: int,
-    item_timeout: float | None,
-    retries: int,
-    seed: int,
-    deterministic: bool,
-    engine: str,
-    ray: Mapping[str, Any],
-    output_dir: str,
-    builder: TrajectoryBuilder | None,
-    adapter: TrainerAdapter | None,
-    trainer: Trainer | None,
+def components_from(
+    settings: Mapping[str, Any],
+    functions: Mapping[str, Mapping[str, Callable[..., Any]]],
+    rows: Mapping[str, Any],
+    ready: Mapping[str, Any],
 ) -> tuple[Config, Builder]:
-    """Raises ConfigError for arguments that do not go together, and for what load_config finds wrong."""
-    if builder is None and (workflow is None or reward is None or dataset is None):
-        raise ConfigError(
-            "Run needs workflow, reward and dataset, or a builder= of your own. See help(finetune_nb.Run)."
-        )
-    if adapter is not None and (training or model != "embedded"):
-        raise ConfigError("adapter= brings its own model and settings: leave model= and training= out.")
-    scores = {"reward": reward, **evaluators} if reward is not None else dict(evaluators)
-    settings: dict[str, Any] = {
-        "llms": {"policy": {"_type": "policy", "adapter": "adapter", **sampling}},
-        "eval": {
-            "general": {"max_concurrency": max_concurrency, "item_timeout": item_timeout, "retries": retries},
-            "evaluators": {key: {"_type": "python_function"} for key in scores},
-        },
-        "trajectory_builders": {
-            "builder": {
-                "_type": "eval_traj_builder",
-                "num_generations": generations,
-                "examples_per_epoch": examples_per_epoch,
-            }
-        },
-        "trainer_adapters": {"adapter": {"_type": "local_grpo", "model": model, **training}},
-        "trainers": {"trainer": {"_type": "epoch_trainer"}},
-        "finetuning": {
-            "enabled": True,
-            "trainer": "trainer",
-            "trajectory_builder": "builder",
-            "trainer_adapter": "adapter",
-            "num_epochs": num_epochs,
-            "output_dir": output_dir,
-            "curriculum_learning": {"enabled": True, **curriculum} if curriculum is not None else {},
-            "run_configuration": {"validation_interval": validation_interval},
-        },
-        "run": {"seed": seed, "deterministic": deterministic, "engine": engine, "ray": dict(ray)},
-    }
-    if workflow is not None:
-        settings["workflow"] = {"_type": "python_function"}
-    if reward is not None:
-        settings["finetuning"]["reward_function"] = {"name": "reward"}
+    """A run's settings, plain functions, datasets and ready components, as a Config and the Builder that holds them.
+
+    Args:
+        settings: What the YAML of such a run would say.
+        functions: Kind ("function", "evaluator") -> name -> function.
+        rows: Role ("train", "validation") -> a dataset: a file's path, or rows. None: none.
+        ready: Kind ("trajectory_builder", ...) -> a component of the user's own. None: the one that the settings name.
+
+    Raises:
+        ConfigError: What `load_config` finds wrong with the settings.
+    """
     config = load_config(settings)
     components = Builder(config)
-    if workflow is not None:
-        components.add("function", "workflow", workflow)
-    for key, function in scores.items():
-        components.add("evaluator", key, function)
+    for kind, named in functions.items():
+        for name, function in named.items():
+            components.add(kind, name, function)
     run_config = config.finetuning.run_configuration
     assert run_config is not None
-    if dataset is not None:
-        run_config.dataset = add_dataset(components, "train", dataset)
-    if validation is not None:
-        run_config.validation_dataset = add_dataset(components, "validation", validation)
-    for kind, component in (("trajectory_builder", builder), ("trainer_adapter", adapter), ("trainer", trainer)):
+    if rows.get("train") is not None:
+        run_config.dataset = add_dataset(components, "train", rows["train"])
+    if rows.get("validation") is not None:
+        run_config.validation_dataset = add_dataset(components, "validation", rows["validation"])
+    for kind, component in ready.items():
         if component is not None:
             add_component(components, kind, component)
+    adapter = ready.get("trainer_adapter")
     if adapter is not None and adapter.policy is None:
         config.llms.clear()
     return config, components

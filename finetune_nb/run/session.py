@@ -1,38 +1,252 @@
-"""What a waiting cell does with interrupts."""
+"""A run's thread and the one piece of work on it: started, joined, waited for, interrupted, aborted."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
-from ..errors import RunError
+from ..engine.driver import Driver
+from ..engine.state import Standing
+from ..errors import EpochAborted, FinetuneError, RunError
+from ..notebook.display import CellProgress, CellRecord, ProgressLine, watch_progress
+from ..notebook.kernel import in_notebook, interrupts, place
+from ..redaction import error_text, redact_exception
+from ..threads import EngineThread, Launched
 
-if TYPE_CHECKING:
-    from .run import LiveRun
+__all__ = [
+    "Session",
+]
 
 T = TypeVar("T")
+Work = Callable[[], Coroutine[Any, Any, T]]
 
 ABORT_SECONDS = 1.0
-"""After so long an abort is over for whoever waits, whatever a workflow still does."""
-_inside: ContextVar[object] = ContextVar("inside", default=None)
-"""The run whose work this is, also in the threads of its workflows."""
+"""An abort lets its waiter go after this time, whatever a workflow is still doing."""
 LAST_WORD = "finishing this epoch; interrupt again to abort it"
+_inside: ContextVar[object] = ContextVar("inside", default=None)
+"""The id of the run that the current code works for, also in the threads of its workflows."""
 
 
-class _Pressed:
-    """What the two interrupts of a waiting cell do. cell: the one whose loop the first is to end, too."""
+class Session:
+    """What runs of one run: its engine thread, and at most one piece of work on it at a time."""
 
-    def __init__(self, run: LiveRun, cell: object = None) -> None:
-        self.run, self.cell, self.aborted = run, cell, False
+    def __init__(self, run_id: str, driver: Driver, state: Standing) -> None:
+        self.run_id = run_id
+        self.driver = driver
+        self.state = state
+        self.engine = EngineThread(f"ft-{run_id}")
+        self.record: CellRecord | None = None
+        """The display in the cell that started the run in the background."""
+        self._turn = threading.RLock()  # an abort must meet the work that has begun, not the one before it
+        self._work: Launched[Any] | None = None
+        self._aborted_at: float | None = None  # by time.monotonic
+        self._stopped_in: object = None  # the cell whose epoch was ended by an interrupt
+
+    # ── work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def begin(self, work: Work[T], fails: bool = True) -> Launched[T]:
+        """Starts the work on the engine thread.
+
+        Args:
+            work: Makes the coroutine.
+            fails: Whether the run has failed if the work raises.
+
+        Raises:
+            RunError: Something is running already.
+        """
+        started: list[bool] = []
+
+        async def settling() -> T:
+            started.append(True)
+            return await self._settle(work, fails)
+
+        def ended() -> None:
+            if not started:
+                self.state.move("ended", "aborted before it began")
+
+        with self._turn:
+            self.state.move("begin")
+            self._aborted_at = None
+            self._work = begun = self.engine.launch(settling(), ended)
+        return begun
+
+    async def _settle(self, work: Work[T], fails: bool) -> T:
+        """Runs the work, and leaves the run in the state that its end means."""
+        _inside.set(self.run_id)
+        try:
+            result = await _without_secrets(work)
+            self.state.move("ended")
+            return result
+        except Exception as error:
+            self.state.move("failed" if fails else "ended", error=error if fails else None)
+            raise
+        except BaseException:
+            self.state.move("ended", "aborted; what was collected is in run.partial" if self._aborted_at else None)
+            raise
+        finally:
+            self.show_record()
+
+    async def join(self, task: Launched[T]) -> T:
+        """The result of the work. An abort from elsewhere raises EpochAborted here: it does not look like a cancellation of
+        the waiting cell."""
+        joining = asyncio.ensure_future(task.join())
+        try:
+            while not joining.done():
+                await asyncio.wait({joining}, timeout=0.2)
+                if self._given_up():
+                    raise EpochAborted(f"the epoch was aborted. {self.state.notice}")
+            return joining.result()
+        except asyncio.CancelledError:
+            if not joining.cancelled() and not joining.done():  # the cell itself was canceled
+                joining.cancel()
+                await asyncio.wait({joining}, timeout=ABORT_SECONDS + 0.5)
+                raise
+            if self._aborted_at:
+                raise EpochAborted("the epoch was aborted; what was collected until then is in run.partial.") from None
+            raise
+
+    async def ask(self, work: Work[T]) -> T:
+        """Runs something small beside the epochs, such as one rollout, and returns its result."""
+        return await self.engine.run(_without_secrets(work))
+
+    def _given_up(self) -> bool:
+        """Whether an abort has taken so long that whoever waits is let go."""
+        aborted_at = self._aborted_at
+        return aborted_at is not None and self.state.active and time.monotonic() - aborted_at > ABORT_SECONDS
+
+    # ── waiting ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def run_in_cell(self, work: Work[T], progress: Callable[[bool], ProgressLine]) -> T:
+        """Runs the work while a cell waits for it and shows its progress.
+
+        The first interrupt lets the work finish, and ends a loop around it in the same cell; the second aborts it.
+
+        Raises:
+            KeyboardInterrupt: The cell was interrupted.
+        """
+        cell, asked_in, self._stopped_in = place(), self._stopped_in, None
+        if asked_in == cell:
+            raise KeyboardInterrupt("stopped after the current epoch, as requested; run the cell again to continue")
+        task, pressed = self.begin(work), InterruptHandler(self, cell)
+        with interrupts(pressed.first, pressed.second):
+            try:
+                return await watch_progress(self.join(task), progress)
+            except EpochAborted:
+                if pressed.aborted:
+                    raise KeyboardInterrupt from None
+                raise
+
+    def wait(self, timeout: float | None, progress: Callable[[bool], ProgressLine]) -> None:
+        """Blocks until nothing is running, or for `timeout` seconds. Raises what the run raised."""
+        self.require_outside("wait")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pressed, shown = InterruptHandler(self), CellProgress(progress)
+        with interrupts(pressed.first, pressed.second):
+            while not self.state.wait(0.1):
+                shown.tick()
+                if self._given_up() or (deadline is not None and time.monotonic() >= deadline):
+                    break
+            shown.tick(done=not self.state.active and self.state.error is None)
+        self._after_waiting(pressed.aborted)
+
+    async def wait_async(self, timeout: float | None, progress: Callable[[bool], ProgressLine]) -> None:
+        """Like `wait`, for a cell that awaits."""
+        self.require_outside("wait_async")
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        async def waiting() -> None:
+            while self.state.active and not self._given_up():
+                await asyncio.sleep(0.05)
+                if deadline is not None and time.monotonic() >= deadline:
+                    return
+
+        pressed = InterruptHandler(self)
+        with interrupts(pressed.first, pressed.second):
+            await watch_progress(waiting(), progress)
+        self._after_waiting(pressed.aborted)
+
+    def _after_waiting(self, aborted: bool) -> None:
+        if self.record is not None and in_notebook():
+            self.record.draw()
+        if aborted:
+            raise KeyboardInterrupt
+        if not self.state.active and self.state.error is not None:
+            raise self.state.error
+
+    def show_record(self) -> None:
+        """Brings the display in the cell that started the run up to date."""
+        if self.record is not None:
+            self.record.update()
+
+    # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def ask_quietly(self, move: str, notice: str) -> None:
+        """Makes a move of the run's state, if it can still be made."""
+        with suppress(RunError):  # the run has ended in the meantime
+            self.state.move(move, notice)
+
+    def abort(self) -> None:
+        """Cancels the work. Returns at once, from any thread."""
+        with self._turn:
+            self.state.move("abort", "the epoch is being aborted")
+            self._aborted_at = self._aborted_at or time.monotonic()
+            if self._work is not None:
+                self._work.cancel()
+
+    def end(self) -> None:
+        """Ends what is running, for good: nothing can be started after this."""
+        if self.state.active:
+            self.abort()
+            self.state.wait(ABORT_SECONDS)
+        self.state.move("close")
+
+    def require_outside(self, call: str) -> None:
+        """Raises RunError in a workflow, a reward or a tripwire of this run, where waiting for the run would never end."""
+        if _inside.get() == self.run_id:
+            raise RunError(
+                f"{call} was called by what the run itself runs, and would wait for that to end. There, use run.stop() or "
+                f"run.abort(), which return at once, and call {call} from a cell."
+            )
+
+
+class InterruptHandler:
+    """What the first and the second interrupt of a waiting cell do.
+
+    Args:
+        session: The session that the cell waits for.
+        cell: The cell whose loop the first interrupt ends, too.
+    """
+
+    def __init__(self, session: Session, cell: object = None) -> None:
+        self.session = session
+        self.cell = cell
+        self.aborted = False
 
     def first(self) -> str:
-        self.run._stopped_in = self.cell
-        self.run._ask_quietly("stop", LAST_WORD)
+        """Stops the run after the current epoch. Returns what to tell the person."""
+        self.session._stopped_in = self.cell
+        self.session.ask_quietly("stop", LAST_WORD)
         return LAST_WORD
 
     def second(self) -> None:
+        """Aborts the current epoch."""
         self.aborted = True
-        with suppress(RunError):  # it has ended meanwhile
-            self.run.abort()
-            self.run._stopped_in = None
+        with suppress(RunError):  # the run has ended in the meantime
+            self.session.abort()
+            self.session._stopped_in = None
+
+
+async def _without_secrets(work: Work[T]) -> T:
+    """Runs the work; an error leaves it without secrets, such as a key that a server repeats."""
+    try:
+        return await work()
+    except Exception as error:
+        text = error_text(error)
+        if not redact_exception(error):
+            raise FinetuneError(text) from None
+        raise

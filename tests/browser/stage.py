@@ -63,7 +63,7 @@ def make_run(folder: str, seconds: float = 1.0, epochs: int = 20, rows: int = 40
 
 def note_changes(run: ft.Run) -> None:
     """Notes every value that comes into the draft."""
-    controls = run._controls
+    controls = run._settings
     try_out = controls.try_out
 
     def noted(changes, source="panel"):
