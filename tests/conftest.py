@@ -34,6 +34,25 @@ def closing():
         run.close()
 
 
+@pytest.fixture
+def make_run(tmp_path, closing):
+    """Makes a run whose agent is right or wrong by the seed, and whose adapter trains nothing."""
+    # Imported here, so that numpy is not loaded before the environment above is set.
+    from agents import coin, guess, right
+
+    import finetune_nb as ft
+    from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
+
+    def make(workflow=guess, reward=right, dataset=None, adapter=None, **options):
+        adapter = adapter or FakeAdapter(policy=ScriptedPolicy(coin))
+        dataset = sums(6) if dataset is None else dataset
+        return closing(
+            ft.Run(workflow, reward, dataset, adapter=adapter, **{"generations": 4, "output_dir": tmp_path, **options})
+        )
+
+    return make
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     """In CI a skip is a failure: what a test needs is installed there. Captured text is made fit to go to another process."""

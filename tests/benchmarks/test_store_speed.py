@@ -8,17 +8,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from factories import collected, make_epoch, make_trajectory
+from measuring import by_turns, cpu
 
 from finetune_nb.frames import trajectories
 from finetune_nb.store.store import RunStore
 from finetune_nb.types import EpisodeItem, Trajectory
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from factories import collected, make_epoch, make_trajectory
-from measuring import by_turns, cpu
 
 GROUPS, GENERATIONS, TOKENS, VOCABULARY = 1250, 8, 64, 32_000
 

@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 from factories import make_epoch
 from measuring import by_turns
-from test_frames import epoch_of
-from test_message_frames import stored
+from records import epoch_of, stored
 
 from finetune_nb import frames, plots
 from finetune_nb.types import EpisodeItem, EpisodeItemRole, Trajectory

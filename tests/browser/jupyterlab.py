@@ -111,7 +111,7 @@ class Lab:
             "JUPYTERLAB_WORKSPACES_DIR": str(self.folder / "workspaces"),
             "IPYTHONDIR": str(self.folder / "ipython"),
             "FINETUNE_NB_TEST_NOTES": str(self._notes),
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), str(TESTS / "support")]),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         }
         options = {

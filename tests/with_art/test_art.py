@@ -3,8 +3,6 @@
 import asyncio
 import math
 import re
-import sys
-from pathlib import Path
 
 import art
 import pytest
@@ -15,8 +13,6 @@ import finetune_nb as ft
 from finetune_nb.backends.art.adapter import OpenPipeArtAdapter, OpenPipeArtConfig
 from finetune_nb.backends.art.trajectories import art_groups
 from finetune_nb.testing import ScriptedBuilder, make_trajectory
-
-sys.path.append(str(Path(__file__).parents[1]))
 
 pytestmark = pytest.mark.slow
 

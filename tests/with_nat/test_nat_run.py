@@ -3,18 +3,14 @@
 import asyncio
 import importlib.util
 import json
-import sys
 import time
-from pathlib import Path
 
 import matplotlib
 import pytest
 import toolkit
+from loopback import LoopbackServer
 
 import finetune_nb as ft
-
-sys.path.append(str(Path(__file__).parents[1]))
-from loopback import LoopbackServer
 
 pytestmark = pytest.mark.slow
 
