@@ -29,6 +29,7 @@ from .sections import (
     EvalGeneralConfig,
     FinetuneConfig,
     FinetuneRunConfig,
+    Placeholder,
     RaySettings,
     RunSettings,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneRunConfig",
     "FunctionBaseConfig",
+    "Placeholder",
     "LLMBaseConfig",
     "RaySettings",
     "RewardFunctionConfig",

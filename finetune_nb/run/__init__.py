@@ -1,1 +1,5 @@
 """`Run`: the notebook's handle on a finetuning run."""
+
+from .run import Run
+
+__all__ = ["Run"]

@@ -805,7 +805,7 @@ class Run(RunHistory):
             raise RunError(self._unable)
         store, recorder = self._stored(), self._driver.recorder
         if store is None:
-            raise RunError(f"run {self.id!r} has no epoch to fork from. Run one first, or make a new Run.")
+            raise RunError(f"run {self.id!r} has no epoch to go on from. Run one first, or make a new Run.")
         ready = {"trajectory_builder": builder, "trainer_adapter": adapter, "trainer": trainer}
         config, components = copy_for_fork(self.config, self._driver.builder, training, ready)
         branch = branch_of(store, epoch, curriculum, training)

@@ -22,16 +22,14 @@ from ...redaction import redacting_logger
 from ...training.batch import experience
 from ...training.jobs import JobAdapter, TrainingJob, check_exact, check_versions
 from ...types import TrainingJobRef, TrajectoryCollection
-from .config import LocalGRPOConfig
+from .config import LocalGRPOConfig, LoRAConfig
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoints
     from .policy import LocalPolicy
     from .training import Learner
 
-__all__ = [
-    "LocalGRPOAdapter",
-]
+__all__ = ["LoRAConfig", "LocalGRPOAdapter", "LocalGRPOConfig"]
 
 logger = redacting_logger(__name__)
 

@@ -33,9 +33,7 @@ from .training import TinkerReport, check, train
 if TYPE_CHECKING:
     from .policy import TinkerPolicy
 
-__all__ = [
-    "TinkerAdapter",
-]
+__all__ = ["TinkerAdapter", "TinkerConfig"]
 
 logger = redacting_logger(__name__)
 

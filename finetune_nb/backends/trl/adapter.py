@@ -23,13 +23,11 @@ from ...redaction import redacting_logger
 from ...store.durable import published, size_of
 from ...training.jobs import JobAdapter, plain_name
 from ...types import TrainingJobRef, TrajectoryCollection
-from .config import TRLDPOConfig, TRLSFTConfig
+from .config import TRLConfig, TRLDPOConfig, TRLSFTConfig
 from .job import TRLJob
 from .rows import best_of_groups, preference_rows, supervised_rows
 
-__all__ = [
-    "TRLAdapter",
-]
+__all__ = ["TRLAdapter", "TRLConfig", "TRLDPOConfig", "TRLSFTConfig"]
 
 logger = redacting_logger(__name__)
 
