@@ -154,15 +154,27 @@ def prose(documented: Any) -> str:
     parts = []
     for part in re.split(r"\n\n", text.strip()):
         lines = part.splitlines()
-        if all(line.startswith("    ") for line in lines if line):
+        if lines and lines[0] in SECTIONS_OF_A_DOCSTRING:
+            parts.append(section(lines[0].removesuffix(":"), textwrap.dedent("\n".join(lines[1:])).splitlines()))
+        elif all(line.startswith("    ") for line in lines if line):
             parts.append(f"```python\n{textwrap.dedent(part)}\n```")
-        elif lines[0].startswith("===="):
+        elif lines and lines[0].startswith("===="):
             parts.append(f"```text\n{part}\n```")
         elif len(lines) > 1 and all(_ARGUMENT.match(line) or line.startswith(" ") for line in lines):
             parts.append(listed(lines))
         else:
             parts.append(part.replace("\n", " "))
     return "\n\n".join(parts)
+
+
+SECTIONS_OF_A_DOCSTRING = ("Args:", "Returns:", "Yields:", "Raises:")
+
+
+def section(title: str, lines: list[str]) -> str:
+    """`Args:`, `Returns:` or `Raises:` of a docstring, with its lines: a list, or one sentence after the title."""
+    if title in ("Returns", "Yields"):
+        return f"**{title}:** {' '.join(lines)}"
+    return f"**{title}:**\n\n{listed(lines)}"
 
 
 _ARGUMENT = re.compile(r"([\w, *\"]+): ")
