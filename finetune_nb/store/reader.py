@@ -1,7 +1,7 @@
-"""Reading a run's folder: epochs, journal, validations, events, and the epoch that did not come to its end.
+"""Reads a run's folder: epochs, journal, validations, events, and the epoch that was not finished.
 
 Nothing here changes a byte. run.db is trusted to be ours only after its values have been looked at; every error is a
-StoreError that names the file. Writing is store.py's.
+StoreError that names the file.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class StoredEpoch(Epoch):
 
     @property
     def columns(self) -> Callable[[Sequence[str]], pa.Table] | None:
-        """`columns(["generation", "reward"])`: those columns of trajectory_table.COLUMNS, straight from the file,
-        without the trajectories. None where the epoch has no file."""
+        """`columns(["generation", "reward"])`: those columns, by their names in store.trajectories.COLUMNS, straight from
+        the file and without making the trajectories. None where the epoch has no file."""
         return self._columns
 
 
@@ -165,8 +165,19 @@ class RunReader:
         self._newest = collection
 
     def columns(self, index: int, names: Sequence[str]) -> pa.Table:
-        """Some columns of an epoch's trajectories and failures, without reading the others; their names and types are
-        in trajectory_table.COLUMNS. The rows are in the collection's order, failures last."""
+        """Some columns of an epoch's trajectories and failures, without reading the others.
+
+        Args:
+            index: The epoch's number.
+            names: The columns, by their names in store.trajectories.COLUMNS.
+
+        Returns:
+            One row a trajectory, in the collection's order, and then one a failure. A column that the file of an older
+            release has not is there with missing values.
+
+        Raises:
+            StoreError: There is no such epoch or column, or the file is missing or damaged.
+        """
         columns = self._epoch(index).columns
         assert columns is not None  # an epoch of ours has a file
         return columns(names)

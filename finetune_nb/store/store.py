@@ -1,15 +1,14 @@
 """RunStore: all that a run leaves behind, in one folder that can be moved, copied, and read while it is written.
 
-    run.db                             epochs, curriculum, validations, journal (SQLite; tables: store_schema.py)
-    trajectories/epoch-000003.parquet  one row = one trajectory or failed rollout (columns: trajectory_table.py)
+    run.db                             epochs, curriculum, validations, journal (SQLite; tables: database.py)
+    trajectories/epoch-000003.parquet  one row = one trajectory or failed rollout (columns: trajectories.py)
     config.yml                         the config, without secrets
-    checkpoints/epoch-000003/          the adapter's own files (saved_weights.py has them written, and lets old ones go)
+    checkpoints/epoch-000003/          the adapter's own files
     log.jsonl                          events, one a line
     lock                               who is writing
 
 An epoch is whole or not there: its Parquet file is on the disk before run.db names it. Every method may be called from
-any thread, and blocks: on an event loop use asyncio.to_thread. Reading is run_reader.py's; what is stored, and when, is
-recorder.py's to say.
+any thread, and blocks: on an event loop use asyncio.to_thread.
 """
 
 from __future__ import annotations

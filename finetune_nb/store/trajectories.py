@@ -1,16 +1,19 @@
-"""The Parquet file of an epoch, `trajectories/epoch-000003.parquet`: written so that a crash leaves none or all of it,
-and read without trusting it. Others read it with pandas.read_parquet.
+"""The Parquet file of an epoch, `trajectories/epoch-000003.parquet`: one row a trajectory or failed rollout.
 
-Columns are those of trajectory_table.py; the schema's metadata say which run and epoch it is and how many groups there
-were. A batch of rollouts of an unfinished epoch is the same table as an Arrow stream. Every error is a StoreError.
+Written so that a crash leaves all of it or none, and read without trusting it; others read it with pandas.read_parquet.
+`COLUMNS` declares what it holds. The schema's metadata say which run and epoch it is and how many groups there were. A
+batch of rollouts of an unfinished epoch is the same table as an Arrow stream. Every error is a StoreError.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,152 +37,323 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLUMNS",
+    "FORMAT",
     "LISTED",
     "PREFERENCE",
+    "FileColumn",
     "batch_of",
     "collection_of",
     "collection_of_batches",
     "read_columns",
     "read_trajectories",
     "table_of",
+    "to_python",
     "write_trajectories",
 ]
 
 PREFERENCE = "preference"
 """The role of a message that is a pair of responses."""
-LISTED = {"token_ids": int, "tokens": str, "prompt_token_ids": int}
-"""What of a message's metadata has a column."""
-_INTS = ("list<list<int32>>", "list<list<int64>>")
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "kind": ("string",),
-    "group": ("int32",),
-    "example": ("string",),
-    "generation": ("int64",),
-    "reward": ("double",),
-    "shaped_rewards": ("list<double>",),
-    "error": ("string",),
-    "turns": ("int32",),
-    "tokens": ("int32",),
-    "policy_version": ("int64",),
-    "finish_reason": ("string",),
-    "scores": ("string",),
-    "metadata": ("string",),
-    "steps": ("string",),
-    "roles": ("list<string>",),
-    "contents": ("list<string>",),
-    "logprobs": ("list<list<float>>", "list<list<double>>"),
-    "token_ids": _INTS,
-    "token_texts": ("list<list<string>>",),
-    "prompt_token_ids": _INTS,
-    "item_metadata": ("list<string>",),
-    "others": ("list<string>",),
+LISTED: dict[str, tuple[str, type]] = {
+    "token_ids": ("token_ids", int),
+    "token_texts": ("tokens", str),
+    "prompt_token_ids": ("prompt_token_ids", int),
 }
-"""Every column and the types that it may have."""
+"""The columns that hold a list out of a message's metadata: its key there, and the type of its entries."""
 
 
-# ── trajectories -> table ────────────────────────────────────────────────────────────────────────────────────────────
+# ── trajectories -> columns ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def table_of(groups: Sequence[Sequence[Trajectory]], failures: Sequence[RolloutFailure]) -> pa.Table:
-    """The rows, in the groups' order; behind them the failures."""
+class _Rollouts:
+    """Rollouts on their way into a table: the trajectories and, after them, the failures.
+
+    Each method makes one column, with an entry a rollout. Only what is asked for is worked out.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Trajectory]], failures: Sequence[RolloutFailure]) -> None:
+        self._sizes = [len(group) for group in groups]
+        self._trajectories = list(chain.from_iterable(groups))
+        self._failures = failures
+        self._nothing = [None] * len(failures)
+
+    def of_metadata(self, key: str) -> list[Any]:
+        """What the trajectories' metadata have under that key; a failure has none of it."""
+        return [metadata.get(key) for metadata in self._metadata] + self._nothing
+
+    @cached_property
+    def _metadata(self) -> list[dict[str, Any]]:
+        return [trajectory.metadata or {} for trajectory in self._trajectories]
+
+    def kind(self) -> pa.Array:
+        return _array(["trajectory"] * len(self._trajectories) + ["failure"] * len(self._failures), "string")
+
+    def group(self) -> pa.Array:
+        numbers: list[Any] = []
+        for number, size in enumerate(self._sizes):
+            numbers += [number] * size
+        return _array(numbers + self._nothing, "int32")
+
+    def example(self) -> pa.Array:
+        ids = [metadata.get("id") for metadata in self._metadata]
+        return _texts(ids + [failure.example_id for failure in self._failures])
+
+    def generation(self) -> pa.Array:
+        generations = [metadata.get("generation") for metadata in self._metadata]
+        return _counts(generations + [failure.generation for failure in self._failures])
+
+    def reward(self) -> pa.Array:
+        return _array([float(trajectory.reward) for trajectory in self._trajectories] + self._nothing, "double")
+
+    def shaped_rewards(self) -> pa.Array:
+        rewards = [trajectory.shaped_rewards for trajectory in self._trajectories]
+        return _array(rewards + self._nothing, "list<double>")
+
+    def error(self) -> pa.Array:
+        errors = [metadata.get("reward_error") for metadata in self._metadata]
+        return _texts(errors + [_text(failure.error) for failure in self._failures])
+
+    def turns(self) -> pa.Array:
+        return _array([len(trajectory.episode) for trajectory in self._trajectories] + self._nothing, "int32")
+
+    def tokens(self) -> pa.Array:
+        return _array(self._sampled[0] + self._nothing, "int32")
+
+    def finish_reason(self) -> pa.Array:
+        return _texts(self._sampled[1] + self._nothing)
+
+    @cached_property
+    def _sampled(self) -> tuple[list[Any], list[Any]]:
+        """Of each trajectory: how many tokens the policy sampled, and the last finish reason."""
+        assistant = EpisodeItemRole.ASSISTANT
+        tokens: list[Any] = []
+        reasons: list[Any] = []
+        for trajectory in self._trajectories:
+            sampled, reason = 0, None
+            for item in trajectory.episode:
+                logprobs = getattr(item, "logprobs", None)  # a preference has none
+                if logprobs is not None and item.role == assistant:  # type: ignore[union-attr]
+                    sampled += logprob_count(logprobs)
+                    reason = (item.metadata or {}).get("finish_reason", reason)  # type: ignore[union-attr]
+            tokens.append(sampled)
+            reasons.append(reason)
+        return tokens, reasons
+
+    def metadata(self) -> pa.Array:
+        known = [trajectory.metadata for trajectory in self._trajectories]
+        known += [{"id": f.example_id, "generation": f.generation, "error": f.error} for f in self._failures]
+        return _json(known)
+
+    def steps(self) -> pa.Array:
+        steps = [encode_steps(failure.steps) for failure in self._failures]
+        return _array([None] * len(self._trajectories) + steps, "string")
+
+    # ── of messages ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def messages(self) -> _Messages:
+        return _Messages(list(chain.from_iterable(trajectory.episode for trajectory in self._trajectories)))
+
+    def as_lists(self, of_messages: pa.Array) -> pa.Array:
+        """A column of the messages as lists, one a trajectory; a failure has none."""
+        import pyarrow as pa
+
+        sizes = [len(trajectory.episode) for trajectory in self._trajectories] + [0] * len(self._failures)
+        failed = [False] * len(self._trajectories) + [True] * len(self._failures)
+        return pa.ListArray.from_arrays(_offsets(sizes), of_messages, mask=_array(failed, "bool"))
+
+
+class _Messages:
+    """The messages of all trajectories, in order, on their way into a table.
+
+    Each method makes one column, with an entry a message. Only what is asked for is worked out.
+    """
+
+    def __init__(self, items: Sequence[EpisodeItem | DPOItem]) -> None:
+        self._items = items
+        self._single = [item if isinstance(item, EpisodeItem) else None for item in items]
+
+    def roles(self) -> pa.Array:
+        return _array([PREFERENCE if item is None else str(item.role) for item in self._single], "string")
+
+    def contents(self) -> pa.Array:
+        return _texts(self._contents)
+
+    def logprobs(self) -> pa.Array:
+        return self._logprobs[1]
+
+    def token_ids(self) -> pa.Array:
+        return self._listed["token_ids"][1]
+
+    def token_texts(self) -> pa.Array:
+        return self._listed["token_texts"][1]
+
+    def prompt_token_ids(self) -> pa.Array:
+        return self._listed["prompt_token_ids"][1]
+
+    def item_metadata(self) -> pa.Array:
+        """What of the metadata has no column of its own, or does not fit into it."""
+        columns = [(key, self._listed[name][0]) for name, (key, _) in LISTED.items()]
+        rest: list[Any] = []
+        for place, metadata in enumerate(self._metadata):
+            if metadata:
+                metadata = metadata.copy()
+                for key, lists in columns:
+                    if lists[place] is not None:
+                        del metadata[key]
+                if self._texts[place] != self._contents[place]:
+                    metadata.pop(LISTED["token_texts"][0], None)
+            rest.append(metadata)
+        return _json(rest)
+
+    def others(self) -> pa.Array:
+        """What fits into no column: pairs of responses, logprobs of another form, text that UTF-8 cannot say."""
+        others: list[Any] = []
+        for item, logprobs, content in zip(self._items, self._logprobs[0], self._contents, strict=True):
+            other: dict[str, Any] = {}
+            if not isinstance(item, EpisodeItem):
+                other[PREFERENCE] = item.model_dump()
+            else:
+                if logprobs is None and item.logprobs is not None:
+                    other["logprobs"] = item.logprobs
+                if not _is_utf8(content):
+                    other["content"] = content
+            others.append(other or None)
+        return _json(others)
+
+    @cached_property
+    def _metadata(self) -> list[dict[str, Any] | None]:
+        return [None if item is None else item.metadata for item in self._single]
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        return ["" if item is None else item.content for item in self._single]
+
+    @cached_property
+    def _contents(self) -> list[str]:
+        """The texts without the secrets in them."""
+        return redact_texts(self._texts)
+
+    @cached_property
+    def _logprobs(self) -> tuple[list[Any], pa.Array]:
+        return _lists([None if item is None else item.logprobs for item in self._single], float)
+
+    @cached_property
+    def _listed(self) -> Mapping[str, tuple[list[Any], pa.Array]]:
+        """Of each column in LISTED: the lists that fit into it, None in place of the others, and the column."""
+        found = {}
+        for name, (key, kind) in LISTED.items():
+            values = [metadata.get(key) if metadata else None for metadata in self._metadata]
+            if name == "token_texts":
+                # A text that had a secret in it is not spelt out in pieces either.
+                for place, (text, content) in enumerate(zip(self._texts, self._contents, strict=True)):
+                    if text != content:
+                        values[place] = None
+            found[name] = _lists(values, kind)
+        return found
+
+
+# ── the columns ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class FileColumn:
+    """A column with one value a rollout."""
+
+    type: str
+    """Its Arrow type."""
+    make: Callable[[Any], pa.Array]
+    """Makes it of the _Rollouts that are to be written."""
+    since: int = 1
+    """The first FORMAT that has it. In a file of an earlier one, its values are missing."""
+    required: bool = False
+    """Whether every file since then must have it. Where a file lacks another one, its values are missing."""
+    wider: str | None = None
+    """The type that it has where a value does not fit into `type`."""
+
+
+class MessageColumn(FileColumn):
+    """A column with one list a trajectory, which has an entry for each message of the episode. `make` gets _Messages, and
+    makes an array of the entries."""
+
+
+COLUMNS: dict[str, FileColumn] = {
+    "kind": FileColumn("string", _Rollouts.kind, required=True),
+    "group": FileColumn("int32", _Rollouts.group, required=True),
+    "example": FileColumn("string", _Rollouts.example),
+    "generation": FileColumn("int64", _Rollouts.generation),
+    "reward": FileColumn("double", _Rollouts.reward, required=True),
+    "shaped_rewards": FileColumn("list<double>", _Rollouts.shaped_rewards),
+    "error": FileColumn("string", _Rollouts.error),
+    "turns": FileColumn("int32", _Rollouts.turns),
+    "tokens": FileColumn("int32", _Rollouts.tokens),
+    "policy_version": FileColumn("int64", lambda rollouts: _counts(rollouts.of_metadata("policy_version"))),
+    "finish_reason": FileColumn("string", _Rollouts.finish_reason),
+    "scores": FileColumn("string", lambda rollouts: _json(rollouts.of_metadata("scores"))),
+    "metadata": FileColumn("string", _Rollouts.metadata, required=True),
+    "steps": FileColumn("string", _Rollouts.steps),
+    "roles": MessageColumn("list<string>", _Messages.roles, required=True),
+    "contents": MessageColumn("list<string>", _Messages.contents, required=True),
+    "logprobs": MessageColumn("list<list<float>>", _Messages.logprobs, wider="list<list<double>>"),
+    "token_ids": MessageColumn("list<list<int32>>", _Messages.token_ids, wider="list<list<int64>>"),
+    "token_texts": MessageColumn("list<list<string>>", _Messages.token_texts),
+    "prompt_token_ids": MessageColumn("list<list<int32>>", _Messages.prompt_token_ids, wider="list<list<int64>>"),
+    "item_metadata": MessageColumn("list<string>", _Messages.item_metadata),
+    "others": MessageColumn("list<string>", _Messages.others),
+}
+"""All columns of the file. To add one, add its line, with the next number as `since`: older files then read as if they
+had it with no value in it."""
+FORMAT = max(column.since for column in COLUMNS.values())
+"""What is written."""
+OLDEST_READER = 1
+"""The earliest FORMAT whose releases can read what is written, as they ignore columns that they do not know. To be raised
+where a column gets another meaning."""
+
+
+def table_of(
+    groups: Sequence[Sequence[Trajectory]], failures: Sequence[RolloutFailure], names: Iterable[str] = tuple(COLUMNS)
+) -> pa.Table:
+    """Rollouts as a table: the trajectories in the groups' order and, after them, the failures.
+
+    Args:
+        groups: The trajectories.
+        failures: The rollouts that failed.
+        names: The columns to make. Default: all.
+
+    Returns:
+        The columns, in that order.
+    """
     import pyarrow as pa
 
-    rows = [trajectory for group in groups for trajectory in group]
-    metadata = [trajectory.metadata or {} for trajectory in rows]
-    items = list(chain.from_iterable(trajectory.episode for trajectory in rows))
-    nothing = [None] * len(failures)
-    tokens, reasons = _sampled(rows)
-    errors = [_text(failure.error) for failure in failures]
-    columns: dict[str, Any] = {
-        "kind": pa.array(["trajectory"] * len(rows) + ["failure"] * len(failures), pa.string()),
-        "group": pa.array([g for g, group in enumerate(groups) for _ in group] + nothing, pa.int32()),
-        "example": _texts([m.get("id") for m in metadata] + [failure.example_id for failure in failures]),
-        "generation": _counts([m.get("generation") for m in metadata] + [f.generation for f in failures]),
-        "reward": pa.array([float(t.reward) for t in rows] + nothing, pa.float64()),
-        "shaped_rewards": pa.array([t.shaped_rewards for t in rows] + nothing, pa.list_(pa.float64())),
-        "error": _texts([m.get("reward_error") for m in metadata] + errors),
-        "turns": pa.array([len(t.episode) for t in rows] + nothing, pa.int32()),
-        "tokens": pa.array(tokens + nothing, pa.int32()),
-        "policy_version": _counts([m.get("policy_version") for m in metadata] + nothing),
-        "finish_reason": _texts(reasons + nothing),
-        "scores": _json([m.get("scores") for m in metadata] + nothing),
-        "metadata": _json([t.metadata for t in rows] + [_of_failure(failure) for failure in failures]),
-        "steps": pa.array([None] * len(rows) + [encode_steps(f.steps) for f in failures], pa.string()),
-    }
-    sizes = [len(t.episode) for t in rows] + [0] * len(failures)
-    offsets = _offsets(sizes)
-    absent = pa.array([False] * len(rows) + [True] * len(failures), pa.bool_())
-    for name, values in _messages(items).items():
-        columns[name] = pa.ListArray.from_arrays(offsets, values, mask=absent)
+    rollouts = _Rollouts(groups, failures)
+    columns: dict[str, pa.Array] = {}
+    for name in names:
+        column = COLUMNS[name]
+        if isinstance(column, MessageColumn):
+            columns[name] = rollouts.as_lists(column.make(rollouts.messages))
+        else:
+            columns[name] = column.make(rollouts)
     return pa.table(columns)
 
 
-def _of_failure(failure: RolloutFailure) -> dict[str, Any]:
-    return {"id": failure.example_id, "generation": failure.generation, "error": failure.error}
+# ── values -> an array ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _sampled(rows: Sequence[Trajectory]) -> tuple[list[int | None], list[Any]]:
-    """Tokens that the policy sampled, and the last finish reason, of each trajectory."""
-    assistant = EpisodeItemRole.ASSISTANT
-    tokens: list[int | None] = []
-    reasons: list[Any] = []
-    for trajectory in rows:
-        sampled, reason = 0, None
-        for item in trajectory.episode:
-            logprobs = getattr(item, "logprobs", None)
-            if logprobs is not None and item.role == assistant:  # type: ignore[union-attr]
-                sampled += logprob_count(logprobs)
-                reason = (item.metadata or {}).get("finish_reason", reason)  # type: ignore[union-attr]
-        tokens.append(sampled)
-        reasons.append(reason)
-    return tokens, reasons
-
-
-def _messages(items: Sequence[EpisodeItem | DPOItem]) -> dict[str, Any]:
-    """Columns of the messages, one row each."""
+def _arrow_type(name: str) -> Any:
+    """The type that Arrow calls that: "list<int64>"."""
     import pyarrow as pa
 
-    single = [item if isinstance(item, EpisodeItem) else None for item in items]
-    metadata = [None if item is None else item.metadata for item in single]
-    texts = ["" if item is None else item.content for item in single]
-    contents = redact_texts(texts)
-    logprobs, logprob_column = _lists([None if item is None else item.logprobs for item in single], float)
-    listed: dict[str, list[Any]] = {}
-    columns: dict[str, Any] = {}
-    for name, kind in LISTED.items():
-        values = [m.get(name) if m else None for m in metadata]
-        if name == "tokens":  # a text that had a secret in it is not spelt out in pieces either
-            values = [v if a == b else None for v, a, b in zip(values, texts, contents, strict=True)]
-        listed[name], columns["token_texts" if name == "tokens" else name] = _lists(values, kind)
-
-    rest: list[Any] = []
-    others: list[Any] = []
-    for place, item in enumerate(items):
-        found, other = metadata[place], {}
-        if found:
-            found = {k: v for k, v in found.items() if k not in listed or listed[k][place] is None}
-            if texts[place] != contents[place]:
-                found.pop("tokens", None)
-        if not isinstance(item, EpisodeItem):
-            other = {PREFERENCE: item.model_dump()}
-        else:
-            if logprobs[place] is None and item.logprobs is not None:
-                other["logprobs"] = item.logprobs
-            if not _is_utf8(contents[place]):
-                other["content"] = contents[place]
-        rest.append(found)
-        others.append(other or None)
-    return {
-        "roles": pa.array([PREFERENCE if item is None else str(item.role) for item in single], pa.string()),
-        "contents": _texts(contents),
-        "logprobs": logprob_column,
-        **columns,
-        "item_metadata": _json(rest),
-        "others": _json(others),
-    }
+    if name.startswith("list<"):
+        return pa.list_(_arrow_type(name.removeprefix("list<").removesuffix(">")))
+    return pa.type_for_alias(name)
 
 
-def _lists(values: Sequence[Any], kind: type) -> tuple[list[Any], Any]:
+def _array(values: Sequence[Any], type: str) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array(values, _arrow_type(type))
+
+
+def _lists(values: Sequence[Any], kind: type) -> tuple[list[Any], pa.Array]:
     """The values that are lists of `kind` and nothing else (None for all others), and the column of them."""
     import pyarrow as pa
 
@@ -187,9 +361,10 @@ def _lists(values: Sequence[Any], kind: type) -> tuple[list[Any], Any]:
     try:
         flat = _flat(lists, kind)
     except (TypeError, OverflowError, UnicodeError):
+        # Some list has an entry that does not fit: find out which ones.
         lists = [value if value is not None and _fits(value, kind) else None for value in lists]
         flat = _flat(lists, kind)
-    absent = pa.array([value is None for value in lists], pa.bool_())
+    absent = _array([value is None for value in lists], "bool")
     return lists, pa.ListArray.from_arrays(_offsets([len(value or ()) for value in lists]), flat, mask=absent)
 
 
@@ -201,8 +376,8 @@ def _fits(value: list[Any], kind: type) -> bool:
     return True
 
 
-def _flat(lists: Sequence[list[Any] | None], kind: type) -> Any:
-    """All entries one behind the other, in the narrowest type that holds them exactly."""
+def _flat(lists: Sequence[list[Any] | None], kind: type) -> pa.Array:
+    """All entries, one list after another, in the narrowest type that holds them exactly."""
     import numpy as np
     import pyarrow as pa
 
@@ -218,10 +393,11 @@ def _flat(lists: Sequence[list[Any] | None], kind: type) -> Any:
         whole = np.array(entries, np.float64)
         with np.errstate(over="ignore"):
             narrow = whole.astype(np.float32)
-    return pa.array(narrow if np.array_equal(narrow, whole, equal_nan=kind is float) else whole, from_pandas=False)
+    exact = np.array_equal(narrow, whole, equal_nan=kind is float)
+    return pa.array(narrow if exact else whole, from_pandas=False)
 
 
-def _offsets(sizes: Sequence[int]) -> Any:
+def _offsets(sizes: Sequence[int]) -> pa.Array:
     import numpy as np
     import pyarrow as pa
 
@@ -230,30 +406,35 @@ def _offsets(sizes: Sequence[int]) -> Any:
     return pa.array(offsets).cast(pa.int32())
 
 
-def _counts(values: Sequence[Any]) -> Any:
-    import pyarrow as pa
+def _counts(values: Sequence[Any]) -> pa.Array:
+    """Whole numbers; None for what is none, or does not fit into 64 bits."""
+    known = values
+    if not {int, type(None)}.issuperset(map(type, values)):
+        known = [int(value) if _is_whole(value) else None for value in values]
+    try:
+        return _array(known, "int64")
+    except OverflowError:
+        return _array([None if value is None or abs(value) >= 2**63 else value for value in known], "int64")
 
-    return pa.array([v if type(v) is int and -(2**63) <= v < 2**63 else None for v in values], pa.int64())
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _json(values: Sequence[Any]) -> Any:
-    import pyarrow as pa
-
-    return pa.array(encode_all(values), pa.string())
+def _json(values: Sequence[Any]) -> pa.Array:
+    return _array(encode_all(values), "string")
 
 
-def _texts(values: Sequence[Any]) -> Any:
-    """To read and to group by; what UTF-8 cannot say is written as an escape."""
-    import pyarrow as pa
-
+def _texts(values: Sequence[Any]) -> pa.Array:
+    """Texts to read and to group by. What UTF-8 cannot say is written as an escape."""
     if {str, type(None)}.issuperset(map(type, values)):
         texts = redact_texts(values)
     else:
         texts = [None if value is None else _text(value) for value in values]
     try:
-        return pa.array(texts, pa.string())
+        return _array(texts, "string")
     except UnicodeError:
-        return pa.array([t and t.encode("utf-8", "backslashreplace").decode() for t in texts], pa.string())
+        return _array([text and text.encode("utf-8", "backslashreplace").decode() for text in texts], "string")
 
 
 def _text(value: Any) -> str:
@@ -270,31 +451,40 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def collection_of(table: pa.Table, run_id: str, groups: int | None) -> TrajectoryCollection:
-    """The trajectories and failures of a table whose columns are those of COLUMNS.
+# ── table -> trajectories ────────────────────────────────────────────────────────────────────────────────────────────
 
-    groups: how many there were, empty ones too; None: by example, in the order in which they first appear.
-    Raises ValueError where a value does not fit.
+_EMPTY_GROUPS = 100_000
+"""More of them than that are no record but an attack on the memory."""
+_ROLES = {str(role): role for role in EpisodeItemRole}
+
+
+def collection_of(table: pa.Table, run_id: str, groups: int | None) -> TrajectoryCollection:
+    """The trajectories and failures of a table.
+
+    Args:
+        table: It has the columns of COLUMNS. Those that it lacks and need not have are missing values.
+        run_id: Of the run that sampled them.
+        groups: How many there were, empty ones too. None: group by example, in the order in which they first appear.
+
+    Raises:
+        ValueError: A value does not fit.
     """
     if groups is not None and not 0 <= groups <= len(table) + _EMPTY_GROUPS:
         raise ValueError(f"{groups} groups for {len(table)} rows")
-    columns = {name: _pythonic(table.column(name).combine_chunks()) for name in COLUMNS if name not in _DERIVED}
-    out: list[list[Trajectory]] = [[] for _ in range(groups or 0)]
+    table = _completed(table, COLUMNS)
+    of_rows = _values(table, ("kind", "group", "reward", "shaped_rewards", "metadata", "steps"))
+    of_messages = _values(table, ("roles", "contents", "logprobs", *LISTED, "item_metadata", "others"))
+
+    by_number: list[list[Trajectory]] = [[] for _ in range(groups or 0)]
     by_example: dict[str, list[Trajectory]] = {}
     failures: list[RolloutFailure] = []
-    messages = list(zip(*(columns[name] for name in _OF_MESSAGES), strict=True))
-    alone = zip(*(columns[name] for name in _OF_ROWS), strict=True)
-    for (kind, group, reward, shaped, metadata, steps), lists in zip(alone, messages, strict=True):
+    for (kind, group, reward, shaped, metadata, steps), lists in zip(of_rows, of_messages, strict=True):
         if kind == "failure":
-            known = decode(metadata, dict)
-            example, generation, error = known["id"], known["generation"], known["error"]
-            if type(generation) is not int or not isinstance(error, str):
-                raise ValueError("a failure without generation or error")
-            failures.append(RolloutFailure(example, generation, error, decode_steps(steps)))
+            failures.append(_failure(metadata, steps))
             continue
-        known = None if metadata is None else decode(metadata, dict)
         if kind != "trajectory" or reward is None or None in lists or len({len(values) for values in lists}) != 1:
             raise ValueError("a row that is neither a trajectory nor a failure")
+        known = None if metadata is None else decode(metadata, dict)
         trajectory = Trajectory.model_construct(
             episode=[_item(*values) for values in zip(*lists, strict=True)],
             reward=reward,
@@ -306,57 +496,54 @@ def collection_of(table: pa.Table, run_id: str, groups: int | None) -> Trajector
         elif group is None or not 0 <= group < groups:
             raise ValueError(f"group {group} of {groups}")
         else:
-            out[group].append(trajectory)
-    trajectories = list(by_example.values()) if groups is None else out
+            by_number[group].append(trajectory)
+    trajectories = list(by_example.values()) if groups is None else by_number
     return TrajectoryCollection.model_construct(trajectories=trajectories, run_id=run_id, failures=failures)
 
 
-_EMPTY_GROUPS = 100_000
-"""More of them than that are no record but an attack on the memory."""
-_OF_ROWS = ("kind", "group", "reward", "shaped_rewards", "metadata", "steps")
-_OF_MESSAGES = (
-    "roles",
-    "contents",
-    "logprobs",
-    "token_ids",
-    "token_texts",
-    "prompt_token_ids",
-    "item_metadata",
-    "others",
-)
-_DERIVED = COLUMNS.keys() - {*_OF_ROWS, *_OF_MESSAGES}
-"""Columns that repeat what stands in others, for those who read the file with other tools."""
-_ROLES = {str(role): role for role in EpisodeItemRole}
+def _values(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The values of those columns, row by row."""
+    columns = [to_python(table.column(name).combine_chunks()) for name in names]
+    return zip(*columns, strict=True)
+
+
+def _failure(metadata: Any, steps: Any) -> RolloutFailure:
+    known = decode(metadata, dict)
+    example, generation, error = known["id"], known["generation"], known["error"]
+    if type(generation) is not int or not isinstance(error, str):
+        raise ValueError("a failure without generation or error")
+    return RolloutFailure(example, generation, error, [] if steps is None else decode_steps(steps))
 
 
 def _item(
     role: Any, content: Any, logprobs: Any, ids: Any, texts: Any, prompt_ids: Any, metadata: Any, others: Any
-) -> Any:
+) -> EpisodeItem | DPOItem:
     other = {} if others is None else decode(others, dict)
     if role == PREFERENCE:
         return DPOItem.model_validate(other.get(PREFERENCE))
     content = other.get("content", content)
     if role not in _ROLES or not isinstance(content, str):
         raise ValueError(f"a message of role {role!r}")
-    found = None if metadata is None else decode(metadata, dict)
-    for name, value in (("token_ids", ids), ("tokens", texts), ("prompt_token_ids", prompt_ids)):
+    known = None if metadata is None else decode(metadata, dict)
+    for (key, _), value in zip(LISTED.values(), (ids, texts, prompt_ids), strict=True):
         if value is not None:
-            found = {} if found is None else found
-            found[name] = value
+            known = {} if known is None else known
+            known[key] = value
     logprobs = other.get("logprobs") if logprobs is None else logprobs
-    return EpisodeItem.model_construct(role=_ROLES[role], content=content, logprobs=logprobs, metadata=found)
+    return EpisodeItem.model_construct(role=_ROLES[role], content=content, logprobs=logprobs, metadata=known)
 
 
-def _pythonic(array: Any) -> list[Any]:
-    """Like to_pylist, which makes an object of Arrow's for every token on the way."""
+def to_python(array: pa.Array) -> list[Any]:
+    """Like `to_pylist`, which makes an object of Arrow's for every token on the way."""
     import pyarrow as pa
 
     if pa.types.is_list(array.type):
-        entries = _pythonic(array.values)
-        offsets = array.offsets.to_pylist()
-        parts = [entries[start:stop] for start, stop in pairwise(offsets)]
+        entries = to_python(array.values)
+        parts: list[Any] = [entries[start:stop] for start, stop in pairwise(array.offsets.to_pylist())]
         if array.null_count:
-            parts = [part if there else None for part, there in zip(parts, array.is_valid().to_pylist(), strict=True)]
+            for place, there in enumerate(array.is_valid().to_pylist()):
+                if not there:
+                    parts[place] = None
         return parts
     if array.null_count == 0 and (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
         return array.to_numpy().tolist()
@@ -365,28 +552,49 @@ def _pythonic(array: Any) -> list[Any]:
     return array.to_pylist()
 
 
-FORMAT = 1
+# ── the file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
 KEY = b"finetune_nb"
+"""Under which the schema's metadata say what the file is."""
 ROWS_PER_GROUP = 8192
 """So that a reader of whole rows does not need all memory at once."""
-_AS_TEXT = ("kind", "example", "error", "finish_reason", "scores", "metadata", "steps")
-_DICTIONARY = [*_AS_TEXT, *(f"{name}.list.element" for name in ("roles", "contents", "item_metadata", "others"))]
-_DICTIONARY += ["token_texts.list.element.list.element", "token_ids.list.element.list.element"]
-_SPLIT = {"logprobs.list.element.list.element": "BYTE_STREAM_SPLIT"}
-"""Prompt ids stay plain: a turn's begin with those of the turn before, which zstd finds where bytes are aligned."""
+
+
+def _leaf(name: str) -> str:
+    """The path of the column's values inside its lists, as Parquet spells it."""
+    return name + ".list.element" * COLUMNS[name].type.count("list<")
+
+
+_DICTIONARY = [_leaf(name) for name, column in COLUMNS.items() if "string" in column.type]
+_DICTIONARY.append(_leaf("token_ids"))
+"""Columns in which the same values come again and again. Prompt ids stay plain: those of a turn begin with those of the
+turn before it, which zstd finds where bytes are aligned."""
+_SPLIT = {_leaf("logprobs"): "BYTE_STREAM_SPLIT"}
 
 
 def write_trajectories(folder: Path, epoch: int, run_id: str, collection: TrajectoryCollection) -> int:
-    """Writes an epoch's file in place of one that an append left behind which did not come to its end. Returns its size
-    in bytes. Raises StoreError; the folder is then as it was."""
+    """Writes an epoch's file. One that an earlier attempt left is replaced.
+
+    Returns:
+        The file's size in bytes.
+
+    Raises:
+        StoreError: It could not be written; the folder is then as it was.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = trajectory_file(folder, epoch)
     try:
         table = table_of(collection.trajectories, collection.failures)
-        groups = len(collection.trajectories)
-        about = {"format": FORMAT, "run_id": run_id, "collection": collection.run_id, "epoch": epoch, "groups": groups}
+        about = {
+            "format": FORMAT,
+            "reader": OLDEST_READER,
+            "run_id": run_id,
+            "collection": collection.run_id,
+            "epoch": epoch,
+            "groups": len(collection.trajectories),
+        }
         table = table.replace_schema_metadata({KEY: encode(about)})
         check_plain(path.parent)
         path.parent.mkdir(exist_ok=True)
@@ -412,22 +620,88 @@ def write_trajectories(folder: Path, epoch: int, run_id: str, collection: Trajec
 
 
 def read_trajectories(folder: Path, epoch: int, run_id: str, rows: int, groups: int) -> TrajectoryCollection:
-    """The trajectories of an epoch. rows, groups: how many run.db says that there are. Raises StoreError."""
-    with _reading(folder, epoch, run_id, rows, groups) as file:
-        return collection_of(_checked(file.read(list(COLUMNS), use_threads=False)), _about(file)["collection"], groups)
+    """The trajectories and failures of an epoch.
+
+    Args:
+        folder: The run's folder.
+        epoch: Its number.
+        run_id: Of the run.
+        rows: How many of them there are, as run.db says.
+        groups: In how many groups.
+
+    Raises:
+        StoreError: The file is missing, damaged, or not the one of that epoch.
+    """
+    with _reading(folder, epoch, run_id, rows, groups) as (file, about):
+        return collection_of(_read(file, COLUMNS), about["collection"], groups)
 
 
 def read_columns(folder: Path, epoch: int, run_id: str, rows: int, groups: int, names: Sequence[str]) -> pa.Table:
-    """Some columns of an epoch, by the names in trajectory_table.py; nothing else is read. Raises StoreError."""
+    """Some columns of an epoch, by their names in COLUMNS; nothing else is read.
+
+    Args:
+        folder: The run's folder.
+        epoch: Its number.
+        run_id: Of the run.
+        rows: How many rows there are, as run.db says.
+        groups: How many groups.
+        names: The columns. One that the file need not have, and has not, comes as missing values.
+
+    Raises:
+        StoreError: There is no such column, or the file is missing, damaged, or not the one of that epoch.
+    """
     if unknown := [name for name in names if name not in COLUMNS]:
         raise StoreError(f"found columns {unknown}; the file of an epoch has {', '.join(COLUMNS)}.")
-    with _reading(folder, epoch, run_id, rows, groups) as file:
-        return _checked(file.read(list(names), use_threads=False))
+    with _reading(folder, epoch, run_id, rows, groups) as (file, _):
+        return _read(file, names)
+
+
+def _read(file: Any, names: Iterable[str]) -> pa.Table:
+    there = set(file.schema_arrow.names)
+    wanted = [name for name in names if name in there]
+    lacking = [name for name in names if name not in there]
+    if "roles" not in wanted and any(isinstance(COLUMNS[name], MessageColumn) for name in lacking):
+        wanted.append("roles")  # how many messages there are is said by nothing else
+    table = _checked(file.read(wanted, use_threads=False))
+    return _completed(table, names) if lacking else table
+
+
+def _completed(table: pa.Table, names: Iterable[str]) -> pa.Table:
+    """Those columns of the table; one that it lacks has missing values only."""
+    import pyarrow as pa
+
+    there = set(table.column_names)
+    columns: dict[str, Any] = {}
+    for name in names:
+        type = _arrow_type(COLUMNS[name].type)
+        if name in there:
+            columns[name] = table.column(name)
+        elif isinstance(COLUMNS[name], MessageColumn):
+            # The lists are there, as long as the episodes; what is missing is what they say of each message.
+            roles = table.column("roles").combine_chunks()
+            nothing = pa.nulls(len(roles.values), type.value_type)
+            columns[name] = pa.ListArray.from_arrays(roles.offsets, nothing, mask=roles.is_null())
+        else:
+            columns[name] = pa.nulls(len(table), type)
+    return pa.table(columns)
+
+
+def _check_columns(schema: pa.Schema, format: int) -> None:
+    """Raises ValueError where a column has another type, or one is missing that every file of that format has. Columns
+    that are not in COLUMNS are of a later release, and nobody asks for them."""
+    types = {field.name: str(field.type).replace("element: ", "").replace("item: ", "") for field in schema}
+    for name, column in COLUMNS.items():
+        found, expected = types.get(name), [each for each in (column.type, column.wider) if each is not None]
+        if found is None:
+            if column.required and column.since <= format:
+                raise ValueError(f"column {name} is missing, expected {expected[0]}; every file has it")
+        elif found not in expected:
+            raise ValueError(f"column {name} is {found}, expected {' or '.join(expected)}")
 
 
 @contextmanager
-def _reading(folder: Path, epoch: int, run_id: str, rows: int, groups: int) -> Iterator[Any]:
-    """The open Parquet file, once its columns and counts are found to be the expected ones."""
+def _reading(folder: Path, epoch: int, run_id: str, rows: int, groups: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The open Parquet file and what it says of itself, once its columns and counts are found to be the expected ones."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -435,21 +709,15 @@ def _reading(folder: Path, epoch: int, run_id: str, rows: int, groups: int) -> I
     try:
         check_plain(path.parent, path)
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            types = {
-                field.name: str(field.type).replace("element: ", "").replace("item: ", "")
-                for field in file.schema_arrow
-            }
-            for name, allowed in COLUMNS.items():
-                if types.get(name) not in allowed:
-                    raise ValueError(f"column {name} is {types.get(name, 'missing')}, expected {' or '.join(allowed)}")
             about = _about(file)
+            _check_columns(file.schema_arrow, about["format"])
             found = (about["run_id"], about["epoch"], about["groups"], file.metadata.num_rows)
             if found != (run_id, epoch, groups, rows):
                 raise ValueError(
                     "run, epoch, groups and rows are {!r}, {!r}, {!r}, {!r}".format(*found)
                     + f"; run.db says {run_id!r}, {epoch}, {groups}, {rows}"
                 )
-            yield file
+            yield file, about
     except StoreError:
         raise
     except FileNotFoundError:
@@ -465,9 +733,12 @@ def _reading(folder: Path, epoch: int, run_id: str, rows: int, groups: int) -> I
 
 
 def _about(file: Any) -> dict[str, Any]:
+    """What the file says of itself. Raises ValueError where this release cannot read it."""
     about = decode(((file.schema_arrow.metadata or {}).get(KEY) or b"").decode("ascii", "replace"), dict)
-    if about.get("format") != FORMAT:
-        raise ValueError(f"format {about.get('format')!r}, expected {FORMAT}; update finetune_nb to read a newer one")
+    format = about.get("format")
+    reader = about.get("reader", format)
+    if type(format) is not int or type(reader) is not int or not reader <= FORMAT:
+        raise ValueError(f"format {format!r}, expected {FORMAT}; update finetune_nb to read a newer one")
     if not isinstance(about.get("collection"), str):
         raise ValueError("it does not say which run it belongs to")
     return about
@@ -482,8 +753,15 @@ def _checked(table: pa.Table) -> pa.Table:
 
 
 def batch_of(collection: TrajectoryCollection, whole: bool) -> bytes:
-    """Rollouts as bytes. whole: these are all of the epoch's, and their groups are kept. Raises StoreError for what
-    cannot be written down."""
+    """Rollouts of an unfinished epoch as bytes.
+
+    Args:
+        collection: The rollouts.
+        whole: Whether these are all of the epoch's, so that their groups are kept.
+
+    Raises:
+        StoreError: A rollout cannot be written down.
+    """
     import pyarrow as pa
 
     try:
@@ -499,8 +777,11 @@ def batch_of(collection: TrajectoryCollection, whole: bool) -> bytes:
 
 
 def collection_of_batches(batches: Sequence[bytes], run_id: str) -> TrajectoryCollection:
-    """The rollouts of several batches, grouped by example; a whole one is alone, and in its own groups. Raises
-    StoreError."""
+    """The rollouts of several batches, grouped by example; a whole one is alone, and in its own groups.
+
+    Raises:
+        StoreError: A batch is damaged.
+    """
     import pyarrow as pa
 
     groups: dict[Any, list[Trajectory]] = {}
@@ -509,6 +790,8 @@ def collection_of_batches(batches: Sequence[bytes], run_id: str) -> TrajectoryCo
         for batch in batches:
             with pa.ipc.open_stream(pa.BufferReader(batch)) as reader:
                 table = _checked(reader.read_all())
+            # A batch does not say its format: a column that came later than the first one may be missing from any.
+            _check_columns(table.schema, format=1)
             if about := (table.schema.metadata or {}).get(KEY):
                 return collection_of(table, run_id, int(decode(about.decode("ascii", "replace"), dict)["groups"]))
             found = collection_of(table, run_id, None)
