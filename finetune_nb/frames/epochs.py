@@ -1,51 +1,116 @@
-"""Records -> tidy DataFrames: one row a group, an epoch, a change of the settings; and the one door to all frames.
-
-Pure functions of a sequence of Epochs. Missing is NaN (<NA> in counting columns), never 0; failed rollouts have rows.
-Columns and dtypes are the same for no epoch at all; only score_*, train_*, seconds_* and validation_score_* columns
-depend on what there is. Rows are joined on `epoch` and `example`, or on `trajectory`. Works with pandas 2.2 and 3.
-Trajectories are in rollout_frames.py, their messages in message_frames.py, their tokens in token_frames.py; how a list
-becomes a column stands in columns.py.
-"""
+"""Groups, epochs and changes of the settings as DataFrames."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import chain, compress
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from ..text import plain
-from ..types import Epoch
-from .columns import asked_for, counts, floats, framed, join, objects, reasons, texts, wide
-from .trajectories import failures_of, is_example
+from ..types import Epoch, Validation
+from .columns import Column, asked_for, column_of, columns_of, framed
+from .trajectories import REASONS, EpochColumns, chosen, is_example
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
-    from ..types import Change
+    from ..types import Change, CurriculumSettings, GroupStatistics
 
 __all__ = [
+    "EPOCHS",
+    "GROUPS",
+    "JOURNAL",
     "epochs",
     "groups",
     "journal",
 ]
 
-_GROUPS: dict[str, Any] = {
-    "epoch": "int64",
-    "example": object,
-    "group": "int64",
-    "trajectories": "int64",
-    "failures": "int64",
-    **dict.fromkeys(("mean", "spread", "std", "min", "max"), "float64"),
-    "kept": bool,
-    "reason": "int8",
-    "submitted_order": "int64",
-}
+GROUPS = (
+    Column("epoch", "int64"),
+    Column("example", "object"),
+    Column("group", "Int64"),
+    Column("trajectories", "int64"),
+    Column("failures", "int64"),
+    Column("mean", "float64"),
+    Column("spread", "float64"),
+    Column("std", "float64"),
+    Column("min", "float64"),
+    Column("max", "float64"),
+    Column("kept", "bool"),
+    Column("reason", "category", categories=REASONS),
+    Column("submitted_order", "Int64"),
+)
+"""Of `groups`."""
+
+
+def _at(place: int) -> Callable[[Sequence[Any]], Any]:
+    return lambda values: values[place]
+
+
+def _percentile(curriculum: CurriculumSettings) -> float | None:
+    return curriculum.percentile if curriculum.enabled else None
+
+
+def _of_last(name: str, missing: Any = None) -> Callable[[Sequence[Validation]], Any]:
+    return lambda validations: getattr(validations[-1], name) if validations else missing
+
+
+def _status(job: Any) -> str | None:
+    return None if job is None else str(job.status)
+
+
+EPOCHS = (
+    Column("epoch", "int64", source="index"),
+    Column("started_at", "datetime, UTC", source="started_at"),
+    Column("mean_reward", "float64", source="metrics.mean_reward"),
+    Column("min_reward", "float64", source="metrics.min_reward"),
+    Column("max_reward", "float64", source="metrics.max_reward"),
+    Column("kept_mean_reward", "float64", source="metrics.kept_mean_reward"),
+    Column("group_p10", "float64", source="metrics.group_quantiles", make=_at(0)),
+    Column("group_p50", "float64", source="metrics.group_quantiles", make=_at(1)),
+    Column("group_p90", "float64", source="metrics.group_quantiles", make=_at(2)),
+    Column("trajectories", "int64", source="metrics.trajectories"),
+    Column("groups", "int64", source="metrics.groups"),
+    Column("groups_with_spread", "int64", source="metrics.groups_with_spread"),
+    Column("kept_trajectories", "int64", source="metrics.kept_trajectories"),
+    Column("kept_groups", "int64", source="metrics.kept_groups"),
+    Column("failures", "int64", source="metrics.failures"),
+    Column("sampled_tokens", "int64", source="metrics.sampled_tokens"),
+    Column("continued_turns", "Int64", source="metrics.continued_turns"),
+    Column("drifted_turns", "Int64", source="metrics.drifted_turns"),
+    Column("curriculum", "bool", source="curriculum.enabled"),
+    Column("percentile", "float64", source="curriculum", make=_percentile),
+    Column("schedule", "str", source="curriculum.schedule"),
+    Column("inferred", "bool", source="selection.inferred"),
+    Column("validation_reward", "float64", source="validations", make=_of_last("mean_reward")),
+    Column("validation_examples", "Int64", source="validations", make=_of_last("examples")),
+    Column("validation_error", "str", source="validations", make=_of_last("error")),
+    Column("job", "str", source="job", make=_status),
+    Column("reason", "str", source="reason"),
+    Column("policy_version", "Int64", source="policy_versions", make=_at(0)),
+    Column("policy_version_after", "Int64", source="policy_versions", make=_at(1)),
+    Column("score_<name>", "float64", source="metrics.scores"),
+    Column("validation_score_<name>", "float64", source="validations", make=_of_last("scores", {})),
+    Column("train_<metric>", "float64", source="train_metrics"),
+    Column("seconds_<part>", "float64", source="seconds"),
+)
+"""Of `epochs`. The sources are attributes of Epoch."""
+JOURNAL = (
+    Column("time", "datetime, UTC", source="time"),
+    Column("source", "str", source="source"),
+    Column("field", "str", source="field"),
+    Column("old", "object", source="old"),
+    Column("new", "object", source="new"),
+    Column("epoch", "Int64", source="epoch"),
+)
+"""Of `journal`. The sources are attributes of Change."""
 
 
 def groups(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] | str | None = None) -> pd.DataFrame:
-    """One row = one group of one epoch; behind them, one for each example that has failed rollouts and no group.
+    """One row = one group of one epoch; after them, one for each example that has failed rollouts and no group.
 
     ================ ========== =============================================================================
     epoch            int64      counts from 0
@@ -56,102 +121,77 @@ def groups(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] 
     mean             float64    of the rewards that are there; NaN where there is none
     spread           float64    largest minus smallest reward; NaN where there is none or one is infinite
     std              float64    sample standard deviation (ddof=1); NaN for fewer than two rewards
-    min, max         float64    smallest and largest reward
+    min              float64    smallest reward
+    max              float64    largest reward
     kept             bool       whether the group was trained on
     reason           category   GroupReason: why it was, or was not
     submitted_order  Int64      place in the order of submission, from 0; <NA> where it was not submitted
     ================ ========== =============================================================================
 
-    example, columns: as in `trajectories`.
+    Args:
+        epochs: The records.
+        example: Only the groups of this example, or of a list of them. Default: all.
+        columns: Only these columns, in this order. Default: all.
+
+    Raises:
+        ConfigError: There is no such column.
     """
-    import pandas as pd
-
-    names = asked_for(columns, _GROUPS)
-
+    names = asked_for(columns, [column.name for column in GROUPS])
     parts = [_groups_of(epoch, example) for epoch in epochs]
-    found: dict[str, Any] = {
-        name: objects(list(chain.from_iterable(part[name] for part in parts)))
-        if dtype is object
-        else join((part[name] for part in parts), dtype)
-        for name, dtype in _GROUPS.items()
-    }
-    for name in ("group", "submitted_order"):
-        found[name] = pd.arrays.IntegerArray(found[name], found[name] < 0)
-    found["reason"] = reasons(found["reason"])
+    found = {column.name: column_of(column, [part[column.name] for part in parts]) for column in GROUPS}
     return framed(found, names)
 
 
 def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) -> pd.DataFrame:
     """One row = one epoch.
 
-    ===================== ================ =====================================================================
-    epoch                 int64            counts from 0
-    started_at            datetime, UTC    when it began
-    mean_reward           float64          over all finite rewards; so are min_reward and max_reward
-    group_p10 ...         float64          10, 50 and 90 % quantiles of the groups' mean rewards
-    kept_mean_reward      float64          over the groups that were trained on
-    trajectories ...      int64            also groups, groups_with_spread (those that can teach), kept_trajectories,
-                                           kept_groups, failures, sampled_tokens
-    continued_turns       Int64            sampled turns that carry a conversation on; drifted_turns: those of them that
-                                           were rendered anew instead of behind the sampled ids
-    curriculum            bool             whether the curriculum was on
-    percentile            float64          share of the groups with spread that is trained on, in (0, 1]; NaN where the
+    ======================= ============== =====================================================================
+    epoch                   int64          counts from 0
+    started_at              datetime, UTC  when it began
+    mean_reward             float64        over all finite rewards
+    min_reward              float64        the smallest of them
+    max_reward              float64        the largest of them
+    kept_mean_reward        float64        over the groups that were trained on
+    group_p10               float64        10 % quantile of the groups' mean rewards
+    group_p50               float64        their median
+    group_p90               float64        their 90 % quantile
+    trajectories            int64          rollouts that finished
+    groups                  int64          of trajectories
+    groups_with_spread      int64          those whose rewards differ: only they can teach
+    kept_trajectories       int64          trajectories that were trained on
+    kept_groups             int64          groups that were trained on
+    failures                int64          rollouts that failed
+    sampled_tokens          int64          tokens that the policy sampled
+    continued_turns         Int64          sampled turns that continue a conversation
+    drifted_turns           Int64          those of them that were rendered anew, instead of continuing the sampled ids
+    curriculum              bool           whether the curriculum was on
+    percentile              float64        share of the groups with spread that is trained on, in (0, 1]; NaN where the
                                            curriculum was off: then all groups are
-    schedule              str              "automatic" or "manual"
-    inferred              bool             someone else's Trainer chose; the reasons are concluded
-    validation_reward     float64          of the epoch's last validation; validation_examples counts its items
-    validation_error      str              why there is none
-    job                   str              the training job's status; NaN where nothing was submitted
-    reason                str              why nothing was submitted
-    policy_version        Int64            the weights that sampled; policy_version_after: those after training
-    score_<name>          float64          mean of evaluator <name>; validation_score_<name>: on the validation dataset
-    train_<metric>        float64          what the backend measured
-    seconds_<part>        float64          what each part took: rollouts, selection, training, validation, total
-    ===================== ================ =====================================================================
+    schedule                str            "automatic" or "manual"
+    inferred                bool           someone else's Trainer chose; the reasons are concluded
+    validation_reward       float64        mean reward of the epoch's last validation
+    validation_examples     Int64          how many items that was
+    validation_error        str            why there is none
+    job                     str            the training job's status; NaN where nothing was submitted
+    reason                  str            why nothing was submitted
+    policy_version          Int64          the weights that sampled
+    policy_version_after    Int64          those after training
+    score_<name>            float64        mean of evaluator <name>
+    validation_score_<name> float64        the same on the validation dataset
+    train_<metric>          float64        what the backend measured
+    seconds_<part>          float64        what each part took: rollouts, selection, training, validation, total
+    ======================= ============== =====================================================================
 
-    columns: only these, in this order. Raises ConfigError for one that there is not.
+    Args:
+        epochs: The records.
+        columns: Only these columns, in this order. Default: all.
+
+    Raises:
+        ConfigError: There is no such column.
     """
-    import numpy as np
-    import pandas as pd
-
-    records = list(epochs)
-    metrics = [epoch.metrics for epoch in records]
-    last = [epoch.validations[-1] if epoch.validations else None for epoch in records]
-
-    found: dict[str, Any] = {
-        "epoch": np.array([epoch.index for epoch in records], dtype=np.int64),
-        "started_at": pd.to_datetime(floats(epoch.started_at for epoch in records), unit="s", utc=True),
-    }
-    for name in ("mean_reward", "min_reward", "max_reward", "kept_mean_reward"):
-        found[name] = floats(getattr(values, name) for values in metrics)
-    for place, name in enumerate(("group_p10", "group_p50", "group_p90")):
-        found[name] = floats(values.group_quantiles[place] for values in metrics)
-    for name in _COUNTED:
-        found[name] = np.array([getattr(values, name) for values in metrics], dtype=np.int64)
-    for name in ("continued_turns", "drifted_turns"):
-        found[name] = counts([getattr(values, name) for values in metrics])
-    found |= {
-        "curriculum": np.array([epoch.curriculum.enabled for epoch in records], dtype=bool),
-        "percentile": floats(epoch.curriculum.percentile if epoch.curriculum.enabled else None for epoch in records),
-        "schedule": texts([epoch.curriculum.schedule for epoch in records]),
-        "inferred": np.array([epoch.selection.inferred for epoch in records], dtype=bool),
-        "validation_reward": floats(v and v.mean_reward for v in last),
-        "validation_examples": counts([v and v.examples for v in last]),
-        "validation_error": texts([v and v.error for v in last]),
-        "job": texts([epoch.job and str(epoch.job.status) for epoch in records]),
-        "reason": texts([epoch.reason for epoch in records]),
-        "policy_version": counts([epoch.policy_versions[0] for epoch in records]),
-        "policy_version_after": counts([epoch.policy_versions[1] for epoch in records]),
-    }
-    named = (
-        [values.scores for values in metrics],
-        [v.scores if v else {} for v in last],
-        [epoch.train_metrics for epoch in records],
-        [epoch.seconds for epoch in records],
-    )
-    for prefix, values in zip(_BY_NAME, named, strict=True):
-        found |= {f"{prefix}{name}": column for name, column in wide(values).items()}
-    return framed(found, None if columns is None else asked_for(columns, found, _BY_NAME))
+    found = _of_records(EPOCHS, list(epochs))
+    names = asked_for(columns, found, [column.prefix for column in EPOCHS if column.prefix])
+    return framed(found, names)
 
 
 def journal(changes: Iterable[Change], columns: Sequence[str] | str | None = None) -> pd.DataFrame:
@@ -161,67 +201,58 @@ def journal(changes: Iterable[Change], columns: Sequence[str] | str | None = Non
     time       datetime, UTC    when it was asked for
     source     str              who: "code", "panel", "fork", ...
     field      str              of CurriculumSettings
-    old, new   object           its values
+    old        object           its value before
+    new        object           its value from then on
     epoch      Int64            the epoch that used it first; <NA> while it is pending, or was replaced before that
     ========== ================ ===============================================================================
 
-    columns: only these, in this order. Raises ConfigError for one that there is not.
-    """
-    import pandas as pd
+    Args:
+        changes: The changes, in order.
+        columns: Only these columns, in this order. Default: all.
 
-    rows = list(changes)
-    found = {
-        "time": pd.to_datetime(floats(change.time for change in rows), unit="s", utc=True),
-        "source": texts([change.source for change in rows]),
-        "field": texts([change.field for change in rows]),
-        "old": objects([change.old for change in rows]),
-        "new": objects([change.new for change in rows]),
-        "epoch": counts([change.epoch for change in rows]),
-    }
+    Raises:
+        ConfigError: There is no such column.
+    """
+    found = _of_records(JOURNAL, list(changes))
     return framed(found, asked_for(columns, found))
 
 
-_BY_NAME = ("score_", "validation_score_", "train_", "seconds_")
-"""How columns begin whose number depends on what there is."""
-_COUNTED = (
-    "trajectories",
-    "groups",
-    "groups_with_spread",
-    "kept_trajectories",
-    "kept_groups",
-    "failures",
-    "sampled_tokens",
-)
+def _of_records(columns: Sequence[Column], records: Sequence[Any]) -> dict[str, Any]:
+    """The columns of records, one row each."""
+    found: dict[str, Any] = {}
+    for column in columns:
+        assert column.source is not None
+        values = list(map(attrgetter(column.source), records))
+        if column.make is not None:
+            values = list(map(column.make, values))
+        found |= columns_of(column, values)
+    return found
 
 
 # ── one epoch ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _groups_of(epoch: Epoch, only: Any) -> dict[str, Any]:
-    """The columns of `groups` for one epoch; -1 where a position or a reason is missing."""
+    """The values of GROUPS for one epoch: its groups and, after them, the examples that have failed rollouts alone."""
     import numpy as np
 
     statistics, selection = epoch.statistics, epoch.selection
-    failures = [failure["id"] for failure in failures_of(epoch)]
-    failed = Counter(map(_key, failures))
-    by_group = [failed.pop(_key(example), 0) for example in statistics.example_ids]
-    ids = {_key(example): example for example in failures}
-    alone = [ids[key] for key in failed]
-    total, extra = len(statistics), len(alone)
+    total = len(statistics)
 
-    present = np.isfinite(statistics.rewards)
+    # Each failed rollout counts in the group of its example; examples that have no group get a row of their own.
+    failed_ids = [failure["id"] for failure in EpochColumns(epoch).failures]
+    failed = Counter(map(_key, failed_ids))
+    failures = [failed.pop(_key(example), 0) for example in statistics.example_ids]
+    id_of = {_key(example): example for example in failed_ids}
+    alone = [id_of[key] for key in failed]
+    failures += failed.values()
+    extra = len(alone)
+
     sizes = np.diff(statistics.offsets)
-    group_of = np.repeat(np.arange(total), sizes)
-    low, high = np.full(total, math.nan), np.full(total, math.nan)
-    if len(statistics.rewards):
-        starts, filled = statistics.offsets[:-1][sizes > 0], sizes > 0  # reduceat has no notion of an empty slice
-        low[filled] = np.fmin.reduceat(statistics.rewards, starts)
-        high[filled] = np.fmax.reduceat(statistics.rewards, starts)
-    deviation = np.where(present, statistics.rewards, 0.0) - np.where(present, statistics.means[group_of], 0.0)
-    squares = np.bincount(group_of, weights=deviation**2, minlength=total)
-    several = np.isfinite(statistics.spreads) & (statistics.counts > 1)
-    order = np.full(total, -1, dtype=np.int64)
-    order[selection.kept] = np.arange(len(selection.kept))
+    low, high = _extremes(statistics, sizes)
+    order: list[int | None] = [None] * (total + extra)
+    for place, group in enumerate(selection.kept.tolist()):
+        order[group] = place
 
     def padded(values: Any, missing: Any) -> Any:
         return np.concatenate([values, np.full(extra, missing)])
@@ -229,22 +260,46 @@ def _groups_of(epoch: Epoch, only: Any) -> dict[str, Any]:
     found = {
         "epoch": np.full(total + extra, epoch.index),
         "example": [*statistics.example_ids, *alone],
-        "group": padded(np.arange(total), -1),
+        "group": [*range(total), *[None] * extra],
         "trajectories": padded(sizes, 0),
-        "failures": np.array([*by_group, *failed.values()], dtype=np.int64),
+        "failures": np.array(failures, dtype=np.int64),
         "mean": padded(statistics.means, math.nan),
         "spread": padded(statistics.spreads, math.nan),
-        "std": padded(np.sqrt(np.where(several, squares, math.nan) / np.maximum(statistics.counts - 1, 1)), math.nan),
+        "std": padded(_deviations(statistics, sizes), math.nan),
         "min": padded(low, math.nan),
         "max": padded(high, math.nan),
         "kept": padded(selection.reasons == 0, False),
         "reason": padded(selection.reasons, -1),
-        "submitted_order": padded(order, -1),
+        "submitted_order": order,
     }
     if only is None:
         return found
-    those = np.array([is_example(example, only) for example in found["example"]], dtype=bool)
-    return {name: list(compress(v, those)) if isinstance(v, list) else v[those] for name, v in found.items()}
+    return chosen(found, np.array([is_example(example, only) for example in found["example"]], dtype=bool))
+
+
+def _extremes(statistics: GroupStatistics, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest reward of each group; NaN where there is none."""
+    import numpy as np
+
+    low, high = np.full(len(sizes), math.nan), np.full(len(sizes), math.nan)
+    filled = sizes > 0  # reduceat has no notion of an empty slice
+    if filled.any():
+        starts = statistics.offsets[:-1][filled]
+        low[filled] = np.fmin.reduceat(statistics.rewards, starts)
+        high[filled] = np.fmax.reduceat(statistics.rewards, starts)
+    return low, high
+
+
+def _deviations(statistics: GroupStatistics, sizes: np.ndarray) -> np.ndarray:
+    """The sample standard deviation of each group's rewards; NaN for fewer than two."""
+    import numpy as np
+
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    present = np.isfinite(statistics.rewards)
+    distances = np.where(present, statistics.rewards, 0.0) - np.where(present, statistics.means[group], 0.0)
+    squares = np.bincount(group, weights=distances**2, minlength=len(sizes))
+    several = np.isfinite(statistics.spreads) & (statistics.counts > 1)
+    return np.sqrt(np.where(several, squares, math.nan) / np.maximum(statistics.counts - 1, 1))
 
 
 def _key(example: Any) -> Any:

@@ -1,54 +1,119 @@
-"""Messages -> a tidy DataFrame, unfolded from the trajectories when somebody asks. frames.py names all frames."""
+"""Messages, and the tokens that were sampled in them, as DataFrames."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..store.json import decode, encode
-from ..types import DPOItem, EpisodeItem, Epoch, IntermediateStep, LLMCall, Trajectory
-from .columns import asked_for, categories, counts, floats, framed, join, texts
-from .trajectories import (
-    ROLLOUT,
-    Part,
-    Source,
-    chained,
-    lengths_of,
-    logprobs_of,
-    messages_in,
-    of_rollouts,
-    places,
-    source_of,
+from ..store.trajectories import LISTED, PREFERENCE, table_of, to_python
+from ..types import (
+    DPOItem,
+    EpisodeItem,
+    EpisodeItemRole,
+    Epoch,
+    IntermediateStep,
+    LLMCall,
+    Trajectory,
+    logprob_values,
 )
+from .columns import Column, asked_for, column_of, framed, sources_of
+from .trajectories import KEYS, EpochColumns, FramePart, Rollouts, key_columns, positions
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+    import pyarrow as pa
 
 __all__ = [
+    "MESSAGES",
+    "TOKENS",
     "messages",
     "tokens",
 ]
 
-_MESSAGES: dict[str, Callable[[list[Any]], Any]] = {
-    "role": categories,
-    "content": texts,
-    "tool_calls": texts,
-    "tool_call_id": texts,
-    "name": texts,
-    "finish_reason": categories,
-    "prompt_tokens": counts,
-    "tokens": counts,
-    "mean_logprob": floats,
-    "seconds": floats,
-}
-"""What a message itself says."""
+
+class _Lists(NamedTuple):
+    """A column of lists, one a message."""
+
+    column: pa.Array
+    odd: Mapping[int, Any]
+    """What did not fit into the column, by the message's place: a list of something else, or no list at all."""
+
+    def lengths(self) -> list[int | None]:
+        """Of each list; None for a message that has none."""
+        found = self.column.value_lengths().to_pylist()
+        for place, value in self.odd.items():
+            found[place] = len(value) if isinstance(value, list) else None
+        return found
+
+    def means(self) -> np.ndarray:
+        """Of the numbers in each list; NaN where there is none."""
+        import numpy as np
+
+        lengths = _lengths(self.column)
+        numbers = self.column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+        places = np.repeat(np.arange(len(lengths)), lengths)
+        sums = np.bincount(places, weights=numbers, minlength=len(lengths))
+        found = np.divide(sums, lengths, out=np.full(len(sums), math.nan), where=lengths > 0)
+        for place, value in self.odd.items():
+            found[place] = _mean(value)
+        return found
+
+    def entries(self, places: np.ndarray, sizes: np.ndarray) -> Any:
+        """The entries of the lists at those places, one list after another. sizes: how many each is to have; what a list
+        of another length says belongs to nothing, and is missing."""
+        import numpy as np
+
+        chosen = self.column.take(places)
+        if self.odd.keys().isdisjoint(places.tolist()) and np.array_equal(_lengths(chosen), sizes):
+            flat = chosen.flatten()
+            is_text = str(flat.type) == "string"
+            return flat.to_pylist() if is_text or flat.null_count else flat.to_numpy()
+        found: list[Any] = []
+        for place, value, size in zip(places.tolist(), to_python(chosen), sizes.tolist(), strict=True):
+            value = self.odd.get(place, value)
+            fits = isinstance(value, list) and len(value) == size
+            found += value if fits else [None] * size
+        return found
+
+
+def _as_json(values: list[Any]) -> list[str | None]:
+    """Each value as JSON; None where it is empty."""
+    return [encode(value) if value else None for value in values]
+
+
+MESSAGES = (
+    *KEYS,
+    Column("failed", "bool"),
+    Column("message", "int64"),
+    Column("role", "category", source="roles"),
+    Column("content", "str", source="contents"),
+    Column("tool_calls", "str", source="item_metadata", key="tool_calls", make=_as_json),
+    Column("tool_call_id", "str", source="item_metadata", key="tool_call_id"),
+    Column("name", "str", source="item_metadata", key="name"),
+    Column("finish_reason", "category", source="item_metadata", key="finish_reason"),
+    Column("prompt_tokens", "Int64", source="prompt_token_ids", make=_Lists.lengths),
+    Column("tokens", "Int64", source="logprobs", make=_Lists.lengths, only="assistant"),
+    Column("mean_logprob", "float64", source="logprobs", make=_Lists.means, only="assistant"),
+    Column("seconds", "float64", source="item_metadata", key="seconds"),
+)
+"""Of `messages`."""
+TOKENS = (
+    *KEYS,
+    Column("message", "int64"),
+    Column("position", "int64"),
+    Column("token_id", "Int64", source="token_ids"),
+    Column("token", "str", source="token_texts"),
+    Column("logprob", "float64", source="logprobs"),
+)
+"""Of `tokens`."""
 
 
 def messages(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] | str | None = None) -> pd.DataFrame:
-    """One row = one message of an episode, in its order; behind those of an epoch's trajectories, those of its failed
+    """One row = one message of an episode, in its order; after those of an epoch's trajectories, those of its failed
     rollouts as far as their last model call tells them.
 
     ================ ========== =============================================================================
@@ -64,138 +129,26 @@ def messages(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str
     tool_call_id     str        which call it answers
     name             str        of the tool that speaks
     finish_reason    category   why the turn ended: "stop", "length", "tool_calls", ...
-    prompt_tokens    Int64      tokens of the prompt that the turn was sampled behind
+    prompt_tokens    Int64      tokens of the prompt that the turn was sampled after
     tokens           Int64      tokens that the policy sampled; 0 for a turn of an assistant that it did not
     mean_logprob     float64    of those tokens, natural logarithm; NaN without any
     seconds          float64    that the model call took
     ================ ========== =============================================================================
 
-    example, columns: as in `trajectories`.
+    Args:
+        epochs: The records.
+        example: Only the messages of this example, or of a list of them. Default: all.
+        columns: Only these columns, in this order. Default: all. What they do not need is not read.
+
+    Raises:
+        ConfigError: There is no such column.
     """
-    known = (*ROLLOUT, "failed", "message", *_MESSAGES)
-    names = asked_for(columns, known)
-    wanted = set(names or known)
-    parts = [_messages_of(epoch, example, wanted) for epoch in epochs]
-    found = of_rollouts(parts)
-    found["failed"] = join((part.columns["failed"] for part in parts), bool)
-    found["message"] = join((places(part.rows) for part in parts), "int64")
-    for name, make in _MESSAGES.items():
-        if name in wanted:
-            found[name] = make(list(chain.from_iterable(part.columns[name] for part in parts)))
-    return framed(found, names or known)
-
-
-# ── one epoch ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _messages_of(epoch: Epoch, example: Any, wanted: set[str]) -> Part:
-    import numpy as np
-
-    source = source_of(epoch, example, failures=True)
-    found = _messages_from_file(source, wanted)
-    if found is None:
-        found = _message_columns([list(map(_message, t.episode)) for t in source.trajectories])
-    columns, rows = found
-    failed = _message_columns([_told_by(steps) for steps in source.steps])
-    for name in columns:
-        columns[name] = [*columns[name], *failed[0][name]]
-    columns["failed"] = np.repeat([False, True], [rows.sum(), failed[1].sum()])
-    return Part(epoch.index, source.rollouts, np.concatenate([rows, failed[1]]), columns)
-
-
-def _message_columns(episodes: Sequence[list[tuple[Any, ...]]]) -> tuple[dict[str, Any], np.ndarray]:
-    import numpy as np
-
-    turns = list(chain.from_iterable(episodes))
-    columns = zip(*turns, strict=True) if turns else repeat(())
-    return dict(zip(_MESSAGES, map(list, columns), strict=False)), np.array(list(map(len, episodes)), dtype=np.int64)
-
-
-def _message(item: EpisodeItem | DPOItem) -> tuple[Any, ...]:
-    """The values of _MESSAGES for one message."""
-    if isinstance(item, DPOItem):
-        return ("preference", encode(item.model_dump()), *[None] * (len(_MESSAGES) - 2))
-    metadata = item.metadata or {}
-    sampled = logprobs_of(item)
-    prompt = metadata.get("prompt_token_ids")
-    return (
-        str(item.role),
-        item.content,
-        *_said_in(metadata),
-        len(prompt) if isinstance(prompt, list) else None,
-        None if sampled is None else len(sampled),
-        _mean(sampled),
-        metadata.get("seconds"),
-    )
-
-
-def _said_in(metadata: Mapping[str, Any]) -> tuple[Any, ...]:
-    calls = metadata.get("tool_calls")
-    return (encode(calls) if calls else None, *map(metadata.get, ("tool_call_id", "name", "finish_reason")))
-
-
-def _told_by(steps: Sequence[IntermediateStep]) -> list[tuple[Any, ...]]:
-    """The messages of a failed rollout: the prompt of its last recorded model call, and the reply."""
-    calls = [step.data.payload for step in steps if step.data and isinstance(step.data.payload, LLMCall)]
-    if not calls:
-        return []
-    last = calls[-1]
-    context = [(str(m.get("role")), _text(m.get("content")), *_said_in(m), *[None] * 4) for m in last.messages]
-    reply = {**last.reply, "finish_reason": last.finish_reason}
-    logprobs = last.logprobs
-    sizes = (None if ids is None else len(ids) for ids in (last.prompt_ids, logprobs))
-    return [
-        *context,
-        ("assistant", _text(reply.get("content")), *_said_in(reply), *sizes, _mean(logprobs), last.seconds),
-    ]
-
-
-def _mean(logprobs: Sequence[float] | None) -> float | None:
-    try:
-        return sum(logprobs) / len(logprobs) if logprobs else None
-    except TypeError:  # somebody's list of something else
-        return None
-
-
-def _text(content: Any) -> str:
-    return content if isinstance(content, str) else "" if content is None else encode(content)
-
-
-def _messages_from_file(source: Source, wanted: set[str]) -> tuple[dict[str, Any], np.ndarray] | None:
-    """The wanted columns, and how many messages each trajectory has."""
-    import numpy as np
-
-    said = wanted & {"tool_calls", "tool_call_id", "name", "finish_reason", "seconds"}
-    sampled = wanted & {"tokens", "mean_logprob"}
-    needed = ["roles", *["contents"] * ("content" in wanted), *["logprobs"] * bool(sampled)]
-    needed += [*["item_metadata"] * bool(said), *["prompt_token_ids"] * ("prompt_tokens" in wanted)]
-    table = source.table(needed)
-    if table is None:
-        return None
-    roles = messages_in(table, "roles")
-    columns: dict[str, Any] = {"role": roles.to_pylist()}
-    if "content" in wanted:
-        columns["content"] = messages_in(table, "contents").to_pylist()
-    if said:
-        known = [{} if text is None else decode(text, dict) for text in messages_in(table, "item_metadata").to_pylist()]
-        columns |= (
-            zip(_SAID, zip(*map(_said_in, known), strict=True), strict=True) if known else dict.fromkeys(_SAID, ())
-        )
-        columns["seconds"] = [metadata.get("seconds") for metadata in known]
-    if "prompt_tokens" in wanted:
-        columns["prompt_tokens"] = messages_in(table, "prompt_token_ids").value_lengths().to_pylist()
-    if sampled:
-        lists = messages_in(table, "logprobs")
-        lengths, flat = lengths_of(lists), lists.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
-        sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), weights=flat, minlength=len(lengths))
-        there = (np.array(columns["role"], dtype=object) == "assistant") & np.array(lists.is_valid())
-        columns["tokens"] = [n if ok else None for n, ok in zip(lengths.tolist(), there.tolist(), strict=True)]
-        means = np.divide(sums, lengths, out=np.full(len(sums), math.nan), where=there & (lengths > 0))
-        columns["mean_logprob"] = means.tolist()
-    return columns, lengths_of(table.column("roles").combine_chunks())
-
-
-_SAID = ("tool_calls", "tool_call_id", "name", "finish_reason")
+    names = asked_for(columns, [column.name for column in MESSAGES])
+    wanted = [column for column in MESSAGES if names is None or column.name in names]
+    parts: list[FramePart] = []
+    for epoch in epochs:
+        parts += _messages_of(epoch, example, wanted)
+    return framed(_found(wanted, parts), [column.name for column in MESSAGES] if names is None else names)
 
 
 def tokens(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] | str | None = None) -> pd.DataFrame:
@@ -213,103 +166,244 @@ def tokens(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] 
     logprob          float64    natural logarithm of the probability with which it was sampled
     ================ ========== =============================================================================
 
-    example, columns: as in `trajectories`. What each token was worth:
+    What each token was worth:
     `run.tokens(epoch=3).merge(run.trajectories(epoch=3, columns=["trajectory", "advantage"]), on="trajectory")`.
+
+    Args:
+        epochs: The records.
+        example: Only the tokens of this example, or of a list of them. Default: all.
+        columns: Only these columns, in this order. Default: all. What they do not need is not read.
+
+    Raises:
+        ConfigError: There is no such column.
     """
-    known = (*ROLLOUT, "message", "position", "token_id", "token", "logprob")
-    names = asked_for(columns, known)
-    wanted = set(names or known)
+    names = asked_for(columns, [column.name for column in TOKENS])
+    wanted = [column for column in TOKENS if names is None or column.name in names]
     parts = [_tokens_of(epoch, example, wanted) for epoch in epochs]
-    found = of_rollouts(parts)
-    found["message"] = join((part.columns["message"] for part in parts), "int64")
-    found["position"] = join((part.columns["position"] for part in parts), "int64")
-    found["logprob"] = join((part.columns["logprob"] for part in parts), "float64")
-    if "token_id" in wanted:
-        found["token_id"] = counts(chained(part.columns["token_id"] for part in parts))
-    if "token" in wanted:
-        found["token"] = texts(chained(part.columns["token"] for part in parts))
-    return framed(found, names or known)
+    return framed(_found(wanted, parts), [column.name for column in TOKENS] if names is None else names)
+
+
+def _found(wanted: Sequence[Column], parts: Sequence[FramePart]) -> dict[str, Any]:
+    """The wanted columns of all parts, and those of KEYS."""
+    found = key_columns(parts)
+    for column in wanted:
+        if column not in KEYS:
+            found[column.name] = column_of(column, [part.columns[column.name] for part in parts])
+    return found
 
 
 # ── one epoch ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _tokens_of(epoch: Epoch, example: Any, wanted: set[str]) -> Part:
-    source = source_of(epoch, example, failures=False)
-    found = _tokens_from_file(source, wanted)
-    columns, rows = _tokens_from_memory(source.trajectories) if found is None else found
-    return Part(epoch.index, source.rollouts, rows, columns)
+def _messages_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> list[FramePart]:
+    """The messages of the epoch's trajectories and, after them, those of its failed rollouts."""
+    columns = EpochColumns(epoch)
+    names = _needed(wanted)
+    table = columns.trajectories(["generation", *names])
+    rollouts = Rollouts.of(columns, table)
+    chosen = columns.of_example(example)
+    there, failed = chosen[: columns.rows], chosen[columns.rows :]
+
+    parts = [_messages_in(table.filter(there), epoch, rollouts.first(there), wanted)]
+    if failed.any():
+        episodes = [_as_far_as_known(steps) for steps in columns.steps(failed)]
+        table = table_of([episodes], [], names)
+        parts.append(_messages_in(table, epoch, rollouts.last(failed), wanted, failed=True))
+    return parts
 
 
-def _tokens_from_memory(trajectories: Sequence[Trajectory]) -> tuple[dict[str, Any], np.ndarray]:
+def _messages_in(
+    table: pa.Table, epoch: Epoch, rollouts: Rollouts, wanted: Sequence[Column], failed: bool = False
+) -> FramePart:
     import numpy as np
 
-    logprobs: list[list[float]] = []
-    ids: list[Any] = []
-    pieces: list[Any] = []
-    turns, rows = [], []
-    for trajectory in trajectories:
-        total = 0
-        for place, item in enumerate(trajectory.episode):
-            sampled = logprobs_of(item) if isinstance(item, EpisodeItem) else None
-            if not sampled:
-                continue
-            metadata, count = item.metadata or {}, len(sampled)  # type: ignore[union-attr]
-            logprobs.append(sampled)
-            ids.append(_one_each(metadata.get("token_ids"), count))
-            pieces.append(_one_each(metadata.get("tokens") or _said_with(item.logprobs), count))  # type: ignore[union-attr]
-            turns.append(place)
-            total += count
-        rows.append(total)
-    lengths = np.array(list(map(len, logprobs)), dtype=np.int64)
-    columns = {
-        "message": np.repeat(np.array(turns, dtype=np.int64), lengths),
-        "position": places(lengths),
-        "logprob": floats(chained(logprobs)),
-        "token_id": chained(ids),
-        "token": chained(pieces),
+    found = _Messages(table)
+    values: dict[str, Any] = {
+        "failed": np.full(len(found.roles), failed),
+        "message": positions(found.rows),
     }
-    return columns, np.array(rows, dtype=np.int64)
+    for column in wanted:
+        if column.source is not None:
+            values[column.name] = found.values(column)
+    return FramePart(epoch.index, rollouts, found.rows, values)
 
 
-def _one_each(values: Any, count: int) -> list[Any]:
-    return values if isinstance(values, list) and len(values) == count else [None] * count
+def _as_far_as_known(steps: Sequence[IntermediateStep]) -> Trajectory:
+    """A failed rollout as a trajectory: the prompt of its last recorded model call, and the reply."""
+    episode: list[EpisodeItem | DPOItem] = []
+    calls = [step.data.payload for step in steps if step.data and isinstance(step.data.payload, LLMCall)]
+    if calls:
+        last = calls[-1]
+        for message in last.messages:
+            episode.append(_item(str(message.get("role")), message))
+        reply = {**last.reply, "finish_reason": last.finish_reason}
+        about = {"prompt_token_ids": last.prompt_ids, "seconds": last.seconds}
+        episode.append(_item(EpisodeItemRole.ASSISTANT, reply, last.logprobs, **about))
+    return Trajectory.model_construct(episode=episode, reward=math.nan, shaped_rewards=None, metadata=None)
 
 
-def _said_with(logprobs: Any) -> list[Any] | None:
-    """The tokens' texts where logprobs came as OpenAI's objects."""
-    content = logprobs.get("content") if isinstance(logprobs, Mapping) else getattr(logprobs, "content", logprobs)
-    if not isinstance(content, list) or not content or isinstance(content[0], float):
-        return None
-    return [each.get("token") if isinstance(each, Mapping) else getattr(each, "token", None) for each in content]
+def _item(role: str, message: Mapping[str, Any], logprobs: list[float] | None = None, **about: Any) -> EpisodeItem:
+    content = message.get("content")
+    if content is None:
+        content = ""
+    elif not isinstance(content, str):
+        content = encode(content)
+    said = {key: message[key] for key in _SAID if key in message}
+    return EpisodeItem.model_construct(role=role, content=content, logprobs=logprobs, metadata={**said, **about})
 
 
-def _tokens_from_file(source: Source, wanted: set[str]) -> tuple[dict[str, Any], np.ndarray] | None:
+_SAID = [column.key for column in MESSAGES if column.key is not None and column.key != "seconds"]
+"""What a message of the chat API says besides its text, under the keys of an item's metadata."""
+
+
+def _tokens_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> FramePart:
     import numpy as np
-    import pyarrow as pa
 
-    listed = {"token_id": "token_ids", "token": "token_texts"}
-    listed = {name: column for name, column in listed.items() if name in wanted}
-    table = source.table(["roles", "logprobs", *listed.values(), *["item_metadata"] * bool(listed)])
-    if table is None:
-        return None
-    messages, lists = lengths_of(table.column("roles").combine_chunks()), messages_in(table, "logprobs")
-    lengths = lengths_of(lists)
-    sampled = (lengths > 0) & (np.array(messages_in(table, "roles").to_pylist(), dtype=object) == "assistant")
-    those, lengths = pa.array(sampled), lengths[sampled]
-    columns: dict[str, Any] = {
-        "message": np.repeat(places(messages)[sampled], lengths),
-        "position": places(lengths),
-        "logprob": lists.filter(those).flatten().to_numpy(zero_copy_only=False).astype(np.float64),
+    columns = EpochColumns(epoch)
+    table = columns.trajectories(list(dict.fromkeys(["generation", "logprobs", *_needed(wanted)])))
+    there = columns.of_example(example)[: columns.rows]
+    rollouts = Rollouts.of(columns, table).first(there)
+    found = _Messages(table.filter(there))
+
+    # A turn in which nothing was sampled has no row.
+    lengths = np.array([length or 0 for length in found.lists("logprobs").lengths()], dtype=np.int64)
+    lengths[found.roles != EpisodeItemRole.ASSISTANT] = 0
+    turns = np.flatnonzero(lengths)
+    sizes = lengths[turns]
+    values: dict[str, Any] = {
+        "message": np.repeat(positions(found.rows)[turns], sizes),
+        "position": positions(sizes),
     }
-    for name, column in listed.items():
-        found = messages_in(table, column).filter(those)
-        if np.array_equal(lengths_of(found), lengths):
-            columns[name] = found.flatten().to_pylist()
-            continue
-        rest = messages_in(table, "item_metadata").filter(those).to_pylist()
-        if found.null_count < len(found) or any('"token' in (text or "") for text in rest):
-            return None  # of some they are missing, or they did not fit into the column
-        columns[name] = [None] * int(lengths.sum())
-    of = np.repeat(np.arange(len(messages)), messages)[sampled]
-    return columns, np.bincount(of, weights=lengths, minlength=len(messages)).astype(np.int64)
+    for column in wanted:
+        if column.source is not None:
+            values[column.name] = found.lists(column.source).entries(turns, sizes)
+    trajectory_of_turn = np.repeat(np.arange(len(found.rows)), found.rows)
+    rows = np.bincount(trajectory_of_turn, weights=lengths, minlength=len(found.rows)).astype(np.int64)
+    return FramePart(epoch.index, rollouts, rows, values)
+
+
+def _needed(wanted: Sequence[Column]) -> list[str]:
+    """The columns of the file that the wanted ones are made of."""
+    names = ["roles", "others", *sources_of(wanted)]
+    if not LISTED.keys().isdisjoint(names):
+        names.append("item_metadata")  # has the lists that did not fit into their own columns
+    return list(dict.fromkeys(names))
+
+
+class _Messages:
+    """The messages of some trajectories, in order, from the columns of the file."""
+
+    def __init__(self, table: pa.Table) -> None:
+        import numpy as np
+
+        self._table = table
+        self.rows = _lengths(table.column("roles").combine_chunks())
+        """How many messages each trajectory has."""
+        self.roles = np.array(self._column("roles").to_pylist(), dtype=object)
+
+    def _column(self, name: str) -> pa.Array:
+        """A column of the file, with an entry a message."""
+        return self._table.column(name).combine_chunks().flatten()
+
+    def values(self, column: Column) -> Any:
+        """The values of a column of the frame."""
+        import numpy as np
+
+        values: Any
+        if column.source in ("logprobs", *LISTED):
+            values = self.lists(column.source)
+        elif column.source == "contents":
+            values = self._contents()
+        elif column.key is not None:
+            values = [metadata.get(column.key) for metadata in self._metadata]
+        else:
+            values = self.roles.tolist()
+        if column.make is not None:
+            values = column.make(values)
+        if column.only is None:
+            return values
+        there = self.roles == column.only
+        if isinstance(values, np.ndarray):
+            return np.where(there, values, math.nan)
+        return [value if has_one else None for value, has_one in zip(values, there.tolist(), strict=True)]
+
+    def lists(self, source: str) -> _Lists:
+        """A column of the file whose entries are lists, with what did not fit into it."""
+        column = self._column(source)
+        odd: dict[int, Any] = {}
+        if source == "logprobs":
+            for place, other in self._others.items():
+                if "logprobs" in other:
+                    odd[place] = _readable(other["logprobs"])
+            return _Lists(column, odd)
+
+        if source == "token_texts":
+            # Logprobs in OpenAI's form have the tokens' texts with them.
+            lengths = column.value_lengths().to_pylist()
+            for place, other in self._others.items():
+                if not lengths[place]:
+                    odd[place] = _texts_in(other.get("logprobs"))
+        key, _ = LISTED[source]
+        for place, metadata in self._metadata_with(key):
+            if metadata.get(key):
+                odd[place] = metadata[key]
+        return _Lists(column, odd)
+
+    def _contents(self) -> list[Any]:
+        contents = self._column("contents").to_pylist()
+        for place, other in self._others.items():
+            if PREFERENCE in other:
+                contents[place] = encode(other[PREFERENCE])
+            elif "content" in other:
+                contents[place] = other["content"]
+        return contents
+
+    @cached_property
+    def _others(self) -> dict[int, dict[str, Any]]:
+        """What fits into no column, by the message's place."""
+        texts = self._column("others")
+        if texts.null_count == len(texts):
+            return {}
+        return {place: decode(text, dict) for place, text in enumerate(texts.to_pylist()) if text is not None}
+
+    @cached_property
+    def _metadata(self) -> list[dict[str, Any]]:
+        return [{} if text is None else decode(text, dict) for text in self._column("item_metadata").to_pylist()]
+
+    def _metadata_with(self, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Place and metadata of each message that has that key in them. Mostly none has, so only those texts are parsed in
+        which the key turns up."""
+        mark = f'"{key}"'
+        for place, text in enumerate(self._column("item_metadata").to_pylist()):
+            if text is not None and mark in text:
+                yield place, decode(text, dict)
+
+
+def _readable(logprobs: Any) -> list[float] | None:
+    """One number a token, in whatever form they came; None where nobody can read them."""
+    if type(logprobs) is list and (not logprobs or type(logprobs[0]) is float):
+        return logprobs
+    try:
+        return logprob_values(logprobs)
+    except (TypeError, ValueError, KeyError):
+        return None
+
+
+def _texts_in(logprobs: Any) -> list[Any] | None:
+    """The tokens' texts, where logprobs came in OpenAI's form."""
+    content = logprobs.get("content") if isinstance(logprobs, Mapping) else logprobs
+    if not isinstance(content, list) or not all(isinstance(each, Mapping) for each in content):
+        return None
+    return [each.get("token") for each in content]
+
+
+def _mean(numbers: list[float] | None) -> float:
+    try:
+        return sum(numbers) / len(numbers) if numbers else math.nan
+    except TypeError:  # somebody's list of something else
+        return math.nan
+
+
+def _lengths(lists: pa.Array) -> np.ndarray:
+    """Of each list; 0 for a missing one."""
+    return lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype("int64")

@@ -1,20 +1,34 @@
-"""Trajectories and failed rollouts -> a tidy DataFrame; and what the frames of messages and tokens say of each rollout.
+"""Trajectories and failed rollouts as a DataFrame, and what every frame says of the rollout that a row belongs to.
 
-Of an epoch that is on disk only the columns of its file are read that the frame is asked for, and no trajectory is made.
-frames.py names all frames.
+All of it comes from the columns of the trajectories' file, of which only those are read that are needed, and no trajectory
+is made. Where an epoch has no file, the same columns are made of its rollouts in memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, compress, repeat
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..store.json import decode, decode_steps
+from ..store.trajectories import table_of, to_python
 from ..training.metrics import advantages
-from ..types import EpisodeItem, EpisodeItemRole, Epoch, IntermediateStep, Trajectory, logprob_values
-from .columns import asked_for, categories, counts, framed, join, objects, reasons, repeated, texts, wide
+from ..types import GROUP_REASONS, Epoch, IntermediateStep
+from .columns import (
+    Column,
+    asked_for,
+    column_of,
+    columns_of,
+    counts,
+    flatten,
+    framed,
+    join,
+    objects,
+    repeated,
+    sources_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,158 +36,55 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
-    "Part",
-    "ROLLOUT",
+    "COLUMNS",
+    "KEYS",
+    "REASONS",
+    "EpochColumns",
+    "FramePart",
     "Rollouts",
-    "Source",
-    "chained",
-    "failures_of",
+    "chosen",
     "is_example",
-    "lengths_of",
-    "logprobs_of",
-    "messages_in",
-    "of_rollouts",
-    "places",
-    "rollouts_of",
-    "source_of",
+    "key_columns",
+    "positions",
     "trajectories",
 ]
 
-ROLLOUT = ("epoch", "example", "generation", "trajectory")
-"""The columns that say whose a row is."""
+REASONS = tuple(reason.value for reason in GROUP_REASONS)
+"""Of a group, in the order of the codes in Selection.reasons."""
 
 
-class Part(NamedTuple):
-    """What one epoch adds to a frame."""
-
-    epoch: int
-    rollouts: Rollouts
-    """Only those that were asked for."""
-    rows: np.ndarray
-    """How many rows of the frame each of them has."""
-    columns: dict[str, Any]
+def _parsed(texts: list[str | None]) -> list[Any]:
+    """The values that JSON texts stand for. Of scores, the same text comes again and again."""
+    known: dict[str | None, Any] = {None: None}
+    for text in texts:
+        if text not in known:
+            known[text] = decode(text)
+    return [known[text] for text in texts]
 
 
-class Source(NamedTuple):
-    """An epoch's rollouts, before they are unfolded: in memory, or columns of a file that are read when asked for."""
-
-    epoch: Epoch
-    rollouts: Rollouts
-    those: np.ndarray
-    """(N + F) bool: which trajectories and failures were asked for."""
-
-    def table(self, names: Sequence[str]) -> pa.Table | None:
-        """Those columns of the trajectories that were asked for; None where there is no file, or `others` of it has
-        what does not fit into columns."""
-        read = getattr(self.epoch, "columns", None)
-        if read is None:
-            return None
-        table = read([*names, "others"]).slice(0, len(self.epoch.statistics.rewards))
-        table = table.filter(self.those[: len(table)])
-        others = messages_in(table, "others")
-        return table if others.null_count == len(others) else None
-
-    @property
-    def trajectories(self) -> list[Trajectory]:
-        everything = chain.from_iterable(self.epoch.collection.trajectories)
-        return [trajectory for trajectory, ok in zip(everything, self.those.tolist(), strict=False) if ok]
-
-    @property
-    def steps(self) -> list[list[IntermediateStep]]:
-        """What each failed rollout that was asked for had done."""
-        rows = len(self.epoch.statistics.rewards)
-        those = self.those[rows:].tolist()
-        if not any(those):
-            return []
-        read = getattr(self.epoch, "columns", None)
-        if read is None:
-            return [failure.steps for failure in compress(self.epoch.collection.failures, those)]
-        return [decode_steps(text) for text in compress(read(["steps"]).column("steps").slice(rows).to_pylist(), those)]
-
-
-def source_of(epoch: Epoch, example: Any, failures: bool) -> Source:
-    """The rollouts of an epoch, and of these the ones of some examples. failures: whether those that failed count, too."""
-    import numpy as np
-
-    found = rollouts_of(epoch, ["generation"], named=True)
-    total, rows = len(found.examples), len(epoch.statistics.rewards)
-    those = (
-        np.ones(total, bool) if example is None else np.array([is_example(e, example) for e in found.examples], bool)
-    )
-    those[rows:] &= failures
-    generations = [*found.columns["generation"], *(failure["generation"] for failure in found.failures)]
-    examples, names, generations = (list(compress(v, those)) for v in (found.examples, found.names, generations))
-    return Source(epoch, Rollouts(examples, names, {"generation": generations}, []), those)
-
-
-def of_rollouts(parts: Sequence[Part]) -> dict[str, Any]:
-    """The columns that say whose a row is."""
-    import numpy as np
-
-    times = join((part.rows for part in parts), "int64")
-    rollouts = [part.rollouts for part in parts]
-    generations = counts(chained(each.columns["generation"] for each in rollouts))
-    return {
-        "epoch": np.repeat(join((np.full(len(part.rows), part.epoch) for part in parts), "int64"), times),
-        "example": objects(objects(chained(each.examples for each in rollouts)).to_numpy().repeat(times)),
-        "generation": generations.repeat(times),
-        "trajectory": repeated(chained(each.names for each in rollouts), times),
-    }
-
-
-def chained(parts: Iterable[list[Any]]) -> list[Any]:
-    """Lists behind one another."""
-    return list(chain.from_iterable(parts))
-
-
-def places(sizes: np.ndarray) -> np.ndarray:
-    """0, 1, ... for each of the groups of that size."""
-    import numpy as np
-
-    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-
-
-def messages_in(table: pa.Table, name: str) -> Any:
-    """A column of lists, one a trajectory, as an array of messages."""
-    return table.column(name).combine_chunks().flatten()
-
-
-def lengths_of(lists: Any) -> np.ndarray:
-    """Of each list; 0 for a missing one."""
-    return lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype("int64")
-
-
-def _listed(make: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-    return lambda parts: make(list(chain.from_iterable(parts)))
-
-
-def _joined(dtype: Any) -> Callable[[list[Any]], Any]:
-    return lambda parts: join(parts, dtype)
-
-
-_COLUMNS: dict[str, Callable[[list[Any]], Any]] = {
-    "epoch": _joined("int64"),
-    "example": _listed(objects),
-    "generation": _listed(counts),
-    "trajectory": _listed(texts),
-    "reward": _joined("float64"),
-    "advantage": _joined("float64"),
-    "selected": _joined("bool"),
-    "reason": lambda parts: reasons(join(parts, "int8")),
-    "error": _listed(texts),
-    "turns": _listed(counts),
-    "tokens": _listed(counts),
-    "policy_version": _listed(counts),
-    "finish_reason": _listed(categories),
-}
-_IN_TRAJECTORIES = ("generation", "error", "policy_version", "scores", "turns", "tokens", "finish_reason")
-"""What stands in the trajectories themselves; all else is known from the epoch's statistics and selection."""
+COLUMNS = (
+    Column("epoch", "int64"),
+    Column("example", "object"),
+    Column("generation", "Int64", source="generation"),
+    Column("trajectory", "str"),
+    Column("reward", "float64"),
+    Column("advantage", "float64"),
+    Column("selected", "bool"),
+    Column("reason", "category", categories=REASONS),
+    Column("error", "str", source="error"),
+    Column("turns", "Int64", source="turns"),
+    Column("tokens", "Int64", source="tokens"),
+    Column("policy_version", "Int64", source="policy_version"),
+    Column("finish_reason", "category", source="finish_reason"),
+    Column("score_<name>", "float64", source="scores", make=_parsed),
+)
+"""Of `trajectories`. Those without a source are known from the epoch's statistics and selection."""
 
 
 def trajectories(
     epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] | str | None = None
 ) -> pd.DataFrame:
-    """One row = one trajectory, in the collection's order, or, behind those of its epoch, one failed rollout.
+    """One row = one trajectory, in the collection's order, or, after those of its epoch, one failed rollout.
 
     ================ ========== =============================================================================
     epoch            int64      counts from 0
@@ -192,86 +103,79 @@ def trajectories(
     score_<name>     float64    what evaluator <name> said; NaN where it is no number
     ================ ========== =============================================================================
 
-    example: only those of this one, or of a list of them. columns: only these, in this order. Raises ConfigError for a
-    column that there is not.
+    Args:
+        epochs: The records.
+        example: Only the rollouts of this example, or of a list of them. Default: all.
+        columns: Only these columns, in this order. Default: all. What they do not need is not read.
+
+    Raises:
+        ConfigError: There is no such column.
     """
-    names = asked_for(columns, _COLUMNS, ["score_"])
-    wanted = {"scores" if name.startswith("score_") else name for name in names or (*_COLUMNS, "scores")}
-    parts = [_rollouts_of(epoch, example, wanted) for epoch in epochs]
-    found = {name: make([part[name] for part in parts]) for name, make in _COLUMNS.items() if name in wanted}
-    if "scores" in wanted:
-        scores = list(chain.from_iterable(part["scores"] for part in parts))
-        found |= {f"score_{name}": column for name, column in wide(scores).items()}
+    fixed = [column.name for column in COLUMNS if column.prefix is None]
+    names = asked_for(columns, fixed, [column.prefix for column in COLUMNS if column.prefix])
+    wanted = [column for column in COLUMNS if names is None or _is_wanted(column, names)]
+    parts = [_values_of(epoch, example, wanted) for epoch in epochs]
+    found: dict[str, Any] = {}
+    for column in wanted:
+        values = [part[column.name] for part in parts]
+        if column.prefix is None:
+            found[column.name] = column_of(column, values)
+        else:
+            found |= columns_of(column, flatten(values))
     return framed(found, names)
 
 
-def _rollouts_of(epoch: Epoch, example: Any, wanted: set[str]) -> dict[str, Any]:
-    """The wanted columns for one epoch: its trajectories, then its failures. Reason -1: missing."""
+def _is_wanted(column: Column, names: Sequence[str]) -> bool:
+    if column.prefix is None:
+        return column.name in names
+    return any(name.startswith(column.prefix) for name in names)
+
+
+def _values_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> dict[str, Any]:
+    """The values of those columns for one epoch: its trajectories, then its failures."""
     import numpy as np
 
-    rollouts = rollouts_of(epoch, [name for name in _IN_TRAJECTORIES if name in wanted], "trajectory" in wanted)
-    statistics, failures = epoch.statistics, rollouts.failures
-    nan, sizes = np.full(len(failures), math.nan), np.diff(statistics.offsets)
-    out: dict[str, Any] = {"example": rollouts.examples, "trajectory": rollouts.names, **rollouts.columns}
-    for name, column in rollouts.columns.items():
-        column += [failure.get(name) for failure in failures]
-    out["epoch"] = np.full(len(rollouts.examples), epoch.index)
-    out["reward"] = np.concatenate([statistics.rewards, nan])
-    if "advantage" in wanted:
-        out["advantage"] = np.concatenate([advantages(statistics), nan])
-    failed = np.full(len(failures), -1, np.int8)
-    out["reason"] = np.concatenate([np.repeat(epoch.selection.reasons, sizes), failed])
-    out["selected"] = out["reason"] == 0
-    if example is None:
-        return out
-    those = np.fromiter((is_example(each, example) for each in rollouts.examples), bool, len(rollouts.examples))
-    return {name: v[those] if isinstance(v, np.ndarray) else list(compress(v, those)) for name, v in out.items()}
+    columns, statistics = EpochColumns(epoch), epoch.statistics
+    failures = columns.failures
+    found: dict[str, Any] = {}
+
+    # What the file says of the trajectories, and the little that there is of a failure.
+    names = [column.name for column in wanted]
+    sources = sources_of(wanted)
+    if "trajectory" in names and "generation" not in sources:
+        sources.append("generation")
+    known = columns.values(sources)
+    for column in wanted:
+        if column.source is not None:
+            values = known[column.source]
+            if column.make is not None:
+                values = column.make(values)
+            found[column.name] = values + [failure.get(column.name) for failure in failures]
+
+    # What the epoch knows of itself; a failure has no reward, and its group no reason.
+    missing = np.full(len(failures), math.nan)
+    found["epoch"] = np.full(columns.rows + len(failures), epoch.index)
+    found["example"] = columns.examples
+    if "trajectory" in names:
+        found["trajectory"] = columns.named(columns.generations(known["generation"]))
+    found["reward"] = np.concatenate([statistics.rewards, missing])
+    if "advantage" in names:
+        found["advantage"] = np.concatenate([advantages(statistics), missing])
+    reasons = np.repeat(epoch.selection.reasons, columns.sizes)
+    found["reason"] = np.concatenate([reasons, np.full(len(failures), -1, np.int8)])
+    found["selected"] = found["reason"] == 0
+
+    return found if example is None else chosen(found, columns.of_example(example))
 
 
-# ── one epoch ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Rollouts(NamedTuple):
-    """An epoch's trajectories in order and, behind them, its failures."""
-
-    examples: list[Any]
-    """(N + F) the id of each one's example."""
-    names: list[str]
-    """(N + F) "e3/q17/2"; empty where they were not asked for."""
-    columns: dict[str, list[Any]]
-    """(N) what was asked for."""
-    failures: list[dict[str, Any]]
-    """(F) id, generation, error."""
-
-
-def rollouts_of(epoch: Epoch, names: Sequence[str], named: bool) -> Rollouts:
-    """What the trajectories of an epoch say themselves. names: of _IN_TRAJECTORIES. named: with their names."""
+def chosen(values: Mapping[str, Any], those: np.ndarray) -> dict[str, Any]:
+    """Some of the rows of several columns, which are arrays and lists. those: bool, one a row."""
     import numpy as np
 
-    sizes = np.diff(epoch.statistics.offsets)
-    columns = _read(epoch, [*names, "generation"] if named and "generation" not in names else names)
-    failures = failures_of(epoch)
-    examples = list(chain.from_iterable(map(repeat, epoch.statistics.example_ids, sizes.tolist())))
-    examples += [failure["id"] for failure in failures]
-    labels: list[str] = []
-    if named:
-        generations = [*columns["generation"], *(failure["generation"] for failure in failures)]
-        if None in generations:  # then the place in the group tells the trajectories of an example apart
-            places = chain(chain.from_iterable(map(range, sizes.tolist())), range(len(failures)))
-            generations = [f"#{at}" if name is None else name for at, name in zip(places, generations, strict=True)]
-        labels = [f"e{epoch.index}/{of}/{name}" for of, name in zip(examples, generations, strict=True)]
-    return Rollouts(examples, labels, {name: columns[name] for name in names}, failures)
-
-
-def failures_of(epoch: Epoch) -> list[dict[str, Any]]:
-    """`id`, `generation` and `error` of each failed rollout. Of an epoch on disk no trajectory is read for it."""
-    if not epoch.metrics.failures:
-        return []
-    read = getattr(epoch, "columns", None)
-    if read is None:
-        return [{"id": f.example_id, "generation": f.generation, "error": f.error} for f in epoch.collection.failures]
-    known = read(["metadata"]).column("metadata").slice(len(epoch.statistics.rewards)).to_pylist()
-    return [decode(text, dict) for text in known]
+    found: dict[str, Any] = {}
+    for name, column in values.items():
+        found[name] = column[those] if isinstance(column, np.ndarray) else list(compress(column, those))
+    return found
 
 
 def is_example(found: Any, asked: Any) -> bool:
@@ -284,66 +188,165 @@ def is_example(found: Any, asked: Any) -> bool:
         return False
 
 
-def _read(epoch: Epoch, names: Sequence[str]) -> dict[str, list[Any]]:
-    if not names:
-        return {}
-    found = _from_file(epoch, names)
-    return _from_memory(list(chain.from_iterable(epoch.collection.trajectories))) if found is None else found
+# ── the columns of one epoch ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _from_file(epoch: Epoch, names: Sequence[str]) -> dict[str, list[Any]] | None:
-    """Columns of a stored epoch's file. None where there is no file, or its columns do not say all."""
-    read = getattr(epoch, "columns", None)
-    if read is None:
-        return None
-    table, rows = read(list(names)), len(epoch.statistics.rewards)
-    columns = {name: table.column(name).slice(0, rows).to_pylist() for name in names}
-    said = {text for name in ("error", "finish_reason") for text in columns.get(name, ()) if text is not None}
-    if None in columns.get("generation", ()) or any("\\ud" in text for text in said):
-        return None  # a name, or half a character, was cut
-    if "scores" in columns:
-        known = {text: None if text is None else decode(text) for text in set(columns["scores"])}
-        columns["scores"] = [known[text] for text in columns["scores"]]
-    return columns
+class EpochColumns:
+    """An epoch's rollouts as columns: N trajectories and, after them, F failures.
+
+    The columns are those of its file. Where it has no file, they are made of the rollouts in memory.
+    """
+
+    def __init__(self, epoch: Epoch) -> None:
+        self._epoch = epoch
+        self._read = getattr(epoch, "columns", None)
+        self.rows = len(epoch.statistics.rewards)
+        """N."""
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(G) trajectories of each group."""
+        import numpy as np
+
+        return np.diff(self._epoch.statistics.offsets)
+
+    @cached_property
+    def failures(self) -> list[dict[str, Any]]:
+        """(F) `id`, `generation` and `error` of each."""
+        if not self._epoch.metrics.failures:
+            return []
+        if self._read is None:
+            # The very ids, as the statistics have those of the groups: JSON changes some, (1, 2) to [1, 2].
+            failures = self._epoch.collection.failures
+            return [{"id": f.example_id, "generation": f.generation, "error": f.error} for f in failures]
+        texts = self._read(["metadata"]).column("metadata").slice(self.rows).to_pylist()
+        return [decode(text, dict) for text in texts]
+
+    @cached_property
+    def examples(self) -> list[Any]:
+        """(N + F) the id of each one's example."""
+        examples: list[Any] = []
+        for example, size in zip(self._epoch.statistics.example_ids, self.sizes.tolist(), strict=True):
+            examples += [example] * size
+        return examples + [failure["id"] for failure in self.failures]
+
+    def trajectories(self, names: Sequence[str]) -> pa.Table:
+        """(N) those columns of the trajectories."""
+        if self._read is None:
+            return table_of(self._epoch.collection.trajectories, [], names)
+        return self._read(names).slice(0, self.rows)
+
+    def values(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """(N) the same as Python's values."""
+        if not names:
+            return {}
+        table = self.trajectories(names)
+        found = {name: to_python(table.column(name).combine_chunks()) for name in names}
+        if any(text and "\\ud" in text for text in found.get("error", ())):
+            # Half a character is an escape in the column; the metadata have it as it was.
+            exact = [metadata.get("reward_error") for metadata in self.metadata()]
+            found["error"] = [text and error for text, error in zip(found["error"], exact, strict=True)]
+        return found
+
+    def metadata(self) -> list[dict[str, Any]]:
+        """(N) the trajectories' metadata."""
+        return [{} if text is None else decode(text, dict) for text in self.values(["metadata"])["metadata"]]
+
+    def generations(self, known: list[Any]) -> list[Any]:
+        """(N + F) which of their group's rollouts they are. known: the column, which has whole numbers only."""
+        if None in known:
+            known = [metadata.get("generation") for metadata in self.metadata()]
+        return known + [failure["generation"] for failure in self.failures]
+
+    def named(self, generations: Sequence[Any]) -> list[str]:
+        """(N + F) names such as "e3/q17/2"."""
+        if None in generations:
+            # The place in the group then tells the trajectories of an example apart.
+            places = [*positions(self.sizes).tolist(), *range(len(self.failures))]
+            generations = [f"#{at}" if of is None else of for of, at in zip(generations, places, strict=True)]
+        start = f"e{self._epoch.index}"
+        return [f"{start}/{example}/{of}" for example, of in zip(self.examples, generations, strict=True)]
+
+    def of_example(self, example: Any) -> np.ndarray:
+        """(N + F) bool: whether it belongs to that example, or to one of a list. None: all do."""
+        import numpy as np
+
+        if example is None:
+            return np.ones(len(self.examples), dtype=bool)
+        return np.array([is_example(found, example) for found in self.examples], dtype=bool)
+
+    def steps(self, those: np.ndarray) -> list[list[IntermediateStep]]:
+        """What those failed rollouts had done. those: (F) bool."""
+        if not any(those):
+            return []
+        if self._read is None:
+            texts = table_of([], self._epoch.collection.failures, ["steps"]).column("steps").to_pylist()
+        else:
+            texts = self._read(["steps"]).column("steps").slice(self.rows).to_pylist()
+        return [[] if text is None else decode_steps(text) for text in compress(texts, those)]
 
 
-def _from_memory(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
-    """The same from the trajectories. In one pass: of 100,000, fetching each from memory is the cost."""
-    assistant = EpisodeItemRole.ASSISTANT
-    generation, error, policy_version, scores, turns, tokens, finish_reason = ([] for _ in range(7))
-    for trajectory in trajectories:
-        get = (trajectory.metadata or {}).get
-        sampled, reason = 0, None
-        for item in trajectory.episode:
-            logprobs = getattr(item, "logprobs", None)  # a preference has none
-            if logprobs is not None and item.role == assistant:  # type: ignore[union-attr]
-                sampled += len(logprobs if type(logprobs) is list else logprobs_of(item) or ())  # type: ignore[arg-type]
-                reason = (item.metadata or {}).get("finish_reason", reason)  # type: ignore[union-attr]
-        generation.append(get("generation"))
-        error.append(get("reward_error"))
-        policy_version.append(get("policy_version"))
-        scores.append(get("scores"))
-        turns.append(len(trajectory.episode))
-        tokens.append(sampled)
-        finish_reason.append(reason)
+# ── frames with several rows a rollout ───────────────────────────────────────────────────────────────────────────────
+
+KEYS = (
+    Column("epoch", "int64"),
+    Column("example", "object"),
+    Column("generation", "Int64"),
+    Column("trajectory", "category"),
+)
+"""They say whose a row is."""
+
+
+class Rollouts(NamedTuple):
+    """Rollouts of an epoch, N trajectories and F failures, or some of them."""
+
+    examples: list[Any]
+    generations: list[Any]
+    names: list[str]
+
+    @classmethod
+    def of(cls, columns: EpochColumns, table: pa.Table) -> Rollouts:
+        """All of an epoch. table: has the column "generation" of the trajectories."""
+        generations = columns.generations(to_python(table.column("generation").combine_chunks()))
+        return cls(columns.examples, generations, columns.named(generations))
+
+    def first(self, those: np.ndarray) -> Rollouts:
+        """Those trajectories. those: (N) bool."""
+        return Rollouts(*(list(compress(values, those)) for values in self))
+
+    def last(self, those: np.ndarray) -> Rollouts:
+        """Those failures. those: (F) bool."""
+        return Rollouts(*(list(compress(values[len(values) - len(those) :], those)) for values in self))
+
+
+class FramePart(NamedTuple):
+    """What one epoch adds to a frame."""
+
+    epoch: int
+    rollouts: Rollouts
+    rows: np.ndarray
+    """How many rows each of the rollouts has."""
+    columns: dict[str, Any]
+    """Name -> values, one a row."""
+
+
+def key_columns(parts: Sequence[FramePart]) -> dict[str, Any]:
+    """The columns of KEYS."""
+    import numpy as np
+
+    rows = join((part.rows for part in parts), "int64")
+    epochs = join((np.full(len(part.rows), part.epoch) for part in parts), "int64")
+    examples = objects(flatten(part.rollouts.examples for part in parts))
     return {
-        "generation": generation,
-        "error": error,
-        "policy_version": policy_version,
-        "scores": scores,
-        "turns": turns,
-        "tokens": tokens,
-        "finish_reason": finish_reason,
+        "epoch": np.repeat(epochs, rows),
+        "example": objects(examples.to_numpy().repeat(rows)),
+        "generation": counts(flatten(part.rollouts.generations for part in parts)).repeat(rows),
+        "trajectory": repeated(flatten(part.rollouts.names for part in parts), rows),
     }
 
 
-def logprobs_of(item: EpisodeItem) -> list[float] | None:
-    """One float a sampled token; None where nothing could have been sampled, or nobody can read them."""
-    if item.role != EpisodeItemRole.ASSISTANT or item.logprobs is None:
-        return None
-    if type(item.logprobs) is list and (not item.logprobs or type(item.logprobs[0]) is float):
-        return item.logprobs
-    try:
-        return logprob_values(item.logprobs)
-    except (TypeError, ValueError, KeyError):
-        return None
+def positions(sizes: np.ndarray) -> np.ndarray:
+    """0, 1, ... within each group of that size, one group after another."""
+    import numpy as np
+
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
