@@ -17,6 +17,7 @@ from ..text import count, duration, number, one_line, short
 from ..training.metrics import NO_SPREAD
 from ..types import Epoch, GroupReason
 from ..views.html import Html, bar, details, element, line, some, sparkline, table, title, view
+from .reasons import REASONS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,8 +147,14 @@ SIZES = (2, 4, 8, 16, 32)
 ROWS = 12
 """Examples with their history, for each reason."""
 
+
+def _words(reason: GroupReason) -> tuple[str, str]:
+    return REASONS[reason].meaning, REASONS[reason].advice
+
+
 SIGNALS: dict[str, tuple[str, str]] = {
-    "teaches": ("their rewards differ, and they are trained on", ""),
+    "teaches": _words(GroupReason.KEPT),
+    # no spread at all: what to do depends on which reward all rollouts have
     "all_best": (
         "every rollout has the best reward there is",
         "nothing is left to learn from them: take harder examples",
@@ -157,21 +164,15 @@ SIGNALS: dict[str, tuple[str, str]] = {
         "too hard as they are: easier examples first, a reward that gives credit for a part, or more generations",
     ),
     "all_equal": ("all rewards are the same", "a finer reward would tell the rollouts apart"),
-    "little_spread": (
-        "their rewards differ by less than the curriculum's min_reward_diff",
-        "lower min_reward_diff if such differences mean something",
-    ),
-    "beyond_percentile": (
-        "their rewards differ, but they are beyond the curriculum's percentile",
-        "run.preview(percentile=...) says what a larger share would let in",
-    ),
-    "subsampled": ("their rewards differ, but they were not drawn in the random subsample", "raise random_subsample"),
+    "little_spread": _words(GroupReason.NO_REWARD_SPREAD),
+    "beyond_percentile": _words(GroupReason.BEYOND_PERCENTILE),
+    "subsampled": _words(GroupReason.SUBSAMPLED),
     "one_reward": ("only one rollout has a reward, so there is nothing to hold it against", "more generations"),
-    "no_reward": ("no rollout has a reward", "see reward_error, the column `error` of run.trajectories()"),
-    "infinite_reward": ("a reward is infinite", "mend the reward function"),
+    "no_reward": _words(GroupReason.NO_REWARD),
+    "infinite_reward": _words(GroupReason.INFINITE_REWARD),
     "failed": ("every rollout failed", "see the column `error` of run.trajectories()"),
-    "not_submitted": ("their rewards differ, but the trainer did not submit them", "see how the trainer chooses"),
-    "undecided": ("their rewards differ, and the epoch ended before groups were chosen", "run the epoch again"),
+    "not_submitted": _words(GroupReason.NOT_SUBMITTED),
+    "undecided": _words(GroupReason.UNDECIDED),
 }
 """Why a group teaches or does not, in words, and what can be done about it."""
 

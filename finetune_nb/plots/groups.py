@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..types import GROUP_REASONS, Epoch, GroupReason
+from ..analysis.reasons import REASONS
+from ..types import GROUP_REASONS, Epoch
 from .axes import (
     HATCHES,
     LINES,
@@ -100,19 +101,6 @@ def _reasons_and_percentile(ax: Axes, epochs: Sequence[Epoch], look: Theme) -> N
         step_line(share, epochs, look, look.ink, "curriculum percentile")
 
 
-STYLES = {
-    GroupReason.KEPT: ("trained on", "o"),
-    GroupReason.NO_REWARD_SPREAD: ("rewards hardly differ", "_"),
-    GroupReason.BEYOND_PERCENTILE: ("beyond the percentile", "^"),
-    GroupReason.SUBSAMPLED: ("not drawn", "s"),
-    GroupReason.NO_REWARD: ("no reward", "x"),
-    GroupReason.INFINITE_REWARD: ("infinite reward", "P"),
-    GroupReason.UNDECIDED: ("undecided", "D"),
-    GroupReason.NOT_SUBMITTED: ("left out by the trainer", "v"),
-}
-"""What a group is called in the map, and its marker."""
-
-
 def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure | Any:
     """A map of the groups: mean reward against the spread of its rewards, coloured and shaped by what became of the
     group. The larger a mark, the more groups lie there. Only those above the line can teach, the curriculum's smallest
@@ -150,7 +138,7 @@ def _map(ax: Axes, run: Course, look: Theme, whose: str) -> str:
         those = placed & (codes == code)
         if not those.any():
             continue
-        name, marker = STYLES[reason]
+        name, marker = REASONS[reason].label, REASONS[reason].marker
         points, counts = np.unique(np.round(np.stack([means[those], spreads[those]], 1), 6), axis=0, return_counts=True)
         size = 26 * np.minimum(np.sqrt(counts), 5)
         said.append(f"{counts.sum():,} {name}")

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
+from ..analysis.reasons import REASONS
 from ..errors import RunError
 from ..text import SHORT, count, cut, duration, number, one_line, short, signed
 from ..training.metrics import advantages
 from ..types import Epoch, GroupReason, LLMCall, RolloutFailure, Trajectory
 from .conversation import SIZE_LIMIT, Setting, Turn, conversation, turn_of
-from .html import ERROR_LIMIT, REASONS, Html, bad, bar, details, element, facts, scores, table, title, view
+from .html import ERROR_LIMIT, Html, bad, bar, details, element, facts, scores, table, title, view
 from .tokens import Heat, check_heat
 
 __all__ = [
@@ -362,7 +363,7 @@ def _standing(group: RolloutGroup) -> str:
     if group.failures:
         parts.append(f"{len(group.failures):,} failed")
     if group.reason is not None:
-        parts.append(REASONS[group.reason] + (" (concluded)" if group.inferred else ""))
+        parts.append(REASONS[group.reason].sentence + (" (concluded)" if group.inferred else ""))
     return ", ".join(parts)
 
 

@@ -12,11 +12,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..analysis.reasons import REASONS
 from ..text import SHORT, count, cut, duration, number, one_line, short
 from ..types import Epoch, GroupReason, RolloutFailure, TrainingStatusEnum, Validation
 from .html import (
     ERROR_LIMIT,
-    REASONS,
     bad,
     bar,
     drifted,
@@ -50,8 +50,8 @@ def epoch_html(epoch: Epoch) -> str:
     spread = f" (most groups {number(low)} to {number(high)})" if math.isfinite(low) else ""
     reward = element("span", bar(metrics.mean_reward) if 0 <= metrics.mean_reward <= 1 else number(metrics.mean_reward))
     by_reason = epoch.selection.left_out()
-    groups = [line(f"{metrics.kept_groups:,} of {metrics.groups:,} {REASONS[GroupReason.KEPT]}")]
-    groups += [line(f"{len(ids):,} {REASONS[reason]}", some(ids)) for reason, ids in by_reason.items()]
+    groups = [line(f"{metrics.kept_groups:,} of {metrics.groups:,} {REASONS[GroupReason.KEPT].sentence}")]
+    groups += [line(f"{len(ids):,} {REASONS[reason].sentence}", some(ids)) for reason, ids in by_reason.items()]
     if epoch.selection.inferred:
         groups.append(line("the Trainer made its own choice; the reasons are concluded from it"))
     curriculum = epoch.curriculum
