@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from ..plots.axes import validation_epoch
 from ..text import cut, number, plain
 from ..types import Change, Epoch
 from ..views.html import Html, element
@@ -32,8 +32,8 @@ def reward_curve(epochs: Sequence[Epoch], changes: Sequence[Change] = ()) -> Htm
     shown = _thinned(epochs)
     rewards = [epoch.metrics.mean_reward for epoch in shown]
     ranges = [(e.metrics.group_quantiles[0], e.metrics.group_quantiles[2]) for e in shown]
-    checks = [(e.index + _behind(e, check), check.mean_reward) for e in epochs for check in e.validations]
-    last = max(epochs[-1].index, *(round(at) for at, _ in checks)) if checks else epochs[-1].index
+    checks = [(validation_epoch(e, check), check.mean_reward) for e in epochs for check in e.validations]
+    last = max([epochs[-1].index, *(place for place, _ in checks)])
     x = _Scale((epochs[0].index, max(last, epochs[0].index + 1)), (LEFT + 8, WIDTH - RIGHT - 8))
     finite = [v for v in (*rewards, *(v for pair in ranges for v in pair), *(v for _, v in checks)) if math.isfinite(v)]
     y = _Scale(_rounded(finite), (HEIGHT - BOTTOM, TOP))
@@ -75,12 +75,6 @@ class _Scale:
 def _thinned(epochs: Sequence[Epoch]) -> Sequence[Epoch]:
     every = math.ceil(len(epochs) / MOST)
     return epochs if every == 1 else [*epochs[:-1:every], epochs[-1]]
-
-
-def _behind(epoch: Epoch, check: Any) -> float:
-    """A validation after the update stands where the next epoch would."""
-    before, after = epoch.policy_versions
-    return 1.0 if after is not None and after != before and check.policy_version == after else 0.0
 
 
 def _rounded(values: Sequence[float]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import ConfigError
 from ..text import cut, number, plain
-from ..types import Epoch
+from ..types import Epoch, Validation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +41,7 @@ __all__ = [
     "stands_alone",
     "start",
     "step_line",
+    "validation_epoch",
 ]
 
 ThemeName = Literal["light", "dark"] | None
@@ -232,6 +233,26 @@ def stands_alone(values: np.ndarray) -> np.ndarray:
 
     there = np.pad(~np.isnan(values), 1)
     return there[1:-1] & ~there[:-2] & ~there[2:]
+
+
+def validation_epoch(epoch: Epoch, validation: Validation) -> int:
+    """Where a validation lies on the axis of epochs.
+
+    An epoch's rewards are those of the policy before its update, so a validation of the policy after the update lies
+    where the next epoch does.
+
+    Args:
+        epoch: The epoch that recorded the validation.
+        validation: One of its validations.
+
+    Returns:
+        The number of the epoch whose rollouts are sampled from the validated policy.
+    """
+    before, after = epoch.policy_versions
+    is_updated = after is not None and after != before
+    if is_updated and validation.policy_version == after:
+        return epoch.index + 1
+    return epoch.index
 
 
 def metrics_of(epochs: Sequence[Epoch], name: str) -> list[float]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, did_you_mean
 from ..text import number, plain
-from ..types import Epoch, Validation
+from ..types import Epoch
 from .axes import (
     HATCHES,
     LINES,
@@ -35,6 +35,7 @@ from .axes import (
     stands_alone,
     start,
     step_line,
+    validation_epoch,
 )
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
     if not several and any(epoch.metrics.kept_groups < epoch.metrics.groups for epoch in epochs):
         draw_line(ax, where, kept, look.colours[1], "mean of the groups trained on", "^", LINES[1])
     checks = [validation for epoch in epochs for validation in epoch.validations]
-    when = {id(check): _place_of(check, epoch) for epoch in epochs for check in epoch.validations}
+    when = {id(check): validation_epoch(epoch, check) for epoch in epochs for check in epoch.validations}
     good = [check for check in checks if math.isfinite(check.mean_reward)]
     failed = [check for check in checks if not math.isfinite(check.mean_reward)]
     own = colour if several else look.colours[2]
@@ -231,9 +232,3 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
         at, edge = [when[id(check)] for check in failed], [0.02] * len(failed)
         style = {"marker": "x", "color": own, "transform": ax.get_xaxis_transform(), "zorder": 4}
         ax.scatter(at, edge, label=None if place else "validation failed", **style)
-
-
-def _place_of(check: Validation, epoch: Epoch) -> int:
-    """An epoch's rewards are those before its update: a validation after it stands where the next epoch would."""
-    before, after = epoch.policy_versions
-    return epoch.index + (after is not None and after != before and check.policy_version == after)
