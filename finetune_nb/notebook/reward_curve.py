@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ..plots.axes import validation_epoch
-from ..text import cut, number, plain
+from ..text import cut, number, plain, trend
 from ..types import Change, Epoch
 from ..views.html import Html, element
 
@@ -52,7 +52,7 @@ def reward_curve(epochs: Sequence[Epoch], changes: Sequence[Change] = ()) -> Htm
         [_diamond(x(place), y(value)) for place, value in checks if math.isfinite(value)],
         _marks(changes, epochs, x),
     ]
-    said = f"Mean reward per epoch, {_course(rewards)}"
+    said = f"Mean reward per epoch, {trend(rewards, none='none yet')}"
     svg = element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=said, class_="ft-curve")
     keys = [("ft-mean", "mean reward"), ("ft-range", "10–90 % of groups")]
     keys += [("ft-kept", "of groups trained on")] * any(map(math.isfinite, kept))
@@ -177,8 +177,3 @@ def _key(kind: str, text: str) -> Html:
     drawn = shapes.get(kind) or element("path", d="M0 6H20", class_=kind)
     picture = element("svg", drawn, width="20", height="12", viewBox="0 0 20 12", aria_hidden="true")
     return element("span", picture, text, class_="ft-key")
-
-
-def _course(rewards: Sequence[float]) -> str:
-    finite = [reward for reward in rewards if math.isfinite(reward)]
-    return f"from {number(finite[0])} to {number(finite[-1])}" if finite else "none yet"

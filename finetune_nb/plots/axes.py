@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import ConfigError
-from ..text import cut, number, plain
+from ..text import cut, number, plain, trend
 from ..types import Epoch, Validation
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ __all__ = [
     "MARKERS",
     "ThemeName",
     "at_their_places",
-    "course_of",
     "courses",
     "draw_line",
     "finish",
@@ -41,6 +40,7 @@ __all__ = [
     "stands_alone",
     "start",
     "step_line",
+    "trend_text",
     "validation_epoch",
 ]
 
@@ -265,15 +265,9 @@ def label_of(name: Any) -> str:
     return f" {text}" if text.startswith("_") else text or "(no name)"
 
 
-def course_of(values: Sequence[float] | np.ndarray) -> str:
-    finite = [float(value) for value in values if math.isfinite(value)]
-    if not finite:
-        return "no values"
-    if len(finite) == 1:
-        return number(finite[0])
-    return (
-        f"from {number(finite[0])} to {number(finite[-1])}, lowest {number(min(finite))}, highest {number(max(finite))}"
-    )
+def trend_text(values: Iterable[float]) -> str:
+    """How a line goes, for those who do not see it."""
+    return trend(values, lowest="lowest", highest="highest")
 
 
 def draw_line(ax: Axes, where: np.ndarray, values: np.ndarray, colour: str, label: str, marker: str, line: Any) -> None:

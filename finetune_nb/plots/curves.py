@@ -21,7 +21,6 @@ from .axes import (
     MARKERS,
     ThemeName,
     at_their_places,
-    course_of,
     courses,
     draw_line,
     finish,
@@ -35,6 +34,7 @@ from .axes import (
     stands_alone,
     start,
     step_line,
+    trend_text,
     validation_epoch,
 )
 
@@ -77,7 +77,7 @@ def plot_rewards(
     if figure is None:
         return ax
     figure.alt_text = ". ".join(
-        f"Mean reward per epoch{f', {run.name}' if several else ''}: {course_of(metrics_of(run.epochs, 'mean_reward'))}"
+        f"Mean reward per epoch{f', {run.name}' if several else ''}: {trend_text(metrics_of(run.epochs, 'mean_reward'))}"
         for run in runs
     ) + said_of(runs)
     return figure
@@ -124,7 +124,7 @@ def plot_scores(
     if figure is None:
         return ax
     whose = (f"{run.name} " if len(runs) > 1 else "" for run, _, _ in said)
-    text = "; ".join(f"{who}{plain(name)} {course_of(c)}" for who, (_, name, c) in zip(whose, said, strict=True))
+    text = "; ".join(f"{who}{plain(name)} {trend_text(c)}" for who, (_, name, c) in zip(whose, said, strict=True))
     figure.alt_text = f"Mean score per epoch: {text or 'no scores'}{said_of(runs)}"
     return figure
 
@@ -180,7 +180,7 @@ def plot_training(
             values = at_their_places(where, run.epochs, [_number(e.train_metrics.get(name)) for e in run.epochs])
             label = label_of(run.name) if len(runs) > 1 and each is axes[0] else "_"
             draw_line(each, where, values, look.colour(place), label, MARKERS[place % 8], LINES[place % 4])
-            said.append(f"{f'{run.name} ' if len(runs) > 1 else ''}{plain(name)} {course_of(values)}")
+            said.append(f"{f'{run.name} ' if len(runs) > 1 else ''}{plain(name)} {trend_text(values)}")
         mark_changes(each, [run._replace(changes=()) for run in runs] if each is not axes[0] else runs, look)
         finish(each, look, empty=not records)
     if figure is None:

@@ -15,7 +15,6 @@ from .axes import (
     Course,
     ThemeName,
     at_their_places,
-    course_of,
     courses,
     draw_line,
     finish,
@@ -28,6 +27,7 @@ from .axes import (
     span,
     start,
     step_line,
+    trend_text,
 )
 
 if TYPE_CHECKING:
@@ -61,13 +61,13 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
             )
             if any(epoch.curriculum.enabled for epoch in run.epochs):
                 step_line(ax, run.epochs, look, colour, f"{label_of(run.name)}: percentile")
-            said.append(f"{run.name}: share of groups trained on {course_of(shown)}")
+            said.append(f"{run.name}: share of groups trained on {trend_text(shown)}")
         else:
             _reasons_and_percentile(ax, run.epochs, look)
-            teach = course_of(metrics_of(run.epochs, "groups_with_spread"))
+            teach = trend_text(metrics_of(run.epochs, "groups_with_spread"))
             said.append(f"groups whose rewards differ: {teach}")
             on = [epoch.curriculum.percentile for epoch in run.epochs if epoch.curriculum.enabled]
-            said.append(f"curriculum percentile: {course_of(on)}" if on else "the curriculum is off")
+            said.append(f"curriculum percentile: {trend_text(on)}" if on else "the curriculum is off")
     if several:
         ax.set_ylim(-0.05, 1.05)
     mark_changes(ax, runs, look, filled=not several)
