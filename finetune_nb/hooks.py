@@ -1,6 +1,8 @@
-"""Watching components from outside: `observe` wraps one method of one instance, `unobserve` takes the wrapper off,
-`unobserved` copies an instance without any. So a Run can follow a Trainer, a builder and an adapter that know nothing
-of it. `resolve` turns "module:object" into the object: the one way in which a file names one that lies above it.
+"""Wraps methods of single instances, and finds objects of higher layers by their names.
+
+`observe` wraps one method of one instance, `unobserve` takes the wrapper off, `unobserved` copies an instance without any.
+So a Run can follow a Trainer, a builder and an adapter that know nothing of it. `resolve` turns "module:object" into the
+object, and `shown_by` is how a noun shows itself with it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 __all__ = [
     "observe",
     "resolve",
+    "shown_by",
     "unobserve",
     "unobserved",
 ]
@@ -56,3 +59,17 @@ def resolve(path: str) -> Any:
     """The object that "package.module:name" stands for."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def shown_by(view: str, noun: Any, /, **options: Any) -> Any:
+    """Shows a noun with a function that lies above it; its module is imported when the noun is first shown.
+
+    Args:
+        view: The function, as "package.module:name".
+        noun: What is shown: the function's first argument.
+        options: The function's other arguments.
+
+    Returns:
+        What the function returns: HTML, text or a figure.
+    """
+    return resolve(view)(noun, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "plain",
     "short",
     "signed",
+    "trend",
 ]
 
 
@@ -84,6 +86,31 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def trend(values: Iterable[float], *, none: str = "no values", lowest: str = "", highest: str = "") -> str:
+    """How a series went, from its first value to its last: "from 0.3 to 0.9, highest 1".
+
+    Args:
+        values: The series. What is not finite is left out.
+        none: The text where nothing is left.
+        lowest: The words before the smallest value. Default: it is not named.
+        highest: The words before the largest value. Default: it is not named.
+
+    Returns:
+        One phrase; of a single value, the value alone.
+    """
+    finite = [float(value) for value in values if math.isfinite(value)]
+    if not finite:
+        return none
+    if len(finite) == 1:
+        return number(finite[0])
+    text = f"from {number(finite[0])} to {number(finite[-1])}"
+    if lowest:
+        text += f", {lowest} {number(min(finite))}"
+    if highest:
+        text += f", {highest} {number(max(finite))}"
+    return text
 
 
 SHORT = 300

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
 from .errors import ConfigError, did_you_mean
-from .hooks import resolve
+from .hooks import shown_by
 
 if TYPE_CHECKING:
     import numpy as np
@@ -307,7 +307,7 @@ class RolloutFailure:
     """What had happened until then."""
 
     def _repr_html_(self) -> str:
-        return resolve("finetune_nb.views.rollout:failure_html")(self)
+        return shown_by("finetune_nb.views.rollout:failure_html", self)
 
 
 class EvaluationRunOutput(BaseModel):
@@ -582,7 +582,7 @@ class Trajectory(BaseModel):
     metadata: dict | None = None
 
     def _repr_html_(self) -> str:
-        return resolve("finetune_nb.views.rollout:trajectory_html")(self)
+        return shown_by("finetune_nb.views.rollout:trajectory_html", self)
 
     def __repr__(self) -> str:
         known = self.metadata or {}
@@ -800,10 +800,10 @@ class Epoch:
         return ((self.job.metadata if self.job else None) or {}).get("metrics") or {}
 
     def _repr_html_(self) -> str:
-        return resolve("finetune_nb.views.summary:epoch_html")(self)
+        return shown_by("finetune_nb.views.summary:epoch_html", self)
 
     def __repr__(self) -> str:
-        return resolve("finetune_nb.views.summary:epoch_text")(self)
+        return shown_by("finetune_nb.views.summary:epoch_text", self)
 
 
 def logprob_count(logprobs: Any) -> int:

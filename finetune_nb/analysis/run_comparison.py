@@ -10,14 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ConfigError
-from ..plots.curves import plot_rewards
-from ..run.history import RunHistory
-from ..text import number
+from ..hooks import shown_by
 from ..types import Epoch
-from ..views.html import table, view
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,9 +24,24 @@ if TYPE_CHECKING:
 __all__ = [
     "Comparison",
     "Difference",
+    "RecordedRun",
     "compare",
     "compare_runs",
 ]
+
+
+class RecordedRun(Protocol):
+    """What a comparison needs of a run."""
+
+    @property
+    def id(self) -> str:
+        """The run's name."""
+        ...
+
+    @property
+    def records(self) -> Sequence[Epoch]:
+        """One Epoch for each epoch that has ended."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,41 +78,64 @@ class Comparison:
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
         """Reward per epoch of all runs, on all of their examples."""
-        return plot_rewards(self.runs, ax=ax, **options)
+        return shown_by("finetune_nb.views.run_comparison:comparison_plot", self, ax=ax, **options)
 
     def __repr__(self) -> str:
-        return "\n".join(
-            _sentence(difference, next(iter(self.runs)), self.confidence) for difference in self.differences
-        )
+        return shown_by("finetune_nb.views.run_comparison:comparison_text", self)
 
     def _repr_html_(self) -> str:
-        rows = [
-            (d.run, number(d.mean), f"{number(d.low)} to {number(d.high)}", d.pairs, d.examples, _verdict(d))
-            for d in self.differences
-        ]
-        first = next(iter(self.runs))
-        headers = ("run", f"better than {first} by", f"{self.confidence:.0%} interval", "pairs", "examples", "")
-        return str(view(table(rows, headers)))
+        return shown_by("finetune_nb.views.run_comparison:comparison_html", self)
+
+
+def compare(runs: Sequence[RecordedRun], confidence: float = 0.95) -> Comparison:
+    """Compares runs with the first one, on the examples that they have in common in the same epoch.
+
+    Args:
+        runs: At least two different runs.
+        confidence: Of the intervals, between 0 and 1.
+
+    Returns:
+        A table in a cell; `.frame` has the pairs, `.differences` the numbers with their bootstrap intervals, `.plot()` the
+        curves.
+
+    Raises:
+        ConfigError: Fewer than two different runs, or another confidence.
+    """
+    names = [run.id for run in runs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"a run is held against others, not against itself; got {', '.join(names)}.")
+    return compare_runs({run.id: run.records for run in runs}, confidence)
 
 
 def compare_runs(
     runs: dict[str, Sequence[Epoch]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Comparison:
-    """Compares records by name; the first run is what the others are held against.
+    """Compares records by the name of their run.
 
-    Raises ConfigError for fewer than two runs, or a confidence outside (0, 1).
+    Args:
+        runs: At least two; the first one is what the others are held against.
+        confidence: Of the intervals, between 0 and 1.
+        resamples: Bootstrap samples.
+        seed: Of their random numbers.
+
+    Returns:
+        The comparison, to be shown in a cell.
+
+    Raises:
+        ConfigError: Fewer than two runs, or another confidence.
     """
     if len(runs) < 2:
         raise ConfigError(f"a comparison needs at least two runs with names of their own; got {len(runs)}.")
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence is {confidence}; expected a share between 0 and 1, such as 0.95.")
+
     pairs = _pairs(runs)
     first, *others = runs
     differences = []
     for name in others:
         both = pairs[[first, name]].dropna()
-        held, gained = both.to_numpy().T
-        gain = gained - held
+        rewards_of_first, rewards = both.to_numpy().T
+        gain = rewards - rewards_of_first
         examples = both.index.get_level_values("example").astype(str).to_numpy()
         low, high = _bootstrap(gain, examples, confidence, resamples, seed)
         mean = float(gain.mean()) if len(gain) else math.nan
@@ -143,33 +178,3 @@ def _bootstrap(
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def _verdict(difference: Difference) -> str:
-    if not difference.pairs:
-        return "they have no example in common"
-    if not difference.is_clear:
-        return "no clear difference"
-    return "better" if difference.mean > 0 else "worse"
-
-
-def _sentence(difference: Difference, first: str, confidence: float) -> str:
-    if not difference.pairs:
-        return f"{difference.run} against {first}: no example in common"
-    interval = f"{confidence:.0%} interval {number(difference.low)} to {number(difference.high)}"
-    where = f"{difference.pairs} pairs of {difference.examples} examples"
-    return f"{difference.run} against {first}: {difference.mean:+.3g} ({interval}; {where}): {_verdict(difference)}"
-
-
-def compare(runs: Sequence[RunHistory], confidence: float = 0.95) -> Comparison:
-    """Holds the other runs against the first one, on the examples that they have in common in the same epoch.
-
-    Shows a table; `.frame` has the pairs, `.differences` the numbers with their bootstrap intervals, `.plot()` the curves.
-    Raises ConfigError for fewer than two different runs.
-    """
-    pass
-
-    names = [run.id for run in runs]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"a run is held against others, not against itself; got {', '.join(names)}.")
-    return compare_runs({run.id: run.records for run in runs}, confidence)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from ..text import cut, number, plain
+from ..plots.axes import validation_epoch
+from ..text import cut, number, plain, trend
 from ..types import Change, Epoch
 from ..views.html import Html, element
 
@@ -32,8 +32,8 @@ def reward_curve(epochs: Sequence[Epoch], changes: Sequence[Change] = ()) -> Htm
     shown = _thinned(epochs)
     rewards = [epoch.metrics.mean_reward for epoch in shown]
     ranges = [(e.metrics.group_quantiles[0], e.metrics.group_quantiles[2]) for e in shown]
-    checks = [(e.index + _behind(e, check), check.mean_reward) for e in epochs for check in e.validations]
-    last = max(epochs[-1].index, *(round(at) for at, _ in checks)) if checks else epochs[-1].index
+    checks = [(validation_epoch(e, check), check.mean_reward) for e in epochs for check in e.validations]
+    last = max([epochs[-1].index, *(place for place, _ in checks)])
     x = _Scale((epochs[0].index, max(last, epochs[0].index + 1)), (LEFT + 8, WIDTH - RIGHT - 8))
     finite = [v for v in (*rewards, *(v for pair in ranges for v in pair), *(v for _, v in checks)) if math.isfinite(v)]
     y = _Scale(_rounded(finite), (HEIGHT - BOTTOM, TOP))
@@ -52,7 +52,7 @@ def reward_curve(epochs: Sequence[Epoch], changes: Sequence[Change] = ()) -> Htm
         [_diamond(x(place), y(value)) for place, value in checks if math.isfinite(value)],
         _marks(changes, epochs, x),
     ]
-    said = f"Mean reward per epoch, {_course(rewards)}"
+    said = f"Mean reward per epoch, {trend(rewards, none='none yet')}"
     svg = element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=said, class_="ft-curve")
     keys = [("ft-mean", "mean reward"), ("ft-range", "10–90 % of groups")]
     keys += [("ft-kept", "of groups trained on")] * any(map(math.isfinite, kept))
@@ -75,12 +75,6 @@ class _Scale:
 def _thinned(epochs: Sequence[Epoch]) -> Sequence[Epoch]:
     every = math.ceil(len(epochs) / MOST)
     return epochs if every == 1 else [*epochs[:-1:every], epochs[-1]]
-
-
-def _behind(epoch: Epoch, check: Any) -> float:
-    """A validation after the update stands where the next epoch would."""
-    before, after = epoch.policy_versions
-    return 1.0 if after is not None and after != before and check.policy_version == after else 0.0
 
 
 def _rounded(values: Sequence[float]) -> tuple[float, float]:
@@ -183,8 +177,3 @@ def _key(kind: str, text: str) -> Html:
     drawn = shapes.get(kind) or element("path", d="M0 6H20", class_=kind)
     picture = element("svg", drawn, width="20", height="12", viewBox="0 0 20 12", aria_hidden="true")
     return element("span", picture, text, class_="ft-key")
-
-
-def _course(rewards: Sequence[float]) -> str:
-    finite = [reward for reward in rewards if math.isfinite(reward)]
-    return f"from {number(finite[0])} to {number(finite[-1])}" if finite else "none yet"

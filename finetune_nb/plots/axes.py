@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import ConfigError
-from ..text import cut, number, plain
-from ..types import Epoch
+from ..text import cut, number, plain, trend
+from ..types import Epoch, Validation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,6 @@ __all__ = [
     "MARKERS",
     "ThemeName",
     "at_their_places",
-    "course_of",
     "courses",
     "draw_line",
     "finish",
@@ -41,6 +40,8 @@ __all__ = [
     "stands_alone",
     "start",
     "step_line",
+    "trend_text",
+    "validation_epoch",
 ]
 
 ThemeName = Literal["light", "dark"] | None
@@ -234,6 +235,26 @@ def stands_alone(values: np.ndarray) -> np.ndarray:
     return there[1:-1] & ~there[:-2] & ~there[2:]
 
 
+def validation_epoch(epoch: Epoch, validation: Validation) -> int:
+    """Where a validation lies on the axis of epochs.
+
+    An epoch's rewards are those of the policy before its update, so a validation of the policy after the update lies
+    where the next epoch does.
+
+    Args:
+        epoch: The epoch that recorded the validation.
+        validation: One of its validations.
+
+    Returns:
+        The number of the epoch whose rollouts are sampled from the validated policy.
+    """
+    before, after = epoch.policy_versions
+    is_updated = after is not None and after != before
+    if is_updated and validation.policy_version == after:
+        return epoch.index + 1
+    return epoch.index
+
+
 def metrics_of(epochs: Sequence[Epoch], name: str) -> list[float]:
     return [float(getattr(epoch.metrics, name)) for epoch in epochs]
 
@@ -244,15 +265,9 @@ def label_of(name: Any) -> str:
     return f" {text}" if text.startswith("_") else text or "(no name)"
 
 
-def course_of(values: Sequence[float] | np.ndarray) -> str:
-    finite = [float(value) for value in values if math.isfinite(value)]
-    if not finite:
-        return "no values"
-    if len(finite) == 1:
-        return number(finite[0])
-    return (
-        f"from {number(finite[0])} to {number(finite[-1])}, lowest {number(min(finite))}, highest {number(max(finite))}"
-    )
+def trend_text(values: Iterable[float]) -> str:
+    """How a line goes, for those who do not see it."""
+    return trend(values, lowest="lowest", highest="highest")
 
 
 def draw_line(ax: Axes, where: np.ndarray, values: np.ndarray, colour: str, label: str, marker: str, line: Any) -> None:

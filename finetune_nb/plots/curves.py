@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, did_you_mean
 from ..text import number, plain
-from ..types import Epoch, Validation
+from ..types import Epoch
 from .axes import (
     HATCHES,
     LINES,
     MARKERS,
     ThemeName,
     at_their_places,
-    course_of,
     courses,
     draw_line,
     finish,
@@ -35,6 +34,8 @@ from .axes import (
     stands_alone,
     start,
     step_line,
+    trend_text,
+    validation_epoch,
 )
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def plot_rewards(
     if figure is None:
         return ax
     figure.alt_text = ". ".join(
-        f"Mean reward per epoch{f', {run.name}' if several else ''}: {course_of(metrics_of(run.epochs, 'mean_reward'))}"
+        f"Mean reward per epoch{f', {run.name}' if several else ''}: {trend_text(metrics_of(run.epochs, 'mean_reward'))}"
         for run in runs
     ) + said_of(runs)
     return figure
@@ -123,7 +124,7 @@ def plot_scores(
     if figure is None:
         return ax
     whose = (f"{run.name} " if len(runs) > 1 else "" for run, _, _ in said)
-    text = "; ".join(f"{who}{plain(name)} {course_of(c)}" for who, (_, name, c) in zip(whose, said, strict=True))
+    text = "; ".join(f"{who}{plain(name)} {trend_text(c)}" for who, (_, name, c) in zip(whose, said, strict=True))
     figure.alt_text = f"Mean score per epoch: {text or 'no scores'}{said_of(runs)}"
     return figure
 
@@ -179,7 +180,7 @@ def plot_training(
             values = at_their_places(where, run.epochs, [_number(e.train_metrics.get(name)) for e in run.epochs])
             label = label_of(run.name) if len(runs) > 1 and each is axes[0] else "_"
             draw_line(each, where, values, look.colour(place), label, MARKERS[place % 8], LINES[place % 4])
-            said.append(f"{f'{run.name} ' if len(runs) > 1 else ''}{plain(name)} {course_of(values)}")
+            said.append(f"{f'{run.name} ' if len(runs) > 1 else ''}{plain(name)} {trend_text(values)}")
         mark_changes(each, [run._replace(changes=()) for run in runs] if each is not axes[0] else runs, look)
         finish(each, look, empty=not records)
     if figure is None:
@@ -212,7 +213,7 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
     if not several and any(epoch.metrics.kept_groups < epoch.metrics.groups for epoch in epochs):
         draw_line(ax, where, kept, look.colours[1], "mean of the groups trained on", "^", LINES[1])
     checks = [validation for epoch in epochs for validation in epoch.validations]
-    when = {id(check): _place_of(check, epoch) for epoch in epochs for check in epoch.validations}
+    when = {id(check): validation_epoch(epoch, check) for epoch in epochs for check in epoch.validations}
     good = [check for check in checks if math.isfinite(check.mean_reward)]
     failed = [check for check in checks if not math.isfinite(check.mean_reward)]
     own = colour if several else look.colours[2]
@@ -231,9 +232,3 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
         at, edge = [when[id(check)] for check in failed], [0.02] * len(failed)
         style = {"marker": "x", "color": own, "transform": ax.get_xaxis_transform(), "zorder": 4}
         ax.scatter(at, edge, label=None if place else "validation failed", **style)
-
-
-def _place_of(check: Validation, epoch: Epoch) -> int:
-    """An epoch's rewards are those before its update: a validation after it stands where the next epoch would."""
-    before, after = epoch.policy_versions
-    return epoch.index + (after is not None and after != before and check.policy_version == after)

@@ -13,7 +13,6 @@ from .axes import (
     LINES,
     MARKERS,
     ThemeName,
-    course_of,
     courses,
     draw_line,
     finish,
@@ -23,6 +22,7 @@ from .axes import (
     said_of,
     share_axis,
     start,
+    trend_text,
 )
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def plot_advantages(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Fig
             where = np.array([index for index, _ in found])
             draw_line(share, where, np.array(idle), look.colours[1], "share with advantage 0", "s", LINES[1])
         said.append(f"{run.name + ': ' if len(runs) > 1 else ''}{_middle(teaching) or 'none'}; "
-                    f"share with advantage 0: {course_of(idle)}")  # fmt: skip
+                    f"share with advantage 0: {trend_text(idle)}")  # fmt: skip
         mark_changes(each, [run], look)
         finish(each, look, empty=not run.epochs)
     if figure is None:
@@ -146,14 +146,14 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
             ax.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0, label="" if several else "10–90 %")
             draw_line(ax, where, middle, colour, label_of(run.name) if several else "median", MARKERS[place % 8],
                       LINES[place % 4])  # fmt: skip
-        said.append(f"{run.name + ': ' if several else ''}median {course_of(middle)}")
+        said.append(f"{run.name + ': ' if several else ''}median {trend_text(middle)}")
         if not several and len(frame):
             shares: Any = (frame["finish_reason"] == "length").groupby(frame["epoch"]).mean()
             cut_off = shares.reindex(where).to_numpy()
             if np.nansum(cut_off):
                 share = share_axis(ax, look, "share cut at the token limit")
                 draw_line(share, where, cut_off, look.colours[1], "share cut at the token limit", "s", LINES[1])
-            said.append(f"share cut at the token limit: {course_of(cut_off)}")
+            said.append(f"share cut at the token limit: {trend_text(cut_off)}")
         if every > 1:
             ax.set_xlabel(f"epoch (1 in {every} is shown)")
     ax.set_ylim(bottom=0)

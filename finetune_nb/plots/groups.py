@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..types import GROUP_REASONS, Epoch, GroupReason
+from ..analysis.reasons import REASONS
+from ..types import GROUP_REASONS, Epoch
 from .axes import (
     HATCHES,
     LINES,
@@ -14,7 +15,6 @@ from .axes import (
     Course,
     ThemeName,
     at_their_places,
-    course_of,
     courses,
     draw_line,
     finish,
@@ -27,6 +27,7 @@ from .axes import (
     span,
     start,
     step_line,
+    trend_text,
 )
 
 if TYPE_CHECKING:
@@ -60,13 +61,13 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
             )
             if any(epoch.curriculum.enabled for epoch in run.epochs):
                 step_line(ax, run.epochs, look, colour, f"{label_of(run.name)}: percentile")
-            said.append(f"{run.name}: share of groups trained on {course_of(shown)}")
+            said.append(f"{run.name}: share of groups trained on {trend_text(shown)}")
         else:
             _reasons_and_percentile(ax, run.epochs, look)
-            teach = course_of(metrics_of(run.epochs, "groups_with_spread"))
+            teach = trend_text(metrics_of(run.epochs, "groups_with_spread"))
             said.append(f"groups whose rewards differ: {teach}")
             on = [epoch.curriculum.percentile for epoch in run.epochs if epoch.curriculum.enabled]
-            said.append(f"curriculum percentile: {course_of(on)}" if on else "the curriculum is off")
+            said.append(f"curriculum percentile: {trend_text(on)}" if on else "the curriculum is off")
     if several:
         ax.set_ylim(-0.05, 1.05)
     mark_changes(ax, runs, look, filled=not several)
@@ -98,19 +99,6 @@ def _reasons_and_percentile(ax: Axes, epochs: Sequence[Epoch], look: Theme) -> N
     if any(epoch.curriculum.enabled for epoch in epochs):
         share = share_axis(ax, look, "curriculum percentile")
         step_line(share, epochs, look, look.ink, "curriculum percentile")
-
-
-STYLES = {
-    GroupReason.KEPT: ("trained on", "o"),
-    GroupReason.NO_REWARD_SPREAD: ("rewards hardly differ", "_"),
-    GroupReason.BEYOND_PERCENTILE: ("beyond the percentile", "^"),
-    GroupReason.SUBSAMPLED: ("not drawn", "s"),
-    GroupReason.NO_REWARD: ("no reward", "x"),
-    GroupReason.INFINITE_REWARD: ("infinite reward", "P"),
-    GroupReason.UNDECIDED: ("undecided", "D"),
-    GroupReason.NOT_SUBMITTED: ("left out by the trainer", "v"),
-}
-"""What a group is called in the map, and its marker."""
 
 
 def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure | Any:
@@ -150,7 +138,7 @@ def _map(ax: Axes, run: Course, look: Theme, whose: str) -> str:
         those = placed & (codes == code)
         if not those.any():
             continue
-        name, marker = STYLES[reason]
+        name, marker = REASONS[reason].label, REASONS[reason].marker
         points, counts = np.unique(np.round(np.stack([means[those], spreads[those]], 1), 6), axis=0, return_counts=True)
         size = 26 * np.minimum(np.sqrt(counts), 5)
         said.append(f"{counts.sum():,} {name}")

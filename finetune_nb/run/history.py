@@ -226,7 +226,8 @@ class RunHistory(ABC):
         "probability" or, where the record has alternatives, the "entropy" of the choice. `.trajectory` of what is returned
         is the record itself. Raises IndexError for an epoch that is not there, RunError for an example or a generation.
         """
-        from ..views.rollout import RolloutView, rollout_group
+        from ..analysis.rollout_group import rollout_group
+        from ..views.rollout import RolloutView
 
         group = rollout_group(self._epoch(epoch), example)
         return RolloutView(group, group.rollout(generation), heat)
@@ -238,7 +239,7 @@ class RunHistory(ABC):
         records. Raises IndexError for an epoch that is not there, RunError for an example, or one with a single rollout.
         """
         from ..analysis.group_comparison import compare_group
-        from ..views.rollout import rollout_group
+        from ..analysis.rollout_group import rollout_group
 
         return compare_group(rollout_group(self._epoch(epoch), example))
 

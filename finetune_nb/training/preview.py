@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..hooks import resolve
+from ..hooks import shown_by
 from ..types import (
     GROUP_REASONS,
     CurriculumSettings,
@@ -144,10 +144,10 @@ class Preview:
         return int(values[self.selection.kept].sum()), int(values[self.unchanged.kept].sum())
 
     def __repr__(self) -> str:
-        return resolve("finetune_nb.views.preview_card:preview_text")(self)
+        return shown_by("finetune_nb.views.preview_card:preview_text", self)
 
     def _repr_html_(self) -> str:
-        return resolve("finetune_nb.views.preview_card:preview_html")(self)
+        return shown_by("finetune_nb.views.preview_card:preview_html", self)
 
 
 def basis_of(epoch: Epoch) -> Basis:

@@ -15,10 +15,11 @@ from itertools import accumulate
 from numbers import Real
 from typing import Any
 
+from ..analysis.messages import Token, preference_text, tokens_of
 from ..text import cut, duration, plain, short
 from ..types import DPOItem, EpisodeItem, EpisodeItemRole
 from .html import Html, details, element, escape
-from .tokens import Heat, Token, heat_legend, heat_map, summary, token_table, tokens_of
+from .tokens import Heat, heat_legend, heat_map, summary, token_table
 
 __all__ = [
     "SIZE_LIMIT",
@@ -72,11 +73,7 @@ class Turn:
 def turn_of(item: EpisodeItem | DPOItem) -> Turn:
     """A message of an episode, or a preference, to show."""
     if isinstance(item, DPOItem):
-        prompt = item.prompt
-        if not isinstance(prompt, str):
-            prompt = "\n".join(f"{message.role}: {message.content}" for message in prompt)
-        text = f"{prompt}\n\n✓ chosen: {item.chosen_response}\n\n✗ rejected: {item.rejected_response}"
-        return Turn("preference", text, {})
+        return Turn("preference", preference_text(item), {})
     if item.role != EpisodeItemRole.ASSISTANT:
         return Turn(str(item.role), item.content, item.metadata or {})
     tokens = tokens_of(item)

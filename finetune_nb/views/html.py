@@ -16,12 +16,11 @@ from numbers import Real
 from typing import Any
 
 from ..text import number, plain, short
-from ..types import EpochMetrics, GroupReason
+from ..types import EpochMetrics
 
 __all__ = [
     "ERROR_LIMIT",
     "Html",
-    "REASONS",
     "bad",
     "bar",
     "details",
@@ -217,18 +216,6 @@ def page(title: str, *body: Any) -> str:
 
 ERROR_LIMIT = 2_000
 """Characters shown of an error."""
-
-REASONS = {
-    GroupReason.KEPT: "kept",
-    GroupReason.NO_REWARD_SPREAD: "left out: their rewards hardly differ",
-    GroupReason.BEYOND_PERCENTILE: "left out: beyond the curriculum's percentile",
-    GroupReason.SUBSAMPLED: "left out: not drawn in the random subsample",
-    GroupReason.NO_REWARD: "left out: no trajectory has a reward",
-    GroupReason.INFINITE_REWARD: "left out: a reward is infinite",
-    GroupReason.UNDECIDED: "undecided: the epoch ended before groups were chosen",
-    GroupReason.NOT_SUBMITTED: "left out by the trainer",
-}
-"""Every reason in words; they go on from a number of groups."""
 
 
 def title(*parts: str) -> Html:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..analysis.reasons import REASONS
 from ..text import duration, number
 from ..training.preview import Preview
 from ..types import GROUP_REASONS, GroupReason
@@ -25,30 +26,40 @@ __all__ = [
 
 BINS = 24
 WIDTH, HEIGHT, BOTTOM = 440, 120, 18
-_MOVED = len(GROUP_REASONS)  # behind the reasons' codes: groups that enter, groups that leave
+ENTER = len(GROUP_REASONS)
+"""Stands for a group that would be trained on and is not otherwise; the numbers before it are the reasons' positions."""
+LEAVE = ENTER + 1
+"""Stands for a group that would no longer be trained on."""
 
 
 class Look(NamedTuple):
+    """How a kind of groups is named in the legend and filled in the histogram."""
+
     text: str
     style: str
 
 
-_GREY = "rgba(128,128,128,"
-LOOKS: dict[int, Look] = {
-    0: Look("trained on", "fill:var(--on);stroke:none"),
-    _MOVED: Look("enter", "fill:var(--enter);stroke:var(--fg);stroke-width:1.5"),
-    _MOVED + 1: Look("leave", "fill:none;stroke:var(--leave);stroke-width:2"),
-    GROUP_REASONS.index(GroupReason.BEYOND_PERCENTILE): Look("beyond the percentile", f"fill:{_GREY}.45);stroke:none"),
-    GROUP_REASONS.index(GroupReason.SUBSAMPLED): Look(
-        "not drawn in the subsample", f"fill:{_GREY}.2);stroke:{_GREY}.9)"
-    ),
-    GROUP_REASONS.index(GroupReason.NO_REWARD_SPREAD): Look(
-        "rewards hardly differ", f"fill:none;stroke:{_GREY}.9);stroke-dasharray:2 2"
-    ),
-    GROUP_REASONS.index(GroupReason.NO_REWARD): Look("no reward", f"fill:none;stroke:{_GREY}.9)"),
-    GROUP_REASONS.index(GroupReason.INFINITE_REWARD): Look("infinite reward", f"fill:none;stroke:{_GREY}.9)"),
-}
-"""In the order in which they are stacked, from the bottom."""
+def _looks() -> dict[int, Look]:
+    """The kinds of groups, in the order in which they are stacked, from the bottom."""
+    kept, *left_out = (
+        GroupReason.KEPT,
+        GroupReason.BEYOND_PERCENTILE,
+        GroupReason.SUBSAMPLED,
+        GroupReason.NO_REWARD_SPREAD,
+        GroupReason.NO_REWARD,
+        GroupReason.INFINITE_REWARD,
+    )
+    looks = {
+        GROUP_REASONS.index(kept): Look(REASONS[kept].label, REASONS[kept].fill),
+        ENTER: Look("enter", "fill:var(--enter);stroke:var(--fg);stroke-width:1.5"),
+        LEAVE: Look("leave", "fill:none;stroke:var(--leave);stroke-width:2"),
+    }
+    for reason in left_out:
+        looks[GROUP_REASONS.index(reason)] = Look(REASONS[reason].label, REASONS[reason].fill)
+    return looks
+
+
+LOOKS = _looks()
 _ROWS = ((0, "then"), (1, "unchanged"))
 
 
@@ -72,9 +83,9 @@ def preview_body(preview: Preview) -> Html:
     """The card without its frame."""
     codes = preview.selection.reasons.astype(np.int64)
     before = preview.unchanged.reasons
-    codes[(codes == 0) & (before != 0)] = _MOVED
-    codes[(codes != 0) & (codes != _MOVED) & (before == 0)] = _MOVED + 1
-    counts = np.bincount(codes, minlength=_MOVED + 2)
+    codes[(codes == 0) & (before != 0)] = ENTER
+    codes[(codes != 0) & (codes != ENTER) & (before == 0)] = LEAVE
+    counts = np.bincount(codes, minlength=LEAVE + 1)
     question = "The next epoch " if preview.selection is preview.unchanged else "What if "
     return element(
         "div",
@@ -150,7 +161,7 @@ def _label(x: float, y: float, text: str, anchor: str) -> Html:
 def _legend(counts: np.ndarray) -> Html:
     rows = []
     for code, look in LOOKS.items():
-        if counts[code] or code in (0, _MOVED, _MOVED + 1):
+        if counts[code] or code in (0, ENTER, LEAVE):
             swatch = element("rect", x="1", y="1", width="12", height="10", style=look.style)
             key = element("svg", swatch, width="14", height="12", viewBox="0 0 14 12", aria_hidden="true")
             rows.append(element("div", key, element("span", f"{counts[code]:,}", class_="ft-count"), f" {look.text}"))

@@ -12,11 +12,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..text import SHORT, count, cut, duration, number, one_line, short
+from ..analysis.reasons import REASONS
+from ..text import SHORT, count, cut, duration, number, one_line, short, trend
 from ..types import Epoch, GroupReason, RolloutFailure, TrainingStatusEnum, Validation
 from .html import (
     ERROR_LIMIT,
-    REASONS,
     bad,
     bar,
     drifted,
@@ -50,8 +50,8 @@ def epoch_html(epoch: Epoch) -> str:
     spread = f" (most groups {number(low)} to {number(high)})" if math.isfinite(low) else ""
     reward = element("span", bar(metrics.mean_reward) if 0 <= metrics.mean_reward <= 1 else number(metrics.mean_reward))
     by_reason = epoch.selection.left_out()
-    groups = [line(f"{metrics.kept_groups:,} of {metrics.groups:,} {REASONS[GroupReason.KEPT]}")]
-    groups += [line(f"{len(ids):,} {REASONS[reason]}", some(ids)) for reason, ids in by_reason.items()]
+    groups = [line(f"{metrics.kept_groups:,} of {metrics.groups:,} {REASONS[GroupReason.KEPT].sentence}")]
+    groups += [line(f"{len(ids):,} {REASONS[reason].sentence}", some(ids)) for reason, ids in by_reason.items()]
     if epoch.selection.inferred:
         groups.append(line("the Trainer made its own choice; the reasons are concluded from it"))
     curriculum = epoch.curriculum
@@ -162,8 +162,9 @@ def run_html(
         body.append(bad("error: ", cut(error, ERROR_LIMIT)))
     if not epochs:
         return view(*body, element("div", "no epoch yet", class_="ft-dim"))
-    course = sparkline(rewards, _course(rewards))
-    body.append(element("div", _course(rewards), " ", course))
+    went = trend(rewards, none="", highest="at best")
+    said = f"mean reward {went}" if went else "no epoch has a reward"
+    body.append(element("div", said, " ", sparkline(rewards, said)))
     headers = ["epoch", "reward", "groups that teach", "kept", "failures", "validation", "time", "training"]
     shown = epochs[-10:]
     caption = f"the last {len(shown)} of {len(epochs):,} epochs" if len(shown) < len(epochs) else None
@@ -199,12 +200,3 @@ def _row(epoch: Epoch) -> list[Any]:
         for text in (f"{metrics.groups_with_spread:,} of {metrics.groups:,}", duration(epoch.seconds.get("total")))
     )
     return [epoch.index, metrics.mean_reward, teach, metrics.kept_groups, metrics.failures, checked, took, _job(epoch)]
-
-
-def _course(rewards: Sequence[float]) -> str:
-    finite = [reward for reward in rewards if math.isfinite(reward)]
-    if not finite:
-        return "no epoch has a reward"
-    if len(finite) == 1:
-        return f"mean reward {number(finite[0])}"
-    return f"mean reward from {number(finite[0])} to {number(finite[-1])}, at best {number(max(finite))}"

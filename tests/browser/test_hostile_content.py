@@ -11,9 +11,10 @@ from factories import item, make_epoch, make_trajectory
 
 from finetune_nb.analysis.group_comparison import compare_group
 from finetune_nb.analysis.learning_signal import learning_signal
+from finetune_nb.analysis.rollout_group import rollout_group
 from finetune_nb.text import plain
 from finetune_nb.types import RolloutFailure
-from finetune_nb.views.rollout import RolloutView, failure_html, rollout_group, trajectory_html
+from finetune_nb.views.rollout import RolloutView, failure_html, trajectory_html
 from finetune_nb.views.summary import epoch_html, run_html
 
 ATTACKS = [

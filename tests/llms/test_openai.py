@@ -16,13 +16,13 @@ pytest.importorskip("openai")
 from loopback import LoopbackServer, Refusal
 
 import finetune_nb as ft
+from finetune_nb.analysis.messages import tokens_of
 from finetune_nb.config import EvaluatorBaseConfig, FunctionBaseConfig, TrainerAdapterConfig
 from finetune_nb.llms.call_recorder import Episode
 from finetune_nb.redaction import MASK, remember_secret
 from finetune_nb.rollouts.episodes import episode_of
 from finetune_nb.testing import FakeAdapter, sums
 from finetune_nb.types import EpisodeKey, EvalInputItem
-from finetune_nb.views.tokens import tokens_of
 
 KEY = "sk-loopback-3f9a7c51d2"
 TOOL = {

@@ -13,11 +13,11 @@ from hostile import HOSTILE, text_of
 
 import finetune_nb as ft
 from finetune_nb.analysis.group_comparison import Divergence, GroupComparison, compare_group, first_divergence
+from finetune_nb.analysis.rollout_group import rollout_group
 from finetune_nb.errors import RunError
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
 from finetune_nb.text import plain
 from finetune_nb.types import DPOItem, EpisodeItem, Epoch, Trajectory
-from finetune_nb.views.rollout import rollout_group
 
 
 def of(*turns: EpisodeItem) -> Trajectory:

@@ -14,13 +14,14 @@ from factories import item, make_epoch, sampled
 from hostile import HOSTILE, text_of
 
 import finetune_nb as ft
+from finetune_nb.analysis.messages import Token, entropy_of, tokens_of
+from finetune_nb.analysis.rollout_group import rollout_group
 from finetune_nb.errors import ConfigError, RunError
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
 from finetune_nb.text import plain
 from finetune_nb.types import EpisodeItem, Epoch, RolloutFailure, Trajectory
 from finetune_nb.views.conversation import fair_shares
-from finetune_nb.views.rollout import RolloutView, rollout_group, trajectory_html
-from finetune_nb.views.tokens import Token, entropy_of, tokens_of
+from finetune_nb.views.rollout import RolloutView, trajectory_html
 
 
 def of(*turns: EpisodeItem, reward: float = 1.0) -> Trajectory:

@@ -15,6 +15,7 @@ from hostile import HOSTILE, text_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from finetune_nb.analysis.reasons import REASONS
 from finetune_nb.config import CurriculumSettings
 from finetune_nb.llms.call_recorder import Episode
 from finetune_nb.notebook.panel_html import record_html
@@ -29,7 +30,6 @@ from finetune_nb.types import (
     SamplingParams,
     Trajectory,
 )
-from finetune_nb.views.html import REASONS
 from finetune_nb.views.rollout import failure_html, trajectory_html
 from finetune_nb.views.summary import epoch_html, epoch_text, run_html, run_text
 

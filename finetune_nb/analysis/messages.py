@@ -1,0 +1,156 @@
+"""What one message of an episode says: its text, and the tokens that were sampled for it.
+
+Nothing here raises: records come from other people's components too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+from ..types import DPOItem, EpisodeItem, EpisodeItemRole
+
+__all__ = [
+    "Token",
+    "called_functions",
+    "entropy_of",
+    "preference_text",
+    "said_text",
+    "tokens_of",
+]
+
+
+# ── text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def said_text(item: EpisodeItem | DPOItem) -> str:
+    """All that a message says, as one text: as it was sampled, where that is known, else its content and tool calls."""
+    if isinstance(item, DPOItem):
+        return preference_text(item)
+    tokens = tokens_of(item)
+    if tokens and tokens[0].text is not None:
+        return "".join(token.text or "" for token in tokens)
+    text = item.content if isinstance(item.content, str) else ""
+    calls = called_functions(item)
+    if not isinstance(calls, list) or not calls:
+        return text
+    return text + "\n→ calls " + json.dumps(calls, ensure_ascii=False, default=str)
+
+
+def preference_text(item: DPOItem) -> str:
+    """A preference as one text: its prompt, then both responses."""
+    prompt = item.prompt
+    if not isinstance(prompt, str):
+        prompt = "\n".join(f"{message.role}: {message.content}" for message in prompt)
+    return f"{prompt}\n\n✓ chosen: {item.chosen_response}\n\n✗ rejected: {item.rejected_response}"
+
+
+def called_functions(item: EpisodeItem) -> Any:
+    """The tool calls of a message without their ids, which differ in every rollout; what is no list stays as it is."""
+    calls = (item.metadata or {}).get("tool_calls") or []
+    if not isinstance(calls, list):
+        return calls
+    return [call.get("function", call) if isinstance(call, dict) else call for call in calls]
+
+
+# ── tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Token(NamedTuple):
+    """One sampled token."""
+
+    text: str | None
+    """None where the record does not say."""
+    logprob: float
+    """Natural logarithm, of the distribution that it was sampled from; NaN where it is missing."""
+    entropy: float = math.nan
+    """In nats, see `entropy_of`; NaN without alternatives."""
+    alternatives: tuple[tuple[str, float], ...] = ()
+    """Other tokens that were likely in that place, with their logprobs; likeliest first."""
+
+    @property
+    def probability(self) -> float:
+        """In [0, 1]; NaN where it is missing."""
+        return math.exp(min(self.logprob, 0.0))
+
+
+def tokens_of(item: EpisodeItem | DPOItem) -> list[Token]:
+    """The sampled tokens of a message, in order; empty where the policy sampled none, or where the record is of a kind
+    that is not known."""
+    if isinstance(item, DPOItem) or item.role != EpisodeItemRole.ASSISTANT:
+        return []
+    logprobs = item.logprobs
+    entries = logprobs.get("content") if isinstance(logprobs, Mapping) else getattr(logprobs, "content", logprobs)
+    if not isinstance(entries, Sequence) or isinstance(entries, str | bytes):
+        return []
+    texts, tops = (_beside(item, name, len(entries)) for name in ("tokens", "top_logprobs"))
+    return [_token(entry, text, top) for entry, text, top in zip(entries, texts, tops, strict=True)]
+
+
+def entropy_of(logprobs: Iterable[float]) -> float:
+    """Entropy in nats of a distribution of which some tokens' natural logprobs are known, the rest taken as one token:
+    -sum p ln p - rest ln rest. A lower bound of the true entropy, the closer the less is left. NaN without any."""
+    known = [min(logprob, 0.0) for logprob in logprobs if not math.isnan(logprob)]
+    if not known:
+        return math.nan
+    rest = 1.0 - math.fsum(map(math.exp, known))
+    inside = math.fsum(-logprob * math.exp(logprob) for logprob in known if logprob > -math.inf)
+    return inside - (rest * math.log(rest) if rest > 1e-12 else 0.0)
+
+
+def _beside(item: EpisodeItem, name: str, count: int) -> Sequence[Any]:
+    """What the metadata has of that name, one entry a token; None each where there is nothing that fits."""
+    found = (item.metadata or {}).get(name)
+    if isinstance(found, Sequence) and not isinstance(found, str | bytes) and len(found) == count:
+        return found
+    return [None] * count
+
+
+def _token(entry: Any, text: Any, top: Any) -> Token:
+    """One token.
+
+    Args:
+        entry: Its logprob, or OpenAI's entry that holds it.
+        text: Its text, where it was recorded beside the logprobs.
+        top: The likeliest tokens in its place, where they were recorded beside the logprobs.
+    """
+    if isinstance(entry, Real):
+        logprob = _number(entry)
+    else:
+        logprob, top = _number(_get(entry, "logprob")), _get(entry, "top_logprobs")
+        if not isinstance(text, str):
+            text = _get(entry, "token")
+    if not isinstance(text, str):
+        text = None
+
+    others = []
+    for other, value in _likely(top):
+        if isinstance(other, str) and other != text and not math.isnan(value):
+            others.append((other, value))
+    if not others:
+        return Token(text, logprob)
+    others.sort(key=lambda pair: -pair[1])
+    return Token(text, logprob, entropy_of([logprob, *(value for _, value in others)]), tuple(others))
+
+
+def _likely(top: Any) -> list[tuple[Any, float]]:
+    """(token, logprob) of the likeliest tokens, in either of the two forms that servers send."""
+    if isinstance(top, Mapping):  # {" 7": -0.2}, as completions have them
+        return [(token, _number(logprob)) for token, logprob in top.items()]
+    if isinstance(top, Sequence) and not isinstance(top, str | bytes):
+        return [(_get(entry, "token"), _number(_get(entry, "logprob"))) for entry in top]
+    return []
+
+
+def _get(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        return math.nan

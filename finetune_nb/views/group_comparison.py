@@ -1,0 +1,181 @@
+"""A comparison of two rollouts as text, and as HTML: side by side, turn by turn, at most 200 kB."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from ..analysis.group_comparison import GroupComparison
+from ..analysis.messages import said_text
+from ..text import count, number, one_line, short, signed
+from .conversation import Setting, Turn, body_of, conversation, fitting, head_of, tool_names, turn_of
+from .html import Html, details, element, table, title, view
+from .tokens import visible
+
+__all__ = [
+    "comparison_html",
+    "comparison_text",
+]
+
+VIEW_LIMIT = 180_000
+"""Bytes of a whole view; the rest of the 200 kB is for the style sheet and the head."""
+CELL_LIMIT, CELL_LEAST = 20_000, 1_200
+"""Bytes of one turn in one column, at most and at least."""
+SCORES = 24
+"""Scores that are listed."""
+PLAIN = Setting(tables=False)
+
+
+def comparison_text(comparison: GroupComparison) -> str:
+    """The two rollouts in a line each, where they part, and their scores."""
+    group = comparison.group
+    lines = [f"epoch {group.epoch} · example {one_line(group.example)}", *_names(comparison), _parting(comparison)]
+    for name, best, worst in _scores(comparison):
+        lines.append(f"{name}: {number(best)} against {number(worst)}")
+    return "\n  ".join(lines)
+
+
+def comparison_html(comparison: GroupComparison) -> str:
+    """A table of rewards, scores and lengths; where they part, in a sentence; then the turns of both side by side."""
+    group = comparison.group
+    rows = [_row("reward", [trajectory.reward for trajectory in comparison.trajectories])]
+    rows.append(_row("advantage", [signed(group.advantages[place]) for place in (comparison.best, comparison.worst)]))
+    rows += [_row(name, values) for name, *values in _scores(comparison)]
+    rows += _lengths(comparison)
+    head = [
+        title(f"epoch {group.epoch}", f"example {short(group.example)}"),
+        table(rows, ["", "best", "worst"]),
+        element("div", element("strong", _parting(comparison))),
+    ]
+    return view(*head, *_turns(comparison, VIEW_LIMIT - _bytes(*head)))
+
+
+def _row(name: str, values: Sequence[Any]) -> tuple[str, ...]:
+    return name, *map(number, values)
+
+
+def _names(comparison: GroupComparison) -> list[str]:
+    """What each of the two is, in a line."""
+    group = comparison.group
+    names = []
+    for label, place in (("best", comparison.best), ("worst", comparison.worst)):
+        generation = short(group.generation(place), 20)
+        reward, advantage = number(group.trajectories[place].reward), signed(group.advantages[place])
+        names.append(f"{label} · generation {generation} · reward {reward} · advantage {advantage}")
+    return names
+
+
+def _parting(comparison: GroupComparison) -> str:
+    """In a sentence, where they part."""
+    best, worst = comparison.trajectories
+    where = comparison.divergence
+    if where is None:
+        return "both say the same"
+    if where.turn >= min(len(best.episode), len(worst.episode)):
+        longer, shorter = ("best", "worst") if len(best.episode) > len(worst.episode) else ("worst", "best")
+        return f"they say the same until the {shorter} one ends; the {longer} one goes on at turn {where.turn}"
+    turns = [turn_of(trajectory.episode[where.turn]) for trajectory in (best, worst)]
+    same = f"the first {count(where.turn, 'turn')} are the same; " if where.turn > 1 else ""
+    roles = " against ".join(dict.fromkeys(short(turn.role, 40) for turn in turns))
+    if where.token is None:
+        return f"{same}they part at turn {where.turn} ({roles}), character {where.character}"
+    sides = " against ".join(_choice(turn, where.token) for turn in turns)
+    return f"{same}they part at turn {where.turn} ({roles}), token {where.token}: {sides}"
+
+
+def _choice(turn: Turn, place: int) -> str:
+    """What was sampled in that place, and how likely it was."""
+    if place >= len(turn.tokens):
+        return "the end"
+    token = turn.tokens[place]
+    chance = "" if math.isnan(token.logprob) else f" (p {number(token.probability)})"
+    return f"“{visible(token.text, 40)}”{chance}"
+
+
+def _scores(comparison: GroupComparison) -> list[tuple[str, Any, Any]]:
+    """What the rewards are made of: (name, of the best, of the worst)."""
+    both = []
+    for trajectory in comparison.trajectories:
+        scores = (trajectory.metadata or {}).get("scores")
+        both.append(scores if isinstance(scores, dict) else {})
+    best, worst = both
+    names = list(dict.fromkeys([*best, *worst]))
+    return [(short(name, 80), best.get(name), worst.get(name)) for name in names[:SCORES]]
+
+
+def _lengths(comparison: GroupComparison) -> list[tuple[str, ...]]:
+    turns, tokens = [], []
+    for trajectory in comparison.trajectories:
+        turns.append(len(trajectory.episode))
+        tokens.append(sum(len(turn_of(item).tokens) for item in trajectory.episode))
+    return [_row("turns", turns), _row("sampled tokens", tokens)]
+
+
+# ── side by side ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _turns(comparison: GroupComparison, room: int) -> list[Html]:
+    """Both conversations in `room` bytes: what is the same once, then a row a turn, as many as fit."""
+    best, worst = ([turn_of(item) for item in trajectory.episode] for trajectory in comparison.trajectories)
+    called = tool_names([*best, *worst])
+    divergence = comparison.divergence
+    same = len(best) if divergence is None else divergence.turn
+    shown: list[Html] = []
+    if same:
+        together = list(conversation(best[:same], min(30_000, room // 4), PLAIN))
+        if same > 2:
+            together = [details(f"the first {same:,} turns, which are the same", *together)]
+        shown.append(element("div", *together))
+    room -= _bytes(*shown) + 1_000
+
+    pairs = list(zip_longest(best[same:], worst[same:]))
+    if not pairs:
+        return shown
+    limit = max(CELL_LEAST, min(CELL_LIMIT, room // (2 * len(pairs))))
+    rows: list[Html] = []
+    for place, (best_turn, worst_turn) in enumerate(pairs):
+        if place == 0 and best_turn and worst_turn and best_turn.role == worst_turn.role:
+            cells = _cells_where_they_part(comparison, best_turn, worst_turn, limit, called)
+        else:
+            cells = [_cell(turn, limit, called) for turn in (best_turn, worst_turn)]
+        row = element("tr", *(element("td", cell) for cell in cells))
+        room -= _bytes(row)
+        if room < 0:
+            left_out = f"… {len(pairs) - place:,} more turns are left out …"
+            rows.append(element("tr", element("td", left_out, colspan=2)))
+            break
+        rows.append(row)
+    headers = element("tr", *(element("th", name, scope="col") for name in _names(comparison)))
+    return [*shown, element("table", element("thead", headers), element("tbody", *rows), class_="ft-pair")]
+
+
+def _cell(turn: Turn | None, limit: int, called: Mapping[str, str]) -> list[Html]:
+    """One turn in its column, in `limit` bytes."""
+    if turn is None:
+        return [element("div", "(ended)", class_="ft-dim")]
+    head = head_of(turn, called)
+    return [head, *body_of(turn, limit - _bytes(head), PLAIN)]
+
+
+def _cells_where_they_part(
+    comparison: GroupComparison, best: Turn, worst: Turn, limit: int, called: Mapping[str, str]
+) -> list[list[Html]]:
+    """The first turns that differ, in `limit` bytes each: what both say first set apart from what only one says."""
+    where = comparison.divergence
+    assert where is not None
+    cells = []
+    for turn, trajectory in zip((best, worst), comparison.trajectories, strict=True):
+        text = said_text(trajectory.episode[where.turn])
+        common, rest = text[: where.character], text[where.character :]
+        head = head_of(turn, called)
+        before = element("span", fitting(common, limit // 3), class_="ft-dim") if common else Html()
+        after = fitting(rest, limit - _bytes(head, before) - 100) if rest else "(ends here)"
+        said = element("pre", before, element("mark", "◆"), " ", element("strong", after), dir="auto")
+        cells.append([head, said])
+    return cells
+
+
+def _bytes(*pieces: Html) -> int:
+    return sum(len(piece.encode()) for piece in pieces)
