@@ -18,7 +18,7 @@ from finetune_nb.testing import ScriptedBuilder, make_trajectory
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.proof]
 
 
 class Bigrams:

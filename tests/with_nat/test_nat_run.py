@@ -16,7 +16,7 @@ import finetune_nb as ft
 sys.path.append(str(Path(__file__).parents[1]))
 from loopback import LoopbackServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.proof]
 
 
 @pytest.fixture
