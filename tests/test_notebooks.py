@@ -31,6 +31,7 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 async def test_notebook_runs_top_to_bottom(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)

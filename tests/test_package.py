@@ -40,6 +40,7 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_the_wheel_has_what_is_not_python_too(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in (
@@ -54,6 +55,7 @@ def test_the_wheel_has_what_is_not_python_too(wheel):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_the_wheel_trains_and_brings_its_notebooks_in_an_empty_folder(wheel, tmp_path):
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()

@@ -102,6 +102,7 @@ def test_mistakes_in_the_settings_are_told():
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_with_the_real_sdk_against_a_service_that_learns():
     python = os.environ.get("FINETUNE_NB_TINKER_PYTHON")
     if not python:

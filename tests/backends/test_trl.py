@@ -100,6 +100,7 @@ def test_without_ids_the_text_is_the_row():
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 async def test_preferences_move_the_policy_that_is_sampled(tmp_path):
     config = TRLDPOConfig(learning_rate=1e-2, epochs=6, batch_size=4, device="cpu", threads=1)
     trainer = await adapter(config, tmp_path)
@@ -240,6 +241,7 @@ async def test_two_processes_train_one_model(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 async def test_a_run_from_yaml_learns_from_preferences(tmp_path):
     rows = [{"id": i, "question": f"{i}+4-2", "answer": str(i + 2)} for i in range(1, 7)]
     (tmp_path / "train.json").write_text(json.dumps(rows))

@@ -1,4 +1,4 @@
-"""Everything in this folder is slow: it is measured when a machine has nothing else to do, and not before each commit."""
+"""Everything in this folder measures: when a machine has nothing else to do, in CI and not before each commit."""
 
 from pathlib import Path
 
@@ -12,3 +12,5 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.measures)
+            item.add_marker(pytest.mark.proof)

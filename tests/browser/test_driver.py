@@ -12,6 +12,7 @@ slider
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_cells_run_and_show_text_html_and_errors(lab):
     notebook = lab.open(["1 + 1", "from IPython.display import HTML; HTML('<b>bold</b>')", "1 / 0"])
     for cell in range(3):
@@ -23,6 +24,7 @@ def test_cells_run_and_show_text_html_and_errors(lab):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_a_key_moves_a_slider_and_a_reload_and_a_new_tab_keep_the_kernel(lab, tmp_path):
     notebook = lab.open([SLIDER, "slider.value"])
     notebook.run(0)

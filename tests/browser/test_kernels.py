@@ -9,7 +9,7 @@ import pytest
 from .jupyterlab import Lab, until
 from .test_panel import BACKGROUND, NEXT_EPOCH, NOTICED, WAIT, opened, press_many
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.measures]
 
 WORD = "changes made in widgets count when this cell has ended"
 KINDS = {
@@ -19,7 +19,7 @@ KINDS = {
 """Each, and the reason that is told."""
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[pytest.param("ipykernel 6", marks=pytest.mark.proof), "no subshells"])
 def deaf(request, browser, tmp_path_factory):
     """A JupyterLab of that kind, the name of its kernel, and the reason."""
     kernels, settings, name = {}, {}, "python3"

@@ -21,6 +21,7 @@ def test_the_panel_is_taught():
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("name", WITH_WIDGETS)
 def test_a_notebook_with_widgets_runs_top_to_bottom(lab, name):
     notebook = lab.open(SOURCES[name])

@@ -22,7 +22,8 @@ NOTICED = 100
 BACKGROUND = "run.start(3)"
 NEXT_EPOCH = "epoch = await run.next_epoch()"
 WAIT = "run.start(2); run.wait()"
-SLOW = pytest.mark.slow
+SLOW, PROOF = pytest.mark.slow, pytest.mark.proof
+pytestmark = pytest.mark.measures
 
 
 def opened(lab, folder, *cells, kernel="python3", **options):
@@ -51,7 +52,7 @@ def press_many(lab, notebook, slider=0, presses=PRESSES):
 @pytest.mark.parametrize("warm", [False, pytest.param(True, marks=SLOW)], ids=["cold", "warm"])
 @pytest.mark.parametrize(
     "cell",
-    [BACKGROUND, pytest.param(NEXT_EPOCH, marks=SLOW), pytest.param(WAIT, marks=SLOW)],
+    [BACKGROUND, pytest.param(NEXT_EPOCH, marks=[SLOW, PROOF]), pytest.param(WAIT, marks=[SLOW, PROOF])],
     ids=["background", "next_epoch", "wait"],
 )
 def test_a_slider_moved_by_keyboard_reaches_the_draft_while_the_run_goes_on(lab, runs_folder, cell, warm):
@@ -88,6 +89,7 @@ def test_what_is_applied_while_a_cell_waits_is_used_by_that_epoch(lab, runs_fold
 
 
 @SLOW
+@PROOF
 def test_the_page_is_reloaded_and_the_tab_closed_while_the_run_goes_on(lab, runs_folder):
     ended = "run.stop(); run.wait(); [epoch.index for epoch in run] == list(range(len(run))), len(run) > 1, run.state"
     notebook = opened(lab, runs_folder, "run.start(90)", ended, seconds=1.5)

@@ -41,6 +41,7 @@ slider
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("mode", WAITS)
 def test_the_stop_button_ends_behind_the_epoch_and_pressed_again_at_once(lab, runs_folder, mode):
     seconds = {1: 0.3, 2: 2}  # of a rollout; the second epoch lasts until both presses have been heard, however slowly
@@ -68,7 +69,7 @@ def test_the_stop_button_ends_behind_the_epoch_and_pressed_again_at_once(lab, ru
     assert notebook.text(3) == "2"
 
 
-@pytest.mark.parametrize("mode", [pytest.param("wait", marks=pytest.mark.slow), "next_epoch"])
+@pytest.mark.parametrize("mode", [pytest.param("wait", marks=[pytest.mark.slow, pytest.mark.proof]), "next_epoch"])
 def test_a_slider_that_was_never_touched_is_heard_while_a_cell_waits(lab, runs_folder, mode):
     waits = {"wait": "run.start(epochs=2); run.wait()", "next_epoch": "await run.next_epoch(); await run.next_epoch()"}
     notebook = lab.open([SETUP.format(folder=str(runs_folder)), SLIDER, f"{waits[mode]}; told(run)"])

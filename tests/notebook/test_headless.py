@@ -109,6 +109,7 @@ def test_jupyter_execute_runs_it_and_saves_a_panel_without_widgets(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_papermill_with_ipykernel_6_runs_it_and_saves_a_panel_without_widgets(tmp_path):
     python = os.environ.get("FINETUNE_NB_KERNEL6_PYTHON")
     if python is None:

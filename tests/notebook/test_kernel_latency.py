@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.proof, pytest.mark.measures]
 
 BEGIN = """
 import finetune_nb as ft

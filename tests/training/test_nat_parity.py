@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from finetune_nb import config as ours
 from finetune_nb import types
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.proof]
 
 TYPES = [
     "EpisodeItem",

@@ -14,7 +14,7 @@ from finetune_nb.backends.art.adapter import OpenPipeArtAdapter, OpenPipeArtConf
 from finetune_nb.backends.art.trajectories import art_groups
 from finetune_nb.testing import ScriptedBuilder, make_trajectory
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.proof]
 
 
 class Bigrams:

@@ -16,7 +16,7 @@ from nat.data_models import finetuning as nat
 import finetune_nb as ft
 from finetune_nb.backends.nat import conversion as nouns
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.proof]
 
 OURS = {
     "llms": {"model": {"_type": "finetune_nb_policy", "adapter": "adapter", "max_tokens": 8}},

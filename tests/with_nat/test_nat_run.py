@@ -12,7 +12,7 @@ from loopback import LoopbackServer
 
 import finetune_nb as ft
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.proof]
 
 
 @pytest.fixture

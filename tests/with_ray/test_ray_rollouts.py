@@ -50,6 +50,7 @@ def told(epoch):
     return found, sorted((f.example_id, f.generation, f.error) for f in epoch.collection.failures)
 
 
+@pytest.mark.proof
 async def test_scripted_policy_gives_the_trajectories_that_it_gives_locally(ray, tmp_path, closing):
     here = await closing(make(tmp_path / "a", "local")).next_epoch()
     there = await closing(make(tmp_path / "b", "ray")).next_epoch()
@@ -57,6 +58,7 @@ async def test_scripted_policy_gives_the_trajectories_that_it_gives_locally(ray,
     assert there.collection.failures
 
 
+@pytest.mark.proof
 async def test_openai_clients_are_recorded_in_the_worker(ray, tmp_path, closing):
     async def ask(question, llm):
         reply = await llm.openai().chat.completions.create(

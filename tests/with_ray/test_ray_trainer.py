@@ -57,6 +57,7 @@ def sampled(epoch):
     return sorted(found)
 
 
+@pytest.mark.proof
 async def test_it_trains_as_in_the_kernel_and_workers_sample_its_weights(ray, tmp_path, closing, capsys):
     overrides = {"run__deterministic": False, "finetuning__run_configuration__validation_dataset": None}
     here = closing(ft.Run.from_config(calculator.CONFIG, finetuning__output_dir=tmp_path / "here", **overrides))

@@ -1,0 +1,96 @@
+# Environments for what conflicts with .venv's versions, or what nothing else needs: .venv-NAME, for each NAME that has a
+# function install_NAME here.
+#
+# .venv-NAME is made anew each time, in no time: it has no package, and looks for them in two folders. The first has what was
+# installed for NAME alone. It is kept outside of the checkout, for the next run and for other checkouts, under a name that
+# ends with a key of all that it was made of, and nothing in it is changed later. The second is .venv's.
+kept=${FINETUNE_NB_ENVIRONMENTS:-${XDG_CACHE_HOME:-~/.cache}/finetune_nb/environments}
+
+# ── what is installed ────────────────────────────────────────────────────────────────────────────────────────────────
+
+# "finetune_nb[...]": the extras of the checkout, which .venv has.
+
+install_nat() {
+  pip_install -c "$(tests_with nat)/constraints.txt" "finetune_nb[local,nat]" \
+    "nvidia-nat-openpipe-art==1.9.0" "openpipe-art==0.5.17" "nvidia-nat-nemo-customizer==1.9.0"
+}
+
+install_art() {
+  pip_install -c "$(tests_with art)/constraints.txt" "finetune_nb[local,art]" \
+    "nvidia-nat-core==1.9.0" "nvidia-nat-eval==1.9.0" "nvidia-nat-openpipe-art==1.9.0"
+}
+
+install_tinker() {
+  pip_install -c constraints.txt "finetune_nb[tinker]"
+}
+
+# An older kernel goes before .venv's.
+install_kernel6() {
+  pip_install --no-deps "ipykernel==6.30.1"
+  pip_install -c <(grep -v ^ipykernel== constraints.txt) "papermill==2.7.0"
+}
+
+install_ray() {
+  # Compiled: the many processes that Ray starts at once would all do it themselves.
+  pip_install --compile -c constraints.txt -c "$(tests_with ray)/constraints.txt" "finetune_nb[ray]"
+  # jsonschema would load it in each of Ray's processes: seconds each, and Ray waits 15 for all of them together.
+  echo 'raise ImportError("its grammar takes seconds to load")' >"$(packages_of "$making")/rfc3987_syntax.py"
+}
+
+# ── how ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+pip_install() { "$making/bin/python" -m pip install --quiet "$@"; }
+packages_of() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+tests_with() { find tests -type d -name "with_$1"; }
+
+# environment NAME: makes .venv-NAME. .venv is there.
+declare -A prepared
+environment() {
+  [ -z "${prepared[$1]:-}" ] || return 0
+  local key own
+  begin "environment $1"
+  key=$(made_of "$1" | sha256sum | cut -c1-16)
+  own=$kept/$1-$key
+  if [ -d "$own" ]; then
+    echo "kept: $own"
+  else
+    echo "made now: $own"
+    make_own "$1" "$own"
+  fi
+  touch "$own"  # when it was last used
+  empty_environment ".venv-$1" "$(packages_of "$own")" "$(packages_of .venv)"
+  prepared[$1]=yes
+}
+
+# made_of NAME: all that what is installed depends on.
+made_of() {
+  .venv/bin/python -VV
+  declare -f "install_$1" pip_install
+  .venv/bin/python -c 'import tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print(project["dependencies"], project["optional-dependencies"])'
+  cat constraints.txt
+  find tests -path "*/with_$1/constraints.txt" -exec cat {} +
+  find "$(packages_of .venv)" -maxdepth 1 -name '*.dist-info' ! -name 'finetune_nb-*' -printf '%f\n' | sort
+}
+
+# make_own NAME FOLDER: one that was not finished never has FOLDER's name, and of two that are made at once one is taken.
+make_own() {
+  mkdir -p "$kept"
+  making=$(mktemp -d "$kept/making-$1.XXXXXX")
+  empty_environment "$making" "$(packages_of .venv)"
+  "install_$1"
+  rm "$(packages_of "$making")/layers.pth"
+  made_of "$1" >"$making/made_of.txt"
+  mv -T "$making" "$2" 2>/dev/null || [ -d "$2" ]
+  rm -rf "$making"
+  # Those of before go, and what was left half made: not while another checkout may be using them.
+  find "$kept" -mindepth 1 -maxdepth 1 \( -name "$1-*" -o -name 'making-*' \) -mmin +1440 -exec rm -rf {} +
+}
+
+# empty_environment FOLDER PACKAGES...: a venv without a package, that looks for them in these folders, one after the other.
+empty_environment() {
+  .venv/bin/python -m venv --clear --without-pip "$1"
+  # addsitedir: a folder's packages are partly named in files, such as the checkout.
+  printf "import site; site.addsitedir('%s')\n" "${@:2}" >"$(packages_of "$1")/layers.pth"
+}
