@@ -207,17 +207,18 @@ font:12.5px/1.5 var(--jp-code-font-family,ui-monospace,monospace);max-height:28e
 .ft .ft-histogram>.ft-at-end{transform:translate(-100%,-50%)}
 .ft .ft-bare{display:none}
 .ft .ft-legend{flex:0 0 auto;font-size:12px}
-.ft .ft-legend svg{vertical-align:-1px}
+.ft .ft-legend svg{display:inline;vertical-align:-1px}
 .ft .ft-count{display:inline-block;min-width:3.2em;text-align:right;padding-right:.5em;
 font-variant-numeric:tabular-nums;font-weight:600}
 """.strip().replace("\n", "")
 
 
-def view(*body: Any, styled: bool = True) -> Html:
+def view(*body: Any, styled: bool = True) -> str:
     """The outermost element: the style sheet and what is shown. The classes keep MathJax from reading a "$" in a
     model's text as a formula. styled: False where the style sheet is on the page already."""
     style = Html(f"<style>{_STYLE}</style>") if styled else None
-    return element("div", style, *body, class_="ft mathjax_ignore tex2jax_ignore")
+    # A plain str: a front end may encode by type, and marimo makes `{}` of a subclass of str.
+    return str(element("div", style, *body, class_="ft mathjax_ignore tex2jax_ignore"))
 
 
 def image(png: bytes, text: str, width: int) -> Html:

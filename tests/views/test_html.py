@@ -136,6 +136,10 @@ def test_other_frameworks_know_that_a_piece_is_markup() -> None:
     assert Markup("<p>{}</p>").format(element("b", "<")) == "<p><b>&lt;</b></p>"
 
 
+def test_a_view_is_a_plain_str() -> None:
+    assert type(view(element("b", "x"))) is str
+
+
 def test_cut_keeps_both_ends_and_says_how_much_is_left_out() -> None:
     text = "begin" + "x" * 1_000_000 + "end"
     short = cut(text, 400)
