@@ -170,6 +170,8 @@ def _bootstrap(
     """Percentile interval of the mean gain, whole examples drawn with replacement; NaN without any."""
     import numpy as np
 
+    # scipy.stats.bootstrap draws the same and agrees to the last digit or the one before it. But scipy is 140 MB more to
+    # install and takes 0.9 s to import; this takes a third to two thirds of its time, and one example is no error here.
     if not len(gain):
         return math.nan, math.nan
     _, position = np.unique(examples, return_inverse=True)

@@ -53,7 +53,7 @@ class ProgressLine:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return str(view(bar(self.done, self.total or 1, self.text.replace("  ", " · "))))
+        return view(bar(self.done, self.total or 1, self.text.replace("  ", " · ")))
 
 
 _shown: tuple[int, Any] | None = None  # the cell's execution count, and the display that it has

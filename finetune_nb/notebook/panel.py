@@ -366,7 +366,7 @@ class Still:
         self._png: bytes | None = None
         body = [Html(run_html(**where))]
         if status.notice and not status.error:
-            body.append(view(status.notice, styled=False))
+            body.append(Html(view(status.notice, styled=False)))
         if status.epochs:
             from ..plots.curves import plot_rewards
 
@@ -374,8 +374,8 @@ class Still:
             self._png = picture = figure.png(DPI)
             body.append(image(picture, redact_text(figure.alt_text), round(96 * figure.get_figwidth())))
         if absent := word_of_absence():
-            body.append(view(element("div", absent, class_="ft-dim"), styled=False))
-        self._html = element("div", *body)
+            body.append(Html(view(element("div", absent, class_="ft-dim"), styled=False)))
+        self._html = str(element("div", *body))
 
     def __repr__(self) -> str:
         return self._text

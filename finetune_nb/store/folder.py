@@ -88,6 +88,9 @@ def remove_temporary(folder: Path) -> None:
 # ── the lock ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+# filelock does not fit here (checked with 3.16 and 4.2). It has no shared lock on a file, so a reader who looks for the
+# writer would need permission to write, and would keep a writer out while it looks. On Windows it locks the first byte,
+# so nobody else can read who holds the lock; and 3.16 empties that file even when it fails to get the lock.
 class WriteLock:
     """The right to write into a run's folder: the operating system's lock on the file `lock`, which ends with its
     process, and in that file who holds it, for people to read."""

@@ -13,7 +13,9 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, SupportsIndex
+
+from markupsafe import Markup
 
 from ..text import number, plain, short
 from ..types import EpochMetrics
@@ -40,17 +42,39 @@ __all__ = [
 ]
 
 
-class Html(str):
-    """Markup that is safe to show. Adding or formatting one gives a plain str again, which would be escaped."""
+class Html(Markup):
+    """Markup that is safe to show. Its `join`, `%` and `format` escape what they are given, unless that is Html too.
+
+    Adding to it, slicing it or formatting it in an f-string gives a plain str, which is escaped where it is shown.
+    """
 
     __slots__ = ()
 
+    # Markup's own takes twice as long, and calls the `__html__` of whatever it is given.
+    __new__ = str.__new__  # type: ignore[assignment]
 
-def escape(value: Any) -> Html:
-    """Any value as HTML text, also good inside a quoted attribute. Html passes as it is; None is empty."""
-    if isinstance(value, Html):
-        return value
-    return Html() if value is None else Html(html.escape(plain(value), quote=True))
+    @classmethod
+    def escape(cls, value: Any, /) -> Html:
+        """Any value as HTML text, also good inside a quoted attribute. Html passes as it is; None is empty."""
+        # Only Html passes. What others call safe (`__html__`, another Markup) can be the text of a model or a dataset.
+        if isinstance(value, Html):
+            return value
+        if value is None:
+            return cls()
+        return cls(html.escape(plain(value), quote=True))
+
+    # Markup returns Markup here too. But a sum is nearly always a forgotten `element`, and a slice can tear a tag.
+    def __add__(self, other: str, /) -> str:  # type: ignore[override]
+        return str.__add__(self, other)
+
+    def __radd__(self, other: str, /) -> str:  # type: ignore[override]
+        return str.__add__(other, self)
+
+    def __getitem__(self, key: SupportsIndex | slice, /) -> str:  # type: ignore[override]
+        return str.__getitem__(self, key)
+
+
+escape = Html.escape
 
 
 # ── pieces ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -59,8 +83,10 @@ def escape(value: Any) -> Html:
 def element(tag: str, *children: Any, **attributes: Any) -> Html:
     """`<tag attributes>children</tag>`; children (also in lists) and attribute values are escaped. An underscore in an
     attribute's name is a hyphen, one at its end is dropped (`class_`); an attribute that is None is left out."""
-    names = ((name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items() if value is not None)
-    head = "".join(f' {name}="{escape(value)}"' for name, value in names)
+    head = ""
+    for name, value in attributes.items():
+        if value is not None:
+            head += f' {name.rstrip("_").replace("_", "-")}="{escape(value)}"'
     return Html(f"<{tag}{head}>{_joined(children)}</{tag}>")
 
 
@@ -181,17 +207,18 @@ font:12.5px/1.5 var(--jp-code-font-family,ui-monospace,monospace);max-height:28e
 .ft .ft-histogram>.ft-at-end{transform:translate(-100%,-50%)}
 .ft .ft-bare{display:none}
 .ft .ft-legend{flex:0 0 auto;font-size:12px}
-.ft .ft-legend svg{vertical-align:-1px}
+.ft .ft-legend svg{display:inline;vertical-align:-1px}
 .ft .ft-count{display:inline-block;min-width:3.2em;text-align:right;padding-right:.5em;
 font-variant-numeric:tabular-nums;font-weight:600}
 """.strip().replace("\n", "")
 
 
-def view(*body: Any, styled: bool = True) -> Html:
+def view(*body: Any, styled: bool = True) -> str:
     """The outermost element: the style sheet and what is shown. The classes keep MathJax from reading a "$" in a
     model's text as a formula. styled: False where the style sheet is on the page already."""
     style = Html(f"<style>{_STYLE}</style>") if styled else None
-    return element("div", style, *body, class_="ft mathjax_ignore tex2jax_ignore")
+    # A plain str: a front end may encode by type, and marimo makes `{}` of a subclass of str.
+    return str(element("div", style, *body, class_="ft mathjax_ignore tex2jax_ignore"))
 
 
 def image(png: bytes, text: str, width: int) -> Html:

@@ -39,9 +39,9 @@ def report_html(run: Any) -> str:
         pieces += [_section("Trajectories of it", *_rollouts(epochs[-1]))]
         steered = any(epoch.curriculum.enabled for epoch in epochs)
         columns = [name for name in _OF_EPOCHS if steered or name != "percentile"]
-        pieces += [_section("Epochs", view(_frame(run.epochs(), "epochs", columns)))]
+        pieces += [_section("Epochs", Html(view(_frame(run.epochs(), "epochs", columns))))]
     if run.changes:
-        pieces += [_section("Live changes", view(_frame(run.journal(), "changes")))]
+        pieces += [_section("Live changes", Html(view(_frame(run.journal(), "changes"))))]
     return page(f"run {plain(run.id)}", *pieces)
 
 

@@ -64,6 +64,20 @@ def test_examples_not_pairs_are_resampled():
     assert (once.examples, often.examples, often.pairs) == (2, 2, 20)
 
 
+def test_the_interval_is_that_of_scipy():
+    """The numbers are those of scipy.stats.bootstrap 1.17: paired sums and counts of the five examples, method
+    "percentile", rng=np.random.default_rng(7)."""
+    gains = [[0.25, -0.5, 0.0, 1.0, 0.5], [0.75, 0.25, -0.25, 0.5, 0.0], [0.5, 0.0, 0.25]]
+    a, b = epochs([[[0.0] for _ in row] for row in gains]), epochs([[[gain] for gain in row] for row in gains])
+    (difference,) = compare_runs({"a": a, "b": b}, confidence=0.9, resamples=1000, seed=7).differences
+    assert (difference.low, difference.high) == pytest.approx((0.038461538461538464, 0.4791666666666667))
+
+
+def test_one_example_has_an_interval_without_width():
+    (difference,) = compare_runs({"a": epochs([[[0.0]]]), "b": epochs([[[0.5]]])}).differences
+    assert (difference.low, difference.high, difference.examples) == (0.5, 0.5, 1)
+
+
 def test_repeating_gives_the_same_interval_and_views_show_it():
     rng = np.random.default_rng(1)
     runs = {

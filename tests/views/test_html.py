@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import Markup
 
 from finetune_nb.text import cut, duration, number, plain
 from finetune_nb.views.html import Html, bar, details, element, escape, sparkline, table, view
@@ -84,6 +85,59 @@ def test_html_is_not_escaped_again_but_becomes_plain_once_it_is_formatted() -> N
     assert not isinstance(f"{piece}!", Html)
     assert "<b>" not in element("p", piece + "!")
     assert element("p", ["<", [piece, None]]) == "<p>&lt;<b>&lt;</b></p>"
+
+
+ADDED = {
+    "joined": lambda text: Html().join([element("b", "x"), text]),
+    "percent": lambda text: element("b", "%s") % text,
+    "percent of several": lambda text: element("b", "%s and %s") % (text, element("i", "x")),
+    "percent by name": lambda text: element("b", "%(name)s") % {"name": text},
+    "formatted": lambda text: element("b", "{} and {name}").format(text, name=text),
+    "replaced": lambda text: element("b", "x").replace("x", text),
+    "summed": lambda text: element("b", "x") + text,
+    "summed from the left": lambda text: text + element("b", "x"),
+    "in an f-string": lambda text: f"{element('b', 'x')}{text}",
+    "cut": lambda text: cut(element("p", text), 8),
+    "sliced": lambda text: element("p", text)[1:],
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("added", ADDED)
+def test_a_text_that_is_added_to_markup_makes_no_element(added: str, text: str) -> None:
+    tree = ElementTree.fromstring(element("div", ADDED[added](text)))
+    assert {element.tag for element in tree.iter()} <= {"div", "b", "i"}
+    assert not any(element.attrib for element in tree.iter())
+
+
+@pytest.mark.parametrize("added", ["joined", "percent", "percent by name", "formatted", "replaced"])
+def test_unseen_characters_that_are_added_to_markup_become_visible(added: str) -> None:
+    made = ADDED[added]("\u202eevil\x00")
+    assert isinstance(made, Html) and "[U+202E]evil␀" in text_of(f"<p>{made}</p>")
+
+
+def test_markup_of_others_is_text() -> None:
+    class Theirs:
+        def __html__(self) -> str:
+            return "<script>"
+
+        def __str__(self) -> str:
+            return "theirs"
+
+    assert element("p", Markup("<script>")) == "<p>&lt;script&gt;</p>"
+    assert element("p", Theirs()) == "<p>theirs</p>"
+    assert Html("%s") % Theirs() == "theirs"
+    assert Html().join([Markup("<script>"), Theirs()]) == "&lt;script&gt;theirs"  # type: ignore[list-item]
+    assert type(plain(Markup("<script>"))) is str
+    assert not isinstance(cut(element("p", "x" * 100), 40), Html)
+
+
+def test_other_frameworks_know_that_a_piece_is_markup() -> None:
+    assert Markup("<p>{}</p>").format(element("b", "<")) == "<p><b>&lt;</b></p>"
+
+
+def test_a_view_is_a_plain_str() -> None:
+    assert type(view(element("b", "x"))) is str
 
 
 def test_cut_keeps_both_ends_and_says_how_much_is_left_out() -> None:
