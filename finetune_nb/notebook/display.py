@@ -1,4 +1,4 @@
-"""What a cell shows of a run that is going on: how far it is while the cell waits, and the record that stays.
+"""What a cell shows of a run in progress: how far it is while the cell waits, and the record that stays.
 
 Both are plain HTML (the record with a picture) in one display each, updated in place: a saved notebook keeps the last
 state. Only in a notebook's kernel, and begun only from its main thread; everywhere else the work is just waited for.

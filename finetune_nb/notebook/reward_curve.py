@@ -1,13 +1,14 @@
-"""The reward curve of a run that is going on, as a small SVG: it is drawn again after every epoch, so it has to cost nothing
-(about a millisecond and ten kilobytes; plots.plot_rewards, which is for keeping, takes some hundred times that).
+"""The reward curve of a run in progress, as a small SVG.
 
-Colours are JupyterLab's, so it follows the theme; every line has a dash or a mark of its own beside its colour.
+It is drawn again after every epoch, so it has to cost nothing: about a millisecond and ten kilobytes, some hundred times less
+than a plot. Colours are JupyterLab's, so it follows the theme; every line has a dash or a mark of its own beside its colour.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..plots.axes import validation_epoch
 from ..text import cut, number, plain, trend
@@ -30,35 +31,54 @@ def reward_curve(epochs: Sequence[Epoch], changes: Sequence[Change] = ()) -> Htm
     if not epochs:
         return element("div", "The reward of every epoch will be drawn here.", class_="ft-dim ft-empty")
     shown = _thinned(epochs)
-    rewards = [epoch.metrics.mean_reward for epoch in shown]
-    ranges = [(e.metrics.group_quantiles[0], e.metrics.group_quantiles[2]) for e in shown]
-    checks = [(validation_epoch(e, check), check.mean_reward) for e in epochs for check in e.validations]
-    last = max([epochs[-1].index, *(place for place, _ in checks)])
-    x = _Scale((epochs[0].index, max(last, epochs[0].index + 1)), (LEFT + 8, WIDTH - RIGHT - 8))
-    finite = [v for v in (*rewards, *(v for pair in ranges for v in pair), *(v for _, v in checks)) if math.isfinite(v)]
-    y = _Scale(_rounded(finite), (HEIGHT - BOTTOM, TOP))
-    curriculum = any(epoch.curriculum.enabled for epoch in shown)
-    kept = [e.metrics.kept_mean_reward if e.metrics.kept_groups < e.metrics.groups else math.nan for e in shown]
     at = [epoch.index for epoch in shown]
-    parts = [
-        _axes(x, y, curriculum),
-        _band(at, ranges, x, y),
-        _line(at, _percentiles(shown), x, _Scale((0.0, 1.0), y.pixels), "ft-percentile", step=True)
-        if curriculum
-        else "",
-        _line(at, kept, x, y, "ft-kept"),
-        _line(at, rewards, x, y, "ft-mean"),
-        _dots(at, rewards, x, y) if len(shown) <= 60 else "",
-        [_diamond(x(place), y(value)) for place, value in checks if math.isfinite(value)],
-        _marks(changes, epochs, x),
+    rewards = [epoch.metrics.mean_reward for epoch in shown]
+    kept = [_kept_reward(epoch) for epoch in shown]
+    ranges = [(epoch.metrics.group_quantiles[0], epoch.metrics.group_quantiles[2]) for epoch in shown]
+    checks = [
+        (validation_epoch(epoch, validation), validation.mean_reward)
+        for epoch in epochs
+        for validation in epoch.validations
     ]
+    curriculum = any(epoch.curriculum.enabled for epoch in shown)
+
+    # The axes: a validation after the newest update lies one epoch further; a single epoch needs some width.
+    first = epochs[0].index
+    last = max([epochs[-1].index, first + 1, *(place for place, _ in checks)])
+    x = _Scale((first, last), (LEFT + 8, WIDTH - RIGHT - 8))
+    values = [*rewards, *(reward for _, reward in checks)]
+    for low, high in ranges:
+        values += (low, high)
+    y = _Scale(_rounded([value for value in values if math.isfinite(value)]), (HEIGHT - BOTTOM, TOP))
+
+    parts: list[Any] = [_axes(x, y, curriculum), _band(at, ranges, x, y)]
+    if curriculum:
+        shares = _Scale((0.0, 1.0), y.pixels)
+        parts.append(_line(at, _percentiles(shown), x, shares, "ft-percentile", step=True))
+    parts += [_line(at, kept, x, y, "ft-kept"), _line(at, rewards, x, y, "ft-mean")]
+    if len(shown) <= 60:
+        parts.append(_dots(at, rewards, x, y))
+    parts.append([_diamond(x(place), y(reward)) for place, reward in checks if math.isfinite(reward)])
+    parts.append(_marks(changes, epochs, x))
     said = f"Mean reward per epoch, {trend(rewards, none='none yet')}"
     svg = element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=said, class_="ft-curve")
-    keys = [("ft-mean", "mean reward"), ("ft-range", "10–90 % of groups")]
-    keys += [("ft-kept", "of groups trained on")] * any(map(math.isfinite, kept))
-    keys += [("ft-check", "validation")] * bool(checks) + [("ft-percentile", "percentile")] * curriculum
-    keys += [("ft-mark", "settings changed")] * any(change.epoch is not None for change in changes)
-    return element("div", svg, element("div", [_key(*key) for key in keys], class_="ft-keys"))
+
+    keys = [_key("ft-mean", "mean reward"), _key("ft-range", "10–90 % of groups")]
+    if any(math.isfinite(reward) for reward in kept):
+        keys.append(_key("ft-kept", "of groups trained on"))
+    if checks:
+        keys.append(_key("ft-check", "validation"))
+    if curriculum:
+        keys.append(_key("ft-percentile", "percentile"))
+    if any(change.epoch is not None for change in changes):
+        keys.append(_key("ft-mark", "settings changed"))
+    return element("div", svg, element("div", keys, class_="ft-keys"))
+
+
+def _kept_reward(epoch: Epoch) -> float:
+    """The mean reward of the groups trained on; NaN where these are all."""
+    metrics = epoch.metrics
+    return metrics.kept_mean_reward if metrics.kept_groups < metrics.groups else math.nan
 
 
 class _Scale:
@@ -79,7 +99,7 @@ def _thinned(epochs: Sequence[Epoch]) -> Sequence[Epoch]:
 
 def _rounded(values: Sequence[float]) -> tuple[float, float]:
     """An interval of round numbers around the values; rewards between 0 and 1 have all of that."""
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    low, high = min(values, default=0.0), max(values, default=1.0)
     if low >= 0 and high <= 1:
         return 0.0, 1.0
     span = (high - low) or abs(high) or 1.0
@@ -107,40 +127,45 @@ def _axes(x: _Scale, y: _Scale, curriculum: bool) -> list[Html]:
 
 
 def _band(at: Sequence[int], ranges: Sequence[tuple[float, float]], x: _Scale, y: _Scale) -> list[Html]:
-    """Around runs of epochs without a gap."""
-    bands, run = [], []
-    for place, (low, high) in [*zip(at, ranges, strict=True), (0, (math.nan, math.nan))]:
+    """An area for every stretch of epochs without a gap: along its upper edge, and back along the lower one."""
+    bands: list[Html] = []
+    upper: list[str] = []
+    lower: list[str] = []
+    gap = (0, (math.nan, math.nan))  # closes the last area
+    for place, (low, high) in [*zip(at, ranges, strict=True), gap]:
         if math.isfinite(low) and math.isfinite(high):
-            run.append((x(place), y(low), y(high)))
-        elif run:
-            way = [f"{px} {top}" for px, _, top in run] + [f"{px} {bottom}" for px, bottom, _ in reversed(run)]
-            bands.append(element("path", d="M" + "L".join(way) + "Z", class_="ft-range"))
-            run = []
+            upper.append(f"{x(place)} {y(high)}")
+            lower.append(f"{x(place)} {y(low)}")
+        elif upper:
+            bands.append(element("path", d="M" + "L".join([*upper, *reversed(lower)]) + "Z", class_="ft-range"))
+            upper, lower = [], []
     return bands
 
 
 def _line(at: Sequence[int], values: Sequence[float], x: _Scale, y: _Scale, kind: str, step: bool = False) -> Html:
-    way, pen = [], "M"
+    """A line through the values, with gaps. step: across first, then up or down."""
+    way, is_drawing = [], False
     for place, value in zip(at, values, strict=True):
-        if math.isfinite(value):
-            way.append(f"H{x(place)}V{y(value)}" if step and pen == "L" else f"{pen}{x(place)} {y(value)}")
-        pen = "L" if math.isfinite(value) else "M"
+        if not math.isfinite(value):
+            is_drawing = False
+            continue
+        if not is_drawing:
+            way.append(f"M{x(place)} {y(value)}")
+        elif step:
+            way.append(f"H{x(place)}V{y(value)}")
+        else:
+            way.append(f"L{x(place)} {y(value)}")
+        is_drawing = True
     return element("path", d="".join(way), class_=kind) if way else Html()
 
 
 def _dots(at: Sequence[int], values: Sequence[float], x: _Scale, y: _Scale) -> list[Html]:
-    return [
-        element(
-            "circle",
-            element("title", f"epoch {place}: {number(value)}"),
-            cx=x(place),
-            cy=y(value),
-            r="3",
-            class_="ft-dot",
-        )
-        for place, value in zip(at, values, strict=True)
-        if math.isfinite(value)
-    ]
+    dots = []
+    for place, value in zip(at, values, strict=True):
+        if math.isfinite(value):
+            text = element("title", f"epoch {place}: {number(value)}")
+            dots.append(element("circle", text, cx=x(place), cy=y(value), r="3", class_="ft-dot"))
+    return dots
 
 
 def _diamond(x: float, y: float) -> Html:
@@ -148,20 +173,23 @@ def _diamond(x: float, y: float) -> Html:
 
 
 def _marks(changes: Iterable[Change], epochs: Sequence[Epoch], x: _Scale) -> list[Html]:
-    used: dict[int, list[str]] = {}
+    """A line and a triangle where changed settings were used first; what has changed is told on hover."""
+    first, last = x.values[0], epochs[-1].index
+    texts_by_epoch: dict[int, list[str]] = {}
     for change in changes:
-        if change.epoch is not None and x.values[0] <= change.epoch <= epochs[-1].index:
-            new = plain(cut(number(change.new) if isinstance(change.new, float) else change.new, 40))
-            used.setdefault(change.epoch, []).append(f"{change.field} {new} ({change.source})")
-    return [
-        element(
-            "g",
-            element("title", f"from epoch {epoch} on: {', '.join(texts[:6])}"),
-            element("path", d=f"M{x(epoch)} {TOP}V{HEIGHT - BOTTOM}", class_="ft-mark-line"),
-            element("path", d=f"M{x(epoch) - 5} {TOP - 9}h10l-5 9Z", class_="ft-mark"),
-        )
-        for epoch, texts in used.items()
-    ]
+        if change.epoch is None or not first <= change.epoch <= last:
+            continue
+        new = number(change.new) if isinstance(change.new, float) else change.new
+        text = f"{change.field} {plain(cut(new, 40))} ({change.source})"
+        texts_by_epoch.setdefault(change.epoch, []).append(text)
+
+    marks = []
+    for epoch, texts in texts_by_epoch.items():
+        text = element("title", f"from epoch {epoch} on: {', '.join(texts[:6])}")
+        line = element("path", d=f"M{x(epoch)} {TOP}V{HEIGHT - BOTTOM}", class_="ft-mark-line")
+        triangle = element("path", d=f"M{x(epoch) - 5} {TOP - 9}h10l-5 9Z", class_="ft-mark")
+        marks.append(element("g", text, line, triangle))
+    return marks
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> Html:
@@ -169,6 +197,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> Html:
 
 
 def _key(kind: str, text: str) -> Html:
+    """An entry of the legend."""
     shapes = {
         "ft-range": element("rect", x="1", y="2", width="18", height="8", class_=kind),
         "ft-check": _diamond(10, 6),

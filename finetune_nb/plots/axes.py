@@ -1,7 +1,4 @@
-"""What the pictures have in common: whose epochs they show, lines with gaps, marks for live changes, panels, labels.
-
-plots.py names all plots; the figure itself and the themes are in figure.py.
-"""
+"""What all plots share: whose epochs are shown, lines with gaps, marks for live changes, panels, labels and texts."""
 
 from __future__ import annotations
 
@@ -77,9 +74,15 @@ def _records(given: Any) -> tuple[Sequence[Epoch], Sequence[Change]]:
 
 
 def mark_changes(ax: Axes, of: Sequence[Course], look: Theme, filled: bool = False) -> None:
-    """A mark for every live change, before the epoch that used it first; few of them are written out. filled: over
-    coloured areas, where a text needs a ground of its own."""
-    first = True
+    """Marks every live change, before the epoch that used it first. A single run's few changes are written out.
+
+    Args:
+        ax: Where the runs are drawn already: texts avoid their lines.
+        of: The runs.
+        look: The theme.
+        filled: Whether the picture has coloured areas, where a text needs a ground of its own.
+    """
+    label: str | None = "live change"
     for place, course in enumerate(of):
         marks = _changes_by_epoch(course)
         if not marks:
@@ -88,22 +91,36 @@ def mark_changes(ax: Axes, of: Sequence[Course], look: Theme, filled: bool = Fal
         colour = look.colour(place) if len(of) > 1 else look.ink
         inside = ax.get_xaxis_transform()
         ax.vlines(where, 0, 1, colors=colour, linestyles=LINES[2], linewidth=1, transform=inside, zorder=1.5)
-        ax.scatter(where, [0.0] * len(where), marker="^", s=34, color=colour, transform=inside, clip_on=False, zorder=5,
-                   label="live change" if first else None)  # fmt: skip
-        first = False
-        if len(of) == 1 and len(marks) <= WRITTEN and not (filled and look.background == "none"):
-            ground = {"facecolor": look.background, "alpha": 0.8, "linewidth": 0, "pad": 1} if filled else None
-            for x, changed in zip(where, marks.values(), strict=True):
-                said = [label_of(f"{name} {_value(new)}") for name, _, new in changed[:2]]
-                low = not filled and _better_below(_heights_of_lines(ax, x), 0.026 * max(map(len, said)))
-                end, side = (0.06, "bottom") if low else (0.98, "top")
-                ax.annotate("\n".join(said), (x, end), (-2, 0), inside, "offset points", rotation=90, ha="right", va=side,
-                            fontsize="x-small", color=look.ink, bbox=ground)  # fmt: skip
+        feet = [0.0] * len(where)
+        ax.scatter(where, feet, marker="^", s=34, color=colour, transform=inside, clip_on=False, zorder=5, label=label)
+        label = None  # once in the legend
+
+        has_ground = not filled or look.background != "none"
+        if len(of) == 1 and len(marks) <= WRITTEN and has_ground:
+            _write_changes(ax, marks, look, filled)
+
+
+def _write_changes(ax: Axes, marks: Mapping[int, Sequence[_Changed]], look: Theme, filled: bool) -> None:
+    """Writes at most two changes beside each mark, upwards: from the upper edge down, or from the lower edge up where
+    lines would cross the text less often."""
+    ground = {"facecolor": look.background, "alpha": 0.8, "linewidth": 0, "pad": 1} if filled else None
+    for epoch, changed in marks.items():
+        x = epoch - 0.5
+        texts = [label_of(f"{name} {_value(new)}") for name, _, new in changed[:2]]
+        end, side = 0.98, "top"
+        if not filled:
+            length = 0.026 * max(len(text) for text in texts)
+            if _better_below(_heights_of_lines(ax, x), length):
+                end, side = 0.06, "bottom"
+        ax.annotate("\n".join(texts), (x, end), (-2, 0), ax.get_xaxis_transform(), "offset points", rotation=90, ha="right",
+                    va=side, fontsize="x-small", color=look.ink, bbox=ground)  # fmt: skip
 
 
 def _better_below(heights: Sequence[float], length: float) -> bool:
     """Whether a text from the upper edge down would cross more lines than one from the lower edge up."""
-    return sum(0.98 - length < at < 0.98 for at in heights) > sum(0.06 < at < 0.06 + length for at in heights)
+    above = sum(0.98 - length < height < 0.98 for height in heights)
+    below = sum(0.06 < height < 0.06 + length for height in heights)
+    return above > below
 
 
 def _heights_of_lines(ax: Axes, x: float) -> list[float]:
@@ -116,36 +133,48 @@ def _heights_of_lines(ax: Axes, x: float) -> list[float]:
             continue  # another picture
         low, high = each.get_ylim()
         for line in each.get_lines():
-            at, height = (np.asarray(part, dtype=float) for part in line.get_data(orig=False))
-            there = np.isfinite(height)
+            at, heights = line.get_data(orig=False)
+            at, heights = np.asarray(at, dtype=float), np.asarray(heights, dtype=float)
+            there = np.isfinite(heights)
             if there.any() and at.min() <= x <= at.max():
-                found.append(float((np.interp(x, at[there], height[there]) - low) / (high - low)))
+                height = np.interp(x, at[there], heights[there])
+                found.append(float((height - low) / (high - low)))
     return found
 
 
-def _changes_by_epoch(course: Course) -> dict[int, list[tuple[str, Any, Any]]]:
-    there = {epoch.index for epoch in course.epochs}
-    marks: dict[int, list[tuple[str, Any, Any]]] = {}
+_Changed = tuple[str, Any, Any]
+"""The name of a setting, its old and its new value."""
+
+
+def _changes_by_epoch(course: Course) -> dict[int, list[_Changed]]:
+    """The changes by the epoch that used them first, where that epoch is shown."""
+    shown = {epoch.index for epoch in course.epochs}
+    marks: dict[int, list[_Changed]] = {}
     for change in course.changes:
-        if change.epoch in there:
-            marks.setdefault(change.epoch, []).append((change.field, change.old, change.new))  # type: ignore[arg-type]
+        if change.epoch is not None and change.epoch in shown:
+            marks.setdefault(change.epoch, []).append((change.field, change.old, change.new))
     return marks
 
 
 def _value(value: Any) -> str:
-    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else plain(cut(value, 24))
+    """A setting's value, in short."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return number(value)
+    return plain(cut(value, 24))
 
 
 def said_of(of: Sequence[Course]) -> str:
     """The live changes in words, for those who do not see the marks."""
-    said = [
-        f"{f'{course.name}, ' if len(of) > 1 else ''}epoch {epoch}: {plain(name)} {_value(old)} to {_value(new)}"
-        for course in of
-        for epoch, changed in _changes_by_epoch(course).items()
-        for name, old, new in changed
-    ]
+    said = []
+    for course in of:
+        whose = f"{course.name}, " if len(of) > 1 else ""
+        for epoch, changed in _changes_by_epoch(course).items():
+            for name, old, new in changed:
+                said.append(f"{whose}epoch {epoch}: {plain(name)} {_value(old)} to {_value(new)}")
+    if not said:
+        return ""
     more = f"; and {len(said) - 8} more" if len(said) > 8 else ""
-    return f". Live changes: {'; '.join(said[:8])}{more}" if said else ""
+    return f". Live changes: {'; '.join(said[:8])}{more}"
 
 
 # ── frame ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -169,14 +198,34 @@ def start(ax: Axes | None, theme: ThemeName, x: str, y: str) -> tuple[Axes, Figu
 def panels(
     ax: Any, theme: ThemeName, x: str, y: str, count: int, columns: int = 1, share: bool = True
 ) -> tuple[list[Axes], Figure | None, Theme]:
-    """As many axes, below one another, in a figure of their own or those that are given."""
+    """The axes of several pictures, below one another: those that are given, or a figure of their own.
+
+    Args:
+        ax: One Axes, several, or None for a new figure.
+        theme: Its name.
+        x: Label of the horizontal axes.
+        y: Label of the vertical axes.
+        count: Pictures.
+        columns: Pictures beside one another.
+        share: Whether all have the same vertical axis.
+
+    Returns:
+        `count` axes, the new figure if there was none, and the theme.
+
+    Raises:
+        ConfigError: Another number of axes is given, or the theme is unknown.
+    """
     from .figure import Figure, styled, theme_named
 
+    given: list[Axes] = []
+    if isinstance(ax, Iterable):
+        given = list(getattr(ax, "flat", ax))  # numpy's grid of axes has rows
+    elif ax is not None:
+        given = [ax]
     if count == 1:
-        only, figure, look = start(next(iter(ax), None) if isinstance(ax, Iterable) else ax, theme, x, y)
+        only, figure, look = start(given[0] if given else None, theme, x, y)
         return [only], figure, look
     if ax is not None:
-        given = list(getattr(ax, "flat", ax)) if isinstance(ax, Iterable) else [ax]
         if len(given) != count:
             raise ConfigError(
                 f"found {len(given)} axes for {count} pictures. Give ax= as many, or none for a new figure."

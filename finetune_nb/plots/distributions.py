@@ -1,4 +1,4 @@
-"""Records -> figures of what is distributed within an epoch: rewards, advantages, lengths. plots.py names all plots."""
+"""Plots of what is distributed within an epoch: rewards, advantages, lengths."""
 
 from __future__ import annotations
 
@@ -50,32 +50,41 @@ def plot_reward_distribution(epochs: Any, ax: Any = None, theme: ThemeName = Non
     those without a finite reward and those that failed. More: a violin an epoch (width = density, on one scale; the
     thick line is the 10-90 % range, the dot the median); of many epochs, evenly spaced ones.
 
-    epochs: of one run; of several runs, a picture each, all of one kind (ax: as many axes).
+    Args:
+        epochs: Of one run; of several runs, a picture each, all of one kind.
+        ax: As many axes as pictures. Default: a new figure.
+        theme: "light" or "dark". Default: one that suits both.
+
+    Returns:
+        The new figure, or `ax`.
+
+    Raises:
+        ConfigError: The number of axes is another, or the theme is unknown.
     """
     import numpy as np
 
     runs = courses(epochs)
     axes, figure, look = panels(ax, theme, "epoch", "share of rollouts", max(1, len(runs)))
     all_epochs = [epoch for run in runs for epoch in run.epochs]
-    values = np.unique(np.concatenate([np.empty(0), *(_finite(epoch.statistics.rewards) for epoch in all_epochs)]))
+    values = np.unique(_rewards(all_epochs))
+    is_discrete = len(values) <= 6
     said = []
     for each, run in zip(axes, runs, strict=False):
-        finite = np.concatenate([np.empty(0), *(_finite(epoch.statistics.rewards) for epoch in run.epochs)])
+        rewards = _rewards(run.epochs)
         whose = f"{label_of(run.name)}: " if len(runs) > 1 else ""
-        if len(values) <= 6:
+        if is_discrete:
             each.set_ylabel(f"{whose}share of rollouts")
             _bars(each, run.epochs, values, look)
-            told = ", ".join(
-                f"{np.mean(finite == value):.0%} {number(float(value))}" for value in values if len(finite)
-            )
+            told = _shares(rewards, values)
         else:
             each.set_ylabel(f"{whose}reward")
-            shown = run.epochs[:: _every(run.epochs)]
-            samples = [(epoch.index, _finite(epoch.statistics.rewards)) for epoch in shown]
-            _violins(each, samples, (float(values[0]), float(values[-1])), look, look.colours[0], _every(run.epochs))
-            told = _middle(finite)
-        said.append(f"{run.name + ': ' if len(runs) > 1 else ''}{told or 'no rewards'}")
-        mark_changes(each, [run], look, filled=len(values) <= 6)
+            every = _every(run.epochs)
+            samples = [(epoch.index, _finite(epoch.statistics.rewards)) for epoch in run.epochs[::every]]
+            limits = float(values[0]), float(values[-1])
+            _violins(each, samples, limits, look, look.colours[0], every)
+            told = _middle(rewards)
+        said.append(f"{f'{run.name}: ' if len(runs) > 1 else ''}{told or 'no rewards'}")
+        mark_changes(each, [run], look, filled=is_discrete)
         finish(each, look, empty=not run.epochs)
     if figure is None:
         return ax
@@ -88,7 +97,16 @@ def plot_advantages(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Fig
     `plot_reward_distribution`, and, on an axis from 0 to 1, the share of trajectories whose advantage is 0, as the rewards
     of their group do not differ: these teach nothing.
 
-    epochs: of one run; of several runs, a picture each (ax: as many axes).
+    Args:
+        epochs: Of one run; of several runs, a picture each.
+        ax: As many axes as pictures. Default: a new figure.
+        theme: "light" or "dark". Default: one that suits both.
+
+    Returns:
+        The new figure, or `ax`.
+
+    Raises:
+        ConfigError: The number of axes is another, or the theme is unknown.
     """
     import numpy as np
 
@@ -96,21 +114,24 @@ def plot_advantages(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Fig
     axes, figure, look = panels(ax, theme, "epoch", "advantage", max(1, len(runs)))
     said = []
     for each, run in zip(axes, runs, strict=False):
-        found = [(epoch.index, _finite(advantages(epoch.statistics))) for epoch in run.epochs[:: _every(run.epochs)]]
-        idle = [float(np.mean(values == 0)) if len(values) else math.nan for _, values in found]
-        samples = [(index, values[values != 0]) for index, values in found]
+        every = _every(run.epochs)
+        at, idle, samples = [], [], []
+        for epoch in run.epochs[::every]:
+            values = _finite(advantages(epoch.statistics))
+            at.append(epoch.index)
+            idle.append(float(np.mean(values == 0)) if len(values) else math.nan)
+            samples.append((epoch.index, values[values != 0]))
         teaching = np.concatenate([np.empty(0), *(values for _, values in samples)])
         if len(runs) > 1:
             each.set_ylabel(f"{label_of(run.name)}: advantage")
         if len(teaching):
             limits = float(teaching.min()), float(teaching.max())
-            _violins(each, samples, limits, look, look.colours[0], _every(run.epochs))
+            _violins(each, samples, limits, look, look.colours[0], every)
         if run.epochs:
             share = share_axis(each, look, "share with advantage 0")
-            where = np.array([index for index, _ in found])
-            draw_line(share, where, np.array(idle), look.colours[1], "share with advantage 0", "s", LINES[1])
-        said.append(f"{run.name + ': ' if len(runs) > 1 else ''}{_middle(teaching) or 'none'}; "
-                    f"share with advantage 0: {trend_text(idle)}")  # fmt: skip
+            draw_line(share, np.array(at), np.array(idle), look.colours[1], "share with advantage 0", "s", LINES[1])
+        whose = f"{run.name}: " if len(runs) > 1 else ""
+        said.append(f"{whose}{_middle(teaching) or 'none'}; share with advantage 0: {trend_text(idle)}")
         mark_changes(each, [run], look)
         finish(each, look, empty=not run.epochs)
     if figure is None:
@@ -123,8 +144,17 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
     """How long the trajectories are, in tokens that the policy sampled: median and 10-90 % range of each epoch, and, on
     an axis from 0 to 1, the share whose last turn was cut at the token limit.
 
-    epochs: of one run, or of several runs: then each is one line with its range, without that share. Lengths are read
-    from the run's files; of a long run, evenly spaced epochs.
+    Args:
+        epochs: Of one run, or of several runs: then each is one line with its range, without that share. Lengths are read
+            from the run's files; of a long run, evenly spaced epochs.
+        ax: Where to draw. Default: a new figure.
+        theme: "light" or "dark". Default: one that suits both.
+
+    Returns:
+        The new figure, or `ax`.
+
+    Raises:
+        ConfigError: The theme is unknown.
     """
     import numpy as np
 
@@ -132,21 +162,22 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
 
     runs = courses(epochs)
     ax, figure, look = start(ax, theme, "epoch", "sampled tokens a trajectory")
-    several, said = len(runs) > 1, []
+    several = len(runs) > 1
+    said = []
     for place, run in enumerate(runs):
-        every = math.ceil(len(run.epochs) / LENGTHS)
-        shown = run.epochs[:: max(1, every)]
+        every = max(1, math.ceil(len(run.epochs) / LENGTHS))
+        shown = run.epochs[::every]
         frame: Any = trajectories(shown, columns=["epoch", "tokens", "finish_reason"])
         frame = frame[frame["tokens"].notna()].astype({"tokens": "float64"})
-        by_epoch: Any = frame.groupby("epoch")["tokens"]
         where = np.array([epoch.index for epoch in shown])
+        by_epoch: Any = frame.groupby("epoch")["tokens"]
         low, middle, high = (by_epoch.quantile(q).reindex(where).to_numpy() for q in (0.1, 0.5, 0.9))
-        colour = look.colour(place)
         if len(where):
+            colour, marker, line = look.colour(place), MARKERS[place % 8], LINES[place % 4]
             ax.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0, label="" if several else "10–90 %")
-            draw_line(ax, where, middle, colour, label_of(run.name) if several else "median", MARKERS[place % 8],
-                      LINES[place % 4])  # fmt: skip
-        said.append(f"{run.name + ': ' if several else ''}median {trend_text(middle)}")
+            draw_line(ax, where, middle, colour, label_of(run.name) if several else "median", marker, line)
+        said.append(f"{f'{run.name}: ' if several else ''}median {trend_text(middle)}")
+
         if not several and len(frame):
             shares: Any = (frame["finish_reason"] == "length").groupby(frame["epoch"]).mean()
             cut_off = shares.reindex(where).to_numpy()
@@ -174,7 +205,24 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
+def _rewards(epochs: Sequence[Epoch]) -> np.ndarray:
+    """All finite rewards of the epochs."""
+    import numpy as np
+
+    return np.concatenate([np.empty(0), *(_finite(epoch.statistics.rewards) for epoch in epochs)])
+
+
+def _shares(rewards: np.ndarray, values: np.ndarray) -> str:
+    """In words: how many of the rewards each value is."""
+    import numpy as np
+
+    if not len(rewards):
+        return ""
+    return ", ".join(f"{np.mean(rewards == value):.0%} {number(float(value))}" for value in values)
+
+
 def _middle(values: np.ndarray) -> str:
+    """In words: the median and the 10-90 % range."""
     import numpy as np
 
     if not len(values):
@@ -184,23 +232,28 @@ def _middle(values: np.ndarray) -> str:
 
 
 def _every(epochs: Sequence[Epoch]) -> int:
+    """One in how many epochs is shown as a violin."""
     return max(1, math.ceil(len(epochs) / VIOLINS))
 
 
 def _bars(ax: Axes, epochs: Sequence[Epoch], values: np.ndarray, look: Theme) -> None:
+    """Stacked bars, an epoch each: the share of its rollouts with each value, without a reward, and failed."""
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
 
     scale = LinearSegmentedColormap.from_list("rewards", look.sequence)
-    at = [epoch.index for epoch in epochs]
-    total = [max(1, len(epoch.statistics.rewards) + epoch.metrics.failures) for epoch in epochs]
-    layers = [(f"reward {number(float(v))}", [np.sum(e.statistics.rewards == v) for e in epochs], {}) for v in values]
-    for place, (_, _, style) in enumerate(layers):
-        style |= {"color": scale(place / max(1, len(values) - 1)), "alpha": 0.9}
+    layers: list[tuple[str, list[Any], dict[str, Any]]] = []
+    for place, value in enumerate(values):
+        counts = [np.sum(epoch.statistics.rewards == value) for epoch in epochs]
+        style = {"color": scale(place / max(1, len(values) - 1)), "alpha": 0.9}
+        layers.append((f"reward {number(float(value))}", counts, style))
     without = [np.sum(~np.isfinite(epoch.statistics.rewards)) for epoch in epochs]
     failed = [epoch.metrics.failures for epoch in epochs]
     layers.append(("no reward", without, {"facecolor": "none", "edgecolor": look.ink, "hatch": "////"}))
     layers.append(("failed", failed, {"facecolor": "none", "edgecolor": look.colours[5], "hatch": "xxxx"}))
+
+    at = [epoch.index for epoch in epochs]
+    total = [max(1, len(epoch.statistics.rewards) + epoch.metrics.failures) for epoch in epochs]
     floor = np.zeros(len(at))
     for label, counts, style in layers:
         if not any(counts):
@@ -222,16 +275,25 @@ def _violins(
     """A violin for each epoch that has values: its density, the 10-90 % range and the median."""
     import numpy as np
 
-    edges = np.linspace(*limits, 65) if limits[1] > limits[0] else np.linspace(limits[0] - 0.5, limits[0] + 0.5, 65)
+    low, high = limits
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, 65)
     middles = (edges[:-1] + edges[1:]) / 2
+
+    # Density: a histogram, smoothed by a Gaussian of two bins.
     kernel = np.exp(-0.5 * (np.arange(-6, 7) / 2) ** 2)
+    kernel /= kernel.sum()
     shown = []
     for index, values in samples:
         if len(values):
-            density = np.convolve(np.histogram(values, edges)[0] / len(values), kernel / kernel.sum(), mode="same")
+            counts, _ = np.histogram(values, edges)
+            density = np.convolve(counts / len(values), kernel, mode="same")
             shown.append((index, density, np.quantile(values, [0.1, 0.5, 0.9])))
     if not shown:
         return
+
+    # The widest violin takes most of the room that an epoch has.
     widest = max(density.max() for _, density, _ in shown)
     for index, density, (low, middle, high) in shown:
         half = 0.45 * every * density / widest

@@ -1,4 +1,4 @@
-"""Records -> figures: what became of an epoch's groups, and how the curriculum chose. plots.py names all plots."""
+"""Plots of groups: what became of each epoch's groups, how the curriculum chose, and a map of mean against spread."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from .axes import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
 
     from .figure import Figure, Theme
@@ -45,7 +46,17 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
     """How the curriculum went: each epoch's groups, trained on or left out, by reason; as a line, how many can teach
     (their rewards differ); its percentile, on an axis from 0 to 1; and the live changes.
 
-    Of several runs: each one's percentile, and the share of its groups that was trained on.
+    Args:
+        epochs: A run; epochs; or several runs, as a list or by name: then each one's percentile, and the share of its
+            groups that was trained on.
+        ax: Where to draw. Default: a new figure.
+        theme: "light" or "dark". Default: one that suits both.
+
+    Returns:
+        The new figure, or `ax`.
+
+    Raises:
+        ConfigError: The theme is unknown.
     """
     runs = courses(epochs)
     several = len(runs) > 1
@@ -53,21 +64,14 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
     said = []
     for place, run in enumerate(runs):
         if several:
-            colour, where = look.colour(place), span(run.epochs)
-            share = [e.metrics.kept_groups / e.metrics.groups if e.metrics.groups else math.nan for e in run.epochs]
-            shown = at_their_places(where, run.epochs, share)
-            draw_line(
-                ax, where, shown, colour, f"{label_of(run.name)}: trained on", MARKERS[place % 8], LINES[place % 4]
-            )
-            if any(epoch.curriculum.enabled for epoch in run.epochs):
-                step_line(ax, run.epochs, look, colour, f"{label_of(run.name)}: percentile")
+            shown = _share_trained_on(ax, run, look, place)
             said.append(f"{run.name}: share of groups trained on {trend_text(shown)}")
-        else:
-            _reasons_and_percentile(ax, run.epochs, look)
-            teach = trend_text(metrics_of(run.epochs, "groups_with_spread"))
-            said.append(f"groups whose rewards differ: {teach}")
-            on = [epoch.curriculum.percentile for epoch in run.epochs if epoch.curriculum.enabled]
-            said.append(f"curriculum percentile: {trend_text(on)}" if on else "the curriculum is off")
+            continue
+        _reasons_and_percentile(ax, run.epochs, look)
+        teach = trend_text(metrics_of(run.epochs, "groups_with_spread"))
+        said.append(f"groups whose rewards differ: {teach}")
+        on = [epoch.curriculum.percentile for epoch in run.epochs if epoch.curriculum.enabled]
+        said.append(f"curriculum percentile: {trend_text(on)}" if on else "the curriculum is off")
     if several:
         ax.set_ylim(-0.05, 1.05)
     mark_changes(ax, runs, look, filled=not several)
@@ -78,7 +82,23 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
     return figure
 
 
+def _share_trained_on(ax: Axes, run: Course, look: Theme, place: int) -> np.ndarray:
+    """Draws one of several runs. Returns the share of its groups that was trained on, an epoch each."""
+    where = span(run.epochs)
+    colour, marker, line = look.colour(place), MARKERS[place % 8], LINES[place % 4]
+    shares = []
+    for epoch in run.epochs:
+        metrics = epoch.metrics
+        shares.append(metrics.kept_groups / metrics.groups if metrics.groups else math.nan)
+    shown = at_their_places(where, run.epochs, shares)
+    draw_line(ax, where, shown, colour, f"{label_of(run.name)}: trained on", marker, line)
+    if any(epoch.curriculum.enabled for epoch in run.epochs):
+        step_line(ax, run.epochs, look, colour, f"{label_of(run.name)}: percentile")
+    return shown
+
+
 def _reasons_and_percentile(ax: Axes, epochs: Sequence[Epoch], look: Theme) -> None:
+    """Draws a single run: bars by reason, the groups that can teach as a line over them, and the percentile."""
     import numpy as np
     from matplotlib.patheffects import withStroke
 
@@ -104,18 +124,28 @@ def _reasons_and_percentile(ax: Axes, epochs: Sequence[Epoch], look: Theme) -> N
 def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure | Any:
     """A map of the groups: mean reward against the spread of its rewards, coloured and shaped by what became of the
     group. The larger a mark, the more groups lie there. Only those above the line can teach, the curriculum's smallest
-    spread where it was on.
+    spread where it was on. Groups without a finite mean and spread have no place; their number is said.
 
-    epochs: of a run, all of its groups; of several runs, a picture each (ax: as many axes). Groups without a finite mean
-    and spread have no place; their number is said.
+    Args:
+        epochs: Of a run, all of its groups; of several runs, a picture each.
+        ax: As many axes as pictures. Default: a new figure.
+        theme: "light" or "dark". Default: one that suits both.
+
+    Returns:
+        The new figure, or `ax`.
+
+    Raises:
+        ConfigError: The number of axes is another, or the theme is unknown.
     """
     runs = courses(epochs)
     axes, figure, look = panels(ax, theme, "mean reward of the group", "spread", max(1, len(runs)))
     said = []
     for each, run in zip(axes, runs, strict=False):
+        whose = ""
         if len(runs) > 1:
             each.set_ylabel(f"{label_of(run.name)}: spread")
-        said.append(_map(each, run, look, f"{run.name}: " if len(runs) > 1 else ""))
+            whose = f"{run.name}: "
+        said.append(whose + _map(each, run, look))
         finish(each, look, empty=not run.epochs)
     if figure is None:
         return ax
@@ -123,12 +153,12 @@ def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure 
     return figure
 
 
-def _map(ax: Axes, run: Course, look: Theme, whose: str) -> str:
+def _map(ax: Axes, run: Course, look: Theme) -> str:
     """Draws one run's groups. Returns what there is to see."""
     import numpy as np
     from matplotlib.ticker import AutoLocator
 
-    nothing = np.empty(0)
+    nothing = np.empty(0)  # concatenate refuses an empty list
     means = np.concatenate([nothing, *(epoch.statistics.means for epoch in run.epochs)])
     spreads = np.concatenate([nothing, *(epoch.statistics.spreads for epoch in run.epochs)])
     codes = np.concatenate([nothing, *(epoch.selection.reasons for epoch in run.epochs)]).astype(int)
@@ -139,11 +169,14 @@ def _map(ax: Axes, run: Course, look: Theme, whose: str) -> str:
         if not those.any():
             continue
         name, marker = REASONS[reason].label, REASONS[reason].marker
-        points, counts = np.unique(np.round(np.stack([means[those], spreads[those]], 1), 6), axis=0, return_counts=True)
+        # Groups in the same place are one mark, the larger the more they are.
+        places = np.round(np.stack([means[those], spreads[those]], 1), 6)
+        points, counts = np.unique(places, axis=0, return_counts=True)
         size = 26 * np.minimum(np.sqrt(counts), 5)
         said.append(f"{counts.sum():,} {name}")
         ax.scatter(points[:, 0], points[:, 1], s=size, marker=marker, color=look.colour(code),
                    alpha=0.75, linewidths=1.6 if marker in "x_" else 0.6, label=said[-1], zorder=3)  # fmt: skip
+    # The line is drawn where it was the same in all epochs.
     smallest = {epoch.curriculum.min_reward_diff for epoch in run.epochs if epoch.curriculum.enabled}
     if len(smallest) == 1 and said:
         ax.axhline(
@@ -151,9 +184,11 @@ def _map(ax: Axes, run: Course, look: Theme, whose: str) -> str:
         )
     ax.xaxis.set_major_locator(AutoLocator())
     if placed.any():
-        margin = 0.07 * max(1e-9, float(spreads[placed].max()))
-        ax.set_ylim(-margin, float(spreads[placed].max()) + margin)
-    if (~placed).any():
-        said.append(f"{(~placed).sum():,} without a finite mean and spread, not in the map")
-        ax.set_xlabel(f"mean reward of the group ({(~placed).sum():,} groups have none)")
-    return whose + (", ".join(said) or "no groups")
+        widest = float(spreads[placed].max())
+        margin = 0.07 * max(1e-9, widest)
+        ax.set_ylim(-margin, widest + margin)
+    without_place = int((~placed).sum())
+    if without_place:
+        said.append(f"{without_place:,} without a finite mean and spread, not in the map")
+        ax.set_xlabel(f"mean reward of the group ({without_place:,} groups have none)")
+    return ", ".join(said) or "no groups"

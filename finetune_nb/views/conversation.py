@@ -1,7 +1,6 @@
-"""Turns -> HTML: a conversation with its roles, texts, tokens and tool calls, in a bounded number of bytes.
+"""A conversation as HTML, with its roles, texts, tokens and tool calls, in a bounded number of bytes.
 
-Works on messages of any record: the episode of a trajectory, or the calls that a failed rollout made. What stands
-around a conversation is made in rollout_view.py; how tokens are set, in heat_map.py.
+Works on messages of any record: the episode of a trajectory, or the calls that a failed rollout made.
 """
 
 from __future__ import annotations
@@ -77,7 +76,11 @@ def turn_of(item: EpisodeItem | DPOItem) -> Turn:
     if item.role != EpisodeItemRole.ASSISTANT:
         return Turn(str(item.role), item.content, item.metadata or {})
     tokens = tokens_of(item)
-    note = summary(tokens) if tokens else "" if item.logprobs else "not sampled by the policy"
+    note = ""
+    if tokens:
+        note = summary(tokens)
+    elif not item.logprobs:
+        note = "not sampled by the policy"
     return Turn(str(item.role), item.content, item.metadata or {}, note, tokens)
 
 
@@ -85,25 +88,45 @@ def turn_of(item: EpisodeItem | DPOItem) -> Turn:
 
 
 def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting = Setting()) -> Iterator[Html]:
-    """The turns in `room` bytes: from the beginning as many as fit, and always the last, which has the outcome. Long
-    turns are cut, so that the short ones stay whole."""
+    """The turns of a conversation: from the beginning as many as fit, and always the last, which has the outcome. Long turns
+    are cut, so that the short ones stay whole.
+
+    Args:
+        turns: All of them.
+        room: Bytes that they may take.
+        setting: How tokens are set.
+
+    Yields:
+        One piece of HTML after the other.
+    """
     if not turns:
         return
     if setting.legend and any(has_heat(turn) for turn in turns):
         legend = heat_legend(setting.heat)
         room -= len(legend.encode())
         yield legend
+
+    # Every turn as it is, unless it is so long that nobody would read it.
     called = tool_names(turns)
     limit = max(LEAST, min(TURN_LIMIT, 4 * room // len(turns)))
     whole = [_turn(turn, limit, called, setting) for turn in turns]
     sizes = [len(shown.encode()) for shown in whole]
+
+    # As many from the beginning as fit beside the last one, if each were cut to the least that a turn gets.
     last = len(turns) - 1
-    least = accumulate((min(size, LEAST) for size in sizes[:last]), initial=min(sizes[last], LEAST))
-    shown = max(0, sum(size <= room for size in least) - 1)
+    least = min(sizes[last], LEAST)
+    shown = 0
+    while shown < last and least + min(sizes[shown], LEAST) <= room:
+        least += min(sizes[shown], LEAST)
+        shown += 1
+
+    # Those share the room; who needs more than its share is cut.
     places = [*range(shown), last]
     for place, share in zip(places, fair_shares([sizes[place] for place in places], room), strict=True):
         if sizes[place] > share:
             whole[place] = _turn(turns[place], share, called, setting)
+
+    # A cut turn may still be larger than its share: what does not fit after all is left out.
     room -= len(whole[last].encode()) + 100
     for place in range(shown):
         begins = _break(turns, place)
@@ -129,13 +152,16 @@ def _break(turns: Sequence[Turn], place: int) -> Html:
 def fair_shares(needs: Sequence[int], room: int) -> list[int]:
     """`room` divided: whoever needs less than an equal share has what it needs, the others share the rest equally."""
     shares = [0] * len(needs)
-    for done, place in enumerate(sorted(range(len(needs)), key=needs.__getitem__)):
-        shares[place] = min(needs[place], max(0, room) // (len(needs) - done))
+    left = len(needs)
+    for place in sorted(range(len(needs)), key=needs.__getitem__):
+        shares[place] = min(needs[place], max(0, room) // left)
         room -= shares[place]
+        left -= 1
     return shares
 
 
 def has_heat(turn: Turn) -> bool:
+    """Whether the texts of its tokens are known, so that they can be tinted."""
     return any(token.text is not None for token in turn.tokens)
 
 
@@ -248,7 +274,7 @@ def _tool_calls(calls: Sequence[Any], room: int) -> list[Html]:
 
 
 def _text(text: str, room: int) -> Html:
-    # dir=auto: right-to-left text is set as such, and does not reorder what stands around it
+    # dir=auto: right-to-left text is set as such, and does not reorder what is around it.
     return element("pre", fitting(text, min(room, TURN_LIMIT) - 30), dir="auto")
 
 

@@ -1,4 +1,4 @@
-"""Taking a run away: one file, its kind told by its suffix. The HTML page itself is made in report.py.
+"""Writes a run to one file, its kind told by its suffix.
 
     .csv       rows of a frame, for a spreadsheet: a text that a spreadsheet would run as a formula (it begins with = + - @,
                a tab or a line break, and is no number) gets a ' before it, control characters are shown as pictures
@@ -57,12 +57,15 @@ def export(run: Any, path: str | Path, frame: str | None = None, filters: Mappin
 
 def _csv(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any]) -> None:
     rows = _rows(run, frame, filters)
-    for name in rows.columns[[not _is_plain(rows[n]) for n in rows.columns]]:
-        rows[name] = [value if value != value else _shielded(plain(value)) for value in rows[name].astype(object)]
+    for name in rows.columns:
+        if not _is_plain(rows[name]):
+            values = rows[name].astype(object)
+            rows[name] = [value if value != value else _shielded(plain(value)) for value in values]
     rows.to_csv(file, index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
 
 
 def _shielded(text: str) -> str:
+    """With a ' before what a spreadsheet would run as a formula; numbers are none."""
     if text[:1] not in ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠") or not text:
         return text
     try:
@@ -78,11 +81,13 @@ def _parquet(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, 
 
 def _jsonl(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any]) -> None:
     if frame is None and "columns" not in filters:
-        lines = chain.from_iterable(_conversations(run, epoch, filters) for epoch in run.chosen(filters.get("epoch")))
+        # An epoch at a time: the conversations of a long run are many.
+        epochs = run.chosen(filters.get("epoch"))
+        lines = chain.from_iterable(_conversations(run, epoch, filters) for epoch in epochs)
     else:
         rows = _rows(run, frame, filters)
-        values = [rows[name].astype(object).where(rows[name].notna(), None).tolist() for name in rows.columns]
-        lines = (dict(zip(rows.columns, row, strict=True)) for row in zip(*values, strict=True))
+        columns = [rows[name].astype(object).where(rows[name].notna(), None).tolist() for name in rows.columns]
+        lines = (dict(zip(rows.columns, row, strict=True)) for row in zip(*columns, strict=True))
     for line in lines:
         file.write(encode(finite(line)).encode("utf-8") + b"\n")
 
@@ -144,17 +149,17 @@ def _rows(run: Any, frame: str | None, filters: Mapping[str, Any]) -> pd.DataFra
     rows = getattr(run, frame or "trajectories")(**filters)
     for name in rows.columns:
         column = rows[name]
-        if str(column.dtype) == "object":
+        kind = str(column.dtype)
+        if kind == "object":
             rows[name] = _of_one_type(column.tolist())
-        elif str(column.dtype) == "category":
+        elif kind == "category":
             names = column.cat.categories.tolist()
             masked = redact_texts(names)
             if masked != names:
                 rows[name] = column.astype(object).map(dict(zip(names, masked, strict=True)))
-        elif str(column.dtype) in ("str", "string"):
-            rows[name] = rows[name].where(
-                rows[name].isna(), redact_texts([t if t == t else "" for t in column.tolist()])
-            )
+        elif kind in ("str", "string"):
+            texts = [text if text == text else "" for text in column.tolist()]  # NaN is missing
+            rows[name] = column.where(column.isna(), redact_texts(texts))
     return rows
 
 
@@ -162,9 +167,11 @@ def _of_one_type(values: list[Any]) -> list[Any]:
     """Texts, or whole numbers, as they are; anything mixed as JSON, so that 7 and "7" stay two."""
     kinds = {type(value) for value in values if value is not None and value == value}
     if kinds <= {str}:
-        there = [isinstance(value, str) for value in values]
-        masked = redact_texts([value if ok else "" for value, ok in zip(values, there, strict=True)])
-        return [plain(text) if ok else None for text, ok in zip(masked, there, strict=True)]
+        masked = redact_texts([value if isinstance(value, str) else "" for value in values])
+        texts = []
+        for value, text in zip(values, masked, strict=True):
+            texts.append(plain(text) if isinstance(value, str) else None)
+        return texts
     if kinds == {int} and all(abs(value) < 2**63 for value in values if isinstance(value, int)):
         return values
     return [None if isinstance(value, float) and math.isnan(value) else encode(value) for value in values]

@@ -1,8 +1,8 @@
 """A preview shown: what other curriculum settings would train on, as a histogram of the groups' mean rewards and in numbers.
 
-Pure functions of a Preview. What carries a meaning is a number in the legend, and a fill or an outline beside the colour.
-Where a stored notebook is shown without its styles and drawings (GitHub; JupyterLab before it is trusted), words stand
-in the histogram's place, and the legend.
+What carries a meaning is a number in the legend, and a fill or an outline beside the colour. Where a stored notebook is shown
+without its styles and drawings (GitHub; JupyterLab before it is trusted), there are words instead of the histogram, and the
+legend.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _looks() -> dict[int, Look]:
 
 
 LOOKS = _looks()
-_ROWS = ((0, "then"), (1, "unchanged"))
+_ROWS = ("then", "unchanged")
 
 
 def preview_html(preview: Preview) -> str:
@@ -81,10 +81,11 @@ def preview_text(preview: Preview) -> str:
 
 def preview_body(preview: Preview) -> Html:
     """The card without its frame."""
+    # What each group is drawn as: its reason, unless it is trained on in only one of the two selections.
     codes = preview.selection.reasons.astype(np.int64)
-    before = preview.unchanged.reasons
-    codes[(codes == 0) & (before != 0)] = ENTER
-    codes[(codes != 0) & (codes != ENTER) & (before == 0)] = LEAVE
+    is_kept, was_kept = codes == 0, preview.unchanged.reasons == 0
+    codes[is_kept & ~was_kept] = ENTER
+    codes[~is_kept & was_kept] = LEAVE
     counts = np.bincount(codes, minlength=LEAVE + 1)
     question = "The next epoch " if preview.selection is preview.unchanged else "What if "
     return element(
@@ -100,55 +101,69 @@ def _settings(preview: Preview) -> Html:
     if not settings.enabled:
         said = "without a curriculum: every group is trained on"
     else:
-        said = f"the best {settings.percentile:.0%} of the groups that can teach"
-        if settings.sort_ascending:
-            said = said.replace("best", "worst")
+        which = "worst" if settings.sort_ascending else "best"
+        said = f"the {which} {settings.percentile:.0%} of the groups that can teach"
     return element("span", said, element("span", f" · on the rewards of epoch {preview.basis.epoch}", class_="ft-dim"))
 
 
 def _histogram(preview: Preview, codes: np.ndarray, counts: np.ndarray) -> Html:
+    """The groups by mean reward, each bar a stack of what they are. codes: of each group; counts: groups of each code."""
     means = preview.basis.statistics.means
     there = np.isfinite(means)
     if not there.any():
         return element("div", "no group has a finite reward", class_="ft-dim")
+
+    # (bins, codes) groups
     low, high, many = _bins(means[there])
     bins = np.minimum(((means[there] - low) * (many / (high - low))).astype(np.int64), many - 1)
     stacks = np.bincount(bins * len(counts) + codes[there], minlength=many * len(counts)).reshape(many, len(counts))
     tallest = int(stacks.sum(axis=1).max())
-    up, across = (HEIGHT - 6) / tallest, (WIDTH - 36) / many
+
+    axis = element("path", d=f"M30 4V{HEIGHT}H{WIDTH}", fill="none", stroke="currentColor", stroke_opacity="0.5")
+    least, most = number(float(means[there].min())), number(float(means[there].max()))
+    what = f"Groups by mean reward, {least} to {most}:"
+    said = ", ".join(f"{counts[code]:,} {look.text}" for code, look in LOOKS.items() if counts[code])
+    size = {"viewBox": f"0 0 {WIDTH} {HEIGHT + BOTTOM}", "role": "img", "aria_label": f"{what} {said}"}
+    svg = element("svg", _bars(stacks, tallest), axis, **size)
+    labels = [
+        _label(26, 10, number(tallest), "end"),
+        _label(26, HEIGHT - 2, "0", "end"),
+        _label(34, HEIGHT + 11, least, "start"),
+        _label((34 + WIDTH) / 2, HEIGHT + 11, "mean reward of the group", "middle"),
+        _label(WIDTH, HEIGHT + 11, most, "end"),
+    ]
+    return element("div", svg, labels, element("div", what, class_="ft-bare"), class_="ft-histogram")
+
+
+def _bars(stacks: np.ndarray, tallest: int) -> list[Html]:
+    """A rectangle for each code that a bin has, on top of one another in the order of LOOKS."""
+    up, across = (HEIGHT - 6) / tallest, (WIDTH - 36) / len(stacks)
     bars = []
     for place, stack in enumerate(stacks.tolist()):
         floor = float(HEIGHT)
         for code, look in LOOKS.items():
-            if stack[code]:
-                height = stack[code] * up
-                floor -= height
-                box = {"x": f"{34 + place * across:.1f}", "y": f"{floor + 0.5:.1f}", "width": f"{across - 2:.1f}"}
-                bars.append(element("rect", **box, height=f"{max(height - 1, 0.5):.1f}", style=look.style))
-    ends = [number(float(end)) for end in (means[there].min(), means[there].max())]
-    what = f"Groups by mean reward, {ends[0]} to {ends[1]}:"
-    said = ", ".join(f"{counts[code]:,} {look.text}" for code, look in LOOKS.items() if counts[code])
-    axis = element("path", d=f"M30 4V{HEIGHT}H{WIDTH}", fill="none", stroke="currentColor", stroke_opacity="0.5")
-    size = {"viewBox": f"0 0 {WIDTH} {HEIGHT + BOTTOM}", "role": "img", "aria_label": f"{what} {said}"}
-    places = [(26, 10, number(tallest), "end"), (26, HEIGHT - 2, "0", "end"), (34, HEIGHT + 11, ends[0], "start")]
-    places += [
-        ((34 + WIDTH) / 2, HEIGHT + 11, "mean reward of the group", "middle"),
-        (WIDTH, HEIGHT + 11, ends[1], "end"),
-    ]
-    svg = element("svg", bars, axis, **size)
-    return element("div", svg, [_label(*place) for place in places], element("div", what, class_="ft-bare"),
-                   class_="ft-histogram")  # fmt: skip
+            if not stack[code]:
+                continue
+            height = stack[code] * up
+            floor -= height
+            box = {"x": f"{34 + place * across:.1f}", "y": f"{floor + 0.5:.1f}", "width": f"{across - 2:.1f}"}
+            bars.append(element("rect", **box, height=f"{max(height - 1, 0.5):.1f}", style=look.style))
+    return bars
 
 
 def _bins(means: np.ndarray) -> tuple[float, float, int]:
     """Edges and number of equal bins: one a value where there are few, such as shares of eight rewards."""
     low, high = float(means.min()), float(means.max())
-    steps = np.diff(np.unique(means.round(9))) if len(means) <= 5_000 else np.empty(0)
     if high - low < 1e-9:
-        return low - 0.5, high + 0.5, 1
-    if len(steps) and (high - low) / steps.min() < BINS - 0.5:
-        step = float(steps.min())
-        return low - step / 2, high + step / 2, round((high - low) / step) + 1
+        half = max(0.5, abs(low) * 1e-9)  # a half is nothing beside a very large number
+        return low - half, high + half, 1
+    if len(means) <= 5_000:
+        with np.errstate(over="ignore"):  # to infinity, beyond 1e299
+            steps = np.diff(np.unique(means.round(9)))
+        steps = steps[np.isfinite(steps)]
+        if len(steps) and (high - low) / steps.min() < BINS - 0.5:
+            step = float(steps.min())
+            return low - step / 2, high + step / 2, round((high - low) / step) + 1
     return low, high, BINS
 
 
@@ -170,11 +185,13 @@ def _legend(counts: np.ndarray) -> Html:
 
 def _numbers(preview: Preview) -> Html:
     """What is trained on, beside what it will be if nothing is changed."""
-    columns = {"groups": preview.groups, "trajectories": preview.trajectories, "tokens": preview.tokens}
-    headers = ["trained on", *columns]
-    rows: list[list[Any]] = [[name, *(pair[place] for pair in columns.values())] for place, name in _ROWS]
-    if math.isfinite(preview.training_seconds[0]):
+    headers = ["trained on", "groups", "trajectories", "tokens"]
+    columns: list[tuple[Any, Any]] = [_ROWS, preview.groups, preview.trajectories, preview.tokens]
+    then, unchanged = preview.training_seconds
+    if math.isfinite(then):
         headers.append("training takes about")
-        for row, seconds in zip(rows, preview.training_seconds, strict=True):
-            row.append(duration(seconds))
-    return table(rows[: 1 + (preview.selection is not preview.unchanged)], headers)
+        columns.append((duration(then), duration(unchanged)))
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    if preview.selection is preview.unchanged:
+        rows = rows[:1]
+    return table(rows, headers)

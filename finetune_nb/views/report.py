@@ -1,6 +1,6 @@
 """The HTML report of a run: plots, tables and a few trajectories in one file that needs nothing else.
 
-No script, nothing that is fetched, every text escaped. The pieces are those of viewer.py, rollout_view.py and plots.py.
+No script, nothing that is fetched, every text escaped, known secrets masked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..redaction import redact_text
 from ..text import plain
-from ..types import Epoch, RolloutFailure, Trajectory
+from ..types import Epoch
 from .html import Html, details, element, image, page, table, view
 from .rollout import failure_html, trajectory_html
 from .summary import epoch_html, run_html
@@ -80,35 +80,38 @@ def _pictures(run: Any, epochs: Sequence[Epoch]) -> Iterator[Html]:
 
 
 def _rollouts(epoch: Epoch) -> Iterator[Html]:
-    scored = sorted(
-        (t for t in chain.from_iterable(epoch.collection.trajectories) if math.isfinite(t.reward)), key=_reward
-    )
-    chosen: dict[str, Trajectory | RolloutFailure] = {}
+    """The best, the median and the worst trajectory of those that have a finite reward, and a failed rollout."""
+    trajectories = chain.from_iterable(epoch.collection.trajectories)
+    scored = [trajectory for trajectory in trajectories if math.isfinite(trajectory.reward)]
+    scored.sort(key=lambda trajectory: trajectory.reward)
     if scored:
-        chosen |= {"the best": scored[-1], "the median": scored[len(scored) // 2], "the worst": scored[0]}
+        yield details("the best", Html(trajectory_html(scored[-1])), open=True)
+        yield details("the median", Html(trajectory_html(scored[len(scored) // 2])))
+        yield details("the worst", Html(trajectory_html(scored[0])))
     if epoch.collection.failures:
-        chosen["a failed rollout"] = epoch.collection.failures[0]
-    for name, rollout in chosen.items():
-        shown = failure_html(rollout) if isinstance(rollout, RolloutFailure) else trajectory_html(rollout)
-        yield details(name, Html(shown), open=name == "the best")
-
-
-def _reward(trajectory: Trajectory) -> float:
-    return trajectory.reward
+        yield details("a failed rollout", Html(failure_html(epoch.collection.failures[0])))
 
 
 def _frame(frame: Any, noun: str, columns: Sequence[str] | None = None) -> Html:
     """A frame as a table: its newest rows, and of the columns those that have a value."""
     shown = frame.tail(MOST)
-    names = [n for n in columns or frame.columns if n in frame.columns and shown[n].notna().any()]
-    values = [[None if value is None or value != value else value for value in shown[n].astype(object)] for n in names]
-    rows = [[_cell(value) for value in row] for row in zip(*values, strict=True)]
+    names, values = [], []
+    for name in columns or frame.columns:
+        if name in frame.columns and shown[name].notna().any():
+            names.append(name.replace("_", " "))  # words, which a narrow page can break
+            values.append([_cell(value) for value in shown[name].astype(object)])
     caption = f"the last {len(shown)} of {len(frame):,} {noun}" if len(shown) < len(frame) else None
-    return table(rows, [name.replace("_", " ") for name in names], caption)  # words, which a narrow page can break
+    return table(list(zip(*values, strict=True)), names, caption)
 
 
 def _cell(value: Any) -> Any:
-    """A value of a table: numbers as they are, a time to the second, all else as text."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return "" if value is None else str(value) if isinstance(value, bool) else value
-    return f"{value:%Y-%m-%d %H:%M:%S}" if hasattr(value, "strftime") else plain(value)
+    """A value of a table: numbers as they are, a time to the second, nothing where it is missing, all else as text."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int | float | str):
+        return value
+    if hasattr(value, "strftime"):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    return plain(value)

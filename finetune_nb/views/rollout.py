@@ -73,7 +73,9 @@ def _head(trajectory: Trajectory, more: Sequence[tuple[str, Any]] = ()) -> list[
     else:
         reward = element("div", "reward ", element("strong", number(trajectory.reward)))
     shaped = trajectory.shaped_rewards or []
-    shown = " · ".join(map(number, shaped[:40])) + (f" · and {len(shaped) - 40:,} more" if len(shaped) > 40 else "")
+    shown = " · ".join(map(number, shaped[:40]))
+    if len(shaped) > 40:
+        shown += f" · and {len(shaped) - 40:,} more"
     return [
         reward,
         facts(
@@ -149,17 +151,15 @@ class RolloutView:
         assert isinstance(self.chosen, int)
         lines.append(f"reward {number(trajectory.reward)}, advantage {signed(group.advantages[self.chosen])}")
         turns = _turns(trajectory)
-        shown = turns if len(turns) <= 20 else [*turns[:16], *turns[-4:]]
-        lines += [f"{turn.role}: {_gist(turn)}" for turn in shown]
-        if len(shown) < len(turns):
-            lines.insert(-4, f"… {len(turns) - 20:,} of {len(turns):,} turns are left out …")
+        said = [f"{turn.role}: {_gist(turn)}" for turn in turns]
+        if len(turns) > 20:
+            said[16:-4] = [f"… {len(turns) - 20:,} of {len(turns):,} turns are left out …"]
+        lines += said
         return "\n  ".join(lines)
 
     def _repr_html_(self) -> str:
         group = self.group
         setting = Setting(self.heat)
-        siblings = [place for place in group.best_first() if place != self.chosen]
-        failures = [failure for failure in group.failures if failure is not self.chosen]
         head: list[Any] = [title(f"epoch {group.epoch}", self._name())]
         if isinstance(self.chosen, int):
             advantage = group.advantages[self.chosen]
@@ -167,7 +167,11 @@ class RolloutView:
             head += _head(group.trajectories[self.chosen], more)
         head.append(_table(group, self.chosen))
         room = VIEW_LIMIT - _bytes(*head)
-        most = min(SIZE_LIMIT, room) if not siblings and not failures else min(WITH_SIBLINGS, room)
+
+        # What the chosen one leaves is for its siblings.
+        siblings = [place for place in group.best_first() if place != self.chosen]
+        failures = [failure for failure in group.failures if failure is not self.chosen]
+        most = min(WITH_SIBLINGS if siblings or failures else SIZE_LIMIT, room)
         if isinstance(self.chosen, int):
             body = list(conversation(_turns(group.trajectories[self.chosen]), most, setting))
         else:
@@ -187,21 +191,16 @@ def _siblings(
     total = len(places) + len(failures)
     shown: list[Html] = []
     for rollout in [*places, *failures]:
+        # Of the room that is left, an equal share for each that is to come.
         share = min(SIBLING_LIMIT, (room - 200) // (total - len(shown)) - 1_200)
         if share < SIBLING_LEAST:
             break
         if isinstance(rollout, int):
-            trajectory = group.trajectories[rollout]
-            name = f"generation {short(group.generation(rollout), 40)} · reward {number(trajectory.reward)}"
-            if not math.isnan(group.advantages[rollout]):
-                name += f" · advantage {signed(group.advantages[rollout])}"
-            turns = _turns(trajectory)
-            name += f" · {count(len(turns), 'turn')}" + (f", the last: {_gist(turns[-1], 60)}" if turns else "")
-            body = list(conversation(turns, share, setting))
+            turns = _turns(group.trajectories[rollout])
+            fold = details(_sibling_name(group, rollout, turns), *conversation(turns, share, setting))
         else:
             name = f"generation {short(rollout.generation, 40)} · failed"
-            body = _failed(rollout, share - ERROR_LIMIT, setting)
-        fold = details(name, *body)
+            fold = details(name, *_failed(rollout, share - ERROR_LIMIT, setting))
         if _bytes(fold) > room - 200:
             break
         shown.append(fold)
@@ -212,6 +211,17 @@ def _siblings(
         )
         shown.append(element("p", left_out, class_="ft-dim"))
     return [element("div", element("strong", "siblings, best first")), *shown] if shown else []
+
+
+def _sibling_name(group: RolloutGroup, place: int, turns: Sequence[Turn]) -> str:
+    """What a fold says of the rollout in it."""
+    parts = [f"generation {short(group.generation(place), 40)}", f"reward {number(group.trajectories[place].reward)}"]
+    if not math.isnan(group.advantages[place]):
+        parts.append(f"advantage {signed(group.advantages[place])}")
+    length = count(len(turns), "turn")
+    if turns:
+        length += f", the last: {_gist(turns[-1], 60)}"
+    return " · ".join([*parts, length])
 
 
 def _table(group: RolloutGroup, chosen: int | RolloutFailure) -> Html:

@@ -1,9 +1,6 @@
-"""Records shown: a trajectory, a failed rollout (both in rollout_view.py), an epoch, a run, each as HTML; epochs and runs
-also as plain text.
+"""An epoch and a run, as HTML and as plain text.
 
-Pure functions that return one self-contained piece of HTML, at most 200 kB of it: long texts are cut, and what is left
-out is said. All text is untrusted and goes through html.py, which also owns the style. Figures are made in plots.py, the
-control panel in panel.py.
+Each returns one self-contained piece of HTML, at most 200 kB of it: long texts are cut, and what is left out is said.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ from typing import Any
 
 from ..analysis.reasons import REASONS
 from ..text import SHORT, count, cut, duration, number, one_line, short, trend
-from ..types import Epoch, GroupReason, RolloutFailure, TrainingStatusEnum, Validation
+from ..types import Epoch, EpochMetrics, GroupReason, RolloutFailure, TrainingStatusEnum, Validation
 from .html import (
     ERROR_LIMIT,
     bad,
@@ -45,45 +42,58 @@ __all__ = [
 def epoch_html(epoch: Epoch) -> str:
     """An epoch as a card: its rewards, which groups were trained on and why the others were not, failures, the training
     job, validation, versions, times."""
-    metrics = epoch.metrics
+    metrics, curriculum = epoch.metrics, epoch.curriculum
+    times = [f"{short(part, 40)} {duration(took)}" for part, took in epoch.seconds.items()]
+    rows = [
+        ("mean reward", _reward(metrics)),
+        ("trajectories", [number(metrics.trajectories), f", {metrics.sampled_tokens:,} sampled tokens"]),
+        ("groups that teach", f"{metrics.groups_with_spread:,} of {metrics.groups:,} (their rewards differ)"),
+        ("groups", _groups(epoch)),
+        ("curriculum", curriculum.enabled and f"percentile {curriculum.percentile:.3g}, {curriculum.schedule}"),
+        ("drift", drifted(metrics)),
+        ("failures", _failures(epoch.collection.failures if metrics.failures else ())),
+        ("scores (mean)", scores(metrics.scores)),
+        ("training", _training(epoch)),
+        ("validation", [line(_validation(each)) for each in epoch.validations]),
+        ("policy version", _versions(*epoch.policy_versions)),
+        ("time", ", ".join(times)),
+    ]
+    return view(title(f"epoch {epoch.index}", short(epoch.run_id, 80)), facts(rows))
+
+
+def _reward(metrics: EpochMetrics) -> list[Any]:
+    """The mean reward, as a bar where it is a share, and where most groups lie."""
+    mean = metrics.mean_reward
+    shown = element("span", bar(mean) if 0 <= mean <= 1 else number(mean))
     low, _, high = metrics.group_quantiles
-    spread = f" (most groups {number(low)} to {number(high)})" if math.isfinite(low) else ""
-    reward = element("span", bar(metrics.mean_reward) if 0 <= metrics.mean_reward <= 1 else number(metrics.mean_reward))
-    by_reason = epoch.selection.left_out()
-    groups = [line(f"{metrics.kept_groups:,} of {metrics.groups:,} {REASONS[GroupReason.KEPT].sentence}")]
-    groups += [line(f"{len(ids):,} {REASONS[reason].sentence}", some(ids)) for reason, ids in by_reason.items()]
+    return [shown, f" (most groups {number(low)} to {number(high)})" if math.isfinite(low) else ""]
+
+
+def _groups(epoch: Epoch) -> list[Any]:
+    """How many groups were trained on, and how many were not, by reason."""
+    metrics = epoch.metrics
+    lines = [line(f"{metrics.kept_groups:,} of {metrics.groups:,} {REASONS[GroupReason.KEPT].sentence}")]
+    for reason, examples in epoch.selection.left_out().items():
+        lines.append(line(f"{len(examples):,} {REASONS[reason].sentence}", some(examples)))
     if epoch.selection.inferred:
-        groups.append(line("the Trainer made its own choice; the reasons are concluded from it"))
-    curriculum = epoch.curriculum
-    return view(
-        title(f"epoch {epoch.index}", short(epoch.run_id, 80)),
-        facts(
-            [
-                ("mean reward", [reward, spread]),
-                ("trajectories", [number(metrics.trajectories), f", {metrics.sampled_tokens:,} sampled tokens"]),
-                ("groups that teach", f"{metrics.groups_with_spread:,} of {metrics.groups:,} (their rewards differ)"),
-                ("groups", groups),
-                ("curriculum", curriculum.enabled and f"percentile {curriculum.percentile:.3g}, {curriculum.schedule}"),
-                ("drift", drifted(metrics)),
-                ("failures", _failures(epoch.collection.failures if metrics.failures else ())),
-                ("scores (mean)", scores(metrics.scores)),
-                ("training", _training(epoch)),
-                ("validation", [line(_validation(each)) for each in epoch.validations]),
-                ("policy version", _versions(*epoch.policy_versions)),
-                ("time", ", ".join(f"{short(part, 40)} {duration(took)}" for part, took in epoch.seconds.items())),
-            ]
-        ),
-    )
+        lines.append(line("the Trainer made its own choice; the reasons are concluded from it"))
+    return lines
 
 
 def epoch_text(epoch: Epoch) -> str:
     """An epoch as one line: `epoch 3  reward 0.61  31/40 groups teach  0 failures  trained in 0.5 s  1.2 s`."""
     metrics = epoch.metrics
-    parts = [f"epoch {epoch.index}", f"reward {number(metrics.mean_reward)}"]
-    parts += [f"{metrics.groups_with_spread}/{metrics.groups} groups teach", count(metrics.failures, "failure")]
-    parts += [f"{count(metrics.drifted_turns, 'turn')} drifted"] if metrics.drifted_turns else []
+    parts = [
+        f"epoch {epoch.index}",
+        f"reward {number(metrics.mean_reward)}",
+        f"{metrics.groups_with_spread}/{metrics.groups} groups teach",
+        count(metrics.failures, "failure"),
+    ]
+    if metrics.drifted_turns:
+        parts.append(f"{count(metrics.drifted_turns, 'turn')} drifted")
     parts.append(_job(epoch))
-    parts += [f"validation {number(each.mean_reward)}" for each in epoch.validations[-1:]]
+    if epoch.validations:
+        parts.append(f"validation {number(epoch.validations[-1].mean_reward)}")
     if "total" in epoch.seconds:
         parts.append(duration(epoch.seconds["total"]))
     return "  ".join(parts)
@@ -100,20 +110,20 @@ def _job(epoch: Epoch) -> str:
 
 
 def _training(epoch: Epoch) -> Any:
+    """The training job: its status, what it says, what it measured."""
     job = epoch.job
     if job is None:
         return element("strong", "nothing was trained: ", cut(epoch.reason or "no reason was recorded", SHORT))
-    status = f"{job.status} ({short(job.backend, 80)})"
-    good = job.status == TrainingStatusEnum.COMPLETED
-    message = job.message and element("div", cut(job.message, 4 * SHORT), class_=None if good else "ft-bad")
-    return [
-        status if good else element("strong", status, class_="ft-bad"),
-        message,
-        line(scores(epoch.train_metrics)),
-    ]
+    status: Any = f"{job.status} ({short(job.backend, 80)})"
+    trouble = None if job.status == TrainingStatusEnum.COMPLETED else "ft-bad"
+    if trouble:
+        status = element("strong", status, class_=trouble)
+    message = job.message and element("div", cut(job.message, 4 * SHORT), class_=trouble)
+    return [status, message, line(scores(epoch.train_metrics))]
 
 
 def _failures(failures: Sequence[RolloutFailure]) -> Any:
+    """How many rollouts failed, and the first five errors with their examples."""
     if not failures:
         return "none"
     kinds: dict[str, list[RolloutFailure]] = {}
@@ -181,9 +191,9 @@ def run_text(
     model: str | None = None,
 ) -> str:
     """A run in a few lines, for terminals: its state, and the last three epochs."""
-    lines = [
-        f"run {one_line(name)}  {state}  {count(len(epochs), 'epoch')}" + (f"  {one_line(folder)}" if folder else "")
-    ]
+    lines = [f"run {one_line(name)}  {state}  {count(len(epochs), 'epoch')}"]
+    if folder:
+        lines[0] += f"  {one_line(folder)}"
     if model:
         lines.append(f"model: {one_line(model)}")
     if error:
@@ -192,11 +202,25 @@ def run_text(
 
 
 def _row(epoch: Epoch) -> list[Any]:
+    """An epoch in the table of a run."""
     metrics = epoch.metrics
-    validation = epoch.validations[-1] if epoch.validations else None
-    checked = "" if validation is None else "failed" if validation.error else number(validation.mean_reward)
-    teach, took = (
-        text.replace(" ", "\u00a0")  # stays on one line
-        for text in (f"{metrics.groups_with_spread:,} of {metrics.groups:,}", duration(epoch.seconds.get("total")))
-    )
-    return [epoch.index, metrics.mean_reward, teach, metrics.kept_groups, metrics.failures, checked, took, _job(epoch)]
+    checked = ""
+    if epoch.validations:
+        newest = epoch.validations[-1]
+        checked = "failed" if newest.error else number(newest.mean_reward)
+    teach = f"{metrics.groups_with_spread:,} of {metrics.groups:,}"
+    return [
+        epoch.index,
+        metrics.mean_reward,
+        _on_one_line(teach),
+        metrics.kept_groups,
+        metrics.failures,
+        checked,
+        _on_one_line(duration(epoch.seconds.get("total"))),
+        _job(epoch),
+    ]
+
+
+def _on_one_line(text: str) -> str:
+    """With spaces that do not break."""
+    return text.replace(" ", "\u00a0")

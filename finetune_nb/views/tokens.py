@@ -1,7 +1,7 @@
-"""Sampled tokens -> HTML: a heat map of how likely each one was, and the same as a table, in a bounded number of bytes.
+"""Sampled tokens as HTML: a heat map of how likely each one was, and the same as a table, in a bounded number of bytes.
 
 A tint says little to some and nothing where styles are stripped: unlikely tokens are also underlined, each token tells its
-numbers on hover, and a folded table lists them. What stands around the tokens is made in conversation.py.
+numbers on hover, and a folded table lists them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from ..analysis.messages import Token
 from ..errors import ConfigError
-from ..text import cut, number, plain
+from ..text import count, cut, number, plain
 from .html import Html, details, element, table
 
 __all__ = [
@@ -47,16 +47,21 @@ def heat_map(tokens: Sequence[Token], room: int, heat: Heat = "probability") -> 
     """The tokens as text, each tinted and with its numbers on hover; of too many for `room` bytes the beginning and the
     end."""
     spans = [_span(token, heat) for token in tokens[: room // 30]]  # no span has fewer bytes
-    left_out = len(tokens) - len(spans)
     room -= 120
-    if left_out or sum(map(_bytes, spans)) > room:
+    if len(spans) < len(tokens) or sum(map(_bytes, spans)) > room:
+        # Three quarters of the room are for the beginning, one for the end.
         ends = [_span(token, heat) for token in tokens[-max(1, room // 120) :]]
-        head = sum(size <= room * 3 // 4 for size in accumulate(map(_bytes, spans)))
-        tail = sum(size <= room // 4 for size in accumulate(map(_bytes, reversed(ends))))
+        head = _how_many_fit(spans, room * 3 // 4)
+        tail = _how_many_fit(ends[::-1], room // 4)
         left_out = len(tokens) - head - tail
         note = element("span", f" […{left_out:,} of {len(tokens):,} tokens left out…] ", class_="ft-dim")
         spans = [*spans[:head], note, *ends[len(ends) - tail :]]
     return element("pre", spans, dir="auto", class_="ft-heat")
+
+
+def _how_many_fit(pieces: Sequence[Html], room: int) -> int:
+    """How many of the pieces, from the first on, fit into `room` bytes."""
+    return sum(size <= room for size in accumulate(map(_bytes, pieces)))
 
 
 def _span(token: Token, heat: Heat) -> Html:
@@ -67,11 +72,12 @@ def _span(token: Token, heat: Heat) -> Html:
 
 
 def _tint(token: Token, heat: Heat) -> str | None:
-    value = token.probability if heat == "probability" else token.entropy
-    if math.isnan(value):
-        return None
+    """The class of its tint: t1 to t5, the darker the less likely; None where it has none."""
     bounds = _BOUNDS[heat]
-    level = sum(value < bound for bound in bounds) if heat == "probability" else sum(value > bound for bound in bounds)
+    if heat == "probability":
+        level = sum(token.probability < bound for bound in bounds)
+    else:
+        level = sum(token.entropy > bound for bound in bounds)
     return f"t{level}" if level else None
 
 
@@ -85,34 +91,46 @@ def _numbers(token: Token) -> str:
 
 
 def _alternatives(token: Token, most: int) -> str:
-    return " · ".join(
-        f"{visible(text, 40)} {number(math.exp(min(logprob, 0.0)), 2)}" for text, logprob in token.alternatives[:most]
-    )
+    """What was likely instead, with its probability."""
+    said = []
+    for text, logprob in token.alternatives[:most]:
+        probability = math.exp(min(logprob, 0.0))
+        said.append(f"{visible(text, 40)} {number(probability, 2)}")
+    return " · ".join(said)
 
 
 def token_table(tokens: Sequence[Token], room: int) -> Html:
     """A fold with a row a token: its place, text, probability, logprob, and where there are alternatives its entropy and
     what was likely instead. Of many tokens, the least likely, as many as fit into `room` bytes."""
     has_entropy = any(not math.isnan(token.entropy) for token in tokens)
-    headers = ["#", "token", "probability", "logprob", *(["entropy", "instead"] if has_entropy else [])]
+    headers = ["#", "token", "probability", "logprob"]
+    if has_entropy:
+        headers += ["entropy", "instead"]
     least_likely = sorted(range(len(tokens)), key=lambda place: _order(tokens[place].logprob))[:ROW_LIMIT]
     rows = {place: _row(place, tokens[place], has_entropy) for place in least_likely}
+
+    # Where the rows are too large, as many as fit if all were of the same size.
     size = _bytes(table(rows.values(), headers))
-    fit = len(rows) if size <= room - 100 else len(rows) * max(0, room - 500) // size
-    rows = {place: rows[place] for place in least_likely[:fit]}
-    if not rows:
+    shown = least_likely
+    if size > room - 100:
+        shown = least_likely[: len(rows) * max(0, room - 500) // size]
+    if not shown:
         return Html()
-    few = len(rows) < len(tokens)
-    title = f"the {len(rows):,} least likely of {len(tokens):,} tokens" if few else f"{len(tokens):,} tokens as a table"
-    return details(title, table([rows[place] for place in sorted(rows)], headers))
+    title = f"{len(tokens):,} tokens as a table"
+    if len(shown) < len(tokens):
+        title = f"the {len(shown):,} least likely of {len(tokens):,} tokens"
+    return details(title, table([rows[place] for place in sorted(shown)], headers))
 
 
 def _row(place: int, token: Token, has_entropy: bool) -> list[Any]:
     row = [place, element("code", visible(token.text, 60)), token.probability, token.logprob]
-    return [*row, token.entropy, _alternatives(token, 3)] if has_entropy else row
+    if has_entropy:
+        row += [token.entropy, _alternatives(token, 3)]
+    return row
 
 
 def _order(logprob: float) -> float:
+    """Unknown ones last."""
     return math.inf if math.isnan(logprob) else logprob
 
 
@@ -127,9 +145,11 @@ def heat_legend(heat: Heat) -> Html:
 
 def summary(tokens: Sequence[Token]) -> str:
     """ "12 tokens, mean logprob -0.31"."""
+    said = count(len(tokens), "token")
     known = [token.logprob for token in tokens if math.isfinite(token.logprob)]
-    count = f"{len(tokens):,} token" + "s" * (len(tokens) != 1)
-    return f"{count}, mean logprob {number(math.fsum(known) / len(known))}" if known else count
+    if not known:
+        return said
+    return f"{said}, mean logprob {number(math.fsum(known) / len(known))}"
 
 
 def visible(text: str | None, limit: int) -> str:
@@ -137,9 +157,10 @@ def visible(text: str | None, limit: int) -> str:
     if text is None:
         return "–"
     text = plain(cut(text, limit)).replace("\n", "↵").replace("\t", "⇥")
-    inside = text.strip(" ")
-    lead = len(text) - len(text.lstrip(" ")) if inside else len(text)
-    return "␣" * lead + inside + "␣" * (len(text) - lead - len(inside))
+    if not text.strip(" "):
+        return "␣" * len(text)
+    leading, trailing = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
+    return "␣" * leading + text.strip(" ") + "␣" * trailing
 
 
 def _bytes(markup: str) -> int:
