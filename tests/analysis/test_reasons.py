@@ -14,7 +14,9 @@ from finetune_nb.config import CurriculumSettings
 from finetune_nb.training.preview import basis_of, preview
 from finetune_nb.types import GROUP_REASONS, GroupReason
 
-ABOUT_CURRICULUM = [reason for reason in GroupReason if reason not in (GroupReason.UNDECIDED, GroupReason.NOT_SUBMITTED)]
+ABOUT_CURRICULUM = [
+    reason for reason in GroupReason if reason not in (GroupReason.UNDECIDED, GroupReason.NOT_SUBMITTED)
+]
 
 
 @pytest.mark.parametrize("reason", ABOUT_CURRICULUM)
