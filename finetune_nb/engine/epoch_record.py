@@ -160,8 +160,7 @@ def record(
     collection = watch.collection or TrajectoryCollection(trajectories=[], run_id=run_id)
     kept = _kept(watch.submitted, collection)
     if told is not None and len(told.statistics) == len(collection.trajectories) and _agrees(told, kept):
-        statistics, metrics = told.statistics, told.metrics
-        selection = replace(told.selection, settings=replace(told.selection.settings, schedule=settings.schedule))
+        statistics, metrics, selection = told.statistics, told.metrics, told.selection
     else:
         statistics = group_statistics(collection.trajectories)
         selection = infer_selection(statistics, kept, settings, state)

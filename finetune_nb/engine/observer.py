@@ -15,11 +15,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from ..components.builder import Builder
+from ..config.sections import section_of
 from ..hooks import observe, unobserve
 from ..interfaces import Trainer
 from ..redaction import redact_text
 from ..rollouts.evaluation import EvaluationContext, evaluation_context, progress
 from ..training.curriculum import state_from_dict, state_to_dict, steer
+from ..training.trainer import EpochTrainer
 from ..types import CurriculumSettings, Epoch, TrainingJobRef, TrainingJobStatus, TrajectoryCollection
 from .epoch_record import Watch, record, settled_late, told_by, validation_of
 from .live_settings import Controls, put
@@ -53,7 +55,6 @@ class Witness:
         self._components, self._config = components, components.config
         self.watch: Watch | None = None
         """What is seen of the running epoch."""
-        self._initial_percentile = trainer.run_config.curriculum_learning.initial_percentile
         self._recent: deque[tuple[int, TrajectoryCollection]] = deque(maxlen=3)  # epochs that may be submitted late
         self._late: list[tuple[int, TrajectoryCollection, TrainingJobRef]] = []  # submitted after their epoch's record
         self._ask = self.adapter.status
@@ -164,7 +165,11 @@ class Witness:
         if trainer._curriculum_state is not None:
             state = steer(state_from_dict(trainer._curriculum_state), settings, epoch, resumed)
             trainer._curriculum_state = {**trainer._curriculum_state, **state_to_dict(state)}
-            trainer.curriculum_config = settings.to_config(self._initial_percentile)
+            initial_percentile = trainer.run_config.curriculum_learning.initial_percentile
+            trainer.curriculum_config = section_of(settings, initial_percentile)
+            if isinstance(trainer, EpochTrainer):
+                # The section has no field for percentile and schedule; a Trainer of ours takes the settings themselves.
+                trainer.curriculum_settings = settings
         return settings
 
     # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ from typing import Any
 from ..components.builder import Builder
 from ..components.registry import register_trainer
 from ..config.base import TrainerConfig
+from ..config.sections import settings_from
 from ..errors import BackendError, JobFailed, RunError, StoreError
 from ..interfaces import Trainer
 from ..redaction import error_text, redacting_logger
@@ -49,6 +50,9 @@ class EpochTrainer(Trainer):
     def __init__(self, trainer_config: TrainerConfig, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(trainer_config, **kwargs)
         self.seed = seed
+        self.curriculum_settings: CurriculumSettings | None = None
+        """The curriculum in force, set before each selection by whoever steers it, such as a Run. None: nobody does, and
+        `curriculum_config` counts."""
         self.selection: Selection | None = None
         """What the last epoch's curriculum chose."""
         self.statistics: GroupStatistics | None = None
@@ -91,7 +95,9 @@ class EpochTrainer(Trainer):
     ) -> TrajectoryCollection:
         """The groups that the curriculum keeps, in its order. All of them where it is switched off."""
         statistics = group_statistics(trajectory_collection.trajectories)
-        settings = CurriculumSettings.from_config(self.curriculum_config)
+        settings = self.curriculum_settings
+        if settings is None:
+            settings = settings_from(self.curriculum_config)
         selection = select(statistics, settings, state_from_dict(self._curriculum_state), epoch, self.seed)
         self.selection, self.statistics = selection, statistics
         self._curriculum_state |= state_to_dict(selection.state)
