@@ -7,7 +7,9 @@ from agents import coin, guess, right
 from foreign_trainer import ForeignTrainer, ten_groups
 
 import finetune_nb as ft
+from finetune_nb.engine.observer import curriculum_of, set_curriculum
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
+from finetune_nb.types import CurriculumState
 
 
 @pytest.fixture
@@ -80,3 +82,71 @@ async def test_somebody_elses_trainer_gets_the_section_and_the_state_and_nothing
     assert trainer._curriculum_state["my_own"] == "kept"
     assert not hasattr(trainer, "curriculum_settings")
     assert epoch.curriculum == run.curriculum
+
+
+# ── state and settings, in and out of any Trainer ────────────────────────────────────────────────────────────────────
+
+
+async def initialized(trainer: ft.Trainer, section: ft.CurriculumLearningConfig | None = None) -> ft.Trainer:
+    await trainer.bind_components(ScriptedBuilder(ten_groups), FakeAdapter(policy=ScriptedPolicy(coin)))
+    await trainer.initialize(ft.FinetuneConfig(curriculum_learning=section or ft.CurriculumLearningConfig()))
+    return trainer
+
+
+HALFWAY = CurriculumState(percentile=0.6, last_expansion_epoch=4, total_groups=10, included_groups=frozenset({0, 2}))
+
+
+@pytest.mark.parametrize("kind", [ft.EpochTrainer, Noting])
+async def test_a_state_that_is_put_in_comes_out_again_and_the_settings_stay(kind):
+    trainer = await initialized(kind(ft.EpochTrainerConfig()))
+    section = trainer.curriculum_config
+    assert curriculum_of(trainer) == CurriculumState(percentile=0.3)
+    set_curriculum(trainer, HALFWAY)
+    assert curriculum_of(trainer) == HALFWAY
+    assert trainer.curriculum_config is section
+    assert getattr(trainer, "curriculum_settings", None) is None
+
+
+async def test_settings_are_put_in_with_the_percentile_that_the_run_started_with():
+    section = ft.CurriculumLearningConfig(enabled=True, initial_percentile=0.2)
+    trainer = await initialized(ft.EpochTrainer(ft.EpochTrainerConfig()), section)
+    settings = ft.CurriculumSettings(enabled=True, percentile=0.6, schedule="manual", sort_ascending=True)
+    set_curriculum(trainer, HALFWAY, settings)
+    assert trainer.curriculum_settings == settings
+    assert trainer.curriculum_config == section.model_copy(update={"sort_ascending": True})
+
+
+async def test_keys_of_a_trainers_own_and_the_dict_itself_stay():
+    trainer = await initialized(Noting(ft.TrainerConfig()))
+    held = trainer._curriculum_state  # by somebody who shares it, such as a trainer that wraps another one
+    set_curriculum(trainer, HALFWAY, ft.CurriculumSettings(enabled=True))
+    assert held is trainer._curriculum_state
+    assert held == {
+        "current_percentile": 0.6,
+        "last_expansion_epoch": 4,
+        "total_groups": 10,
+        "included_groups": {0, 2},
+        "my_own": "kept",
+    }
+
+
+class WithoutState(ForeignTrainer):
+    async def initialize(self, run_config):
+        await super().initialize(run_config)
+        self._curriculum_state = self.curriculum_config = None
+
+
+async def test_a_trainer_that_keeps_no_state_of_a_curriculum_is_left_alone(make_run):
+    trainer = WithoutState(ft.TrainerConfig())
+    run = make_run(trainer=trainer, curriculum={})
+    epoch = await run.next_epoch()
+    assert epoch.job.status == "completed"
+    assert curriculum_of(trainer) is None
+    assert (trainer._curriculum_state, trainer.curriculum_config) == (None, None)
+
+
+async def test_a_state_that_nobody_can_read_is_a_config_error():
+    trainer = await initialized(ForeignTrainer(ft.TrainerConfig()))
+    trainer._curriculum_state = {"percentile": 0.5}
+    with pytest.raises(ft.ConfigError, match="expected a mapping with current_percentile"):
+        curriculum_of(trainer)
