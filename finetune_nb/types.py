@@ -771,27 +771,31 @@ class TrainingJobStatus(BaseModel):
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """What an epoch looked like in numbers. Rewards are over all trajectories that have a finite one."""
+    """What an epoch looked like in numbers. Rewards are over all trajectories that have a finite one.
 
-    mean_reward: float
-    min_reward: float
-    max_reward: float
+    Every number is a column of the frame of epochs, in this order. Metrics sinks get those with a "log" in their metadata,
+    by that name.
+    """
+
+    mean_reward: float = field(metadata={"log": "reward/mean"})
+    min_reward: float = field(metadata={"log": "reward/min"})
+    max_reward: float = field(metadata={"log": "reward/max"})
+    kept_mean_reward: float = field(metadata={"log": "reward/trained_on"})
     group_quantiles: tuple[float, float, float]
     """10, 50 and 90 % quantiles of the groups' mean rewards: how easy and how hard the examples were."""
-    trajectories: int
-    groups: int
-    failures: int
-    groups_with_spread: int
+    trajectories: int = field(metadata={"log": "rollouts/finished"})
+    groups: int = field(metadata={"log": "groups/all"})
+    groups_with_spread: int = field(metadata={"log": "groups/with_spread"})
     """Groups whose rewards differ: only these can teach."""
     kept_trajectories: int
-    kept_groups: int
-    kept_mean_reward: float
-    sampled_tokens: int
+    kept_groups: int = field(metadata={"log": "groups/trained_on"})
+    failures: int = field(metadata={"log": "rollouts/failed"})
+    sampled_tokens: int = field(metadata={"log": "rollouts/sampled_tokens"})
     """Tokens that the policy sampled, in all trajectories."""
     continued_turns: int | None = None
-    """Sampled turns that carry a conversation on. None in records from before these were counted."""
-    drifted_turns: int | None = None
-    """Those of them that were rendered anew, not behind the sampled ids; each is trained on by itself."""
+    """Sampled turns that continue a conversation. None in records from before these were counted."""
+    drifted_turns: int | None = field(default=None, metadata={"log": "rollouts/drifted_turns"})
+    """Those of them that were rendered anew instead of continuing the sampled ids; each is trained on by itself."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Mean of every evaluator, by name."""
 

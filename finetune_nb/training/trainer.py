@@ -33,11 +33,28 @@ from .curriculum import group_statistics, keep, select, state_from_dict, state_t
 from .metrics import epoch_metrics
 
 __all__ = [
+    "NAT_NAMES",
     "EpochTrainer",
     "EpochTrainerConfig",
 ]
 
 logger = redacting_logger(__name__)
+
+NAT_NAMES = {
+    "avg_reward": "mean_reward",
+    "min_reward": "min_reward",
+    "max_reward": "max_reward",
+    "num_trajectories": "trajectories",
+    "num_groups": "groups",
+}
+"""What the NeMo Agent Toolkit calls a number in its logs -> the field of EpochMetrics."""
+OUR_NAMES = {
+    "num_failures": "failures",
+    "groups_with_spread": "groups_with_spread",
+    "sampled_tokens": "sampled_tokens",
+    "drifted_turns": "drifted_turns",
+}
+"""Numbers of the same logs that the Toolkit does not have -> the field."""
 
 
 class EpochTrainerConfig(TrainerConfig, name="epoch_trainer"):
@@ -126,28 +143,24 @@ class EpochTrainer(Trainer):
         return ref
 
     def _epoch_metrics(self, epoch: int, selected: TrajectoryCollection) -> dict[str, Any]:
-        """The numbers of the log line, by the names that the NeMo Agent Toolkit gives them, and ours behind."""
+        """The numbers of the log line, by the names that the NeMo Agent Toolkit gives them, and ours after them."""
         found = self.metrics
         assert found is not None
+        # What is submitted, which the epoch's metrics do not count: a subclass may choose once more.
         rewards = [t.reward for group in selected.trajectories for t in group if math.isfinite(t.reward)]
-        return {
-            "avg_reward": found.mean_reward,
-            "min_reward": found.min_reward,
-            "max_reward": found.max_reward,
-            "num_trajectories": found.trajectories,
-            "num_groups": found.groups,
+        filtered = {
             "filtered_trajectories": sum(map(len, selected.trajectories)),
             "filtered_groups": len(selected.trajectories),
             "filtered_avg_reward": sum(rewards) / len(rewards) if rewards else math.nan,
             "filtered_min_reward": min(rewards, default=math.nan),
             "filtered_max_reward": max(rewards, default=math.nan),
-            "curriculum_percentile": self._curriculum_state["current_percentile"]
-            if self.curriculum_config.enabled
-            else 1.0,
-            "num_failures": found.failures,
-            "groups_with_spread": found.groups_with_spread,
-            "sampled_tokens": found.sampled_tokens,
-            "drifted_turns": found.drifted_turns,
+        }
+        steered = self.curriculum_config.enabled
+        return {
+            **{name: getattr(found, field) for name, field in NAT_NAMES.items()},
+            **filtered,
+            "curriculum_percentile": self._curriculum_state["current_percentile"] if steered else 1.0,
+            **{name: getattr(found, field) for name, field in OUR_NAMES.items()},
             "scores": dict(found.scores),
         }
 
