@@ -12,24 +12,25 @@ import dataclasses
 import json
 import math
 import numbers
+import operator
 import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
+from pydantic.fields import FieldInfo
 
 from .errors import ConfigError, did_you_mean
-from .hooks import shown_by
+from .hooks import resolve, shown_by
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from .config.sections import CurriculumLearningConfig
 
 __all__ = [
     "Change",
@@ -327,61 +328,53 @@ class EvaluationRunOutput(BaseModel):
     """Items whose workflow raised, hung or returned nothing; no evaluator saw them."""
 
 
+# The curriculum's fields: type, limits and text of each. Two classes have them: CurriculumSettings, which is the curriculum
+# at one moment, and the config section CurriculumLearningConfig, which says where a run starts.
+Enabled = Annotated[bool, Field(description="False: every group is trained on, whatever the rest says.")]
+Percentile = Annotated[
+    float, Field(gt=0, le=1, description="Share of the groups with spread that is trained on, in (0, 1].")
+]
+IncrementPercentile = Annotated[
+    float, Field(gt=0, le=1, description="Added to the share at every automatic expansion, in (0, 1].")
+]
+ExpansionInterval = Annotated[int, Field(ge=1, description="Epochs between two expansions, at least 1.")]
+MinRewardDiff = Annotated[
+    float,
+    Field(ge=0, description="A group whose rewards lie closer together teaches nothing and is left out. At least 0."),
+]
+SortAscending = Annotated[bool, Field(description="True: low mean rewards (hard examples) first.")]
+RandomSubsample = Annotated[
+    float | None,
+    Field(gt=0, le=1, description="Share of the selected groups that is drawn at random, in (0, 1]; None: all."),
+]
+
+
 @dataclass(frozen=True)
 class CurriculumSettings:
     """The curriculum at one moment of a run. A value: `updated` makes another one. Wrong values raise ConfigError."""
 
-    enabled: bool = False
-    percentile: float = 0.3
-    """Share of the groups with spread that is trained on, in (0, 1]."""
+    enabled: Enabled = False
+    percentile: Percentile = 0.3
     schedule: Literal["automatic", "manual"] = "automatic"
     """Whether the percentile grows by itself, or stays where it was put."""
-    increment_percentile: float = 0.2
-    """Added at every automatic expansion, in (0, 1]."""
-    expansion_interval: int = 5
-    """Epochs between two expansions, at least 1."""
-    min_reward_diff: float = 0.1
-    """Smallest spread of a group's rewards that teaches, at least 0."""
-    sort_ascending: bool = False
-    """True: low mean rewards (hard examples) first."""
-    random_subsample: float | None = None
-    """Share of the selected groups that is drawn at random, in (0, 1]; None: all."""
+    increment_percentile: IncrementPercentile = 0.2
+    expansion_interval: ExpansionInterval = 5
+    min_reward_diff: MinRewardDiff = 0.1
+    sort_ascending: SortAscending = False
+    random_subsample: RandomSubsample = None
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "sort_ascending"):
-            self._check(name, isinstance(getattr(self, name), bool), "True or False")
-        self._check("schedule", self.schedule in ("automatic", "manual"), "'automatic' or 'manual'")
-        self._check(
-            "expansion_interval", _is(numbers.Integral, self.expansion_interval, 1), "a whole number of at least 1"
-        )
-        self._check("min_reward_diff", _is(numbers.Real, self.min_reward_diff, 0), "a number of at least 0")
-        for name in ("percentile", "increment_percentile", "random_subsample"):
-            value = getattr(self, name)
-            if name != "random_subsample" or value is not None:
-                self._check(name, _is(numbers.Real, value, 0) and 0 < value <= 1, "a number above 0 and at most 1")
-        # A numpy number would make two equal settings print and store differently.
-        object.__setattr__(self, "expansion_interval", int(self.expansion_interval))
-        for name in ("percentile", "increment_percentile", "min_reward_diff", "random_subsample"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, float(getattr(self, name)))
-
-    def _check(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ConfigError(f"curriculum: {name} is {getattr(self, name)!r}; expected {expected}.")
+        for name, info in _curriculum_fields().items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), info))
 
     @classmethod
-    def from_config(cls, config: CurriculumLearningConfig) -> CurriculumSettings:
-        """The settings with which a run starts."""
-        values = config.model_dump()
-        return cls(percentile=values.pop("initial_percentile"), **values)
+    def from_config(cls, config: BaseModel) -> CurriculumSettings:
+        """The settings with which a run of that CurriculumLearningConfig starts."""
+        return resolve("finetune_nb.config.sections:settings_from")(config)
 
-    def to_config(self, initial_percentile: float) -> CurriculumLearningConfig:
-        """The same as a config section; `initial_percentile` is where the run started."""
-        from .config.sections import CurriculumLearningConfig
-
-        values = dataclasses.asdict(self)
-        del values["percentile"], values["schedule"]
-        return CurriculumLearningConfig(initial_percentile=initial_percentile, **values)
+    def to_config(self, initial_percentile: float) -> Any:
+        """The same as a CurriculumLearningConfig; `initial_percentile` is where the run started."""
+        return resolve("finetune_nb.config.sections:section_of")(self, initial_percentile)
 
     def updated(self, changes: Mapping[str, Any] | CurriculumSettings) -> CurriculumSettings:
         """These settings with `changes`, the rest as it is. A percentile given without a schedule stays where it is
@@ -405,8 +398,57 @@ class CurriculumSettings:
         return self.schedule == "automatic" and (before.schedule == "manual" or before.percentile != self.percentile)
 
 
-def _is(kind: type, value: Any, least: float) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value >= least  # type: ignore[arg-type, operator]
+@cache
+def _curriculum_fields() -> dict[str, FieldInfo]:
+    """The fields of CurriculumSettings with their types and limits, as declared above."""
+    hints = get_type_hints(CurriculumSettings, include_extras=True)
+    return {name: FieldInfo.from_annotation(hint) for name, hint in hints.items()}
+
+
+_LIMITS = {
+    "gt": (operator.gt, "above"),
+    "ge": (operator.ge, "of at least"),
+    "le": (operator.le, "and at most"),
+}
+"""Limits of a number, as pydantic calls them: how each is tested, and how it reads in an error."""
+
+
+def _checked(name: str, value: Any, info: FieldInfo) -> Any:
+    """A curriculum setting as plain Python. Raises ConfigError for a value of another type or outside the limits."""
+    kind = info.annotation
+    if value is None and type(None) in get_args(kind):
+        return None
+    if kind is bool:
+        holds, expected = isinstance(value, bool), "True or False"
+    elif get_origin(kind) is Literal:
+        choices = get_args(kind)
+        holds, expected = value in choices, " or ".join(repr(choice) for choice in choices)
+    else:
+        holds, expected = _is_number(value, kind is int, info.metadata)
+
+    if not holds:
+        raise ConfigError(f"curriculum: {name} is {value!r}; expected {expected}.")
+    # A numpy number would make two equal settings print and store differently.
+    if kind is int and isinstance(value, numbers.Integral):
+        return int(value)
+    if kind is not bool and isinstance(value, numbers.Real):
+        return float(value)
+    return value
+
+
+def _is_number(value: Any, whole: bool, limits: Sequence[Any]) -> tuple[bool, str]:
+    """Whether the value is a number within the limits, and in words what such a number is."""
+    expected = "a whole number" if whole else "a number"
+    kind = numbers.Integral if whole else numbers.Real
+    # True counts as 1 in Python, and an upper limit is not always there to catch inf.
+    holds = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]
+    for limit in limits:
+        for name, (within, words) in _LIMITS.items():
+            bound = getattr(limit, name, None)
+            if bound is not None:
+                holds = holds and within(value, bound)
+                expected += f" {words} {bound}"
+    return holds, expected
 
 
 @dataclass(frozen=True)
@@ -729,27 +771,31 @@ class TrainingJobStatus(BaseModel):
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """What an epoch looked like in numbers. Rewards are over all trajectories that have a finite one."""
+    """What an epoch looked like in numbers. Rewards are over all trajectories that have a finite one.
 
-    mean_reward: float
-    min_reward: float
-    max_reward: float
+    Every number is a column of the frame of epochs, in this order. Metrics sinks get those with a "log" in their metadata,
+    by that name.
+    """
+
+    mean_reward: float = field(metadata={"log": "reward/mean"})
+    min_reward: float = field(metadata={"log": "reward/min"})
+    max_reward: float = field(metadata={"log": "reward/max"})
+    kept_mean_reward: float = field(metadata={"log": "reward/trained_on"})
     group_quantiles: tuple[float, float, float]
     """10, 50 and 90 % quantiles of the groups' mean rewards: how easy and how hard the examples were."""
-    trajectories: int
-    groups: int
-    failures: int
-    groups_with_spread: int
+    trajectories: int = field(metadata={"log": "rollouts/finished"})
+    groups: int = field(metadata={"log": "groups/all"})
+    groups_with_spread: int = field(metadata={"log": "groups/with_spread"})
     """Groups whose rewards differ: only these can teach."""
     kept_trajectories: int
-    kept_groups: int
-    kept_mean_reward: float
-    sampled_tokens: int
+    kept_groups: int = field(metadata={"log": "groups/trained_on"})
+    failures: int = field(metadata={"log": "rollouts/failed"})
+    sampled_tokens: int = field(metadata={"log": "rollouts/sampled_tokens"})
     """Tokens that the policy sampled, in all trajectories."""
     continued_turns: int | None = None
-    """Sampled turns that carry a conversation on. None in records from before these were counted."""
-    drifted_turns: int | None = None
-    """Those of them that were rendered anew, not behind the sampled ids; each is trained on by itself."""
+    """Sampled turns that continue a conversation. None in records from before these were counted."""
+    drifted_turns: int | None = field(default=None, metadata={"log": "rollouts/drifted_turns"})
+    """Those of them that were rendered anew instead of continuing the sampled ids; each is trained on by itself."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Mean of every evaluator, by name."""
 

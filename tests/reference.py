@@ -15,9 +15,10 @@ import re
 import textwrap
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import finetune_nb
@@ -76,8 +77,18 @@ def own_notes(cls: type) -> dict[str, tuple[str, str]]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             below = after.value if isinstance(after, ast.Expr) else None
             text = below.value if isinstance(below, ast.Constant) and isinstance(below.value, str) else ""
-            notes[node.target.id] = (ast.unparse(node.annotation), inspect.cleandoc(text))
+            annotation, shared = _shared(cls, ast.unparse(node.annotation))
+            notes[node.target.id] = (annotation, inspect.cleandoc(text) or shared)
     return notes
+
+
+def _shared(cls: type, annotation: str) -> tuple[str, str]:
+    """(type, text) of an annotation that is the name of an `Annotated` type with a text, which several classes use. Any
+    other annotation as it is, without a text."""
+    found = getattr(inspect.getmodule(cls), annotation, None)
+    if get_origin(found) is not Annotated:
+        return annotation, ""
+    return inspect.formatannotation(get_args(found)[0]), FieldInfo.from_annotation(found).description or ""
 
 
 def notes_of(cls: type) -> dict[str, tuple[str, str]]:

@@ -42,6 +42,7 @@ NAMED_EXCEPTIONS = {
 NAMED_BY_STRING = {
     ("interfaces", "finetune_nb.rollouts.evaluation:EvaluationRun"): "the seed's default run_eval",
     ("types", "finetune_nb.views.*"): "how a noun shows itself",
+    ("types", "finetune_nb.config.sections:*"): "CurriculumSettings.from_config and to_config, which are public",
     ("training.preview", "finetune_nb.views.*"): "how a noun shows itself",
     ("analysis.group_comparison", "finetune_nb.views.*"): "how a noun shows itself",
     ("analysis.learning_signal", "finetune_nb.views.*"): "how a noun shows itself",

@@ -29,6 +29,16 @@ from pydantic import (
 
 from ..errors import did_you_mean
 from ..redaction import MASK, SHORTEST_SECRET, KeyPath, is_text, names_credential, plain_data, redact_text
+from ..types import (
+    CurriculumSettings,
+    Enabled,
+    ExpansionInterval,
+    IncrementPercentile,
+    MinRewardDiff,
+    Percentile,
+    RandomSubsample,
+    SortAscending,
+)
 from .base import (
     EvalDatasetBaseConfig,
     EvaluatorBaseConfig,
@@ -51,33 +61,42 @@ __all__ = [
     "Placeholder",
     "RaySettings",
     "RunSettings",
+    "section_of",
+    "settings_from",
 ]
 
 
 class CurriculumLearningConfig(BaseModel):
-    """Which groups of an epoch are trained on: those whose rewards differ, the best `percentile` of them first."""
+    """Which groups of an epoch are trained on: those whose rewards differ, the best `percentile` of them first. NAT checks
+    the limits of neither `min_reward_diff` nor `random_subsample`."""
 
-    enabled: bool = False
-    """False: every group is trained on, whatever the rest says."""
-    initial_percentile: float = 0.3
+    enabled: Enabled = False
+    initial_percentile: Percentile = 0.3
     """Share of the groups with spread that the first epochs train on, in (0, 1]."""
-    increment_percentile: float = 0.2
-    """Added to the share at every expansion, in (0, 1]."""
-    expansion_interval: int = Field(default=5, ge=1)
-    """Epochs between two expansions."""
-    min_reward_diff: float = Field(default=0.1, ge=0)
-    """A group whose rewards lie closer together teaches nothing and is left out. At least 0 (NAT: unchecked)."""
-    sort_ascending: bool = False
-    """True: low mean rewards (hard examples) first."""
-    random_subsample: float | None = Field(default=None, gt=0, le=1)
-    """Share of the selected groups that is drawn at random, in (0, 1] (NAT: unchecked); None: all."""
+    increment_percentile: IncrementPercentile = 0.2
+    expansion_interval: ExpansionInterval = 5
+    min_reward_diff: MinRewardDiff = 0.1
+    sort_ascending: SortAscending = False
+    random_subsample: RandomSubsample = None
 
-    @model_validator(mode="after")
-    def validate_percentiles(self) -> CurriculumLearningConfig:
-        for name in ("initial_percentile", "increment_percentile"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be between 0 and 1")
-        return self
+
+def settings_from(config: CurriculumLearningConfig) -> CurriculumSettings:
+    """The settings with which a run of this section starts."""
+    values = config.model_dump()
+    percentile = values.pop("initial_percentile")
+    return CurriculumSettings(percentile=percentile, **values)
+
+
+def section_of(settings: CurriculumSettings, initial_percentile: float) -> CurriculumLearningConfig:
+    """The settings as a section, for a Trainer that knows no other form. It has no field for `percentile` and `schedule`.
+
+    Args:
+        settings: The curriculum at one moment of a run.
+        initial_percentile: Where the run started.
+    """
+    values = dataclasses.asdict(settings)
+    del values["percentile"], values["schedule"]
+    return CurriculumLearningConfig(initial_percentile=initial_percentile, **values)
 
 
 ENGINES = ("local", "ray")

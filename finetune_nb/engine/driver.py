@@ -23,7 +23,7 @@ from ..rollouts.evaluation import EvaluationContext, Progress, dataset_of, evalu
 from ..rollouts.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from ..store.reader import PartialEpoch
 from ..threads import in_daemon_thread
-from ..training.curriculum import state_from_dict, state_to_dict
+from ..training.curriculum import state_from_dict
 from ..types import (
     EpisodeKey,
     Epoch,
@@ -36,7 +36,7 @@ from ..types import (
 )
 from .epoch_record import Watch, log_what_was_left
 from .live_settings import Controls, put
-from .observer import Witness
+from .observer import Witness, set_curriculum
 from .run_writer import Recorder, logging_to, take_up
 from .sinks import MetricsSink, Outlets
 from .state import Standing
@@ -123,8 +123,8 @@ class Driver:
         state = await self.recorder.weights.restore(self.adapter)
         take_up(self.controls, store)
         put(self.config, self.builder, self.controls.live_values())
-        if state is not None and state["curriculum"] and trainer._curriculum_state is not None:
-            trainer._curriculum_state |= state_to_dict(state_from_dict(state["curriculum"]))
+        if state is not None and state["curriculum"]:
+            set_curriculum(trainer, state_from_dict(state["curriculum"]))
         self._left = store.partial()
 
     @property
@@ -260,8 +260,7 @@ class Driver:
             except BaseException:
                 self._left = left  # it can be asked for again
                 raise
-            if self.trainer._curriculum_state is not None:
-                self.trainer._curriculum_state |= state_to_dict(left.selection.state)
+            set_curriculum(self.trainer, left.selection.state)
             self.controls.start_from(left.selection.settings, self.controls.journal, left.index + 1)
             epoch = await self._record(watch)
             log_what_was_left(watch, epoch, self.trainer, self.folder)

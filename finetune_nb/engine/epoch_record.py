@@ -21,6 +21,7 @@ from ..rollouts.evaluation import Progress
 from ..store.reader import PartialEpoch
 from ..training.curriculum import group_statistics, infer_selection
 from ..training.metrics import epoch_metrics
+from ..training.trainer import NAT_NAMES
 from ..types import (
     GROUP_REASONS,
     CurriculumSettings,
@@ -160,8 +161,7 @@ def record(
     collection = watch.collection or TrajectoryCollection(trajectories=[], run_id=run_id)
     kept = _kept(watch.submitted, collection)
     if told is not None and len(told.statistics) == len(collection.trajectories) and _agrees(told, kept):
-        statistics, metrics = told.statistics, told.metrics
-        selection = replace(told.selection, settings=replace(told.selection.settings, schedule=settings.schedule))
+        statistics, metrics, selection = told.statistics, told.metrics, told.selection
     else:
         statistics = group_statistics(collection.trajectories)
         selection = infer_selection(statistics, kept, settings, state)
@@ -275,13 +275,9 @@ def validation_of(epoch: int, version: int | None, metrics: Mapping[str, Any], s
 
 def log_what_was_left(watch: Watch, epoch: Epoch, trainer: Trainer, folder: Path) -> None:
     """The three log_progress are called once an epoch: those that someone else's Trainer left out are called here."""
-    found = epoch.metrics
-    metrics = {
-        "epoch": epoch.index,
-        "avg_reward": found.mean_reward,
-        "num_trajectories": found.trajectories,
-        "num_groups": found.groups,
-    }
+    metrics: dict[str, Any] = {"epoch": epoch.index}
+    for name in ("avg_reward", "num_trajectories", "num_groups"):
+        metrics[name] = getattr(epoch.metrics, NAT_NAMES[name])
     calls: dict[str, Callable[[], None]] = {
         "trainer": lambda: trainer.log_progress(epoch.index, metrics, str(folder)),
         "builder": lambda: trainer.trajectory_builder.log_progress(epoch.run_id, metrics, str(folder)),

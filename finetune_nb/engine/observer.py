@@ -15,12 +15,21 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from ..components.builder import Builder
+from ..config.sections import section_of
 from ..hooks import observe, unobserve
 from ..interfaces import Trainer
 from ..redaction import redact_text
 from ..rollouts.evaluation import EvaluationContext, evaluation_context, progress
 from ..training.curriculum import state_from_dict, state_to_dict, steer
-from ..types import CurriculumSettings, Epoch, TrainingJobRef, TrainingJobStatus, TrajectoryCollection
+from ..training.trainer import EpochTrainer
+from ..types import (
+    CurriculumSettings,
+    CurriculumState,
+    Epoch,
+    TrainingJobRef,
+    TrainingJobStatus,
+    TrajectoryCollection,
+)
 from .epoch_record import Watch, record, settled_late, told_by, validation_of
 from .live_settings import Controls, put
 from .run_writer import Recorder
@@ -28,12 +37,44 @@ from .state import Standing
 
 __all__ = [
     "Witness",
+    "curriculum_of",
+    "set_curriculum",
 ]
 
 ASK_EVERY = 1.0
 """Seconds between two questions to an adapter how far its job is."""
 KEEP_EVERY = 2.0
 """Seconds between two batches of rollouts that are put into the folder as they come in."""
+
+
+def curriculum_of(trainer: Trainer) -> CurriculumState | None:
+    """Where a Trainer's curriculum stands; None for a Trainer that keeps no state of one.
+
+    Raises:
+        ConfigError: Its `_curriculum_state` is not what `Trainer.initialize` makes.
+    """
+    if not trainer._curriculum_state:
+        return None
+    return state_from_dict(trainer._curriculum_state)
+
+
+def set_curriculum(trainer: Trainer, state: CurriculumState, settings: CurriculumSettings | None = None) -> None:
+    """Puts a curriculum into a Trainer, ours or somebody else's. Does nothing to one that keeps no state of it.
+
+    Args:
+        trainer: Keys of its own in its `_curriculum_state` stay.
+        state: Where the curriculum stands.
+        settings: What the next selection uses. Default: what the trainer has.
+    """
+    if trainer._curriculum_state is None:
+        return
+    trainer._curriculum_state |= state_to_dict(state)
+    if settings is None:
+        return
+    trainer.curriculum_config = section_of(settings, trainer.run_config.curriculum_learning.initial_percentile)
+    if isinstance(trainer, EpochTrainer):
+        # The section has no field for percentile and schedule; a Trainer of ours takes the settings themselves.
+        trainer.curriculum_settings = settings
 
 
 class Witness:
@@ -53,7 +94,6 @@ class Witness:
         self._components, self._config = components, components.config
         self.watch: Watch | None = None
         """What is seen of the running epoch."""
-        self._initial_percentile = trainer.run_config.curriculum_learning.initial_percentile
         self._recent: deque[tuple[int, TrajectoryCollection]] = deque(maxlen=3)  # epochs that may be submitted late
         self._late: list[tuple[int, TrajectoryCollection, TrainingJobRef]] = []  # submitted after their epoch's record
         self._ask = self.adapter.status
@@ -160,11 +200,9 @@ class Witness:
     def _steer(self, epoch: int) -> CurriculumSettings:
         """Puts the pending controls into the trainer, right before it selects."""
         settings, resumed = self.controls.apply(epoch)
-        trainer = self.trainer
-        if trainer._curriculum_state is not None:
-            state = steer(state_from_dict(trainer._curriculum_state), settings, epoch, resumed)
-            trainer._curriculum_state = {**trainer._curriculum_state, **state_to_dict(state)}
-            trainer.curriculum_config = settings.to_config(self._initial_percentile)
+        state = curriculum_of(self.trainer)
+        if state is not None:
+            set_curriculum(self.trainer, steer(state, settings, epoch, resumed), settings)
         return settings
 
     # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -291,10 +329,9 @@ class Witness:
 
     def record(self, watch: Watch, error: Exception | None = None) -> Epoch:
         """The record of the epoch, as it stands."""
-        state = state_from_dict(self.trainer._curriculum_state) if self.trainer._curriculum_state else None
         settings = watch.settings or self.controls.applied
         told = watch.told or told_by(self.trainer)
-        return record(watch, self.run_id, told, settings, state, self.version, error)
+        return record(watch, self.run_id, told, settings, curriculum_of(self.trainer), self.version, error)
 
     def recorded(self, epoch: Epoch) -> None:
         """Jobs for its trajectories may still be submitted."""

@@ -12,13 +12,14 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import ConfigError
 from ..redaction import redacting_logger
 from ..store.json import append_jsonl
-from ..types import Epoch
+from ..types import Epoch, EpochMetrics
 
 __all__ = [
     "JsonlSink",
@@ -95,30 +96,36 @@ class WandbSink:
             self._run.finish()
 
 
+_GROUPS = ("reward", "groups", "rollouts")
+"""How the log names of EpochMetrics begin, in the order in which they are logged."""
+
+
+def _logged_fields() -> dict[str, str]:
+    """Log name -> field of EpochMetrics, the names of each group together."""
+    field_of = {field.metadata["log"]: field.name for field in fields(EpochMetrics) if "log" in field.metadata}
+    names = sorted(field_of, key=lambda name: _GROUPS.index(name.partition("/")[0]))
+    return {name: field_of[name] for name in names}
+
+
+_LOGGED = _logged_fields()
+
+
 def metrics_of(epoch: Epoch) -> dict[str, float]:
     """An epoch's numbers by name, in groups ("reward/mean", "train/loss", "seconds/total"). What is missing is left out:
     it would be drawn as 0, or stop a tracker that takes no NaN."""
-    values, curriculum = epoch.metrics, epoch.curriculum
-    found: dict[str, Any] = {
-        "reward/mean": values.mean_reward,
-        "reward/min": values.min_reward,
-        "reward/max": values.max_reward,
-        "reward/trained_on": values.kept_mean_reward,
-        "groups/all": values.groups,
-        "groups/with_spread": values.groups_with_spread,
-        "groups/trained_on": values.kept_groups,
-        "rollouts/finished": values.trajectories,
-        "rollouts/failed": values.failures,
-        "rollouts/sampled_tokens": values.sampled_tokens,
-        "rollouts/drifted_turns": values.drifted_turns,
-        "curriculum/percentile": curriculum.percentile if curriculum.enabled else None,
-        "validation/reward": epoch.validations[-1].mean_reward if epoch.validations else None,
-        **{f"score/{name}": value for name, value in values.scores.items()},
-        **{f"train/{name}": value for name, value in epoch.train_metrics.items()},
-        **{f"seconds/{name}": value for name, value in epoch.seconds.items()},
-    }
-    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
-    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+    found: dict[str, Any] = {name: getattr(epoch.metrics, field) for name, field in _LOGGED.items()}
+    if epoch.curriculum.enabled:
+        found["curriculum/percentile"] = epoch.curriculum.percentile
+    if epoch.validations:
+        found["validation/reward"] = epoch.validations[-1].mean_reward
+
+    # What there is of these depends on the evaluators and on the backend.
+    named = {"score": epoch.metrics.scores, "train": epoch.train_metrics, "seconds": epoch.seconds}
+    for group, values in named.items():
+        for name, value in values.items():
+            found[f"{group}/{name}"] = value
+
+    return {name: value for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 class Outlets:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from ..text import plain
-from ..types import Epoch, Validation
+from ..types import Epoch, EpochMetrics, Validation
 from .columns import Column, asked_for, column_of, columns_of, framed
 from .trajectories import REASONS, EpochColumns, chosen, is_example
 
@@ -62,25 +63,28 @@ def _status(job: Any) -> str | None:
     return None if job is None else str(job.status)
 
 
+_DTYPES = {"float": "float64", "int": "int64", "int | None": "Int64"}
+"""Of a number of EpochMetrics, by its annotation."""
+_QUANTILES = ("group_p10", "group_p50", "group_p90")
+
+
+def _metrics_columns() -> list[Column]:
+    """A column for each number of EpochMetrics, in the order in which it declares them."""
+    columns = []
+    for field in fields(EpochMetrics):
+        source = f"metrics.{field.name}"
+        if field.name == "group_quantiles":
+            for place, name in enumerate(_QUANTILES):
+                columns.append(Column(name, "float64", source=source, make=_at(place)))
+        elif field.type in _DTYPES:
+            columns.append(Column(field.name, _DTYPES[field.type], source=source))
+    return columns
+
+
 EPOCHS = (
     Column("epoch", "int64", source="index"),
     Column("started_at", "datetime, UTC", source="started_at"),
-    Column("mean_reward", "float64", source="metrics.mean_reward"),
-    Column("min_reward", "float64", source="metrics.min_reward"),
-    Column("max_reward", "float64", source="metrics.max_reward"),
-    Column("kept_mean_reward", "float64", source="metrics.kept_mean_reward"),
-    Column("group_p10", "float64", source="metrics.group_quantiles", make=_at(0)),
-    Column("group_p50", "float64", source="metrics.group_quantiles", make=_at(1)),
-    Column("group_p90", "float64", source="metrics.group_quantiles", make=_at(2)),
-    Column("trajectories", "int64", source="metrics.trajectories"),
-    Column("groups", "int64", source="metrics.groups"),
-    Column("groups_with_spread", "int64", source="metrics.groups_with_spread"),
-    Column("kept_trajectories", "int64", source="metrics.kept_trajectories"),
-    Column("kept_groups", "int64", source="metrics.kept_groups"),
-    Column("failures", "int64", source="metrics.failures"),
-    Column("sampled_tokens", "int64", source="metrics.sampled_tokens"),
-    Column("continued_turns", "Int64", source="metrics.continued_turns"),
-    Column("drifted_turns", "Int64", source="metrics.drifted_turns"),
+    *_metrics_columns(),
     Column("curriculum", "bool", source="curriculum.enabled"),
     Column("percentile", "float64", source="curriculum", make=_percentile),
     Column("schedule", "str", source="curriculum.schedule"),

@@ -13,6 +13,7 @@ from typing import Any
 from ..components.builder import Builder
 from ..components.registry import register_trainer
 from ..config.base import TrainerConfig
+from ..config.sections import settings_from
 from ..errors import BackendError, JobFailed, RunError, StoreError
 from ..interfaces import Trainer
 from ..redaction import error_text, redacting_logger
@@ -32,11 +33,28 @@ from .curriculum import group_statistics, keep, select, state_from_dict, state_t
 from .metrics import epoch_metrics
 
 __all__ = [
+    "NAT_NAMES",
     "EpochTrainer",
     "EpochTrainerConfig",
 ]
 
 logger = redacting_logger(__name__)
+
+NAT_NAMES = {
+    "avg_reward": "mean_reward",
+    "min_reward": "min_reward",
+    "max_reward": "max_reward",
+    "num_trajectories": "trajectories",
+    "num_groups": "groups",
+}
+"""What the NeMo Agent Toolkit calls a number in its logs -> the field of EpochMetrics."""
+OUR_NAMES = {
+    "num_failures": "failures",
+    "groups_with_spread": "groups_with_spread",
+    "sampled_tokens": "sampled_tokens",
+    "drifted_turns": "drifted_turns",
+}
+"""Numbers of the same logs that the Toolkit does not have -> the field."""
 
 
 class EpochTrainerConfig(TrainerConfig, name="epoch_trainer"):
@@ -49,6 +67,9 @@ class EpochTrainer(Trainer):
     def __init__(self, trainer_config: TrainerConfig, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(trainer_config, **kwargs)
         self.seed = seed
+        self.curriculum_settings: CurriculumSettings | None = None
+        """The curriculum in force, set before each selection by whoever steers it, such as a Run. None: nobody does, and
+        `curriculum_config` counts."""
         self.selection: Selection | None = None
         """What the last epoch's curriculum chose."""
         self.statistics: GroupStatistics | None = None
@@ -91,7 +112,9 @@ class EpochTrainer(Trainer):
     ) -> TrajectoryCollection:
         """The groups that the curriculum keeps, in its order. All of them where it is switched off."""
         statistics = group_statistics(trajectory_collection.trajectories)
-        settings = CurriculumSettings.from_config(self.curriculum_config)
+        settings = self.curriculum_settings
+        if settings is None:
+            settings = settings_from(self.curriculum_config)
         selection = select(statistics, settings, state_from_dict(self._curriculum_state), epoch, self.seed)
         self.selection, self.statistics = selection, statistics
         self._curriculum_state |= state_to_dict(selection.state)
@@ -120,28 +143,24 @@ class EpochTrainer(Trainer):
         return ref
 
     def _epoch_metrics(self, epoch: int, selected: TrajectoryCollection) -> dict[str, Any]:
-        """The numbers of the log line, by the names that the NeMo Agent Toolkit gives them, and ours behind."""
+        """The numbers of the log line, by the names that the NeMo Agent Toolkit gives them, and ours after them."""
         found = self.metrics
         assert found is not None
+        # What is submitted, which the epoch's metrics do not count: a subclass may choose once more.
         rewards = [t.reward for group in selected.trajectories for t in group if math.isfinite(t.reward)]
-        return {
-            "avg_reward": found.mean_reward,
-            "min_reward": found.min_reward,
-            "max_reward": found.max_reward,
-            "num_trajectories": found.trajectories,
-            "num_groups": found.groups,
+        filtered = {
             "filtered_trajectories": sum(map(len, selected.trajectories)),
             "filtered_groups": len(selected.trajectories),
             "filtered_avg_reward": sum(rewards) / len(rewards) if rewards else math.nan,
             "filtered_min_reward": min(rewards, default=math.nan),
             "filtered_max_reward": max(rewards, default=math.nan),
-            "curriculum_percentile": self._curriculum_state["current_percentile"]
-            if self.curriculum_config.enabled
-            else 1.0,
-            "num_failures": found.failures,
-            "groups_with_spread": found.groups_with_spread,
-            "sampled_tokens": found.sampled_tokens,
-            "drifted_turns": found.drifted_turns,
+        }
+        steered = self.curriculum_config.enabled
+        return {
+            **{name: getattr(found, field) for name, field in NAT_NAMES.items()},
+            **filtered,
+            "curriculum_percentile": self._curriculum_state["current_percentile"] if steered else 1.0,
+            **{name: getattr(found, field) for name, field in OUR_NAMES.items()},
             "scores": dict(found.scores),
         }
 
