@@ -55,7 +55,9 @@ def failure_html(failure: RolloutFailure) -> str:
 
 def _failed(failure: RolloutFailure, room: int, setting: Setting) -> list[Html]:
     calls = [step.data.payload for step in failure.steps if step.data and isinstance(step.data.payload, LLMCall)]
-    messages = [*calls[-1].messages, {**calls[-1].reply, "finish_reason": calls[-1].finish_reason}] if calls else []
+    messages: list[dict[str, Any]] = []
+    if calls:
+        messages = [*calls[-1].messages, {**calls[-1].reply, MessageKey.FINISH_REASON: calls[-1].finish_reason}]
     so_far = f"{count(len(calls), 'model call')} until then" if calls else "no model call was recorded"
     return [
         bad("error: ", cut(failure.error, ERROR_LIMIT)),
@@ -97,7 +99,7 @@ def _turns(trajectory: Trajectory) -> list[Turn]:
 
 def _model_time(trajectory: Trajectory) -> str:
     """Seconds that the model took, over all turns; in a batch they wait for each other."""
-    known = [(getattr(item, "metadata", None) or {}).get("seconds") for item in trajectory.episode]
+    known = [(getattr(item, "metadata", None) or {}).get(MessageKey.SECONDS) for item in trajectory.episode]
     seconds = [float(value) for value in known if isinstance(value, Real) and math.isfinite(value)]
     return f"{duration(sum(seconds))} in {count(len(seconds), 'turn')}" if seconds else ""
 
@@ -278,7 +280,7 @@ def _standing(group: RolloutGroup) -> str:
 
 
 def _gist(turn: Turn, limit: int = 160) -> str:
-    calls = turn.metadata.get("tool_calls")
+    calls = turn.metadata.get(MessageKey.TOOL_CALLS)
     text = one_line(turn.content if isinstance(turn.content, str) else "", limit)
     return f"{text} → {one_line(calls, limit)}".strip() if calls else text
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import BackendError, ConfigError
 from ...training.batch import Experience, TokenSequence
+from ...types import MessageKey
 from .config import LocalGRPOConfig
 from .forward import TokenBatch, collate, micro_batches
 from .grpo import LossStatistics, policy_loss
@@ -204,7 +205,7 @@ class Learner:
             f"the mean; expected at most {longest:g} (max_logprob_gap). Nothing was trained. Likely causes: the tokens were "
             "not sampled as they are recorded (a chat template or tokenizer that differs, text that was tokenized again), "
             "other weights sampled them (stale, or of another run), an adapter that was on in one and off in the other, or "
-            "logprobs at another temperature than metadata['temperature'] says. Sample with this adapter's policy."
+            f"logprobs at another temperature than metadata[{MessageKey.TEMPERATURE!r}] says. Sample with this adapter's policy."
         )
 
     def _backward(

@@ -26,6 +26,7 @@ from ...types import (
     IntermediateStepType,
     InvocationNode,
     LLMCall,
+    MessageKey,
     OpenAIMessage,
     RolloutFailure,
     StreamEventData,
@@ -216,9 +217,9 @@ def _step_from_nat(step: Any, start: Any, call_of_id: Callable[[str], LLMCall | 
         known = call_of_id(str(told.get("id") or _get(message, "id") or ""))
         payload = known or {
             "logprobs": told.get("logprobs"),
-            "finish_reason": told.get("finish_reason"),
-            "token_ids": None,
-            "prompt_token_ids": None,
+            MessageKey.FINISH_REASON: told.get("finish_reason"),
+            MessageKey.TOKEN_IDS: None,
+            MessageKey.PROMPT_TOKEN_IDS: None,
         }
     return IntermediateStep.model_construct(
         parent_id=step.parent_id,

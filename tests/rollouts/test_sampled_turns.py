@@ -1,0 +1,148 @@
+"""A sampled turn: what the record of a message says, read in one place and written under the same keys."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from factories import item, make_trajectory
+
+from finetune_nb.errors import BackendError, MissingLogprobs
+from finetune_nb.llms.call_recorder import Episode
+from finetune_nb.rollouts.episodes import SampledTurn, chat_fields, episode_of
+from finetune_nb.training.batch import token_sequences
+from finetune_nb.training.jobs import check_exact
+from finetune_nb.types import (
+    DPOItem,
+    EpisodeItem,
+    EpisodeKey,
+    EvalInputItem,
+    LLMCall,
+    MessageKey,
+    SamplingParams,
+    Trajectory,
+)
+
+TOOL_CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+
+def call(**changes) -> LLMCall:
+    """A recorded call that has everything that a call can have."""
+    values = {
+        "episode": None,
+        "sequence": 0,
+        "model": "policy",
+        "messages": [{"role": "user", "content": "1+1"}],
+        "tools": None,
+        "reply": {"role": "assistant", "content": "", "tool_calls": [TOOL_CALL], "reasoning_content": "one more"},
+        "prompt_ids": [7, 8],
+        "response_ids": [9, 10],
+        "tokens": ["ad", "d"],
+        "logprobs": [-0.5, -0.25],
+        "finish_reason": "length",
+        "policy_version": 3,
+        "sampling": SamplingParams(temperature=0.7),
+        "seconds": 1.5,
+        "exact": True,
+        "top_logprobs": [{"ad": -0.5}, {"d": -0.25}],
+    }
+    return LLMCall(**{**values, **changes})
+
+
+def episode(*calls: LLMCall) -> list[EpisodeItem]:
+    steps = Episode(EpisodeKey("train", 0, 0, 0), calls=list(calls)).steps()
+    row = EvalInputItem(id="q", input_obj="", expected_output_obj="", full_dataset_entry={}, trajectory=steps)
+    return episode_of(row)[0]
+
+
+def test_a_sampled_turn_says_all_that_the_recorded_call_said():
+    question, answer = episode(call())
+    assert SampledTurn.of(question) is None
+    assert SampledTurn.of(answer) == SampledTurn(
+        ids=[9, 10],
+        prompt_ids=[7, 8],
+        tokens=["ad", "d"],
+        logprobs=[-0.5, -0.25],
+        alternatives=[{"ad": -0.5}, {"d": -0.25}],
+        temperature=0.7,
+        finish_reason="length",
+        seconds=1.5,
+        exact=True,
+        drifted=False,
+        conversation=0,
+        tool_calls=[TOOL_CALL],
+        reasoning="one more",
+    )
+
+
+def test_what_a_record_does_not_say_is_none_and_never_zero():
+    turn = SampledTurn.of(item("assistant", "4"))
+    assert turn is not None
+    assert (turn.ids, turn.prompt_ids, turn.tokens, turn.alternatives) == (None,) * 4
+    assert (turn.temperature, turn.finish_reason, turn.seconds, turn.exact, turn.reasoning) == (None,) * 5
+    assert (turn.logprobs, turn.drifted, turn.conversation, turn.tool_calls) == ([-0.5], False, 0, [])
+
+
+def test_a_conversation_begun_anew_and_a_prompt_rendered_anew_are_said_of_the_turn():
+    first = call(reply={"role": "assistant", "content": "2"})
+    drifted = call(messages=[*first.messages, first.reply, {"role": "user", "content": "+1"}], prompt_ids=[70, 80])
+    anew = call(messages=[{"role": "user", "content": "1+2"}])
+    turns = [turn for turn in map(SampledTurn.of, episode(first, drifted, anew)) if turn is not None]
+    assert [(turn.conversation, turn.drifted) for turn in turns] == [(0, False), (0, True), (1, False)]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        EpisodeItem(role="user", content="a", logprobs=[-1.0]),
+        EpisodeItem(role="assistant", content="a", logprobs=[]),
+        EpisodeItem(role="assistant", content="a", logprobs={"content": []}),
+        DPOItem(prompt="a", chosen_response="b", rejected_response="c"),
+    ],
+)
+def test_a_message_that_the_policy_did_not_sample_is_no_sampled_turn(message):
+    assert SampledTurn.of(message) is None
+
+
+@pytest.mark.parametrize("logprobs", ["high", 7, {"content": [{"p": 1}]}, [object()], [10**400]])
+def test_logprobs_that_nobody_can_read_raise_only_where_they_are_trained_on(logprobs):
+    message = EpisodeItem(role="assistant", content="a", logprobs=logprobs)
+    turn = SampledTurn.of(message)
+    assert turn is not None
+    assert turn.logprobs is None
+    with pytest.raises(MissingLogprobs, match="turn 0 of example 'q'"):
+        token_sequences(Trajectory(episode=[message], reward=1.0, metadata={"id": "q"}))
+
+
+def test_logprobs_of_a_chat_completion_are_read_as_floats():
+    message = EpisodeItem(role="assistant", content="a", logprobs={"content": [{"token": "a", "logprob": -2}]})
+    turn = SampledTurn.of(message)
+    assert turn is not None
+    assert turn.logprobs == [-2.0]
+
+
+def test_missing_ids_are_named_by_the_key_under_which_they_were_expected():
+    message = item("assistant", "4", token_ids=[52])
+    with pytest.raises(BackendError, match=r"has 1 logprobs but no metadata\['prompt_token_ids'\]"):
+        token_sequences(Trajectory(episode=[message], reward=1.0))
+    message = item("assistant", "4", prompt_token_ids=[50])
+    with pytest.raises(BackendError, match=r"has 1 logprobs but no metadata\['token_ids'\]"):
+        token_sequences(Trajectory(episode=[message], reward=1.0))
+
+
+def test_a_turn_that_is_not_trained_on_may_have_ids_that_are_not_exact():
+    trajectory = make_trajectory()
+    masked = EpisodeItem(role="assistant", content="an example", logprobs=[], metadata={MessageKey.EXACT: False})
+    trajectory.episode.insert(1, masked)  # type: ignore[arg-type]
+    check_exact([trajectory], allow_inexact=False)
+
+
+def test_fields_of_a_chat_message_are_those_that_are_there():
+    answer = {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "", "tool_calls": None, "seconds": math.nan}
+    assert chat_fields(answer) == {"tool_call_id": "c1"}
+    assert chat_fields(None) == {}
+
+
+def test_each_key_of_a_message_is_a_key_of_its_own():
+    keys = [value for name, value in vars(MessageKey).items() if name.isupper()]
+    assert len(keys) == len(set(keys)) == 14
