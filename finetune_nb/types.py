@@ -73,6 +73,7 @@ __all__ = [
     "TrajectoryCollection",
     "UsageStats",
     "Validation",
+    "finish_reason",
     "is_sampled",
     "logprob_count",
     "logprob_entries",
@@ -80,6 +81,7 @@ __all__ = [
     "plain_content",
     "readable_logprobs",
     "same_message",
+    "sampled_tokens",
 ]
 
 
@@ -856,6 +858,26 @@ def is_sampled(item: EpisodeItem | DPOItem) -> bool:
     if isinstance(item.logprobs, list | None):
         return item.logprobs != []
     return readable_logprobs(item.logprobs) != []
+
+
+def sampled_tokens(trajectory: Trajectory) -> int:
+    """How many tokens the policy sampled in all turns; 0 for preferences, and for logprobs in an unknown form."""
+    tokens = 0
+    for item in trajectory.episode:
+        if isinstance(item, EpisodeItem) and item.role == EpisodeItemRole.ASSISTANT:
+            tokens += logprob_count(item.logprobs)
+    return tokens
+
+
+def finish_reason(trajectory: Trajectory) -> str | None:
+    """Why the last turn that the policy sampled ended: "stop", "length" (cut at the token limit), "tool_calls", ...
+
+    None where the record does not say it of that turn, whatever it says of earlier ones, and where nothing was sampled.
+    """
+    for item in reversed(trajectory.episode):
+        if isinstance(item, EpisodeItem) and is_sampled(item):
+            return (item.metadata or {}).get(MessageKey.FINISH_REASON)
+    return None
 
 
 def logprob_count(logprobs: Any) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import BackendError, MissingLogprobs
 from ..rollouts.episodes import SampledTurn, sampled_turns
-from ..types import DPOItem, MessageKey, Trajectory, TrajectoryCollection
+from ..types import DPOItem, MessageKey, Trajectory, TrajectoryCollection, finish_reason
 from .curriculum import group_statistics
 from .metrics import advantages
 
@@ -132,7 +132,7 @@ def experience(
     trained: list[list[TokenSequence]] = []
     with_signal, cut = 0, 0
     for group in groups:
-        cut += sum(map(_is_truncated, group))
+        cut += sum(finish_reason(trajectory) == "length" for trajectory in group)
         weights = [next(advantage_of) for _ in group]
         if not any(weight for weight in weights if math.isfinite(weight)):
             continue
@@ -141,19 +141,13 @@ def experience(
             of_turns = list(turn_advantages(group, scale_rewards))
         of_group = []
         for trajectory, weight, of_turn in zip(group, weights, of_turns, strict=True):
-            if not math.isfinite(weight) or (truncated == "mask" and _is_truncated(trajectory)):
+            if not math.isfinite(weight) or (truncated == "mask" and finish_reason(trajectory) == "length"):
                 continue
             if sequences := token_sequences(trajectory, weight if of_turn is None else of_turn):
                 of_group.append(sequences)
         trained += of_group
         with_signal += bool(of_group)
     return Experience(trained, with_signal, len(groups) - with_signal, cut)
-
-
-def _is_truncated(trajectory: Trajectory) -> bool:
-    turns = sampled_turns(trajectory)
-    last = SampledTurn.of(trajectory.episode[turns[-1]]) if turns else None
-    return last is not None and last.finish_reason == "length"
 
 
 def token_sequences(trajectory: Trajectory, advantage: float | Sequence[float] = math.nan) -> list[TokenSequence]:

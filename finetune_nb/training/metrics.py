@@ -13,13 +13,12 @@ import numpy as np
 
 from ..rollouts.episodes import drift
 from ..types import (
-    EpisodeItemRole,
     EpochMetrics,
     GroupStatistics,
     Selection,
     Trajectory,
     TrajectoryCollection,
-    logprob_count,
+    sampled_tokens,
 )
 
 __all__ = [
@@ -103,14 +102,10 @@ def _mean(values: np.ndarray) -> float:
 
 def _tokens_and_scores(trajectories: Iterable[Trajectory]) -> tuple[int, dict[str, float]]:
     """Sampled tokens, and each evaluator's mean score, in one pass."""
-    assistant = EpisodeItemRole.ASSISTANT
     tokens = 0
     found: dict[str, list[float]] = {}
     for trajectory in trajectories:
-        for item in trajectory.episode:
-            logprobs = getattr(item, "logprobs", None)  # a preference has none
-            if logprobs is not None and item.role == assistant:  # type: ignore[union-attr]
-                tokens += logprob_count(logprobs)
+        tokens += sampled_tokens(trajectory)
         scores = (trajectory.metadata or {}).get("scores")
         if isinstance(scores, dict):
             for name, score in scores.items():

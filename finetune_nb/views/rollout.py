@@ -236,15 +236,14 @@ def _table(group: RolloutGroup, chosen: int | RolloutFailure) -> Html:
     rows: list[list[Any]] = []
     for place in group.best_first()[:ROWS]:
         trajectory = group.trajectories[place]
-        tokens, finish = _sampled(trajectory)
         rows.append(
             [
                 element("strong" if place == chosen else "span", short(group.generation(place), 20)),
                 bar(trajectory.reward) if bars else number(trajectory.reward),
                 signed(group.advantages[place]),
                 f"{len(trajectory.episode):,}",
-                f"{tokens:,}",
-                short(finish, 20),
+                f"{sampled_tokens(trajectory):,}",
+                short(finish_reason(trajectory) or "", 20),
             ]
         )
     for failure in group.failures[: ROWS - len(rows)]:
@@ -252,17 +251,6 @@ def _table(group: RolloutGroup, chosen: int | RolloutFailure) -> Html:
     caption = f"the first {ROWS} of {total:,} rollouts" if total > ROWS else None
     headers = ["generation", "reward", "advantage", "turns", "tokens", "ended with"]
     return table(rows, headers, caption)
-
-
-def _sampled(trajectory: Trajectory) -> tuple[int, Any]:
-    """How many tokens the policy sampled, and how the last turn ended that says so."""
-    tokens, finish = 0, ""
-    for item in trajectory.episode:
-        logprobs = getattr(item, "logprobs", None)  # a preference has none
-        entries = logprobs.get("content") if isinstance(logprobs, Mapping) else getattr(logprobs, "content", logprobs)
-        tokens += len(entries) if isinstance(entries, list | tuple) else 0
-        finish = (getattr(item, "metadata", None) or {}).get("finish_reason", finish)
-    return tokens, finish
 
 
 def _standing(group: RolloutGroup) -> str:

@@ -5,23 +5,33 @@ from __future__ import annotations
 import math
 
 import pytest
-from factories import item, make_trajectory
+from factories import collected, item, make_trajectory
 
+from finetune_nb.analysis.learning_signal import learning_signal
 from finetune_nb.errors import BackendError, MissingLogprobs
 from finetune_nb.llms.call_recorder import Episode
 from finetune_nb.rollouts.episodes import SampledTurn, chat_fields, episode_of
-from finetune_nb.training.batch import token_sequences
+from finetune_nb.training.batch import experience, token_sequences
+from finetune_nb.training.curriculum import group_statistics, select
 from finetune_nb.training.jobs import check_exact
+from finetune_nb.training.metrics import epoch_metrics
+from finetune_nb.training.preview import basis_of
 from finetune_nb.types import (
+    CurriculumSettings,
+    CurriculumState,
     DPOItem,
     EpisodeItem,
     EpisodeKey,
+    Epoch,
     EvalInputItem,
     LLMCall,
     MessageKey,
     SamplingParams,
     Trajectory,
+    finish_reason,
+    sampled_tokens,
 )
+from finetune_nb.views.rollout import RolloutView, rollout_group
 
 TOOL_CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 
@@ -146,3 +156,75 @@ def test_fields_of_a_chat_message_are_those_that_are_there():
 def test_each_key_of_a_message_is_a_key_of_its_own():
     keys = [value for name, value in vars(MessageKey).items() if name.isupper()]
     assert len(keys) == len(set(keys)) == 14
+
+
+# ── a trajectory ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def epoch_of(*trajectories: Trajectory) -> Epoch:
+    """An epoch with these rollouts."""
+    collection = collected(trajectories)
+    statistics = group_statistics(collection.trajectories)
+    settings = CurriculumSettings()
+    selection = select(statistics, settings, CurriculumState(settings.percentile), 0, seed=0)
+    return Epoch(
+        index=0,
+        run_id="run",
+        collection=collection,
+        statistics=statistics,
+        selection=selection,
+        job=None,
+        reason=None,
+        metrics=epoch_metrics(collection, statistics, selection),
+        validations=(),
+        policy_versions=(0, 0),
+        started_at=0.0,
+        seconds={},
+    )
+
+
+def said(*messages: EpisodeItem | DPOItem, reward: float = 0.0, generation: int = 0) -> Trajectory:
+    return Trajectory(episode=list(messages), reward=reward, metadata={"id": "q", "generation": generation})  # type: ignore[arg-type]
+
+
+QUESTION = item("user", "2+2")
+CUT = item("assistant", "it is", finish_reason="length", token_ids=[1, 2, 3, 4, 5], prompt_token_ids=[0])
+DONE = item("assistant", "4", finish_reason="stop", token_ids=[6], prompt_token_ids=[0, 1])
+SILENT = item("assistant", "4", token_ids=[6], prompt_token_ids=[0, 1])
+MASKED = EpisodeItem(role="assistant", content="three tokens long", logprobs=[], metadata={"finish_reason": "length"})
+AS_OPENAI = EpisodeItem(
+    role="assistant", content="4", logprobs={"content": [{"token": "4", "logprob": -0.5}]}, metadata={}
+)
+
+
+@pytest.mark.parametrize(
+    ("messages", "tokens", "reason"),
+    [
+        ([QUESTION, DONE], 1, "stop"),
+        ([QUESTION, DONE, QUESTION, CUT], 6, "length"),
+        ([QUESTION, CUT, QUESTION, DONE], 6, "stop"),
+        ([QUESTION, CUT, QUESTION, SILENT], 6, None),  # what an earlier turn said is not how this one ended
+        ([QUESTION, DONE, MASKED], 1, "stop"),  # nor is that of a turn that somebody else wrote
+        ([QUESTION, CUT, QUESTION, AS_OPENAI], 6, None),
+        ([QUESTION, MASKED], 0, None),
+        ([DPOItem(prompt="a", chosen_response="b", rejected_response="c")], 0, None),
+        ([], 0, None),
+    ],
+)
+def test_every_reader_counts_the_same_tokens_and_sees_the_same_end(messages, tokens, reason):
+    first, second = said(*messages), said(*messages, generation=1)
+    assert (sampled_tokens(first), finish_reason(first)) == (tokens, reason)
+    better = Trajectory(episode=[QUESTION], reward=1.0, metadata={"id": "r", "generation": 0})
+    epoch = epoch_of(first, second, better)
+    assert epoch.metrics.sampled_tokens == 2 * tokens
+    assert basis_of(epoch).tokens.tolist() == [2 * tokens, 0]
+    assert experience(epoch.collection).truncated == 2 * (reason == "length")
+    assert learning_signal(epoch).cut == 2 * (reason == "length")
+    shown = RolloutView(rollout_group(epoch, "q"), 0)._repr_html_()
+    assert f"<td>{tokens}</td><td>{reason or ''}</td>" in shown.replace(' class="num"', "")
+
+
+def test_a_trajectory_whose_last_reply_was_cut_is_masked_where_that_is_asked_for():
+    cut = [said(QUESTION, CUT, reward=1.0), said(QUESTION, DONE, reward=0.0, generation=1)]
+    assert len(experience(collected(cut), truncated="train").trajectories) == 2
+    assert len(experience(collected(cut), truncated="mask").trajectories) == 1
