@@ -73,6 +73,9 @@ __all__ = [
     "TrajectoryCollection",
     "UsageStats",
     "Validation",
+    "as_float",
+    "content_text",
+    "field_of",
     "finish_reason",
     "is_sampled",
     "logprob_count",
@@ -919,6 +922,25 @@ def logprob_values(logprobs: Any) -> list[float] | None:
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 _THINKING_TAG = re.compile(r"(</?think(?:ing)?>)\s*")
+
+
+def field_of(value: Any, name: str) -> Any:
+    """A key of a mapping, an attribute of anything else; None where it is not there."""
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def as_float(value: Any) -> float:
+    """A number as a float; NaN for anything else, and for an integer that no float holds."""
+    try:
+        return float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def content_text(content: Any) -> str:
+    """The content of a message in the OpenAI format as one text; pictures and other parts as JSON. Never raises."""
+    content = plain_content(content)
+    return content if isinstance(content, str) else as_json(content)
 
 
 def plain_content(content: Any) -> Any:

@@ -7,7 +7,6 @@ whatever stands around it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +23,10 @@ from ..types import (
     MessageKey,
     SamplingParams,
     Trajectory,
+    content_text,
+    field_of,
     is_sampled,
     logprob_values,
-    plain_content,
     readable_logprobs,
     same_message,
 )
@@ -119,23 +119,23 @@ def call_of(step: IntermediateStep) -> LLMCall | None:
     data = step.data
     if data is None or isinstance(data.payload, LLMCall):
         return data and data.payload
-    messages = data.input if isinstance(data.input, list) else [{"role": "user", "content": _text(data.input)}]
+    messages = data.input if isinstance(data.input, list) else [{"role": "user", "content": content_text(data.input)}]
     if not all(isinstance(message, Mapping) and "role" in message for message in messages):
-        messages = [{"role": "user", "content": _text(data.input)}]
+        messages = [{"role": "user", "content": content_text(data.input)}]
     payload = data.payload
-    logprobs = _get(payload, "logprobs") or _get(_get(payload, "response_metadata"), "logprobs")
+    logprobs = field_of(payload, "logprobs") or field_of(field_of(payload, "response_metadata"), "logprobs")
     return LLMCall(
         episode=None,
         sequence=0,
         model=step.name or "",
         messages=[dict(message) for message in messages],
         tools=None,
-        reply={"role": "assistant", "content": _text(data.output)},
-        prompt_ids=_get(payload, MessageKey.PROMPT_TOKEN_IDS),
-        response_ids=_get(payload, MessageKey.TOKEN_IDS),
+        reply={"role": "assistant", "content": content_text(data.output)},
+        prompt_ids=field_of(payload, MessageKey.PROMPT_TOKEN_IDS),
+        response_ids=field_of(payload, MessageKey.TOKEN_IDS),
         tokens=None,
         logprobs=logprob_values(logprobs),
-        finish_reason=_get(payload, MessageKey.FINISH_REASON),
+        finish_reason=field_of(payload, MessageKey.FINISH_REASON),
         policy_version=None,
         sampling=SamplingParams(),
         seconds=float("nan"),
@@ -159,7 +159,7 @@ def _context(message: Mapping[str, Any], conversation: int) -> EpisodeItem:
         metadata[MessageKey.CONVERSATION] = conversation
     return EpisodeItem(
         role=role,
-        content=_text(message.get("content")),
+        content=content_text(message.get("content")),
         logprobs=[] if role == EpisodeItemRole.ASSISTANT else None,
         metadata=metadata or None,
     )
@@ -191,19 +191,10 @@ def _sampled(call: LLMCall, conversation: int) -> EpisodeItem:
         metadata[MessageKey.CONVERSATION] = conversation
     return EpisodeItem(
         role=EpisodeItemRole.ASSISTANT,
-        content=_text(call.reply.get("content")),
+        content=content_text(call.reply.get("content")),
         logprobs=call.logprobs,
         metadata=metadata,
     )
-
-
-def _text(content: Any) -> str:
-    content = plain_content(content)
-    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
-
-
-def _get(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
 def sampled_turns(trajectory: Trajectory) -> list[int]:

@@ -5,7 +5,6 @@ Works on messages of any record: the episode of a trajectory, or the calls that 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -188,7 +187,7 @@ def _turn(turn: Turn, room: int, called: Mapping[str, str], setting: Setting) ->
     body = body_of(turn, room - len(head.encode()) - 200, setting)
     role = turn.role if turn.role in ("assistant", "user", "tool", "system") else "other"
     if turn.role == "system":
-        title = f"system prompt, {len(_content(turn)):,} characters"
+        title = f"system prompt, {len(content_text(turn.content)):,} characters"
         head, body = details(title, *body), []
     return element("div", head, *body, class_=f"ft-turn {role}")
 
@@ -208,10 +207,10 @@ def head_of(turn: Turn, called: Mapping[str, str]) -> Html:
 
 def body_of(turn: Turn, room: int, setting: Setting = Setting()) -> list[Html]:
     """What the turn says, in about `room` bytes: thinking folded, then its text or its tokens, then its tool calls."""
-    text, calls = _content(turn), _listed(turn.metadata.get(MessageKey.TOOL_CALLS))
+    text, calls = content_text(turn.content), _listed(turn.metadata.get(MessageKey.TOOL_CALLS))
     # Servers have two names for it; episodes made here have the first alone.
     thought = turn.metadata.get(MessageKey.REASONING_CONTENT) or turn.metadata.get("reasoning")
-    calls_room = min(room // 3, 200 + 9 * sum(len(_json(call)) for call in calls[:40])) if calls else 0
+    calls_room = min(room // 3, 200 + 9 * sum(len(as_json(call)) for call in calls[:40])) if calls else 0
     room -= calls_room
     body: list[Html] = []
     if isinstance(thought, str) and thought:
@@ -269,7 +268,7 @@ def _tool_calls(calls: Sequence[Any], room: int) -> list[Html]:
         name, arguments = "?", call
         if isinstance(function, Mapping):
             name, arguments = short(function.get("name"), 80), function.get("arguments")
-        text = _text(arguments if isinstance(arguments, str) else _json(arguments), max(300, room - 300))
+        text = _text(arguments if isinstance(arguments, str) else as_json(arguments), max(300, room - 300))
         if shown and len(text.encode()) + 300 > room:
             shown.append(element("div", f"… {len(calls) - place:,} more tool calls …", class_="ft-dim"))
             break
@@ -294,16 +293,5 @@ def fitting(text: str, room: int) -> str:
     return shown
 
 
-def _content(turn: Turn) -> str:
-    return turn.content if isinstance(turn.content, str) else _json(turn.content) if turn.content else ""
-
-
 def _listed(calls: Any) -> list[Any]:
     return list(calls) if isinstance(calls, list | tuple) else [calls] if calls else []
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError):
-        return plain(value)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import BackendError, ConfigError
 from ...training.batch import Experience, TokenSequence
+from ...training.metrics import mean
 from ...types import MessageKey
 from .config import LocalGRPOConfig
 from .forward import TokenBatch, collate, micro_batches
@@ -85,11 +86,11 @@ class TrainingReport:
         """
         statistics = self.statistics
         return {
-            "loss": _mean(self.losses),
+            "loss": mean(self.losses),
             "kl": statistics.mean("kl_old"),
             "reference_kl": statistics.mean("kl_reference") if self.has_reference else math.nan,
             "clip_fraction": statistics.mean("clipped_low") + statistics.mean("clipped_high"),
-            "grad_norm": _mean(self.grad_norms),
+            "grad_norm": mean(self.grad_norms),
             "logprob_gap": self.logprob_gap,
             "learning_rate": self.learning_rate,
             "trained_tokens": int(statistics.tokens),
@@ -296,7 +297,3 @@ def _checkpointing(model: Any, on: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
