@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from typing import Any
 
 __all__ = [
     "SHORT",
+    "as_json",
     "count",
     "cut",
     "duration",
@@ -51,6 +53,14 @@ def _visible(match: re.Match[str]) -> str:
     if code < 0x20:
         return chr(0x2400 + code)
     return "␡" if code == 0x7F else f"[U+{code:04X}]"
+
+
+def as_json(value: Any) -> str:
+    """Any value as JSON in one line; what JSON has no form for as its text. Never raises."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_text)
+    except (TypeError, ValueError, RecursionError):
+        return plain(value)
 
 
 def cut(value: Any, limit: int) -> str:

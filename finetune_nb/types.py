@@ -58,6 +58,7 @@ __all__ = [
     "IntermediateStepType",
     "InvocationNode",
     "LLMCall",
+    "MessageKey",
     "OpenAIMessage",
     "RolloutFailure",
     "RolloutRequest",
@@ -73,10 +74,18 @@ __all__ = [
     "TrajectoryCollection",
     "UsageStats",
     "Validation",
+    "as_float",
+    "content_text",
+    "field_of",
+    "finish_reason",
+    "is_sampled",
     "logprob_count",
+    "logprob_entries",
     "logprob_values",
     "plain_content",
+    "readable_logprobs",
     "same_message",
+    "sampled_tokens",
 ]
 
 
@@ -572,14 +581,50 @@ class EpisodeItemRole(StrEnum):
     OTHER = "other"
 
 
+class MessageKey:
+    """The keys of `EpisodeItem.metadata`, each with what stands under it. T is the number of sampled tokens.
+
+    Only a turn that the policy sampled has the first nine; `SampledTurn.of(item)` reads them all at once.
+    """
+
+    TOKEN_IDS = "token_ids"
+    """(T,) ints: what was sampled, in the policy's vocabulary."""
+    PROMPT_TOKEN_IDS = "prompt_token_ids"
+    """Ints: the prompt that it was sampled after."""
+    TOKENS = "tokens"
+    """(T,) texts: what each sampled token says."""
+    TOP_LOGPROBS = "top_logprobs"
+    """(T,) mappings: the likeliest tokens in each place, text -> natural logprob."""
+    TEMPERATURE = "temperature"
+    """At which it was sampled; 0 is greedy."""
+    FINISH_REASON = "finish_reason"
+    """Why it ended: "stop", "length" (cut at the token limit), "tool_calls", ..."""
+    SECONDS = "seconds"
+    """That the model call took."""
+    EXACT = "exact"
+    """Whether the ids are those that the model saw and sampled, not those of a text that was tokenized again."""
+    DRIFTED = "drifted"
+    """True where the prompt does not begin with the ids of the turn before."""
+    CONVERSATION = "conversation"
+    """Which conversation of the episode a message belongs to, from 0; the first one does not say it."""
+    TOOL_CALLS = "tool_calls"
+    """The tools that an assistant calls, as OpenAI has them."""
+    TOOL_CALL_ID = "tool_call_id"
+    """Which call the message of a tool answers."""
+    NAME = "name"
+    """Of the tool, or of the person, that speaks."""
+    REASONING_CONTENT = "reasoning_content"
+    """What an assistant thought before its answer."""
+
+
 class EpisodeItem(BaseModel):
     """One message of an episode.
 
     `logprobs` of an assistant turn: one float a sampled token; `[]` for a turn that the policy did not sample (masked in
     training). `metadata` keys: token_ids, tokens (their text), prompt_token_ids, exact (the ids are those that the model saw
     and sampled), drifted (True: its prompt does not begin with the ids of the turn before), temperature, finish_reason,
-    tool_calls, tool_call_id, reasoning_content (what the model thought), top_logprobs (of each token the likeliest in its
-    place, text -> logprob).
+    seconds (that the model call took), conversation (counts from 0), tool_calls, tool_call_id, name, reasoning_content (what
+    the model thought), top_logprobs (of each token the likeliest in its place, text -> logprob).
     """
 
     role: EpisodeItemRole
@@ -852,22 +897,64 @@ class Epoch:
         return shown_by("finetune_nb.views.summary:epoch_text", self)
 
 
+def is_sampled(item: EpisodeItem | DPOItem) -> bool:
+    """Whether it is a turn that the policy sampled: an assistant's, except those without a logprob (`logprobs == []`).
+
+    Never raises: logprobs in a form that nobody can read count as there.
+    """
+    if not isinstance(item, EpisodeItem) or item.role != EpisodeItemRole.ASSISTANT:
+        return False
+    if isinstance(item.logprobs, list | None):
+        return item.logprobs != []
+    return readable_logprobs(item.logprobs) != []
+
+
+def sampled_tokens(trajectory: Trajectory) -> int:
+    """How many tokens the policy sampled in all turns; 0 for preferences, and for logprobs in an unknown form."""
+    tokens = 0
+    for item in trajectory.episode:
+        if isinstance(item, EpisodeItem) and item.role == EpisodeItemRole.ASSISTANT:
+            tokens += logprob_count(item.logprobs)
+    return tokens
+
+
+def finish_reason(trajectory: Trajectory) -> str | None:
+    """Why the last turn that the policy sampled ended: "stop", "length" (cut at the token limit), "tool_calls", ...
+
+    None where the record does not say it of that turn, whatever it says of earlier ones, and where nothing was sampled.
+    """
+    for item in reversed(trajectory.episode):
+        if isinstance(item, EpisodeItem) and is_sampled(item):
+            return (item.metadata or {}).get(MessageKey.FINISH_REASON)
+    return None
+
+
 def logprob_count(logprobs: Any) -> int:
     """How many tokens have a logprob, in whatever form they came; 0 where the form is unknown."""
     if type(logprobs) is list:
         return len(logprobs)
+    return len(readable_logprobs(logprobs) or ())
+
+
+def readable_logprobs(logprobs: Any) -> list[float] | None:
+    """As `logprob_values`; None also where the form is unknown, which a record of somebody else may have."""
     try:
-        return len(logprob_values(logprobs) or ())
-    except (TypeError, ValueError, KeyError):
-        return 0
+        return logprob_values(logprobs)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return None
+
+
+def logprob_entries(logprobs: Any) -> Any:
+    """What logprobs hold, one entry a token: floats, or OpenAI's entries from `{"content": [...]}` or an object like it."""
+    if isinstance(logprobs, Mapping):
+        return logprobs.get("content")
+    return getattr(logprobs, "content", logprobs)
 
 
 def logprob_values(logprobs: Any) -> list[float] | None:
     """Logprobs in whatever form they came (floats, OpenAI's `{"content": [{"logprob": ...}]}` or objects like it) as
     one float a token; None where there are none."""
-    if logprobs is None:
-        return None
-    content = logprobs.get("content") if isinstance(logprobs, Mapping) else getattr(logprobs, "content", logprobs)
+    content = logprob_entries(logprobs)
     if content is None:
         return None
     if type(content) is list and all(type(entry) is float for entry in content):
@@ -881,6 +968,25 @@ def logprob_values(logprobs: Any) -> list[float] | None:
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 _THINKING_TAG = re.compile(r"(</?think(?:ing)?>)\s*")
+
+
+def field_of(value: Any, name: str) -> Any:
+    """A key of a mapping, an attribute of anything else; None where it is not there."""
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def as_float(value: Any) -> float:
+    """A number as a float; NaN for anything else, and for an integer that no float holds."""
+    try:
+        return float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def content_text(content: Any) -> str:
+    """The content of a message in the OpenAI format as one text; pictures and other parts as JSON. Never raises."""
+    content = plain_content(content)
+    return content if isinstance(content, str) else as_json(content)
 
 
 def plain_content(content: Any) -> Any:

@@ -19,6 +19,7 @@ from ..errors import FinetuneError
 from ..examples import calculator
 from ..store.json import finite
 from ..store.runs import free_id
+from ..types import as_float
 
 __all__ = [
     "notebooks_folder",
@@ -118,24 +119,24 @@ async def _tell(folder: Path) -> None:
 
 
 def _epoch_line(line: dict[str, Any]) -> str:
-    reward = _number(line["avg_reward"])
+    reward = as_float(line["avg_reward"])
     bar = "█" * round(20 * reward) if math.isfinite(reward) else ""
-    scores = "  ".join(f"{name} {_number(value):.2f}" for name, value in line["scores"].items() if name != "correct")
+    scores = "  ".join(f"{name} {as_float(value):.2f}" for name, value in line["scores"].items() if name != "correct")
     teach = f"{line['groups_with_spread']}/{line['num_groups']} groups teach"
     return f"epoch {line['epoch']:>2}  reward {reward:.3f} {bar:<20}  {scores}  {teach}"
 
 
 def _validation_line(line: dict[str, Any]) -> str:
     when = "before training" if line["policy_version"] == 0 else f"after update {line['policy_version']}"
-    return f"held out  reward {_number(line['avg_reward']):.3f} on {line['num_examples']} questions, {when}"
+    return f"held out  reward {as_float(line['avg_reward']):.3f} on {line['num_examples']} questions, {when}"
 
 
 def _summary(folder: Path, seed: int) -> dict[str, Any]:
-    validations = [_number(line["avg_reward"]) for line in _read(folder / "validation_metrics.jsonl")]
+    validations = [as_float(line["avg_reward"]) for line in _read(folder / "validation_metrics.jsonl")]
     epochs = [
         {
             "epoch": line["epoch"],
-            "mean_reward": _number(line["avg_reward"]),
+            "mean_reward": as_float(line["avg_reward"]),
             "scores": line["scores"],
             "groups_with_spread": line["groups_with_spread"],
             "groups": line["num_groups"],
@@ -153,10 +154,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return []
     # Bytes, because the end of a growing file may lie inside a character.
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _page(notebook: Any) -> str:

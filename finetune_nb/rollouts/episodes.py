@@ -1,14 +1,14 @@
 """Recorded model calls -> the messages of an episode, with the ids and logprobs that training needs.
 
 Calls that carry one conversation on become one sequence of messages; a call that starts anew begins another one behind it
-(`metadata["conversation"]` counts them). Each sampled turn keeps its own prompt ids, so it can be trained on exactly
+(the metadata's `conversation` counts them). Each sampled turn keeps its own prompt ids, so it can be trained on exactly
 whatever stands around it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MissingLogprobs
@@ -20,14 +20,20 @@ from ..types import (
     IntermediateStep,
     IntermediateStepType,
     LLMCall,
+    MessageKey,
     SamplingParams,
     Trajectory,
+    content_text,
+    field_of,
+    is_sampled,
     logprob_values,
-    plain_content,
+    readable_logprobs,
     same_message,
 )
 
 __all__ = [
+    "SampledTurn",
+    "chat_fields",
     "drift",
     "episode_of",
     "is_sampled",
@@ -76,7 +82,7 @@ def episode_of(
         episode.append(turn := _sampled(call, conversation))
         ids = call.prompt_ids or []
         if known and ids_so_far and ids and ids[: len(ids_so_far)] != ids_so_far:
-            turn.metadata["drifted"] = True  # type: ignore[index]  # a sampled turn has metadata
+            turn.metadata[MessageKey.DRIFTED] = True  # type: ignore[index]  # a sampled turn has metadata
         so_far, ids_so_far = [*call.messages, call.reply], [*ids, *(call.response_ids or ())]
     if not include_tool_calls:
         episode = [item for item in episode if item.role not in (EpisodeItemRole.TOOL, EpisodeItemRole.FUNCTION)]
@@ -93,10 +99,10 @@ def drift(trajectories: Iterable[Trajectory]) -> tuple[int, int]:
         seen: set[int] = set()
         for item in trajectory.episode:
             known = item.metadata if isinstance(item, EpisodeItem) and item.role == EpisodeItemRole.ASSISTANT else None
-            if known and known.get("token_ids"):
-                conversation = known.get("conversation", 0)
+            if known and known.get(MessageKey.TOKEN_IDS):
+                conversation = known.get(MessageKey.CONVERSATION, 0)
                 carried += conversation in seen
-                drifted += known.get("drifted", False)
+                drifted += known.get(MessageKey.DRIFTED, False)
                 seen.add(conversation)
     return carried, drifted
 
@@ -113,23 +119,23 @@ def call_of(step: IntermediateStep) -> LLMCall | None:
     data = step.data
     if data is None or isinstance(data.payload, LLMCall):
         return data and data.payload
-    messages = data.input if isinstance(data.input, list) else [{"role": "user", "content": _text(data.input)}]
+    messages = data.input if isinstance(data.input, list) else [{"role": "user", "content": content_text(data.input)}]
     if not all(isinstance(message, Mapping) and "role" in message for message in messages):
-        messages = [{"role": "user", "content": _text(data.input)}]
+        messages = [{"role": "user", "content": content_text(data.input)}]
     payload = data.payload
-    logprobs = _get(payload, "logprobs") or _get(_get(payload, "response_metadata"), "logprobs")
+    logprobs = field_of(payload, "logprobs") or field_of(field_of(payload, "response_metadata"), "logprobs")
     return LLMCall(
         episode=None,
         sequence=0,
         model=step.name or "",
         messages=[dict(message) for message in messages],
         tools=None,
-        reply={"role": "assistant", "content": _text(data.output)},
-        prompt_ids=_get(payload, "prompt_token_ids"),
-        response_ids=_get(payload, "token_ids"),
+        reply={"role": "assistant", "content": content_text(data.output)},
+        prompt_ids=field_of(payload, MessageKey.PROMPT_TOKEN_IDS),
+        response_ids=field_of(payload, MessageKey.TOKEN_IDS),
         tokens=None,
         logprobs=logprob_values(logprobs),
-        finish_reason=_get(payload, "finish_reason"),
+        finish_reason=field_of(payload, MessageKey.FINISH_REASON),
         policy_version=None,
         sampling=SamplingParams(),
         seconds=float("nan"),
@@ -146,14 +152,14 @@ def _carries_on(so_far: list[dict[str, Any]], messages: list[dict[str, Any]]) ->
 def _context(message: Mapping[str, Any], conversation: int) -> EpisodeItem:
     """A message that the policy did not sample: an assistant turn among them is masked by `logprobs=[]`."""
     role = _ROLES.get(str(message.get("role")), EpisodeItemRole.OTHER)
-    metadata = {
-        key: message[key] for key in ("tool_calls", "tool_call_id", "name", "reasoning_content") if message.get(key)
-    }
+    metadata = chat_fields(message)
+    if message.get(MessageKey.REASONING_CONTENT):
+        metadata[MessageKey.REASONING_CONTENT] = message[MessageKey.REASONING_CONTENT]
     if conversation:
-        metadata["conversation"] = conversation
+        metadata[MessageKey.CONVERSATION] = conversation
     return EpisodeItem(
         role=role,
-        content=_text(message.get("content")),
+        content=content_text(message.get("content")),
         logprobs=[] if role == EpisodeItemRole.ASSISTANT else None,
         metadata=metadata or None,
     )
@@ -166,43 +172,103 @@ def _sampled(call: LLMCall, conversation: int) -> EpisodeItem:
             "Ask the server for logprobs, or leave this model out with finetuning.target_model."
         )
     metadata: dict[str, Any] = {
-        "finish_reason": call.finish_reason,
-        "temperature": call.sampling.temperature,
-        "seconds": call.seconds,
+        MessageKey.FINISH_REASON: call.finish_reason,
+        MessageKey.TEMPERATURE: call.sampling.temperature,
+        MessageKey.SECONDS: call.seconds,
     }
     if call.response_ids is not None:
-        metadata |= {"token_ids": call.response_ids, "prompt_token_ids": call.prompt_ids, "exact": call.exact}
+        metadata[MessageKey.TOKEN_IDS] = call.response_ids
+        metadata[MessageKey.PROMPT_TOKEN_IDS] = call.prompt_ids
+        metadata[MessageKey.EXACT] = call.exact
     if call.tokens is not None:
-        metadata["tokens"] = call.tokens
+        metadata[MessageKey.TOKENS] = call.tokens
     if call.top_logprobs is not None:
-        metadata["top_logprobs"] = call.top_logprobs
-    metadata |= {key: call.reply[key] for key in ("tool_calls", "reasoning_content") if call.reply.get(key)}
+        metadata[MessageKey.TOP_LOGPROBS] = call.top_logprobs
+    for key in (MessageKey.TOOL_CALLS, MessageKey.REASONING_CONTENT):
+        if call.reply.get(key):
+            metadata[key] = call.reply[key]
     if conversation:
-        metadata["conversation"] = conversation
+        metadata[MessageKey.CONVERSATION] = conversation
     return EpisodeItem(
         role=EpisodeItemRole.ASSISTANT,
-        content=_text(call.reply.get("content")),
+        content=content_text(call.reply.get("content")),
         logprobs=call.logprobs,
         metadata=metadata,
     )
 
 
-def _text(content: Any) -> str:
-    content = plain_content(content)
-    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
-
-
-def _get(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
-
-
-def is_sampled(item: EpisodeItem | DPOItem) -> bool:
-    """Whether it is a turn that the policy sampled: an assistant's, but for those without a logprob (`logprobs == []`)."""
-    if not isinstance(item, EpisodeItem) or item.role != EpisodeItemRole.ASSISTANT:
-        return False
-    return item.logprobs != [] if isinstance(item.logprobs, list | None) else logprob_values(item.logprobs) != []
-
-
 def sampled_turns(trajectory: Trajectory) -> list[int]:
     """Positions in the episode of the turns that the policy sampled."""
     return [position for position, item in enumerate(trajectory.episode) if is_sampled(item)]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTurn:
+    """A turn that the policy sampled, as its record has it. T is the number of sampled tokens; None is not recorded.
+
+    Values are handed over as they were recorded. Episodes made here have the types below; a trajectory that somebody else
+    made may hold anything.
+    """
+
+    ids: list[int] | None
+    """(T,) what was sampled, in the policy's vocabulary."""
+    prompt_ids: list[int] | None
+    """The prompt that it was sampled after."""
+    tokens: list[str] | None
+    """(T,) the text of each token."""
+    logprobs: list[float] | None
+    """(T,) natural logarithm of each token's probability at `temperature`; None also where nobody can read them."""
+    alternatives: list[dict[str, float]] | None
+    """(T,) the likeliest tokens in each place, text -> natural logprob."""
+    temperature: float | None
+    """At which it was sampled; 0 is greedy, with logprobs as at 1."""
+    finish_reason: str | None
+    """Why it ended: "stop", "length" (cut at the token limit), "tool_calls", ..."""
+    seconds: float | None
+    """That the model call took; in a batch, with the time that it waited for the others."""
+    exact: bool | None
+    """Whether the ids are those that the model saw and sampled, not those of a text that was tokenized again."""
+    drifted: bool
+    """The prompt does not begin with the ids of the turn before."""
+    conversation: int
+    """Which conversation of the episode it belongs to, from 0."""
+    tool_calls: list[dict[str, Any]]
+    """The tools that it calls, as OpenAI has them."""
+    reasoning: str | None
+    """What the model thought before its answer, where it is told apart."""
+
+    @classmethod
+    def of(cls, item: EpisodeItem | DPOItem) -> SampledTurn | None:
+        """What the record says of a message that the policy sampled; None for any other message. Never raises."""
+        if not is_sampled(item):
+            return None
+        assert isinstance(item, EpisodeItem)
+        get = (item.metadata or {}).get
+        return cls(
+            ids=get(MessageKey.TOKEN_IDS),
+            prompt_ids=get(MessageKey.PROMPT_TOKEN_IDS),
+            tokens=get(MessageKey.TOKENS),
+            logprobs=readable_logprobs(item.logprobs),
+            alternatives=get(MessageKey.TOP_LOGPROBS),
+            temperature=get(MessageKey.TEMPERATURE),
+            finish_reason=get(MessageKey.FINISH_REASON),
+            seconds=get(MessageKey.SECONDS),
+            exact=get(MessageKey.EXACT),
+            drifted=bool(get(MessageKey.DRIFTED)),
+            conversation=get(MessageKey.CONVERSATION) or 0,
+            tool_calls=get(MessageKey.TOOL_CALLS) or [],
+            reasoning=get(MessageKey.REASONING_CONTENT),
+        )
+
+
+def chat_fields(known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a chat message says besides its role and text: tool calls, which call it answers, its name; only those there.
+
+    Args:
+        known: The metadata of a message, or a message as OpenAI has it: the keys are the same.
+    """
+    fields = {}
+    for key in (MessageKey.TOOL_CALLS, MessageKey.TOOL_CALL_ID, MessageKey.NAME):
+        if known and known.get(key):
+            fields[key] = known[key]
+    return fields

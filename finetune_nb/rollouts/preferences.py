@@ -18,8 +18,16 @@ from pydantic import Field
 from ..components.builder import Builder
 from ..components.registry import register_trajectory_builder
 from ..redaction import redacting_logger
-from ..types import DPOItem, EpisodeItem, EvaluationRunOutput, OpenAIMessage, Trajectory, TrajectoryCollection
-from .episodes import is_sampled
+from ..types import (
+    DPOItem,
+    EpisodeItem,
+    EvaluationRunOutput,
+    OpenAIMessage,
+    Trajectory,
+    TrajectoryCollection,
+    is_sampled,
+)
+from .episodes import SampledTurn
 from .trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 
 __all__ = [
@@ -111,11 +119,10 @@ def _preference(better: Trajectory, worse: Trajectory) -> DPOItem | None:
 
 def _text(item: EpisodeItem) -> str:
     """What a turn says. A tool call has no content: its text is what the policy wrote, without the token that ended it."""
-    known = item.metadata or {}
-    tokens = known.get("tokens")
-    if not known.get("tool_calls") or not tokens:
+    turn = SampledTurn.of(item)
+    if turn is None or not turn.tool_calls or not turn.tokens:
         return item.content
-    return "".join(tokens[:-1] if known.get("finish_reason") == "stop" else tokens)
+    return "".join(turn.tokens[:-1] if turn.finish_reason == "stop" else turn.tokens)
 
 
 class PreferenceBuilder(EvalTrajectoryBuilder):

@@ -22,8 +22,8 @@ from typing import Literal
 import numpy as np
 
 from ..errors import BackendError, MissingLogprobs
-from ..rollouts.episodes import sampled_turns
-from ..types import DPOItem, EpisodeItem, Trajectory, TrajectoryCollection, logprob_values
+from ..rollouts.episodes import SampledTurn, sampled_turns
+from ..types import DPOItem, MessageKey, Trajectory, TrajectoryCollection, finish_reason
 from .curriculum import group_statistics
 from .metrics import advantages
 
@@ -132,7 +132,7 @@ def experience(
     trained: list[list[TokenSequence]] = []
     with_signal, cut = 0, 0
     for group in groups:
-        cut += sum(map(_is_truncated, group))
+        cut += sum(finish_reason(trajectory) == "length" for trajectory in group)
         weights = [next(advantage_of) for _ in group]
         if not any(weight for weight in weights if math.isfinite(weight)):
             continue
@@ -141,19 +141,13 @@ def experience(
             of_turns = list(turn_advantages(group, scale_rewards))
         of_group = []
         for trajectory, weight, of_turn in zip(group, weights, of_turns, strict=True):
-            if not math.isfinite(weight) or (truncated == "mask" and _is_truncated(trajectory)):
+            if not math.isfinite(weight) or (truncated == "mask" and finish_reason(trajectory) == "length"):
                 continue
             if sequences := token_sequences(trajectory, weight if of_turn is None else of_turn):
                 of_group.append(sequences)
         trained += of_group
         with_signal += bool(of_group)
     return Experience(trained, with_signal, len(groups) - with_signal, cut)
-
-
-def _is_truncated(trajectory: Trajectory) -> bool:
-    turns = sampled_turns(trajectory)
-    last = trajectory.episode[turns[-1]] if turns else None
-    return isinstance(last, EpisodeItem) and (last.metadata or {}).get("finish_reason") == "length"
 
 
 def token_sequences(trajectory: Trajectory, advantage: float | Sequence[float] = math.nan) -> list[TokenSequence]:
@@ -169,14 +163,12 @@ def token_sequences(trajectory: Trajectory, advantage: float | Sequence[float] =
                 "Use a trajectory builder that makes episodes, or a backend that learns from preferences."
             )
     sequences: list[TokenSequence] = []
-    turns = sampled_turns(trajectory)
-    of_turns = advantage if isinstance(advantage, Sequence) else [advantage] * len(turns)
-    for turn, weight in zip(turns, of_turns, strict=True):
-        item = trajectory.episode[turn]
-        assert isinstance(item, EpisodeItem)
-        logprobs = logprob_values(item.logprobs)
-        prompt, reply, temperature = _sampled_ids(item, logprobs, where(trajectory, turn))
-        assert logprobs is not None
+    places = sampled_turns(trajectory)
+    of_turns = advantage if isinstance(advantage, Sequence) else [advantage] * len(places)
+    for place, weight in zip(places, of_turns, strict=True):
+        turn = SampledTurn.of(trajectory.episode[place])
+        assert turn is not None
+        prompt, reply, logprobs, temperature = _checked(turn, where(trajectory, place))
         sequence = next(
             (
                 s
@@ -196,22 +188,26 @@ def token_sequences(trajectory: Trajectory, advantage: float | Sequence[float] =
     return sequences
 
 
-def _sampled_ids(item: EpisodeItem, logprobs: list[float] | None, where: str) -> tuple[list[int], list[int], float]:
-    """Prompt ids, reply ids and temperature of a sampled turn."""
-    metadata = item.metadata or {}
+def _checked(turn: SampledTurn, where: str) -> tuple[list[int], list[int], list[float], float]:
+    """Prompt ids, reply ids, logprobs and temperature of a sampled turn.
+
+    Raises:
+        MissingLogprobs: It has none, or none that can be read.
+        BackendError: It has no ids, or ids and logprobs do not fit each other.
+    """
+    logprobs = turn.logprobs
     if logprobs is None:
         raise MissingLogprobs(
             f"{where} has no logprobs. Sample with the adapter's policy, or mark a turn that is not to be trained on "
             "with logprobs=[]."
         )
-    prompt, reply = metadata.get("prompt_token_ids"), metadata.get("token_ids")
-    if not prompt or not reply:
-        missing = "metadata['token_ids']" if not reply else "metadata['prompt_token_ids']"
+    if not turn.prompt_ids or not turn.ids:
+        missing = MessageKey.PROMPT_TOKEN_IDS if turn.ids else MessageKey.TOKEN_IDS
         raise BackendError(
-            f"{where} has {len(logprobs)} logprobs but no {missing}: text is not tokenized again, as that can give "
+            f"{where} has {len(logprobs)} logprobs but no metadata[{missing!r}]: text is not tokenized again, as that can give "
             "other tokens than were sampled. Sample with the adapter's policy, which records the ids."
         )
-    prompt, reply = list(prompt), list(reply)
+    prompt, reply = list(turn.prompt_ids), list(turn.ids)
     if not all(type(token) is int and token >= 0 for token in prompt + reply):
         raise BackendError(f"{where} has token ids that are not whole numbers from 0 up.")
     if len(reply) != len(logprobs):
@@ -219,4 +215,4 @@ def _sampled_ids(item: EpisodeItem, logprobs: list[float] | None, where: str) ->
     if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):  # rounding may exceed 0 a little
         raise BackendError(f"{where} has logprobs that are not finite numbers up to 0.")
     # Greedy replies carry their logprobs at temperature 1; where it is not told, 1 is what most samplers default to.
-    return prompt, reply, float(metadata.get("temperature") or 1.0)
+    return prompt, reply, logprobs, float(turn.temperature or 1.0)

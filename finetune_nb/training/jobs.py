@@ -20,10 +20,10 @@ from ..config.sections import FinetuneConfig
 from ..errors import BackendError, StalePolicy, UnknownJob, did_you_mean
 from ..interfaces import TrainerAdapter
 from ..redaction import error_text, redacting_logger
+from ..rollouts.episodes import SampledTurn
 from ..store.json import append_jsonl
 from ..threads import leaving, start_daemon
 from ..types import (
-    EpisodeItem,
     TrainingJobRef,
     TrainingJobStatus,
     TrainingStatusEnum,
@@ -270,11 +270,12 @@ def check_exact(trajectories: Iterable[Trajectory], allow_inexact: bool) -> None
     if allow_inexact:
         return
     for trajectory in trajectories:
-        for turn, item in enumerate(trajectory.episode):
-            if isinstance(item, EpisodeItem) and (item.metadata or {}).get("exact") is False:
+        for place, item in enumerate(trajectory.episode):
+            turn = SampledTurn.of(item)
+            if turn is not None and turn.exact is False:
                 known = trajectory.metadata or {}
                 raise BackendError(
-                    f"turn {turn} of example {known.get('id')!r}, generation {known.get('generation')}, has token ids that "
+                    f"turn {place} of example {known.get('id')!r}, generation {known.get('generation')}, has token ids that "
                     "are not exact: nothing says that they are those that the model saw and sampled, and training on "
                     "others teaches something else. Sample with the adapter's policy or from a server that returns token "
                     "ids, or set allow_inexact of the trainer adapter."

@@ -7,19 +7,18 @@ over epochs are made elsewhere; a training backend measures its own loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from ..rollouts.episodes import drift
 from ..types import (
-    EpisodeItemRole,
     EpochMetrics,
     GroupStatistics,
     Selection,
     Trajectory,
     TrajectoryCollection,
-    logprob_count,
+    sampled_tokens,
 )
 
 __all__ = [
@@ -27,6 +26,7 @@ __all__ = [
     "advantages",
     "epoch_metrics",
     "has_signal",
+    "mean",
 ]
 
 NO_SPREAD = 1e-9
@@ -51,7 +51,7 @@ def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics,
     continued, drifted = drift(trajectory for group in collection.trajectories for trajectory in group)
     tokens, scores = _tokens_and_scores(trajectory for group in collection.trajectories for trajectory in group)
     return EpochMetrics(
-        mean_reward=_mean(rewards),
+        mean_reward=mean(rewards),
         min_reward=float(rewards.min()) if len(rewards) else math.nan,
         max_reward=float(rewards.max()) if len(rewards) else math.nan,
         group_quantiles=(low, median, high),
@@ -61,7 +61,7 @@ def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics,
         groups_with_spread=int(has_signal(statistics).sum()),
         kept_trajectories=int(sizes[kept].sum()),
         kept_groups=int(kept.sum()),
-        kept_mean_reward=_mean(kept_rewards),
+        kept_mean_reward=mean(kept_rewards),
         sampled_tokens=tokens,
         continued_turns=continued,
         drifted_turns=drifted,
@@ -97,24 +97,21 @@ def advantages(statistics: GroupStatistics, scale: bool = True) -> np.ndarray:
     return out
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else math.nan
+def mean(values: Sequence[float] | np.ndarray) -> float:
+    """NaN of no values, which have no mean."""
+    return float(np.mean(values)) if len(values) else math.nan
 
 
 def _tokens_and_scores(trajectories: Iterable[Trajectory]) -> tuple[int, dict[str, float]]:
     """Sampled tokens, and each evaluator's mean score, in one pass."""
-    assistant = EpisodeItemRole.ASSISTANT
     tokens = 0
     found: dict[str, list[float]] = {}
     for trajectory in trajectories:
-        for item in trajectory.episode:
-            logprobs = getattr(item, "logprobs", None)  # a preference has none
-            if logprobs is not None and item.role == assistant:  # type: ignore[union-attr]
-                tokens += logprob_count(logprobs)
+        tokens += sampled_tokens(trajectory)
         scores = (trajectory.metadata or {}).get("scores")
         if isinstance(scores, dict):
             for name, score in scores.items():
                 values = found.setdefault(name, [])
                 if isinstance(score, int | float) and math.isfinite(score):
                     values.append(score)
-    return tokens, {name: sum(values) / len(values) if values else math.nan for name, values in found.items()}
+    return tokens, {name: mean(values) for name, values in found.items()}

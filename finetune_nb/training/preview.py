@@ -19,14 +19,12 @@ from ..types import (
     GROUP_REASONS,
     CurriculumSettings,
     CurriculumState,
-    EpisodeItemRole,
     Epoch,
     GroupReason,
     GroupStatistics,
     Selection,
     TrainingStatusEnum,
-    Trajectory,
-    logprob_count,
+    sampled_tokens,
 )
 from .curriculum import select, steer
 
@@ -179,15 +177,9 @@ def _tokens_by_group(epoch: Epoch) -> np.ndarray:
     groups = len(epoch.statistics)
     columns = getattr(epoch, "columns", None)  # a stored epoch: without its trajectories being read
     if columns is None:
-        counts = (sum(map(_sampled_tokens, group)) for group in epoch.collection.trajectories)
+        counts = (sum(map(sampled_tokens, group)) for group in epoch.collection.trajectories)
         return np.fromiter(counts, np.int64, groups)
     table = columns(("group", "tokens"))
     rows = len(epoch.statistics.rewards)  # failures come behind them, and belong to no group
     group, tokens = (table.column(name).slice(0, rows).to_numpy() for name in ("group", "tokens"))
     return np.bincount(group, weights=tokens, minlength=groups).astype(np.int64)
-
-
-def _sampled_tokens(trajectory: Trajectory) -> int:
-    assistant = EpisodeItemRole.ASSISTANT
-    items = (item for item in trajectory.episode if getattr(item, "role", None) == assistant)  # a preference has none
-    return sum(logprob_count(item.logprobs) for item in items)  # type: ignore[union-attr]

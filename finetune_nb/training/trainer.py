@@ -30,7 +30,7 @@ from ..types import (
     TrajectoryCollection,
 )
 from .curriculum import group_statistics, keep, select, state_from_dict, state_to_dict
-from .metrics import epoch_metrics
+from .metrics import epoch_metrics, mean
 
 __all__ = [
     "NAT_NAMES",
@@ -151,7 +151,7 @@ class EpochTrainer(Trainer):
         filtered = {
             "filtered_trajectories": sum(map(len, selected.trajectories)),
             "filtered_groups": len(selected.trajectories),
-            "filtered_avg_reward": sum(rewards) / len(rewards) if rewards else math.nan,
+            "filtered_avg_reward": mean(rewards),
             "filtered_min_reward": min(rewards, default=math.nan),
             "filtered_max_reward": max(rewards, default=math.nan),
         }

@@ -5,7 +5,6 @@ Works on messages of any record: the episode of a trajectory, or the calls that 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from ..analysis.messages import Token, preference_text, tokens_of
 from ..text import cut, duration, plain, short
-from ..types import DPOItem, EpisodeItem, EpisodeItemRole
+from ..types import DPOItem, EpisodeItem, EpisodeItemRole, MessageKey
 from .html import Html, details, element, escape
 from .tokens import Heat, heat_legend, heat_map, summary, token_table
 
@@ -63,7 +62,7 @@ class Turn:
     role: str
     content: Any
     metadata: Mapping[str, Any]
-    """As in EpisodeItem: tool_calls, tool_call_id, name, finish_reason, seconds, conversation, reasoning_content."""
+    """As in EpisodeItem, by MessageKey; or a chat message as OpenAI has it, whose keys are the same."""
     note: str = ""
     tokens: Sequence[Token] = field(default=(), repr=False)
     """Those that the policy sampled."""
@@ -144,9 +143,13 @@ def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting
 
 def _break(turns: Sequence[Turn], place: int) -> Html:
     """A line where another conversation begins."""
-    if place and turns[place].metadata.get("conversation", 0) != turns[place - 1].metadata.get("conversation", 0):
+    if place and _conversation(turns[place]) != _conversation(turns[place - 1]):
         return element("div", "— a new conversation —", class_="ft-dim")
     return Html()
+
+
+def _conversation(turn: Turn) -> Any:
+    return turn.metadata.get(MessageKey.CONVERSATION, 0)
 
 
 def fair_shares(needs: Sequence[int], room: int) -> list[int]:
@@ -172,7 +175,7 @@ def tool_names(turns: Sequence[Turn]) -> dict[str, str]:
     """Names of the tools that were called, by the id of the call: results have the id alone."""
     names = {}
     for turn in turns:
-        for call in _listed(turn.metadata.get("tool_calls")):
+        for call in _listed(turn.metadata.get(MessageKey.TOOL_CALLS)):
             function = call.get("function") if isinstance(call, Mapping) else None
             if isinstance(function, Mapping):
                 names[str(call.get("id"))] = short(function.get("name"), 80)
@@ -184,15 +187,15 @@ def _turn(turn: Turn, room: int, called: Mapping[str, str], setting: Setting) ->
     body = body_of(turn, room - len(head.encode()) - 200, setting)
     role = turn.role if turn.role in ("assistant", "user", "tool", "system") else "other"
     if turn.role == "system":
-        title = f"system prompt, {len(_content(turn)):,} characters"
+        title = f"system prompt, {len(content_text(turn.content)):,} characters"
         head, body = details(title, *body), []
     return element("div", head, *body, class_=f"ft-turn {role}")
 
 
 def head_of(turn: Turn, called: Mapping[str, str]) -> Html:
     """Who speaks, and what is to be said of the turn."""
-    name = called.get(str(turn.metadata.get("tool_call_id"))) or turn.metadata.get("name")
-    finish, seconds = turn.metadata.get("finish_reason"), turn.metadata.get("seconds")
+    name = called.get(str(turn.metadata.get(MessageKey.TOOL_CALL_ID))) or turn.metadata.get(MessageKey.NAME)
+    finish, seconds = turn.metadata.get(MessageKey.FINISH_REASON), turn.metadata.get(MessageKey.SECONDS)
     notes = [
         turn.note,
         duration(float(seconds)) if isinstance(seconds, Real) and math.isfinite(seconds) else "",
@@ -204,9 +207,10 @@ def head_of(turn: Turn, called: Mapping[str, str]) -> Html:
 
 def body_of(turn: Turn, room: int, setting: Setting = Setting()) -> list[Html]:
     """What the turn says, in about `room` bytes: thinking folded, then its text or its tokens, then its tool calls."""
-    text, calls = _content(turn), _listed(turn.metadata.get("tool_calls"))
-    thought = turn.metadata.get("reasoning_content") or turn.metadata.get("reasoning")
-    calls_room = min(room // 3, 200 + 9 * sum(len(_json(call)) for call in calls[:40])) if calls else 0
+    text, calls = content_text(turn.content), _listed(turn.metadata.get(MessageKey.TOOL_CALLS))
+    # Servers have two names for it; episodes made here have the first alone.
+    thought = turn.metadata.get(MessageKey.REASONING_CONTENT) or turn.metadata.get("reasoning")
+    calls_room = min(room // 3, 200 + 9 * sum(len(as_json(call)) for call in calls[:40])) if calls else 0
     room -= calls_room
     body: list[Html] = []
     if isinstance(thought, str) and thought:
@@ -264,7 +268,7 @@ def _tool_calls(calls: Sequence[Any], room: int) -> list[Html]:
         name, arguments = "?", call
         if isinstance(function, Mapping):
             name, arguments = short(function.get("name"), 80), function.get("arguments")
-        text = _text(arguments if isinstance(arguments, str) else _json(arguments), max(300, room - 300))
+        text = _text(arguments if isinstance(arguments, str) else as_json(arguments), max(300, room - 300))
         if shown and len(text.encode()) + 300 > room:
             shown.append(element("div", f"… {len(calls) - place:,} more tool calls …", class_="ft-dim"))
             break
@@ -289,16 +293,5 @@ def fitting(text: str, room: int) -> str:
     return shown
 
 
-def _content(turn: Turn) -> str:
-    return turn.content if isinstance(turn.content, str) else _json(turn.content) if turn.content else ""
-
-
 def _listed(calls: Any) -> list[Any]:
     return list(calls) if isinstance(calls, list | tuple) else [calls] if calls else []
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError):
-        return plain(value)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import ConfigError, did_you_mean
 from ..redaction import redact_texts
+from ..rollouts.episodes import chat_fields
 from ..store.durable import write_durably
 from ..store.json import encode, finite
 from ..text import plain
@@ -109,9 +110,7 @@ def _conversations(run: Any, epoch: Epoch, filters: Mapping[str, Any]) -> Iterat
 def _message(item: Any) -> dict[str, Any]:
     if not isinstance(item, EpisodeItem):
         return item.model_dump()
-    metadata = item.metadata or {}
-    said = {key: metadata[key] for key in ("tool_calls", "tool_call_id", "name") if metadata.get(key)}
-    return {"role": str(item.role), "content": item.content, **said}
+    return {"role": str(item.role), "content": item.content, **chat_fields(item.metadata)}
 
 
 def _html(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any]) -> None:

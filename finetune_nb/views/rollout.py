@@ -55,7 +55,9 @@ def failure_html(failure: RolloutFailure) -> str:
 
 def _failed(failure: RolloutFailure, room: int, setting: Setting) -> list[Html]:
     calls = [step.data.payload for step in failure.steps if step.data and isinstance(step.data.payload, LLMCall)]
-    messages = [*calls[-1].messages, {**calls[-1].reply, "finish_reason": calls[-1].finish_reason}] if calls else []
+    messages: list[dict[str, Any]] = []
+    if calls:
+        messages = [*calls[-1].messages, {**calls[-1].reply, MessageKey.FINISH_REASON: calls[-1].finish_reason}]
     so_far = f"{count(len(calls), 'model call')} until then" if calls else "no model call was recorded"
     return [
         bad("error: ", cut(failure.error, ERROR_LIMIT)),
@@ -97,7 +99,7 @@ def _turns(trajectory: Trajectory) -> list[Turn]:
 
 def _model_time(trajectory: Trajectory) -> str:
     """Seconds that the model took, over all turns; in a batch they wait for each other."""
-    known = [(getattr(item, "metadata", None) or {}).get("seconds") for item in trajectory.episode]
+    known = [(getattr(item, "metadata", None) or {}).get(MessageKey.SECONDS) for item in trajectory.episode]
     seconds = [float(value) for value in known if isinstance(value, Real) and math.isfinite(value)]
     return f"{duration(sum(seconds))} in {count(len(seconds), 'turn')}" if seconds else ""
 
@@ -234,15 +236,14 @@ def _table(group: RolloutGroup, chosen: int | RolloutFailure) -> Html:
     rows: list[list[Any]] = []
     for place in group.best_first()[:ROWS]:
         trajectory = group.trajectories[place]
-        tokens, finish = _sampled(trajectory)
         rows.append(
             [
                 element("strong" if place == chosen else "span", short(group.generation(place), 20)),
                 bar(trajectory.reward) if bars else number(trajectory.reward),
                 signed(group.advantages[place]),
                 f"{len(trajectory.episode):,}",
-                f"{tokens:,}",
-                short(finish, 20),
+                f"{sampled_tokens(trajectory):,}",
+                short(finish_reason(trajectory) or "", 20),
             ]
         )
     for failure in group.failures[: ROWS - len(rows)]:
@@ -250,17 +251,6 @@ def _table(group: RolloutGroup, chosen: int | RolloutFailure) -> Html:
     caption = f"the first {ROWS} of {total:,} rollouts" if total > ROWS else None
     headers = ["generation", "reward", "advantage", "turns", "tokens", "ended with"]
     return table(rows, headers, caption)
-
-
-def _sampled(trajectory: Trajectory) -> tuple[int, Any]:
-    """How many tokens the policy sampled, and how the last turn ended that says so."""
-    tokens, finish = 0, ""
-    for item in trajectory.episode:
-        logprobs = getattr(item, "logprobs", None)  # a preference has none
-        entries = logprobs.get("content") if isinstance(logprobs, Mapping) else getattr(logprobs, "content", logprobs)
-        tokens += len(entries) if isinstance(entries, list | tuple) else 0
-        finish = (getattr(item, "metadata", None) or {}).get("finish_reason", finish)
-    return tokens, finish
 
 
 def _standing(group: RolloutGroup) -> str:
@@ -278,7 +268,7 @@ def _standing(group: RolloutGroup) -> str:
 
 
 def _gist(turn: Turn, limit: int = 160) -> str:
-    calls = turn.metadata.get("tool_calls")
+    calls = turn.metadata.get(MessageKey.TOOL_CALLS)
     text = one_line(turn.content if isinstance(turn.content, str) else "", limit)
     return f"{text} → {one_line(calls, limit)}".strip() if calls else text
 

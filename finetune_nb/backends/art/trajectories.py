@@ -10,8 +10,8 @@ from typing import Any
 
 from ...errors import BackendError, MissingLogprobs
 from ...hooks import resolve
-from ...rollouts.episodes import is_sampled
-from ...types import DPOItem, EpisodeItem, EpisodeItemRole, Trajectory, TrajectoryCollection, logprob_values
+from ...rollouts.episodes import SampledTurn, chat_fields
+from ...types import DPOItem, EpisodeItem, EpisodeItemRole, MessageKey, Trajectory, TrajectoryCollection
 from .job import is_number
 
 __all__ = [
@@ -44,7 +44,7 @@ def _art_trajectory(trajectory: Trajectory) -> Any:
                 f"{where} is a preference (DPOItem); expected an episode of EpisodeItems with a reward. Use a backend that "
                 "learns from preferences."
             )
-        place = (item.metadata or {}).get("conversation", 0)
+        place = (item.metadata or {}).get(MessageKey.CONVERSATION, 0)
         conversations.setdefault(place, []).append(_message(item, f"turn {turn} of {where}"))
     first, *others = conversations.values()
     tools = metadata.get("tools")
@@ -64,19 +64,18 @@ def _art_trajectory(trajectory: Trajectory) -> Any:
 
 def _message(item: EpisodeItem, where: str) -> Any:
     """A plain message; of a turn that the policy sampled, a Choice with the sampled ids."""
-    known = item.metadata or {}
     message: dict[str, Any] = {"role": _ROLES.get(item.role, str(item.role.value)), "content": item.content}
-    message |= {key: known[key] for key in ("tool_calls", "tool_call_id", "name") if known.get(key)}
+    message |= chat_fields(item.metadata)
     if message.get("tool_calls"):
         message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
-    if not is_sampled(item):
+    turn = SampledTurn.of(item)
+    if turn is None:
         return message
     from openai.types.chat.chat_completion import Choice
 
-    values = logprob_values(item.logprobs)
+    values, ids, texts = turn.logprobs, turn.ids, turn.tokens or []
     if values is None:
         raise MissingLogprobs(f"{where} has no logprobs, so it cannot be trained on.")
-    ids, texts = known.get("token_ids"), known.get("tokens") or []
     if ids is None or len(ids) != len(values):
         raise BackendError(
             f"{where} has {len(values)} logprobs and {'no' if ids is None else len(ids)} token_ids; expected one id for each. "
@@ -92,7 +91,7 @@ def _message(item: EpisodeItem, where: str) -> Any:
         }
         for i, (token, value) in enumerate(zip(ids, values, strict=True))
     ]
-    reason = known.get("finish_reason")
+    reason = turn.finish_reason
     return Choice.model_validate(
         {
             "index": 0,

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ...errors import BackendError, ConfigError
 from ...training.batch import Experience, TokenSequence
+from ...training.metrics import mean
+from ...types import MessageKey
 from .config import LocalGRPOConfig
 from .forward import TokenBatch, collate, micro_batches
 from .grpo import LossStatistics, policy_loss
@@ -84,11 +86,11 @@ class TrainingReport:
         """
         statistics = self.statistics
         return {
-            "loss": _mean(self.losses),
+            "loss": mean(self.losses),
             "kl": statistics.mean("kl_old"),
             "reference_kl": statistics.mean("kl_reference") if self.has_reference else math.nan,
             "clip_fraction": statistics.mean("clipped_low") + statistics.mean("clipped_high"),
-            "grad_norm": _mean(self.grad_norms),
+            "grad_norm": mean(self.grad_norms),
             "logprob_gap": self.logprob_gap,
             "learning_rate": self.learning_rate,
             "trained_tokens": int(statistics.tokens),
@@ -204,7 +206,7 @@ class Learner:
             f"the mean; expected at most {longest:g} (max_logprob_gap). Nothing was trained. Likely causes: the tokens were "
             "not sampled as they are recorded (a chat template or tokenizer that differs, text that was tokenized again), "
             "other weights sampled them (stale, or of another run), an adapter that was on in one and off in the other, or "
-            "logprobs at another temperature than metadata['temperature'] says. Sample with this adapter's policy."
+            f"logprobs at another temperature than metadata[{MessageKey.TEMPERATURE!r}] says. Sample with this adapter's policy."
         )
 
     def _backward(
@@ -295,7 +297,3 @@ def _checkpointing(model: Any, on: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

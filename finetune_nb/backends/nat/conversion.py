@@ -9,7 +9,7 @@ are. Nothing here imports the Toolkit but the functions that make its nouns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from ...types import (
@@ -26,6 +26,7 @@ from ...types import (
     IntermediateStepType,
     InvocationNode,
     LLMCall,
+    MessageKey,
     OpenAIMessage,
     RolloutFailure,
     StreamEventData,
@@ -33,6 +34,7 @@ from ...types import (
     TrainingJobStatus,
     Trajectory,
     TrajectoryCollection,
+    field_of,
 )
 
 __all__ = [
@@ -210,15 +212,15 @@ def _step_from_nat(step: Any, start: Any, call_of_id: Callable[[str], LLMCall | 
     payload, text = (data.payload, data.output) if data is not None else (None, None)
     messages = _messages((start.data.input if start is not None and start.data else None) or (data and data.input))
     if step.event_type == IntermediateStepType.LLM_END:
-        message = _get(payload, "message")
-        told = _get(message, "response_metadata") or {}
-        text = text if message is None else _get(message, "content")  # the Toolkit writes tool calls behind it
-        known = call_of_id(str(told.get("id") or _get(message, "id") or ""))
+        message = field_of(payload, "message")
+        told = field_of(message, "response_metadata") or {}
+        text = text if message is None else field_of(message, "content")  # the Toolkit writes tool calls behind it
+        known = call_of_id(str(told.get("id") or field_of(message, "id") or ""))
         payload = known or {
             "logprobs": told.get("logprobs"),
-            "finish_reason": told.get("finish_reason"),
-            "token_ids": None,
-            "prompt_token_ids": None,
+            MessageKey.FINISH_REASON: told.get("finish_reason"),
+            MessageKey.TOKEN_IDS: None,
+            MessageKey.PROMPT_TOKEN_IDS: None,
         }
     return IntermediateStep.model_construct(
         parent_id=step.parent_id,
@@ -247,14 +249,10 @@ def _messages(given: Any) -> Any:
         return given
     out = []
     for message in given:
-        role = _get(message, "role") or _get(message, "type")
+        role = field_of(message, "role") or field_of(message, "type")
         if role is None:
             return given
-        out.append({"role": _LANGCHAIN_ROLES.get(str(role), str(role)), "content": _get(message, "content")})
-        if _get(message, "tool_call_id"):
-            out[-1]["tool_call_id"] = _get(message, "tool_call_id")
+        out.append({"role": _LANGCHAIN_ROLES.get(str(role), str(role)), "content": field_of(message, "content")})
+        if field_of(message, "tool_call_id"):
+            out[-1]["tool_call_id"] = field_of(message, "tool_call_id")
     return out
-
-
-def _get(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ...errors import BackendError
 from ...training.batch import Experience, TokenSequence
+from ...training.metrics import mean
 from .config import TinkerConfig
 from .service import TinkerService, sdk
 
@@ -53,11 +54,11 @@ class TinkerReport:
     def metrics(self) -> dict[str, float]:
         """The names and meanings of `local_grpo`'s. reference_kl is NaN: services give no logprobs of other weights."""
         return {
-            "loss": _mean(self.losses),
+            "loss": mean(self.losses),
             "kl": self.kl / self.tokens if self.tokens else math.nan,
             "reference_kl": math.nan,
             "clip_fraction": self.clipped / self.tokens if self.tokens else math.nan,
-            "grad_norm": _mean(self.grad_norms),
+            "grad_norm": mean(self.grad_norms),
             "logprob_gap": self.gap / self.gap_tokens if self.gap_tokens else math.nan,
             "learning_rate": self.learning_rate,
             "trained_tokens": self.tokens,
@@ -178,7 +179,3 @@ def train(
             output = service.result(gradient, f"the gradient of {name}")
             report.add(config, sequences, output, service.result(update, name))
             stepped()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ...errors import BackendError
-from ...rollouts.episodes import sampled_turns
+from ...rollouts.episodes import SampledTurn, sampled_turns
 from ...types import DPOItem, EpisodeItem, Trajectory, TrajectoryCollection
 
 __all__ = [
@@ -64,11 +64,11 @@ def best_of_groups(collection: TrajectoryCollection, min_reward: float | None, b
 def _id_rows(trajectory: Trajectory) -> Iterator[dict[str, Any]]:
     """The turns, as few rows as possible: one whose prompt begins with all of the row before carries that one on."""
     row: dict[str, Any] | None = None
-    for place in sampled_turns(trajectory):
-        known = trajectory.episode[place].metadata or {}  # type: ignore[union-attr]  # a sampled turn is no preference
-        prompt, reply = known.get("prompt_token_ids"), known.get("token_ids")
-        if not prompt or not reply:
+    for item in trajectory.episode:
+        turn = SampledTurn.of(item)
+        if turn is None or not turn.prompt_ids or not turn.ids:
             continue
+        prompt, reply = turn.prompt_ids, turn.ids
         if row is None or prompt[: len(row["input_ids"])] != row["input_ids"]:
             if row is not None:
                 yield row
