@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from factories import item, make_epoch, make_trajectory
-from test_frames import epoch_of
-from test_message_frames import failed, stored, with_tool
+from records import epoch_of, failed, stored, with_tool
 
 from finetune_nb import frames
 from finetune_nb.frames.columns import objects

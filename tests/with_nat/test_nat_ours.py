@@ -143,7 +143,7 @@ async def test_one_example_is_tried_and_the_policy_is_talked_to(place, closing):
 
 
 async def test_our_trainer_drives_the_toolkits_builder_and_adapter(place, closing):
-    from test_nat_run import LoopbackServer
+    from loopback import LoopbackServer
 
     with LoopbackServer() as llm, toolkit.ArtServer() as art:
         path = toolkit.write_config(place, llm.base_url, trainers=OURS["trainers"])
