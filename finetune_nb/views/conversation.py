@@ -14,8 +14,8 @@ from numbers import Real
 from typing import Any
 
 from ..analysis.messages import Token, preference_text, tokens_of
-from ..text import cut, duration, plain, short
-from ..types import DPOItem, EpisodeItem, EpisodeItemRole, MessageKey
+from ..text import as_json, cut, duration, short
+from ..types import DPOItem, EpisodeItem, EpisodeItemRole, MessageKey, content_text
 from .html import Html, details, element, escape
 from .tokens import Heat, heat_legend, heat_map, summary, token_table
 

@@ -6,7 +6,7 @@ Each is one self-contained piece of HTML of at most 200 kB: long texts are cut, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from ..analysis.reasons import REASONS
 from ..analysis.rollout_group import RolloutGroup
 from ..text import SHORT, count, cut, duration, number, one_line, short, signed
-from ..types import LLMCall, RolloutFailure, Trajectory
+from ..types import LLMCall, MessageKey, RolloutFailure, Trajectory, finish_reason, sampled_tokens
 from .conversation import SIZE_LIMIT, Setting, Turn, conversation, turn_of
 from .html import ERROR_LIMIT, Html, bad, bar, details, element, facts, scores, table, title, view
 from .tokens import Heat, check_heat
