@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validat
 from pydantic.fields import FieldInfo
 
 from .errors import ConfigError, did_you_mean
-from .hooks import shown_by
+from .hooks import resolve, shown_by
 from .text import as_json
 
 if TYPE_CHECKING:
