@@ -1,7 +1,7 @@
-"""Figure: a matplotlib figure that shows itself in a notebook, with a text for those who do not see it; and the themes.
+"""A matplotlib figure that shows itself in a notebook, with a text for those who do not see it; and the themes.
 
-No pyplot, no backend, no rcParams: nothing outlives the figure, any thread may make one, and the user's own plots stay
-as they are. Imports matplotlib, so it is imported where a figure is made.
+No pyplot, no backend, no rcParams: nothing outlives the figure, any thread may make one, and the user's own plots stay as
+they are. Importing this module imports matplotlib.
 """
 
 from __future__ import annotations
@@ -114,9 +114,10 @@ class Figure(matplotlib.figure.Figure):
         self.savefig(drawn, format="png", dpi=dpi, facecolor=self.get_facecolor(), edgecolor="none", pil_kwargs=quick)
         full = Image.open(drawn)
         few = full.quantize(256)
+        # The background stays as it is: white would be 254, 254, 254.
         colours, corner = few.getpalette("RGBA") or [], (0, 0)
         at = 4 * few.getpixel(corner)  # type: ignore[operator]
-        colours[at : at + 4] = full.getpixel(corner)  # type: ignore[call-overload]  # else white would be 254, 254, 254
+        colours[at : at + 4] = full.getpixel(corner)  # type: ignore[call-overload]
         few.putpalette(colours, "RGBA")
         few.save(picture, "PNG", optimize=True)
         return picture.getvalue()
@@ -175,7 +176,10 @@ def _columns(labels: Sequence[str]) -> int:
     """Most columns, up to four, in which the labels fit above the axes; matplotlib fills one after the other."""
     for columns in (4, 3, 2):
         deep = math.ceil(len(labels) / columns)
-        widths = [max(map(len, labels[start : start + deep])) + 7 for start in range(0, len(labels), deep)]
+        widths = []
+        for start in range(0, len(labels), deep):
+            longest = max(len(label) for label in labels[start : start + deep])
+            widths.append(longest + 7)  # the line or mark before it, and a space
         if len(widths) <= columns and sum(widths) <= 86:
             return len(widths)
     return 1

@@ -102,16 +102,21 @@ def details(summary: Any, *body: Any, open: bool = False) -> Html:
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[Any] | None = None, caption: Any = None) -> Html:
     """A table. Without headers the first cell of a row is the row's name; with them, columns of numbers stand right."""
     rows = list(rows)
-    numeric = [_is_number(cell) for cell in rows[0]] if rows and headers else []
     head = None
     if headers:
-        kinds = [*numeric, *[False] * (len(headers) - len(numeric))]
-        cells = (element("th", h, scope="col", class_="n" if n else None) for h, n in zip(headers, kinds, strict=False))
+        # The first row says which columns are of numbers.
+        first = rows[0] if rows else ()
+        cells = []
+        for place, header in enumerate(headers):
+            right = place < len(first) and _is_number(first[place])
+            cells.append(element("th", header, scope="col", class_="n" if right else None))
         head = element("thead", element("tr", *cells))
-    body = [
-        element("tr", *(_cell(c, named=not headers and place == 0, right=bool(headers)) for place, c in enumerate(row)))
-        for row in rows
-    ]
+    body = []
+    for row in rows:
+        cells = []
+        for place, value in enumerate(row):
+            cells.append(_cell(value, named=not headers and place == 0, right=bool(headers)))
+        body.append(element("tr", *cells))
     return element("table", caption and element("caption", caption), head, element("tbody", *body))
 
 
@@ -154,10 +159,11 @@ def sparkline(values: Sequence[float], text: str, width: int = 240, height: int 
             continue
         x, y = f"{4 + place * across:.1f}", f"{height - 4 - (value - low) * up:.1f}"
         path.append(f"{pen}{x} {y}")
+        pen = "L"
+        # A dot where the line ends: a single value would not be seen otherwise.
         after = points[index + 1][1] if index + 1 < len(points) else math.nan
         if not math.isfinite(after):
             dots.append(element("circle", cx=x, cy=y, r="2.5"))
-        pen = "L"
     line = element("path", d="".join(path), fill="none", stroke="currentColor", stroke_width="1.5")
     size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height, "fill": "currentColor"}
     return element("svg", line, *dots, role="img", aria_label=text, class_="ft-spark", **size)
@@ -246,12 +252,17 @@ ERROR_LIMIT = 2_000
 
 
 def title(*parts: str) -> Html:
+    """The first line of a view: the parts that are not empty."""
     return element("div", element("strong", " · ".join(part for part in parts if part)), class_="ft-title")
 
 
 def facts(rows: Iterable[tuple[str, Any]]) -> Html:
     """A table of what there is: rows without a value are left out; 0 is a value."""
-    given = [row for row in rows if row[1] or (row[1] == 0 and row[1] is not False)]
+    given = []
+    for name, value in rows:
+        is_zero = value == 0 and value is not False
+        if value or is_zero:
+            given.append((name, value))
     return table(given) if given else Html()
 
 
@@ -260,20 +271,26 @@ def scores(found: Any) -> str:
     if not isinstance(found, Mapping):
         return ""
     shown = [f"{short(name, 80)} {number(value)}" for name, value in list(found.items())[:24]]
-    return " · ".join(shown) + (f" · and {len(found) - 24:,} more" if len(found) > 24 else "")
+    if len(found) > 24:
+        shown.append(f"and {len(found) - 24:,} more")
+    return " · ".join(shown)
 
 
 def some(examples: Sequence[Any], most: int = 5) -> Html:
     """The first of some examples, in brackets."""
-    ids = ", ".join(short(example, 40) for example in examples[:most])
-    return element("span", f" ({ids}{', …' if len(examples) > most else ''})", class_="ft-dim")
+    ids = [short(example, 40) for example in examples[:most]]
+    if len(examples) > most:
+        ids.append("…")
+    return element("span", f" ({', '.join(ids)})", class_="ft-dim")
 
 
 def line(*parts: Any) -> Html:
+    """Parts in a line of their own."""
     return element("div", *parts)
 
 
 def bad(label: str, text: str) -> Html:
+    """An error: a label, and its text as it is."""
     return element("div", element("strong", label, class_="ft-bad"), element("pre", text, dir="auto"))
 
 
