@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, did_you_mean
 from ..text import number, plain
-from ..types import Epoch
+from ..types import Epoch, as_float
 from .axes import (
     HATCHES,
     LINES,
@@ -210,7 +210,7 @@ def plot_training(
         each.set_ylabel(label_of(TRAINING.get(name, name)).replace(" (", "\n("), fontsize="small")
         for place, run in enumerate(runs):
             where = span(run.epochs)
-            values = at_their_places(where, run.epochs, [_number(e.train_metrics.get(name)) for e in run.epochs])
+            values = at_their_places(where, run.epochs, [as_float(e.train_metrics.get(name)) for e in run.epochs])
             label = label_of(run.name) if several and is_first else "_"
             draw_line(each, where, values, look.colour(place), label, MARKERS[place % 8], LINES[place % 4])
             said.append(f"{f'{run.name} ' if several else ''}{plain(name)} {trend_text(values)}")
@@ -228,13 +228,9 @@ def _measured(epochs: Sequence[Epoch]) -> list[str]:
     found: list[str] = []
     for epoch in epochs:
         for name, value in epoch.train_metrics.items():
-            if name not in found and math.isfinite(_number(value)):
+            if name not in found and math.isfinite(as_float(value)):
                 found.append(name)
     return [name for name in TRAINING if name in found] or found or ["loss"]
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 # ── parts of a picture ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -196,13 +196,17 @@ def head_of(turn: Turn, called: Mapping[str, str]) -> Html:
     """Who speaks, and what is to be said of the turn."""
     name = called.get(str(turn.metadata.get(MessageKey.TOOL_CALL_ID))) or turn.metadata.get(MessageKey.NAME)
     finish, seconds = turn.metadata.get(MessageKey.FINISH_REASON), turn.metadata.get(MessageKey.SECONDS)
-    notes = [
-        turn.note,
-        duration(float(seconds)) if isinstance(seconds, Real) and math.isfinite(seconds) else "",
-        finish and ("cut at the token limit" if finish == "length" else f"finish: {short(finish, 40)}"),
-    ]
+    notes = []
+    if turn.note:
+        notes.append(f" · {turn.note}")
+    if isinstance(seconds, Real) and math.isfinite(seconds):
+        notes.append(f" · {duration(float(seconds))}")
+    if finish == "length":
+        notes.append(" · cut at the token limit")
+    elif finish:
+        notes.append(f" · finish: {short(finish, 40)}")
     label = element("strong", short(turn.role, 40), name and f" · {short(name, 80)}")
-    return element("div", label, element("span", *(f" · {note}" for note in notes if note), class_="ft-dim"))
+    return element("div", label, element("span", *notes, class_="ft-dim"))
 
 
 def body_of(turn: Turn, room: int, setting: Setting = Setting()) -> list[Html]:
@@ -210,18 +214,25 @@ def body_of(turn: Turn, room: int, setting: Setting = Setting()) -> list[Html]:
     text, calls = content_text(turn.content), _listed(turn.metadata.get(MessageKey.TOOL_CALLS))
     # Servers have two names for it; episodes made here have the first alone.
     thought = turn.metadata.get(MessageKey.REASONING_CONTENT) or turn.metadata.get("reasoning")
-    calls_room = min(room // 3, 200 + 9 * sum(len(as_json(call)) for call in calls[:40])) if calls else 0
+    # Calls get what they may need, at most a third: as HTML, a character takes up to 9 bytes.
+    calls_room = 0
+    if calls:
+        calls_room = min(room // 3, 200 + 9 * sum(len(as_json(call)) for call in calls[:40]))
     room -= calls_room
     body: list[Html] = []
     if isinstance(thought, str) and thought:
         body.append(_folded_thinking(len(thought), [_text(thought, room // 3)]))
         room -= len(body[-1].encode())
     sampled = "".join(token.text or "" for token in turn.tokens)
-    if has_heat(turn) and text.strip() in sampled:  # the tokens say all that the text says, and more exactly
+    may_think = turn.role == "assistant"
+    if not has_heat(turn):
+        body += _written(text, room, may_think)
+    elif text.strip() in sampled:
+        # The tokens say all that the text says, and more exactly.
         body += _sampled(turn.tokens, sampled, room, setting)
     else:
-        tokens_room = room // 2 if has_heat(turn) else 0
-        body += _written(text, room - tokens_room, may_think=turn.role == "assistant")
+        tokens_room = room // 2
+        body += _written(text, room - tokens_room, may_think)
         if tokens_room:
             body.append(details("as it was sampled", *_sampled(turn.tokens, sampled, tokens_room, setting)))
     body += _tool_calls(calls, calls_room)
@@ -294,4 +305,7 @@ def fitting(text: str, room: int) -> str:
 
 
 def _listed(calls: Any) -> list[Any]:
-    return list(calls) if isinstance(calls, list | tuple) else [calls] if calls else []
+    """Tool calls as a list: other people's records may have one alone, or none."""
+    if isinstance(calls, list | tuple):
+        return list(calls)
+    return [calls] if calls else []
