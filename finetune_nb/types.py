@@ -86,6 +86,7 @@ __all__ = [
     "plain_content",
     "readable_logprobs",
     "same_message",
+    "sampled_outcome",
     "sampled_tokens",
 ]
 
@@ -905,18 +906,28 @@ def is_sampled(item: EpisodeItem | DPOItem) -> bool:
     """
     if not isinstance(item, EpisodeItem) or item.role != EpisodeItemRole.ASSISTANT:
         return False
-    if isinstance(item.logprobs, list | None):
-        return item.logprobs != []
-    return readable_logprobs(item.logprobs) != []
+    logprobs = item.logprobs
+    if (
+        logprobs is None or type(logprobs) is list
+    ):  # as they nearly always are: trajectories come in hundreds of thousands
+        return logprobs != []
+    return readable_logprobs(logprobs) != []
+
+
+def sampled_outcome(trajectory: Trajectory) -> tuple[int, str | None]:
+    """`sampled_tokens` and `finish_reason`, in one pass."""
+    tokens, reason = 0, None
+    for item in trajectory.episode:
+        if is_sampled(item):
+            assert isinstance(item, EpisodeItem)
+            tokens += logprob_count(item.logprobs)
+            reason = item.metadata.get(MessageKey.FINISH_REASON) if item.metadata else None
+    return tokens, reason
 
 
 def sampled_tokens(trajectory: Trajectory) -> int:
     """How many tokens the policy sampled in all turns; 0 for preferences, and for logprobs in an unknown form."""
-    tokens = 0
-    for item in trajectory.episode:
-        if isinstance(item, EpisodeItem) and item.role == EpisodeItemRole.ASSISTANT:
-            tokens += logprob_count(item.logprobs)
-    return tokens
+    return sampled_outcome(trajectory)[0]
 
 
 def finish_reason(trajectory: Trajectory) -> str | None:
@@ -924,10 +935,7 @@ def finish_reason(trajectory: Trajectory) -> str | None:
 
     None where the record does not say it of that turn, whatever it says of earlier ones, and where nothing was sampled.
     """
-    for item in reversed(trajectory.episode):
-        if isinstance(item, EpisodeItem) and is_sampled(item):
-            return (item.metadata or {}).get(MessageKey.FINISH_REASON)
-    return None
+    return sampled_outcome(trajectory)[1]
 
 
 def logprob_count(logprobs: Any) -> int:

@@ -130,9 +130,10 @@ def columns_of(column: Column, values: Sequence[Any]) -> dict[str, Any]:
     return {f"{column.prefix}{name}": found for name, found in wide(values).items()}
 
 
-def flatten(parts: Iterable[Iterable[Any]]) -> list[Any]:
+def flatten(parts: Iterable[list[Any]]) -> list[Any]:
     """The entries of several lists, one list after another."""
-    return list(chain.from_iterable(parts))
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
 
 
 def join(parts: Iterable[Any], dtype: Any) -> np.ndarray:
@@ -178,13 +179,15 @@ def _is_count(value: Any) -> bool:
 def texts(values: list[Any]) -> Any:
     """Text in the string type that is the default from pandas 3 on, before as objects; NaN where it is missing."""
     import pandas as pd
+    import pyarrow as pa
 
     if int(pd.__version__.partition(".")[0]) < 3:
         return objects([math.nan if value is None else plain(value) for value in values])
     try:
-        return pd.array(values, dtype="str")
+        found = pa.array(values, pa.string(), from_pandas=True)
     except (UnicodeEncodeError, TypeError, ValueError):  # a lone surrogate, or no text at all
-        return pd.array([value if value is None else plain(value) for value in values], dtype="str")
+        found = pa.array([value if value is None else plain(value) for value in values], pa.string())
+    return pd.array(found, dtype="str")
 
 
 def categories(values: list[Any]) -> Any:

@@ -20,7 +20,6 @@ from .columns import (
     Column,
     asked_for,
     column_of,
-    columns_of,
     counts,
     flatten,
     framed,
@@ -28,6 +27,7 @@ from .columns import (
     objects,
     repeated,
     sources_of,
+    wide,
 )
 
 if TYPE_CHECKING:
@@ -53,15 +53,6 @@ REASONS = tuple(reason.value for reason in GROUP_REASONS)
 """Of a group, in the order of the codes in Selection.reasons."""
 
 
-def _parsed(texts: list[str | None]) -> list[Any]:
-    """The values that JSON texts stand for. Of scores, the same text comes again and again."""
-    known: dict[str | None, Any] = {None: None}
-    for text in texts:
-        if text not in known:
-            known[text] = decode(text)
-    return [known[text] for text in texts]
-
-
 COLUMNS = (
     Column("epoch", "int64"),
     Column("example", "object"),
@@ -76,7 +67,7 @@ COLUMNS = (
     Column("tokens", "Int64", source="tokens"),
     Column("policy_version", "Int64", source="policy_version"),
     Column("finish_reason", "category", source="finish_reason"),
-    Column("score_<name>", "float64", source="scores", make=_parsed),
+    Column("score_<name>", "float64", source="scores"),
 )
 """Of `trajectories`. Those without a source are known from the epoch's statistics and selection."""
 
@@ -121,8 +112,18 @@ def trajectories(
         if column.prefix is None:
             found[column.name] = column_of(column, values)
         else:
-            found |= columns_of(column, flatten(values))
+            found |= {f"{column.prefix}{name}": scores for name, scores in _scores(flatten(values)).items()}
     return framed(found, names)
+
+
+def _scores(texts: list[str | None]) -> dict[str, np.ndarray]:
+    """One column a name from scores as JSON, which comes again and again: each text is parsed once."""
+    import pandas as pd
+
+    places, distinct = pd.factorize(objects(texts))
+    records = [decode(text) for text in distinct]
+    records.append(None)  # at -1, which is the place of those that are missing
+    return {name: column[places] for name, column in wide(records).items()}
 
 
 def _is_wanted(column: Column, names: Sequence[str]) -> bool:
@@ -148,9 +149,9 @@ def _values_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> dict[str
     for column in wanted:
         if column.source is not None:
             values = known[column.source]
-            if column.make is not None:
-                values = column.make(values)
-            found[column.name] = values + [failure.get(column.name) for failure in failures]
+            if failures:
+                values = [*values, *(failure.get(column.name) for failure in failures)]
+            found[column.name] = values
 
     # What the epoch knows of itself; a failure has no reward, and its group no reason.
     missing = np.full(len(failures), math.nan)

@@ -8,6 +8,7 @@ import pytest
 from factories import collected, item, make_trajectory
 
 from finetune_nb.analysis.learning_signal import learning_signal
+from finetune_nb.analysis.rollout_group import rollout_group
 from finetune_nb.errors import BackendError, MissingLogprobs
 from finetune_nb.llms.call_recorder import Episode
 from finetune_nb.rollouts.episodes import SampledTurn, chat_fields, episode_of
@@ -31,7 +32,7 @@ from finetune_nb.types import (
     finish_reason,
     sampled_tokens,
 )
-from finetune_nb.views.rollout import RolloutView, rollout_group
+from finetune_nb.views.rollout import RolloutView
 
 TOOL_CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 
