@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..hooks import shown_by
 from ..training.metrics import NO_SPREAD
-from ..types import Epoch, GroupReason
+from ..types import Epoch, GroupReason, finish_reason
 from .reasons import REASONS
 
 if TYPE_CHECKING:
@@ -282,12 +282,7 @@ def _cut(epoch: Epoch, examples: Sequence[Example]) -> int:
     """Rollouts whose last sampled turn was cut at the token limit, among the examples that only have the worst reward."""
     hard = [place for place, example in enumerate(examples) if example.signal == "all_worst"]
     groups = epoch.collection.trajectories if hard else ()
-    return sum(_ended(trajectory) == "length" for place in hard for trajectory in groups[place])
-
-
-def _ended(trajectory: Any) -> Any:
-    said = [(getattr(item, "metadata", None) or {}).get("finish_reason") for item in trajectory.episode]
-    return next((reason for reason in reversed(said) if reason), None)
+    return sum(finish_reason(trajectory) == "length" for place in hard for trajectory in groups[place])
 
 
 # ── the forecast ─────────────────────────────────────────────────────────────────────────────────────────────────────

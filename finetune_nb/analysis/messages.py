@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
-from ..types import DPOItem, EpisodeItem, EpisodeItemRole
+from ..rollouts.episodes import SampledTurn
+from ..types import DPOItem, EpisodeItem, MessageKey, as_float, field_of, logprob_entries
 
 __all__ = [
     "Token",
@@ -50,7 +51,7 @@ def preference_text(item: DPOItem) -> str:
 
 def called_functions(item: EpisodeItem) -> Any:
     """The tool calls of a message without their ids, which differ in every rollout; what is no list stays as it is."""
-    calls = (item.metadata or {}).get("tool_calls") or []
+    calls = (item.metadata or {}).get(MessageKey.TOOL_CALLS) or []
     if not isinstance(calls, list):
         return calls
     return [call.get("function", call) if isinstance(call, dict) else call for call in calls]
@@ -80,13 +81,14 @@ class Token(NamedTuple):
 def tokens_of(item: EpisodeItem | DPOItem) -> list[Token]:
     """The sampled tokens of a message, in order; empty where the policy sampled none, or where the record is of a kind
     that is not known."""
-    if isinstance(item, DPOItem) or item.role != EpisodeItemRole.ASSISTANT:
+    turn = SampledTurn.of(item)
+    if turn is None or isinstance(item, DPOItem):
         return []
-    logprobs = item.logprobs
-    entries = logprobs.get("content") if isinstance(logprobs, Mapping) else getattr(logprobs, "content", logprobs)
+    entries = logprob_entries(item.logprobs)
     if not isinstance(entries, Sequence) or isinstance(entries, str | bytes):
         return []
-    texts, tops = (_beside(item, name, len(entries)) for name in ("tokens", "top_logprobs"))
+    texts = _one_each(turn.tokens, len(entries))
+    tops = _one_each(turn.alternatives, len(entries))
     return [_token(entry, text, top) for entry, text, top in zip(entries, texts, tops, strict=True)]
 
 
@@ -101,9 +103,8 @@ def entropy_of(logprobs: Iterable[float]) -> float:
     return inside - (rest * math.log(rest) if rest > 1e-12 else 0.0)
 
 
-def _beside(item: EpisodeItem, name: str, count: int) -> Sequence[Any]:
-    """What the metadata has of that name, one entry a token; None each where there is nothing that fits."""
-    found = (item.metadata or {}).get(name)
+def _one_each(found: Any, count: int) -> Sequence[Any]:
+    """What was recorded beside the logprobs, one entry a token; None each where there is nothing that fits."""
     if isinstance(found, Sequence) and not isinstance(found, str | bytes) and len(found) == count:
         return found
     return [None] * count
@@ -118,11 +119,11 @@ def _token(entry: Any, text: Any, top: Any) -> Token:
         top: The likeliest tokens in its place, where they were recorded beside the logprobs.
     """
     if isinstance(entry, Real):
-        logprob = _number(entry)
+        logprob = as_float(entry)
     else:
-        logprob, top = _number(_get(entry, "logprob")), _get(entry, "top_logprobs")
+        logprob, top = as_float(field_of(entry, "logprob")), field_of(entry, "top_logprobs")
         if not isinstance(text, str):
-            text = _get(entry, "token")
+            text = field_of(entry, "token")
     if not isinstance(text, str):
         text = None
 
@@ -139,18 +140,7 @@ def _token(entry: Any, text: Any, top: Any) -> Token:
 def _likely(top: Any) -> list[tuple[Any, float]]:
     """(token, logprob) of the likeliest tokens, in either of the two forms that servers send."""
     if isinstance(top, Mapping):  # {" 7": -0.2}, as completions have them
-        return [(token, _number(logprob)) for token, logprob in top.items()]
+        return [(token, as_float(logprob)) for token, logprob in top.items()]
     if isinstance(top, Sequence) and not isinstance(top, str | bytes):
-        return [(_get(entry, "token"), _number(_get(entry, "logprob"))) for entry in top]
+        return [(field_of(entry, "token"), as_float(field_of(entry, "logprob"))) for entry in top]
     return []
-
-
-def _get(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value) if isinstance(value, Real) else math.nan
-    except OverflowError:
-        return math.nan

@@ -10,6 +10,7 @@ from typing import Any
 from ..analysis.group_comparison import GroupComparison
 from ..analysis.messages import said_text
 from ..text import count, number, one_line, short, signed
+from ..types import sampled_tokens
 from .conversation import Setting, Turn, body_of, conversation, fitting, head_of, tool_names, turn_of
 from .html import Html, details, element, table, title, view
 from .tokens import visible
@@ -109,7 +110,7 @@ def _lengths(comparison: GroupComparison) -> list[tuple[str, ...]]:
     turns, tokens = [], []
     for trajectory in comparison.trajectories:
         turns.append(len(trajectory.episode))
-        tokens.append(sum(len(turn_of(item).tokens) for item in trajectory.episode))
+        tokens.append(sampled_tokens(trajectory))
     return [_row("turns", turns), _row("sampled tokens", tokens)]
 
 
