@@ -1,8 +1,7 @@
 """Wraps methods of single instances, and finds objects of higher layers by their names.
 
-`observe` wraps one method of one instance, `unobserve` takes the wrapper off, `unobserved` copies an instance without any.
-So a Run can follow a Trainer, a builder and an adapter that know nothing of it. `resolve` turns "module:object" into the
-object, and `shown_by` is how a noun shows itself with it.
+With wrapped methods a Run can follow a Trainer, a builder and an adapter that know nothing of it. `resolve` turns
+"module:object" into the object, and `shown_by` is how a noun shows itself with it.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 __all__ = [
-    "observe",
+    "wrap_method",
     "resolve",
     "shown_by",
-    "unobserve",
-    "unobserved",
+    "unwrap_methods",
+    "without_wrappers",
 ]
 
 T = TypeVar("T")
 _MARK = "__finetune_nb_observes__"
 
 
-def observe(instance: Any, name: str, wrapper: Callable[..., Any]) -> None:
+def wrap_method(instance: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Replaces `instance.name` by `wrapper(original, *args, **kwargs)`, for this instance only."""
     original = getattr(instance, name)
 
@@ -37,7 +36,7 @@ def observe(instance: Any, name: str, wrapper: Callable[..., Any]) -> None:
     setattr(instance, name, observed)
 
 
-def unobserve(instance: Any) -> None:
+def unwrap_methods(instance: Any) -> None:
     """Takes off every wrapper; what the instance held of its own (a test's replacement, say) comes back."""
     for name, value in list(vars(instance).items()):
         while hasattr(value, _MARK):
@@ -48,10 +47,10 @@ def unobserve(instance: Any) -> None:
                 setattr(instance, name, value)
 
 
-def unobserved(instance: T) -> T:
+def without_wrappers(instance: T) -> T:
     """A shallow copy without wrappers, whose methods are bound to the copy."""
     twin = copy.copy(instance)
-    unobserve(twin)
+    unwrap_methods(twin)
     return twin
 
 

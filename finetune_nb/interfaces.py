@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import ConfigError
-from .hooks import resolve, unobserved
+from .hooks import resolve, without_wrappers
 from .redaction import error_text, redacting_logger
 from .types import (
     EpisodeKey,
@@ -273,7 +273,7 @@ class Trainer(ABC):
         has avg_reward NaN and `error`; an item without a score does not count.
         """
         try:
-            builder = unobserved(self.trajectory_builder)
+            builder = without_wrappers(self.trajectory_builder)
             builder.run_config = copy.deepcopy(self.run_config)
             run = _run_configuration(builder.run_config)
             run.dataset = run.validation_dataset

@@ -24,21 +24,26 @@ __all__ = [
     "before_exit",
     "enable_nested_asyncio",
     "in_daemon_thread",
-    "leaving",
+    "interpreter_exiting",
     "renew_exit_order",
     "run_sync",
     "start_daemon",
 ]
 
-leaving = threading.Event()
+interpreter_exiting = threading.Event()
 """Set when the interpreter begins to end: stop after the step at hand."""
 PARTING_SECONDS = 3.0
 _wakes: dict[threading.Thread, Callable[[], None]] = {}
 
 
 def start_daemon(work: Callable[[], None], name: str, wake: Callable[[], None] = lambda: None) -> threading.Thread:
-    """Runs `work` in a thread of its own, with the caller's context variables. `wake` makes it look at `leaving` where it
-    sleeps for long."""
+    """Runs `work` in a daemon thread of its own, with the caller's context variables.
+
+    Args:
+        work: What to run. It should look at `interpreter_exiting` between its steps.
+        name: The thread's name.
+        wake: Called at exit, so that work that sleeps looks at `interpreter_exiting`.
+    """
     context = contextvars.copy_context()
 
     def run() -> None:
@@ -54,8 +59,8 @@ def start_daemon(work: Callable[[], None], name: str, wake: Callable[[], None] =
 
 
 @atexit.register
-def _part() -> None:
-    leaving.set()
+def _join_daemons() -> None:
+    interpreter_exiting.set()
     deadline = time.monotonic() + PARTING_SECONDS
     threads = dict(_wakes)
     for wake in threads.values():
@@ -96,7 +101,7 @@ ANSWER_SECONDS = 2.0
 logger = redacting_logger(__name__)
 
 
-class Launched(Generic[T]):
+class LoopTask(Generic[T]):
     """A coroutine that is running on an engine thread."""
 
     def __init__(
@@ -157,13 +162,13 @@ class EngineThread:
         """Starts a coroutine on the thread's loop. May be called from any thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop())
 
-    def launch(self, coroutine: Coroutine[Any, Any, T], ended: Callable[[], Any] = lambda: None) -> Launched[T]:
+    def launch(self, coroutine: Coroutine[Any, Any, T], ended: Callable[[], Any] = lambda: None) -> LoopTask[T]:
         """Starts a coroutine that can be canceled and joined. May be called from any thread. ended: called on the thread
         when it has ended, also where it was canceled before it began."""
-        return Launched(self._running_loop(), coroutine, ended)
+        return LoopTask(self._running_loop(), coroutine, ended)
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Awaits a coroutine of the thread from any other loop; see Launched.join."""
+        """Awaits a coroutine of the thread from any other loop; see LoopTask.join."""
         return await self.launch(coroutine).join()
 
     @property

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
-    "keeping_others",
-    "put_transformers_back",
+    "undo_side_effects",
+    "restore_transformers",
 ]
 
 
 @contextmanager
-def keeping_others() -> Iterator[None]:
+def undo_side_effects() -> Iterator[None]:
     """What this thread imports inside changes no other package."""
     import matplotlib
 
@@ -35,10 +35,10 @@ def keeping_others() -> Iterator[None]:
         yield
     finally:
         matplotlib.use = use
-        put_transformers_back()
+        restore_transformers()
 
 
-def put_transformers_back() -> None:
+def restore_transformers() -> None:
     """Takes openpipe-art's function out of transformers again, where transformers calls it with other arguments."""
     patches: Any = sys.modules.get("art.transformers.patches")
     masks: Any = sys.modules.get("transformers.masking_utils")

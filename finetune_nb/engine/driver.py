@@ -1,7 +1,7 @@
 """The driver: runs epochs of any Trainer, one at a time, and has each recorded.
 
-It lives on the engine thread and is all async; it knows Controls and records, no widget and no notebook. What is seen of
-the Trainer is witness.py's, what a record is made of watch.py's, what is written when recorder.py's.
+It lives on the engine thread and is all async; it knows LiveSettings and records, no widget and no notebook. What is seen of
+the Trainer is witness.py's, what a record is made of in_progress.py's, what is written when recorder.py's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..components.builder import Builder
 from ..config.sections import Config
 from ..errors import BackendError, ConfigError, JobFailed, RunError, UnknownJob
 from ..interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
-from ..llms.call_recorder import Episode
+from ..llms.call_recorder import CallRecorder
 from ..llms.client import LLM, ChatReply, PolicyLLM
 from ..redaction import error_text, redacting_logger
 from ..rollouts.evaluation import EvaluationContext, Progress, dataset_of, evaluation_context, workflow_of
@@ -34,16 +34,16 @@ from ..types import (
     Trajectory,
     Validation,
 )
-from .epoch_record import Watch, log_what_was_left
-from .live_settings import Controls, put
-from .observer import Witness, set_curriculum
-from .run_writer import Recorder, logging_to, take_up
-from .sinks import MetricsSink, Outlets
-from .state import Standing
+from .epoch_record import EpochInProgress, log_what_was_left
+from .live_settings import LiveSettings, write_live_values
+from .observer import TrainerObserver, set_curriculum
+from .run_writer import RunWriter, logging_to, restore_settings
+from .sinks import MetricsSink, SinkDispatcher
+from .state import RunState
 
 __all__ = [
     "Driver",
-    "Trial",
+    "Playground",
 ]
 
 T = TypeVar("T")
@@ -56,28 +56,28 @@ class Driver:
     def __init__(
         self,
         config: Config,
-        builder: Builder,
+        components: Builder,
         run_id: str,
-        controls: Controls,
-        standing: Standing,
+        live_settings: LiveSettings,
+        state: RunState,
         epochs: Sequence[Epoch] = (),
         first: int = 0,
     ) -> None:
-        self.config, self.builder, self.run_id = config, builder, run_id
-        builder.run_folder = self.folder
-        self.controls, self.standing = controls, standing
+        self.config, self.components, self.run_id = config, components, run_id
+        components.run_folder = self.folder
+        self.live_settings, self.state = live_settings, state
         self.epochs: list[Epoch] = list(epochs)
         self._first = first  # the epoch that comes next where there is none yet: of a fork the one behind its parent's
-        self.recorder: Recorder = None  # type: ignore[assignment]  # set by open
+        self.writer: RunWriter = None  # type: ignore[assignment]  # set by open
         self.progress = Progress()
         self.trainer: Trainer = None  # type: ignore[assignment]  # set by open
         self.trajectory_builder: TrajectoryBuilder = None  # type: ignore[assignment]
         self.adapter: TrainerAdapter = None  # type: ignore[assignment]
-        self._witness: Witness = None  # type: ignore[assignment]  # set by open
+        self._observer: TrainerObserver = None  # type: ignore[assignment]  # set by open
         self._left: PartialEpoch | None = None  # begun by a process that has ended
-        self._trial = Trial(config, builder, run_id)
+        self._trial = Playground(config, components, run_id)
         self.sinks: list[MetricsSink] = []
-        self._outlets = Outlets(self.sinks, run_id, config.stored)
+        self._outlets = SinkDispatcher(self.sinks, run_id, config.stored)
 
     # ── opening and closing ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -89,9 +89,9 @@ class Driver:
         names = self.config.finetuning
         if names.trainer is None or names.trajectory_builder is None or names.trainer_adapter is None:
             raise ConfigError("finetuning needs trainer, trajectory_builder and trainer_adapter. Name all three.")
-        trainer = await self.builder.get_trainer(names.trainer)
-        self.trajectory_builder = await self.builder.get_trajectory_builder(names.trajectory_builder)
-        self.adapter = await self.builder.get_trainer_adapter(names.trainer_adapter)
+        trainer = await self.components.get_trainer(names.trainer)
+        self.trajectory_builder = await self.components.get_trajectory_builder(names.trajectory_builder)
+        self.adapter = await self.components.get_trainer_adapter(names.trainer_adapter)
         await trainer.bind_components(self.trajectory_builder, self.adapter)
         await trainer.initialize(names)
         await self._trial.preflight(reads_rows=getattr(self.trajectory_builder, "reads_our_rows", False))
@@ -101,28 +101,30 @@ class Driver:
                 f"the training backend is not healthy: {name}.is_healthy() is False. No rollout was started. "
                 "Start or repair the backend, then run the epoch again."
             )
-        if self.recorder is None:
+        if self.writer is None:
             await _to_its_end(self._open_recorder())
         await self._take_up(trainer)
-        self._witness = Witness(trainer, self.run_id, self.controls, self.standing, self.recorder, self.builder)
+        self._observer = TrainerObserver(
+            trainer, self.run_id, self.live_settings, self.state, self.writer, self.components
+        )
         self.trainer = trainer
         if self.policy_told is not None:
-            self.recorder.event("policy", text=self.policy_told)
+            self.writer.event("policy", text=self.policy_told)
 
     async def _open_recorder(self) -> None:
         run = self.config.run
-        self.recorder = await Recorder.open(
+        self.writer = await RunWriter.open(
             self.folder, self.run_id, self.config.stored(), run.checkpoint_every, run.keep_checkpoints
         )
 
     async def _take_up(self, trainer: Trainer) -> None:
         """Puts everything where the record ends."""
-        store = self.recorder.store
+        store = self.writer.store
         self.epochs = list(store.epochs)
         self._first = store.next_index
-        state = await self.recorder.weights.restore(self.adapter)
-        take_up(self.controls, store)
-        put(self.config, self.builder, self.controls.live_values())
+        state = await self.writer.weights.restore(self.adapter)
+        restore_settings(self.live_settings, store)
+        write_live_values(self.config, self.components, self.live_settings.live_values())
         if state is not None and state["curriculum"]:
             set_curriculum(trainer, state_from_dict(state["curriculum"]))
         self._left = store.partial()
@@ -135,12 +137,12 @@ class Driver:
     def write_journal(self) -> None:
         """Writes down which settings were asked for, if the record is open."""
         if self.is_open:
-            self.recorder.journal(self.controls)
+            self.writer.journal(self.live_settings)
 
     @property
     def at_work(self) -> bool:
         """Whether an epoch is running; between two of them a run may be paused."""
-        return self._witness is not None and self._witness.watch is not None
+        return self._observer is not None and self._observer.in_progress is not None
 
     @property
     def policy_told(self) -> str | None:
@@ -159,23 +161,23 @@ class Driver:
 
     async def close(self) -> None:
         """Takes the wrappers off and ends every component, once. All are ended even if one raises."""
-        if self._witness is not None:
+        if self._observer is not None:
             try:
-                await asyncio.wait_for(self._witness.settle_late_jobs(self.epochs), 5.0)
+                await asyncio.wait_for(self._observer.settle_late_jobs(self.epochs), 5.0)
             except Exception:
                 logger.warning("a job that was submitted late has not ended well", exc_info=True)
-            self._witness.leave()
+            self._observer.detach()
         try:
             if self.trainer is not None:
                 await self.trainer.cleanup()
         finally:
             try:
                 await in_daemon_thread(self._outlets.close)
-                if self.recorder is not None:
-                    self.recorder.journal(self.controls)
-                    await self.recorder.close(self.adapter)
+                if self.writer is not None:
+                    self.writer.journal(self.live_settings)
+                    await self.writer.close(self.adapter)
             finally:
-                await self.builder.close()
+                await self.components.close()
 
     # ── what a run is asked for ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -183,23 +185,23 @@ class Driver:
         """One epoch, recorded. A job that failed raises JobFailed, with the record in its `epoch`."""
         await self.open()
         self.require_single_epochs()
-        return await self._next(lambda watch: self.trainer.run_epoch(watch.epoch, self.run_id))
+        return await self._next(lambda in_progress: self.trainer.run_epoch(in_progress.epoch, self.run_id))
 
     async def whole_run(self, num_epochs: int) -> Epoch:
         """All of a Trainer that trains only in its run(), recorded as one epoch: whatever it collects, and its job."""
 
-        async def work(watch: Watch) -> None:
+        async def work(in_progress: EpochInProgress) -> None:
             statuses = await self.trainer.run(num_epochs)
-            if statuses and not watch.refs:
-                watch.statuses.append(statuses[-1])  # why it ended before it submitted anything
+            if statuses and not in_progress.refs:
+                in_progress.statuses.append(statuses[-1])  # why it ended before it submitted anything
 
         return await self._next(work)
 
-    async def _next(self, work: Callable[[Watch], Awaitable[TrainingJobRef | None]]) -> Epoch:
-        with logging_to(self.recorder):
-            if await self.recorder.go_back():
+    async def _next(self, work: Callable[[EpochInProgress], Awaitable[TrainingJobRef | None]]) -> Epoch:
+        with logging_to(self.writer):
+            if await self.writer.rewind():
                 await self._take_up(self.trainer)
-            await self._witness.settle_late_jobs(self.epochs)
+            await self._observer.settle_late_jobs(self.epochs)
             left, self._left = self._left, None
             epoch = await self._end_left(left) if left is not None else None
             epoch = epoch or await self._run_epoch(work)
@@ -209,31 +211,31 @@ class Driver:
             raise failure
         return epoch
 
-    async def _run_epoch(self, work: Callable[[Watch], Awaitable[TrainingJobRef | None]]) -> Epoch:
-        watch = Watch(self.next_index, progress=Progress("rollouts"))
-        self.recorder.journal(self.controls)
-        await self.recorder.begun(watch, self._witness.version)
-        watch.begun, self.progress = True, watch.progress
-        with self._witness.watching(watch):
+    async def _run_epoch(self, work: Callable[[EpochInProgress], Awaitable[TrainingJobRef | None]]) -> Epoch:
+        in_progress = EpochInProgress(self.next_index, progress=Progress("rollouts"))
+        self.writer.journal(self.live_settings)
+        await self.writer.on_epoch_begin(in_progress, self._observer.version)
+        in_progress.begun, self.progress = True, in_progress.progress
+        with self._observer.observing(in_progress):
             try:
-                ref = await work(watch)
-                await self._witness.wait_for_jobs(watch, ref)
+                ref = await work(in_progress)
+                await self._observer.wait_for_jobs(in_progress, ref)
             except asyncio.CancelledError:
-                await self._witness.cancel_jobs(watch)
-                await self._witness.keep_what_came(watch)
-                await self.recorder.stopped("aborted", watch.epoch)
+                await self._observer.cancel_jobs(in_progress)
+                await self._observer.keep_what_came(in_progress)
+                await self.writer.on_epoch_stopped("aborted", in_progress.epoch)
                 raise
             except Exception as error:
-                if watch.collection is not None:
-                    epoch = await self._record(watch, error)
+                if in_progress.collection is not None:
+                    epoch = await self._record(in_progress, error)
                     if isinstance(error, JobFailed):
                         error.epoch = epoch
                 else:
-                    await self._witness.keep_what_came(watch)
-                await self.recorder.stopped("failed", watch.epoch, error_text(error))
+                    await self._observer.keep_what_came(in_progress)
+                await self.writer.on_epoch_stopped("failed", in_progress.epoch, error_text(error))
                 raise
-            epoch = await self._record(watch)
-            log_what_was_left(watch, epoch, self.trainer, self.folder)
+            epoch = await self._record(in_progress)
+            log_what_was_left(in_progress, epoch, self.trainer, self.folder)
             return epoch
 
     async def _end_left(self, left: PartialEpoch) -> Epoch | None:
@@ -248,12 +250,12 @@ class Driver:
                 left.index,
             )
             return None
-        watch = Watch.again(left)
-        self.progress = watch.progress
-        await self.recorder.taken_up(left.index)
-        with self._witness.watching(watch):
+        in_progress = EpochInProgress.again(left)
+        self.progress = in_progress.progress
+        await self.writer.on_epoch_resumed(left.index)
+        with self._observer.observing(in_progress):
             try:
-                await self._witness.wait_for_jobs(watch, left.job)
+                await self._observer.wait_for_jobs(in_progress, left.job)
             except UnknownJob as error:
                 logger.warning("epoch %d is run again: its training job is not to be had (%s)", left.index, error)
                 return None
@@ -261,22 +263,22 @@ class Driver:
                 self._left = left  # it can be asked for again
                 raise
             set_curriculum(self.trainer, left.selection.state)
-            self.controls.start_from(left.selection.settings, self.controls.journal, left.index + 1)
-            epoch = await self._record(watch)
-            log_what_was_left(watch, epoch, self.trainer, self.folder)
+            self.live_settings.restore(left.selection.settings, self.live_settings.journal, left.index + 1)
+            epoch = await self._record(in_progress)
+            log_what_was_left(in_progress, epoch, self.trainer, self.folder)
             return epoch
 
-    async def _record(self, watch: Watch, error: Exception | None = None) -> Epoch:
+    async def _record(self, in_progress: EpochInProgress, error: Exception | None = None) -> Epoch:
         """Makes and stores the record: an epoch is recorded or not, also if somebody aborts meanwhile."""
-        return await _to_its_end(self._record_now(watch, error))
+        return await _to_its_end(self._record_now(in_progress, error))
 
-    async def _record_now(self, watch: Watch, error: Exception | None) -> Epoch:
-        epoch = self._witness.record(watch, error)
-        self.controls.settle(epoch.curriculum.percentile)
-        self._witness.recorded(epoch)
-        self.recorder.journal(self.controls)
+    async def _record_now(self, in_progress: EpochInProgress, error: Exception | None) -> Epoch:
+        epoch = self._observer.record(in_progress, error)
+        self.live_settings.note_percentile(epoch.curriculum.percentile)
+        self._observer.remember(epoch)
+        self.writer.journal(self.live_settings)
         state = self.trainer._curriculum_state
-        epoch = await self.recorder.ended(epoch, self.adapter, state, self.controls)
+        epoch = await self.writer.store_epoch(epoch, self.adapter, state, self.live_settings)
         self.epochs.append(epoch)
         self._outlets.recorded(epoch)
         return epoch
@@ -302,9 +304,9 @@ class Driver:
             raise RunError(
                 "this run has no validation dataset: give validation=... or run_configuration.validation_dataset."
             )
-        with logging_to(self.recorder), self._witness.watching(Watch(self.next_index)) as watch:
-            await self.trainer.run_validation_evaluation(watch.epoch, self.run_id)
-        return watch.validations[-1]
+        with logging_to(self.writer), self._observer.observing(EpochInProgress(self.next_index)) as in_progress:
+            await self.trainer.run_validation_evaluation(in_progress.epoch, self.run_id)
+        return in_progress.validations[-1]
 
     async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
         """One rollout of one example: its position in the dataset, or its id. It is not recorded in any epoch."""
@@ -338,11 +340,11 @@ async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-class Trial:
+class Playground:
     """Tries with a run's own components. Each try samples anew."""
 
-    def __init__(self, config: Config, builder: Builder, run_id: str) -> None:
-        self.config, self.builder, self.run_id = config, builder, run_id
+    def __init__(self, config: Config, components: Builder, run_id: str) -> None:
+        self.config, self.components, self.run_id = config, components, run_id
         self._tries = 0
 
     async def preflight(self, reads_rows: bool = True) -> None:
@@ -350,14 +352,14 @@ class Trial:
         reads_rows: whether the datasets are ours to read; somebody's own builder may have its rows from elsewhere."""
         if not reads_rows:
             return
-        (await workflow_of(self.config, self.builder)).check(self._rows())
+        (await workflow_of(self.config, self.components)).check(self._rows())
         run = self.config.finetuning.run_configuration
         if run and run.validation_dataset:
-            dataset_of(self.config, self.builder, str(run.validation_dataset))
+            dataset_of(self.config, self.components, str(run.validation_dataset))
 
     def _rows(self) -> Sequence[EvalInputItem]:
         run = self.config.finetuning.run_configuration
-        return dataset_of(self.config, self.builder, str(run.dataset) if run and run.dataset else None)
+        return dataset_of(self.config, self.components, str(run.dataset) if run and run.dataset else None)
 
     async def rollout(self, example: Any, trajectory_builder: TrajectoryBuilder) -> Trajectory | RolloutFailure:
         """One scored rollout. example: position in the dataset, or id. Raises RunError for one that is not there.
@@ -401,13 +403,13 @@ class Trial:
             llm: LLM | None = PolicyLLM(adapter.policy)
         else:
             self._require_workflow()
-            llm = (await workflow_of(self.config, self.builder)).llm
+            llm = (await workflow_of(self.config, self.components)).llm
         if llm is None:
             raise RunError("this run's workflow uses no llm, so there is nothing to talk to.")
         self._tries += 1
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        episode = Episode(EpisodeKey("try", self._tries, 0, 0), self.config.run.seed)
-        with episode.live([llm.policy] if llm.policy else []):
+        episode = CallRecorder(EpisodeKey("try", self._tries, 0, 0), self.config.run.seed)
+        with episode.recording([llm.policy] if llm.policy else []):
             return await llm.chat(messages, **options)
 
     def _require_workflow(self) -> None:

@@ -1,7 +1,7 @@
-"""What is seen of one epoch, and the record that is made of it.
+"""What is observed of one epoch while it runs, and the record that is made of it.
 
-A Watch collects while the epoch runs; `record` makes the Epoch. What a Trainer of ours tells of its own (its Selection) is
-taken; what someone else's does not tell is concluded from what it submitted, and marked as inferred.
+A Trainer that reports its Selection is taken at its word. For any other, the selection is inferred from what it submitted,
+and marked as inferred.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from ..types import (
 )
 
 __all__ = [
-    "Watch",
+    "EpochInProgress",
     "log_what_was_left",
     "partial_record",
     "record",
     "settled_late",
-    "told_by",
+    "report_of",
     "validation_of",
 ]
 
 logger = redacting_logger(__name__)
 
 
-class Told(NamedTuple):
+class TrainerReport(NamedTuple):
     """What a Trainer of ours says of its choice."""
 
     selection: Selection
@@ -61,7 +61,7 @@ class Told(NamedTuple):
 
 
 @dataclass
-class Watch:
+class EpochInProgress:
     """What was seen of the epoch that is running."""
 
     epoch: int
@@ -83,7 +83,7 @@ class Watch:
     progress: Progress = field(default_factory=Progress)
     begun: bool = False
     """Whether the folder knows of it."""
-    told: Told | None = None
+    report: TrainerReport | None = None
     """What was chosen, where that is known from an earlier process."""
     came_in: list[RolloutResult] = field(default_factory=list)
     """Rollouts that are done and not yet in the folder."""
@@ -94,8 +94,8 @@ class Watch:
     """Puts rollouts into the folder until all are in."""
 
     @classmethod
-    def again(cls, left: PartialEpoch) -> Watch:
-        """The watch of an epoch that is known from the folder as far as its training."""
+    def again(cls, left: PartialEpoch) -> EpochInProgress:
+        """An epoch that is known from the folder as far as its training."""
         assert left.selection is not None
         statistics = group_statistics(left.collection.trajectories)
         return cls(
@@ -108,7 +108,9 @@ class Watch:
             validations=list(left.validations),
             progress=Progress("training"),
             begun=True,
-            told=Told(left.selection, statistics, epoch_metrics(left.collection, statistics, left.selection)),
+            report=TrainerReport(
+                left.selection, statistics, epoch_metrics(left.collection, statistics, left.selection)
+            ),
         )
 
     def collect(self, collection: TrajectoryCollection, joined: bool) -> TrajectoryCollection:
@@ -137,17 +139,17 @@ class Watch:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - since
 
 
-def told_by(trainer: Trainer) -> Told | None:
+def report_of(trainer: Trainer) -> TrainerReport | None:
     """None for a Trainer that says nothing, or nothing of the running epoch."""
-    told = tuple(getattr(trainer, name, None) for name in ("selection", "statistics", "metrics"))
+    found = tuple(getattr(trainer, name, None) for name in ("selection", "statistics", "metrics"))
     kinds = (Selection, GroupStatistics, EpochMetrics)
-    return Told(*told) if all(map(isinstance, told, kinds)) else None  # type: ignore[arg-type]
+    return TrainerReport(*found) if all(map(isinstance, found, kinds)) else None  # type: ignore[arg-type]
 
 
 def record(
-    watch: Watch,
+    in_progress: EpochInProgress,
     run_id: str,
-    told: Told | None,
+    report: TrainerReport | None,
     settings: CurriculumSettings,
     state: CurriculumState | None,
     version: int | None,
@@ -155,20 +157,20 @@ def record(
 ) -> Epoch:
     """The Epoch.
 
-    told: what the Trainer itself says of its choice, if it does. settings, state: the curriculum in force. version: the
+    report: what the Trainer itself says of its choice, if it does. settings, state: the curriculum in force. version: the
     policy's, now. error: what ended the epoch before its time.
     """
-    collection = watch.collection or TrajectoryCollection(trajectories=[], run_id=run_id)
-    kept = _kept(watch.submitted, collection)
-    if told is not None and len(told.statistics) == len(collection.trajectories) and _agrees(told, kept):
-        statistics, metrics, selection = told.statistics, told.metrics, told.selection
+    collection = in_progress.collection or TrajectoryCollection(trajectories=[], run_id=run_id)
+    kept = _kept(in_progress.submitted, collection)
+    if report is not None and len(report.statistics) == len(collection.trajectories) and _agrees(report, kept):
+        statistics, metrics, selection = report.statistics, report.metrics, report.selection
     else:
         statistics = group_statistics(collection.trajectories)
         selection = infer_selection(statistics, kept, settings, state)
         metrics = epoch_metrics(collection, statistics, selection)
-    job = watch.statuses[-1] if watch.statuses else None
+    job = in_progress.statuses[-1] if in_progress.statuses else None
     return Epoch(
-        index=watch.epoch,
+        index=in_progress.epoch,
         run_id=run_id,
         collection=collection,
         statistics=statistics,
@@ -176,10 +178,10 @@ def record(
         job=job,
         reason=None if job is not None else _why_no_job(collection, selection, error),
         metrics=metrics,
-        validations=tuple(watch.validations),
-        policy_versions=(watch.version, version),
-        started_at=watch.started_at,
-        seconds={**watch.seconds, "total": time.perf_counter() - watch.started},
+        validations=tuple(in_progress.validations),
+        policy_versions=(in_progress.version, version),
+        started_at=in_progress.started_at,
+        seconds={**in_progress.seconds, "total": time.perf_counter() - in_progress.started},
     )
 
 
@@ -219,11 +221,11 @@ def settled_late(epoch: Epoch, submitted: TrajectoryCollection, status: Training
     return replace(epoch, job=status, reason=None, selection=selection, metrics=metrics)
 
 
-def _agrees(told: Told, kept: Sequence[int]) -> bool:
+def _agrees(report: TrainerReport, kept: Sequence[int]) -> bool:
     """Whether a Trainer submitted what it says that it chose; a subclass may choose once more. Groups without a finite
     reward are chosen where there is no curriculum, and never submitted."""
-    chosen = told.selection.kept
-    return not kept or chosen[np.isfinite(told.statistics.means[chosen])].tolist() == list(kept)
+    chosen = report.selection.kept
+    return not kept or chosen[np.isfinite(report.statistics.means[chosen])].tolist() == list(kept)
 
 
 def _kept(submitted: Sequence[TrajectoryCollection], collection: TrajectoryCollection) -> list[int]:
@@ -273,7 +275,7 @@ def validation_of(epoch: int, version: int | None, metrics: Mapping[str, Any], s
     )
 
 
-def log_what_was_left(watch: Watch, epoch: Epoch, trainer: Trainer, folder: Path) -> None:
+def log_what_was_left(in_progress: EpochInProgress, epoch: Epoch, trainer: Trainer, folder: Path) -> None:
     """The three log_progress are called once an epoch: those that someone else's Trainer left out are called here."""
     metrics: dict[str, Any] = {"epoch": epoch.index}
     for name in ("avg_reward", "num_trajectories", "num_groups"):
@@ -282,11 +284,11 @@ def log_what_was_left(watch: Watch, epoch: Epoch, trainer: Trainer, folder: Path
         "trainer": lambda: trainer.log_progress(epoch.index, metrics, str(folder)),
         "builder": lambda: trainer.trajectory_builder.log_progress(epoch.run_id, metrics, str(folder)),
     }
-    if watch.refs:
+    if in_progress.refs:
         measured = dict(epoch.train_metrics)
-        calls["adapter"] = lambda: trainer.trainer_adapter.log_progress(watch.refs[-1], measured, str(folder))
+        calls["adapter"] = lambda: trainer.trainer_adapter.log_progress(in_progress.refs[-1], measured, str(folder))
     for part, call in calls.items():
-        if part not in watch.logged:
+        if part not in in_progress.logged:
             try:
                 call()
             except Exception:

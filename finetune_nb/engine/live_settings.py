@@ -1,4 +1,4 @@
-"""Controls: the mailbox between whoever steers a run (a cell, a widget, another thread) and the engine that runs it.
+"""LiveSettings: the mailbox between whoever steers a run (a cell, a widget, another thread) and the engine that runs it.
 
 A change is validated and becomes pending at once, or stands in the draft until it is asked for; the engine takes it over at
 its safe point, which for the curriculum is the next selection, also that of the epoch whose rollouts are running, and for a
@@ -27,12 +27,12 @@ from ..errors import ConfigError, did_you_mean
 from ..types import Change, CurriculumSettings
 
 __all__ = [
-    "Controls",
+    "LiveSettings",
     "LiveField",
     "journal_text",
     "live_fields",
     "live_names",
-    "put",
+    "write_live_values",
     "read_journal",
 ]
 
@@ -77,7 +77,7 @@ def live_fields(config: Config) -> list[LiveField]:
     return found
 
 
-def put(config: Config, builder: Builder, values: Mapping[str, Any]) -> None:
+def write_live_values(config: Config, builder: Builder, values: Mapping[str, Any]) -> None:
     """Puts changed values into the configs that the components hold."""
     sections = _sections(config)
     for name, value in values.items():
@@ -121,7 +121,7 @@ class LiveField:
     """The value as the component takes it. Raises ConfigError for one that does not fit."""
 
 
-class Controls:
+class LiveSettings:
     """The live settings of a run. Every method may be called from any thread."""
 
     def __init__(self, curriculum: CurriculumSettings, live: Iterable[LiveField] = ()) -> None:
@@ -218,7 +218,7 @@ class Controls:
             self._pending = after
         return after
 
-    def repeat(self, changes: Iterable[Change]) -> None:
+    def replay(self, changes: Iterable[Change]) -> None:
         """Makes the changes of another run's journal again, each right before the safe point of the epoch that used it
         there; those that no epoch used are left out. Raises ConfigError where one of them cannot be made here."""
         with self._lock:
@@ -246,7 +246,7 @@ class Controls:
                 self._change(replace(asked, **curriculum), "replay")
             self._change({name: value for name, value in values.items() if "." in name}, "replay")
 
-    def try_out(self, changes: Mapping[str, Any], source: str = "panel") -> CurriculumSettings:
+    def draft_changes(self, changes: Mapping[str, Any], source: str = "panel") -> CurriculumSettings:
         """Puts changes into the draft; with `at_once`, asks for them. Returns the curriculum of the draft. Raises
         ConfigError, and changes nothing, if they do not fit."""
         with self._lock:
@@ -261,7 +261,7 @@ class Controls:
             self._draft = self._news_in(draft)
             return curriculum
 
-    def ask_for_draft(self, source: str = "panel") -> CurriculumSettings:
+    def apply_draft(self, source: str = "panel") -> CurriculumSettings:
         """Asks for what is in the draft, and empties it. Raises ConfigError, and changes nothing, if it does not fit."""
         with self._lock:
             curriculum = self._change(self._draft, source) if self._draft else self._pending or self._applied
@@ -301,7 +301,7 @@ class Controls:
 
     # ── the engine ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def start_from(
+    def restore(
         self,
         settings: CurriculumSettings | None,
         journal: Sequence[Change],
@@ -338,7 +338,7 @@ class Controls:
             self._settle_journal(epoch, [name for name in self._waiting if name not in self._live])
             return after, after.resumes_after(before)
 
-    def take(self, safe_point: str, epoch: int) -> dict[str, Any]:
+    def take_live(self, safe_point: str, epoch: int) -> dict[str, Any]:
         """The live fields of that safe point which have been changed since it was last passed."""
         with self._lock:
             self._repeat_now(epoch, lambda name: "." in name and self._live[name].safe_point == safe_point)
@@ -361,7 +361,7 @@ class Controls:
                 if name not in self._untaken and field.value != self._configured[name]
             }
 
-    def settle(self, percentile: float) -> None:
+    def note_percentile(self, percentile: float) -> None:
         """The engine's word of the percentile that a selection used, which the schedule may have moved."""
         with self._lock:
             before = self._applied

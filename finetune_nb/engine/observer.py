@@ -1,8 +1,8 @@
 """The witness: sees from outside what any Trainer does with its builder and adapter, and puts the live settings in
 before it selects.
 
-It wraps methods of the instances, fills in the Watch of the running epoch and tells the recorder. Running an epoch is
-driver.py's, the record that comes of it watch.py's.
+It wraps methods of the instances, fills in the EpochInProgress of the running epoch and tells the recorder. Running an epoch is
+driver.py's, the record that comes of it in_progress.py's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from ..components.builder import Builder
 from ..config.sections import section_of
-from ..hooks import observe, unobserve
+from ..hooks import unwrap_methods, wrap_method
 from ..interfaces import Trainer
 from ..redaction import redact_text
 from ..rollouts.evaluation import EvaluationContext, evaluation_context, progress
@@ -30,13 +30,13 @@ from ..types import (
     TrainingJobStatus,
     TrajectoryCollection,
 )
-from .epoch_record import Watch, record, settled_late, told_by, validation_of
-from .live_settings import Controls, put
-from .run_writer import Recorder
-from .state import Standing
+from .epoch_record import EpochInProgress, record, report_of, settled_late, validation_of
+from .live_settings import LiveSettings, write_live_values
+from .run_writer import RunWriter
+from .state import RunState
 
 __all__ = [
-    "Witness",
+    "TrainerObserver",
     "curriculum_of",
     "set_curriculum",
 ]
@@ -77,50 +77,54 @@ def set_curriculum(trainer: Trainer, state: CurriculumState, settings: Curriculu
         trainer.curriculum_settings = settings
 
 
-class Witness:
+class TrainerObserver:
     """Watches one trainer with its builder and adapter. `run_id`: of the records. All on one event loop."""
 
     def __init__(
         self,
         trainer: Trainer,
         run_id: str,
-        controls: Controls,
-        standing: Standing,
-        recorder: Recorder,
+        live_settings: LiveSettings,
+        state: RunState,
+        writer: RunWriter,
         components: Builder,
     ) -> None:
-        self.trainer, self.builder, self.adapter = trainer, trainer.trajectory_builder, trainer.trainer_adapter
-        self.run_id, self.controls, self.standing, self.recorder = run_id, controls, standing, recorder
+        self.trainer, self.trajectory_builder, self.adapter = (
+            trainer,
+            trainer.trajectory_builder,
+            trainer.trainer_adapter,
+        )
+        self.run_id, self.live_settings, self.state, self.writer = run_id, live_settings, state, writer
         self._components, self._config = components, components.config
-        self.watch: Watch | None = None
+        self.in_progress: EpochInProgress | None = None
         """What is seen of the running epoch."""
         self._recent: deque[tuple[int, TrajectoryCollection]] = deque(maxlen=3)  # epochs that may be submitted late
         self._late: list[tuple[int, TrajectoryCollection, TrainingJobRef]] = []  # submitted after their epoch's record
         self._ask = self.adapter.status
-        observe(self.builder, "start_run", self._start_run)
-        observe(self.builder, "finalize", self._finalize)
-        observe(self.adapter, "submit", self._submit)
-        observe(self.adapter, "status", self._status)
-        observe(self.adapter, "wait_until_complete", self._wait_until_complete)
-        observe(trainer, "run_validation_evaluation", self._validate)
-        for part, component in (("trainer", trainer), ("builder", self.builder), ("adapter", self.adapter)):
-            observe(component, "log_progress", self._logger_of(part))
+        wrap_method(self.trajectory_builder, "start_run", self._start_run)
+        wrap_method(self.trajectory_builder, "finalize", self._finalize)
+        wrap_method(self.adapter, "submit", self._submit)
+        wrap_method(self.adapter, "status", self._status)
+        wrap_method(self.adapter, "wait_until_complete", self._wait_until_complete)
+        wrap_method(trainer, "run_validation_evaluation", self._validate)
+        for part, component in (("trainer", trainer), ("builder", self.trajectory_builder), ("adapter", self.adapter)):
+            wrap_method(component, "log_progress", self._logger_of(part))
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         """Takes the wrappers off."""
-        for component in (self.trainer, self.builder, self.adapter):
-            unobserve(component)
+        for component in (self.trainer, self.trajectory_builder, self.adapter):
+            unwrap_methods(component)
 
     @contextlib.contextmanager
-    def watching(self, watch: Watch) -> Iterator[Watch]:
+    def observing(self, in_progress: EpochInProgress) -> Iterator[EpochInProgress]:
         """Everything that is seen inside belongs to this epoch."""
-        self.watch = watch
-        token = progress.set(watch.progress)
+        self.in_progress = in_progress
+        token = progress.set(in_progress.progress)
         try:
-            yield watch
+            yield in_progress
         finally:
             progress.reset(token)
-            self.watch = None
+            self.in_progress = None
 
     @property
     def version(self) -> int | None:
@@ -130,76 +134,76 @@ class Witness:
     # ── collecting ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _start_run(self, original: Callable[..., Awaitable[None]], *args: Any, **kwargs: Any) -> None:
-        watch = self.watch
-        if watch is not None:
-            await self._pass_gate(watch)
-            self._put("rollouts", watch)
-            watch.version = self.version
-            watch.collected = time.perf_counter()
-            watch.progress.gate = self.standing.gate
-            if hasattr(self.builder, "unscored"):
-                watch.progress.on_result = watch.came_in.append
-                watch.keeping = asyncio.create_task(self._keep_rollouts(watch))
+        in_progress = self.in_progress
+        if in_progress is not None:
+            await self._pass_gate(in_progress)
+            self._put("rollouts", in_progress)
+            in_progress.version = self.version
+            in_progress.collected = time.perf_counter()
+            in_progress.progress.gate = self.state.wait_while_paused
+            if hasattr(self.trajectory_builder, "unscored"):
+                in_progress.progress.on_result = in_progress.came_in.append
+                in_progress.keeping = asyncio.create_task(self._keep_rollouts(in_progress))
         await original(*args, **kwargs)
 
-    async def _keep_rollouts(self, watch: Watch) -> None:
-        while not watch.all_in.is_set():
+    async def _keep_rollouts(self, in_progress: EpochInProgress) -> None:
+        while not in_progress.all_in.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(watch.all_in.wait(), KEEP_EVERY)
-            if not watch.all_in.is_set():
-                await self._keep(watch)
+                await asyncio.wait_for(in_progress.all_in.wait(), KEEP_EVERY)
+            if not in_progress.all_in.is_set():
+                await self._keep(in_progress)
 
-    async def _keep(self, watch: Watch) -> None:
-        results, watch.came_in[:] = list(watch.came_in), []
+    async def _keep(self, in_progress: EpochInProgress) -> None:
+        results, in_progress.came_in[:] = list(in_progress.came_in), []
         if results:
-            unscored = self.builder.unscored  # type: ignore[attr-defined]  # asked for in _start_run
-            await self.recorder.came_in(watch.epoch, [lambda r=r: unscored(r, self.run_id) for r in results])
+            unscored = self.trajectory_builder.unscored  # type: ignore[attr-defined]  # asked for in _start_run
+            await self.writer.on_rollouts(in_progress.epoch, [lambda r=r: unscored(r, self.run_id) for r in results])
 
     async def _finalize(
         self, original: Callable[..., Awaitable[TrajectoryCollection]], *args: Any, **kwargs: Any
     ) -> TrajectoryCollection:
         collection = await original(*args, **kwargs)
-        watch = self.watch
-        if watch is not None:
-            await watch.end_keeping()
-            watch.came_in.clear()
-            everything = watch.collect(collection, joined=self.trainer.trains_in_run)
-            watch.add_seconds("rollouts", watch.collected or watch.started)
-            watch.collected = time.perf_counter()
-            watch.kept = await self.recorder.collected(
-                watch.epoch, everything, watch.seconds["rollouts"], self.adapter.finds_jobs_again
+        in_progress = self.in_progress
+        if in_progress is not None:
+            await in_progress.end_keeping()
+            in_progress.came_in.clear()
+            everything = in_progress.collect(collection, joined=self.trainer.trains_in_run)
+            in_progress.add_seconds("rollouts", in_progress.collected or in_progress.started)
+            in_progress.collected = time.perf_counter()
+            in_progress.kept = await self.writer.on_collected(
+                in_progress.epoch, everything, in_progress.seconds["rollouts"], self.adapter.finds_jobs_again
             )
-            await self._pass_gate(watch)
-            watch.settings = self._steer(watch.epoch)
-            self.recorder.journal(self.controls)
-            watch.progress.phase = "training"
+            await self._pass_gate(in_progress)
+            in_progress.settings = self._steer(in_progress.epoch)
+            self.writer.journal(self.live_settings)
+            in_progress.progress.phase = "training"
         return collection
 
-    async def keep_what_came(self, watch: Watch) -> None:
+    async def keep_what_came(self, in_progress: EpochInProgress) -> None:
         """Puts the rollouts of an epoch that does not come to its end into the folder, so that they can be looked at."""
-        await watch.end_keeping()
-        if watch.collection is None:
-            await self._keep(watch)
-        elif not watch.kept:
-            await self.recorder.collected(watch.epoch, watch.collection)
+        await in_progress.end_keeping()
+        if in_progress.collection is None:
+            await self._keep(in_progress)
+        elif not in_progress.kept:
+            await self.writer.on_collected(in_progress.epoch, in_progress.collection)
 
-    async def _pass_gate(self, watch: Watch) -> None:
+    async def _pass_gate(self, in_progress: EpochInProgress) -> None:
         """A safe point: a paused run stays here."""
-        paused = await self.standing.gate()
+        paused = await self.state.wait_while_paused()
         if paused:
-            watch.seconds["paused"] = watch.seconds.get("paused", 0.0) + paused
-            if watch.collected is not None:
-                watch.collected += paused  # it belongs to no part of the epoch
+            in_progress.seconds["paused"] = in_progress.seconds.get("paused", 0.0) + paused
+            if in_progress.collected is not None:
+                in_progress.collected += paused  # it belongs to no part of the epoch
 
-    def _put(self, safe_point: str, watch: Watch) -> None:
+    def _put(self, safe_point: str, in_progress: EpochInProgress) -> None:
         """Puts the pending live fields into the components, at their safe point."""
-        changed = self.controls.take(safe_point, watch.epoch)
+        changed = self.live_settings.take_live(safe_point, in_progress.epoch)
         if changed:
-            put(self._config, self._components, changed)
+            write_live_values(self._config, self._components, changed)
 
     def _steer(self, epoch: int) -> CurriculumSettings:
-        """Puts the pending controls into the trainer, right before it selects."""
-        settings, resumed = self.controls.apply(epoch)
+        """Puts the pending settings into the trainer, right before it selects."""
+        settings, resumed = self.live_settings.apply(epoch)
         state = curriculum_of(self.trainer)
         if state is not None:
             set_curriculum(self.trainer, steer(state, settings, epoch, resumed), settings)
@@ -214,25 +218,25 @@ class Witness:
         *args: Any,
         **kwargs: Any,
     ) -> TrainingJobRef:
-        watch, started = self.watch, time.perf_counter()
+        in_progress, started = self.in_progress, time.perf_counter()
         owner = self._owner_of(trajectories)
-        if owner is not None or watch is None:
+        if owner is not None or in_progress is None:
             ref = await original(trajectories, *args, **kwargs)
             if owner is not None:
                 self._late.append((owner, trajectories, ref))
             return ref
-        if watch.collected is not None:
-            watch.add_seconds("selection", watch.collected)
-        self._put("training", watch)
-        if watch.kept:  # the folder has the rollouts: then also what was chosen of them
-            watch.submitted.append(trajectories)
-            await self.recorder.selected(watch.epoch, self.record(watch).selection, watch.seconds)
-            watch.submitted.pop()
+        if in_progress.collected is not None:
+            in_progress.add_seconds("selection", in_progress.collected)
+        self._put("training", in_progress)
+        if in_progress.kept:  # the folder has the rollouts: then also what was chosen of them
+            in_progress.submitted.append(trajectories)
+            await self.writer.on_selected(in_progress.epoch, self.record(in_progress).selection, in_progress.seconds)
+            in_progress.submitted.pop()
         ref = await original(trajectories, *args, **kwargs)
-        watch.submitted.append(trajectories)
-        watch.refs.append(ref)
-        await self.recorder.submitted(watch.epoch, ref)
-        watch.add_seconds("training", started)
+        in_progress.submitted.append(trajectories)
+        in_progress.refs.append(ref)
+        await self.writer.on_submitted(in_progress.epoch, ref)
+        in_progress.add_seconds("training", started)
         return ref
 
     async def _wait_until_complete(
@@ -241,24 +245,24 @@ class Witness:
         started = time.perf_counter()
         with self._asking_how_far(ref):
             status = await original(ref, *args, **kwargs)
-        watch = self.watch
-        if watch is not None and not any(ref is late for _, _, late in self._late):
-            watch.waited.append(ref)
-            watch.statuses.append(status)
-            watch.add_seconds("training", started)
-            if status != watch.stands:
-                await self.recorder.waited(watch.epoch, status)
+        in_progress = self.in_progress
+        if in_progress is not None and not any(ref is late for _, _, late in self._late):
+            in_progress.waited.append(ref)
+            in_progress.statuses.append(status)
+            in_progress.add_seconds("training", started)
+            if status != in_progress.stands:
+                await self.writer.on_job_status(in_progress.epoch, status)
         return status
 
     @contextlib.contextmanager
     def _asking_how_far(self, ref: TrainingJobRef) -> Iterator[None]:
         """Shows how far the job is, while somebody waits for it."""
-        watch = self.watch
+        in_progress = self.in_progress
 
         async def ask() -> None:
             with contextlib.suppress(Exception):  # what is only shown holds up nothing
-                while watch is not None:
-                    _show_job(watch, await self._ask(ref))
+                while in_progress is not None:
+                    _show_job(in_progress, await self._ask(ref))
                     await asyncio.sleep(ASK_EVERY)
 
         if not getattr(self.adapter, "status_is_cheap", False):
@@ -274,36 +278,40 @@ class Witness:
         self, original: Callable[..., Awaitable[TrainingJobStatus]], ref: TrainingJobRef, *args: Any, **kwargs: Any
     ) -> TrainingJobStatus:
         """Whoever asks how the running epoch's job stands: what is new in the answer goes into the folder."""
-        status, watch = await original(ref, *args, **kwargs), self.watch
-        if watch is not None:
-            _show_job(watch, status)
-        if watch is not None and status != watch.stands and any(ref is known or ref == known for known in watch.refs):
-            watch.stands = status
-            await self.recorder.waited(watch.epoch, status)
+        status, in_progress = await original(ref, *args, **kwargs), self.in_progress
+        if in_progress is not None:
+            _show_job(in_progress, status)
+        if (
+            in_progress is not None
+            and status != in_progress.stands
+            and any(ref is known or ref == known for known in in_progress.refs)
+        ):
+            in_progress.stands = status
+            await self.writer.on_job_status(in_progress.epoch, status)
         return status
 
-    async def wait_for_jobs(self, watch: Watch, ref: TrainingJobRef | None) -> None:
+    async def wait_for_jobs(self, in_progress: EpochInProgress, ref: TrainingJobRef | None) -> None:
         """Waits for every job that the trainer left behind."""
-        if ref is not None and not any(ref is seen or ref == seen for seen in watch.refs):
-            watch.refs.append(ref)
-        for unwaited in watch.unwaited():
+        if ref is not None and not any(ref is seen or ref == seen for seen in in_progress.refs):
+            in_progress.refs.append(ref)
+        for unwaited in in_progress.unwaited():
             await self.adapter.wait_until_complete(unwaited)
 
-    async def cancel_jobs(self, watch: Watch) -> None:
+    async def cancel_jobs(self, in_progress: EpochInProgress) -> None:
         """Ends what the running epoch has going, on both sides."""
         cancel = getattr(self.adapter, "cancel", None)
-        for ref in watch.unwaited():
+        for ref in in_progress.unwaited():
             if cancel is not None:
                 await cancel(ref)
-        aclose = getattr(self.builder, "aclose", None)
+        aclose = getattr(self.trajectory_builder, "aclose", None)
         if aclose is not None:
             await aclose()
 
     async def _validate(
         self, original: Callable[..., Awaitable[dict[str, Any]]], epoch: int, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        watch, version, started = self.watch or Watch(epoch), self.version, time.perf_counter()
-        before, watch.progress.phase = watch.progress.phase, "validation"
+        in_progress, version, started = self.in_progress or EpochInProgress(epoch), self.version, time.perf_counter()
+        before, in_progress.progress.phase = in_progress.progress.phase, "validation"
         token = evaluation_context.set(EvaluationContext("validation", version or 0))
         meter = progress.set(None)
         try:
@@ -311,29 +319,29 @@ class Witness:
         finally:
             progress.reset(meter)
             evaluation_context.reset(token)
-            watch.progress.phase = before
-        watch.add_seconds("validation", started)
-        watch.validations.append(validation_of(epoch, version, metrics, time.perf_counter() - started))
-        await self.recorder.validated(watch.validations[-1], watch.epoch if watch.begun else None)
+            in_progress.progress.phase = before
+        in_progress.add_seconds("validation", started)
+        in_progress.validations.append(validation_of(epoch, version, metrics, time.perf_counter() - started))
+        await self.writer.on_validation(in_progress.validations[-1], in_progress.epoch if in_progress.begun else None)
         return metrics
 
     def _logger_of(self, part: str) -> Callable[..., None]:
         def log_progress(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-            if self.watch is not None:
-                self.watch.logged.add(part)
+            if self.in_progress is not None:
+                self.in_progress.logged.add(part)
             original(*args, **kwargs)
 
         return log_progress
 
     # ── records ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def record(self, watch: Watch, error: Exception | None = None) -> Epoch:
+    def record(self, in_progress: EpochInProgress, error: Exception | None = None) -> Epoch:
         """The record of the epoch, as it stands."""
-        settings = watch.settings or self.controls.applied
-        told = watch.told or told_by(self.trainer)
-        return record(watch, self.run_id, told, settings, curriculum_of(self.trainer), self.version, error)
+        settings = in_progress.settings or self.live_settings.applied
+        told = in_progress.report or report_of(self.trainer)
+        return record(in_progress, self.run_id, told, settings, curriculum_of(self.trainer), self.version, error)
 
-    def recorded(self, epoch: Epoch) -> None:
+    def remember(self, epoch: Epoch) -> None:
         """Jobs for its trajectories may still be submitted."""
         self._recent.append((epoch.index, epoch.collection))
 
@@ -343,7 +351,7 @@ class Witness:
             owner, trajectories, ref = self._late.pop(0)
             status = await self.adapter.wait_until_complete(ref)
             place = next(i for i, epoch in enumerate(epochs) if epoch.index == owner)
-            epochs[place] = await self.recorder.amended(settled_late(epochs[place], trajectories, status))
+            epochs[place] = await self.writer.update_epoch(settled_late(epochs[place], trajectories, status))
 
     def _owner_of(self, trajectories: TrajectoryCollection) -> int | None:
         """The recorded epoch to which submitted trajectories belong; None for those of the running one."""
@@ -354,5 +362,5 @@ class Witness:
         return None
 
 
-def _show_job(watch: Watch, status: TrainingJobStatus) -> None:
-    watch.progress.trained, watch.progress.job = status.progress or 0.0, redact_text(status.message or "")
+def _show_job(in_progress: EpochInProgress, status: TrainingJobStatus) -> None:
+    in_progress.progress.trained, in_progress.progress.job = status.progress or 0.0, redact_text(status.message or "")

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from ..errors import StoreError
 from ..interfaces import TrainerAdapter
 from ..redaction import redacting_logger
-from ..store.checkpoints import SavedWeights, logs_of, rewind
+from ..store.checkpoints import Checkpoints, logs_of, rewind
 from ..store.json import forget_epochs
 from ..store.reader import RunReader
 from ..store.store import RunStore
@@ -37,14 +37,14 @@ from ..types import (
     TrajectoryCollection,
     Validation,
 )
-from .epoch_record import Watch
-from .live_settings import Controls
+from .epoch_record import EpochInProgress
+from .live_settings import LiveSettings
 
 __all__ = [
-    "Recorder",
+    "RunWriter",
     "logging_to",
-    "settings_of",
-    "take_up",
+    "settings_in",
+    "restore_settings",
 ]
 
 logger = redacting_logger(__name__)
@@ -53,12 +53,12 @@ WORTH_KEEPING_SECONDS = 2.0
 """Rollouts that were collected faster are stored with their epoch alone: repeating them costs less than storing twice."""
 
 
-class Recorder:
-    """Writes one run's folder. checkpoint_every, keep: as SavedWeights takes them."""
+class RunWriter:
+    """Writes one run's folder. checkpoint_every, keep: as Checkpoints takes them."""
 
     def __init__(self, store: RunStore, checkpoint_every: int = 1, keep: int | None = None) -> None:
         self.store = store
-        self.weights = SavedWeights(store, checkpoint_every, keep)
+        self.weights = Checkpoints(store, checkpoint_every, keep)
         self._journaling = threading.Lock()  # whoever steers writes it down, in any thread
         self._unsaved: list[tuple[Epoch, dict[str, Any]]] = []
         self._journaled: list[Change] = store.journal()
@@ -66,54 +66,56 @@ class Recorder:
     @classmethod
     async def open(
         cls, folder: Path, run_id: str, config: Mapping[str, Any], checkpoint_every: int = 1, keep: int | None = None
-    ) -> Recorder:
+    ) -> RunWriter:
         """The recorder of a folder that holds the run already, or of a new one. Raises StoreError, which says who writes
         it already, or what is wrong with it."""
 
-        def work() -> Recorder:
+        def work() -> RunWriter:
             exists = RunStore.exists(folder)
             store = RunStore.open(folder, write=True) if exists else RunStore.create(folder, run_id, config)
             return cls(store, checkpoint_every, keep)
 
         return await in_daemon_thread(work)
 
-    async def go_back(self) -> bool:
+    async def rewind(self) -> bool:
         """Puts away the epochs behind which the run cannot go on, and returns whether there were any. Raises StoreError
         where that cannot be; nothing is then taken out."""
-        back_to, self.weights.back_to = self.weights.back_to, None
-        if back_to is None:
+        resume_epoch, self.weights.resume_epoch = self.weights.resume_epoch, None
+        if resume_epoch is None:
             return False
 
         def work() -> None:
             last = self.store.next_index - 1
-            place = rewind(self.store, back_to)
-            self.weights.look()
+            place = rewind(self.store, resume_epoch)
+            self.weights.reload()
             self._journaled = self.store.journal()
-            self.event("went_back", behind=back_to, last=last, folder=str(place))
-            logger.warning("epochs %d to %d are run again; the record until then is in %s", back_to + 1, last, place)
+            self.event("went_back", behind=resume_epoch, last=last, folder=str(place))
+            logger.warning(
+                "epochs %d to %d are run again; the record until then is in %s", resume_epoch + 1, last, place
+            )
 
         try:
             await in_daemon_thread(work)
         except BaseException:
-            self.weights.back_to = back_to
+            self.weights.resume_epoch = resume_epoch
             raise
         return True
 
     # ── as it happens ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def begun(self, watch: Watch, version: int | None) -> None:
+    async def on_epoch_begin(self, in_progress: EpochInProgress, version: int | None) -> None:
         """An epoch begins; what could not be stored before is stored first. Raises StoreError where that cannot be."""
 
         def work() -> None:
             self._append_unsaved()
-            if self.store.begin_epoch(watch.epoch, watch.started_at, version):
-                self._forget_logs(watch.epoch)
+            if self.store.begin_epoch(in_progress.epoch, in_progress.started_at, version):
+                self._forget_logs(in_progress.epoch)
             self.store.set_state("running")
 
-        self.weights.begun(version)
+        self.weights.on_epoch_begin(version)
         await in_daemon_thread(work)
 
-    async def taken_up(self, index: int) -> None:
+    async def on_epoch_resumed(self, index: int) -> None:
         """An epoch whose job was handed over by a process that has ended is brought to its end."""
 
         def work() -> None:
@@ -127,7 +129,7 @@ class Recorder:
         for log in logs_of(self.store.folder):
             forget_epochs(log, index)
 
-    async def came_in(self, index: int, rollouts: Sequence[Callable[[], Trajectory | RolloutFailure]]) -> None:
+    async def on_rollouts(self, index: int, rollouts: Sequence[Callable[[], Trajectory | RolloutFailure]]) -> None:
         """Rollouts of the running epoch that have ended, each made when called."""
 
         def work() -> None:
@@ -141,7 +143,7 @@ class Recorder:
 
         await self._unless_full(index, work)
 
-    async def collected(
+    async def on_collected(
         self, index: int, collection: TrajectoryCollection, seconds: float = math.inf, always: bool = False
     ) -> bool:
         """All of the epoch's rollouts, before they are trained on, if collecting them took so long that they are worth
@@ -150,23 +152,23 @@ class Recorder:
             return False
         return await self._unless_full(index, self.store.add_rollouts, index, collection, True)
 
-    async def selected(self, index: int, selection: Selection, seconds: Mapping[str, float]) -> None:
+    async def on_selected(self, index: int, selection: Selection, seconds: Mapping[str, float]) -> None:
         """What of it is handed over next, and why the rest is not."""
         await self._unless_full(index, self.store.record_selection, index, selection, seconds)
 
-    async def submitted(self, index: int, ref: TrainingJobRef) -> None:
+    async def on_submitted(self, index: int, ref: TrainingJobRef) -> None:
         """The running epoch's job, once the backend has taken it."""
         await self._unless_full(index, self.store.record_job, index, ref)
 
-    async def waited(self, index: int, status: TrainingJobStatus) -> None:
+    async def on_job_status(self, index: int, status: TrainingJobStatus) -> None:
         """How that job stands."""
         await self._unless_full(index, self.store.record_status, index, status)
 
-    async def validated(self, validation: Validation, index: int | None) -> None:
+    async def on_validation(self, validation: Validation, index: int | None) -> None:
         """A validation of the running epoch; index None: it was asked for by hand."""
         await self._unless_full(index, self.store.add_validation, validation, index)
 
-    async def stopped(self, how: str, index: int, error: str | None = None) -> None:
+    async def on_epoch_stopped(self, how: str, index: int, error: str | None = None) -> None:
         """The running epoch ended before its time: "failed", or "aborted"."""
 
         def work() -> None:
@@ -184,22 +186,22 @@ class Recorder:
             return False
         return True
 
-    async def amended(self, epoch: Epoch) -> Epoch:
+    async def update_epoch(self, epoch: Epoch) -> Epoch:
         """A job of an epoch ended after its record had been made."""
         return await in_daemon_thread(self.store.amend, epoch)
 
-    async def ended(
-        self, epoch: Epoch, adapter: TrainerAdapter, curriculum: Mapping[str, Any] | None, controls: Controls
+    async def store_epoch(
+        self, epoch: Epoch, adapter: TrainerAdapter, curriculum: Mapping[str, Any] | None, live_settings: LiveSettings
     ) -> Epoch:
         """Stores the epoch and, where the weights have changed, a checkpoint before it. Returns the stored record, which
         reads its trajectories from disk; the given one where the folder cannot be written, with a warning."""
-        await self.weights.trained(epoch, adapter)
+        await self.weights.on_epoch_end(epoch, adapter)
         state = {
             "curriculum": {**curriculum, "included_groups": sorted(curriculum["included_groups"])}
             if curriculum
             else None,
-            "settings": asdict(controls.applied),
-            "live": controls.live_values(),
+            "settings": asdict(live_settings.applied),
+            "live": live_settings.live_values(),
             "checkpoint": self.weights.newest,
             "policy_version": epoch.policy_versions[1],
         }
@@ -221,17 +223,17 @@ class Recorder:
             self.store.append(*self._unsaved[0])
             self._unsaved.pop(0)
 
-    def forked(self, index: int, run_id: str, pinned: int | None) -> None:
+    def on_fork(self, index: int, run_id: str, pinned: int | None) -> None:
         """A run goes on from an epoch of this one; the checkpoint that it started from stays here."""
         if pinned is not None:
             self.weights.pin(pinned)
         self.event("forked", epoch=pinned, after=index, run=run_id)
 
-    def journal(self, controls: Controls) -> None:
-        """Brings the journal on disk up to date, once the controls have started from it. A handful of rows."""
+    def journal(self, live_settings: LiveSettings) -> None:
+        """Brings the journal on disk up to date, once the live settings have started from it. A handful of rows."""
         try:
             with self._journaling:
-                for place, change in enumerate(controls.journal):
+                for place, change in enumerate(live_settings.journal):
                     if place == len(self._journaled):
                         self.store.record_change(change)
                         self._journaled.append(change)
@@ -239,7 +241,7 @@ class Recorder:
                         self.store.settle_change(place, change.epoch)
                         self._journaled[place] = change
         except Exception:
-            logger.warning("a change of the controls could not be stored", exc_info=True)
+            logger.warning("a change of the live_settings could not be stored", exc_info=True)
 
     def event(self, kind: str, **data: Any) -> None:
         """A line of the run's log."""
@@ -264,13 +266,13 @@ class Recorder:
             self.store.close()
 
 
-def take_up(controls: Controls, store: RunReader) -> None:
-    """Puts the controls where the record ends."""
+def restore_settings(live_settings: LiveSettings, store: RunReader) -> None:
+    """Puts the live settings where the record ends."""
     state = store.state() or {}
-    controls.start_from(settings_of(state), store.journal(), store.next_index, state.get("live"))
+    live_settings.restore(settings_in(state), store.journal(), store.next_index, state.get("live"))
 
 
-def settings_of(state: Mapping[str, Any] | None) -> CurriculumSettings | None:
+def settings_in(state: Mapping[str, Any] | None) -> CurriculumSettings | None:
     """The live settings that a stored state speaks of."""
     return CurriculumSettings(**state["settings"]) if state and state.get("settings") else None
 

@@ -24,7 +24,7 @@ from ..types import Epoch, EpochMetrics
 __all__ = [
     "JsonlSink",
     "MetricsSink",
-    "Outlets",
+    "SinkDispatcher",
     "WandbSink",
     "metrics_of",
 ]
@@ -128,18 +128,18 @@ def metrics_of(epoch: Epoch) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
-class Outlets:
+class SinkDispatcher:
     """The sinks of one run at work. `sinks` may grow while the run goes on; one that came late sees what comes after."""
 
     def __init__(self, sinks: Sequence[MetricsSink], run_id: str, config: Callable[[], Mapping[str, Any]]) -> None:
         self._sinks, self._run_id, self._config = sinks, run_id, config
-        self._open: dict[int, _Outlet] = {}
+        self._open: dict[int, _SinkThread] = {}
 
     def recorded(self, epoch: Epoch) -> None:
         """Hands an epoch to every sink, and waits for none."""
         for sink in self._sinks:
             if id(sink) not in self._open:
-                self._open[id(sink)] = _Outlet(sink, self._run_id, self._config())
+                self._open[id(sink)] = _SinkThread(sink, self._run_id, self._config())
             self._open[id(sink)].put(epoch.index, metrics_of(epoch))
 
     def close(self, seconds: float = 5.0) -> None:
@@ -151,7 +151,7 @@ class Outlets:
         self._open.clear()
 
 
-class _Outlet:
+class _SinkThread:
     """One sink and its thread. The thread is a daemon: a tracker that hangs does not keep the interpreter."""
 
     def __init__(self, sink: MetricsSink, run_id: str, config: Mapping[str, Any]) -> None:

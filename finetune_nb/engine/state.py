@@ -1,6 +1,6 @@
 """What a run is doing, and what may be asked of it then: one table of states and moves.
 
-A Standing may be asked from any thread; the engine waits at its gate while the run is paused. Nothing here knows what an
+A RunState may be asked from any thread; the engine waits at its gate while the run is paused. Nothing here knows what an
 epoch is.
 """
 
@@ -22,7 +22,7 @@ from ..types import Epoch
 __all__ = [
     "ACTIVE",
     "RunStatus",
-    "Standing",
+    "RunState",
     "State",
 ]
 
@@ -59,7 +59,7 @@ MOVES: dict[str, dict[State, State]] = {
     "abort": {_RUN: _AB, _PG: _AB, _PD: _AB, _ST: _AB, _AB: _AB},
     "close": dict.fromkeys(State, _C),
     # what the engine reports
-    "held": {_PG: _PD, _PD: _PD},
+    "paused": {_PG: _PD, _PD: _PD},
     "ended": {**dict.fromkeys(ACTIVE, _R), _C: _C},
     "failed": {**dict.fromkeys(ACTIVE, _F), _C: _C},
 }
@@ -94,7 +94,7 @@ class RunStatus:
     seconds: float = 0.0
     notice: str | None = None
     error: str | None = None
-    looked_at: str | None = None
+    read_only: str | None = None
     """Why it can only be looked at; None where it can be steered."""
     writer: str | None = None
 
@@ -128,7 +128,7 @@ class RunStatus:
 # ── the state ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Standing:
+class RunState:
     """The state of one run, with its last error and a word to people. Every method may be called from any thread."""
 
     def __init__(self, state: State = State.NEW) -> None:
@@ -149,7 +149,7 @@ class Standing:
         """Whether something is running, or is on its way to an end."""
         return self._state in ACTIVE
 
-    def move(self, name: str, notice: str | None = None, error: BaseException | None = None) -> State:
+    def transition(self, name: str, notice: str | None = None, error: BaseException | None = None) -> State:
         """Makes a move. Raises RunError where the table has none."""
         with self._changed:
             moves = MOVES[name]
@@ -158,7 +158,7 @@ class Standing:
             self._state = moves[self._state]
             if name == "begin" or error is not None:
                 self.error = error
-            if name != "held":
+            if name != "paused":
                 self.notice = notice
             self._changed.notify_all()
             return self._state
@@ -174,7 +174,7 @@ class Standing:
                 self._changed.wait(left)  # in slices, so that an interrupt arrives
         return True
 
-    async def gate(self) -> float:
+    async def wait_while_paused(self) -> float:
         """The engine's safe point: waits while the run is paused. Returns the seconds that it waited."""
         started = time.perf_counter()
         if self._state in (_PG, _PD):

@@ -1,4 +1,4 @@
-"""The recorder: an Episode holds one LLMCall for every call of a language model that one rollout makes.
+"""The recorder: an CallRecorder holds one LLMCall for every call of a language model that one rollout makes.
 
 The rollout's context names its episode, so that concurrent agents, their tasks and their threads each write into their
 own. Who makes the calls stands in recording.py and gateway.py; trajectories are made from them in episodes.py.
@@ -30,7 +30,7 @@ from ..types import (
 
 __all__ = [
     "Address",
-    "Episode",
+    "CallRecorder",
     "TEXT_PROMPT",
     "arguments_of",
     "current_episode",
@@ -39,10 +39,10 @@ __all__ = [
 _WORKFLOW = InvocationNode(function_id="<workflow>", function_name="<workflow>")
 TEXT_PROMPT = "other"
 """The role under which a prompt without a chat template is recorded."""
-_episode: ContextVar[Episode | None] = ContextVar("finetune_nb_episode", default=None)
+_episode: ContextVar[CallRecorder | None] = ContextVar("finetune_nb_episode", default=None)
 
 
-def current_episode() -> Episode | None:
+def current_episode() -> CallRecorder | None:
     """The episode that the running code belongs to, if any."""
     return _episode.get()
 
@@ -61,7 +61,7 @@ class Address(Protocol):
 
 
 @dataclass(eq=False)
-class Episode:
+class CallRecorder:
     """The calls of one rollout, in order of their start. May be written to from any thread."""
 
     key: EpisodeKey
@@ -75,7 +75,7 @@ class Episode:
     _restarted: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def begin(self) -> tuple[int, int]:
+    def next_call(self) -> tuple[int, int]:
         """Sequence number and seed of the next call: the seed is a hash of run seed, episode and sequence."""
         with self._lock:
             sequence, self._begun = self._begun, self._begun + 1
@@ -126,7 +126,7 @@ class Episode:
         return [_step(call) for call in sorted(self.calls, key=lambda call: call.sequence)]
 
     @contextmanager
-    def current(self) -> Iterator[Episode]:
+    def current(self) -> Iterator[CallRecorder]:
         """Code inside belongs to this episode."""
         token = _episode.set(self)
         try:
@@ -135,7 +135,7 @@ class Episode:
             _episode.reset(token)
 
     @contextmanager
-    def live(self, policies: Sequence[Policy] = ()) -> Iterator[Episode]:
+    def recording(self, policies: Sequence[Policy] = ()) -> Iterator[CallRecorder]:
         """The rollout, from its start to its end: its policies wait for it when they form batches."""
         with self.current(), ExitStack() as stack:
             for policy in policies:

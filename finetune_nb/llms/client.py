@@ -1,4 +1,4 @@
-"""The clients that a workflow gets as `llm`, each call recorded in the rollout's Episode (episode.py).
+"""The clients that a workflow gets as `llm`, each call recorded in the rollout's CallRecorder (episode.py).
 
 `PolicyLLM` asks a policy of ours: messages in, reply out, token ids and logprobs kept exactly. Clients of other libraries
 come in through gateway.py, which makes the same calls. Trajectories are made from them elsewhere.
@@ -20,7 +20,7 @@ from ..config.base import LLMBaseConfig
 from ..errors import ConfigError, RunError, did_you_mean
 from ..interfaces import Policy
 from ..types import EpisodeKey, LLMCall, SamplingParams
-from .call_recorder import TEXT_PROMPT, Episode, arguments_of, current_episode
+from .call_recorder import TEXT_PROMPT, CallRecorder, arguments_of, current_episode
 
 if TYPE_CHECKING:
     from .gateway import Endpoint
@@ -80,14 +80,14 @@ class LLM:
                 raise ConfigError(f"chat() has no sampling parameter {name!r}. {did_you_mean(name, known)}")
             params = replace(params, **sampling)
         prompt = [_message(m) for m in messages]
-        episode = current_episode() or Episode(EpisodeKey("try", 0, 0, 0), seed=time.time_ns())
+        episode = current_episode() or CallRecorder(EpisodeKey("try", 0, 0, 0), seed=time.time_ns())
         call = await self.call(episode, prompt, list(tools) if tools else None, params)
         episode.record(call)
         return _reply(call)
 
     async def call(
         self,
-        episode: Episode,
+        episode: CallRecorder,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         params: SamplingParams,
@@ -99,7 +99,7 @@ class LLM:
         return replace(call, seconds=time.perf_counter() - started)
 
     async def complete(
-        self, episode: Episode, prompt: str | list[int], params: SamplingParams, **options: Any
+        self, episode: CallRecorder, prompt: str | list[int], params: SamplingParams, **options: Any
     ) -> LLMCall:
         """The same for a prompt of plain text or token ids, without a chat template."""
         started = time.perf_counter()
@@ -108,14 +108,14 @@ class LLM:
 
     async def _call(
         self,
-        episode: Episode,
+        episode: CallRecorder,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         params: SamplingParams,
     ) -> LLMCall:
         raise NotImplementedError
 
-    async def _complete(self, episode: Episode, prompt: str | list[int], params: SamplingParams) -> LLMCall:
+    async def _complete(self, episode: CallRecorder, prompt: str | list[int], params: SamplingParams) -> LLMCall:
         raise ConfigError(f"llm {self.name!r} takes chat messages only, no plain prompts. Use chat completions.")
 
     @property
@@ -134,7 +134,7 @@ class LLM:
         the run. options: of the client, such as max_retries. Needs the extra "openai"."""
         return self._endpoint(current_episode()).openai(**options)
 
-    def _endpoint(self, episode: Episode | None) -> Endpoint:
+    def _endpoint(self, episode: CallRecorder | None) -> Endpoint:
         if episode is None or episode.ended:
             raise RunError(
                 "an address of the llm (base_url, api_key, openai()) belongs to one rollout, and no rollout "
@@ -160,13 +160,13 @@ class PolicyLLM(LLM):
 
     async def _call(
         self,
-        episode: Episode,
+        episode: CallRecorder,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         params: SamplingParams,
     ) -> LLMCall:
         assert self.policy is not None
-        sequence, seed = episode.begin()
+        sequence, seed = episode.next_call()
         ids = self.policy.render(messages, tools, episode.previous_ids(messages, tools))
         sampled = await self._sample(episode, sequence, seed, messages, list(ids), params)
         reply = self.policy.parse(sampled.response_ids or ())
@@ -174,9 +174,9 @@ class PolicyLLM(LLM):
             tool_call["id"] = f"call_{sequence}_{i}"  # repeatable, unlike a random id
         return replace(sampled, tools=tools, reply=reply)
 
-    async def _complete(self, episode: Episode, prompt: str | list[int], params: SamplingParams) -> LLMCall:
+    async def _complete(self, episode: CallRecorder, prompt: str | list[int], params: SamplingParams) -> LLMCall:
         assert self.policy is not None
-        sequence, seed = episode.begin()
+        sequence, seed = episode.next_call()
         if isinstance(prompt, str):
             known, new = episode.previous_text(prompt) or ([], prompt)
             text, ids = prompt, known + self.policy.encode(new)
@@ -188,7 +188,7 @@ class PolicyLLM(LLM):
 
     async def _sample(
         self,
-        episode: Episode,
+        episode: CallRecorder,
         sequence: int,
         seed: int,
         messages: list[dict[str, Any]],
@@ -223,7 +223,7 @@ class SyncLLM:
     """The same client for a sync workflow, which runs in a thread of its own: `chat` blocks that thread. Threads that the
     workflow starts may use it too."""
 
-    def __init__(self, llm: LLM, loop: asyncio.AbstractEventLoop, episode: Episode | None = None) -> None:
+    def __init__(self, llm: LLM, loop: asyncio.AbstractEventLoop, episode: CallRecorder | None = None) -> None:
         self._llm, self._loop, self._episode = llm, loop, episode
 
     def chat(

@@ -2,7 +2,7 @@
 
 Every rollout has an address of its own for every model that it asks (`/e/{episode}/v1`): which rollout a request belongs
 to does not depend on threads, tasks or libraries. A request becomes the same call that `llm.chat` makes, recorded in the
-same Episode, with the token ids that were seen and sampled. Nothing of any HTTP library is patched.
+same CallRecorder, with the token ids that were seen and sampled. Nothing of any HTTP library is patched.
 
 The server has a thread and an event loop of its own, so that an agent which blocks the run's loop gets its answer too. It
 is started when an address is first asked for. What goes over the wire is left to gateway_http.py and wire.py.
@@ -33,7 +33,7 @@ from tornado.web import Application, HTTPError, RequestHandler, stream_request_b
 from ..errors import BackendError, ConfigError, FinetuneError, MissingExtra
 from ..redaction import redact_text, redacting_logger, remember_secret
 from ..types import LLMCall, SamplingParams
-from .call_recorder import Episode
+from .call_recorder import CallRecorder
 from .openai_wire import Refused, WireRequest, answer_of, error_body, events_of, read_request
 
 __all__ = [
@@ -60,7 +60,7 @@ class AskedModel(Protocol):
 
     async def call(
         self,
-        episode: Episode,
+        episode: CallRecorder,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         params: SamplingParams,
@@ -68,7 +68,7 @@ class AskedModel(Protocol):
     ) -> LLMCall: ...
 
     async def complete(
-        self, episode: Episode, prompt: str | list[int], params: SamplingParams, **options: Any
+        self, episode: CallRecorder, prompt: str | list[int], params: SamplingParams, **options: Any
     ) -> LLMCall: ...
 
 
@@ -77,7 +77,7 @@ class Endpoint:
     """One address: a model, asked by one rollout. Closed when the rollout ends."""
 
     id: str
-    episode: Episode
+    episode: CallRecorder
     llm: AskedModel
     gateway: Gateway = field(repr=False)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set, repr=False)
@@ -145,7 +145,7 @@ class Gateway:
 
     # ── addresses ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def endpoint(self, episode: Episode, llm: AskedModel) -> Endpoint:
+    def endpoint(self, episode: CallRecorder, llm: AskedModel) -> Endpoint:
         """The address of that model for that rollout."""
         with self._lock:
             for endpoint in episode.endpoints:

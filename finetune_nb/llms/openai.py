@@ -21,7 +21,7 @@ from ..config.base import LLMBaseConfig
 from ..errors import MissingExtra
 from ..redaction import redacting_logger
 from ..types import LLMCall, SamplingParams, logprob_values
-from .call_recorder import TEXT_PROMPT, Episode
+from .call_recorder import TEXT_PROMPT, CallRecorder
 from .chat_tokenizer import ChatTokenizer, load_tokenizer
 from .client import LLM, close_clients
 
@@ -157,13 +157,13 @@ class OpenAILLM(LLM):
 
     async def _call(
         self,
-        episode: Episode,
+        episode: CallRecorder,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         params: SamplingParams,
         **options: Any,
     ) -> LLMCall:
-        sequence, seed = episode.begin()
+        sequence, seed = episode.next_call()
         asked, top = self._options(sequence, seed, params, options)
         prompts, refusal = self._prompts, None
         if prompts is not None and prompts.fit(messages, tools, options):
@@ -192,7 +192,7 @@ class OpenAILLM(LLM):
     async def _call_with_ids(
         self,
         prompts: TokenPrompts,
-        episode: Episode,
+        episode: CallRecorder,
         sequence: int,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
@@ -206,9 +206,9 @@ class OpenAILLM(LLM):
         return replace(call, tools=tools, reply=prompts.reply(call.response_ids, choice.text, sequence))
 
     async def _complete(
-        self, episode: Episode, prompt: str | list[int], params: SamplingParams, **options: Any
+        self, episode: CallRecorder, prompt: str | list[int], params: SamplingParams, **options: Any
     ) -> LLMCall:
-        sequence, seed = episode.begin()
+        sequence, seed = episode.next_call()
         asked, top = self._options(sequence, seed, params, options)
         text = prompt if isinstance(prompt, str) else json.dumps(prompt)
         messages = [{"role": TEXT_PROMPT, "content": text}]
@@ -217,7 +217,7 @@ class OpenAILLM(LLM):
 
     async def _completed(
         self,
-        episode: Episode,
+        episode: CallRecorder,
         sequence: int,
         prompt: str | list[int],
         messages: list[dict[str, Any]],
@@ -262,7 +262,7 @@ class OpenAILLM(LLM):
 
     def _recorded(
         self,
-        episode: Episode,
+        episode: CallRecorder,
         sequence: int,
         messages: list[dict[str, Any]],
         params: SamplingParams,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ..redaction import redacting_logger
 from ..views.html import bar, view
-from .kernel import in_notebook, let_widgets_through, word_of_deafness
+from .kernel import in_notebook, let_widgets_through, widgets_wait_message
 
 __all__ = [
     "CellProgress",
@@ -90,7 +90,7 @@ class CellProgress:
         self._next = now + INTERVAL
         line = self._make(done)
         if now - self._begun > SECONDS_UNTIL_SUBSHELL:
-            self._word = self._word or word_of_deafness()
+            self._word = self._word or widgets_wait_message()
         if self._word:
             line = replace(line, text=f"{line.text}  {self._word}")
         if line != self._last:

@@ -20,13 +20,13 @@ from typing import Any
 __all__ = [
     "in_notebook",
     "interrupts",
-    "is_seen",
-    "let_through",
+    "has_frontend",
+    "route_to_subshell",
     "let_widgets_through",
-    "place",
-    "why_deaf",
-    "word_of_absence",
-    "word_of_deafness",
+    "current_cell",
+    "why_widgets_wait",
+    "no_frontend_message",
+    "widgets_wait_message",
 ]
 
 RELOAD = "if a slider is dead then, reload the page"
@@ -47,16 +47,16 @@ def in_notebook() -> bool:
     return threading.current_thread() is threading.main_thread() and _kernel() is not None
 
 
-def is_seen() -> bool:
+def has_frontend() -> bool:
     """Whether this is a kernel with a front end that shows widgets. nbclient, `jupyter execute` and papermill take no
     input from a person, and say so with every cell."""
     kernel = _kernel()
     return kernel is not None and bool(getattr(kernel, "_allow_stdin", True))
 
 
-def word_of_absence() -> str | None:
+def no_frontend_message() -> str | None:
     """What to tell whoever reads the notebook later: why there are no widgets; None where there may be."""
-    if _kernel() is None or is_seen():
+    if _kernel() is None or has_frontend():
         return None
     return "no widgets: this notebook was executed without a front end"
 
@@ -71,26 +71,26 @@ def _comms() -> list[Any]:
 
 
 def let_widgets_through() -> None:
-    """`let_through` for every widget, the user's own too: comes before a cell waits."""
-    _let_through(_comms())
+    """`route_to_subshell` for every widget, the user's own too: comes before a cell waits."""
+    _route_to_subshell(_comms())
 
 
-def let_through(widgets: Iterable[Any]) -> None:
+def route_to_subshell(widgets: Iterable[Any]) -> None:
     """Lets the front end's messages to these widgets come on the way that the front end chose, a subshell of their own.
 
     ipykernel 7.4 sends them to the shell from which the kernel last wrote to the widget: the main one, where a busy cell
     holds them up, or after a reload of the page a subshell that is gone. The memory of it is the kernel's own attribute;
     in other releases nothing happens.
     """
-    _let_through(getattr(widget, "comm", None) for widget in widgets)
+    _route_to_subshell(getattr(widget, "comm", None) for widget in widgets)
 
 
-def _let_through(comms: Iterable[Any]) -> None:
+def _route_to_subshell(comms: Iterable[Any]) -> None:
     for comm in comms:
         getattr(comm, "__dict__", {}).pop("_reply_subshell_id", None)
 
 
-def why_deaf() -> str | None:
+def why_widgets_wait() -> str | None:
     """Why a widget's messages do not arrive while a cell of this kernel waits; None where they do, or there is no kernel.
     A front end asks for its subshell when it shows the first widget: before that the answer may be wrong."""
     kernel = _kernel()
@@ -106,12 +106,12 @@ def why_deaf() -> str | None:
     return None if subshells else f"the front end uses no subshells; {RELOAD}"
 
 
-def word_of_deafness() -> str | None:
+def widgets_wait_message() -> str | None:
     """What to tell people in a cell that waits; once, and only where there are widgets and somebody who sees them."""
     global _told
-    if _told or not is_seen() or "ipywidgets" not in sys.modules or not _comms():
+    if _told or not has_frontend() or "ipywidgets" not in sys.modules or not _comms():
         return None
-    why = why_deaf()
+    why = why_widgets_wait()
     if why is None:
         return None
     _told = True
@@ -150,7 +150,7 @@ def interrupts(first: Callable[[], str], second: Callable[[], None]) -> Iterator
         signal.signal(signal.SIGINT, before)
 
 
-def place() -> object:
+def current_cell() -> object:
     """Which cell is running; in a script always the same."""
     if not in_notebook():
         return "script"

@@ -1,7 +1,7 @@
 """The control panel of a run: what it is doing, and what may be asked of it, as ipywidgets (their core controls only).
 
 One Panel a run; shown again, it is another view of the same widgets. Buttons ask the run, inputs go into the draft of its
-Controls; everything that is only looked at is written by a thread of the panel's own: at most two messages a second, and
+LiveSettings; everything that is only looked at is written by a thread of the panel's own: at most two messages a second, and
 at most ten more in answer to a person's own input. Where nobody sees widgets, `still` is what a panel would show.
 """
 
@@ -16,7 +16,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..engine.live_settings import Controls
+from ..engine.live_settings import LiveSettings
 from ..engine.state import RunStatus
 from ..errors import FinetuneError
 from ..redaction import error_text, redact_text, redacting_logger
@@ -25,7 +25,7 @@ from ..types import Change, CurriculumSettings
 from ..views.html import Html, element, image, view
 from ..views.preview_card import preview_body
 from ..views.summary import run_html, run_text
-from .kernel import is_seen, let_through, word_of_absence
+from .kernel import has_frontend, no_frontend_message, route_to_subshell
 from .panel_html import asked_html, log_html, record_html, status_html, style_html
 from .panel_inputs import Inputs, TripwireInputs
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PanelRun",
     "Panel",
-    "Still",
+    "StaticPanel",
     "panel_of",
 ]
 
@@ -75,7 +75,7 @@ class PanelRun(Protocol):
 class Panel:
     """The panel of one run, as a cell shows it. `close()` takes it away; it also ends with its run."""
 
-    def __init__(self, run: PanelRun, settings: Controls) -> None:
+    def __init__(self, run: PanelRun, settings: LiveSettings) -> None:
         import ipywidgets as w
 
         self.run, self.settings, self.number = run, settings, next(_numbers)
@@ -133,7 +133,7 @@ class Panel:
             "stop": lambda p: p.run.stop(),
             "abort": lambda p: p.run.abort(),
             "close": lambda p: p.close(),
-            "apply": lambda p: p.settings.ask_for_draft(),
+            "apply": lambda p: p.settings.apply_draft(),
             "revert": lambda p: p.settings.drop_draft(),
         }
         for name, button in buttons.items():
@@ -149,9 +149,9 @@ class Panel:
         self.at_once.observe(weakly(lambda p: p._set_at_once()), "value")
         self.buttons = buttons
         self._steering = [*self.inputs.widgets, *self.tripwires.widgets, *buttons.values(), self.epochs, self.at_once]
-        self.view = self._layout(can_steer=status.looked_at is None)
+        self.view = self._layout(can_steer=status.read_only is None)
         self._tree = list(_family(self.view))
-        let_through(self._steering)
+        route_to_subshell(self._steering)
         self._close_widgets = weakref.finalize(self, _close_all, self._tree)
         self._close_widgets.atexit = False
         self.tick(first=True)
@@ -200,13 +200,13 @@ class Panel:
             logger.warning("a press of the panel failed", exc_info=True)
             said = error_text(error)
         if not self.closed:
-            self.inputs.bring_along()
+            self.inputs.sync_others()
             self._answer(said)
 
     def _set_at_once(self) -> None:
         self.settings.at_once = self.at_once.value
         if self.at_once.value:
-            self.settings.ask_for_draft()
+            self.settings.apply_draft()
 
     def _answer(self, said: str | None) -> None:
         self._said = said
@@ -224,7 +224,7 @@ class Panel:
             self._write("answer", self._answer_html())
         elif first or now - self._wrote >= EVERY:
             self._wrote = now
-            let_through(self._steering)
+            route_to_subshell(self._steering)
             texts = self._texts()
             stale = [name for name, text in texts.items() if self.shown[name].value != text]
             for name in stale if first else sorted(stale, key=lambda name: self._written.get(name, 0.0))[:1]:
@@ -293,7 +293,7 @@ class Panel:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """The widgets; and, for a saved notebook and for places without widgets, the run as it is now."""
-        bundle = Still(self.run)._repr_mimebundle_()
+        bundle = StaticPanel(self.run)._repr_mimebundle_()
         if self.closed:
             return bundle
         return {**bundle, WIDGET: {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}}
@@ -356,7 +356,7 @@ DPI = 120
 """Of the picture: a run may be shown in many cells."""
 
 
-class Still:
+class StaticPanel:
     """A panel without widgets: the run as it was when this was made."""
 
     def __init__(self, run: PanelRun) -> None:
@@ -373,7 +373,7 @@ class Still:
             figure: Any = plot_rewards(SimpleNamespace(id=status.name, records=status.epochs, changes=run.changes))
             self._png = picture = figure.png(DPI)
             body.append(image(picture, redact_text(figure.alt_text), round(96 * figure.get_figwidth())))
-        if absent := word_of_absence():
+        if absent := no_frontend_message():
             body.append(Html(view(element("div", absent, class_="ft-dim"), styled=False)))
         self._html = str(element("div", *body))
 
@@ -385,7 +385,7 @@ class Still:
         return {**found, "image/png": base64.b64encode(self._png).decode("ascii")} if self._png else found
 
 
-def panel_of(run: PanelRun, settings: Controls, shown: Panel | None) -> Panel | Still:
+def panel_of(run: PanelRun, settings: LiveSettings, shown: Panel | None) -> Panel | StaticPanel:
     """The run's panel; without widgets where nobody would see them.
 
     Args:
@@ -393,8 +393,8 @@ def panel_of(run: PanelRun, settings: Controls, shown: Panel | None) -> Panel | 
         settings: Its live settings, which the inputs draft.
         shown: The panel that it has already, if any.
     """
-    if not is_seen():
-        return Still(run)
+    if not has_frontend():
+        return StaticPanel(run)
     if shown is None or shown.closed:
         return Panel(run, settings)
     return shown

@@ -57,8 +57,8 @@ def status_html(doing: RunStatus, number_: int) -> str:
         parts.append(element("div", error, class_="ft-banner ft-broken", role="alert"))
     elif doing.notice:
         parts.append(element("div", _SIGNS.get(doing.state, "●"), " ", doing.notice, class_="ft-banner"))
-    if doing.looked_at:
-        parts.append(element("div", doing.looked_at, class_="ft-banner"))
+    if doing.read_only:
+        parts.append(element("div", doing.read_only, class_="ft-banner"))
     return view(Html(f"<style>{_buttons_style(doing, number_)}</style>"), *parts, styled=False)
 
 
@@ -96,9 +96,9 @@ def _epoch_line(doing: RunStatus) -> list[Any]:
 
 
 def _buttons_style(doing: RunStatus, number_: int) -> str:
-    shown = () if doing.looked_at else _SHOWN.get(doing.state, ())  # type: ignore[call-overload]
+    shown = () if doing.read_only else _SHOWN.get(doing.state, ())  # type: ignore[call-overload]
     hidden = [name for name in BUTTONS if name not in shown]
-    if doing.looked_at:
+    if doing.read_only:
         hidden += ["inputs", "answer"]
     return "".join(f".ft-panel-{number_} .ft-b-{name}{{display:none}}" for name in hidden)
 

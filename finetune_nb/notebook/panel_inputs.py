@@ -1,6 +1,6 @@
 """The panel's inputs: one set of widgets for the curriculum's settings, the live fields of components and the tripwires.
 
-What a person moves goes, as one validated value, into the draft of the Controls, and nowhere else. The kernel writes to
+What a person moves goes, as one validated value, into the draft of the LiveSettings, and nowhere else. The kernel writes to
 these widgets only inside a callback of theirs, when it brings those along that nobody has touched: a write from a cell
 would send their messages the cell's way (see kernel.py). What is in force stands in panel_html.py's text.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.live_settings import Controls, LiveField
+from ..engine.live_settings import LiveField, LiveSettings
 from ..errors import FinetuneError
 from ..tripwires import SpreadBelow, Tripwire, ValidationFalls
 from ..types import CurriculumSettings
@@ -39,13 +39,13 @@ class Input:
 class Inputs:
     """The widgets of one run. changed: called after every change, with an error's text or None."""
 
-    def __init__(self, controls: Controls, changed: Callable[[str | None], None]) -> None:
-        self._controls, self._changed = controls, changed
+    def __init__(self, live_settings: LiveSettings, changed: Callable[[str | None], None]) -> None:
+        self._live_settings, self._changed = live_settings, changed
         self._turn = threading.RLock()  # callbacks may come on several threads
         self._writing = False
-        asked = controls.curriculum
+        asked = live_settings.curriculum
         self.curriculum = _curriculum(asked)
-        self.live = [_live(field) for field in controls.live_fields]
+        self.live = [_live(field) for field in live_settings.live_fields]
         for each in self._all():
             each.widget.observe(lambda change, each=each: self._moved(each, change.new), "value")
 
@@ -62,17 +62,17 @@ class Inputs:
                 return
             said = None
             try:
-                self._controls.try_out({moved.name: moved.read(value)})
+                self._live_settings.draft_changes({moved.name: moved.read(value)})
             except FinetuneError as error:
                 said = str(error)
-            self.bring_along(but=None if said else moved)
+            self.sync_others(but=None if said else moved)
         self._changed(said)
 
-    def bring_along(self, but: Input | None = None) -> None:
+    def sync_others(self, but: Input | None = None) -> None:
         """Shows in every other input what the draft has, or else what is asked for. Only from a widget's callback."""
         with self._turn:
-            values = {**vars(self._controls.drafted), **{f.name: f.value for f in self._controls.live_fields}}
-            values |= self._controls.draft
+            values = {**vars(self._live_settings.drafted), **{f.name: f.value for f in self._live_settings.live_fields}}
+            values |= self._live_settings.draft
             self._writing = True
             try:
                 for each in self._all():

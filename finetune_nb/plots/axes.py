@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from .figure import Figure, Theme
 
 __all__ = [
-    "Course",
+    "RunSeries",
     "HATCHES",
     "LINES",
     "MARKERS",
     "ThemeName",
     "at_their_places",
-    "courses",
+    "series_of",
     "draw_line",
     "finish",
-    "label_of",
+    "axis_label",
     "mark_changes",
     "metrics_of",
     "panels",
-    "said_of",
+    "changes_text",
     "share_axis",
     "span",
-    "stands_alone",
+    "is_isolated",
     "start",
     "step_line",
     "trend_text",
@@ -49,7 +49,7 @@ WRITTEN = 6
 """So many changes are written beside their marks; more would cover one another."""
 
 
-class Course(NamedTuple):
+class RunSeries(NamedTuple):
     """One run's way through its epochs."""
 
     name: str
@@ -57,23 +57,23 @@ class Course(NamedTuple):
     changes: Sequence[Change]
 
 
-def courses(given: Any) -> list[Course]:
+def series_of(given: Any) -> list[RunSeries]:
     """Whose epochs are to be drawn: those of one run, of a list of runs, of epochs by a run's name, or just epochs."""
     if isinstance(given, Mapping):
-        return [Course(plain(name), *_records(value)) for name, value in given.items()]
+        return [RunSeries(plain(name), *_records(value)) for name, value in given.items()]
     if hasattr(given, "records"):
-        return [Course(given.id, *_records(given))]
+        return [RunSeries(given.id, *_records(given))]
     given = list(given)
     if any(hasattr(each, "records") for each in given):
-        return [Course(run.id, *_records(run)) for run in given]
-    return [Course("", given, ())]
+        return [RunSeries(run.id, *_records(run)) for run in given]
+    return [RunSeries("", given, ())]
 
 
 def _records(given: Any) -> tuple[Sequence[Epoch], Sequence[Change]]:
     return (given.records, given.changes) if hasattr(given, "records") else (list(given), ())
 
 
-def mark_changes(ax: Axes, of: Sequence[Course], look: Theme, filled: bool = False) -> None:
+def mark_changes(ax: Axes, of: Sequence[RunSeries], look: Theme, filled: bool = False) -> None:
     """Marks every live change, before the epoch that used it first. A single run's few changes are written out.
 
     Args:
@@ -106,7 +106,7 @@ def _write_changes(ax: Axes, marks: Mapping[int, Sequence[_Changed]], look: Them
     ground = {"facecolor": look.background, "alpha": 0.8, "linewidth": 0, "pad": 1} if filled else None
     for epoch, changed in marks.items():
         x = epoch - 0.5
-        texts = [label_of(f"{name} {_value(new)}") for name, _, new in changed[:2]]
+        texts = [axis_label(f"{name} {_value(new)}") for name, _, new in changed[:2]]
         end, side = 0.98, "top"
         if not filled:
             length = 0.026 * max(len(text) for text in texts)
@@ -146,7 +146,7 @@ _Changed = tuple[str, Any, Any]
 """The name of a setting, its old and its new value."""
 
 
-def _changes_by_epoch(course: Course) -> dict[int, list[_Changed]]:
+def _changes_by_epoch(course: RunSeries) -> dict[int, list[_Changed]]:
     """The changes by the epoch that used them first, where that epoch is shown."""
     shown = {epoch.index for epoch in course.epochs}
     marks: dict[int, list[_Changed]] = {}
@@ -163,7 +163,7 @@ def _value(value: Any) -> str:
     return plain(cut(value, 24))
 
 
-def said_of(of: Sequence[Course]) -> str:
+def changes_text(of: Sequence[RunSeries]) -> str:
     """The live changes in words, for those who do not see the marks."""
     said = []
     for course in of:
@@ -276,7 +276,7 @@ def at_their_places(where: np.ndarray, epochs: Sequence[Epoch], values: Any) -> 
     return out
 
 
-def stands_alone(values: np.ndarray) -> np.ndarray:
+def is_isolated(values: np.ndarray) -> np.ndarray:
     """Where a value has none beside it."""
     import numpy as np
 
@@ -308,7 +308,7 @@ def metrics_of(epochs: Sequence[Epoch], name: str) -> list[float]:
     return [float(getattr(epoch.metrics, name)) for epoch in epochs]
 
 
-def label_of(name: Any) -> str:
+def axis_label(name: Any) -> str:
     """A name as matplotlib shows it literally: a "$" would begin a formula, a leading "_" hide it from the legend."""
     text = " ".join(plain(cut(name, 40)).split()).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text or "(no name)"
@@ -323,7 +323,7 @@ def draw_line(ax: Axes, where: np.ndarray, values: np.ndarray, colour: str, labe
     """A line with gaps; markers as long as they can be told apart, and always where a value stands alone."""
     import numpy as np
 
-    marked = list(range(len(where))) if len(where) <= 40 else np.flatnonzero(stands_alone(values)).tolist()
+    marked = list(range(len(where))) if len(where) <= 40 else np.flatnonzero(is_isolated(values)).tolist()
     ax.plot(where, values, color=colour, label=label, linewidth=1.7, linestyle=line, marker=marker, markersize=4.5,
             markevery=marked)  # fmt: skip
 
@@ -333,7 +333,7 @@ def step_line(ax: Axes, epochs: Sequence[Epoch], look: Theme, colour: str, label
     where = span(epochs)
     used = [epoch.curriculum.percentile if epoch.curriculum.enabled else math.nan for epoch in epochs]
     shown = at_their_places(where, epochs, used)
-    single = stands_alone(shown).nonzero()[0].tolist()
+    single = is_isolated(shown).nonzero()[0].tolist()
     style: dict[str, Any] = {"color": colour, "linewidth": 1.2, "linestyle": LINES[2]}
     style |= {"marker": "_" if single else "", "markersize": 12, "markevery": single}
     ax.step(where, shown, where="mid", label=label, **style)

@@ -20,17 +20,17 @@ from .axes import (
     MARKERS,
     ThemeName,
     at_their_places,
-    courses,
+    axis_label,
+    changes_text,
     draw_line,
     finish,
-    label_of,
+    is_isolated,
     mark_changes,
     metrics_of,
     panels,
-    said_of,
+    series_of,
     share_axis,
     span,
-    stands_alone,
     start,
     step_line,
     trend_text,
@@ -68,11 +68,11 @@ def plot_rewards(
     Raises:
         ConfigError: The theme is unknown.
     """
-    runs = courses(epochs)
+    runs = series_of(epochs)
     ax, figure, look = start(ax, theme, "epoch", "reward")
     several = len(runs) > 1
     for place, run in enumerate(runs):
-        _reward_lines(ax, run.epochs, look, place, label_of(run.name) if several else "", several)
+        _reward_lines(ax, run.epochs, look, place, axis_label(run.name) if several else "", several)
         _validation_points(ax, run.epochs, look, place, several)
     if baseline is not None and math.isfinite(baseline):
         ax.axhline(baseline, color=look.ink, linewidth=1, linestyle=LINES[1], label=f"baseline {number(baseline)}")
@@ -89,7 +89,7 @@ def plot_rewards(
     for run in runs:
         whose = f", {run.name}" if several else ""
         said.append(f"Mean reward per epoch{whose}: {trend_text(metrics_of(run.epochs, 'mean_reward'))}")
-    figure.alt_text = ". ".join(said) + said_of(runs)
+    figure.alt_text = ". ".join(said) + changes_text(runs)
     return figure
 
 
@@ -116,7 +116,7 @@ def plot_scores(
     Raises:
         ConfigError: No epoch has a score of one of the names, several runs are stacked, or the theme is unknown.
     """
-    runs = courses(epochs)
+    runs = series_of(epochs)
     several = len(runs) > 1
     records = [epoch for run in runs for epoch in run.epochs]
     known = list(dict.fromkeys(name for epoch in records for name in epoch.metrics.scores))
@@ -140,14 +140,14 @@ def plot_scores(
             continue
         for nth, (name, column) in enumerate(zip(chosen, columns, strict=True)):
             colour = look.colour(place if several else nth)
-            label = label_of(f"{run.name}: {name}" if several else name)
+            label = axis_label(f"{run.name}: {name}" if several else name)
             draw_line(ax, where, column, colour, label, MARKERS[nth % 8], LINES[nth % 4])
     if chosen:
         mark_changes(ax, runs, look)
     finish(ax, look, empty=not chosen or not records, said="no scores" if records else "no epoch yet")
     if figure is None:
         return ax
-    figure.alt_text = f"Mean score per epoch: {'; '.join(said) or 'no scores'}{said_of(runs)}"
+    figure.alt_text = f"Mean score per epoch: {'; '.join(said) or 'no scores'}{changes_text(runs)}"
     return figure
 
 
@@ -160,7 +160,7 @@ def _layers(ax: Axes, where: Any, names: Sequence[str], columns: Sequence[Any], 
         top = floor + np.nan_to_num(column)
         edge = np.where(np.isnan(column), np.nan, top)
         band = ax.fill_between(where, floor, edge, color=look.colour(place), alpha=0.8)
-        band.set(label=label_of(name), hatch=HATCHES[place % len(HATCHES)], edgecolor=look.faint, linewidth=0.5)
+        band.set(label=axis_label(name), hatch=HATCHES[place % len(HATCHES)], edgecolor=look.faint, linewidth=0.5)
         floor = top
 
 
@@ -195,7 +195,7 @@ def plot_training(
     Raises:
         ConfigError: No epoch has a metric of one of the names, the number of axes is another, or the theme is unknown.
     """
-    runs = courses(epochs)
+    runs = series_of(epochs)
     several = len(runs) > 1
     records = [epoch for run in runs for epoch in run.epochs]
     known = list(dict.fromkeys(name for epoch in records for name in epoch.train_metrics))
@@ -207,11 +207,11 @@ def plot_training(
     said = []
     for each, name in zip(axes, chosen, strict=True):
         is_first = each is axes[0]
-        each.set_ylabel(label_of(TRAINING.get(name, name)).replace(" (", "\n("), fontsize="small")
+        each.set_ylabel(axis_label(TRAINING.get(name, name)).replace(" (", "\n("), fontsize="small")
         for place, run in enumerate(runs):
             where = span(run.epochs)
             values = at_their_places(where, run.epochs, [as_float(e.train_metrics.get(name)) for e in run.epochs])
-            label = label_of(run.name) if several and is_first else "_"
+            label = axis_label(run.name) if several and is_first else "_"
             draw_line(each, where, values, look.colour(place), label, MARKERS[place % 8], LINES[place % 4])
             said.append(f"{f'{run.name} ' if several else ''}{plain(name)} {trend_text(values)}")
         # The first picture alone has the changes.
@@ -219,7 +219,7 @@ def plot_training(
         finish(each, look, empty=not records)
     if figure is None:
         return ax
-    figure.alt_text = f"Training metrics per epoch: {'; '.join(said) or 'none'}{said_of(runs)}"
+    figure.alt_text = f"Training metrics per epoch: {'; '.join(said) or 'none'}{changes_text(runs)}"
     return figure
 
 
@@ -247,7 +247,7 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
         quantiles = np.array([epoch.metrics.group_quantiles for epoch in epochs]).reshape(-1, 3)
         low, high = at_their_places(where, epochs, quantiles[:, 0]), at_their_places(where, epochs, quantiles[:, 2])
         ax.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0, label="10–90 % of groups")
-        alone = stands_alone(low)  # between gaps a band has no width
+        alone = is_isolated(low)  # between gaps a band has no width
         ax.vlines(where[alone], low[alone], high[alone], color=colour, alpha=0.35, linewidth=5)
     draw_line(ax, where, mean, colour, name or "mean of all trajectories", MARKERS[place % 8], LINES[place % 4])
     if not several and any(epoch.metrics.kept_groups < epoch.metrics.groups for epoch in epochs):

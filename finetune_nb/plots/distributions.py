@@ -13,13 +13,13 @@ from .axes import (
     LINES,
     MARKERS,
     ThemeName,
-    courses,
+    axis_label,
+    changes_text,
     draw_line,
     finish,
-    label_of,
     mark_changes,
     panels,
-    said_of,
+    series_of,
     share_axis,
     start,
     trend_text,
@@ -63,7 +63,7 @@ def plot_reward_distribution(epochs: Any, ax: Any = None, theme: ThemeName = Non
     """
     import numpy as np
 
-    runs = courses(epochs)
+    runs = series_of(epochs)
     axes, figure, look = panels(ax, theme, "epoch", "share of rollouts", max(1, len(runs)))
     all_epochs = [epoch for run in runs for epoch in run.epochs]
     values = np.unique(_rewards(all_epochs))
@@ -71,7 +71,7 @@ def plot_reward_distribution(epochs: Any, ax: Any = None, theme: ThemeName = Non
     said = []
     for each, run in zip(axes, runs, strict=False):
         rewards = _rewards(run.epochs)
-        whose = f"{label_of(run.name)}: " if len(runs) > 1 else ""
+        whose = f"{axis_label(run.name)}: " if len(runs) > 1 else ""
         if is_discrete:
             each.set_ylabel(f"{whose}share of rollouts")
             _bars(each, run.epochs, values, look)
@@ -88,7 +88,7 @@ def plot_reward_distribution(epochs: Any, ax: Any = None, theme: ThemeName = Non
         finish(each, look, empty=not run.epochs)
     if figure is None:
         return ax
-    figure.alt_text = f"Distribution of rewards over {len(all_epochs)} epochs: {'. '.join(said)}{said_of(runs)}"
+    figure.alt_text = f"Distribution of rewards over {len(all_epochs)} epochs: {'. '.join(said)}{changes_text(runs)}"
     return figure
 
 
@@ -110,7 +110,7 @@ def plot_advantages(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Fig
     """
     import numpy as np
 
-    runs = courses(epochs)
+    runs = series_of(epochs)
     axes, figure, look = panels(ax, theme, "epoch", "advantage", max(1, len(runs)))
     said = []
     for each, run in zip(axes, runs, strict=False):
@@ -123,7 +123,7 @@ def plot_advantages(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Fig
             samples.append((epoch.index, values[values != 0]))
         teaching = np.concatenate([np.empty(0), *(values for _, values in samples)])
         if len(runs) > 1:
-            each.set_ylabel(f"{label_of(run.name)}: advantage")
+            each.set_ylabel(f"{axis_label(run.name)}: advantage")
         if len(teaching):
             limits = float(teaching.min()), float(teaching.max())
             _violins(each, samples, limits, look, look.colours[0], every)
@@ -136,7 +136,7 @@ def plot_advantages(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Fig
         finish(each, look, empty=not run.epochs)
     if figure is None:
         return ax
-    figure.alt_text = f"Advantages that are not 0: {'. '.join(said)}{said_of(runs)}"
+    figure.alt_text = f"Advantages that are not 0: {'. '.join(said)}{changes_text(runs)}"
     return figure
 
 
@@ -160,7 +160,7 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
 
     from ..frames.trajectories import trajectories
 
-    runs = courses(epochs)
+    runs = series_of(epochs)
     ax, figure, look = start(ax, theme, "epoch", "sampled tokens a trajectory")
     several = len(runs) > 1
     said = []
@@ -175,7 +175,7 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
         if len(where):
             colour, marker, line = look.colour(place), MARKERS[place % 8], LINES[place % 4]
             ax.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0, label="" if several else "10–90 %")
-            draw_line(ax, where, middle, colour, label_of(run.name) if several else "median", marker, line)
+            draw_line(ax, where, middle, colour, axis_label(run.name) if several else "median", marker, line)
         said.append(f"{f'{run.name}: ' if several else ''}median {trend_text(middle)}")
 
         if not several and len(frame):
@@ -192,7 +192,7 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
     finish(ax, look, empty=not any(run.epochs for run in runs))
     if figure is None:
         return ax
-    figure.alt_text = f"Sampled tokens of a trajectory, per epoch: {'; '.join(said)}{said_of(runs)}"
+    figure.alt_text = f"Sampled tokens of a trajectory, per epoch: {'; '.join(said)}{changes_text(runs)}"
     return figure
 
 

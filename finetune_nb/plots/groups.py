@@ -12,17 +12,17 @@ from .axes import (
     HATCHES,
     LINES,
     MARKERS,
-    Course,
+    RunSeries,
     ThemeName,
     at_their_places,
-    courses,
+    axis_label,
+    changes_text,
     draw_line,
     finish,
-    label_of,
     mark_changes,
     metrics_of,
     panels,
-    said_of,
+    series_of,
     share_axis,
     span,
     start,
@@ -58,7 +58,7 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
     Raises:
         ConfigError: The theme is unknown.
     """
-    runs = courses(epochs)
+    runs = series_of(epochs)
     several = len(runs) > 1
     ax, figure, look = start(ax, theme, "epoch", "share" if several else "groups")
     said = []
@@ -78,11 +78,11 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
     finish(ax, look, empty=not any(run.epochs for run in runs))
     if figure is None:
         return ax
-    figure.alt_text = f"Groups per epoch; {'; '.join(said)}{said_of(runs)}"
+    figure.alt_text = f"Groups per epoch; {'; '.join(said)}{changes_text(runs)}"
     return figure
 
 
-def _share_trained_on(ax: Axes, run: Course, look: Theme, place: int) -> np.ndarray:
+def _share_trained_on(ax: Axes, run: RunSeries, look: Theme, place: int) -> np.ndarray:
     """Draws one of several runs. Returns the share of its groups that was trained on, an epoch each."""
     where = span(run.epochs)
     colour, marker, line = look.colour(place), MARKERS[place % 8], LINES[place % 4]
@@ -91,9 +91,9 @@ def _share_trained_on(ax: Axes, run: Course, look: Theme, place: int) -> np.ndar
         metrics = epoch.metrics
         shares.append(metrics.kept_groups / metrics.groups if metrics.groups else math.nan)
     shown = at_their_places(where, run.epochs, shares)
-    draw_line(ax, where, shown, colour, f"{label_of(run.name)}: trained on", marker, line)
+    draw_line(ax, where, shown, colour, f"{axis_label(run.name)}: trained on", marker, line)
     if any(epoch.curriculum.enabled for epoch in run.epochs):
-        step_line(ax, run.epochs, look, colour, f"{label_of(run.name)}: percentile")
+        step_line(ax, run.epochs, look, colour, f"{axis_label(run.name)}: percentile")
     return shown
 
 
@@ -137,13 +137,13 @@ def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure 
     Raises:
         ConfigError: The number of axes is another, or the theme is unknown.
     """
-    runs = courses(epochs)
+    runs = series_of(epochs)
     axes, figure, look = panels(ax, theme, "mean reward of the group", "spread", max(1, len(runs)))
     said = []
     for each, run in zip(axes, runs, strict=False):
         whose = ""
         if len(runs) > 1:
-            each.set_ylabel(f"{label_of(run.name)}: spread")
+            each.set_ylabel(f"{axis_label(run.name)}: spread")
             whose = f"{run.name}: "
         said.append(whose + _map(each, run, look))
         finish(each, look, empty=not run.epochs)
@@ -153,7 +153,7 @@ def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure 
     return figure
 
 
-def _map(ax: Axes, run: Course, look: Theme) -> str:
+def _map(ax: Axes, run: RunSeries, look: Theme) -> str:
     """Draws one run's groups. Returns what there is to see."""
     import numpy as np
     from matplotlib.ticker import AutoLocator

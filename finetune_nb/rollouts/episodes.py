@@ -35,10 +35,10 @@ __all__ = [
     "SampledTurn",
     "chat_fields",
     "drift",
-    "episode_of",
+    "episode_from_calls",
     "is_sampled",
     "sampled_turns",
-    "tools_of",
+    "tools_from_calls",
 ]
 
 _ROLES = {
@@ -48,7 +48,7 @@ _ROLES = {
 }
 
 
-def episode_of(
+def episode_from_calls(
     item: EvalInputItem,
     target_functions: Sequence[str] | None = None,
     target_model: str | None = None,
@@ -64,7 +64,7 @@ def episode_of(
         for step in item.trajectory
         if step.event_type == IntermediateStepType.LLM_END
         and (target_functions is None or step.function_ancestry.function_name in target_functions)
-        and (call := call_of(step)) is not None
+        and (call := call_from_step(step)) is not None
         and (target_model is None or target_model in (call.model, step.name))
     ]
     if not calls:
@@ -107,13 +107,13 @@ def drift(trajectories: Iterable[Trajectory]) -> tuple[int, int]:
     return carried, drifted
 
 
-def tools_of(item: EvalInputItem) -> list[dict[str, Any]] | None:
+def tools_from_calls(item: EvalInputItem) -> list[dict[str, Any]] | None:
     """The tools that the model was told of, as OpenAI schemas: those of the first call that had any."""
-    calls = (call_of(step) for step in item.trajectory if step.event_type == IntermediateStepType.LLM_END)
+    calls = (call_from_step(step) for step in item.trajectory if step.event_type == IntermediateStepType.LLM_END)
     return next((call.tools for call in calls if call is not None and call.tools), None)
 
 
-def call_of(step: IntermediateStep) -> LLMCall | None:
+def call_from_step(step: IntermediateStep) -> LLMCall | None:
     """The recorded call of a step. Steps that someone else recorded are read as far as they go: messages from the input,
     text from the output, logprobs from the payload's `logprobs` or `response_metadata`."""
     data = step.data

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import RolloutTimeout, WorkflowError
 from ..interfaces import Policy
-from ..llms.call_recorder import Episode
+from ..llms.call_recorder import CallRecorder
 from ..types import RolloutRequest, RolloutResult
 from .workflow import Workflow
 
@@ -49,9 +49,9 @@ class Rollout:
         if self.gate is not None:
             await self.gate()
         started = time.perf_counter()
-        episode = Episode(request.key, self.seed)
+        episode = CallRecorder(request.key, self.seed)
         try:
-            with episode.live(self.policies):
+            with episode.recording(self.policies):
                 if self.timeout is None:
                     output = await self._attempts(request, episode)
                 else:
@@ -70,7 +70,7 @@ class Rollout:
             output, error = None, f"{type(caught).__name__}: {caught}{_loop_hint(caught)}"
         return RolloutResult(request, output, episode.steps(), time.perf_counter() - started, error)
 
-    async def _timed(self, request: RolloutRequest, episode: Episode, seconds: float) -> Any:
+    async def _timed(self, request: RolloutRequest, episode: CallRecorder, seconds: float) -> Any:
         limit = asyncio.timeout(seconds)
         try:
             async with limit:
@@ -83,7 +83,7 @@ class Rollout:
                 f"no answer after {seconds:g} s (eval.general.item_timeout), {len(episode.calls)} model calls.{left}"
             ) from error
 
-    async def _attempts(self, request: RolloutRequest, episode: Episode) -> Any:
+    async def _attempts(self, request: RolloutRequest, episode: CallRecorder) -> Any:
         if not self.retries:
             return await self.workflow(request.item)
         from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential

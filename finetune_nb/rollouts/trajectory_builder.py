@@ -33,7 +33,7 @@ from ..types import (
     Trajectory,
     TrajectoryCollection,
 )
-from .episodes import drift, episode_of, tools_of
+from .episodes import drift, episode_from_calls, tools_from_calls
 from .evaluation import EvaluationContext, evaluation_context
 from .executor import LocalExecutor
 
@@ -215,7 +215,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
             "policy_version": version,
             "scores": {name: v.score for name, v in verdicts.items()},
         }
-        tools = tools_of(item)
+        tools = tools_from_calls(item)
         if tools is not None:
             metadata["tools"] = tools
         if error:
@@ -224,7 +224,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
 
     def _episode(self, item: EvalInputItem) -> tuple[list[EpisodeItem], int | None]:
         config, run_config = self.trajectory_builder_config, self.run_config
-        episode, version = episode_of(
+        episode, version = episode_from_calls(
             item,
             target_functions=run_config.target_functions if run_config else None,
             target_model=run_config.target_model if run_config else None,

@@ -18,7 +18,7 @@ from ..components.builder import Builder
 from ..components.loading import load_config
 from ..config.base import changed
 from ..config.sections import Config
-from ..engine.run_writer import settings_of
+from ..engine.run_writer import settings_in
 from ..errors import ConfigError, RunError, StoreError
 from ..rollouts.datasets import read_rows
 from ..store.checkpoints import has_weights, newest_checkpoint
@@ -104,7 +104,7 @@ def branch_of(
             f"the weights behind epoch {epoch} of run {store.run_id!r} are not kept; checkpoints are there of epochs "
             f"{', '.join(map(str, kept)) or 'none'}. Fork from one of these; run.keep_checkpoints keeps more."
         )
-    before = settings_of(state) or CurriculumSettings()
+    before = settings_in(state) or CurriculumSettings()
     after = before.updated({"enabled": True, **curriculum} if curriculum else {})  # as in a new Run
     changes = tuple(
         Change(time.time(), "fork", f.name, getattr(before, f.name), getattr(after, f.name), epoch + 1)

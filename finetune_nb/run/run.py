@@ -14,20 +14,19 @@ from ..components.loading import load_config
 from ..config.sections import Config, FinetuneRunConfig
 from ..engine.driver import Driver
 from ..engine.epoch_record import partial_record
-from ..engine.live_settings import Controls, LiveField, live_fields, read_journal
-from ..engine.run_writer import take_up
+from ..engine.live_settings import LiveField, LiveSettings, live_fields, read_journal
+from ..engine.run_writer import restore_settings
 from ..engine.sinks import MetricsSink
-from ..engine.state import ACTIVE, RunStatus, Standing, State
+from ..engine.state import ACTIVE, RunState, RunStatus, State
 from ..errors import ConfigError, RunError, did_you_mean
 from ..interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from ..notebook.display import CellRecord, ProgressLine
 from ..notebook.kernel import in_notebook
 from ..redaction import error_text
-from ..store import runs as shelf
 from ..store.durable import size_of
 from ..store.folder import checkpoints
 from ..store.reader import RunReader
-from ..store.runs import free_id
+from ..store.runs import archive_run, delete_run, free_id
 from ..store.store import RunStore
 from ..text import cut, duration, plain
 from ..threads import before_exit
@@ -41,7 +40,7 @@ from .session import Session
 if TYPE_CHECKING:
     from ..llms.client import ChatReply
     from ..rollouts.evaluation import Progress
-    from ..training.preview import Basis, Preview
+    from ..training.preview import Preview, PreviewInput
 
 __all__ = [
     "Run",
@@ -288,10 +287,10 @@ class Run(RunHistory):
         folder = Path(path)
         functions_given = any(part is not None for part in (workflow, reward, dataset))
         # A run that is written here comes before one that is only read.
-        for run in sorted(_open_runs, key=lambda run: run._driver.recorder is None):
+        for run in sorted(_open_runs, key=lambda run: run._driver.writer is None):
             if run.folder.resolve() != folder.resolve():
                 continue
-            if run._driver.recorder is not None or not functions_given:
+            if run._driver.writer is not None or not functions_given:
                 run.refresh()
                 return run
         scores = dict(evaluators or {})
@@ -320,7 +319,7 @@ class Run(RunHistory):
             if RunStore.exists(output_dir / name):
                 store = RunStore.open(output_dir / name)
         self._setup(config, components, run_id, store)
-        self._settings.repeat(changes)
+        self._settings.replay(changes)
 
     def _setup(
         self, config: Config, components: Builder, run_id: str, store: RunStore | None, unable: str | None = None
@@ -346,17 +345,17 @@ class Run(RunHistory):
         self._closed = False
         self._planned: int | None = None  # the epoch before which `start` will end
         self._panel: Any = None
-        self._preview_basis: Basis | None = None
+        self._preview_basis: PreviewInput | None = None
 
-        self._settings = Controls(
+        self._settings = LiveSettings(
             CurriculumSettings.from_config(config.finetuning.curriculum_learning), live_fields(config)
         )
         epochs: Sequence[Epoch] = ()
         first = 0
         if store is not None:
-            take_up(self._settings, store)
+            restore_settings(self._settings, store)
             epochs, first = store.epochs, store.next_index
-        state = Standing(State.READY if epochs else State.NEW)
+        state = RunState(State.READY if epochs else State.NEW)
         self._driver = Driver(config, components, run_id, self._settings, state, epochs, first)
         self._settings.when_asked = self._driver.write_journal
         self._session = Session(run_id, self._driver, state)
@@ -381,7 +380,7 @@ class Run(RunHistory):
             planned=self.planned,
             notice=self._session.state.notice,
             error=None if error is None else error_text(error),
-            looked_at=self._why_read_only(),
+            read_only=self._why_read_only(),
             writer=self.writer,
         )
         if not (state in ACTIVE and self._driver.at_work):
@@ -393,7 +392,7 @@ class Run(RunHistory):
         if self._closed:
             return str(State.CLOSED)
         # The folder may know more of a run that is only read here.
-        if state in (State.NEW, State.READY) and self._store is not None and self._driver.recorder is None:
+        if state in (State.NEW, State.READY) and self._store is not None and self._driver.writer is None:
             on_disk = self._store.run_state
             if on_disk in _FOREIGN_STATES:
                 return on_disk
@@ -447,7 +446,7 @@ class Run(RunHistory):
     @property
     def writer(self) -> str | None:
         """Which other process writes this run at the moment; None where none does."""
-        if self._closed or self._store is None or self._driver.recorder is not None:
+        if self._closed or self._store is None or self._driver.writer is not None:
             return None
         return self._store.writer
 
@@ -517,7 +516,7 @@ class Run(RunHistory):
 
     def _stored(self) -> RunReader | None:
         """The folder to read from; None before the first epoch of a new run."""
-        return self._driver.recorder.store if self._driver.recorder is not None else self._store
+        return self._driver.writer.store if self._driver.writer is not None else self._store
 
     def _place(self) -> str:
         if not self.folder.is_dir():
@@ -530,10 +529,10 @@ class Run(RunHistory):
 
     def refresh(self) -> None:
         """See what another process has added to a run that it writes and this one reads. `writer` says who that is."""
-        if self._store is not None and self._driver.recorder is None:
+        if self._store is not None and self._driver.writer is None:
             self._store.refresh()
             self._driver.epochs = list(self._store.epochs)
-            take_up(self._settings, self._store)
+            restore_settings(self._settings, self._store)
 
     # ── in a cell ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -641,7 +640,7 @@ class Run(RunHistory):
                 if reason is not None:
                     session.ask_quietly("pause", f"paused after epoch {epoch.index}: {reason}")
                     session.show_record()
-                await state.gate()
+                await state.wait_while_paused()
                 if state.state is not State.RUNNING:
                     return
 
@@ -653,15 +652,15 @@ class Run(RunHistory):
 
     def pause(self) -> None:
         """Hold the run at the next safe point: rollouts in progress finish, no others start."""
-        self._session.state.move("pause", "paused by hand")
+        self._session.state.transition("pause", "paused by hand")
 
     def resume(self) -> None:
         """Continue after a pause."""
-        self._session.state.move("resume")
+        self._session.state.transition("resume")
 
     def stop(self) -> None:
         """End the run after the current epoch."""
-        self._session.state.move("stop", "ends after this epoch")
+        self._session.state.transition("stop", "ends after this epoch")
 
     def abort(self) -> None:
         """End the running epoch at once; what was collected is kept, and shown by `partial`.
@@ -733,7 +732,7 @@ class Run(RunHistory):
             RunError: No epoch has ended yet.
             ConfigError: The settings do not fit.
         """
-        from ..training.preview import basis_of, preview
+        from ..training.preview import preview, preview_input
 
         self._driver.require_single_epochs()
         if not isinstance(changes, CurriculumSettings):
@@ -746,7 +745,7 @@ class Run(RunHistory):
         # What previews are made on is put together once an epoch.
         basis = self._preview_basis
         if basis is None or basis.statistics is not records[-1].statistics:
-            self._preview_basis = basis = basis_of(records[-1])
+            self._preview_basis = basis = preview_input(records[-1])
         return preview(basis, self._settings.applied, asked, settings, self.config.run.seed)
 
     def panel(self) -> Any:
@@ -803,15 +802,15 @@ class Run(RunHistory):
         """
         if self._unable:
             raise RunError(self._unable)
-        store, recorder = self._stored(), self._driver.recorder
+        store, writer = self._stored(), self._driver.writer
         if store is None:
             raise RunError(f"run {self.id!r} has no epoch to go on from. Run one first, or make a new Run.")
         ready = {"trajectory_builder": builder, "trainer_adapter": adapter, "trainer": trainer}
-        config, components = copy_for_fork(self.config, self._driver.builder, training, ready)
+        config, components = copy_for_fork(self.config, self._driver.components, training, ready)
         branch = branch_of(store, epoch, curriculum, training)
         run_id = free_id(name or f"{self.id[:90]}-fork", self.folder.parent)
-        if recorder is not None and not self._closed:
-            recorder.forked(branch.epoch, run_id, branch.checkpoint)
+        if writer is not None and not self._closed:
+            writer.on_fork(branch.epoch, run_id, branch.checkpoint)
         folder = self.folder.parent / run_id
         make_fork(store.folder, branch, folder, run_id, config.stored())
         run = type(self).__new__(type(self))
@@ -832,10 +831,10 @@ class Run(RunHistory):
             StoreError: Another process writes the run.
         """
         self.close()
-        folder = shelf.archive(self.folder, checkpoints)
+        folder = archive_run(self.folder, checkpoints)
         self.config.finetuning.output_dir, self.id = folder.parent, folder.name
         self._store = RunStore.open(folder)
-        self._driver.recorder, self._driver.epochs = None, list(self._store.epochs)  # type: ignore[assignment]
+        self._driver.writer, self._driver.epochs = None, list(self._store.epochs)  # type: ignore[assignment]
         return folder
 
     def delete(self) -> None:
@@ -845,7 +844,7 @@ class Run(RunHistory):
             StoreError: Another process writes the run.
         """
         self.close()
-        shelf.delete(self.folder)
+        delete_run(self.folder)
 
     # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -11,12 +11,12 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from ..engine.driver import Driver
-from ..engine.state import Standing
+from ..engine.state import RunState
 from ..errors import EpochAborted, FinetuneError, RunError
 from ..notebook.display import CellProgress, CellRecord, ProgressLine, watch_progress
-from ..notebook.kernel import in_notebook, interrupts, place
+from ..notebook.kernel import current_cell, in_notebook, interrupts
 from ..redaction import error_text, redact_exception
-from ..threads import EngineThread, Launched
+from ..threads import EngineThread, LoopTask
 
 __all__ = [
     "Session",
@@ -35,7 +35,7 @@ _inside: ContextVar[object] = ContextVar("inside", default=None)
 class Session:
     """What runs of one run: its engine thread, and at most one piece of work on it at a time."""
 
-    def __init__(self, run_id: str, driver: Driver, state: Standing) -> None:
+    def __init__(self, run_id: str, driver: Driver, state: RunState) -> None:
         self.run_id = run_id
         self.driver = driver
         self.state = state
@@ -43,13 +43,13 @@ class Session:
         self.record: CellRecord | None = None
         """The display in the cell that started the run in the background."""
         self._turn = threading.RLock()  # an abort must meet the work that has begun, not the one before it
-        self._work: Launched[Any] | None = None
+        self._work: LoopTask[Any] | None = None
         self._aborted_at: float | None = None  # by time.monotonic
         self._stopped_in: object = None  # the cell whose epoch was ended by an interrupt
 
     # ── work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def begin(self, work: Work[T], fails: bool = True) -> Launched[T]:
+    def begin(self, work: Work[T], fails: bool = True) -> LoopTask[T]:
         """Starts the work on the engine thread.
 
         Args:
@@ -67,10 +67,10 @@ class Session:
 
         def ended() -> None:
             if not started:
-                self.state.move("ended", "aborted before it began")
+                self.state.transition("ended", "aborted before it began")
 
         with self._turn:
-            self.state.move("begin")
+            self.state.transition("begin")
             self._aborted_at = None
             self._work = begun = self.engine.launch(settling(), ended)
         return begun
@@ -80,18 +80,20 @@ class Session:
         _inside.set(self.run_id)
         try:
             result = await _without_secrets(work)
-            self.state.move("ended")
+            self.state.transition("ended")
             return result
         except Exception as error:
-            self.state.move("failed" if fails else "ended", error=error if fails else None)
+            self.state.transition("failed" if fails else "ended", error=error if fails else None)
             raise
         except BaseException:
-            self.state.move("ended", "aborted; what was collected is in run.partial" if self._aborted_at else None)
+            self.state.transition(
+                "ended", "aborted; what was collected is in run.partial" if self._aborted_at else None
+            )
             raise
         finally:
             self.show_record()
 
-    async def join(self, task: Launched[T]) -> T:
+    async def join(self, task: LoopTask[T]) -> T:
         """The result of the work. An abort from elsewhere raises EpochAborted here: it does not look like a cancellation of
         the waiting cell."""
         joining = asyncio.ensure_future(task.join())
@@ -129,7 +131,7 @@ class Session:
         Raises:
             KeyboardInterrupt: The cell was interrupted.
         """
-        cell, asked_in, self._stopped_in = place(), self._stopped_in, None
+        cell, asked_in, self._stopped_in = current_cell(), self._stopped_in, None
         if asked_in == cell:
             raise KeyboardInterrupt("stopped after the current epoch, as requested; run the cell again to continue")
         task, pressed = self.begin(work), InterruptHandler(self, cell)
@@ -188,12 +190,12 @@ class Session:
     def ask_quietly(self, move: str, notice: str) -> None:
         """Makes a move of the run's state, if it can still be made."""
         with suppress(RunError):  # the run has ended in the meantime
-            self.state.move(move, notice)
+            self.state.transition(move, notice)
 
     def abort(self) -> None:
         """Cancels the work. Returns at once, from any thread."""
         with self._turn:
-            self.state.move("abort", "the epoch is being aborted")
+            self.state.transition("abort", "the epoch is being aborted")
             self._aborted_at = self._aborted_at or time.monotonic()
             if self._work is not None:
                 self._work.cancel()
@@ -203,7 +205,7 @@ class Session:
         if self.state.active:
             self.abort()
             self.state.wait(ABORT_SECONDS)
-        self.state.move("close")
+        self.state.transition("close")
 
     def require_outside(self, call: str) -> None:
         """Raises RunError in a workflow, a reward or a tripwire of this run, where waiting for the run would never end."""

@@ -27,7 +27,7 @@ from .reader import RunReader
 from .store import RunStore
 
 __all__ = [
-    "SavedWeights",
+    "Checkpoints",
     "has_weights",
     "logs_of",
     "newest_checkpoint",
@@ -117,7 +117,7 @@ def rewind(store: RunStore, epoch: int) -> Path:
 
     for log in logs_of(folder):  # before the epochs: who finds those finds their lines too, or goes back again
         forget_epochs(log, epoch + 1)
-    store.go_back(epoch)
+    store.rewind(epoch)
     for index in range(epoch + 1, last + 1):  # whoever reads all files of the folder would count them twice
         with suppress(OSError):
             trajectory_file(folder, index).unlink()
@@ -144,19 +144,19 @@ KEEP_BYTES = 500_000_000
 """What the newest checkpoints may take together, where the config names no number."""
 
 
-class SavedWeights:
+class Checkpoints:
     """The checkpoints in one run's folder. every: epochs between two of them, 0 = none. keep: how many of the newest stay;
     None: as many as KEEP_BYTES hold, at least 2."""
 
     def __init__(self, store: RunStore, every: int, keep: int | None) -> None:
         self.store = store
-        self.back_to: int | None = None
+        self.resume_epoch: int | None = None
         """The epoch behind which the run goes on, where that is not the last one of the record."""
         self._every, self._keep = every, keep
         self._pinned = {e["epoch"] for e in store.events("forked") if isinstance(e.get("epoch"), int)}
-        self.look()
+        self.reload()
 
-    def look(self) -> None:
+    def reload(self) -> None:
         """Sees where the record ends."""
         self._checkpoint = newest_checkpoint(self.store)
         self._version: int | None = (self.store.state() or {}).get("policy_version")
@@ -171,7 +171,7 @@ class SavedWeights:
 
     async def restore(self, adapter: TrainerAdapter) -> dict[str, Any] | None:
         """Puts the adapter where the last epoch left it, or the last one whose weights were saved. Returns that epoch's
-        state; None for a new run. The record is as it was: `Recorder.go_back` comes before the next epoch.
+        state; None for a new run. The record is as it was: `RunWriter.rewind` comes before the next epoch.
 
         Raises RunError where no weights of this run are to be had.
         """
@@ -193,7 +193,7 @@ class SavedWeights:
                 "behind epoch %d, and epoch %d comes next. What was recorded since is put away before that, not lost.",
                 last, self.store.run_id, self._every, behind, behind + 1,
             )  # fmt: skip
-            state, self.back_to = self.store.state_of(behind), behind
+            state, self.resume_epoch = self.store.state_of(behind), behind
         version, checkpoint = state.get("policy_version"), newest_checkpoint(self.store, behind)
         if checkpoint is not None:
             place = checkpoint_folder(self.store.folder, checkpoint)
@@ -226,12 +226,12 @@ class SavedWeights:
 
     # ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def begun(self, version: int | None) -> None:
+    def on_epoch_begin(self, version: int | None) -> None:
         """An epoch begins with weights of that policy version."""
         if self._saved_version is None:
             self._saved_version = version  # what a run starts with needs no checkpoint
 
-    async def trained(self, epoch: Epoch, adapter: TrainerAdapter) -> None:
+    async def on_epoch_end(self, epoch: Epoch, adapter: TrainerAdapter) -> None:
         """An epoch has ended: saves its weights where they have changed and it is time."""
         self._version = epoch.policy_versions[1]
         if self._unsaved() and epoch.index % self._every == 0:

@@ -19,12 +19,12 @@ from ..errors import BackendError, StoreError
 from ..redaction import redacting_logger
 
 __all__ = [
-    "Seal",
+    "FileDigest",
     "append_line",
     "check_plain",
-    "file_in",
-    "published",
-    "seal",
+    "plain_file",
+    "atomic_directory",
+    "digest_of",
     "size_of",
     "sync_folder",
     "write_durably",
@@ -113,7 +113,7 @@ def append_line(path: Path, line: str) -> None:
 logger = redacting_logger(__name__)
 
 
-class Seal(BaseModel):
+class FileDigest(BaseModel):
     """By which a file is known to be what was written. It finds damage; it does not keep out a forger."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -122,14 +122,14 @@ class Seal(BaseModel):
     sha256: str
 
 
-def seal(path: Path) -> Seal:
+def digest_of(path: Path) -> FileDigest:
     """The seal of a file as it is now; reads all of it."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Seal(bytes=file.tell(), sha256=digest)
+        return FileDigest(bytes=file.tell(), sha256=digest)
 
 
-def file_in(directory: Path, name: str) -> Path:
+def plain_file(directory: Path, name: str) -> Path:
     """The plain file of that name. Raises BackendError where there is none: a link is not followed."""
     path = directory / name
     try:
@@ -145,7 +145,7 @@ def file_in(directory: Path, name: str) -> Path:
 
 
 @contextmanager
-def published(directory: Path, mark: str) -> Iterator[Path]:
+def atomic_directory(directory: Path, mark: str) -> Iterator[Path]:
     """An empty directory to write files into, which becomes `directory` when the block ends without an error.
 
     mark: a file that all such directories hold; an older one that holds it is replaced, and anything else that has the

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    "archive",
-    "delete",
+    "archive_run",
+    "delete_run",
     "free_id",
     "runs",
 ]
@@ -72,7 +72,7 @@ _RUN_COLUMNS = {
 }
 
 
-def archive(folder: Path, checkpoints: bool = True) -> Path:
+def archive_run(folder: Path, checkpoints: bool = True) -> Path:
     """Puts a run's folder away, with or without its checkpoints; returns where. Raises StoreError."""
     with _alone(folder) as store:
         store.set_state("archived")
@@ -83,7 +83,7 @@ def archive(folder: Path, checkpoints: bool = True) -> Path:
     return place
 
 
-def delete(folder: Path) -> None:
+def delete_run(folder: Path) -> None:
     """Deletes a run's folder. Raises StoreError for a folder that is no run, or that somebody else writes."""
     with _alone(folder):
         pass

@@ -212,7 +212,7 @@ class RunStore(RunReader):
             copy.execute("PRAGMA synchronous = FULL")
             copy.execute("UPDATE run SET state = ?", (state,))
 
-    def go_back(self, index: int) -> None:
+    def rewind(self, index: int) -> None:
         """Takes out every epoch behind that one, and what has begun; changes that they used first are pending again. What
         is taken out is gone: see rewind.py, which copies it before."""
         with self._transaction(f"going back behind epoch {index}", durable=True) as db:

@@ -28,9 +28,9 @@ from .curriculum import group_statistics
 from .metrics import advantages
 
 __all__ = [
-    "Experience",
+    "TrainingBatch",
     "TokenSequence",
-    "experience",
+    "training_batch",
     "token_sequences",
     "turn_advantages",
     "where",
@@ -103,7 +103,7 @@ class TokenSequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Experience:
+class TrainingBatch:
     """What one training job learns from."""
 
     trajectories: list[list[TokenSequence]] = field(repr=False)
@@ -119,9 +119,9 @@ class Experience:
         return (sequence for trajectory in self.trajectories for sequence in trajectory)
 
 
-def experience(
+def training_batch(
     collection: TrajectoryCollection, scale_rewards: bool = True, truncated: Literal["train", "mask"] = "train"
-) -> Experience:
+) -> TrainingBatch:
     """What `collection` can teach. Raises BackendError or MissingLogprobs where a turn lacks what training needs.
 
     scale_rewards: advantages are divided by the standard deviation of their group's rewards. truncated: whether
@@ -147,7 +147,7 @@ def experience(
                 of_group.append(sequences)
         trained += of_group
         with_signal += bool(of_group)
-    return Experience(trained, with_signal, len(groups) - with_signal, cut)
+    return TrainingBatch(trained, with_signal, len(groups) - with_signal, cut)
 
 
 def token_sequences(trajectory: Trajectory, advantage: float | Sequence[float] = math.nan) -> list[TokenSequence]:

@@ -22,7 +22,7 @@ from ..interfaces import TrainerAdapter
 from ..redaction import error_text, redacting_logger
 from ..rollouts.episodes import SampledTurn
 from ..store.json import append_jsonl
-from ..threads import leaving, start_daemon
+from ..threads import interpreter_exiting, start_daemon
 from ..types import (
     TrainingJobRef,
     TrainingJobStatus,
@@ -30,7 +30,7 @@ from ..types import (
     Trajectory,
     TrajectoryCollection,
 )
-from .batch import Experience
+from .batch import TrainingBatch
 
 __all__ = [
     "Job",
@@ -72,7 +72,7 @@ class TrainingJob:
         run_id: str,
         backend: str,
         policy_version: int,
-        learned: Experience,
+        learned: TrainingBatch,
         report: Report,
         before: TrainingJob | None,
     ) -> None:
@@ -99,7 +99,7 @@ class TrainingJob:
 
     def stopped(self) -> bool:
         """Whether it is to end before its next step."""
-        return self.canceled.is_set() or leaving.is_set()
+        return self.canceled.is_set() or interpreter_exiting.is_set()
 
     def stepped(self) -> None:
         """Says which step has been made."""

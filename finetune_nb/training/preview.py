@@ -2,7 +2,7 @@
 
 The same pure functions as the trainer's, so what is shown is what would happen if the next epoch brought the same
 rewards; it draws other examples, so it is a forecast of shares and counts. What is needed of an epoch is put together
-once, in a Basis; a preview on it then costs two selections.
+once, in a PreviewInput; a preview on it then costs two selections.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from ..types import (
 from .curriculum import select, steer
 
 __all__ = [
-    "Basis",
+    "PreviewInput",
     "Preview",
-    "basis_of",
+    "preview_input",
     "preview",
 ]
 
 
 @dataclass(frozen=True, eq=False)
-class Basis:
+class PreviewInput:
     """One epoch as previews need it."""
 
     epoch: int
@@ -74,7 +74,7 @@ class Basis:
 class Preview:
     """What a selection would be, beside what it will be if nothing is changed. Shows itself as a card."""
 
-    basis: Basis
+    basis: PreviewInput
     selection: Selection
     """With the settings in question."""
     unchanged: Selection
@@ -148,17 +148,17 @@ class Preview:
         return shown_by("finetune_nb.views.preview_card:preview_html", self)
 
 
-def basis_of(epoch: Epoch) -> Basis:
+def preview_input(epoch: Epoch) -> PreviewInput:
     """What previews need of an epoch."""
     tokens = _tokens_by_group(epoch)
     trained = epoch.job is not None and epoch.job.status == TrainingStatusEnum.COMPLETED
     kept = int(tokens[epoch.selection.kept].sum())
     took = epoch.seconds.get("training", math.nan) if trained else math.nan
-    return Basis(epoch.index, epoch.statistics, epoch.selection.state, tokens, took / kept if kept else math.nan)
+    return PreviewInput(epoch.index, epoch.statistics, epoch.selection.state, tokens, took / kept if kept else math.nan)
 
 
 def preview(
-    basis: Basis, applied: CurriculumSettings, asked: CurriculumSettings, settings: CurriculumSettings, seed: int
+    basis: PreviewInput, applied: CurriculumSettings, asked: CurriculumSettings, settings: CurriculumSettings, seed: int
 ) -> Preview:
     """The next epoch's selection with `settings`, and with those that are `asked` for already.
 

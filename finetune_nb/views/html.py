@@ -23,18 +23,18 @@ from ..types import EpochMetrics
 __all__ = [
     "ERROR_LIMIT",
     "Html",
-    "bad",
+    "error_block",
     "bar",
     "details",
     "drifted",
     "element",
     "escape",
-    "facts",
+    "facts_table",
     "image",
-    "line",
+    "row",
     "page",
     "scores",
-    "some",
+    "some_examples",
     "sparkline",
     "table",
     "title",
@@ -256,7 +256,7 @@ def title(*parts: str) -> Html:
     return element("div", element("strong", " · ".join(part for part in parts if part)), class_="ft-title")
 
 
-def facts(rows: Iterable[tuple[str, Any]]) -> Html:
+def facts_table(rows: Iterable[tuple[str, Any]]) -> Html:
     """A table of what there is: rows without a value are left out; 0 is a value."""
     given = []
     for name, value in rows:
@@ -276,7 +276,7 @@ def scores(found: Any) -> str:
     return " · ".join(shown)
 
 
-def some(examples: Sequence[Any], most: int = 5) -> Html:
+def some_examples(examples: Sequence[Any], most: int = 5) -> Html:
     """The first of some examples, in brackets."""
     ids = [short(example, 40) for example in examples[:most]]
     if len(examples) > most:
@@ -284,12 +284,12 @@ def some(examples: Sequence[Any], most: int = 5) -> Html:
     return element("span", f" ({', '.join(ids)})", class_="ft-dim")
 
 
-def line(*parts: Any) -> Html:
+def row(*parts: Any) -> Html:
     """Parts in a line of their own."""
     return element("div", *parts)
 
 
-def bad(label: str, text: str) -> Html:
+def error_block(label: str, text: str) -> Html:
     """An error: a label, and its text as it is."""
     return element("div", element("strong", label, class_="ft-bad"), element("pre", text, dir="auto"))
 

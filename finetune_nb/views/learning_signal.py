@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..analysis.learning_signal import SIGNALS, Example, GroupSize, LearningSignal
 from ..text import count, duration, number, one_line, short
-from .html import Html, bar, details, element, line, some, sparkline, table, title, view
+from .html import Html, bar, details, element, row, some_examples, sparkline, table, title, view
 
 __all__ = [
     "signal_html",
@@ -31,12 +31,12 @@ def signal_text(signal: LearningSignal) -> str:
         text = f"{len(examples):>5,}  {SIGNALS[name][0]} ({ids})"
         advice = _what_to_do(signal, name)
         lines.append(f"{text}: {advice}" if advice else text)
-    for row in signal.forecast:
+    for size in signal.forecast:
         text = (
-            f"{row.generations:>5,} generations: {row.share:.0%} of the groups with spread, {number(row.tokens)} tokens, "
-            f"{duration(row.seconds)}"
+            f"{size.generations:>5,} generations: {size.share:.0%} of the groups with spread, {number(size.tokens)} tokens, "
+            f"{duration(size.seconds)}"
         )
-        lines.append(f"{text}  (now)" if row.generations == signal.generations else text)
+        lines.append(f"{text}  (now)" if size.generations == signal.generations else text)
     return "\n".join(lines)
 
 
@@ -49,7 +49,7 @@ def signal_html(signal: LearningSignal) -> str:
             [
                 element("span", share, style="white-space:nowrap"),
                 element("strong", name),
-                line(SIGNALS[name][0], some([example.id for example in examples])),
+                row(SIGNALS[name][0], some_examples([example.id for example in examples])),
                 _what_to_do(signal, name),
             ]
         )
@@ -82,15 +82,15 @@ def _what_to_do(signal: LearningSignal, name: str) -> str:
 def _sizes(forecast: Sequence[GroupSize], now: int) -> Html:
     """A table with a row a group size. now: the size of the groups that there are."""
     rows = []
-    for row in forecast:
+    for size in forecast:
         rows.append(
             [
-                f"{row.generations:,} (now)" if row.generations == now else f"{row.generations:,}",
-                bar(row.share, 1.0, f"{row.share:.0%}"),
-                f"{row.at_least:.0%}",
-                number(row.tokens),
-                duration(row.seconds),
-                number(row.tokens_per_teaching_group),
+                f"{size.generations:,} (now)" if size.generations == now else f"{size.generations:,}",
+                bar(size.share, 1.0, f"{size.share:.0%}"),
+                f"{size.at_least:.0%}",
+                number(size.tokens),
+                duration(size.seconds),
+                number(size.tokens_per_teaching_group),
             ]
         )
     headers = ["generations", "groups with spread", "at least", "tokens", "time", "tokens per group with spread"]

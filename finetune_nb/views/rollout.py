@@ -16,7 +16,7 @@ from ..analysis.rollout_group import RolloutGroup
 from ..text import SHORT, count, cut, duration, number, one_line, short, signed
 from ..types import LLMCall, MessageKey, RolloutFailure, Trajectory, finish_reason, sampled_tokens
 from .conversation import SIZE_LIMIT, Setting, Turn, conversation, turn_of
-from .html import ERROR_LIMIT, Html, bad, bar, details, element, facts, scores, table, title, view
+from .html import ERROR_LIMIT, Html, bar, details, element, error_block, facts_table, scores, table, title, view
 from .tokens import Heat, check_heat
 
 __all__ = [
@@ -60,7 +60,7 @@ def _failed(failure: RolloutFailure, room: int, setting: Setting) -> list[Html]:
         messages = [*calls[-1].messages, {**calls[-1].reply, MessageKey.FINISH_REASON: calls[-1].finish_reason}]
     so_far = f"{count(len(calls), 'model call')} until then" if calls else "no model call was recorded"
     return [
-        bad("error: ", cut(failure.error, ERROR_LIMIT)),
+        error_block("error: ", cut(failure.error, ERROR_LIMIT)),
         element("div", so_far, class_="ft-dim"),
         *conversation([Turn(str(m.get("role")), m.get("content"), m) for m in messages], room, setting),
     ]
@@ -71,7 +71,7 @@ def _head(trajectory: Trajectory, more: Sequence[tuple[str, Any]] = ()) -> list[
     metadata = trajectory.metadata or {}
     if math.isnan(trajectory.reward):
         why = metadata.get("reward_error") or "no reason was recorded"
-        reward = bad("no reward: ", cut(why, ERROR_LIMIT))
+        reward = error_block("no reward: ", cut(why, ERROR_LIMIT))
     else:
         reward = element("div", "reward ", element("strong", number(trajectory.reward)))
     shaped = trajectory.shaped_rewards or []
@@ -80,7 +80,7 @@ def _head(trajectory: Trajectory, more: Sequence[tuple[str, Any]] = ()) -> list[
         shown += f" · and {len(shaped) - 40:,} more"
     return [
         reward,
-        facts(
+        facts_table(
             [
                 ("scores", scores(metadata.get("scores"))),
                 ("shaped rewards", shown),

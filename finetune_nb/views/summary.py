@@ -14,14 +14,14 @@ from ..text import SHORT, count, cut, duration, number, one_line, short, trend
 from ..types import Epoch, EpochMetrics, GroupReason, RolloutFailure, TrainingStatusEnum, Validation
 from .html import (
     ERROR_LIMIT,
-    bad,
     bar,
     drifted,
     element,
-    facts,
-    line,
+    error_block,
+    facts_table,
+    row,
     scores,
-    some,
+    some_examples,
     sparkline,
     table,
     title,
@@ -54,11 +54,11 @@ def epoch_html(epoch: Epoch) -> str:
         ("failures", _failures(epoch.collection.failures if metrics.failures else ())),
         ("scores (mean)", scores(metrics.scores)),
         ("training", _training(epoch)),
-        ("validation", [line(_validation(each)) for each in epoch.validations]),
+        ("validation", [row(_validation(each)) for each in epoch.validations]),
         ("policy version", _versions(*epoch.policy_versions)),
         ("time", ", ".join(times)),
     ]
-    return view(title(f"epoch {epoch.index}", short(epoch.run_id, 80)), facts(rows))
+    return view(title(f"epoch {epoch.index}", short(epoch.run_id, 80)), facts_table(rows))
 
 
 def _reward(metrics: EpochMetrics) -> list[Any]:
@@ -72,11 +72,11 @@ def _reward(metrics: EpochMetrics) -> list[Any]:
 def _groups(epoch: Epoch) -> list[Any]:
     """How many groups were trained on, and how many were not, by reason."""
     metrics = epoch.metrics
-    lines = [line(f"{metrics.kept_groups:,} of {metrics.groups:,} {REASONS[GroupReason.KEPT].sentence}")]
+    lines = [row(f"{metrics.kept_groups:,} of {metrics.groups:,} {REASONS[GroupReason.KEPT].sentence}")]
     for reason, examples in epoch.selection.left_out().items():
-        lines.append(line(f"{len(examples):,} {REASONS[reason].sentence}", some(examples)))
+        lines.append(row(f"{len(examples):,} {REASONS[reason].sentence}", some_examples(examples)))
     if epoch.selection.inferred:
-        lines.append(line("the Trainer made its own choice; the reasons are concluded from it"))
+        lines.append(row("the Trainer made its own choice; the reasons are concluded from it"))
     return lines
 
 
@@ -119,7 +119,7 @@ def _training(epoch: Epoch) -> Any:
     if trouble:
         status = element("strong", status, class_=trouble)
     message = job.message and element("div", cut(job.message, 4 * SHORT), class_=trouble)
-    return [status, message, line(scores(epoch.train_metrics))]
+    return [status, message, row(scores(epoch.train_metrics))]
 
 
 def _failures(failures: Sequence[RolloutFailure]) -> Any:
@@ -129,12 +129,12 @@ def _failures(failures: Sequence[RolloutFailure]) -> Any:
     kinds: dict[str, list[RolloutFailure]] = {}
     for failure in failures:
         kinds.setdefault(failure.error, []).append(failure)
-    shown = [line(element("strong", f"{len(failures):,} failed", class_="ft-bad"))]
+    shown = [row(element("strong", f"{len(failures):,} failed", class_="ft-bad"))]
     for error, those in list(kinds.items())[:5]:
         examples = [failure.example_id for failure in those]
-        shown.append(line(f"{len(those):,} × {cut(error, SHORT)}", some(examples)))
+        shown.append(row(f"{len(those):,} × {cut(error, SHORT)}", some_examples(examples)))
     if len(kinds) > 5:
-        shown.append(line(f"and {len(kinds) - 5:,} other errors"))
+        shown.append(row(f"and {len(kinds) - 5:,} other errors"))
     return shown
 
 
@@ -167,9 +167,9 @@ def run_html(
     """A run: its state, the mean reward of all epochs as a line, and the last ten epochs as a table."""
     rewards = [epoch.metrics.mean_reward for epoch in epochs]
     where = [("model", model and short(model)), ("folder", folder and short(folder))]
-    body = [title(f"run {short(name, 120)}", state, count(len(epochs), "epoch")), facts(where)]
+    body = [title(f"run {short(name, 120)}", state, count(len(epochs), "epoch")), facts_table(where)]
     if error:
-        body.append(bad("error: ", cut(error, ERROR_LIMIT)))
+        body.append(error_block("error: ", cut(error, ERROR_LIMIT)))
     if not epochs:
         return view(*body, element("div", "no epoch yet", class_="ft-dim"))
     went = trend(rewards, none="", highest="at best")

@@ -11,7 +11,7 @@ from factories import make_epoch
 from finetune_nb import plots
 from finetune_nb.analysis.reasons import REASONS
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.training.preview import basis_of, preview
+from finetune_nb.training.preview import preview, preview_input
 from finetune_nb.types import GROUP_REASONS, GroupReason
 
 ABOUT_CURRICULUM = [
@@ -28,7 +28,7 @@ def test_a_reason_has_one_label_in_the_map_of_groups_and_in_a_preview(reason: Gr
     assert f"2 {label}" in plots.plot_groups([replace(epoch, selection=selection)]).alt_text
 
     off = CurriculumSettings()
-    shown = replace(preview(basis_of(epoch), off, off, off, seed=0), selection=selection, unchanged=selection)
+    shown = replace(preview(preview_input(epoch), off, off, off, seed=0), selection=selection, unchanged=selection)
     assert f">2</span> {label}</div>" in shown._repr_html_()
 
 

@@ -22,7 +22,7 @@ from finetune_nb.backends.local.config import LocalGRPOConfig  # noqa: E402
 from finetune_nb.backends.local.forward import micro_batches  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.errors import BackendError, MissingLogprobs, StalePolicy  # noqa: E402
-from finetune_nb.training.batch import experience, token_sequences  # noqa: E402
+from finetune_nb.training.batch import token_sequences, training_batch  # noqa: E402
 from finetune_nb.types import (  # noqa: E402
     DPOItem,
     EpisodeItem,
@@ -107,10 +107,12 @@ def test_trajectories_without_reward_and_groups_without_spread_teach_nothing():
     def group(*rewards):
         return [trajectory(reward, turn([3], [5], [-1.0])) for reward in rewards]
 
-    learned = experience(collection(group(1, 0, math.nan), group(1, 1), group(math.nan), group(0, math.inf), group()))
+    learned = training_batch(
+        collection(group(1, 0, math.nan), group(1, 1), group(math.nan), group(0, math.inf), group())
+    )
     assert (len(learned.trajectories), learned.groups, learned.groups_without_signal) == (2, 1, 4)
     assert [s.advantages[-1] for s in learned.sequences()] == pytest.approx([0.7071, -0.7071], abs=1e-3)
-    unscaled = experience(collection(group(1, 0, math.nan)), scale_rewards=False)
+    unscaled = training_batch(collection(group(1, 0, math.nan)), scale_rewards=False)
     assert [s.advantages for s in unscaled.sequences()] == [[0.0, 0.5], [0.0, -0.5]]
 
 

@@ -552,9 +552,9 @@ WRITER = """
 import sys
 from itertools import count
 from pathlib import Path
-from finetune_nb.store.durable import published
+from finetune_nb.store.durable import atomic_directory
 for n in count():
-    with published(Path(sys.argv[1]), "first") as unfinished:
+    with atomic_directory(Path(sys.argv[1]), "first") as unfinished:
         for name in ("first", "second", "third"):
             (unfinished / name).write_text(str(n) * 1000)
     if n == 3:
@@ -580,7 +580,7 @@ def test_killed_at_any_moment_the_name_stands_for_a_whole_directory_or_for_nothi
             whole += 1
             assert sorted(content(one)) == ["first", "second", "third"]
             assert len(set(content(one).values())) == 1
-        with publishing.published(one, "first") as unfinished:
+        with publishing.atomic_directory(one, "first") as unfinished:
             (unfinished / "first").write_text("")
         assert [path.name for path in one.parent.iterdir()] == ["one"]  # what the crash left is gone
     assert whole

@@ -355,11 +355,11 @@ def test_interpreter_ends_quietly_and_soon_while_a_reply_is_sampled():
         "from finetune_nb.types import SamplingParams\n"
         "p = LocalPolicy(random_model(positions=10**6), byte_tokenizer()); p._end_ids = frozenset()\n"
         "run = lambda: asyncio.run(p.sample([3, 10], SamplingParams(1.0, 10**5), 0))\n"
-        "threading.Thread(target=run, daemon=True).start(); time.sleep(1.5); print('leaving')\n"
+        "threading.Thread(target=run, daemon=True).start(); time.sleep(1.5); print('interpreter_exiting')\n"
     )
     paths = [str(Path(__file__).parents[1] / "support"), "."]
     done = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout.strip()) == (0, "leaving"), done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, "interpreter_exiting"), done.stderr
 
 
 # ── text and tokens ──────────────────────────────────────────────────────────────────────────────────────────────────

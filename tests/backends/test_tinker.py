@@ -16,13 +16,13 @@ from finetune_nb.backends.tinker.config import TinkerConfig
 from finetune_nb.backends.tinker.saved import Manifest, read_manifest, write_manifest
 from finetune_nb.backends.tinker.training import check, loss_inputs
 from finetune_nb.errors import BackendError, ConfigError, MissingExtra
-from finetune_nb.training.batch import experience
+from finetune_nb.training.batch import training_batch
 
 STATE = Manifest(state="tinker://m-1/weights/a-b", model="m", rank=32, service=None, policy_version=3, jobs=4)
 
 
 def learned(*groups):
-    return experience(collection(*groups), scale_rewards=False)
+    return training_batch(collection(*groups), scale_rewards=False)
 
 
 def test_inputs_of_the_loss_are_shifted_by_one_and_zero_where_nothing_was_sampled():

@@ -13,7 +13,7 @@ from measuring import by_turns
 from finetune_nb.config import CurriculumSettings
 from finetune_nb.training.curriculum import group_statistics, keep, select
 from finetune_nb.training.metrics import epoch_metrics
-from finetune_nb.training.preview import Basis, preview
+from finetune_nb.training.preview import PreviewInput, preview
 from finetune_nb.types import CurriculumState, EpisodeItem, EpisodeItemRole, Trajectory, TrajectoryCollection
 from finetune_nb.views.preview_card import preview_html
 
@@ -142,7 +142,7 @@ def test_metrics_of_an_ordinary_epoch_grow_no_faster_than_its_groups(benchmark, 
 
 def test_a_preview_on_cached_statistics_costs_little_more_than_one_selection(collection):
     statistics = group_statistics(collection.trajectories)
-    basis = Basis(3, statistics, STATE, np.full(GROUPS, 64 * GENERATIONS), 1e-6)
+    basis = PreviewInput(3, statistics, STATE, np.full(GROUPS, 64 * GENERATIONS), 1e-6)
     shares = iter(np.linspace(0.2, 0.9, 100).tolist())
 
     def drag():

@@ -14,7 +14,7 @@ from measuring import by_turns
 
 openai = pytest.importorskip("openai")
 
-from finetune_nb.llms.call_recorder import Episode  # noqa: E402
+from finetune_nb.llms.call_recorder import CallRecorder  # noqa: E402
 from finetune_nb.llms.client import PolicyLLM  # noqa: E402
 from finetune_nb.llms.gateway import gateway  # noqa: E402
 from finetune_nb.testing import ScriptedPolicy  # noqa: E402
@@ -72,17 +72,17 @@ def test_a_request_through_the_gateway_costs_less_than_the_openai_client_that_ma
             await ask()
 
     async def by_chat():
-        with Episode(EpisodeKey("train", 0, 0, 0)).live():
+        with CallRecorder(EpisodeKey("train", 0, 0, 0)).recording():
             await rounds(lambda: llm.chat(BODY["messages"]))
 
     async def by_openai():
-        with Episode(EpisodeKey("train", 0, 0, 0)).live():
+        with CallRecorder(EpisodeKey("train", 0, 0, 0)).recording():
             client = llm.openai()
             await rounds(lambda: client.chat.completions.create(**BODY))
         await gateway().close_clients()
 
     def by_http():
-        with Episode(EpisodeKey("train", 0, 0, 0)).live():
+        with CallRecorder(EpisodeKey("train", 0, 0, 0)).recording():
             parts, key = urlsplit(llm.base_url), llm.api_key
             connection = http.client.HTTPConnection(parts.hostname, parts.port)
             for _ in range(REQUESTS):

@@ -186,7 +186,7 @@ def test_recording_costs_little_beside_an_epoch_of_the_demo(tmp_path, benchmark,
     import asyncio
 
     import finetune_nb as ft
-    from finetune_nb.engine.run_writer import Recorder
+    from finetune_nb.engine.run_writer import RunWriter
     from finetune_nb.examples import calculator
 
     pytest.importorskip("torch")
@@ -224,8 +224,8 @@ def test_recording_costs_little_beside_an_epoch_of_the_demo(tmp_path, benchmark,
         await asyncio.to_thread(run.close)
         return whole
 
-    ended = Recorder.ended
-    monkeypatch.setattr(Recorder, "ended", measured)
+    ended = RunWriter.store_epoch
+    monkeypatch.setattr(RunWriter, "store_epoch", measured)
     for name in WRITES:
         monkeypatch.setattr(RunStore, name, in_its_thread(getattr(RunStore, name)))
     whole = benchmark.pedantic(lambda: asyncio.run(epochs()), rounds=1, iterations=1)

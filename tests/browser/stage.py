@@ -64,10 +64,10 @@ def make_run(folder: str, seconds: float = 1.0, epochs: int = 20, rows: int = 40
 def note_changes(run: ft.Run) -> None:
     """Notes every value that comes into the draft."""
     controls = run._settings
-    try_out = controls.try_out
+    draft_changes = controls.draft_changes
 
     def noted(changes, source="panel"):
         probe.note("draft", **{name.replace(".", "_"): value for name, value in changes.items()})
-        return try_out(changes, source)
+        return draft_changes(changes, source)
 
-    controls.try_out = noted
+    controls.draft_changes = noted

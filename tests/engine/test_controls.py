@@ -1,4 +1,4 @@
-"""Controls: changes from many threads are neither lost nor reordered, and each is applied at one selection."""
+"""LiveSettings: changes from many threads are neither lost nor reordered, and each is applied at one selection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from changes import START, in_threads, rate, replayed
 
-from finetune_nb.engine.live_settings import Controls
+from finetune_nb.engine.live_settings import LiveSettings
 from finetune_nb.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("threads_take_turns_often")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("threads_take_turns_often")
 
 
 def test_no_change_of_four_threads_is_lost_and_the_journal_tells_them_in_order():
-    controls = Controls(START)
+    controls = LiveSettings(START)
     counted = ("expansion_interval", "min_reward_diff")
 
     def count(field):
@@ -51,7 +51,7 @@ def test_no_change_of_four_threads_is_lost_and_the_journal_tells_them_in_order()
 
 
 def test_selections_during_changes_see_whole_settings_and_each_change_at_most_once():
-    controls, done, seen = Controls(START), threading.Event(), []
+    controls, done, seen = LiveSettings(START), threading.Event(), []
 
     def pairs(seed):
         rng = random.Random(seed)
@@ -85,7 +85,7 @@ def test_selections_during_changes_see_whole_settings_and_each_change_at_most_on
 
 
 def test_random_calls_from_four_threads_leave_a_consistent_mailbox():
-    controls, epoch, epoch_lock = Controls(START), [0], threading.Lock()
+    controls, epoch, epoch_lock = LiveSettings(START), [0], threading.Lock()
 
     def steer(seed):
         rng = random.Random(seed)
@@ -126,7 +126,7 @@ def refused(controls, rng):
 
 
 def test_a_change_is_pending_until_the_next_selection():
-    controls = Controls(START)
+    controls = LiveSettings(START)
     asked = controls.change({"min_reward_diff": 0.4}, source="panel")
     assert controls.curriculum == asked == replace(START, min_reward_diff=0.4)
     assert controls.applied == START
@@ -146,7 +146,7 @@ def test_a_change_is_pending_until_the_next_selection():
 
 
 def test_a_change_that_was_overtaken_before_a_selection_is_used_by_none():
-    controls = Controls(START)
+    controls = LiveSettings(START)
     for value in (0.2, 0.3, 0.4):
         controls.change({"min_reward_diff": value})
     controls.apply(3)
@@ -154,7 +154,7 @@ def test_a_change_that_was_overtaken_before_a_selection_is_used_by_none():
 
 
 def test_a_change_to_what_is_there_already_is_not_journaled():
-    controls = Controls(START)
+    controls = LiveSettings(START)
     controls.change({"enabled": True})
     controls.change(START)
     assert controls.journal == ()
@@ -162,7 +162,7 @@ def test_a_change_to_what_is_there_already_is_not_journaled():
 
 
 def test_a_refused_change_leaves_everything_as_it_was():
-    controls = Controls(START)
+    controls = LiveSettings(START)
     controls.change({"min_reward_diff": 0.4})
     before = (controls.applied, controls.curriculum, controls.journal)
     for wrong in ({"percentile": 0}, {"min_reward_diff": 0.5, "schedule": "sometimes"}, {"percentil": 0.5}):
@@ -172,7 +172,7 @@ def test_a_refused_change_leaves_everything_as_it_was():
 
 
 def test_the_schedule_is_told_when_it_goes_on_from_elsewhere():
-    controls = Controls(START)
+    controls = LiveSettings(START)
     controls.change({"percentile": 0.5})
     assert controls.apply(0)[1] is False  # now manual: nothing goes on
     controls.change({"schedule": "automatic"})
@@ -183,25 +183,25 @@ def test_the_schedule_is_told_when_it_goes_on_from_elsewhere():
 
 
 def test_a_percentile_that_the_schedule_moved_is_applied_and_no_change_of_anybody():
-    controls = Controls(START)
+    controls = LiveSettings(START)
     controls.apply(0)
-    controls.settle(0.5)
+    controls.note_percentile(0.5)
     assert controls.applied.percentile == controls.curriculum.percentile == 0.5
     assert controls.journal == ()
 
 
 def test_what_the_schedule_moves_meanwhile_also_moves_what_is_pending_but_not_a_percentile_that_was_asked_for():
-    controls = Controls(START)
+    controls = LiveSettings(START)
     controls.change({"min_reward_diff": 0.4})
-    controls.settle(0.5)
+    controls.note_percentile(0.5)
     assert (controls.curriculum.percentile, controls.curriculum.min_reward_diff) == (0.5, 0.4)
     controls.change({"percentile": 0.9})
-    controls.settle(0.7)
+    controls.note_percentile(0.7)
     assert (controls.applied.percentile, controls.curriculum.percentile) == (0.7, 0.9)
 
 
 def test_the_journal_that_was_read_does_not_change_any_more():
-    controls = Controls(START)
+    controls = LiveSettings(START)
     controls.change({"min_reward_diff": 0.4})
     read = controls.journal
     controls.apply(0)
@@ -213,51 +213,51 @@ def test_the_journal_that_was_read_does_not_change_any_more():
 
 
 def test_a_draft_changes_nothing_until_it_is_asked_for():
-    controls = Controls(START, [rate()])
-    assert controls.try_out({"percentile": 0.5}).percentile == 0.5
-    controls.try_out({"adapter.learning_rate": "0.002"})
+    controls = LiveSettings(START, [rate()])
+    assert controls.draft_changes({"percentile": 0.5}).percentile == 0.5
+    controls.draft_changes({"adapter.learning_rate": "0.002"})
     assert controls.draft == {"percentile": 0.5, "schedule": "manual", "adapter.learning_rate": 0.002}
     assert controls.curriculum == START and not controls.journal and controls.live_fields[0].value == 0.001
-    assert controls.ask_for_draft() == controls.curriculum
+    assert controls.apply_draft() == controls.curriculum
     assert (controls.curriculum.percentile, controls.curriculum.schedule) == (0.5, "manual")
     assert {change.source for change in controls.journal} == {"panel"} and len(controls.journal) == 3
     assert controls.draft == {} and controls.drafted == controls.curriculum
 
 
 def test_a_draft_can_be_dropped_and_what_is_as_it_was_is_no_draft():
-    controls = Controls(START)
-    controls.try_out({"min_reward_diff": 0.5})
+    controls = LiveSettings(START)
+    controls.draft_changes({"min_reward_diff": 0.5})
     controls.drop_draft()
-    assert controls.ask_for_draft() == START and not controls.journal
-    controls.try_out({"min_reward_diff": 0.5})
-    controls.try_out({"min_reward_diff": START.min_reward_diff})
+    assert controls.apply_draft() == START and not controls.journal
+    controls.draft_changes({"min_reward_diff": 0.5})
+    controls.draft_changes({"min_reward_diff": START.min_reward_diff})
     assert controls.draft == {}
-    controls.try_out({"min_reward_diff": 0.5})
+    controls.draft_changes({"min_reward_diff": 0.5})
     controls.change({"min_reward_diff": 0.5})  # by code, meanwhile
     assert controls.draft == {}
 
 
 def test_a_draft_of_a_percentile_keeps_its_schedule():
-    controls = Controls(START)
-    controls.try_out({"percentile": 0.6})
+    controls = LiveSettings(START)
+    controls.draft_changes({"percentile": 0.6})
     assert controls.drafted.schedule == "manual"
-    controls.try_out({"schedule": "automatic"})
+    controls.draft_changes({"schedule": "automatic"})
     assert (controls.drafted.percentile, controls.drafted.schedule) == (0.6, "automatic")
-    controls.ask_for_draft()
+    controls.apply_draft()
     assert controls.apply(0) == (replace(START, percentile=0.6), True)
 
 
 def test_a_draft_that_does_not_fit_is_refused_and_the_rest_of_it_stays():
-    controls = Controls(START, [rate()])
-    controls.try_out({"percentile": 0.5})
+    controls = LiveSettings(START, [rate()])
+    controls.draft_changes({"percentile": 0.5})
     for wrong in ({"percentile": 2.0}, {"adapter.learning_rate": "fast"}, {"adapter.rate": 1}, {"percent": 1}):
         with pytest.raises(ConfigError):
-            controls.try_out(wrong)
+            controls.draft_changes(wrong)
     assert controls.drafted.percentile == 0.5
 
 
 def test_at_once_asks_for_what_is_tried_out():
-    controls = Controls(START)
+    controls = LiveSettings(START)
     controls.at_once = True
-    controls.try_out({"percentile": 0.5})
+    controls.draft_changes({"percentile": 0.5})
     assert controls.draft == {} and controls.curriculum.percentile == 0.5

@@ -1,4 +1,4 @@
-"""Controls and the table of states under orders of calls that nobody thought of: hypothesis makes them up, four threads call
+"""LiveSettings and the table of states under orders of calls that nobody thought of: hypothesis makes them up, four threads call
 at the same time, and a small model says what must have come of it.
 """
 
@@ -13,8 +13,8 @@ from changes import START, in_threads, rate, replayed
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from finetune_nb.engine.live_settings import Controls
-from finetune_nb.engine.state import ACTIVE, MOVES, Standing, State
+from finetune_nb.engine.live_settings import LiveSettings
+from finetune_nb.engine.state import ACTIVE, MOVES, RunState, State
 from finetune_nb.errors import ConfigError, RunError
 
 pytestmark = pytest.mark.usefixtures("threads_take_turns_often")
@@ -39,7 +39,7 @@ class Mailbox(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.controls = Controls(START, [rate()])
+        self.controls = LiveSettings(START, [rate()])
         self.asked, self.applied, self.rate, self.draft, self.epoch = START, START, 0.001, {}, 0
 
     def _ask(self, changes):
@@ -53,11 +53,11 @@ class Mailbox(RuleBasedStateMachine):
         assert self.controls.change(changes) == self.asked
 
     @rule(changes=CHANGES)
-    def try_out(self, changes):
+    def draft_changes(self, changes):
         news = {**self.draft, **changes}
         if "percentile" in changes and "schedule" not in changes:
             news["schedule"] = "manual"
-        drafted = self.controls.try_out(changes)
+        drafted = self.controls.draft_changes(changes)
         if self.controls.at_once:
             self._ask(changes)
         else:
@@ -69,10 +69,10 @@ class Mailbox(RuleBasedStateMachine):
         self.controls.at_once = at_once
 
     @rule()
-    def ask_for_draft(self):
+    def apply_draft(self):
         draft, before = self.controls.draft, self.controls.drafted
         self._ask(draft)
-        assert self.controls.ask_for_draft() == before == self.asked
+        assert self.controls.apply_draft() == before == self.asked
         self.draft = {}
 
     @rule()
@@ -80,7 +80,7 @@ class Mailbox(RuleBasedStateMachine):
         self.controls.drop_draft()
         self.draft = {}
 
-    @rule(wrong=WRONG, way=st.sampled_from(["change", "try_out"]))
+    @rule(wrong=WRONG, way=st.sampled_from(["change", "draft_changes"]))
     def refuse(self, wrong, way):
         with pytest.raises(ConfigError):
             getattr(self.controls, way)({"min_reward_diff": 0.9, **wrong})
@@ -94,13 +94,13 @@ class Mailbox(RuleBasedStateMachine):
 
     @rule()
     def train(self):
-        for name, value in self.controls.take("training", self.epoch).items():
+        for name, value in self.controls.take_live("training", self.epoch).items():
             assert (name, value) == ("adapter.learning_rate", self.rate)
 
     @rule(percentile=st.sampled_from([0.3, 0.5, 0.7]))
     def the_schedule_moves(self, percentile):
         before = self.applied.percentile
-        self.controls.settle(percentile)
+        self.controls.note_percentile(percentile)
         self.applied = replace(self.applied, percentile=percentile)
         if self.asked.percentile == before:
             self.asked = replace(self.asked, percentile=percentile)
@@ -121,7 +121,7 @@ class TogetherAtTheMailbox(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.controls, self.epoch = Controls(START, [rate()]), 0
+        self.controls, self.epoch = LiveSettings(START, [rate()]), 0
 
     @rule(scripts=st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=8), min_size=3, max_size=3))
     def four_at_once(self, scripts):
@@ -136,15 +136,17 @@ class TogetherAtTheMailbox(RuleBasedStateMachine):
                     self.controls.change({name: value, "percentile": step / 50}, source=name)
                     counted[name] += was != value
                     assert getattr(self.controls.curriculum, name) == value
-                    self.controls.try_out({"sort_ascending": bool(step % 2), "adapter.learning_rate": step / 1000})
-                    self.controls.ask_for_draft(source=name)
+                    self.controls.draft_changes(
+                        {"sort_ascending": bool(step % 2), "adapter.learning_rate": step / 1000}
+                    )
+                    self.controls.apply_draft(source=name)
 
             return work
 
         def selecting():
             for _ in range(8):
                 settings_, _ = self.controls.apply(self.epoch)
-                self.controls.take("training", self.epoch)
+                self.controls.take_live("training", self.epoch)
                 seen.append(settings_)
                 self.epoch += 1
 
@@ -172,16 +174,16 @@ class Table(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.standing = Standing()
+        self.standing = RunState()
 
     @rule(move=st.sampled_from([*MOVES]))
     def ask(self, move):
         before = self.standing.state
         if before in MOVES[move]:
-            assert self.standing.move(move) == MOVES[move][before]
+            assert self.standing.transition(move) == MOVES[move][before]
         else:
             with pytest.raises(RunError, match=f"cannot {move}: the run is {before}"):
-                self.standing.move(move)
+                self.standing.transition(move)
             assert self.standing.state is before
 
     @rule(scripts=st.lists(st.lists(st.sampled_from(OPEN), max_size=8), min_size=4, max_size=4))
@@ -193,7 +195,7 @@ class Table(RuleBasedStateMachine):
             def work():
                 for move in script:
                     with suppress(RunError):
-                        self.standing.move(move)
+                        self.standing.transition(move)
                         made.append(move)
                     self.standing.wait(0)
 
@@ -210,7 +212,7 @@ class Table(RuleBasedStateMachine):
 
         def begin():
             with suppress(RunError):
-                begun.append(self.standing.move("begin"))
+                begun.append(self.standing.transition("begin"))
 
         could = self.standing.state in MOVES["begin"]
         in_threads(*[begin] * threads)
@@ -220,14 +222,16 @@ class Table(RuleBasedStateMachine):
     def whoever_waits_is_let_go_when_it_ends(self):
         if self.standing.state in ACTIVE:
             in_threads(
-                lambda: self.standing.wait(20), lambda: self.standing.wait(20), lambda: self.standing.move("ended")
+                lambda: self.standing.wait(20),
+                lambda: self.standing.wait(20),
+                lambda: self.standing.transition("ended"),
             )
         assert self.standing.wait(0) and not self.standing.active
 
     @rule(error=st.booleans())
     def it_fails(self, error):
         if self.standing.state in ACTIVE:
-            self.standing.move("failed", error=ValueError("x") if error else None)
+            self.standing.transition("failed", error=ValueError("x") if error else None)
             assert self.standing.state is State.FAILED and (self.standing.error is not None) >= error
 
 

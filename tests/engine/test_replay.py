@@ -7,7 +7,7 @@ from agents import guess, right
 from detached import Weights
 
 import finetune_nb as ft
-from finetune_nb.engine.live_settings import Controls, journal_text, live_fields, read_journal
+from finetune_nb.engine.live_settings import LiveSettings, journal_text, live_fields, read_journal
 from finetune_nb.testing import sums
 from finetune_nb.types import Change, CurriculumSettings
 
@@ -144,16 +144,16 @@ def test_what_is_no_journal_or_does_not_fit_is_refused_before_anything_runs(make
 
 def test_changes_of_one_epoch_are_made_together_right_before_its_safe_point(make_run):
     fields = live_fields(make_run().config)
-    controls = Controls(CurriculumSettings(enabled=True, percentile=0.3), fields)
-    controls.repeat(
+    controls = LiveSettings(CurriculumSettings(enabled=True, percentile=0.3), fields)
+    controls.replay(
         [
             Change(0.0, "code", "percentile", 0.3, 0.9, 2),
             Change(0.0, "code", "min_reward_diff", 0.1, 0.2, None),
             Change(0.0, "code", "llm.temperature", 1.0, 0.5, 2),
         ]
     )
-    assert controls.apply(1)[0].percentile == 0.3 and controls.take("rollouts", 1) == {}
-    assert controls.take("training", 2) == {} and controls.take("rollouts", 2) == {"llm.temperature": 0.5}
+    assert controls.apply(1)[0].percentile == 0.3 and controls.take_live("rollouts", 1) == {}
+    assert controls.take_live("training", 2) == {} and controls.take_live("rollouts", 2) == {"llm.temperature": 0.5}
     settings, resumed = controls.apply(2)
     assert (settings.percentile, settings.schedule, settings.min_reward_diff, resumed) == (0.9, "automatic", 0.1, True)
     assert controls.apply(3)[0] == settings

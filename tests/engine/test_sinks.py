@@ -13,7 +13,7 @@ from factories import make_epoch
 
 import finetune_nb as ft
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.engine.sinks import JsonlSink, MetricsSink, Outlets, WandbSink, metrics_of
+from finetune_nb.engine.sinks import JsonlSink, MetricsSink, SinkDispatcher, WandbSink, metrics_of
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder
 
 
@@ -105,7 +105,7 @@ async def test_a_failing_sink_is_a_warning_and_no_failed_epoch(where, tmp_path, 
 def test_a_hanging_sink_holds_nothing_up_and_is_left_behind(caplog):
     released = threading.Event()
     slow = SimpleNamespace(begin=lambda *_: None, log=lambda *_: released.wait(30), end=lambda: None)
-    outlets = Outlets([slow], "run", dict)
+    outlets = SinkDispatcher([slow], "run", dict)
     started = time.monotonic()
     for index in range(3):
         outlets.recorded(make_epoch([[1, 0]], index))

@@ -22,7 +22,7 @@ import finetune_nb as ft
 from finetune_nb.errors import RunError
 from finetune_nb.llms import gateway as gateway_http
 from finetune_nb.llms import gateway as gateway_module
-from finetune_nb.llms.call_recorder import Episode
+from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.client import PolicyLLM, SyncLLM
 from finetune_nb.llms.gateway import gateway
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
@@ -55,7 +55,7 @@ class Caller(ScriptedPolicy):
 
 
 def episode(n=0):
-    return Episode(EpisodeKey("train", 0, 0, n), seed=1)
+    return CallRecorder(EpisodeKey("train", 0, 0, n), seed=1)
 
 
 def recorded(calls):
@@ -112,7 +112,7 @@ async def test_a_chat_is_answered_and_recorded_like_llm_chat(seven):
 
 
 async def test_logprobs_and_ids_are_in_the_answer_only_where_asked_for(seven):
-    with episode().live():
+    with episode().recording():
         create = seven.openai().chat.completions.create
         plain = await create(model="x", messages=QUESTION)
         full = await create(
@@ -130,7 +130,7 @@ async def test_logprobs_and_ids_are_in_the_answer_only_where_asked_for(seven):
 
 async def test_a_stream_gives_the_same_in_pieces():
     llm = PolicyLLM(Caller(lambda messages, seed: 'call {"a": 3}'))
-    with (one := episode()).live():
+    with (one := episode()).recording():
         stream = await llm.openai().chat.completions.create(
             model="x",
             messages=QUESTION,
@@ -149,7 +149,7 @@ async def test_a_stream_gives_the_same_in_pieces():
 
 
 async def test_completions_take_text_or_ids(seven):
-    with (one := episode()).live():
+    with (one := episode()).recording():
         create = seven.openai().completions.create
         text = await create(model="x", prompt="abc", logprobs=0)
         ids = await create(model="x", prompt=[97, 98], extra_body={"return_token_ids": True})
@@ -178,7 +178,7 @@ async def test_a_text_prompt_that_carries_on_is_carried_on_behind_the_sampled_id
             return "".join(self.tokens(ids))
 
     llm = PolicyLLM(Wide(lambda messages, seed: "seven"))
-    with episode().live():
+    with episode().recording():
         create = llm.openai().completions.create
         first = await create(model="x", prompt="3+4=")
         await create(model="x", prompt=f"3+4={first.choices[0].text} so")
@@ -188,7 +188,7 @@ async def test_a_text_prompt_that_carries_on_is_carried_on_behind_the_sampled_id
 
 async def test_several_choices_are_several_calls():
     llm = PolicyLLM(Caller(lambda messages, seed: str(seed)))
-    with (one := episode()).live():
+    with (one := episode()).recording():
         answer = await llm.openai().chat.completions.create(model="x", messages=QUESTION, n=3)
     texts = [choice.message.content for choice in answer.choices]
     assert len(set(texts)) == 3
@@ -199,7 +199,7 @@ async def test_several_choices_are_several_calls():
 
 async def test_the_text_ends_before_a_stop_text_and_the_ids_after_it():
     llm = PolicyLLM(Caller(lambda messages, seed: "one. two"))
-    with (one := episode()).live():
+    with (one := episode()).recording():
         create = llm.openai().chat.completions.create
         answer = await create(model="x", messages=QUESTION, stop=". ")
         turn = answer.choices[0].message
@@ -211,14 +211,14 @@ async def test_the_text_ends_before_a_stop_text_and_the_ids_after_it():
 
 
 async def test_models_are_those_of_the_address(seven):
-    with episode().live():
+    with episode().recording():
         client = seven.openai()
         assert [model.id async for model in client.models.list()] == ["tiny"]
         assert (await client.models.retrieve("tiny")).id == "tiny"
 
 
 async def test_a_client_may_send_messages_as_libraries_write_them(seven):
-    with (one := episode()).live():
+    with (one := episode()).recording():
         await seven.openai().chat.completions.create(
             model="x",
             messages=[
@@ -243,7 +243,7 @@ async def test_a_seed_of_the_client_is_not_taken():
     llm = PolicyLLM(Caller(lambda messages, seed: str(seed)))
     answers = set()
     for generation in range(3):
-        with episode(generation).live():
+        with episode(generation).recording():
             answer = await llm.openai().chat.completions.create(model="x", messages=QUESTION, seed=42)
             answers.add(answer.choices[0].message.content)
     assert len(answers) == 3
@@ -296,7 +296,7 @@ async def test_ids_recorded_are_the_ids_sampled_and_every_turn_carries_the_last_
     async def one(n):
         policy = Caller(nonsense(rng))
         llm = PolicyLLM(policy)
-        with episode(n).live() as this:
+        with episode(n).recording() as this:
             await multi_turn(llm.openai(), rng, rng.randrange(1, 6), rewrites)
         calls = sorted(this.calls, key=lambda call: call.sequence)
         assert recorded(calls) == policy.sampled
@@ -314,7 +314,7 @@ async def test_concurrent_rollouts_are_kept_apart_also_in_threads_and_in_one_cli
     llm = PolicyLLM(Caller(lambda messages, seed: "to " + messages[0]["content"]))
 
     async def rollout(n, pool):
-        with episode(n).live() as this:
+        with episode(n).recording() as this:
             client, address, key = llm.openai(), llm.base_url, llm.api_key
             body = {"model": "x", "messages": [{"role": "user", "content": f"{n}"}]}
             await asyncio.gather(*(client.chat.completions.create(**body) for _ in range(3)))
@@ -332,7 +332,7 @@ async def test_concurrent_rollouts_are_kept_apart_also_in_threads_and_in_one_cli
 
 
 async def test_an_address_is_gone_when_its_rollout_has_ended(seven):
-    with (one := episode()).live():
+    with (one := episode()).recording():
         address, key = seven.base_url, seven.api_key
     body = {"messages": QUESTION}
     status, answer = await asyncio.to_thread(ask, f"{address}/chat/completions", key, body)
@@ -347,7 +347,7 @@ async def test_an_address_is_gone_when_its_rollout_has_ended(seven):
 
 @pytest.mark.parametrize("key", ["", "wrong", "é", None])
 async def test_without_the_key_there_is_nothing(seven, key):
-    with (one := episode()).live():
+    with (one := episode()).recording():
         parts = urlsplit(seven.base_url)
         for method, path in (("POST", "chat/completions"), ("POST", "completions"), ("GET", "models"), ("GET", "x")):
             connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=10)
@@ -367,7 +367,7 @@ async def test_it_listens_on_this_machine_alone_and_shows_its_key_nowhere(seven,
     def fail(messages, seed):
         raise RuntimeError(f"my environment: {gateway().api_key}")
 
-    with caplog.at_level(logging.DEBUG), (one := episode()).live():
+    with caplog.at_level(logging.DEBUG), (one := episode()).recording():
         key = seven.api_key
         assert seven.base_url.startswith("http://127.0.0.1:")
         await seven.openai().chat.completions.create(model="x", messages=QUESTION)
@@ -382,7 +382,7 @@ async def test_it_listens_on_this_machine_alone_and_shows_its_key_nowhere(seven,
 async def test_an_address_outside_of_a_rollout_is_an_error_that_says_so(seven):
     with pytest.raises(RunError, match=r"no rollout runs here\. Ask for it inside the workflow"):
         seven.base_url  # noqa: B018
-    with episode().live() as this:
+    with episode().recording() as this:
         pass
     with this.current(), pytest.raises(RunError, match="goes on here any more"):
         seven.openai()
@@ -420,7 +420,7 @@ async def test_an_address_outside_of_a_rollout_is_an_error_that_says_so(seven):
     ],
 )
 async def test_a_request_that_cannot_be_honoured_is_refused_with_the_reason(seven, body, said):
-    with (one := episode()).live():
+    with (one := episode()).recording():
         address = f"{seven.base_url}/chat/completions"
         status, answer = await asyncio.to_thread(ask, address, seven.api_key, body)
     assert status == 400
@@ -431,7 +431,7 @@ async def test_a_request_that_cannot_be_honoured_is_refused_with_the_reason(seve
 
 @pytest.mark.parametrize("prompt", [None, "", [], [1, "a"], ["a", "b"], [[1], [2]], [True]])
 async def test_a_prompt_is_one_text_or_one_list_of_ids(seven, prompt):
-    with episode().live():
+    with episode().recording():
         address = f"{seven.base_url}/completions"
         status, answer = await asyncio.to_thread(ask, address, seven.api_key, {"prompt": prompt})
     assert (status, answer["error"]["param"]) == (400, "prompt")
@@ -451,13 +451,13 @@ async def test_a_request_that_is_too_large_is_refused(seven, monkeypatch, chunke
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())["error"]["code"]
 
-    with episode().live():
+    with episode().recording():
         seven_url, key = seven.base_url, seven.api_key
         assert await asyncio.to_thread(send) == (413, "request_too_large")
 
 
 async def test_unknown_addresses_and_methods_are_errors_as_clients_read_them(seven):
-    with episode().live():
+    with episode().recording():
         client = seven.openai()
         with pytest.raises(openai.NotFoundError, match="chat/completions, completions and models"):
             await client.embeddings.create(model="x", input="a")
@@ -472,7 +472,7 @@ async def test_a_prompt_that_the_policy_refuses_is_the_clients_error_and_asked_o
             raise ft.BackendError("the prompt has 9 tokens, but this model holds 8")
 
     llm = PolicyLLM(Short())
-    with episode().live() as this, pytest.raises(openai.BadRequestError, match="this model holds 8"):
+    with episode().recording() as this, pytest.raises(openai.BadRequestError, match="this model holds 8"):
         await llm.openai().chat.completions.create(model="x", messages=QUESTION)
     assert len(llm.policy.sampled) == 1
     assert this.calls == []
@@ -509,7 +509,7 @@ async def until(condition):
 
 async def test_a_client_that_went_away_leaves_no_record_and_its_next_try_one():
     llm = PolicyLLM(Slow())
-    with episode().live() as this:
+    with episode().recording() as this:
         client = llm.openai(timeout=0.2, max_retries=1)
 
         async def let_go():
@@ -526,7 +526,7 @@ async def test_a_client_that_went_away_leaves_no_record_and_its_next_try_one():
 @pytest.mark.parametrize("header", [{"Idempotency-Key": "k"}, {"x-stainless-retry-count": "1"}])
 async def test_a_request_that_comes_again_because_its_answer_got_lost_is_recorded_once(header):
     llm = PolicyLLM(Caller(lambda messages, seed: str(seed)))
-    with episode().live() as this:
+    with episode().recording() as this:
         address, key, body = f"{llm.base_url}/chat/completions", llm.api_key, {"messages": QUESTION}
         first = {**header, "x-stainless-retry-count": "0"}
         answers = [await asyncio.to_thread(ask, address, key, body, **h) for h in (first, {**first, **header})]
@@ -536,7 +536,7 @@ async def test_a_request_that_comes_again_because_its_answer_got_lost_is_recorde
 
 async def test_the_same_question_again_is_another_sample():
     llm = PolicyLLM(Caller(lambda messages, seed: str(seed)))
-    with episode().live() as this:
+    with episode().recording() as this:
         for _ in range(2):
             await llm.openai().chat.completions.create(model="x", messages=QUESTION)
     assert len({call.reply["content"] for call in this.calls}) == 2
@@ -544,7 +544,7 @@ async def test_the_same_question_again_is_another_sample():
 
 async def test_what_is_under_way_when_the_rollout_ends_is_canceled_and_answered_with_410():
     llm = PolicyLLM(Slow())
-    with episode().live() as this:
+    with episode().recording() as this:
         address, key = f"{llm.base_url}/chat/completions", llm.api_key
         asking = asyncio.create_task(asyncio.to_thread(ask, address, key, {"messages": QUESTION}))
         await until(lambda: llm.policy.asked)
@@ -556,7 +556,7 @@ async def test_what_is_under_way_when_the_rollout_ends_is_canceled_and_answered_
 
 async def test_an_attempt_that_is_tried_again_leaves_nothing_behind():
     llm = PolicyLLM(Slow())
-    with episode().live() as this:
+    with episode().recording() as this:
         client = llm.openai()
         asking = asyncio.create_task(client.chat.completions.create(model="x", messages=QUESTION))
         await until(lambda: llm.policy.asked)
@@ -569,7 +569,7 @@ async def test_an_attempt_that_is_tried_again_leaves_nothing_behind():
 
 
 async def test_a_connection_that_is_cut_in_the_middle_of_a_request_harms_nobody(seven):
-    with episode().live() as this:
+    with episode().recording() as this:
         parts = urlsplit(seven.base_url)
         for text in (b"POST ", b"POST /x HTTP/1.1\r\nContent-Length: 10\r\n\r\nab", b"\xff\xfe\r\n\r\n"):
             with socket.create_connection((parts.hostname, parts.port)) as cut:
@@ -648,7 +648,7 @@ async def test_a_client_that_was_used_in_a_cell_fails_with_what_to_do(tmp_path, 
             return await super().sample(ids, params, seed)
 
     seven.policy = Thoughtful(lambda messages, seed: "seven")
-    with episode().live():
+    with episode().recording():
         kept = openai.DefaultAsyncHttpxClient(limits=Limits(keepalive_expiry=600))  # however slow the machine is
         client = openai.AsyncOpenAI(base_url=seven.base_url, api_key=seven.api_key, http_client=kept)
 

@@ -15,10 +15,10 @@ openai = pytest.importorskip("openai")
 
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.examples.calculator.task import LEVELS, TOOLS, calculate, make_question  # noqa: E402
-from finetune_nb.llms.call_recorder import Episode  # noqa: E402
+from finetune_nb.llms.call_recorder import CallRecorder  # noqa: E402
 from finetune_nb.llms.client import PolicyLLM  # noqa: E402
 from finetune_nb.llms.gateway import gateway  # noqa: E402
-from finetune_nb.rollouts.episodes import drift, episode_of  # noqa: E402
+from finetune_nb.rollouts.episodes import drift, episode_from_calls  # noqa: E402
 from finetune_nb.types import EpisodeKey, EvalInputItem, SamplingParams, Trajectory  # noqa: E402
 
 
@@ -76,7 +76,7 @@ async def rollouts(llm, workflow, count, at_once=16):
 
     async def one(n, question):
         async with gate:
-            with Episode(EpisodeKey("train", 0, n, 0), seed=1).live([llm.policy]) as episode:
+            with CallRecorder(EpisodeKey("train", 0, n, 0), seed=1).recording([llm.policy]) as episode:
                 await workflow(question, llm)
             return episode
 
@@ -115,7 +115,7 @@ def check(llm, episodes):
     for n, episode in enumerate(episodes):
         item = EvalInputItem(id=n, input_obj="", expected_output_obj="", full_dataset_entry={})
         item.trajectory = episode.steps()
-        turns = drift([Trajectory(episode=episode_of(item)[0], reward=0.0)])
+        turns = drift([Trajectory(episode=episode_from_calls(item)[0], reward=0.0)])
         carried, drifted = carried + turns[0], drifted + turns[1]
     assert (carried, drifted) == (len(calls) - len(episodes), 0)
     return len(calls), sum(len(call.reply.get("tool_calls") or ()) for call in calls), worst

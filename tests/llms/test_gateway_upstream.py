@@ -12,7 +12,7 @@ import openai
 from loopback import Fault, LoopbackServer, Refusal
 
 import finetune_nb as ft
-from finetune_nb.llms.call_recorder import Episode
+from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.gateway import gateway
 from finetune_nb.types import EpisodeKey
 
@@ -31,7 +31,7 @@ async def remote():
         settings = {"_type": "openai", "model_name": "tiny", "base_url": server.base_url, "api_key": KEY, **options}
         builder = ft.Builder(ft.load_config({"llms": {"remote": settings}}))
         builders.append(builder)
-        return await builder.get_llm("remote"), Episode(EpisodeKey("train", 0, 0, 0))
+        return await builder.get_llm("remote"), CallRecorder(EpisodeKey("train", 0, 0, 0))
 
     yield connect
     for builder in builders:
@@ -41,7 +41,7 @@ async def remote():
 async def test_logprobs_ids_and_the_models_name_are_asked_for_whatever_the_client_asks(remote):
     with LoopbackServer() as server:
         llm, episode = await remote(server)
-        with episode.live():
+        with episode.recording():
             answer = await llm.openai().chat.completions.create(
                 model="gpt-9", messages=QUESTION, tools=[TOOL], top_p=0.9, tool_choice="required", user="me", seed=3
             )
@@ -71,7 +71,7 @@ async def test_tool_calls_streams_and_plain_prompts_pass_through(remote):
 
     with LoopbackServer(reply) as server:
         llm, episode = await remote(server)
-        with episode.live():
+        with episode.recording():
             client = llm.openai()
             stream = await client.chat.completions.create(model="x", messages=QUESTION, tools=[TOOL], stream=True)
             (call,) = [
@@ -89,7 +89,7 @@ async def test_tool_calls_streams_and_plain_prompts_pass_through(remote):
 async def test_a_client_that_asks_for_the_likeliest_tokens_gets_and_records_them(remote):
     with LoopbackServer() as server:
         llm, episode = await remote(server)
-        with episode.live():
+        with episode.recording():
             asked = {"model": "x", "messages": QUESTION, "logprobs": True}
             answer = await llm.openai().chat.completions.create(**asked, top_logprobs=2)
             plain = await llm.openai().chat.completions.create(**asked)
@@ -102,7 +102,7 @@ async def test_a_client_that_asks_for_the_likeliest_tokens_gets_and_records_them
 async def test_a_server_without_ids_is_warned_of_once_and_its_calls_are_not_exact(remote, caplog):
     with LoopbackServer(token_ids=False) as server:
         llm, episode = await remote(server)
-        with episode.live():
+        with episode.recording():
             for _ in range(2):
                 answer = await llm.openai().chat.completions.create(model="x", messages=QUESTION)
     assert answer.usage is None  # not known is not zero
@@ -130,7 +130,7 @@ async def test_trouble_of_the_server_is_retried_out_of_sight_and_the_turn_record
 
     with LoopbackServer(reply) as server:
         llm, episode = await remote(server, request_timeout=0.4, max_retries=2)
-        with episode.live():
+        with episode.recording():
             answer = await llm.openai(max_retries=0).chat.completions.create(
                 model="x", messages=QUESTION, stream=stream
             )
@@ -160,7 +160,7 @@ async def test_trouble_that_lasts_is_told_to_the_client_once_and_not_recorded(re
     with LoopbackServer(lambda request: trouble) as server:
         llm, episode = await remote(server, request_timeout=0.3, max_retries=0)
         started = time.monotonic()
-        with episode.live(), pytest.raises(openai.APIStatusError, match=said) as caught:
+        with episode.recording(), pytest.raises(openai.APIStatusError, match=said) as caught:
             await llm.openai().chat.completions.create(model="x", messages=QUESTION)
     assert caught.value.status_code == status
     assert KEY not in str(caught.value)
@@ -174,7 +174,7 @@ async def test_clients_are_closed_with_the_run():
         settings = {"_type": "openai", "model_name": "tiny", "base_url": server.base_url, "api_key": KEY}
         async with ft.Builder(ft.load_config({"llms": {"remote": settings}})) as builder:
             llm = await builder.get_llm("remote")
-            with Episode(EpisodeKey("train", 0, 0, 0)).live():
+            with CallRecorder(EpisodeKey("train", 0, 0, 0)).recording():
                 client = llm.openai()
                 await client.chat.completions.create(model="x", messages=QUESTION)
             (upstream,) = llm._clients.values()

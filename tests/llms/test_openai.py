@@ -18,9 +18,9 @@ from loopback import LoopbackServer, Refusal
 import finetune_nb as ft
 from finetune_nb.analysis.messages import tokens_of
 from finetune_nb.config import EvaluatorBaseConfig, FunctionBaseConfig, TrainerAdapterConfig
-from finetune_nb.llms.call_recorder import Episode
+from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.redaction import MASK, remember_secret
-from finetune_nb.rollouts.episodes import episode_of
+from finetune_nb.rollouts.episodes import episode_from_calls
 from finetune_nb.testing import FakeAdapter, sums
 from finetune_nb.types import EpisodeKey, EvalInputItem
 
@@ -122,7 +122,7 @@ async def remote():
         settings = {"_type": "openai", "model_name": "tiny", "base_url": server.base_url, "api_key": KEY, **options}
         builder = ft.Builder(ft.load_config({"llms": {"remote": settings}}))
         builders.append(builder)
-        return await builder.get_llm("remote"), Episode(EpisodeKey("train", 3, 1, 2), seed=5)
+        return await builder.get_llm("remote"), CallRecorder(EpisodeKey("train", 3, 1, 2), seed=5)
 
     yield connect
     for builder in builders:
@@ -141,7 +141,7 @@ def closed_port() -> int:
 async def test_a_call_sends_messages_tools_logprobs_seed_sampling_and_key(remote):
     with LoopbackServer() as server:
         llm, episode = await remote(server, temperature=0.7, top_p=0.9, max_tokens=33)
-        with episode.live():
+        with episode.recording():
             await llm.chat([{"role": "user", "content": "3+4"}], tools=[TOOL], stop=("\n",))
             await llm.chat([{"role": "user", "content": "again"}])
     first, second = server.requests
@@ -168,7 +168,7 @@ async def test_seeds_are_repeatable_and_can_be_set(remote):
     async def seeds(**options):
         with LoopbackServer() as server:
             llm, episode = await remote(server, **options)
-            with episode.live():
+            with episode.recording():
                 for _ in range(2):
                     await llm.chat([{"role": "user", "content": "3+4"}])
             return [request.body["seed"] for request in server.requests]
@@ -180,7 +180,7 @@ async def test_seeds_are_repeatable_and_can_be_set(remote):
 async def test_a_call_is_recorded_exactly_where_the_server_gives_ids(remote):
     with LoopbackServer(lambda request: "seven") as server:
         llm, episode = await remote(server)
-        with episode.live():
+        with episode.recording():
             reply = await llm.chat([{"role": "user", "content": "3+4"}])
     (call,) = episode.calls
     assert (reply.content, reply.finish_reason) == ("seven", "stop")
@@ -200,7 +200,7 @@ async def test_a_call_is_recorded_exactly_where_the_server_gives_ids(remote):
 async def test_a_call_without_ids_is_recorded_but_is_not_exact(remote, server_gives, options):
     with LoopbackServer(token_ids=server_gives) as server:
         llm, episode = await remote(server, **options)
-        with episode.live():
+        with episode.recording():
             await llm.chat([{"role": "user", "content": "3+4"}])
     (call,) = episode.calls
     assert not call.exact
@@ -216,7 +216,7 @@ async def test_tool_calls_are_read_recorded_and_can_be_answered(remote):
 
     with LoopbackServer(agent) as server:
         llm, episode = await remote(server)
-        with episode.live():
+        with episode.recording():
             messages = [{"role": "user", "content": "3+4"}]
             reply = await llm.chat(messages, tools=[TOOL])
             (tool_call,) = reply.tool_calls
@@ -239,7 +239,7 @@ async def test_what_the_model_thought_and_nearly_said_is_recorded_and_shown(remo
             lambda request, name=name: {"role": "assistant", "content": "7", name: "3 and 4"}
         ) as server:
             llm, episode = await remote(server, top_logprobs=2)
-            with episode.live():
+            with episode.recording():
                 reply = await llm.chat([{"role": "user", "content": "3+4"}])
         assert (server.requests[0].body["logprobs"], server.requests[0].body["top_logprobs"]) == (True, 2)
         assert reply.message == {"role": "assistant", "content": "7", "reasoning_content": "3 and 4"}
@@ -247,7 +247,7 @@ async def test_what_the_model_thought_and_nearly_said_is_recorded_and_shown(remo
     item = EvalInputItem(
         id="q", input_obj="", expected_output_obj="", full_dataset_entry={}, trajectory=episode.steps()
     )
-    turn = episode_of(item)[0][-1]
+    turn = episode_from_calls(item)[0][-1]
     assert turn.metadata["reasoning_content"] == "3 and 4"
     (token,) = tokens_of(turn)
     assert (token.text, token.logprob, token.alternatives) == ("7", -0.5, (("α", -3.0),))
@@ -257,7 +257,7 @@ async def test_what_the_model_thought_and_nearly_said_is_recorded_and_shown(remo
 async def test_without_top_logprobs_none_are_asked_for_or_recorded(remote):
     with LoopbackServer() as server:
         llm, episode = await remote(server)
-        with episode.live():
+        with episode.recording():
             await llm.chat([{"role": "user", "content": "3+4"}])
     assert "top_logprobs" not in server.requests[0].body
     assert episode.calls[0].top_logprobs is None
@@ -368,7 +368,7 @@ async def test_the_key_is_sent_and_otherwise_nowhere_to_be_seen(make_run, tmp_pa
             *(repr(vars(record)) for record in caplog.records),
             *(path.read_bytes().decode("latin-1") for path in (tmp_path / "runs").rglob("*") if path.is_file()),
         ]
-        llm = run._driver.builder.ready("llm_provider", "remote")
+        llm = run._driver.components.ready("llm_provider", "remote")
         seen += [repr(llm), repr(llm._config), str(vars(llm))]
     assert "401" in epoch.reason
     assert MASK in epoch.reason
@@ -428,6 +428,6 @@ async def test_a_server_of_ones_own_is_never_sent_the_key_of_openai(remote, monk
     monkeypatch.setenv("OPENAI_API_KEY", "sk-meant-for-openai")
     with LoopbackServer() as server:
         llm, episode = await remote(server, api_key=None)
-        with episode.live():
+        with episode.recording():
             await llm.chat([{"role": "user", "content": "3+4"}])
     assert "sk-meant-for-openai" not in str(server.requests)

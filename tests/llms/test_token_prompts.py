@@ -14,8 +14,8 @@ from loopback import LoopbackServer, Refusal
 
 import finetune_nb as ft
 from finetune_nb.errors import ConfigError
-from finetune_nb.llms.call_recorder import Episode
-from finetune_nb.rollouts.episodes import drift, episode_of
+from finetune_nb.llms.call_recorder import CallRecorder
+from finetune_nb.rollouts.episodes import drift, episode_from_calls
 from finetune_nb.types import EpisodeKey, EvalInputItem, Trajectory
 
 QUESTION = [{"role": "user", "content": "3+4"}]
@@ -40,7 +40,7 @@ async def remote(tmp_path):
         settings = {"model_name": "tiny", "base_url": server.base_url, "tokenizer": str(tmp_path), "max_retries": 0}
         builder = ft.Builder(ft.load_config({"llms": {"remote": {"_type": "openai", **settings, **options}}}))
         builders.append(builder)
-        return await builder.get_llm("remote"), Episode(EpisodeKey("train", 0, 0, 0))
+        return await builder.get_llm("remote"), CallRecorder(EpisodeKey("train", 0, 0, 0))
 
     yield connect
     for builder in builders:
@@ -50,14 +50,14 @@ async def remote(tmp_path):
 def drift_of(episode):
     steps = episode.steps()
     item = EvalInputItem(id="q", input_obj="", expected_output_obj="", full_dataset_entry={}, trajectory=steps)
-    return drift([Trajectory(episode=episode_of(item)[0], reward=0.0)])
+    return drift([Trajectory(episode=episode_from_calls(item)[0], reward=0.0)])
 
 
 @pytest.mark.parametrize("by_client", [False, True])
 async def test_a_conversation_goes_on_behind_the_ids_that_were_sampled(remote, by_client):
     with LoopbackServer(lambda request: " seven ", ids_of=ids_of) as server:
         llm, episode = await remote(server)
-        with episode.live():
+        with episode.recording():
             messages, client = list(QUESTION), llm.openai()
             for _ in range(2):
                 if by_client:
@@ -88,7 +88,7 @@ async def test_tool_calls_are_read_from_the_ids_and_answered(remote):
 
     with LoopbackServer(agent, ids_of=ids_of) as server:
         llm, episode = await remote(server)
-        with episode.live():
+        with episode.recording():
             reply = await llm.chat(QUESTION, tools=[CALC])
             (call,) = reply.tool_calls
             answer = {"role": "tool", "tool_call_id": call.id, "content": "7"}
@@ -101,7 +101,7 @@ async def test_tool_calls_are_read_from_the_ids_and_answered(remote):
 async def test_a_server_that_takes_no_ids_gets_messages_and_is_asked_with_ids_once(remote, caplog):
     with LoopbackServer(takes_ids=False) as server:
         llm, episode = await remote(server)
-        with episode.live():
+        with episode.recording():
             for _ in range(2):
                 await llm.chat(QUESTION)
     asked = [request.path.removeprefix("/v1/") for request in server.requests]
@@ -114,7 +114,7 @@ async def test_a_refusal_of_the_call_itself_is_that_of_the_servers_chat_and_sett
     replies = [Refusal(400, "the prompt is too long")] * 2
     with LoopbackServer(lambda request: replies.pop() if replies else "7", ids_of=ids_of) as server:
         llm, episode = await remote(server)
-        with episode.live():
+        with episode.recording():
             with pytest.raises(openai.BadRequestError, match="too long"):
                 await llm.chat(QUESTION)
             await llm.chat(QUESTION)
@@ -130,7 +130,7 @@ async def test_a_refusal_of_the_call_itself_is_that_of_the_servers_chat_and_sett
 async def test_a_server_that_fails_is_not_asked_another_way(remote):
     with LoopbackServer(lambda request: Refusal(500, "boom")) as server:
         llm, episode = await remote(server)
-        with episode.live(), pytest.raises(openai.InternalServerError):
+        with episode.recording(), pytest.raises(openai.InternalServerError):
             await llm.chat(QUESTION)
     assert [request.path for request in server.requests] == ["/v1/completions"]
 
@@ -149,7 +149,7 @@ async def test_what_only_chat_can_do_goes_as_messages(remote, messages, options)
 
     with LoopbackServer(reply, token_ids=False) as server:
         llm, episode = await remote(server)
-        with episode.live():
+        with episode.recording():
             await llm.openai().chat.completions.create(model="x", messages=messages, **options)
     assert [request.path for request in server.requests] == ["/v1/chat/completions"]
     assert not episode.calls[0].exact

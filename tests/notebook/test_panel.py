@@ -11,7 +11,7 @@ from agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.notebook import kernel
-from finetune_nb.notebook.panel import Panel, Still
+from finetune_nb.notebook.panel import Panel, StaticPanel
 from finetune_nb.notebook.panel_html import status_html
 from finetune_nb.notebook.reward_curve import MOST, reward_curve
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
@@ -33,7 +33,7 @@ def run(tmp_path, closing):
 @pytest.fixture
 def panel(run, monkeypatch):
     """As if a front end were there; widgets work without a kernel, they only tell nobody."""
-    monkeypatch.setattr("finetune_nb.notebook.panel.is_seen", lambda: True)
+    monkeypatch.setattr("finetune_nb.notebook.panel.has_frontend", lambda: True)
     panel = run.panel()
     yield panel
     panel.close()
@@ -235,7 +235,7 @@ def test_a_panel_is_one_and_is_gone_when_it_is_closed(run, panel):
 
 
 def test_a_panel_keeps_no_run_alive(tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune_nb.notebook.panel.is_seen", lambda: True)
+    monkeypatch.setattr("finetune_nb.notebook.panel.has_frontend", lambda: True)
     before = len(alive)
     run = ft.Run(guess, right, sums(4), adapter=FakeAdapter(policy=ScriptedPolicy(coin)), output_dir=tmp_path)
     run.panel()
@@ -261,7 +261,7 @@ def test_where_nobody_sees_widgets_it_is_a_picture_of_the_state(run):
     before = len(alive)
     ft.run_sync(run.next_epoch())
     still = run.panel()
-    assert isinstance(still, Still) and len(alive) == before
+    assert isinstance(still, StaticPanel) and len(alive) == before
     bundle = still._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html", "image/png"} and sum(map(len, bundle.values())) < 150_000
     assert bundle["image/png"] in bundle["text/html"] and "epoch 0" in bundle["text/plain"]
@@ -303,10 +303,10 @@ def test_messages_are_let_through_only_where_there_is_something_to_take_away():
         comm = Comm()
 
     Widget.comm._reply_subshell_id = "of a page that is gone"
-    kernel.let_through([Widget(), object()])
+    kernel.route_to_subshell([Widget(), object()])
     assert not hasattr(Widget.comm, "_reply_subshell_id")
-    kernel.let_through([Widget()])
-    assert kernel.is_seen() is False  # no kernel here
+    kernel.route_to_subshell([Widget()])
+    assert kernel.has_frontend() is False  # no kernel here
 
 
 # ── the curve ────────────────────────────────────────────────────────────────────────────────────────────────────────

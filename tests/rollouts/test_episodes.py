@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from finetune_nb.errors import BackendError
-from finetune_nb.llms.call_recorder import Episode
+from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.client import PolicyLLM
-from finetune_nb.rollouts.episodes import drift, episode_of
+from finetune_nb.rollouts.episodes import drift, episode_from_calls
 from finetune_nb.testing import ScriptedPolicy, make_trajectory
 from finetune_nb.training.jobs import check_exact
 from finetune_nb.types import EpisodeKey, EvalInputItem, Trajectory
@@ -22,7 +22,7 @@ class Forgetful(ScriptedPolicy):
 
 async def trajectory(policy, turns=3, anew=False):
     llm, messages = PolicyLLM(policy), []
-    with Episode(EpisodeKey("train", 0, 0, 0)).live() as episode:
+    with CallRecorder(EpisodeKey("train", 0, 0, 0)).recording() as episode:
         for n in range(turns):
             messages = [] if anew else messages
             messages.append({"role": "user", "content": f"turn {n}"})
@@ -30,7 +30,7 @@ async def trajectory(policy, turns=3, anew=False):
     item = EvalInputItem(
         id="q", input_obj="", expected_output_obj="", full_dataset_entry={}, trajectory=episode.steps()
     )
-    return Trajectory(episode=episode_of(item)[0], reward=1.0, metadata={"id": "q"})
+    return Trajectory(episode=episode_from_calls(item)[0], reward=1.0, metadata={"id": "q"})
 
 
 async def test_turns_behind_the_sampled_ids_have_not_drifted():

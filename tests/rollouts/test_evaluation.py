@@ -9,7 +9,7 @@ import pytest
 from finetune_nb.components.builder import Builder
 from finetune_nb.components.loading import load_config
 from finetune_nb.errors import WorkflowError
-from finetune_nb.llms.call_recorder import Episode, current_episode
+from finetune_nb.llms.call_recorder import CallRecorder, current_episode
 from finetune_nb.llms.client import ChatReply, PolicyLLM
 from finetune_nb.rollouts.evaluation import EvaluationContext, EvaluationRun, Progress, evaluation_context, progress
 from finetune_nb.rollouts.executor import LocalExecutor
@@ -364,8 +364,8 @@ async def test_every_call_is_recorded_exactly_and_the_next_turn_stands_on_its_id
 
 async def test_seeds_depend_on_run_episode_and_turn_alone():
     def seeds(seed, *key):
-        episode = Episode(EpisodeKey(*key), seed)
-        return [episode.begin()[1] for _ in range(3)]
+        episode = CallRecorder(EpisodeKey(*key), seed)
+        return [episode.next_call()[1] for _ in range(3)]
 
     base = seeds(0, "train", 1, 2, 3)
     assert base == seeds(0, "train", 1, 2, 3)

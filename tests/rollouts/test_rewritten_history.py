@@ -16,10 +16,10 @@ from loopback import LoopbackServer
 
 import finetune_nb as ft
 from finetune_nb.examples.calculator.task import TOOLS, answer, calculate, first_operation
-from finetune_nb.llms.call_recorder import Episode
+from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.client import PolicyLLM
 from finetune_nb.llms.gateway import gateway
-from finetune_nb.rollouts.episodes import drift, episode_of
+from finetune_nb.rollouts.episodes import drift, episode_from_calls
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy
 from finetune_nb.types import EpisodeKey, EvalInputItem, SamplingParams, Trajectory, same_message
 
@@ -202,7 +202,7 @@ async def one_epoch(workflow, policy, folder, closing):
 def trajectory_of(episode):
     item = EvalInputItem(id="q", input_obj="", expected_output_obj="", full_dataset_entry={})
     item.trajectory = episode.steps()
-    return Trajectory(episode=episode_of(item)[0], reward=0.0)
+    return Trajectory(episode=episode_from_calls(item)[0], reward=0.0)
 
 
 def is_one_conversation(episode):
@@ -254,7 +254,7 @@ def trajectories(epoch):
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_these_clients_really_rewrite_the_arguments(client):
     llm = PolicyLLM(Calculating())
-    with Episode(EpisodeKey("train", 0, 0, 0)).live() as episode:
+    with CallRecorder(EpisodeKey("train", 0, 0, 0)).recording() as episode:
         await client("12+7-3", llm)
     pairs = sent_back(episode)
     assert len(pairs) == 2
@@ -271,7 +271,7 @@ async def test_a_call_that_is_not_json_does_not_split_the_conversation(client):
             return 'call {"expression": "12' if len(messages) == 1 else super().next(messages[:1] + messages[3:])
 
     llm = PolicyLLM(Stumbling())
-    with Episode(EpisodeKey("train", 0, 0, 0)).live() as episode:
+    with CallRecorder(EpisodeKey("train", 0, 0, 0)).recording() as episode:
         await client("12+7-3", llm)
     assert len(episode.calls) == 4
     assert is_one_conversation(episode)
@@ -280,7 +280,7 @@ async def test_a_call_that_is_not_json_does_not_split_the_conversation(client):
 
 async def test_an_agent_that_changes_what_was_called_starts_another_conversation():
     llm = PolicyLLM(Calculating())
-    with Episode(EpisodeKey("train", 0, 0, 0)).live() as episode:
+    with CallRecorder(EpisodeKey("train", 0, 0, 0)).recording() as episode:
         messages = [{"role": "user", "content": "12+7"}]
         reply = (await llm.chat(messages, tools=TOOLS)).message
         function = {"name": "calculator", "arguments": '{"expression": "12+8"}'}
@@ -298,7 +298,7 @@ async def test_a_text_sent_in_parts_is_shown_as_one_text():
         config = {"llms": {"m": {"_type": "openai", "model_name": "m", "base_url": server.base_url}}}
         async with ft.Builder(ft.load_config(config)) as builder:
             llm = await builder.get_llm("m")
-            with Episode(EpisodeKey("train", 0, 0, 0)).live() as episode:
+            with CallRecorder(EpisodeKey("train", 0, 0, 0)).recording() as episode:
                 create = llm.openai().chat.completions.create
                 messages = [{"role": "user", "content": parts}]
                 first = (await create(model="m", messages=messages)).choices[0].message.content
@@ -483,7 +483,7 @@ async def test_drift_is_counted_when_a_server_renders_the_rewritten_history(clie
         config = {"llms": {"m": {"_type": "openai", "model_name": "m", "base_url": server.base_url}}}
         async with ft.Builder(ft.load_config(config)) as builder:
             llm = await builder.get_llm("m")
-            with Episode(EpisodeKey("train", 0, 0, 0)).live() as episode:
+            with CallRecorder(EpisodeKey("train", 0, 0, 0)).recording() as episode:
                 assert await client("1+2+3+4", llm) == "10"
     assert is_one_conversation(episode)
     assert all(call.exact for call in episode.calls)
@@ -507,7 +507,7 @@ async def test_ids_stay_exact_with_a_real_model_whose_json_is_rewritten():
     llm = PolicyLLM(policy, sampling=SamplingParams(1.0, 24))
 
     async def rollout(n, question):
-        with Episode(EpisodeKey("train", 0, n, 0), seed=1).live([policy]) as episode:
+        with CallRecorder(EpisodeKey("train", 0, n, 0), seed=1).recording([policy]) as episode:
             await by_pydantic_ai(question, llm, again=2)
         return episode
 

@@ -10,13 +10,13 @@ from factories import collected, item, make_trajectory
 from finetune_nb.analysis.learning_signal import learning_signal
 from finetune_nb.analysis.rollout_group import rollout_group
 from finetune_nb.errors import BackendError, MissingLogprobs
-from finetune_nb.llms.call_recorder import Episode
-from finetune_nb.rollouts.episodes import SampledTurn, chat_fields, episode_of
-from finetune_nb.training.batch import experience, token_sequences
+from finetune_nb.llms.call_recorder import CallRecorder
+from finetune_nb.rollouts.episodes import SampledTurn, chat_fields, episode_from_calls
+from finetune_nb.training.batch import token_sequences, training_batch
 from finetune_nb.training.curriculum import group_statistics, select
 from finetune_nb.training.jobs import check_exact
 from finetune_nb.training.metrics import epoch_metrics
-from finetune_nb.training.preview import basis_of
+from finetune_nb.training.preview import preview_input
 from finetune_nb.types import (
     CurriculumSettings,
     CurriculumState,
@@ -61,9 +61,9 @@ def call(**changes) -> LLMCall:
 
 
 def episode(*calls: LLMCall) -> list[EpisodeItem]:
-    steps = Episode(EpisodeKey("train", 0, 0, 0), calls=list(calls)).steps()
+    steps = CallRecorder(EpisodeKey("train", 0, 0, 0), calls=list(calls)).steps()
     row = EvalInputItem(id="q", input_obj="", expected_output_obj="", full_dataset_entry={}, trajectory=steps)
-    return episode_of(row)[0]
+    return episode_from_calls(row)[0]
 
 
 def test_a_sampled_turn_says_all_that_the_recorded_call_said():
@@ -218,8 +218,8 @@ def test_every_reader_counts_the_same_tokens_and_sees_the_same_end(messages, tok
     better = Trajectory(episode=[QUESTION], reward=1.0, metadata={"id": "r", "generation": 0})
     epoch = epoch_of(first, second, better)
     assert epoch.metrics.sampled_tokens == 2 * tokens
-    assert basis_of(epoch).tokens.tolist() == [2 * tokens, 0]
-    assert experience(epoch.collection).truncated == 2 * (reason == "length")
+    assert preview_input(epoch).tokens.tolist() == [2 * tokens, 0]
+    assert training_batch(epoch.collection).truncated == 2 * (reason == "length")
     assert learning_signal(epoch).cut == 2 * (reason == "length")
     shown = RolloutView(rollout_group(epoch, "q"), 0)._repr_html_()
     assert f"<td>{tokens}</td><td>{reason or ''}</td>" in shown.replace(' class="num"', "")
@@ -227,5 +227,5 @@ def test_every_reader_counts_the_same_tokens_and_sees_the_same_end(messages, tok
 
 def test_a_trajectory_whose_last_reply_was_cut_is_masked_where_that_is_asked_for():
     cut = [said(QUESTION, CUT, reward=1.0), said(QUESTION, DONE, reward=0.0, generation=1)]
-    assert len(experience(collected(cut), truncated="train").trajectories) == 2
-    assert len(experience(collected(cut), truncated="mask").trajectories) == 1
+    assert len(training_batch(collected(cut), truncated="train").trajectories) == 2
+    assert len(training_batch(collected(cut), truncated="mask").trajectories) == 1

@@ -12,10 +12,10 @@ from agents import guess, right
 from detached import Detached, Weights
 
 import finetune_nb as ft
-from finetune_nb.engine.observer import Witness
+from finetune_nb.engine.observer import TrainerObserver
 from finetune_nb.errors import StoreError
-from finetune_nb.store import runs as shelf
 from finetune_nb.store.folder import WriteLock
+from finetune_nb.store.runs import delete_run
 from finetune_nb.store.store import RunStore
 from finetune_nb.testing import sums
 
@@ -261,7 +261,7 @@ async def test_a_deleted_run_is_gone_and_nothing_else(make_run, tmp_path):
 async def test_a_run_that_somebody_writes_is_neither_deleted_nor_moved(make_run, tmp_path):
     run = await epochs(make_run(), 1)
     with pytest.raises(StoreError, match=f"being written by process {os.getpid()}"):
-        shelf.delete(run.folder)
+        delete_run(run.folder)
     assert (tmp_path / "first" / "run.db").exists()
     await run.next_epoch()
 
@@ -372,7 +372,7 @@ async def test_rollouts_go_into_the_folder_while_others_are_still_running(make_r
 async def test_an_epoch_that_is_run_again_stands_in_the_logs_once(make_run, tmp_path, monkeypatch):
     run = await epochs(make_run(validation=sums(3, seed=9), validation_interval=1), 1)
     with monkeypatch.context() as patch:
-        patch.setattr(Witness, "record", lambda *_: 1 / 0)
+        patch.setattr(TrainerObserver, "record", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             await run.next_epoch()
     assert run.state == "failed"

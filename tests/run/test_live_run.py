@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import finetune_nb as ft
-from finetune_nb.engine.state import ACTIVE, MOVES, Standing
+from finetune_nb.engine.state import ACTIVE, MOVES, RunState
 from finetune_nb.errors import RunError
 from finetune_nb.testing import sums
 from finetune_nb.tripwires import spread_below, tripped, validation_falls
@@ -46,14 +46,14 @@ def until(condition, seconds=10.0):
 @settings(max_examples=200, deadline=None)
 @given(moves=st.lists(st.sampled_from(sorted(MOVES)), max_size=30))
 def test_every_move_is_one_of_the_table_or_an_error_that_changes_nothing(moves):
-    standing = Standing()
+    standing = RunState()
     for move in moves:
         before = standing.state
         if before in MOVES[move]:
-            assert standing.move(move) is MOVES[move][before] is standing.state
+            assert standing.transition(move) is MOVES[move][before] is standing.state
         else:
             with pytest.raises(RunError, match=f"the run is {before}"):
-                standing.move(move)
+                standing.transition(move)
             assert standing.state is before
     assert standing.active == (standing.state in ACTIVE)
 

@@ -74,7 +74,7 @@ async def test_a_disk_that_fills_up_costs_no_epoch(make_run, tmp_path, monkeypat
 async def test_a_database_that_cannot_grow_costs_no_epoch(make_run, tmp_path, caplog):
     run = make_run()
     await run.next_epoch()
-    db = run._driver.recorder.store._db
+    db = run._driver.writer.store._db
     pages = db.execute("PRAGMA page_count").fetchone()[0]
     db.execute(f"PRAGMA max_page_count = {pages}")
     seen = 1
@@ -279,8 +279,8 @@ async def test_secrets_of_a_config_are_not_in_the_folder_not_even_of_an_epoch_th
     made.config.llms |= ft.load_config({"llms": {"judge": judge, "other": other}}).llms
     await made.next_epoch()
 
-    made._driver.recorder.store.begin_epoch(1, 0.0, None)
-    made._driver.recorder.store.add_rollouts(1, made[0].collection, whole=True)
+    made._driver.writer.store.begin_epoch(1, 0.0, None)
+    made._driver.writer.store.add_rollouts(1, made[0].collection, whole=True)
     begun = RunStore.open(made.folder).partial().collection
     rollouts = begun.model_dump_json() + repr(begun.failures)
     texts = [*(text for _, text in everything_in(made.folder)), rollouts, repr(made), made._repr_html_()]

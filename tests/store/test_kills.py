@@ -210,7 +210,7 @@ def interrupted(killer, tmp_path):
     run = killed.make(tmp_path, "detached")
     assert len(run) == 0 and run.partial.metrics.trajectories == 24
     assert run.partial.selection.kept.size
-    return run, run._driver.builder.ready("trainer_adapter", "adapter")
+    return run, run._driver.components.ready("trainer_adapter", "adapter")
 
 
 async def test_a_job_that_failed_meanwhile_is_the_failed_job_of_its_epoch(killer, tmp_path):

@@ -168,7 +168,7 @@ def test_killed_with_few_checkpoints_and_while_going_back(killer, tmp_path):
     assert killer(folder=tmp_path / "straight", every=3, after=120) == {"killed": False, "code": 0}
     straight = record_of(tmp_path / "straight" / "run")
     kills = [("append", "after", 3), ("job", "after", 5)]  # in an epoch whose predecessors have no weights
-    kills += [(point, when, 1) for point in ("share", "move", "forget", "go_back") for when in ("before", "after")]
+    kills += [(point, when, 1) for point in ("share", "move", "forget", "rewind") for when in ("before", "after")]
     for point, when, nth in kills:
         assert every_third(point=point, when=when, nth=nth)["killed"], (point, when)
         longest = 0

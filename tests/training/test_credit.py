@@ -8,7 +8,7 @@ pytest.importorskip("torch")
 
 from finetune_nb.errors import BackendError
 from finetune_nb.rollouts.episodes import is_sampled, sampled_turns
-from finetune_nb.training.batch import experience, turn_advantages
+from finetune_nb.training.batch import training_batch, turn_advantages
 from finetune_nb.types import DPOItem, EpisodeItem, Trajectory, TrajectoryCollection
 
 
@@ -74,7 +74,7 @@ def test_shaped_rewards_of_zero_change_nothing():
     shaped = [t.model_copy(update={"shaped_rewards": [0.0] * len(sampled_turns(t))}) for t in plain]
 
     def learned(group):
-        found = experience(TrajectoryCollection(trajectories=[group], run_id="r"))
+        found = training_batch(TrajectoryCollection(trajectories=[group], run_id="r"))
         return [value for sequence in found.sequences() for value in sequence.advantages]
 
     assert learned(shaped) == pytest.approx(learned(plain))
@@ -83,7 +83,7 @@ def test_shaped_rewards_of_zero_change_nothing():
 
 def test_each_token_gets_the_advantage_of_its_turn_and_context_none():
     group = [rollout(1.0, 2, [1.0, 0.0]), rollout(0.0, 2, [0.0, 0.0])]
-    first, _ = experience(TrajectoryCollection(trajectories=[group], run_id="r"), scale_rewards=False).sequences()
+    first, _ = training_batch(TrajectoryCollection(trajectories=[group], run_id="r"), scale_rewards=False).sequences()
     assert first.ids == [3, 10, 4, 11]
     assert first.advantages == [0.0, 0.5, 0.0, 0.0]
 
@@ -97,6 +97,6 @@ def test_shaped_rewards_that_fit_neither_turns_nor_messages_are_refused(shaped):
 @pytest.mark.parametrize(("truncated", "trained"), [("train", 3), ("mask", 2)])
 def test_cut_episode_is_trained_on_as_configured_and_its_reward_counts_either_way(truncated, trained):
     group = [rollout(1.0, 1), rollout(0.0, 2), rollout(0.0, 1, finish_reason="length")]
-    learned = experience(TrajectoryCollection(trajectories=[group], run_id="r"), False, truncated)
+    learned = training_batch(TrajectoryCollection(trajectories=[group], run_id="r"), False, truncated)
     assert (len(learned.trajectories), learned.truncated) == (trained, 1)
     assert next(learned.sequences()).advantages[-1] == pytest.approx(2 / 3)

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 
 import finetune_nb as ft
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.engine.live_settings import Controls
+from finetune_nb.engine.live_settings import LiveSettings
 from finetune_nb.errors import ConfigError, RunError
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
 from finetune_nb.training.curriculum import group_statistics, select, steer
-from finetune_nb.training.preview import basis_of, preview
+from finetune_nb.training.preview import preview, preview_input
 from finetune_nb.types import CurriculumState, GroupReason
 
 shares = st.sampled_from([0.01, 0.1, 0.25, 0.3, 0.5, 0.7, 1.0])
@@ -39,7 +39,7 @@ groups = st.lists(st.lists(rewards, min_size=1, max_size=4), min_size=1, max_siz
 @given(groups=groups, first=curricula, before=curricula, change=curricula, seed=st.integers(0, 3))
 def test_preview_equals_what_the_engine_then_selects(groups, first, before, change, seed):
     epoch = make_epoch(groups)
-    controls = Controls(CurriculumSettings(enabled=True).updated(first))
+    controls = LiveSettings(CurriculumSettings(enabled=True).updated(first))
     state = CurriculumState(controls.curriculum.percentile)
 
     def engine_selects(index):  # as the witness and the trainer do it
@@ -47,7 +47,7 @@ def test_preview_equals_what_the_engine_then_selects(groups, first, before, chan
         chosen, resumed = controls.apply(index)
         selection = select(epoch.statistics, chosen, steer(state, chosen, index, resumed), index, seed)
         state = selection.state
-        controls.settle(selection.settings.percentile)
+        controls.note_percentile(selection.settings.percentile)
         return selection
 
     for index in range(3):
@@ -56,9 +56,9 @@ def test_preview_equals_what_the_engine_then_selects(groups, first, before, chan
         selection = engine_selects(index)
     vars(epoch).update(index=2, selection=selection)
     foreseen = preview(
-        basis_of(epoch), controls.applied, controls.curriculum, controls.curriculum.updated(change), seed
+        preview_input(epoch), controls.applied, controls.curriculum, controls.curriculum.updated(change), seed
     )
-    unchanged = preview(basis_of(epoch), controls.applied, controls.curriculum, controls.curriculum, seed)
+    unchanged = preview(preview_input(epoch), controls.applied, controls.curriculum, controls.curriculum, seed)
     if change:
         controls.change(change)
     then = engine_selects(3)
@@ -122,7 +122,7 @@ async def test_preview_says_what_is_missing_or_wrong(tmp_path, closing):
 def test_training_time_is_missing_where_nothing_was_trained():
     epoch = make_epoch([[0.0, 1.0], [0.0, 1.0]], job=None, reason="none")
     then = CurriculumSettings(enabled=True, percentile=1.0)
-    found = preview(basis_of(epoch), epoch.curriculum, epoch.curriculum, then, 0)
+    found = preview(preview_input(epoch), epoch.curriculum, epoch.curriculum, then, 0)
     assert np.isnan(found.training_seconds).all()
     assert "takes about" not in found._repr_html_()
 
@@ -130,7 +130,7 @@ def test_training_time_is_missing_where_nothing_was_trained():
 def test_without_styles_and_drawings_the_card_is_words_and_no_bare_numbers():
     epoch = make_epoch([[0.0, 1.0], [0.5, 1.0], [1.0, 1.0]])
     then = CurriculumSettings(enabled=True, percentile=0.5)
-    card = preview(basis_of(epoch), epoch.curriculum, epoch.curriculum, then, 0)._repr_html_()
+    card = preview(preview_input(epoch), epoch.curriculum, epoch.curriculum, then, 0)._repr_html_()
     bare = re.sub(r"<style>.*?</style>", "", card)
     lines = [line.strip() for line in re.sub(r"<[^>]*>", "\n", re.sub(r"</?(span|strong)[^>]*>", "", bare)).split("\n")]
     before_the_table = lines[: lines.index("trained on")]
@@ -142,11 +142,11 @@ def test_without_styles_and_drawings_the_card_is_words_and_no_bare_numbers():
 def test_card_escapes_nothing_unsafe_and_is_small_whatever_the_rewards_are():
     wild = [[math.inf, 0.0], [math.nan, math.nan], [-1e300, 1e300], [0.0, 1e-300], [5.0, 5.0]]
     epoch = make_epoch(wild)
-    card = preview(basis_of(epoch), epoch.curriculum, epoch.curriculum, epoch.curriculum, 0)._repr_html_()
+    card = preview(preview_input(epoch), epoch.curriculum, epoch.curriculum, epoch.curriculum, 0)._repr_html_()
     assert "NaN" not in card and len(card) < 20_000
     none = make_epoch([])
     assert (
         "no group has a finite reward"
-        in preview(basis_of(none), none.curriculum, none.curriculum, none.curriculum, 0)._repr_html_()
+        in preview(preview_input(none), none.curriculum, none.curriculum, none.curriculum, 0)._repr_html_()
     )
     assert len(group_statistics([])) == 0

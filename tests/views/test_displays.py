@@ -13,7 +13,7 @@ from agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.notebook.display import ProgressLine
-from finetune_nb.notebook.panel import Panel, Still
+from finetune_nb.notebook.panel import Panel, StaticPanel
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
 from finetune_nb.types import RolloutFailure
 
@@ -62,10 +62,10 @@ def shown(tmp_path, closing, monkeypatch) -> list[Any]:
 
     first, second = run("first"), run("second")
     still = first.panel()
-    monkeypatch.setattr("finetune_nb.notebook.panel.is_seen", lambda: True)
+    monkeypatch.setattr("finetune_nb.notebook.panel.has_frontend", lambda: True)
     panel = first.panel()
     panel.close()
-    assert isinstance(still, Still) and isinstance(panel, Panel)
+    assert isinstance(still, StaticPanel) and isinstance(panel, Panel)
     return [
         first,
         first.config,

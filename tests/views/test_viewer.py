@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from finetune_nb.analysis.reasons import REASONS
 from finetune_nb.config import CurriculumSettings
-from finetune_nb.llms.call_recorder import Episode
+from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.notebook.panel_html import record_html
 from finetune_nb.text import plain
 from finetune_nb.types import (
@@ -151,7 +151,7 @@ def test_records_show_themselves() -> None:
 def test_a_failed_rollout_shows_its_error_and_the_conversation_until_then() -> None:
     call = LLMCall(None, 0, "llm", [{"role": "user", "content": "2+2"}], None, {"role": "assistant", "content": "um"},
                    None, None, None, None, "stop", 0, SamplingParams(), 0.1, True)  # fmt: skip
-    steps = Episode(EpisodeKey("train", 0, 1, 3), calls=[call]).steps()
+    steps = CallRecorder(EpisodeKey("train", 0, 1, 3), calls=[call]).steps()
     shown = text_of(failure_html(RolloutFailure("q1", 3, "TimeoutError: 30 s", steps)))
     for part in ("example q1 · generation 3 · failed", "TimeoutError: 30 s", "1 model call until", "user 2+2", "um"):
         assert part in shown

@@ -111,9 +111,9 @@ async def adapter(backend):
 def test_importing_art_leaves_transformers_as_it_is():
     from transformers import masking_utils
 
-    from finetune_nb.backends.import_guard import put_transformers_back
+    from finetune_nb.backends.import_guard import restore_transformers
 
-    put_transformers_back()  # as the adapter does when it imports art
+    restore_transformers()  # as the adapter does when it imports art
     assert masking_utils._preprocess_mask_arguments.__module__ == "transformers.masking_utils"
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 import finetune_nb as ft
-from finetune_nb.engine.run_writer import Recorder
+from finetune_nb.engine.run_writer import RunWriter
 from finetune_nb.examples import calculator
 
 
@@ -35,7 +35,7 @@ def main(folder, address, until):
         assert "torch" not in sys.modules  # the model is the actor's business
         return
     if until == "unrecorded":
-        Recorder.submitted = die
+        RunWriter.on_submitted = die
     run.start(epochs=2)
     while not (run._driver.progress.trained if until == "job" else len(run)):
         time.sleep(0.05)

@@ -83,7 +83,7 @@ async def test_killed_worker_loses_nothing(ray, tmp_path, closing):
     whole = asyncio.create_task(run.next_epoch())
     while not whole.done():
         await asyncio.sleep(0.05)
-        executor = driver.builder.ready("executor", "ray")
+        executor = driver.components.ready("executor", "ray")
         if not killed and executor is not None and driver.progress.done > 10:
             pid = ray.get(executor._workers[0].actor.pid.remote(), timeout=30)
             os.kill(pid, signal.SIGKILL)
@@ -128,7 +128,7 @@ async def test_abort_ends_the_rollouts_on_the_workers_and_the_next_epoch_begins(
     await run.wait_async()
     assert time.monotonic() - began < 5
     assert len(run) == 0
-    executor = run._driver.builder.ready("executor", "ray")
+    executor = run._driver.components.ready("executor", "ray")
     assert sum(worker.load for worker in executor._workers) == 0
     assert (await run.rollout(example=1)).reward == 1.0
 
@@ -144,7 +144,7 @@ async def test_thousand_short_rollouts_take_at_most_a_third_longer_than_the_idea
 
     run = closing(make(tmp_path, "ray", sleep, lambda item: 1.0, rows=2, max_concurrency=64))
     await run.rollout(example=0)
-    executor = run._driver.builder.ready("executor", "ray")
+    executor = run._driver.components.ready("executor", "ray")
     item = EvalInputItem(id=0, input_obj="q", expected_output_obj="", full_dataset_entry={})
     requests = [RolloutRequest(EpisodeKey("train", 0, n, 0), item) for n in range(1000)]
 

@@ -24,7 +24,7 @@ from ...hooks import resolve
 from ...redaction import error_text
 from ...training.jobs import JobAdapter, check_exact
 from ...types import TrainingJobRef, TrajectoryCollection
-from ..import_guard import keeping_others
+from ..import_guard import undo_side_effects
 from .job import ArtJob
 from .trajectories import art_groups
 
@@ -81,7 +81,7 @@ class OpenPipeArtAdapter(JobAdapter[ArtJob]):
         if self.model is not None:
             return
         try:
-            with keeping_others():
+            with undo_side_effects():
                 trainable_model = resolve("art:TrainableModel")
         except ImportError as error:
             raise MissingExtra("the training backend openpipe_art", "art") from error

@@ -16,9 +16,9 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from ...errors import BackendError
-from ...llms.call_recorder import Episode
+from ...llms.call_recorder import CallRecorder
 from ...llms.chat_tokenizer import ChatTokenizer
-from ...rollouts.episodes import episode_of
+from ...rollouts.episodes import episode_from_calls
 from ...types import EpisodeKey, EvalInputItem, LLMCall, SamplingParams, Trajectory, TrajectoryCollection
 
 __all__ = [
@@ -114,10 +114,10 @@ def collection_of(
             turns, unknown = turns + len(calls), unknown + sum(not call.exact for call in calls)
             numbered = [replace(call, sequence=i) for i, call in enumerate(calls)]
             item = EvalInputItem.model_construct(
-                id=f"group {g}", trajectory=Episode(EpisodeKey("train", 0, g, n), calls=numbered).steps()
+                id=f"group {g}", trajectory=CallRecorder(EpisodeKey("train", 0, g, n), calls=numbered).steps()
             )
             try:
-                episode, version = episode_of(item)
+                episode, version = episode_from_calls(item)
             except ValueError as error:
                 raise BackendError(f"{where}: {error}") from None
             metadata = {"id": item.id, "generation": n, "run_id": run_id, "policy_version": version}

@@ -17,7 +17,7 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
 from ...errors import BackendError, ConfigError
-from ...llms.call_recorder import Episode
+from ...llms.call_recorder import CallRecorder
 from ...llms.client import PolicyLLM
 from ...llms.gateway import Endpoint, Gateway, sample
 from ...llms.openai_wire import Refused, WireRequest
@@ -103,7 +103,7 @@ class ArtServer:
         version = self.policy.version
         name = f"{self.model.name if self.model else 'policy'}@{version}"
         number = sum(endpoint.episode.key.epoch == version for endpoint in self._endpoints)
-        episode = Episode(EpisodeKey("train", version, number, 0), self.adapter.seed)
+        episode = CallRecorder(EpisodeKey("train", version, number, 0), self.adapter.seed)
         endpoint = Endpoint(name, episode, PolicyLLM(self.policy, name, self.sampling), cast(Gateway, self))
         self._endpoints.append(endpoint)
         return endpoint

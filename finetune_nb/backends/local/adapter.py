@@ -19,7 +19,7 @@ from ...components.registry import register_trainer_adapter
 from ...config.sections import FinetuneConfig
 from ...errors import BackendError, FinetuneError, MissingExtra
 from ...redaction import redacting_logger
-from ...training.batch import experience
+from ...training.batch import training_batch
 from ...training.jobs import JobAdapter, TrainingJob, check_exact, check_versions
 from ...types import TrainingJobRef, TrajectoryCollection
 from .config import LocalGRPOConfig, LoRAConfig
@@ -112,13 +112,13 @@ class LocalGRPOAdapter(JobAdapter[TrainingJob]):
         """Starts a job. Raises StalePolicy for trajectories of older weights, BackendError or MissingLogprobs for those
         that cannot be trained on; nothing is then started."""
         policy, learner = await asyncio.to_thread(self._load)
-        from .memory import give_back  # both need torch, which is known to be there by now
+        from .memory import trim_heap  # both need torch, which is known to be there by now
         from .training import TrainingReport
 
         config = self.adapter_config
         check_versions(trajectories, policy.version, config.max_staleness)
         check_exact((t for group in trajectories.trajectories for t in group), config.allow_inexact)
-        learned = experience(trajectories, config.scale_rewards, config.truncated)
+        learned = training_batch(trajectories, config.scale_rewards, config.truncated)
         learner.check(learned)
         planned = self._planned_epochs()
         report = TrainingReport()
@@ -134,14 +134,14 @@ class LocalGRPOAdapter(JobAdapter[TrainingJob]):
                 check_versions(
                     trajectories, policy.version, config.max_staleness
                 )  # a job before this one may have trained
-                give_back()  # what sampling has left
+                trim_heap()  # what sampling has left
                 try:
                     learner.train(learned, rng, report, job.stepped, job.stopped, number - 1, planned)
                 finally:
                     self._trained = number
                     policy.version += bool(report.steps)
                     job.policy_version = policy.version
-                    give_back()
+                    trim_heap()
 
         job.start(train)
         return job.ref

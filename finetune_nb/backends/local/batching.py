@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from ...errors import BackendError, FinetuneError
 from ...redaction import redacting_logger
-from ...threads import leaving, start_daemon
+from ...threads import interpreter_exiting, start_daemon
 from ...types import EpisodeKey, Sample, SamplingParams
 
 __all__ = [
@@ -153,7 +153,7 @@ class Batcher:
             with self._changed:
                 deadline = time.monotonic() + IDLE_SECONDS
                 while not (batch := self._take(time.monotonic())):
-                    if leaving.is_set() or (not self._pending and time.monotonic() >= deadline):
+                    if interpreter_exiting.is_set() or (not self._pending and time.monotonic() >= deadline):
                         self._worker = None
                         return
                     self._changed.wait(self._seconds_until_due(time.monotonic()) if self._pending else IDLE_SECONDS)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ...redaction import redact_text, redacting_logger
-from ...store.durable import Seal, file_in, published, seal
+from ...store.durable import FileDigest, atomic_directory, digest_of, plain_file
 from .lora import as_trained, settings_of
 from .training import Learner
 from .weights import (
@@ -107,7 +107,7 @@ class Manifest(BaseModel):
     """Training jobs so far: the next one's order of trajectories is drawn by seed and this."""
     torch: str
     transformers: str
-    files: dict[FileName, Seal]
+    files: dict[FileName, FileDigest]
 
 
 class Checkpoints:
@@ -115,7 +115,7 @@ class Checkpoints:
 
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
-        self._stored_reference: tuple[Path, Seal] | None = None
+        self._stored_reference: tuple[Path, FileDigest] | None = None
         self._fingerprints: dict[str, str | None] = {}
 
     # ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -128,8 +128,8 @@ class Checkpoints:
         """
         learner, model = self.learner, self.learner.policy.model
         linked = 0
-        with published(directory, MANIFEST) as unfinished:
-            seals: dict[FileName, Seal] = {
+        with atomic_directory(directory, MANIFEST) as unfinished:
+            seals: dict[FileName, FileDigest] = {
                 WEIGHTS: _write(unfinished / WEIGHTS, trained_tensors(model), widen=True),
                 OPTIMIZER: _write(
                     unfinished / OPTIMIZER,
@@ -157,7 +157,7 @@ class Checkpoints:
             )
             text = json.dumps(manifest.model_dump(), indent=1, sort_keys=True) + "\n"
             (unfinished / MANIFEST).write_text(text, encoding="utf-8")
-            written = sum(s.bytes for s in seals.values()) - linked + seal(unfinished / MANIFEST).bytes
+            written = sum(s.bytes for s in seals.values()) - linked + digest_of(unfinished / MANIFEST).bytes
         if REFERENCE in seals:
             self._stored_reference = (directory / REFERENCE, seals[REFERENCE])
         return written
@@ -183,14 +183,14 @@ class Checkpoints:
             self._fingerprints["frozen"] = fingerprint(frozen_tensors(self.learner.policy.model))
         return self._fingerprints["frozen"]
 
-    def _link_reference(self, path: Path) -> Seal | None:
+    def _link_reference(self, path: Path) -> FileDigest | None:
         """The stored reference under one more name; None where that is not possible, or it is not what it was."""
         if self._stored_reference is None:
             return None
         stored, expected = self._stored_reference
         try:
             os.link(stored, path, follow_symlinks=False)
-            if file_in(path.parent, path.name) and seal(path) == expected:
+            if plain_file(path.parent, path.name) and digest_of(path) == expected:
                 return expected
             logger.warning("%s has changed since it was written; the checkpoint gets a copy of its own", stored)
             path.unlink()
@@ -261,7 +261,7 @@ class Checkpoints:
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], widen: bool = False) -> Seal:
+def _write(path: Path, tensors: Mapping[str, Tensor], widen: bool = False) -> FileDigest:
     """widen: floating point tensors are written as float32 at least, which loses nothing."""
     on_cpu = {}
     for name, tensor in tensors.items():
@@ -271,15 +271,15 @@ def _write(path: Path, tensors: Mapping[str, Tensor], widen: bool = False) -> Se
         save_file(on_cpu, path)
     except safetensors.SafetensorError as error:  # so it reports a full disk, too
         raise OSError(f"{path}: {error}") from error
-    return seal(path)
+    return digest_of(path)
 
 
 def _read(directory: Path, name: FileName, manifest: Manifest) -> dict[str, Tensor]:
     """Copies of the tensors, so that the file may go or change while they are in use."""
-    path = file_in(directory, name)
+    path = plain_file(directory, name)
     expected = manifest.files.get(name)
     try:
-        found = seal(path)
+        found = digest_of(path)
         if found != expected:
             raise BackendError(
                 f"{path} is damaged or not of this checkpoint: {found.bytes} bytes with SHA-256 {found.sha256[:12]}…, "
@@ -293,7 +293,7 @@ def _read(directory: Path, name: FileName, manifest: Manifest) -> dict[str, Tens
 
 
 def _manifest(directory: Path) -> Manifest:
-    path = file_in(directory, MANIFEST)
+    path = plain_file(directory, MANIFEST)
     try:
         if path.stat().st_size > LONGEST_MANIFEST:
             raise ValueError(f"it has {path.stat().st_size} bytes, ours at most {LONGEST_MANIFEST}")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 __all__ = [
-    "give_back",
+    "trim_heap",
     "largest_that_fits",
     "ran_out",
 ]
@@ -34,7 +34,7 @@ def largest_that_fits(rows: int, attempt: Callable[[int], None]) -> int:
     attempt: does the work of that many rows, and throws the result away.
     """
     while rows := rows // 2:
-        free()
+        free_device_memory()
         try:
             attempt(rows)
         except Exception as error:
@@ -42,11 +42,11 @@ def largest_that_fits(rows: int, attempt: Callable[[int], None]) -> int:
                 raise
         else:
             break
-    free()
+    free_device_memory()
     return rows
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Returns to the system what has been freed. glibc keeps it for the thread that freed it, and every job has a thread of
     its own: without this a process grew by a gigabyte an epoch (measured with SmolLM2-135M). Nothing elsewhere."""
     trim = _malloc_trim()
@@ -62,7 +62,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
         return None
 
 
-def free() -> None:
+def free_device_memory() -> None:
     """Gives back what a failed pass has left: tensors in the frames of its error, and the device's cache."""
     gc.collect()
     if torch.cuda.is_available():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...llms.chat_tokenizer import ChatTokenizer, check_prompt
-from ...threads import leaving
+from ...threads import interpreter_exiting
 from ...types import EpisodeKey, Sample, SamplingParams
 from . import models
 from .batching import Batcher, Request
@@ -161,7 +161,9 @@ class LocalPolicy(ChatTokenizer):
 
     def _sample_batch(self, batch: list[Request]) -> None:
         rows = [SampleRequest(r.ids, r.params, r.seed, r.future.cancelled) for r in batch]
-        with self.exclusive.hold(lambda: leaving.is_set() or all(r.future.cancelled() for r in batch)) as alone:
+        with self.exclusive.hold(
+            lambda: interpreter_exiting.is_set() or all(r.future.cancelled() for r in batch)
+        ) as alone:
             asked = [row for row in rows if not row.gone()]
             if not alone or not asked:
                 return
@@ -171,7 +173,7 @@ class LocalPolicy(ChatTokenizer):
                 end_ids=self._end_ids,
                 pad_id=self.tokenizer.pad_token_id or 0,
                 text=functools.partial(self.tokenizer.decode, skip_special_tokens=False),
-                stopped=leaving.is_set,
+                stopped=interpreter_exiting.is_set,
             )
         for request, row in zip(batch, rows, strict=True):
             if row.ended is not None:

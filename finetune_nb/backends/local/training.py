@@ -1,4 +1,4 @@
-"""The learner: takes optimizer steps on a policy's weights from given experience, and refuses what would not teach this
+"""The learner: takes optimizer steps on a policy's weights from given training_batch, and refuses what would not teach this
 policy. Jobs, threads and status are the adapter's. AdamW's state lives as long as the learner, that is over epochs.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError, ConfigError
-from ...training.batch import Experience, TokenSequence
+from ...training.batch import TokenSequence, TrainingBatch
 from ...training.metrics import mean
 from ...types import MessageKey
 from .config import LocalGRPOConfig
@@ -116,7 +116,7 @@ class Learner:
         # Layers that compute their activations again let go of the keys and values that sharing needs.
         self._shares = can_share(policy.model) and not config.gradient_checkpointing
 
-    def check(self, experience: Experience) -> None:
+    def check(self, experience: TrainingBatch) -> None:
         """Raises BackendError for sequences that this model cannot hold."""
         vocabulary, longest = self.policy.vocabulary, self.policy.longest
         for sequence in experience.sequences():
@@ -133,7 +133,7 @@ class Learner:
 
     def train(
         self,
-        experience: Experience,
+        experience: TrainingBatch,
         rng: np.random.Generator,
         report: TrainingReport,
         stepped: Callable[[], None] = lambda: None,

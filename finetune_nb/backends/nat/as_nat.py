@@ -44,9 +44,9 @@ from ...interfaces import Policy
 from ...rollouts.trajectory_builder import EvalTrajectoryBuilderConfig
 from ...training.trainer import EpochTrainer, EpochTrainerConfig
 from ...types import SamplingParams
-from ..import_guard import put_transformers_back
+from ..import_guard import restore_transformers
 from ..local.config import LocalGRPOConfig
-from .bridges import NatAdapter, NatBuilder, ours_of
+from .bridges import NatAdapter, NatBuilder, unwrap
 from .conversion import collection_from_nat, collection_to_nat, ref_from_nat, ref_to_nat, status_to_nat
 from .evaluation import EvaluatingBuilder, Evaluations, SharedLLM, finetuning_from_nat, without_itself
 
@@ -143,7 +143,7 @@ class OursAsNatAdapter(NatAdapterBase):
 
     async def initialize(self, run_config: Any) -> None:
         await super().initialize(run_config)
-        put_transformers_back()  # the Toolkit has imported every plugin by now
+        restore_transformers()  # the Toolkit has imported every plugin by now
         await self.ours.initialize(finetuning_from_nat(run_config))
         self.initialized = True
 
@@ -204,7 +204,7 @@ class OursAsNatTrainer(NatTrainerBase):
         for component in (self.trajectory_builder, self.trainer_adapter):
             await component.initialize(run_config)
         builder, adapter = self.trajectory_builder, self.trainer_adapter
-        await self.ours.bind_components(ours_of(builder, NatBuilder), ours_of(adapter, NatAdapter))
+        await self.ours.bind_components(unwrap(builder, NatBuilder), unwrap(adapter, NatAdapter))
         await self.ours.initialize(finetuning_from_nat(run_config))
         self._curriculum_state = self.ours._curriculum_state
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...config.sections import FinetuneConfig
-from ...hooks import observe, resolve
+from ...hooks import resolve, wrap_method
 from ...interfaces import TrainerAdapter, TrajectoryBuilder
 from ...rollouts.evaluation import progress
 from ...types import (
@@ -38,8 +38,8 @@ from .conversion import (
 __all__ = [
     "NatAdapter",
     "NatBuilder",
-    "named_in",
-    "ours_of",
+    "is_one_of",
+    "unwrap",
 ]
 
 POLLS_ITSELF = {"nat.plugins.openpipe.trainer_adapter.ARTTrainerAdapter"}
@@ -48,7 +48,7 @@ nothing."""
 POLL_SECONDS = 0.1
 
 
-def named_in(component: Any, table: set[str]) -> bool:
+def is_one_of(component: Any, table: set[str]) -> bool:
     """Whether a component's class, or one that it is made from, stands in a table."""
     return any(f"{kind.__module__}.{kind.__qualname__}" in table for kind in type(component).__mro__)
 
@@ -62,7 +62,7 @@ class NatBuilder(TrajectoryBuilder):
         self._ask_start, self._ask_finalize = nat.start_run, nat.finalize
         default = resolve("nat.finetuning.interfaces.trajectory_builder:TrajectoryBuilder").run_eval
         if getattr(type(nat), "run_eval", None) is default:
-            observe(nat, "run_eval", self._counted)
+            wrap_method(nat, "run_eval", self._counted)
         self._known: dict[int, tuple[Any, Trajectory]] = {}  # by id of the Toolkit's trajectory, which is kept with it
         self._theirs: Any = None
 
@@ -111,15 +111,15 @@ class NatBuilder(TrajectoryBuilder):
         self._known.clear()
         self._theirs = None
 
-    def lead_through(self) -> None:
+    def route_through_bridge(self) -> None:
         """From now on whoever asks the Toolkit's builder asks this one."""
 
         async def finalize(_: Any, run_id: str, meta: dict | None = None) -> Any:
             await self.finalize(run_id=run_id, meta=meta)
             return self._theirs
 
-        observe(self.nat, "start_run", lambda _, run_id, meta=None: self.start_run(run_id=run_id, meta=meta))
-        observe(self.nat, "finalize", finalize)
+        wrap_method(self.nat, "start_run", lambda _, run_id, meta=None: self.start_run(run_id=run_id, meta=meta))
+        wrap_method(self.nat, "finalize", finalize)
 
     def log_progress(self, run_id: str, metrics: dict[str, Any], output_dir: str | None = None) -> None:
         self.nat.log_progress(run_id, metrics, output_dir)
@@ -189,7 +189,7 @@ class NatAdapter(TrainerAdapter):
         job = _job_of(ref)
         if job in self._ended:
             return self._ended[job]
-        if named_in(self.nat, POLLS_ITSELF):
+        if is_one_of(self.nat, POLLS_ITSELF):
             poll_interval = min(poll_interval, POLL_SECONDS)
         return self._keep(job, status_from_nat(await self._ask_wait(_plain(ref), poll_interval)))
 
@@ -204,7 +204,7 @@ class NatAdapter(TrainerAdapter):
         if task is not None:
             task.cancel()
 
-    def lead_through(self) -> None:
+    def route_through_bridge(self) -> None:
         """From now on whoever asks the Toolkit's adapter asks this one."""
 
         async def submit(_: Any, trajectories: Any) -> Any:
@@ -221,8 +221,8 @@ class NatAdapter(TrainerAdapter):
         async def wait_until_complete(_: Any, ref: Any, poll_interval: float = 10.0) -> Any:
             return status_to_nat(await self.wait_until_complete(self.ours(ref), poll_interval))
 
-        observe(self.nat, "submit", submit)
-        observe(self.nat, "wait_until_complete", wait_until_complete)
+        wrap_method(self.nat, "submit", submit)
+        wrap_method(self.nat, "wait_until_complete", wait_until_complete)
 
     def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
         self.nat.log_progress(_plain(ref), metrics, output_dir)
@@ -252,7 +252,7 @@ def _plain(ref: TrainingJobRef) -> Any:
     return ref_to_nat(ref.model_copy(update={"metadata": metadata or None}))
 
 
-def ours_of(component: Any, bridge: Callable[[Any], Any]) -> Any:
+def unwrap(component: Any, bridge: Callable[[Any], Any]) -> Any:
     """The component of ours that one of the Toolkit's holds (ours.py), else a bridge to it."""
     held = getattr(component, "ours", None)
     return bridge(component) if held is None else held

@@ -20,9 +20,9 @@ from nat.plugins.eval.runtime.evaluate import EvaluationRun as NatEvaluationRun
 
 from ...config.sections import FinetuneConfig, FinetuneRunConfig
 from ...errors import RunError
-from ...hooks import observe
+from ...hooks import wrap_method
 from ...interfaces import Policy
-from ...llms.call_recorder import Episode
+from ...llms.call_recorder import CallRecorder
 from ...llms.client import PolicyLLM
 from ...llms.gateway import Endpoint, gateway
 from ...rollouts.evaluation import evaluation_context, progress
@@ -59,7 +59,7 @@ class Evaluations:
     """The addresses that were given out in one evaluation, and what was asked there."""
 
     def __init__(self) -> None:
-        self._episodes: dict[str, Episode] = {}
+        self._episodes: dict[str, CallRecorder] = {}
 
     @classmethod
     @contextmanager
@@ -79,7 +79,7 @@ class Evaluations:
         context, evaluation = evaluation_context.get(), _current.get()
         # The same key would sample the same replies again, and a builder that is not ours says nothing of itself.
         number = next(_numbers) if evaluation is None else len(evaluation._episodes)
-        episode = Episode(EpisodeKey(context.phase, context.epoch, number, context.generation), seed)
+        episode = CallRecorder(EpisodeKey(context.phase, context.epoch, number, context.generation), seed)
         endpoint = gateway().endpoint(episode, llm)
         if evaluation is not None:
             evaluation._episodes[endpoint.id] = episode
@@ -122,7 +122,7 @@ class EvaluationRun(NatEvaluationRun):
                     ended += 1
                     meter.done += 1
 
-        observe(session_manager, "session", session)
+        wrap_method(session_manager, "session", session)
         meter.total += len(items)
         await super().run_workflow_local(session_manager, http_connection)
         meter.done += len(items) - ended  # not begun, because another one failed

@@ -18,7 +18,7 @@ from typing import Any
 from ...errors import ConfigError, MissingExtra
 from ...hooks import resolve
 from ...redaction import is_text, names_credential, plain_data, redact_text, remember_secret
-from ..import_guard import keeping_others
+from ..import_guard import undo_side_effects
 
 __all__ = [
     "Opened",
@@ -121,7 +121,7 @@ async def open_config(
     """
     tree = read_config(path, override)
     finetuning_section(tree, path)
-    with keeping_others():
+    with undo_side_effects():
         from nat.builder.workflow_builder import WorkflowBuilder
         from nat.data_models.config import Config
         from nat.data_models.finetuning import FinetuneRunConfig

@@ -16,7 +16,7 @@ from ...components.builder import Builder
 from ...components.registry import register_trainer, register_trainer_adapter, register_trajectory_builder
 from ...config.base import RewardFunctionConfig, TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
 from ...errors import ConfigError
-from .bridges import NatAdapter, NatBuilder, ours_of
+from .bridges import NatAdapter, NatBuilder, unwrap
 from .opening import finetuning_section, open_config, read_config
 from .trainer import NatTrainer
 
@@ -135,7 +135,7 @@ async def nat_trainer(config: NatTrainerConfig, builder: Builder):
             trainer = opened.trainer.ours
             reward = opened.finetuning.reward_function
             trainer.reward = reward and RewardFunctionConfig(name=reward.name)
-            await trainer.bind_components(ours_of(opened.builder, NatBuilder), ours_of(opened.adapter, NatAdapter))
+            await trainer.bind_components(unwrap(opened.builder, NatBuilder), unwrap(opened.adapter, NatAdapter))
             yield trainer
         else:
             trajectory_builder = NatBuilder(opened.builder)

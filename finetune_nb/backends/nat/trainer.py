@@ -10,11 +10,11 @@ from typing import Any
 
 from ...config.sections import CurriculumLearningConfig, FinetuneConfig
 from ...errors import BackendError
-from ...hooks import observe
+from ...hooks import wrap_method
 from ...interfaces import Trainer
 from ...redaction import redact_text, redacting_logger
 from ...types import TrainingJobRef, TrainingJobStatus, TrajectoryCollection
-from .bridges import NatAdapter, NatBuilder, named_in
+from .bridges import NatAdapter, NatBuilder, is_one_of
 from .conversion import collection_from_nat, collection_to_nat, status_from_nat
 
 __all__ = [
@@ -36,13 +36,13 @@ class NatTrainer(Trainer):
         self.nat, self._finetuning = nat, finetuning
         super().__init__(nat.trainer_config)
         self.trajectory_builder, self.trainer_adapter = builder, adapter
-        self.trains_in_run = named_in(nat, TRAINS_IN_RUN)
+        self.trains_in_run = is_one_of(nat, TRAINS_IN_RUN)
         self._ask_log, self._ask_validation = nat.log_progress, nat.run_validation_evaluation
         self._validated: dict[str, Any] = {}
-        builder.lead_through()
-        adapter.lead_through()
-        observe(nat, "log_progress", lambda _, *args, **kwargs: self.log_progress(*args, **kwargs))
-        observe(nat, "run_validation_evaluation", self._lead_validation)
+        builder.route_through_bridge()
+        adapter.route_through_bridge()
+        wrap_method(nat, "log_progress", lambda _, *args, **kwargs: self.log_progress(*args, **kwargs))
+        wrap_method(nat, "run_validation_evaluation", self._lead_validation)
 
     @property
     def shown_as(self) -> str:

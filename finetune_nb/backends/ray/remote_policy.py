@@ -12,7 +12,7 @@ from typing import Any
 
 from ...llms.chat_tokenizer import ChatTokenizer
 from ...types import EpisodeKey, Sample, SamplingParams
-from .trainer_actor import Face, Standing
+from .trainer_actor import Face, RunState
 
 __all__ = [
     "RemotePolicy",
@@ -21,20 +21,20 @@ __all__ = [
 
 class RemotePolicy(ChatTokenizer):
     """ask: a method of the actor and its arguments -> its answer, on any event loop. get: the same for threads that may
-    wait, with the Standing that came with it. in_doubt: whether the weights may be others than those that the last answer
+    wait, with the RunState that came with it. in_doubt: whether the weights may be others than those that the last answer
     spoke of."""
 
     def __init__(
         self,
         face: Face,
         ask: Callable[..., Awaitable[Any]],
-        get: Callable[[str], tuple[Any, Standing]],
+        get: Callable[[str], tuple[Any, RunState]],
         in_doubt: Callable[[], bool],
     ) -> None:
         self._show(face)
         self._ask, self._get, self._in_doubt = ask, get, in_doubt
         self._actor = 0
-        self._standing = Standing(-1, 0)
+        self._standing = RunState(-1, 0)
         self._hearing = threading.Lock()
 
     def _show(self, face: Face) -> None:
@@ -54,9 +54,9 @@ class RemotePolicy(ChatTokenizer):
         self._show(face)
         with self._hearing:
             self._actor += 1
-            self._standing = Standing(-1, 0)
+            self._standing = RunState(-1, 0)
 
-    def heard(self, standing: Standing) -> None:
+    def heard(self, standing: RunState) -> None:
         """What came with an answer; one that was overtaken by a newer one says nothing."""
         with self._hearing:
             self._standing = max(self._standing, standing)

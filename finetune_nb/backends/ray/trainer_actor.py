@@ -25,14 +25,14 @@ from .worker import versions
 
 __all__ = [
     "Face",
-    "Standing",
+    "RunState",
     "TrainerActor",
 ]
 
 UNENDED = (TrainingStatusEnum.PENDING, TrainingStatusEnum.RUNNING)
 
 
-class Standing(NamedTuple):
+class RunState(NamedTuple):
     """Which weights the actor has now; goes back with every answer."""
 
     weights_id: int
@@ -82,7 +82,7 @@ class TrainerActor:
     async def pid(self) -> int:
         return os.getpid()
 
-    async def open(self) -> tuple[Face, Standing]:
+    async def open(self) -> tuple[Face, RunState]:
         """Makes the adapter and loads its model, once. Raises what they raise."""
         async with self._opening:
             if self._adapter is None:
@@ -99,14 +99,14 @@ class TrainerActor:
 
     # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def ask(self, method: str, *args: Any) -> tuple[Any, Standing]:
+    async def ask(self, method: str, *args: Any) -> tuple[Any, RunState]:
         """The answer of an adapter's method, and which weights are there behind it."""
         answer = await getattr(self._adapter, method)(*args)
         return answer, self._standing()
 
     async def submit(
         self, trajectories: TrajectoryCollection, settings: Mapping[str, Any]
-    ) -> tuple[TrainingJobRef, Standing]:
+    ) -> tuple[TrainingJobRef, RunState]:
         """Starts a job, with the settings that may have been changed since the last one."""
         for name, value in settings.items():
             setattr(self._adapter.adapter_config, name, value)
@@ -114,31 +114,31 @@ class TrainerActor:
         self._jobs.append(ref)
         return ref, self._standing()
 
-    async def at_work(self) -> tuple[bool, Standing]:
+    async def at_work(self) -> tuple[bool, RunState]:
         """Whether a job has not ended."""
         stand = [await self._adapter.status(ref) for ref in self._jobs]
         return any(status.status in UNENDED for status in stand), self._standing()
 
-    def _standing(self) -> Standing:
+    def _standing(self) -> RunState:
         policy = self._adapter.policy
-        return Standing(policy.weights_id, policy.version)
+        return RunState(policy.weights_id, policy.version)
 
     # ── the policy ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> tuple[Sample, Standing]:
+    async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> tuple[Sample, RunState]:
         return await self._adapter.policy.sample(ids, params, seed), self._standing()
 
-    async def replica(self) -> tuple[list[Any], Standing]:
+    async def replica(self) -> tuple[list[Any], RunState]:
         """Object ref of a function that makes a replica, in a list: Ray would fetch what a bare one stands for."""
         return [await self._put(self._adapter.policy.replica)], self._standing()
 
-    async def weights(self) -> tuple[list[Any], Standing]:
+    async def weights(self) -> tuple[list[Any], RunState]:
         """Object ref of what training changes, in a list, and which weights these are."""
         policy, found = self._adapter.policy, []
 
         def take() -> Any:
             weights_id, version, weights = policy.weights()
-            found.append(Standing(weights_id, version))
+            found.append(RunState(weights_id, version))
             return weights
 
         ref = await self._put(take)

@@ -25,7 +25,7 @@ from ...redaction import known_secrets, redact_text
 from ...threads import in_daemon_thread
 from .cluster import NAMESPACE, connect, greet, require, trainer_resources, workers_at_least
 from .remote_policy import RemotePolicy
-from .trainer_actor import Standing, TrainerActor
+from .trainer_actor import RunState, TrainerActor
 from .worker import versions
 
 __all__ = [
@@ -159,7 +159,7 @@ class TrainerLink:
         except Exception as error:
             raise self._meant(error) from None
 
-    def _get(self, method: str) -> tuple[Any, Standing]:
+    def _get(self, method: str) -> tuple[Any, RunState]:
         """For threads that may wait."""
         try:
             answer, standing = self.ray.get(getattr(self._actor, method).remote())

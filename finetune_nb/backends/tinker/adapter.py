@@ -22,7 +22,7 @@ from ...errors import BackendError, FinetuneError, MissingExtra
 from ...llms.chat_tokenizer import load_tokenizer
 from ...redaction import redact_text, redacting_logger
 from ...threads import in_daemon_thread
-from ...training.batch import Experience, experience
+from ...training.batch import TrainingBatch, training_batch
 from ...training.jobs import JobAdapter, TrainingJob, check_exact, check_versions
 from ...types import TrainingJobRef, TrajectoryCollection
 from .config import TinkerConfig
@@ -100,7 +100,7 @@ class TinkerAdapter(JobAdapter[TrainingJob]):
         policy, config = await in_daemon_thread(lambda: self.policy), self.adapter_config
         check_versions(trajectories, policy.version, config.max_staleness)
         check_exact((t for group in trajectories.trajectories for t in group), config.allow_inexact)
-        learned = experience(trajectories, config.scale_rewards, config.truncated)
+        learned = training_batch(trajectories, config.scale_rewards, config.truncated)
         check(learned, self._service.longest)
         job = TrainingJob(
             trajectories.run_id, "tinker", policy.version, learned, TinkerReport(), before=self._newest_job()
@@ -122,7 +122,7 @@ class TinkerAdapter(JobAdapter[TrainingJob]):
         job.start(work)
         return job.ref
 
-    def _train(self, job: TrainingJob, learned: Experience, number: int) -> TinkerReport:
+    def _train(self, job: TrainingJob, learned: TrainingBatch, number: int) -> TinkerReport:
         """The job's steps, begun again from the weights before them as often as `retries` says. Raises BackendError, and
         the policy is then what it was."""
         service, config, version = self._service, self.adapter_config, self.policy.version

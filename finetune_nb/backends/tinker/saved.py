@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import BackendError
-from ...store.durable import file_in, published
+from ...store.durable import atomic_directory, plain_file
 
 __all__ = [
     "MANIFEST",
@@ -52,14 +52,14 @@ class Manifest(BaseModel):
 def write_manifest(directory: Path, manifest: Manifest) -> int:
     """Writes it to `directory`, a new one or an older checkpoint; returns the bytes written. Raises BackendError."""
     text = json.dumps(manifest.model_dump(), indent=1) + "\n"
-    with published(directory, MANIFEST) as unfinished:
+    with atomic_directory(directory, MANIFEST) as unfinished:
         (unfinished / MANIFEST).write_text(text, encoding="utf-8")
     return len(text.encode())
 
 
 def read_manifest(directory: Path, model: str, rank: int) -> Manifest:
     """What `directory` is a checkpoint of. Raises BackendError where it is none, or one of another model."""
-    path = file_in(directory, MANIFEST)
+    path = plain_file(directory, MANIFEST)
     try:
         if path.stat().st_size > LONGEST_MANIFEST:
             raise ValueError(f"it has {path.stat().st_size} bytes, ours at most {LONGEST_MANIFEST}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import BackendError
-from ...training.batch import Experience, TokenSequence
+from ...training.batch import TokenSequence, TrainingBatch
 from ...training.metrics import mean
 from .config import TinkerConfig
 from .service import TinkerService, sdk
@@ -102,7 +102,7 @@ class TinkerReport:
         self.grad_norms.append(float(norms[0]) if norms else math.nan)
 
 
-def check(experience: Experience, longest: int | None) -> None:
+def check(experience: TrainingBatch, longest: int | None) -> None:
     """Raises BackendError for sequences that the service cannot train on."""
     for sequence in experience.sequences():
         if longest is not None and len(sequence) > longest:
@@ -135,7 +135,7 @@ def _advantages(sequence: TokenSequence) -> np.ndarray:
 def train(
     service: TinkerService,
     version: int,
-    experience: Experience,
+    experience: TrainingBatch,
     config: TinkerConfig,
     rng: np.random.Generator,
     report: TinkerReport,

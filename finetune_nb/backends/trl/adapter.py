@@ -20,7 +20,7 @@ from ...components.registry import register_trainer_adapter
 from ...config.sections import FinetuneConfig
 from ...errors import BackendError, ConfigError, FinetuneError, MissingExtra
 from ...redaction import redacting_logger
-from ...store.durable import published, size_of
+from ...store.durable import atomic_directory, size_of
 from ...training.jobs import JobAdapter, plain_name
 from ...types import TrainingJobRef, TrajectoryCollection
 from .config import TRLConfig, TRLDPOConfig, TRLSFTConfig
@@ -133,7 +133,7 @@ class TRLAdapter(JobAdapter[TRLJob]):
 
         def save() -> int:
             place = Path(directory).absolute()
-            with published(place, MANIFEST) as unfinished:
+            with atomic_directory(place, MANIFEST) as unfinished:
                 self.policy.save(unfinished)
                 said = {"version": self.policy.version, "jobs": self._submitted}
                 (unfinished / MANIFEST).write_text(json.dumps(said), encoding="utf-8")
