@@ -148,6 +148,10 @@ class LoopTask(Generic[T]):
         assert self._task is not None
         return self._task.result()
 
+    async def wait_ended(self, timeout: float) -> None:
+        """Waits until it has ended, in whatever way, or for `timeout` seconds."""
+        await asyncio.wait([asyncio.shield(asyncio.wrap_future(self._ended))], timeout=timeout)
+
 
 class EngineThread:
     """A daemon thread that runs coroutines. Started by the first one, ended by `close`."""

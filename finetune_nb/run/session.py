@@ -27,6 +27,8 @@ Work = Callable[[], Coroutine[Any, Any, T]]
 
 ABORT_SECONDS = 1.0
 """An abort lets its waiter go after this time, whatever a workflow is still doing."""
+LEFT_SECONDS = 10.0
+"""How long a cell waits for the work of a canceled one to end."""
 LAST_WORD = "finishing this epoch; interrupt again to abort it"
 _inside: ContextVar[object] = ContextVar("inside", default=None)
 """The id of the run that the current code works for, also in the threads of its workflows."""
@@ -45,6 +47,7 @@ class Session:
         self._turn = threading.RLock()  # an abort must meet the work that has begun, not the one before it
         self._work: LoopTask[Any] | None = None
         self._aborted_at: float | None = None  # by time.monotonic
+        self._left: LoopTask[Any] | None = None  # the work whose waiting cell was canceled
         self._stopped_in: object = None  # the cell whose epoch was ended by an interrupt
 
     # ── work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -105,6 +108,7 @@ class Session:
             return joining.result()
         except asyncio.CancelledError:
             if not joining.cancelled() and not joining.done():  # the cell itself was canceled
+                self._left = task
                 joining.cancel()
                 await asyncio.wait({joining}, timeout=ABORT_SECONDS + 0.5)
                 raise
@@ -134,6 +138,10 @@ class Session:
         cell, asked_in, self._stopped_in = current_cell(), self._stopped_in, None
         if asked_in == cell:
             raise KeyboardInterrupt("stopped after the current epoch, as requested; run the cell again to continue")
+        # On a busy machine the work of a canceled cell takes a moment to end; the next cell need not fail for that.
+        left, self._left = self._left, None
+        if left is not None:
+            await left.wait_ended(LEFT_SECONDS)
         task, pressed = self.begin(work), InterruptHandler(self, cell)
         with interrupts(pressed.first, pressed.second):
             try:

@@ -362,7 +362,7 @@ def tensors_with(name, change):
         change(tensors)
         save_file(tensors, directory / name)
         files = json.loads((directory / "manifest.json").read_text())["files"]
-        manifest_with(files={**files, name: publishing.seal(directory / name).model_dump()})(directory)
+        manifest_with(files={**files, name: publishing.digest_of(directory / name).model_dump()})(directory)
 
     return spoil
 
@@ -383,7 +383,7 @@ def vouched(name, data):
     def spoil(directory):
         (directory / name).write_bytes(data)
         files = json.loads((directory / "manifest.json").read_text())["files"]
-        manifest_with(files={**files, name: publishing.seal(directory / name).model_dump()})(directory)
+        manifest_with(files={**files, name: publishing.digest_of(directory / name).model_dump()})(directory)
 
     return spoil
 

@@ -89,9 +89,9 @@ def ask(address, key, body, **headers):
 
 async def test_a_chat_is_answered_and_recorded_like_llm_chat(seven):
     by_chat, by_client = episode(), episode()
-    with by_chat.live():
+    with by_chat.recording():
         await seven.chat(QUESTION, temperature=0.5, max_tokens=3)
-    with by_client.live():
+    with by_client.recording():
         answer = await seven.openai().chat.completions.create(
             model="whatever", messages=QUESTION, temperature=0.5, max_completion_tokens=3, logprobs=True
         )
