@@ -213,7 +213,7 @@ def write_config(
             },
         },
     }
-    import finetune_nb.backends.nat.ours  # noqa: F401  # the entry point, also where the package is not installed
+    import finetune_nb.backends.nat.as_nat  # noqa: F401  # the entry point, also where the package is not installed
 
     for section, values in sections.items():
         config[section] = {**config[section], **values} if section == "finetuning" else values
