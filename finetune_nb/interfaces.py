@@ -62,7 +62,7 @@ class Policy(Protocol):
         previous_ids: Sequence[int] | None = None,
     ) -> list[int]:
         """Prompt ids for the next assistant turn. With `previous_ids` (prompt + reply of the turn before, exactly as
-        sampled) only what follows the last assistant message is rendered, behind them."""
+        sampled) only what follows the last assistant message is rendered, after them."""
         ...
 
     async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
@@ -267,7 +267,7 @@ class Trainer(ABC):
 
     async def run_validation_evaluation(self, epoch: int, run_id: str) -> dict[str, Any]:
         """One evaluation on `run_configuration.validation_dataset`, by a copy of the builder: nothing of the run that
-        goes on meanwhile is touched.
+        continues in the meantime is touched.
 
         Returns avg_reward, min_reward, max_reward, num_examples, scores, epoch, dataset_type. An evaluation that fails
         has avg_reward NaN and `error`; an item without a score does not count.

@@ -2,7 +2,7 @@
 
     run.tripwires += [spread_below(0.2), validation_falls(3), lambda epoch: epoch.metrics.failures > 50]
 
-Any function of the newest Epoch is one: it answers with text, or True, to pause, and with None or False to go on.
+Any function of the newest Epoch is one: it answers with text, or True, to pause, and with None or False to continue.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def validation_falls(times: int) -> ValidationFalls:
 
 
 def tripped(tripwires: Sequence[Tripwire], epochs: Sequence[Epoch]) -> str | None:
-    """Why the run should pause behind its newest epoch; None where it may go on. One that raises pauses, too."""
+    """Why the run should pause after its newest epoch; None if it may continue. One that raises pauses, too."""
     for tripwire in list(tripwires):
         name = getattr(tripwire, "__name__", type(tripwire).__name__)
         try:

@@ -105,7 +105,7 @@ class IntermediateStepCategory(StrEnum):
 
 
 class IntermediateStepState(StrEnum):
-    """Whether a step begins, goes on or ends."""
+    """Whether a step begins, continues or ends."""
 
     START = "START"
     CHUNK = "CHUNK"
@@ -113,7 +113,7 @@ class IntermediateStepState(StrEnum):
 
 
 class IntermediateStepType(StrEnum):
-    """What a step is about, and whether it begins, goes on or ends."""
+    """What a step is about, and whether it begins, continues or ends."""
 
     LLM_START = "LLM_START"
     LLM_END = "LLM_END"
@@ -404,7 +404,7 @@ class CurriculumSettings:
         return dataclasses.replace(self, **{**manual, **changes})
 
     def resumes_after(self, before: CurriculumSettings) -> bool:
-        """Whether the schedule goes on from this percentile, an interval from now: it is automatic, and was not before
+        """Whether the schedule continues from this percentile, an interval from now: it is automatic, and was not before
         or has been given another percentile."""
         return self.schedule == "automatic" and (before.schedule == "manual" or before.percentile != self.percentile)
 

@@ -82,7 +82,7 @@ def rollout_group(epoch: Epoch, example: Any = None) -> RolloutGroup:
 
     Args:
         epoch: The record of the epoch.
-        example: The example's id, as it stands in the dataset or as text. Default: the one whose rewards differ most, as
+        example: The example's id, as it is in the dataset or as text. Default: the one whose rewards differ most, as
             most can be seen there.
 
     Returns:

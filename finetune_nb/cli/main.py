@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     runs = commands.add_parser("runs", help="list the runs of a directory, newest first")
     runs.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="default: runs")
-    runs.add_argument("--archived", action="store_true", help="those that were put away")
+    runs.add_argument("--archived", action="store_true", help="archived runs")
     runs.set_defaults(command=_runs)
 
     art = commands.add_parser("art-server", help="train for the NeMo Agent Toolkit's ART plugin, in place of `art run`")

@@ -68,7 +68,7 @@ class Builder:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.run_folder: Path | None = None
-        """Where the run that it builds for leaves all behind; None outside a run."""
+        """The folder of the run that it builds for; None outside a run."""
         self._added: dict[Key, Any] = {}
         self._live: dict[Key, _Live] = {}
         self._built: list[_Live] = []  # in the order in which they became ready

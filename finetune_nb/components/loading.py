@@ -113,7 +113,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, override: Itera
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, Path | None]:
-    """The tree of dicts and lists, what to call it in errors, and the folder that relative files may stand in."""
+    """The tree of dicts and lists, what to call it in errors, and the folder that relative files may be in."""
     if isinstance(source, Mapping):
         return _writable(source), "config", None
     label, text, folder = "config", str(source), None
@@ -256,7 +256,7 @@ class _Reading:
         return config
 
     def note_value(self, path: KeyPath, node: Any) -> Any:
-        """Keeps what a `${NAME}` became after validation, so that a later change of the field is told apart; remembers the
+        """Keeps what a `${NAME}` became after validation, so that a later change of the field is noticed; remembers the
         credentials of components that were given ready-made."""
         if path in self.placeholders:
             written = self.placeholders[path]

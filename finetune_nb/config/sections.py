@@ -145,7 +145,8 @@ class RunSettings(BaseModel):
     deterministic: bool = False
     """True: a repeat is equal to the last digit, at the price of waiting for the slowest rollout of a batch."""
     checkpoint_every: int = Field(default=1, ge=0)
-    """Epochs between checkpoints of the weights; a run that is killed goes on behind the newest one, and cannot with 0 = none."""
+    """Epochs between checkpoints of the weights; a run that is killed continues after the newest one. 0: none is written, and
+    it cannot be continued."""
     keep_checkpoints: int | None = Field(default=None, ge=1)
     """The newest ones that are kept, beside the one that validated best and those that runs were forked from. None: as
     many as take 500 MB together, at least 2."""
@@ -185,7 +186,7 @@ class FinetuneRunConfig(BaseModel):
     dataset: str | Path | None = None
     """Overrides the config's dataset."""
     result_json_path: str = "$"
-    """Where the answer stands in what a remote workflow returns; kept for the Toolkit, not used here."""
+    """Where the answer is in what a remote workflow returns; kept for the Toolkit, not used here."""
     endpoint: str | None = None
     """Always None when loaded from YAML: NAT can run a remote workflow, finetune_nb cannot."""
     endpoint_timeout: int = 300
@@ -320,7 +321,7 @@ class Config(BaseModel):
         return getattr(self.workflow, "llm", None) or (next(iter(self.llms)) if len(self.llms) == 1 else None)
 
     def problems(self) -> list[tuple[KeyPath, str]]:
-        """What does not fit together when finetuning is enabled: names that stand in no section, a curriculum under
+        """What does not fit together when finetuning is enabled: names that are in no section, a curriculum under
         which nothing could train."""
         tuning = self.finetuning
         if not tuning.enabled:
@@ -387,7 +388,7 @@ class Config(BaseModel):
             if is_text(node):
                 if node and names_credential(path):
                     return MASK
-                # What stands in a value is no placeholder, so it must not become one when the file is read again.
+                # What a value contains is no placeholder, so it must not become one when the file is read again.
                 text = node.replace("${", "$${")
                 for secret in secrets:
                     text = text.replace(secret, named[secret])

@@ -74,7 +74,7 @@ def _check_size(text: str, label: str) -> None:
     for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
         if isinstance(event, AliasEvent):
             if event.anchor in {anchor for anchor, _ in open_nodes}:
-                raise ConfigError(f"{label}: the anchor {event.anchor!r} stands inside itself.")
+                raise ConfigError(f"{label}: the anchor {event.anchor!r} contains itself.")
             size = sizes.get(event.anchor, 1)
         elif isinstance(event, ScalarEvent):
             size = 1

@@ -67,7 +67,7 @@ class Driver:
         components.run_folder = self.folder
         self.live_settings, self.state = live_settings, state
         self.epochs: list[Epoch] = list(epochs)
-        self._first = first  # the epoch that comes next where there is none yet: of a fork the one behind its parent's
+        self._first = first  # the epoch that comes next where there is none yet: of a fork the one after its parent's
         self.writer: RunWriter = None  # type: ignore[assignment]  # set by open
         self.progress = Progress()
         self.trainer: Trainer = None  # type: ignore[assignment]  # set by open
@@ -156,7 +156,7 @@ class Driver:
 
     @property
     def folder(self) -> Path:
-        """All that the run leaves behind."""
+        """The run's folder."""
         return Path(self.config.finetuning.output_dir) / self.run_id
 
     async def close(self) -> None:
@@ -257,7 +257,7 @@ class Driver:
             try:
                 await self._observer.wait_for_jobs(in_progress, left.job)
             except UnknownJob as error:
-                logger.warning("epoch %d is run again: its training job is not to be had (%s)", left.index, error)
+                logger.warning("epoch %d is run again: its training job cannot be found (%s)", left.index, error)
                 return None
             except BaseException:
                 self._left = left  # it can be asked for again

@@ -114,7 +114,7 @@ class EpochInProgress:
         )
 
     def collect(self, collection: TrajectoryCollection, joined: bool) -> TrajectoryCollection:
-        """What was collected, all of it. joined: behind what was collected in this epoch before."""
+        """What was collected, all of it. joined: after what was collected in this epoch before."""
         if joined and self.collection is not None:
             update: dict[str, Any] = {
                 "trajectories": self.collection.trajectories + collection.trajectories,
@@ -186,7 +186,7 @@ def record(
 
 
 def partial_record(left: PartialEpoch, run_id: str, settings: CurriculumSettings) -> Epoch:
-    """The record of an epoch that did not come to its end: as complete ones, with whatever there is."""
+    """The record of an epoch that did not finish: like that of a complete one, with what there is."""
     statistics = group_statistics(left.collection.trajectories)
     selection = left.selection or Selection(
         statistics.example_ids,
@@ -202,7 +202,7 @@ def partial_record(left: PartialEpoch, run_id: str, settings: CurriculumSettings
         statistics=statistics,
         selection=selection,
         job=left.status,
-        reason=None if left.status else "the epoch did not come to its end" + (", its job is out" if left.job else ""),
+        reason=None if left.status else "the epoch did not finish" + (", its job is out" if left.job else ""),
         metrics=epoch_metrics(left.collection, statistics, selection),
         validations=left.validations,
         policy_versions=(left.policy_version, None),

@@ -1,6 +1,6 @@
 """LiveSettings: the mailbox between whoever steers a run (a cell, a widget, another thread) and the engine that runs it.
 
-A change is validated and becomes pending at once, or stands in the draft until it is asked for; the engine takes it over at
+A change is validated and becomes pending at once, or stays in the draft until it is asked for; the engine applies it at
 its safe point, which for the curriculum is the next selection, also that of the epoch whose rollouts are running, and for a
 live field of a component what the field says. Every change that was asked for is kept in the journal. Nothing here touches
 asyncio, a trainer or a widget.
@@ -105,7 +105,7 @@ def _sections(config: Config) -> dict[str, tuple[str, str, BaseModel]]:
 
 @dataclass(frozen=True)
 class LiveField:
-    """A setting of a component that may be changed while the run goes on."""
+    """A setting of a component that may be changed while the run continues."""
 
     name: str
     """Where it stands: "adapter.learning_rate"."""
@@ -308,9 +308,9 @@ class LiveSettings:
         epoch: int,
         live: Mapping[str, Any] | None = None,
     ) -> None:
-        """The record's word of the settings in force and of the changes so far, from where a run goes on with `epoch`. A
-        change that was pending, or used by an epoch that did not come to its end, is pending again; one that was asked for
-        here meanwhile stays, behind them. live: the values of live fields."""
+        """The record's word of the settings in force and of the changes so far, where a run continues with `epoch`. A
+        change that was pending, or used by an unfinished epoch, is pending again; one that was asked for
+        here in the meantime stays, after them. live: the values of live fields."""
         with self._lock:
             own = self._journal[self._told :]
             self._journal, self._told = [*journal, *own], len(journal)

@@ -180,7 +180,7 @@ class TrainerObserver:
         return collection
 
     async def keep_what_came(self, in_progress: EpochInProgress) -> None:
-        """Puts the rollouts of an epoch that does not come to its end into the folder, so that they can be looked at."""
+        """Puts the rollouts of an unfinished epoch into the folder, so that they can be looked at."""
         await in_progress.end_keeping()
         if in_progress.collection is None:
             await self._keep(in_progress)
@@ -291,7 +291,7 @@ class TrainerObserver:
         return status
 
     async def wait_for_jobs(self, in_progress: EpochInProgress, ref: TrainingJobRef | None) -> None:
-        """Waits for every job that the trainer left behind."""
+        """Waits for every job that the trainer did not wait for."""
         if ref is not None and not any(ref is seen or ref == seen for seen in in_progress.refs):
             in_progress.refs.append(ref)
         for unwaited in in_progress.unwaited():

@@ -78,7 +78,7 @@ class RunWriter:
         return await in_daemon_thread(work)
 
     async def rewind(self) -> bool:
-        """Puts away the epochs behind which the run cannot go on, and returns whether there were any. Raises StoreError
+        """Archives the epochs that the run cannot continue after, and returns whether there were any. Raises StoreError
         where that cannot be; nothing is then taken out."""
         resume_epoch, self.weights.resume_epoch = self.weights.resume_epoch, None
         if resume_epoch is None:
@@ -178,11 +178,11 @@ class RunWriter:
         await self._unless_full(index, work)
 
     async def _unless_full(self, index: int | None, work: Callable[..., Any], *args: Any) -> bool:
-        """Writes what the epoch's own record will have too. Where it cannot, a full disk say, the epoch goes on."""
+        """Writes what the epoch's own record will have too. If it cannot, on a full disk say, the epoch continues."""
         try:
             await in_daemon_thread(work, *args)
         except StoreError as error:
-            logger.warning("epoch %s goes on, but: %s", index, error)
+            logger.warning("epoch %s continues, but: %s", index, error)
             return False
         return True
 
@@ -224,7 +224,7 @@ class RunWriter:
             self._unsaved.pop(0)
 
     def on_fork(self, index: int, run_id: str, pinned: int | None) -> None:
-        """A run goes on from an epoch of this one; the checkpoint that it started from stays here."""
+        """Another run continues from an epoch of this one; the checkpoint that it started from stays here."""
         if pinned is not None:
             self.weights.pin(pinned)
         self.event("forked", epoch=pinned, after=index, run=run_id)

@@ -129,7 +129,7 @@ def metrics_of(epoch: Epoch) -> dict[str, float]:
 
 
 class SinkDispatcher:
-    """The sinks of one run at work. `sinks` may grow while the run goes on; one that came late sees what comes after."""
+    """The sinks of one run at work. `sinks` may grow while the run continues; one that came late sees what comes after."""
 
     def __init__(self, sinks: Sequence[MetricsSink], run_id: str, config: Callable[[], Mapping[str, Any]]) -> None:
         self._sinks, self._run_id, self._config = sinks, run_id, config
@@ -143,7 +143,7 @@ class SinkDispatcher:
             self._open[id(sink)].put(epoch.index, metrics_of(epoch))
 
     def close(self, seconds: float = 5.0) -> None:
-        """Ends every sink; those that do not come to their end in that time are left behind."""
+        """Ends every sink; those that do not finish in that time are abandoned."""
         for outlet in self._open.values():
             outlet.put_end()
         for outlet in self._open.values():
@@ -158,7 +158,7 @@ class _SinkThread:
         self._sink, self._run_id, self._config = sink, run_id, config
         self._waiting: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
         self._begun, self._said = False, ""
-        context = copy_context()  # so that warnings stand in the run's log
+        context = copy_context()  # so that warnings reach the run's log
         self._thread = threading.Thread(target=context.run, args=(self._work,), name=f"ft-sink-{run_id}", daemon=True)
         self._thread.start()
 
@@ -171,7 +171,7 @@ class _SinkThread:
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
         if self._thread.is_alive():
-            logger.warning("sink %s has not come to its end; it is left behind", type(self._sink).__name__)
+            logger.warning("sink %s has not finished; it is left behind", type(self._sink).__name__)
 
     def _work(self) -> None:
         while (given := self._waiting.get()) is not None:
@@ -191,5 +191,5 @@ class _SinkThread:
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
             level = logger.debug if said == self._said else logger.warning  # a tracker that is down is down every epoch
-            level("sink %s failed (%s): %s; the run goes on", type(self._sink).__name__, said, lost)
+            level("sink %s failed (%s): %s; the run continues", type(self._sink).__name__, said, lost)
             self._said = said

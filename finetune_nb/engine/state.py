@@ -39,10 +39,10 @@ class State(StrEnum):
     """It pauses at the next safe point: between rollouts, before training, after it."""
     PAUSED = "paused"
     STOPPING = "stopping"
-    """It ends behind the epoch that is running."""
+    """It ends after the current epoch."""
     ABORTING = "aborting"
     FAILED = "failed"
-    """The last epoch raised; it can be gone on with."""
+    """The last epoch raised; the run can be continued."""
     CLOSED = "closed"
 
 

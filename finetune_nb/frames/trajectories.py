@@ -79,7 +79,7 @@ def trajectories(
 
     ================ ========== =============================================================================
     epoch            int64      counts from 0
-    example          object     the example's id, as it stands in the dataset
+    example          object     the example's id, as it is in the dataset
     generation       Int64      which of the group's rollouts, from 0
     trajectory       str        "e3/q17/2": epoch, example, generation ("#2": its place, where that is unknown)
     reward           float64    NaN where there is none; `error` then says why

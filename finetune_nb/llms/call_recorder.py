@@ -1,7 +1,7 @@
 """The recorder: an CallRecorder holds one LLMCall for every call of a language model that one rollout makes.
 
 The rollout's context names its episode, so that concurrent agents, their tasks and their threads each write into their
-own. Who makes the calls stands in recording.py and gateway.py; trajectories are made from them in episodes.py.
+own.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class CallRecorder:
         return None
 
     def previous_text(self, prompt: str) -> tuple[list[int], str] | None:
-        """The same for a text prompt that begins with an earlier one and all that was sampled behind it: its ids, and
+        """The same for a text prompt that begins with an earlier one and all that was sampled after it: its ids, and
         the text that is new."""
         for call in reversed(self.calls):
             if call.prompt_ids is None or call.response_ids is None or call.messages[0]["role"] != TEXT_PROMPT:

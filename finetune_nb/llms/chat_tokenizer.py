@@ -83,7 +83,7 @@ class ChatTokenizer:
         previous_ids: Sequence[int] | None = None,
     ) -> list[int]:
         """Prompt ids for the next assistant turn. With `previous_ids` only what follows the last assistant message is
-        rendered, behind them; the whole conversation is rendered where the chat template rewrites what came before.
+        rendered, after them; the whole conversation is rendered where the chat template rewrites what came before.
 
         Raises ConfigError without a chat template, BackendError where the template refuses the messages.
         """
@@ -101,7 +101,7 @@ class ChatTokenizer:
             key = (template, json.dumps((messages, tools)))
         except (TypeError, ValueError, RecursionError):  # no JSON, which a template may yet take
             key = None
-        if key is None or "strftime_now" in template:  # it tells the time, which goes on
+        if key is None or "strftime_now" in template:  # it shows the time, which changes
             return self.encode(self._render_text(messages, tools, add_generation_prompt=True))
         ids = self._openings.get(key)
         if ids is None:
@@ -114,14 +114,14 @@ class ChatTokenizer:
     def _continue(
         self, messages: list[dict[str, Any]], tools: Any, text: str, previous_ids: list[int]
     ) -> list[int] | None:
-        """`previous_ids` and what the template puts behind the last assistant message; None where it rewrites more."""
+        """`previous_ids` and what the template puts after the last assistant message; None where it rewrites more."""
         last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=None)
         if last is None or not previous_ids:
             return None
         until_reply = self._render_text(messages[: last + 1], tools, add_generation_prompt=False)
         if not text.startswith(until_reply):
             return None
-        # The reply's end token is the last one in the text, with at most whitespace behind it that the policy, having
+        # The reply's end token is the last one in the text, with at most whitespace after it that the policy, having
         # ended its turn, never sampled: a newline, say, which has to stand between the turns all the same.
         for end_id in self._end_ids:
             end = self.tokenizer.decode([end_id])
@@ -184,7 +184,7 @@ class ChatTokenizer:
 def check_prompt(
     ids: Sequence[int], params: SamplingParams, longest: int | None, vocabulary: int | None
 ) -> SamplingParams:
-    """`params`, with a reply that the model can hold behind the prompt.
+    """`params`, with a reply that the model can hold after the prompt.
 
     longest: tokens that prompt and reply may have together; None: no bound. vocabulary: ids are below it; None: unknown. Raises
     BackendError for a prompt that is empty, too long or of unknown tokens, and for parameters out of their range.

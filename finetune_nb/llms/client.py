@@ -138,7 +138,7 @@ class LLM:
         if episode is None or episode.ended:
             raise RunError(
                 "an address of the llm (base_url, api_key, openai()) belongs to one rollout, and no rollout "
-                f"{'runs here' if episode is None else 'goes on here any more'}. Ask for it inside the workflow; in a "
+                f"{'runs here' if episode is None else 'is running here any more'}. Ask for it inside the workflow; in a "
                 "thread that the workflow started by itself, hand it over."
             )
         from .gateway import gateway

@@ -63,7 +63,7 @@ class OpenAIModelConfig(LLMBaseConfig, name="openai"):
     """Asks for token ids, an extension of vLLM and SGLang. None = wherever base_url is given."""
     tokenizer: str | None = None
     """Hugging Face directory or hub name of the model's tokenizer. With it conversations are rendered here and carried on
-    behind the very ids that were sampled; the server gets token ids (`prompt` of /completions, as vLLM takes them). None =
+    after the very ids that were sampled; the server gets token ids (`prompt` of /completions, as vLLM takes them). None =
     the server renders every turn anew."""
 
 
@@ -200,7 +200,7 @@ class OpenAILLM(LLM):
         asked: dict[str, Any],
         top: int,
     ) -> LLMCall:
-        """The same turn, asked for with token ids behind those of the turn before."""
+        """The same turn, asked for with token ids that follow those of the turn before."""
         ids = prompts.tokenizer.render(messages, tools, episode.previous_ids(messages, tools))
         choice, call = await self._completed(episode, sequence, ids, messages, params, asked, top)
         return replace(call, tools=tools, reply=prompts.reply(call.response_ids, choice.text, sequence))

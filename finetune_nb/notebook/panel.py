@@ -114,12 +114,12 @@ class Panel:
             ),
             "step": w.Button(description="Step", icon="step-forward", tooltip="run one epoch"),
             "pause": w.Button(description="Pause", icon="pause", tooltip="hold at the next safe point"),
-            "resume": w.Button(description="Resume", icon="play", button_style="primary", tooltip="go on"),
-            "stop": w.Button(description="Stop", icon="stop", tooltip="end behind the epoch that is running"),
+            "resume": w.Button(description="Resume", icon="play", button_style="primary", tooltip="continue"),
+            "stop": w.Button(description="Stop", icon="stop", tooltip="end after the current epoch"),
             "abort": w.Button(
                 description="Abort", icon="times", tooltip="end the running epoch now; what was collected is kept"
             ),
-            "close": w.Button(description="Close", tooltip="take the panel away; the run goes on"),
+            "close": w.Button(description="Close", tooltip="remove the panel; the run continues"),
             "apply": w.Button(
                 description="Apply", icon="check", button_style="primary", tooltip="ask for what was tried out"
             ),
@@ -283,7 +283,7 @@ class Panel:
         return [each for each in self.run.tripwires if isinstance(each, SpreadBelow | ValidationFalls)]
 
     def close(self) -> None:
-        """Takes the panel away, wherever it is shown; the run goes on."""
+        """Removes the panel, wherever it is shown; the run continues."""
         self.closed = True
         self._wake.set()
         self._close_widgets()

@@ -2,7 +2,7 @@
 
 What a person moves goes, as one validated value, into the draft of the LiveSettings, and nowhere else. The kernel writes to
 these widgets only inside a callback of theirs, when it brings those along that nobody has touched: a write from a cell
-would send their messages the cell's way (see kernel.py). What is in force stands in panel_html.py's text.
+would send their messages the cell's way (see kernel.py).
 """
 
 from __future__ import annotations

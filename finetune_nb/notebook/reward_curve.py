@@ -173,7 +173,7 @@ def _diamond(x: float, y: float) -> Html:
 
 
 def _marks(changes: Iterable[Change], epochs: Sequence[Epoch], x: _Scale) -> list[Html]:
-    """A line and a triangle where changed settings were used first; what has changed is told on hover."""
+    """A line and a triangle where changed settings were used first; what has changed is shown on hover."""
     first, last = x.values[0], epochs[-1].index
     texts_by_epoch: dict[int, list[str]] = {}
     for change in changes:

@@ -1,6 +1,6 @@
 """Recorded model calls -> the messages of an episode, with the ids and logprobs that training needs.
 
-Calls that carry one conversation on become one sequence of messages; a call that starts anew begins another one behind it
+Calls that carry one conversation on become one sequence of messages; a call that starts anew begins another one after it
 (the metadata's `conversation` counts them). Each sampled turn keeps its own prompt ids, so it can be trained on exactly
 whatever stands around it.
 """
@@ -235,7 +235,7 @@ class SampledTurn:
     tool_calls: list[dict[str, Any]]
     """The tools that it calls, as OpenAI has them."""
     reasoning: str | None
-    """What the model thought before its answer, where it is told apart."""
+    """What the model thought before its answer, if the record has it apart."""
 
     @classmethod
     def of(cls, item: EpisodeItem | DPOItem) -> SampledTurn | None:

@@ -1,7 +1,7 @@
 """EvalTrajectoryBuilder: G generations of every drawn example, each one evaluation run, grouped by example.
 
 A generation that fails leaves the others; a rollout that fails is a RolloutFailure in the collection; a finished rollout
-without a valid reward is a trajectory with reward NaN. How episodes are cut out of recorded calls stands in episodes.py.
+without a valid reward is a trajectory with reward NaN.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class EvalTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="eval_traj_build
     examples_per_epoch: int | None = Field(default=None, ge=1)
     """Examples drawn for an epoch, without replacement until the dataset is used up; None = all of them."""
     include_tool_calls: bool = True
-    """Whether tool messages stand in the episode. What is trained on is the same either way: the sampled tokens."""
+    """Whether the episode contains tool messages. What is trained on is the same either way: the sampled tokens."""
     min_episode_length: int = Field(default=2, ge=1)
     """Messages that an episode must have; a shorter one is a failure."""
 
@@ -159,7 +159,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         carried, drifted = drift(trajectory for group in groups.values() for trajectory in group)
         if drifted:
             logger.warning(
-                "%d of %d turns that carry a conversation on were rendered anew instead of behind the sampled ids (the chat "
+                "%d of %d turns that carry a conversation on were rendered anew instead of after the sampled ids (the chat "
                 "template changes earlier turns, the agent does, or the server renders): each is trained on by itself.",
                 drifted, carried,
             )  # fmt: skip

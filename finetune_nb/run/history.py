@@ -52,7 +52,7 @@ class RunHistory(ABC):
     @property
     @abstractmethod
     def folder(self) -> Path:
-        """All that the run leaves behind."""
+        """The run's folder."""
 
     @property
     @abstractmethod
@@ -108,7 +108,7 @@ class RunHistory(ABC):
     def __getitem__(self, index: slice) -> list[Epoch]: ...
 
     def __getitem__(self, index: int | slice) -> Epoch | list[Epoch]:
-        """An epoch by its number; negative: from the newest. A fork's numbers begin behind its parent's."""
+        """An epoch by its number; negative: from the newest. A fork's numbers begin after its parent's."""
         records = self.records
         first = records[0].index if records else 0
         if isinstance(index, slice):
@@ -132,7 +132,7 @@ class RunHistory(ABC):
         self, epoch: Any = None, example: Any = None, columns: Columns = None, *, partial: bool = False
     ) -> pd.DataFrame:
         """One row = one trajectory or one failed rollout. Columns: see frames.trajectories. partial: those of the epoch
-        that did not come to its end, too."""
+        that did not finish, too."""
         from .. import frames
 
         left = self.partial if partial else None
@@ -201,7 +201,7 @@ class RunHistory(ABC):
     # ── one epoch, looked at ─────────────────────────────────────────────────────────────────────────────────────────
 
     def _epoch(self, epoch: int | None) -> Epoch:
-        """The record to look at. None: the newest; the epoch that did not come to its end counts where it is asked for by
+        """The record to look at. None: the newest; the unfinished epoch counts where it is asked for by
         its number, or where there is no other."""
         try:
             return self[-1 if epoch is None else epoch]
@@ -219,7 +219,7 @@ class RunHistory(ABC):
         *,
         heat: Heat = "probability",
     ) -> RolloutView:
-        """One rollout as a conversation, with its reward, its tokens and its siblings.
+        """Show one rollout as a conversation, with its reward, its tokens and the rest of its group.
 
         epoch: its number; negative: from the newest; None = the newest. example: the example's id; None = the one whose
         rewards differ most. generation: None = the best of the group. heat: what tints the sampled tokens, their

@@ -1,7 +1,7 @@
-"""A run's folder as a Config and a Builder, to go on with it or to branch off from it.
+"""A run's folder as a Config and a Builder, to continue it or to fork it.
 
 What no file can hold (functions, rows, ready components) is given again. Which epoch comes next, and with which weights,
-stands in the folder and is read by saved_weights.py.
+is read from the folder when the run continues.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def config_of(
     datasets: Mapping[str, Any],
 ) -> tuple[Config, Builder, str | None]:
     """The config of a run, and a builder with what was given again. scores: evaluators by name; datasets: by role. The
-    text is why the run can be read, but not gone on with; None where it can."""
+    text is why the run can be opened but not resumed; None if it can."""
     unable = None
     try:
         config = load_config(store.config())
     except ConfigError as error:  # somebody's components are not registered here: it can be read all the same
-        config, unable = Config(), f"this run can be read, but not gone on with here: {error}"
+        config, unable = Config(), f"this run can be opened but not resumed here: {error}"
     config.finetuning.output_dir = store.folder.resolve().parent
     builder = Builder(config)
     if workflow is not None:
@@ -75,9 +75,9 @@ class Branch:
     parent: str
     epoch: int
     state: dict[str, Any]
-    """What resuming behind that epoch needs, with the changed settings in it."""
+    """What resuming after that epoch needs, with the changed settings in it."""
     checkpoint: int | None
-    """The epoch whose checkpoint has the weights behind that one; None where the adapter keeps none here."""
+    """The epoch whose checkpoint has the weights after that one; None where the adapter keeps none here."""
     changes: tuple[Change, ...]
     """What was changed on the way."""
 
@@ -94,14 +94,14 @@ def branch_of(
         epoch = indices[-1]
     if epoch not in indices:
         raise RunError(
-            f"found epoch={epoch!r}; run {store.run_id!r} has the epochs {indices[0]} to {indices[-1]}. A fork goes on "
-            "behind one of them."
+            f"found epoch={epoch!r}; run {store.run_id!r} has the epochs {indices[0]} to {indices[-1]}. A fork continues "
+            "after one of them."
         )
     state, kept = store.state_of(epoch), checkpoints(store.folder)
     index = newest_checkpoint(store, epoch)
     if index is not None and not has_weights(store, index, epoch):
         raise RunError(
-            f"the weights behind epoch {epoch} of run {store.run_id!r} are not kept; checkpoints are there of epochs "
+            f"the weights after epoch {epoch} of run {store.run_id!r} are not kept; checkpoints are there of epochs "
             f"{', '.join(map(str, kept)) or 'none'}. Fork from one of these; run.keep_checkpoints keeps more."
         )
     before = settings_in(state) or CurriculumSettings()
@@ -209,7 +209,7 @@ def components_from(
 
 def add_component(builder: Builder, kind: str, component: Any) -> None:
     """Puts a ready-made trajectory builder, trainer adapter or trainer in the place of the one that the run names; its config
-    stands in the run's."""
+    is part of the run's."""
     config = builder.config
     section, own_config = {
         "trajectory_builder": (config.trajectory_builders, "trajectory_builder_config"),

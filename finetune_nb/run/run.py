@@ -497,7 +497,7 @@ class Run(RunHistory):
 
     @property
     def folder(self) -> Path:
-        """All that the run leaves behind."""
+        """The run's folder."""
         return Path(self.config.finetuning.output_dir) / self.id
 
     @property

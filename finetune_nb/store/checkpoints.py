@@ -1,4 +1,4 @@
-"""The weights of a run that lie on its disk: when they are saved, which checkpoints are kept, and from where a run goes on.
+"""The weights of a run that lie on its disk: when they are saved, which checkpoints are kept, and where a run continues.
 
 A checkpoint is the adapter's own directory; its place in the folder is run_folder.py's, which are worth their space
 retention.py's. The record of the epochs is recorder.py's; the two need not end at the same epoch.
@@ -40,7 +40,7 @@ __all__ = [
 def to_keep(epochs: Sequence[int], last: int, best: int | None, pinned: Collection[int]) -> set[int]:
     """The epochs whose checkpoints stay: always some of `epochs`, those that have a checkpoint now, in any order.
 
-    last: how many of the newest stay (0: none for being new; to go on with a run takes the newest one). best: the
+    last: how many of the newest stay (0: none for being new; continuing a run needs the newest one). best: the
     epoch that did best on validation; None where nothing was validated. pinned: epochs that must not go, for example
     because a run was forked from them. Raises ConfigError for a negative `last`.
     """
@@ -52,7 +52,7 @@ def to_keep(epochs: Sequence[int], last: int, best: int | None, pinned: Collecti
 
 
 def newest_checkpoint(store: RunReader, epoch: int | None = None) -> int | None:
-    """The epoch whose checkpoint was the newest one behind an epoch, the last one by default. None: there was none, or the
+    """The epoch whose checkpoint was the newest one after an epoch, the last one by default. None: there was none, or the
     adapter saves none."""
     index = store.next_index - 1 if epoch is None else epoch
     if index in checkpoints(store.folder):  # written when the run was closed, say
@@ -68,14 +68,14 @@ def newest_checkpoint(store: RunReader, epoch: int | None = None) -> int | None:
 
 
 def has_weights(store: RunReader, checkpoint: int, epoch: int) -> bool:
-    """Whether that checkpoint is there, and has the weights as they were behind that epoch."""
+    """Whether that checkpoint is there, and has the weights as they were after that epoch."""
     if checkpoint not in checkpoints(store.folder):
         return False
     return checkpoint == epoch or _version(store, checkpoint) == _version(store, epoch)
 
 
 def newest_with_weights(store: RunReader, fresh: int | None) -> int | None:
-    """The newest epoch behind which the weights can be had; of a fork also the one it began behind. fresh: the policy's
+    """The newest epoch whose weights are available; of a fork also the one that it starts from. fresh: the policy's
     version before anything is loaded. None: no epoch's can."""
     indices = [epoch.index for epoch in store.epochs]
     if store.parent is not None:
@@ -94,7 +94,7 @@ def _version(store: RunReader, epoch: int) -> int | None:
 
 
 def rewind(store: RunStore, epoch: int) -> Path:
-    """Takes the epochs behind `epoch` out of a run that is written here, and returns where the whole of it, as it was, now
+    """Removes the epochs after `epoch` from a run that is written here, and returns where the whole of it, as it was, now
     lies. Where that cannot be copied nothing is taken out. Raises StoreError, OSError."""
     folder, last = store.folder, store.next_index - 1
     place = free_in_archive(folder, f"{folder.name[:85]}-until-{last}")
@@ -151,7 +151,7 @@ class Checkpoints:
     def __init__(self, store: RunStore, every: int, keep: int | None) -> None:
         self.store = store
         self.resume_epoch: int | None = None
-        """The epoch behind which the run goes on, where that is not the last one of the record."""
+        """The epoch that the run continues after, if that is not the last one of the record."""
         self._every, self._keep = every, keep
         self._pinned = {e["epoch"] for e in store.events("forked") if isinstance(e.get("epoch"), int)}
         self.reload()
@@ -173,7 +173,7 @@ class Checkpoints:
         """Puts the adapter where the last epoch left it, or the last one whose weights were saved. Returns that epoch's
         state; None for a new run. The record is as it was: `RunWriter.rewind` comes before the next epoch.
 
-        Raises RunError where no weights of this run are to be had.
+        Raises RunError if no weights of this run are available.
         """
         state = self.store.state()
         held = await self._held(adapter, state)
@@ -181,20 +181,20 @@ class Checkpoints:
         if held or state is None or load is None:
             return state
         last, version = self.store.next_index - 1, state.get("policy_version")
-        behind = await in_daemon_thread(newest_with_weights, self.store, fresh)
-        if behind is None:
+        kept = await in_daemon_thread(newest_with_weights, self.store, fresh)
+        if kept is None:
             raise RunError(
                 f"run {self.store.run_id!r} was left with policy version {version}, and none of its weights are kept "
                 "(run.checkpoint_every). It can be read; to train, start anew."
             )
-        if behind != last:
+        if kept != last:
             logger.warning(
-                "the weights behind epoch %d of run %r are not kept (run.checkpoint_every is %d): the policy is the one "
-                "behind epoch %d, and epoch %d comes next. What was recorded since is put away before that, not lost.",
-                last, self.store.run_id, self._every, behind, behind + 1,
+                "no checkpoint was kept after epoch %d of run %r (run.checkpoint_every is %d). Resuming from the weights after "
+                "epoch %d; epoch %d runs next. What was recorded since is moved to the archive first, not lost.",
+                last, self.store.run_id, self._every, kept, kept + 1,
             )  # fmt: skip
-            state, self.resume_epoch = self.store.state_of(behind), behind
-        version, checkpoint = state.get("policy_version"), newest_checkpoint(self.store, behind)
+            state, self.resume_epoch = self.store.state_of(kept), kept
+        version, checkpoint = state.get("policy_version"), newest_checkpoint(self.store, kept)
         if checkpoint is not None:
             place = checkpoint_folder(self.store.folder, checkpoint)
             check_plain(place.parent, place)
@@ -254,7 +254,7 @@ class Checkpoints:
             check_plain(place.parent, place)
             await save(place)
         except Exception:
-            logger.warning("epoch %d: no checkpoint could be written; training goes on", index, exc_info=True)
+            logger.warning("epoch %d: no checkpoint could be written; training continues", index, exc_info=True)
             return
         self._checkpoint, self._saved_version = index, self._version
 

@@ -2,7 +2,7 @@
 it store.py's.
 
     run          one row: id, created_at, state, revision (counts amended epochs); of a fork parent, parent_epoch and
-                 start, the state from which it goes on
+                 start, the state that it continues from
     epochs       one row an epoch: a few columns to query, `record` (JSON: all that is known but arrays and
                  trajectories), the arrays of its statistics and selection (little-endian float64, int64, int8), and
                  `state` (JSON: what resuming needs)
@@ -88,11 +88,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     ("ALTER TABLE run ADD COLUMN start TEXT", "ALTER TABLE unfinished ADD COLUMN selection TEXT"),
 )
-"""Statements of each version; a new one is added behind the others, never changed."""
+"""Statements of each version; a new one is added after the others, never changed."""
 
 
 class EmptyRun(StoreError):
-    """A run whose creation did not come to its end."""
+    """A run whose creation did not finish."""
 
 
 def _files(folder: Path) -> list[Path]:
@@ -183,7 +183,7 @@ def read(folder: Path, work: Callable[[sqlite3.Connection], T]) -> T:
     try:
         return _in_snapshot(folder, _connect(path, "mode=ro"), work)
     except sqlite3.OperationalError:
-        # A crash left the log behind, and where it lies nothing can be created: SQLite reads it in a copy only.
+        # A crash left the log there, and nothing can be created in this place: SQLite reads it in a copy only.
         if os.access(folder, os.W_OK) or not wal.exists():
             raise
         with tempfile.TemporaryDirectory() as copy:
@@ -224,7 +224,7 @@ def _require_whole(path: Path) -> None:
 
 def _require_version(folder: Path, version: int) -> None:
     if version == 0:
-        raise EmptyRun(f"the run in {folder} is empty: its creation did not come to its end. Create it again.")
+        raise EmptyRun(f"the run in {folder} is empty: its creation did not finish. Create it again.")
 
 
 # ── an epoch ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,7 @@
 """The files of a run's folder: which names they have, how one is written so that a crash leaves the old or the new one,
 and the lock of the process that writes.
 
-No symbolic link inside the folder is followed, for a folder may come from somebody else. What stands in the files is
+No symbolic link inside the folder is followed, for a folder may come from somebody else. What the files contain is
 left to trajectory_files.py, store_schema.py and store.py.
 """
 
@@ -43,7 +43,7 @@ CONFIG = "config.yml"
 LOG = "log.jsonl"
 LOCK = "lock"
 ARCHIVE = "archive"
-"""The folder, beside the runs, into which they are put away."""
+"""The folder, beside the runs, that archived ones are moved to."""
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -54,7 +54,7 @@ def trajectory_file(folder: Path, epoch: int) -> Path:
 
 
 def checkpoint_folder(folder: Path, epoch: int) -> Path:
-    """Where the checkpoint lies that was written behind an epoch."""
+    """Where the checkpoint lies that was written after an epoch."""
     return folder / CHECKPOINTS / f"epoch-{epoch:06d}"
 
 

@@ -88,7 +88,7 @@ def encode(value: Any, strict: bool = False) -> str:
         if strict:
             raise ValueError(f"it is not plain JSON data ({type(error).__name__}: {error})") from None
         text = _lenient.encode(repr(value))
-    # Only the strings may be masked: a secret made of digits can stand inside a number.
+    # Only the strings may be masked: a secret made of digits can be part of a number.
     return text if redact_text(text) == text else _lenient.encode(masked(json.loads(text)))
 
 

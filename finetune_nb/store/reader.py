@@ -68,7 +68,7 @@ class StoredEpoch(Epoch):
 
 @dataclass(frozen=True)
 class PartialEpoch:
-    """An epoch that has begun and did not come to its end, or has not yet."""
+    """An epoch that has begun and has not finished."""
 
     index: int
     collection: TrajectoryCollection
@@ -116,7 +116,7 @@ class RunReader:
         self._revision = -1
         self._newest: TrajectoryCollection | None = None  # so that a loop over one epoch does not read it twice
         self.run_id, self.created_at, self.parent = self._read(_run_of)
-        """The run's id, when it was made (seconds since 1970, UTC), and the run and epoch that it goes on from."""
+        """The run's id, when it was made (seconds since 1970, UTC), and the run and epoch that it was forked from."""
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         with (
@@ -184,7 +184,7 @@ class RunReader:
 
     @property
     def next_index(self) -> int:
-        """The epoch that comes next: 0 for a new run, the one behind its parent's for a fork."""
+        """The epoch that comes next: 0 for a new run, for a fork the one after its parent's."""
         if self.epochs:
             return self._epochs[-1].index + 1
         return self.parent[1] + 1 if self.parent else 0
@@ -222,7 +222,7 @@ class RunReader:
         return self._read(work)
 
     def state(self) -> dict[str, Any] | None:
-        """What resuming behind the last completed epoch needs; of a fork that has none, what it starts from; else None."""
+        """What resuming after the last completed epoch needs; of a fork that has none, what it starts from; else None."""
 
         def work(db: sqlite3.Connection) -> dict[str, Any] | None:
             row = db.execute("SELECT state FROM epochs ORDER BY epoch DESC LIMIT 1").fetchone()
@@ -232,7 +232,7 @@ class RunReader:
         return self._read(work)
 
     def state_of(self, index: int) -> dict[str, Any]:
-        """The same behind another epoch; of a fork also behind the one it began behind."""
+        """The same after another epoch; of a fork also after the one that it starts from."""
 
         def work(db: sqlite3.Connection) -> dict[str, Any]:
             row = db.execute("SELECT state FROM epochs WHERE epoch = ?", (index,)).fetchone()

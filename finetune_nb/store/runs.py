@@ -1,4 +1,4 @@
-"""The runs of a directory: listed, put away, deleted. What is in a run's folder is store.py's."""
+"""The runs of a directory: listed, archived, deleted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def runs(directory: str | Path = "runs", archived: bool = False) -> pd.DataFrame:
-    """The runs in a directory, newest first: one row = one run. archived: those that were put away, instead.
+    """The runs in a directory, newest first: one row = one run. archived: the archived ones instead.
 
     Columns: run (its id), created_at (UTC), epochs, last_reward (mean reward of the last epoch, NaN without one), state,
     parent and parent_epoch (of a fork), size (bytes), folder, error (why a folder cannot be read; the rest is then missing).

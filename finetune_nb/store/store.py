@@ -1,4 +1,4 @@
-"""RunStore: all that a run leaves behind, in one folder that can be moved, copied, and read while it is written.
+"""RunStore: everything that a run records, in one folder that can be moved, copied, and read while it is written.
 
     run.db                             epochs, curriculum, validations, journal (SQLite; tables: database.py)
     trajectories/epoch-000003.parquet  one row = one trajectory or failed rollout (columns: trajectories.py)
@@ -63,7 +63,7 @@ class RunStore(RunReader):
         start: Mapping[str, Any] | None = None,
     ) -> RunStore:
         """A new run, to be written. config: `Config.stored()`. parent: run id and epoch of which it is a fork. start:
-        the state behind that epoch, from which it goes on."""
+        the state after that epoch, which it continues from."""
         folder = Path(folder)
         if not RUN_ID.fullmatch(run_id):
             raise StoreError(
@@ -89,7 +89,7 @@ class RunStore(RunReader):
 
     @staticmethod
     def exists(folder: str | Path) -> bool:
-        """Whether there is a run, damaged or not; False also where its creation did not come to its end."""
+        """Whether there is a run, damaged or not; False also if its creation did not finish."""
         try:
             read(Path(folder), lambda db: None)
         except EmptyRun:
@@ -117,7 +117,7 @@ class RunStore(RunReader):
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def begin_epoch(self, index: int, started_at: float, policy_version: int | None) -> bool:
-        """An epoch begins. What an earlier attempt at it left behind goes; returns whether there was one."""
+        """An epoch begins. What an earlier attempt at it left is removed; returns whether there was one."""
         with self._transaction(f"the begin of epoch {index}") as db:
             self._require_next(db, index)
             left = db.execute("DELETE FROM unfinished").rowcount > 0
@@ -131,7 +131,7 @@ class RunStore(RunReader):
 
     def add_rollouts(self, index: int, rollouts: TrajectoryCollection, whole: bool = False) -> None:
         """Rollouts of the epoch that has begun, as they come in; best several at once, in any groups. They are there for
-        the case that the epoch does not come to its end: `append` replaces them. whole: these are all of them, in their
+        the case that the epoch does not finish: `append` replaces them. whole: these are all of them, in their
         groups, in place of what came in before."""
         batch = batch_of(rollouts, whole)
         with self._transaction(f"rollouts of epoch {index}", durable=whole) as db:
@@ -159,7 +159,7 @@ class RunStore(RunReader):
             db.execute(f"UPDATE unfinished SET {column} = ? WHERE epoch = ?", (text, index))
 
     def append(self, epoch: Epoch, state: Mapping[str, Any]) -> StoredEpoch:
-        """Ends an epoch: its record, and what resuming behind it needs, in plain JSON data. It is on the disk when this
+        """Ends an epoch: its record, and what resuming after it needs, in plain JSON data. It is on the disk when this
         returns. Where it fails nothing of it is there, and it can be appended again."""
         try:
             stored_state = encode(dict(state), strict=True)
@@ -213,9 +213,9 @@ class RunStore(RunReader):
             copy.execute("UPDATE run SET state = ?", (state,))
 
     def rewind(self, index: int) -> None:
-        """Takes out every epoch behind that one, and what has begun; changes that they used first are pending again. What
+        """Removes every epoch after that one, and what has begun; changes that they used first are pending again. What
         is taken out is gone: see rewind.py, which copies it before."""
-        with self._transaction(f"going back behind epoch {index}", durable=True) as db:
+        with self._transaction(f"going back to epoch {index}", durable=True) as db:
             later = [
                 (row["place"],)
                 for row in db.execute("SELECT place, record FROM validations")
@@ -327,7 +327,7 @@ class RunStore(RunReader):
         allowed = {0, self.parent[1] + 1 if self.parent else 0} if last is None else {last + 1}
         if index not in allowed:
             raise StoreError(
-                f"found epoch {index}; run {self.run_id!r} goes on with epoch {' or '.join(map(str, sorted(allowed)))}."
+                f"found epoch {index}; run {self.run_id!r} continues with epoch {' or '.join(map(str, sorted(allowed)))}."
                 " Epochs are recorded in order, each once."
             )
 

@@ -132,7 +132,7 @@ def steer(state: CurriculumState, settings: CurriculumSettings, epoch: int, resu
     """The state to select with at `epoch`, once what a person has set is put into it.
 
     Schedule "manual": the settings' percentile, and no growth in this epoch; call it before every selection. `resumed`
-    (the schedule became "automatic" since the last selection): goes on from the settings' percentile, the next growth
+    (the schedule became "automatic" since the last selection): continues from the settings' percentile, the next growth
     one interval later. The same where an automatic schedule's percentile differs from the state's, which means that
     someone changed it: so hand in settings that follow the state, as `Selection.settings` does. Else unchanged.
     """

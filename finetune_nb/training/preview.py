@@ -44,7 +44,7 @@ class PreviewInput:
     """Whose rewards these are; the selection that is previewed is that of the next one."""
     statistics: GroupStatistics
     state: CurriculumState
-    """Where the curriculum stands behind that epoch."""
+    """The curriculum's state after that epoch."""
     tokens: np.ndarray
     """(G,) int64, sampled tokens of each group."""
     seconds_per_token: float
@@ -180,6 +180,6 @@ def _tokens_by_group(epoch: Epoch) -> np.ndarray:
         counts = (sum(map(sampled_tokens, group)) for group in epoch.collection.trajectories)
         return np.fromiter(counts, np.int64, groups)
     table = columns(("group", "tokens"))
-    rows = len(epoch.statistics.rewards)  # failures come behind them, and belong to no group
+    rows = len(epoch.statistics.rewards)  # failures come after them, and belong to no group
     group, tokens = (table.column(name).slice(0, rows).to_numpy() for name in ("group", "tokens"))
     return np.bincount(group, weights=tokens, minlength=groups).astype(np.int64)

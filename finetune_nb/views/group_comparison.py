@@ -76,7 +76,7 @@ def _parting(comparison: GroupComparison) -> str:
         return "both say the same"
     if where.turn >= min(len(best.episode), len(worst.episode)):
         longer, shorter = ("best", "worst") if len(best.episode) > len(worst.episode) else ("worst", "best")
-        return f"they say the same until the {shorter} one ends; the {longer} one goes on at turn {where.turn}"
+        return f"they say the same until the {shorter} one ends; the {longer} one continues at turn {where.turn}"
     turns = [turn_of(trajectory.episode[where.turn]) for trajectory in (best, worst)]
     same = f"the first {count(where.turn, 'turn')} are the same; " if where.turn > 1 else ""
     roles = " against ".join(dict.fromkeys(short(turn.role, 40) for turn in turns))

@@ -133,7 +133,7 @@ def _cell(value: Any, named: bool, right: bool) -> Html:
 
 
 def bar(value: float, largest: float = 1.0, text: Any = None) -> Html:
-    """A horizontal bar of `value` out of `largest`, with its text behind it. A missing value has the text alone."""
+    """A horizontal bar of `value` out of `largest`, with its text after it. A missing value has the text alone."""
     shown = number(value) if text is None else text
     if not (math.isfinite(value) and largest > 0):
         return element("span", shown)
@@ -299,4 +299,4 @@ def drifted(metrics: EpochMetrics) -> str:
     if not metrics.drifted_turns:
         return ""
     of = f"{metrics.drifted_turns:,} of {metrics.continued_turns or 0:,} turns that carry a conversation on"
-    return f"{of} were rendered anew instead of behind the sampled ids: each is trained on by itself"
+    return f"{of} were rendered anew instead of after the sampled ids: each is trained on by itself"

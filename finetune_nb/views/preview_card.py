@@ -168,7 +168,7 @@ def _bins(means: np.ndarray) -> tuple[float, float, int]:
 
 
 def _label(x: float, y: float, text: str, anchor: str) -> Html:
-    """Written by the style sheet: as an element's text it would stay behind, a bare number, where drawings are taken out."""
+    """Written by the style sheet: as an element's text it would be left as a bare number where drawings are taken out."""
     place = f"left:{100 * x / WIDTH:.1f}%;top:{100 * y / (HEIGHT + BOTTOM):.1f}%"
     return element("span", data_text=text, style=place, class_=f"ft-at-{anchor}", aria_hidden="true")
 

@@ -28,10 +28,10 @@ __all__ = [
 
 VIEW_LIMIT = 194_000
 """Bytes of a whole view; the rest of the 200 kB is for the style sheet."""
-WITH_SIBLINGS = 100_000
-"""Bytes for the turns of the rollout that is looked at, where its siblings are shown too."""
-SIBLING_LIMIT, SIBLING_LEAST = 40_000, 3_000
-"""Bytes that a sibling takes at most; with less than the latter it is only counted."""
+WITH_OTHERS = 100_000
+"""Bytes for the turns of the rollout that is looked at, if the rest of its group is shown too."""
+OTHER_LIMIT, OTHER_LEAST = 40_000, 3_000
+"""Bytes that another rollout of the group takes at most; with less than the latter it is only counted."""
 ROWS = 32
 """Siblings in the table."""
 
@@ -117,7 +117,7 @@ def _generation(generation: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class RolloutView:
-    """One rollout among its siblings, to be shown in a cell. `trajectory` is the record itself."""
+    """One rollout among those of its group, to be shown in a cell. `trajectory` is the record itself."""
 
     group: RolloutGroup
     chosen: int | RolloutFailure
@@ -170,18 +170,18 @@ class RolloutView:
         head.append(_table(group, self.chosen))
         room = VIEW_LIMIT - _bytes(*head)
 
-        # What the chosen one leaves is for its siblings.
-        siblings = [place for place in group.best_first() if place != self.chosen]
+        # What the chosen one leaves is for the others.
+        others = [place for place in group.best_first() if place != self.chosen]
         failures = [failure for failure in group.failures if failure is not self.chosen]
-        most = min(WITH_SIBLINGS if siblings or failures else SIZE_LIMIT, room)
+        most = min(WITH_OTHERS if others or failures else SIZE_LIMIT, room)
         if isinstance(self.chosen, int):
             body = list(conversation(_turns(group.trajectories[self.chosen]), most, setting))
         else:
             body = _failed(self.chosen, most - 20_000, setting)
-        return view(*head, *body, *_siblings(group, siblings, failures, room - _bytes(*body), setting))
+        return view(*head, *body, *_others(group, others, failures, room - _bytes(*body), setting))
 
 
-def _siblings(
+def _others(
     group: RolloutGroup,
     places: Sequence[int],
     failures: Sequence[RolloutFailure],
@@ -194,8 +194,8 @@ def _siblings(
     shown: list[Html] = []
     for rollout in [*places, *failures]:
         # Of the room that is left, an equal share for each that is to come.
-        share = min(SIBLING_LIMIT, (room - 200) // (total - len(shown)) - 1_200)
-        if share < SIBLING_LEAST:
+        share = min(OTHER_LIMIT, (room - 200) // (total - len(shown)) - 1_200)
+        if share < OTHER_LEAST:
             break
         if isinstance(rollout, int):
             turns = _turns(group.trajectories[rollout])
@@ -208,11 +208,9 @@ def _siblings(
         shown.append(fold)
         room -= _bytes(fold)
     if total > len(shown):
-        left_out = (
-            f"… {total - len(shown):,} of {total:,} siblings are left out here; run.show(generation=…) shows them …"
-        )
+        left_out = f"… {total - len(shown):,} of {total:,} other rollouts are left out here; run.show(generation=…) shows them …"
         shown.append(element("p", left_out, class_="ft-dim"))
-    return [element("div", element("strong", "siblings, best first")), *shown] if shown else []
+    return [element("div", element("strong", "the rest of the group, best first")), *shown] if shown else []
 
 
 def _sibling_name(group: RolloutGroup, place: int, turns: Sequence[Turn]) -> str:

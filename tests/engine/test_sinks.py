@@ -97,7 +97,7 @@ async def test_a_failing_sink_is_a_warning_and_no_failed_epoch(where, tmp_path, 
         assert len(run) == 3 and run.error is None
     assert len(tracker.runs[0].logged) == 3
     (said,) = [record.getMessage() for record in caplog.records if "Broken" in record.getMessage()]  # once, not thrice
-    assert "no route to the tracker" in said and "the run goes on" in said
+    assert "no route to the tracker" in said and "the run continues" in said
     if where != "end":
         assert any("no route to the tracker" in str(event) for event in ft.Run.open(run.folder)._stored().events("log"))
 

@@ -384,7 +384,7 @@ async def test_an_address_outside_of_a_rollout_is_an_error_that_says_so(seven):
         seven.base_url  # noqa: B018
     with episode().recording() as this:
         pass
-    with this.current(), pytest.raises(RunError, match="goes on here any more"):
+    with this.current(), pytest.raises(RunError, match="is running here any more"):
         seven.openai()
 
 

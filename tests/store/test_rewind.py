@@ -79,7 +79,7 @@ async def test_looking_and_chatting_take_nothing_out(make_run, tmp_path, caplog)
     before = await left(make_run, tmp_path)
     run = make_run()
     await run.chat("1+1")
-    assert "the policy is the one behind epoch 2" in caplog.text
+    assert "Resuming from the weights after epoch 2" in caplog.text
     assert run._driver.adapter.policy.version == 3
     await asyncio.to_thread(run.close)
     assert record_of(tmp_path / "run") == before

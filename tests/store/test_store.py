@@ -332,7 +332,7 @@ def test_a_fork_knows_its_parent_and_may_go_on_counting(folder):
     with RunStore.create(folder, "fork", CONFIG, parent=("run", 3)) as store:
         store.append(make_epoch([[1.0, 0.0]], index=4), {})
         assert store.parent == ("run", 3)
-        with pytest.raises(StoreError, match="goes on with epoch 5"):
+        with pytest.raises(StoreError, match="continues with epoch 5"):
             store.append(make_epoch([[1.0, 0.0]], index=0), {})
 
 
@@ -379,12 +379,12 @@ def test_secrets_are_masked_in_every_file(store, folder):
 
 
 def test_epochs_are_recorded_in_order_each_once(store):
-    with pytest.raises(StoreError, match="found epoch 1; run 'run' goes on with epoch 0"):
+    with pytest.raises(StoreError, match="found epoch 1; run 'run' continues with epoch 0"):
         store.append(make_epoch([[1.0]], index=1), {})
     store.append(make_epoch([[1.0]]), {})
-    with pytest.raises(StoreError, match="goes on with epoch 1"):
+    with pytest.raises(StoreError, match="continues with epoch 1"):
         store.append(make_epoch([[0.5]]), {})
-    with pytest.raises(StoreError, match="goes on with epoch 1"):
+    with pytest.raises(StoreError, match="continues with epoch 1"):
         store.begin_epoch(0, 0.0, None)
     assert store.epochs[0].collection.trajectories[0][0].reward == 1.0
 

@@ -108,7 +108,7 @@ def test_the_view_says_where_they_part_and_what_the_rewards_are_made_of() -> Non
 def test_what_is_the_same_is_folded_and_twins_are_called_so() -> None:
     same = [item("user", "a"), item("assistant", "b"), item("user", "c")]
     found = compared((1, [*same, item("assistant", "d")]), (0, same))
-    assert "they say the same until the worst one ends; the best one goes on at turn 3" in repr(found)
+    assert "they say the same until the worst one ends; the best one continues at turn 3" in repr(found)
     folds = ElementTree.fromstring(found._repr_html_()).findall(".//details/summary")
     assert [fold.text for fold in folds] == ["the first 3 turns, which are the same"]
     assert "both say the same" in repr(compared((1, same), (0, same)))

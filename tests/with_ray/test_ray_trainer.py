@@ -195,8 +195,8 @@ async def test_killed_kernel_finds_actor_and_job_again(ray, tmp_path, closing, c
     epoch = await again.next_epoch()
     assert (epoch.index, epoch.policy_versions, epoch.job.status) == (1, (1, 2), "completed")
     assert epoch.train_metrics["logprob_gap"] < 1e-4
-    assert "is gone, and its training job with it: a new one goes on from the newest checkpoint" in caplog.text
-    assert "epoch 1 is run again: its training job is not to be had" in caplog.text
+    assert "is gone, and its training job with it: a new one continues from the newest checkpoint" in caplog.text
+    assert "epoch 1 is run again: its training job cannot be found" in caplog.text
 
 
 async def test_actor_that_has_the_last_epochs_weights_is_taken_without_a_checkpoint(ray, tmp_path, closing):

@@ -45,7 +45,7 @@ class OpenPipeArtConfig(TrainerAdapterConfig, name="openpipe_art"):
     base_model: str
     """The model that is trained, as the ART backend names it."""
     name: str = "finetune-nb"
-    """The model's name in ART; a run that uses it again goes on from its last step."""
+    """The model's name in ART; a run that uses it again continues from its last step."""
     project: str = "finetune-nb"
     """What ART files the model under."""
     learning_rate: float = Field(default=5e-6, gt=0, json_schema_extra=AT_TRAINING)

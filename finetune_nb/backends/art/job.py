@@ -36,7 +36,7 @@ class ArtJob:
         self.ended.set_result(None)
 
     def cancel(self) -> None:
-        """Stops waiting for ART; whether a remote service goes on is its affair."""
+        """Stops waiting for ART; whether a remote service continues is its affair."""
         if not self._task.done():
             self._canceled = True
             self._task.cancel()

@@ -1,5 +1,5 @@
 """What `art run` is sent, as ours. A training request carries conversations; here each sampled turn of one is found among
-the calls that this server answered, so that it is trained on behind the very prompt and with the very ids that it was sampled.
+the calls that this server answered, so that it is trained on after the very prompt and with the very ids that it was sampled.
 
 ART's own server renders the conversation anew. An agent that asks every turn by itself (a game that shows only the board)
 is then trained on prompts that it never saw; here it is not.

@@ -54,7 +54,7 @@ def is_here(host: str) -> bool:
 
 
 class _FromHere(RequestHandler):
-    """Refuses what a page in a browser may have sent: the page's address is told as the origin, a name that leads here by
+    """Refuses what a page in a browser may have sent: the page's address is in the Origin header, a name that leads here by
     a name server's doing as the host."""
 
     def prepare(self) -> Any:
@@ -141,4 +141,4 @@ def application(server: TrainedModel) -> Application:
 
 
 async def _nothing(body: dict[str, Any]) -> None:
-    """A client has ended; the next one may go on."""
+    """A client has ended; the next one may continue."""

@@ -241,7 +241,7 @@ async def serve(
         )
     if folder is not None and await asyncio.to_thread(_is_filled, folder):
         raise ConfigError(
-            f"{folder} is not empty. Name another folder with --out; --model {folder}/0001, say, goes on from a model in it."
+            f"{folder} is not empty. Name another folder with --out; --model {folder}/0001, say, continues from a model in it."
         )
     values = {"model": model, **({"lora": {}} if lora else {})}
     adapter = LocalGRPOAdapter(LocalGRPOConfig.model_validate(values), seed=seed)

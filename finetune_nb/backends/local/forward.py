@@ -1,7 +1,7 @@
 """Token sequences -> tensors -> log probabilities, the prompt of a group computed once where that saves enough.
 
 Sequences that begin with the same prompt share its forward and backward pass: the prompt runs as a row of its own, and
-each reply runs behind a copy of its keys and values. Gradients flow through the copies, so this is the same sum in
+each reply runs after a copy of its keys and values. Gradients flow through the copies, so this is the same sum in
 another order. Shapes are in the names: U different prompts of P tokens, B sequences of T tokens, padded on the right.
 """
 

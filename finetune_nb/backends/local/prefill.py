@@ -47,7 +47,7 @@ def forward_of(model: Any) -> Forward:
 def prefill(
     model: Any, prompts: Sequence[Sequence[int]], pad_id: int = 0, forward: Forward | None = None
 ) -> tuple[Tensor, Any, Tensor]:
-    """Logits behind each prompt (U, V), the cache of all, and its mask (U, P) of 0 and 1. Differentiable."""
+    """Logits after each prompt (U, V), the cache of all, and its mask (U, P) of 0 and 1. Differentiable."""
     forward, device, cache = forward or forward_of(model), model.device, None
     common = _common(prompts)
     if common < WORTH_SHARING or not can_share(model):
@@ -80,7 +80,7 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def can_share(model: Any) -> bool:
-    """Whether keys and values can be copied for what comes behind them: not where layers keep only a window of them, or
+    """Whether keys and values can be copied for what comes after them: not where layers keep only a window of them, or
     something else."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer

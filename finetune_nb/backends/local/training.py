@@ -44,7 +44,7 @@ def rate(
 
     done, planned, step: epochs, fractions included: `done` of `planned` are over, the step takes `step` of one. warmup:
     the part of the planned epochs in which the rate climbs from near 0 in a straight line. floor: what "linear" and
-    "cosine" (a half wave, as in SGDR, arXiv 1608.03983) have fallen to when the planned epochs are over; epochs behind
+    "cosine" (a half wave, as in SGDR, arXiv 1608.03983) have fallen to when the planned epochs are over; epochs after
     the plan keep it, so that they still learn something.
     """
     climbing = warmup * planned

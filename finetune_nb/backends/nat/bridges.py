@@ -49,7 +49,7 @@ POLL_SECONDS = 0.1
 
 
 def is_one_of(component: Any, table: set[str]) -> bool:
-    """Whether a component's class, or one that it is made from, stands in a table."""
+    """Whether a component's class, or one of its bases, is in a table."""
     return any(f"{kind.__module__}.{kind.__qualname__}" in table for kind in type(component).__mro__)
 
 
@@ -126,7 +126,7 @@ class NatBuilder(TrajectoryBuilder):
 
     async def aclose(self, run_id: str | None = None) -> None:
         """Cancels evaluations that are still going on, of one run or of all. The Toolkit's builder forgets none that
-        failed ("already in progress", says the next), lets its siblings run on, and its trainer's cleanup fails on them.
+        failed ("already in progress", says the next), lets the others run on, and its trainer's cleanup fails on them.
         """
         runs = getattr(self.nat, "evaluation_runs", None)
         if not isinstance(runs, dict):

@@ -114,7 +114,7 @@ def collection_from_nat(collection: Any, convert: Callable[[Any], Trajectory] = 
 
 
 def collection_to_nat(collection: TrajectoryCollection) -> Any:
-    """Our TrajectoryCollection as the Toolkit's; `failures` stay behind."""
+    """Our TrajectoryCollection as the Toolkit's; `failures` are left out."""
     from nat.data_models import finetuning as nat
 
     return nat.TrajectoryCollection(
@@ -214,7 +214,7 @@ def _step_from_nat(step: Any, start: Any, call_of_id: Callable[[str], LLMCall | 
     if step.event_type == IntermediateStepType.LLM_END:
         message = field_of(payload, "message")
         told = field_of(message, "response_metadata") or {}
-        text = text if message is None else field_of(message, "content")  # the Toolkit writes tool calls behind it
+        text = text if message is None else field_of(message, "content")  # the Toolkit writes tool calls after it
         known = call_of_id(str(told.get("id") or field_of(message, "id") or ""))
         payload = known or {
             "logprobs": told.get("logprobs"),

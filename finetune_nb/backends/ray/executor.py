@@ -1,7 +1,7 @@
 """RayExecutor: rollouts on a Ray cluster, as many at once as locally, in workers that are replaced when they are lost.
 
 A worker is sent as many rollouts as have become free, and gives each back when it has ended: workers that are quick get more.
-What a worker is stands in worker.py, what is sent in parcel.py, which cluster it is in cluster.py. Scoring stays here.
+Scoring stays in this process.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ class RayExecutor:
         return value if isinstance(value, self._ray.ObjectRef) else self._ray.put(value)
 
     async def aclose(self) -> None:
-        """Ends the workers. The cluster goes on."""
+        """Ends the workers. The cluster keeps running."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

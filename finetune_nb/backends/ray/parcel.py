@@ -1,6 +1,6 @@
 """What goes to another process: a rollout as bytes, functions of a notebook included, with each policy left out.
 
-A policy stands in the bytes by a name, and a worker puts its replica there: weights go through the object store on their
+In the bytes a policy is a name, and a worker puts its replica there: weights go through the object store on their
 own, once a version. A policy that has no replicas goes as it is.
 """
 

@@ -100,7 +100,7 @@ class TrainerActor:
     # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def ask(self, method: str, *args: Any) -> tuple[Any, RunState]:
-        """The answer of an adapter's method, and which weights are there behind it."""
+        """The answer of an adapter's method, and which weights are there after it."""
         answer = await getattr(self._adapter, method)(*args)
         return answer, self._standing()
 

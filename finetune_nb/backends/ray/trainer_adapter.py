@@ -62,7 +62,7 @@ class RayTrainerAdapter(TrainerAdapter):
         await self._link.open()
 
     def end(self) -> None:
-        """Ends the actor, unless it is one that another process may be using. The cluster goes on."""
+        """Ends the actor, unless it is one that another process may be using. The cluster keeps running."""
         self._link.end()
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
@@ -91,7 +91,7 @@ class RayTrainerAdapter(TrainerAdapter):
         if not self._link.found:
             if job is not None:
                 logger.warning(
-                    "the trainer's actor of %s is gone, and its training job with it: a new one goes on from the newest "
+                    "the trainer's actor of %s is gone, and its training job with it: a new one continues from the newest "
                     "checkpoint",
                     self._link.name,
                 )
@@ -102,7 +102,7 @@ class RayTrainerAdapter(TrainerAdapter):
         holds = self._link.as_asked and (job_there or unchanged)
         if not holds:
             logger.warning(
-                "the trainer's actor of %s was found, but %s: a new one goes on from the newest checkpoint",
+                "the trainer's actor of %s was found, but %s: a new one continues from the newest checkpoint",
                 self._link.name,
                 "its weights are not those that the record ends with" if self._link.as_asked else "with other settings",
             )
@@ -134,7 +134,7 @@ class RayTrainerAdapter(TrainerAdapter):
         return ref
 
     def _follow(self, ref: TrainingJobRef) -> asyncio.Task[TrainingJobStatus]:
-        """Waits for a job, whether or not somebody else does: behind it the weights are others."""
+        """Waits for a job, whether or not somebody else does: after it the weights are others."""
         job_id = str((ref.metadata or {}).get("job_id"))
         if job_id not in self._following:
             self._following[job_id] = task = asyncio.create_task(self._last_status(ref))

@@ -1,7 +1,6 @@
 """The trainer's actor as a run's process reaches it: found by the name that the run's folder gives it, or started; asked, with
 its errors told apart; ended.
 
-What the actor does stands in trainer_actor.py, what a run asks of it in trainer_adapter.py.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class TrainerLink:
         self._actor: Any = None
         self._policy: RemotePolicy | None = None
         self.found = False
-        """The actor was there, and it is not known yet whether its weights are those that this run goes on from."""
+        """The actor was there, and it is not known yet whether its weights are those that this run continues from."""
         self.as_asked = True
         """It was made with the settings that are asked for now."""
 
@@ -134,7 +133,7 @@ class TrainerLink:
         return self._actor is not None and not self.found
 
     def end(self) -> None:
-        """Ends the actor, unless it is one that another process may be using. The cluster goes on."""
+        """Ends the actor, unless it is one that another process may be using. The cluster keeps running."""
         if self.is_ours and self.ray.is_initialized():
             self.ray.kill(self._actor)
         self._actor = None
@@ -176,7 +175,7 @@ class TrainerLink:
         if isinstance(error, self.ray.exceptions.RayActorError):
             return TrainerLost(
                 f"the trainer's actor was lost: {redact_text(str(error)).splitlines()[0][:300]} Does it need more memory? Close "
-                "the run and open its folder again: a new actor goes on from the newest checkpoint."
+                "the run and open its folder again: a new actor continues from the newest checkpoint."
             )
         if isinstance(error, self.ray.exceptions.RayError):
             told = f"{type(cause).__name__}: {cause}" if cause is not None else str(error)

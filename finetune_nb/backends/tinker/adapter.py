@@ -46,7 +46,7 @@ class TinkerAdapter(JobAdapter[TrainingJob]):
     trajectories are trained on. tokenizer: one that is loaded already.
 
     A job trains to its end, or it leaves the weights as they were: after a failure of the service it is begun again from
-    the state before it, so that no step counts twice, and with its last failure that state is what goes on. A job that is
+    the state before it, so that no step counts twice, and with its last failure that state is what continues. A job that is
     canceled keeps the steps that it has made.
     """
 
@@ -138,7 +138,7 @@ class TinkerAdapter(JobAdapter[TrainingJob]):
                 return report
             except BaseException as error:
                 made = report.steps
-                job.report = TinkerReport()  # its steps are not in the weights that go on
+                job.report = TinkerReport()  # its steps are not in the weights that continue
                 if kept:  # else the only copy of the weights is the one that has not been touched yet
                     service.drop()
                 if not isinstance(error, Unavailable) or attempt == config.retries or job.stopped():
@@ -184,7 +184,7 @@ class TinkerAdapter(JobAdapter[TrainingJob]):
 
         The service loads a state into a new model only: the one in training is given up first. Raises BackendError while
         a job is at work, for what is no checkpoint of this model, and where the service cannot load it; what was saved
-        last is then what goes on.
+        last is then what continues.
         """
         self._require_no_job_at_work()
         policy, config, service = self.policy, self.adapter_config, self._service

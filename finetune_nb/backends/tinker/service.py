@@ -2,7 +2,7 @@
 
 Calls block, for threads that may wait. What goes wrong is sorted by what helps: `Refused` (change the request),
 `Unavailable` (ask again later), `Gone` (begin a new session), `Misunderstood` (another version of the SDK). Weights live
-on the service alone, so this module also knows which of its saved states holds which policy version, and never goes on
+on the service alone, so this module also knows which of its saved states holds which policy version, and never continues
 with another one.
 """
 
@@ -39,7 +39,7 @@ TELLING_SECONDS = 30.0
 """For so long at most the SDK tells the service of an error before it raises it; without its connection it would wait all
 of it."""
 REACH_SECONDS = 10.0
-"""In which a service must answer that it is there. The SDK itself would go on knocking for five minutes."""
+"""In which a service must answer that it is there. The SDK itself would keep knocking for five minutes."""
 
 
 class Refused(BackendError):
@@ -177,7 +177,7 @@ class TinkerService:
                 if saved_version != version:
                     raise BackendError(
                         f"the weights of policy version {version} are gone from the service; its newest saved state has "
-                        f"version {saved_version}. Load a checkpoint to go on from there (Run: open it again)."
+                        f"version {saved_version}. Load a checkpoint to continue from there (Run: open it again)."
                     )
                 self._model = self._open(state)
             return self._model

@@ -47,7 +47,7 @@ class TRLAdapter(JobAdapter[TRLJob]):
             raise ConfigError(
                 f"the policy given to {self.name} carries a LoRA adapter, and TRL's process would get the adapter alone. Give "
                 "one without (policy.save(directory, merge=True), then model=directory), and set lora_rank to train an adapter "
-                "that is added to the weights behind every job."
+                "that is added to the weights after every job."
             )
         self.seed = seed
         self._policy = policy

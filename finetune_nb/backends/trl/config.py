@@ -33,7 +33,7 @@ class TRLConfig(TrainerAdapterConfig):
     max_length: int | None = Field(default=1024, ge=1)
     """Tokens of a row; a longer one is cut. None = never."""
     lora_rank: int | None = Field(default=None, ge=1)
-    """Trains a low-rank adapter, which is added to the weights behind every job; None = all weights."""
+    """Trains a low-rank adapter, which is added to the weights after every job; None = all weights."""
     processes: int = Field(default=1, ge=1)
     """Processes that accelerate starts: one a GPU."""
     device: Literal["auto", "cpu"] = "auto"

@@ -1,6 +1,6 @@
 """Writes data/train.json and data/held_out.json: `python -m finetune_nb.examples.calculator.make_data`.
 
-One seeded draw is cut into train, held_out and dev, so that no question stands in two of them. dev is not written: it
+One seeded draw is cut into train, held_out and dev, so that no question is in two of them. dev is not written: it
 is there to choose a warm start and settings by, so that held_out is only ever reported.
 """
 
