@@ -1,5 +1,5 @@
 """The contracts, to read first: TrajectoryBuilder collects, TrainerAdapter trains, Trainer joins them into epochs.
-Subclass one, register it (registry.py), name it in the YAML. Policy is what a training backend samples from.
+Subclass one, register it, name it in the YAML. Policy is what a training backend samples from.
 
 The three abstract classes are those of the NVIDIA NeMo Agent Toolkit's finetuning harness, word for word in names and
 signatures. Nothing here knows a Run, a store or a widget.

@@ -2,7 +2,7 @@
 `plain_data`, the one walk that turns a config into dicts and lists.
 
 A secret is a string whose key names a credential (`api_key`, `hf_token`, `password`, ...), a pydantic SecretStr, or a
-value that came from the environment through `${NAME}`. Reading YAML is loading.py's; this file knows values only.
+value that came from the environment through `${NAME}`.
 """
 
 from __future__ import annotations

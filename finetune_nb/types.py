@@ -1,9 +1,9 @@
-"""Every noun of finetuning, in the order of an epoch's road: model calls, what an evaluation returns (in eval_types.py),
-episodes and trajectories, the curriculum's choice, training jobs, and the record of an epoch.
+"""Every noun of finetuning, in the order of an epoch's road: model calls, what an evaluation returns, episodes and
+trajectories, the curriculum's choice, training jobs, and the record of an epoch.
 
-pydantic models are the seed's (field names, defaults and validators of nvidia-nat-core 1.9.0, so that a dump of one
-validates as the other); frozen dataclasses are values made inside. Missing numbers are NaN, never 0. The only logic here reads
-logprobs and messages that others have written.
+pydantic models have the field names, defaults and validators of nvidia-nat-core 1.9.0, so that a dump of one validates as the
+other; frozen dataclasses are values made inside. Missing numbers are NaN, never 0. The only logic here reads logprobs and
+messages that others have written.
 """
 
 from __future__ import annotations

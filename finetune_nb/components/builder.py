@@ -1,8 +1,7 @@
-"""`Builder` makes the live components of a config by name and closes them: it starts the async generator that
-registry.py's decorators registered for a `_type`, hands out what that yields, and resumes it after its yield when the
-run closes.
+"""`Builder` makes the live components of a config by name and closes them.
 
-It knows no run and no epoch.
+It starts the async generator that was registered for a `_type`, hands out what that yields, and resumes it after its yield
+when the run closes. It knows no run and no epoch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """`load_config`: YAML, or a dict, to a checked Config. In this order: overrides, `${NAME}` from the environment,
-component types, misspelt keys, values, and whether the parts fit together. All mistakes are reported at once, each with
-its path.
+component types, misspelt keys, values, and whether the parts fit together.
 
-Parsing text is yaml_text.py's, the rules of the fields are config.py's, the names of types type_names.py's. What is
-read here is untrusted: no tag is constructed, nothing is evaluated, and no message shows a secret.
+All mistakes are reported at once, each with its path. What is read here is untrusted: no tag is constructed, nothing is
+evaluated, and no message shows a secret.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ names.
     class MyTrainerConfig(TrainerConfig, name="my_trainer"):
         warmup_epochs: int = 2
 
-Fields and defaults are those of nvidia-nat-core 1.9.0. How a config becomes a live component is builder.py's.
+Fields and defaults are those of nvidia-nat-core 1.9.0.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What a config holds: the finetuning and evaluation sections, and `Config` itself.
 
 Names, defaults and validators are those of nvidia-nat-core 1.9.0, so that a dump of one validates as the other; what is
-stricter or ours alone says so. The base classes of component configs (component.py), the curriculum's settings and the
-`run` section are importable from here too. Reading YAML is loading.py's, building components builder.py's.
+stricter or ours alone says so.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """YAML text to plain data and back. Reads YAML 1.2 (so that 1e-5 is a number) with a safe loader, and refuses what a
 config never needs: tags, duplicate keys, several documents, anchors that expand to something huge.
 
-Errors name a line and never quote it, because a config's lines may hold secrets. What the data means is loading.py's.
+Errors name a line and never quote it, because a config's lines may hold secrets.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The driver: runs epochs of any Trainer, one at a time, and has each recorded.
+"""Runs epochs with any Trainer, one at a time, and records each of them.
 
-It lives on the engine thread and is all async; it knows LiveSettings and records, no widget and no notebook. What is seen of
-the Trainer is witness.py's, what a record is made of in_progress.py's, what is written when recorder.py's.
+Everything here is async and runs on the run's own thread. Nothing here imports a widget or IPython.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LiveSettings: the mailbox between whoever steers a run (a cell, a widget, another thread) and the engine that runs it.
+"""LiveSettings: the mailbox between a run's user (a cell, a widget, another thread) and the engine that runs it.
 
 A change is validated and becomes pending at once, or stays in the draft until it is asked for; the engine applies it at
 its safe point, which for the curriculum is the next selection, also that of the epoch whose rollouts are running, and for a

@@ -1,8 +1,8 @@
-"""The witness: sees from outside what any Trainer does with its builder and adapter, and puts the live settings in
-before it selects.
+"""Observes from outside what any Trainer does with its builder and adapter, and applies the live settings before it
+selects.
 
-It wraps methods of the instances, fills in the EpochInProgress of the running epoch and tells the recorder. Running an epoch is
-driver.py's, the record that comes of it in_progress.py's.
+Methods of the instances are wrapped, and unwrapped when the run closes. What they do is noted in the EpochInProgress and written
+to the run's folder.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The recorder of a run: what goes into its folder, and when.
+"""Writes a run's folder while the run works.
 
-Everything is written as it happens, on the engine's loop with the disk's work in a thread. An epoch that cannot be stored
-stays in memory and is stored before the next one begins. What the folder looks like is store.py's; the weights in it, and
-where a run goes on with them, saved_weights.py's.
+Everything is written as it happens, from the engine's loop, with the disk's work in a thread. An epoch that cannot be stored
+stays in memory and is stored before the next one begins.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Metrics sinks: each epoch's numbers, handed to trackers such as trackio and wandb, or to a file.
 
 A sink has three methods (MetricsSink). It is called on a thread of its own, in order: one that is slow, hangs or raises
-holds nothing up and fails no epoch; what it raises is a warning. The run's own JSONL files are written whether there are
-sinks or not (jsonl.py), and record what a sink missed.
+holds nothing up and fails no epoch; what it raises is a warning. The run's own JSONL files are written in any case, and record
+what a sink missed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a run is doing, and what may be asked of it then: one table of states and moves.
 
-A RunState may be asked from any thread; the engine waits at its gate while the run is paused. Nothing here knows what an
+A RunState may be asked from any thread; the engine waits while the run is paused. Nothing here knows what an
 epoch is.
 """
 

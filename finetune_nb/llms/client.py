@@ -1,7 +1,6 @@
-"""The clients that a workflow gets as `llm`, each call recorded in the rollout's CallRecorder (episode.py).
+"""The clients that a workflow gets as `llm`. Every call is recorded in the rollout's CallRecorder.
 
-`PolicyLLM` asks a policy of ours: messages in, reply out, token ids and logprobs kept exactly. Clients of other libraries
-come in through gateway.py, which makes the same calls. Trajectories are made from them elsewhere.
+`PolicyLLM` asks a policy of ours: messages in, reply out, token ids and logprobs kept exactly.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Every rollout has an address of its own for every model that it asks (`/e/{episode}/v1`): which rollout a request belongs
 to does not depend on threads, tasks or libraries. A request becomes the same call that `llm.chat` makes, recorded in the
-same CallRecorder, with the token ids that were seen and sampled. Nothing of any HTTP library is patched.
+same CallRecorder, with the token ids that were seen and sampled. No HTTP library is patched.
 
-The server has a thread and an event loop of its own, so that an agent which blocks the run's loop gets its answer too. It
-is started when an address is first asked for. What goes over the wire is left to gateway_http.py and wire.py.
+The server has a thread and an event loop of its own, so that an agent that blocks the run's loop gets its answer too. It is
+started when an address is first asked for.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """`_type: openai`: a client of any OpenAI-compatible server (vLLM, SGLang, OpenAI itself), recorded like every model call.
 
-It asks for logprobs and for token ids; a server that does not give ids leaves calls that are not exact, and one that gives
-no logprobs leaves turns that cannot be trained on. With the model's tokenizer it asks with token ids, too: see
-token_prompts.py. Training such a model is the backend's affair.
+It asks for logprobs and for token ids. A server that gives no ids leaves calls that are not exact; one that gives no logprobs
+leaves turns that cannot be trained on. If it is given the model's tokenizer, it sends token ids, too.
 """
 
 from __future__ import annotations

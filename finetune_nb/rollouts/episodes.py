@@ -2,7 +2,7 @@
 
 Calls that carry one conversation on become one sequence of messages; a call that starts anew begins another one after it
 (the metadata's `conversation` counts them). Each sampled turn keeps its own prompt ids, so it can be trained on exactly
-whatever stands around it.
+whatever is around it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The evaluation run: a workflow once over a dataset, under the recorder, and every evaluator's verdict on what came out.
+"""The evaluation run: a workflow once over a dataset, recorded, and every evaluator's verdict on what came out.
 
-A rollout that raises, hangs or returns nothing (rollout.py) is a RolloutFailure; it leaves the others alone and no
-evaluator sees it. Who starts the evaluation (a trajectory builder, a validation) says through `EvaluationContext` which
-generation it is, which rows are drawn and where rollouts run; without one the whole dataset is run on a fresh executor.
+A rollout that raises, hangs or returns nothing is a RolloutFailure; it leaves the others alone and no evaluator sees it. Its
+caller (a trajectory builder, a validation) says through `EvaluationContext` which generation it is, which rows are drawn and
+where rollouts run; without one the whole dataset is run on a fresh executor.
 """
 
 from __future__ import annotations

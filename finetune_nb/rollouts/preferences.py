@@ -3,7 +3,7 @@ preferences (DPO).
 
 Two rollouts are compared where they part: what both have in common is the prompt, the next turn of each is the response.
 A pair is one trajectory, whose reward is the difference of the two rewards; `chosen_reward` and `rejected_reward` are in
-its metadata, and a validation shows the rewards themselves. How rollouts are collected is trajectory_builder.py's.
+its metadata, and a validation shows the rewards themselves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""One rollout: the workflow once on one row, under the recorder, with its time limit and its further attempts.
+"""One rollout: the workflow once on one row, recorded, with its time limit and its further attempts.
 
-What goes wrong is data: a rollout that raises, hangs or returns nothing is a result with an error. Which rows are run, and
-where, is left to evaluate.py and the executors.
+A rollout that raises, hangs or returns nothing is a result with an error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""A run's folder as a Config and a Builder, to continue it or to fork it.
+"""Makes the Config and the Builder of a run: from settings and functions, from a folder to continue it, or to fork it.
 
-What no file can hold (functions, rows, ready components) is given again. Which epoch comes next, and with which weights,
-is read from the folder when the run continues.
+What no file can hold (functions, rows, ready components) is given again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The weights of a run that lie on its disk: when they are saved, which checkpoints are kept, and where a run continues.
 
-A checkpoint is the adapter's own directory; its place in the folder is run_folder.py's, which are worth their space
-retention.py's. The record of the epochs is recorder.py's; the two need not end at the same epoch.
+A checkpoint is the adapter's own directory. Checkpoints and the record of the epochs need not end at the same epoch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""run.db: its tables, and how it is opened, to write and to read. What a row says is store_rows.py's, which files lie around
-it store.py's.
+"""run.db: its tables, how it is opened to write and to read, and what its rows say.
 
     run          one row: id, created_at, state, revision (counts amended epochs); of a fork parent, parent_epoch and
                  start, the state that it continues from
@@ -9,7 +8,7 @@ it store.py's.
     unfinished   the epoch that has begun and is not in `epochs`, with its job and selection (JSON) where it came so far;
                  `rollouts` its trajectories, in batches
     validations  by the epoch that they belong to; NULL: asked for by hand
-    changes      the journal of the controls
+    changes      the journal of the live settings
 
 PRAGMA user_version is the number of migrations that were applied. NaN is NULL in the columns to query.
 """

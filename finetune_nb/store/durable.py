@@ -1,6 +1,4 @@
-"""Directories that are complete or are not there: written beside under another name, made durable, then renamed.
-Also what their reader needs: plain files only, and their seals. What the files mean is the business of others.
-"""
+"""Files and directories that are complete or are not there: written under another name, made durable, then renamed."""
 
 from __future__ import annotations
 

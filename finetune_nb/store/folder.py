@@ -1,8 +1,6 @@
-"""The files of a run's folder: which names they have, how one is written so that a crash leaves the old or the new one,
-and the lock of the process that writes.
+"""The files of a run's folder: their names, and the lock of the process that writes.
 
-No symbolic link inside the folder is followed, for a folder may come from somebody else. What the files contain is
-left to trajectory_files.py, store_schema.py and store.py.
+No symbolic link inside the folder is followed, because a folder may come from somebody else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One record a line, appended: the seed's log files. Values that JSON does not know are written so that any reader takes them."""
+"""Values as JSON, also those that JSON does not know; and files of one record a line."""
 
 from __future__ import annotations
 

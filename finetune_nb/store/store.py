@@ -1,7 +1,7 @@
 """RunStore: everything that a run records, in one folder that can be moved, copied, and read while it is written.
 
-    run.db                             epochs, curriculum, validations, journal (SQLite; tables: database.py)
-    trajectories/epoch-000003.parquet  one row = one trajectory or failed rollout (columns: trajectories.py)
+    run.db                             epochs, curriculum, validations, journal (SQLite)
+    trajectories/epoch-000003.parquet  one row = one trajectory or failed rollout (Parquet)
     config.yml                         the config, without secrets
     checkpoints/epoch-000003/          the adapter's own files
     log.jsonl                          events, one a line

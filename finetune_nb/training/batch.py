@@ -1,14 +1,6 @@
-"""Credit: which part of an episode's reward each of its turns is trained for, where shaped rewards say it.
+"""What a training job learns from: token sequences made of trajectories, with the advantage of each sampled token.
 
-Let rollout i of a group have the reward R_i, in all, and let its turn k = 0, 1, ... have earned r_ik of it (its shaped
-rewards; 0 where it has none). When turn k began there was still G_ik = R_i - (r_i0 + ... + r_i,k-1) to earn: what the shaped
-rewards leave of R_i is earned at the end. All tokens of turn k have the advantage
-
-    A_ik = (G_ik - mean over j of G_j,min(k, last turn of j)) / (std(R) + 1e-4)
-
-so a turn is not praised for what was earned before it. The first turn, and every turn where nothing is shaped, has the
-advantage of plain GRPO. Rewards to go are those of DeepSeekMath's process supervision (arXiv 2402.03300, section 4.1.3),
-which normalises each step's reward instead. Which groups teach is still decided by the rewards R alone.
+Ids are taken as they were sampled; no text is ever tokenized again. Groups that cannot teach are left out.
 """
 
 from __future__ import annotations
@@ -38,9 +30,27 @@ __all__ = [
 
 
 def turn_advantages(group: Sequence[Trajectory], scale_rewards: bool = True) -> list[list[float]]:
-    """For each trajectory one advantage a sampled turn, NaN where it has no reward. The rewards of the group differ.
+    """The advantage of each sampled turn, with credit for the part of the reward that the turn earned.
 
-    Raises BackendError where shaped rewards are neither one a sampled turn nor one a message, or are not finite.
+    Let rollout i of a group have the reward R_i, and let its turn k = 0, 1, ... have earned r_ik of it (its shaped rewards; 0
+    if it has none). When turn k began, G_ik = R_i - (r_i0 + ... + r_i,k-1) was still to be earned: what the shaped rewards
+    leave of R_i is earned at the end. All tokens of turn k have the advantage
+
+        A_ik = (G_ik - mean over j of G_j,min(k, last turn of j)) / (std(R) + 1e-4)
+
+    so a turn gets no credit for what was earned before it. The first turn, and every turn if nothing is shaped, has the
+    advantage of plain GRPO. Rewards to go are those of DeepSeekMath's process supervision (arXiv 2402.03300, section 4.1.3),
+    which normalises each step's reward instead. Which groups teach is still decided by the rewards R alone.
+
+    Args:
+        group: The trajectories of one example. Their rewards differ.
+        scale_rewards: Whether to divide by the standard deviation of the rewards.
+
+    Returns:
+        For each trajectory a list with one advantage a sampled turn; NaN if it has no reward.
+
+    Raises:
+        BackendError: Shaped rewards are neither one a sampled turn nor one a message, or are not finite.
     """
     counted = [i for i, trajectory in enumerate(group) if not math.isnan(trajectory.reward)]
     turns = [len(sampled_turns(trajectory)) for trajectory in group]

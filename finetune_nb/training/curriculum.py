@@ -3,8 +3,7 @@
 Easy groups first (highest mean reward), a growing share of them, and none whose rewards hardly differ: an advantage is
 measured against the group's own mean. The rules are those of the NVIDIA NeMo Agent Toolkit's ART trainer, but NaN is
 missing, a single group is no exception, rounding is forgiven and the subsample has a seed. Pure functions over numpy
-columns, so that one call serves the trainer, a preview and a test. When they are called, and what is stored, is left to
-the trainer and the Run; advantages are in metrics.py.
+columns, so that one call serves the trainer, a preview and a test.
 """
 
 from __future__ import annotations

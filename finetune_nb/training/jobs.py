@@ -1,4 +1,4 @@
-"""A training job: its id, its daemon thread, its status. What the thread does is handed in as a function.
+"""Training jobs: their id, their daemon thread, their status, and the base of adapters whose jobs are such threads.
 
 A status is made anew whenever something changes and is never altered: reading one needs no lock and changes nothing.
 """

@@ -357,7 +357,7 @@ def test_one_generation_under_a_curriculum_that_needs_spread_is_refused():
         ("run: !!python/object/apply:os.getcwd []\n", "is not allowed"),
         ("run: [1\n", "not valid YAML"),
         ("run: *nothing\n", "undefined alias"),
-        ("run: &a [*a]\n", "stands inside itself"),
+        ("run: &a [*a]\n", "contains itself"),
         ("run: " + "[" * 500 + "\n", "deep in each other"),
         ("a: 1\n---\nb: 2\n", "another document"),
     ],

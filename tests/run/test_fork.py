@@ -305,7 +305,7 @@ async def test_settings_that_another_kernel_changed_meanwhile_are_taken_over(mak
     assert (await here.next_epoch()).curriculum.percentile == 0.8
 
 
-# ── an epoch that did not come to its end ────────────────────────────────────────────────────────────────────────────
+# ── an epoch that did not finish ────────────────────────────────────────────────────────────────────────────
 
 
 async def test_an_aborted_epoch_can_be_looked_at(make_run, tmp_path):
@@ -333,7 +333,7 @@ async def test_an_aborted_epoch_can_be_looked_at(make_run, tmp_path):
     partial = run.partial
     assert (partial.index, partial.metrics.trajectories) == (0, 10)
     assert set(partial.selection.left_out()) == {"undecided"}
-    assert "did not come to its end" in partial.reason
+    assert "did not finish" in partial.reason
     assert "not scored" in partial.collection.trajectories[0][0].metadata["reward_error"]
     frame = run.trajectories(partial=True)
     assert len(frame) == 10 and frame.reward.isna().all()

@@ -191,7 +191,7 @@ def test_an_abort_right_after_the_start_ends_the_run_too(make_run):
         run.start(epochs=5)
         run.abort()
         until(lambda: run.state == "ready")
-    before = len(run)  # on a busy machine an epoch may have come to its end before it was aborted
+    before = len(run)  # on a busy machine an epoch may have finished before it was aborted
     run.start(epochs=1)
     run.wait()
     assert len(run) == before + 1

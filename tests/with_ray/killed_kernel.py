@@ -1,6 +1,6 @@
 """A kernel whose trainer is in an actor: `python killed_kernel.py FOLDER ADDRESS UNTIL`. It is killed with SIGKILL while a job
 trains ("job"), when a job was handed over and not yet recorded ("unrecorded"), behind an epoch whose weights lie on no disk
-("epoch"), or it comes to its end without closing its run ("exit").
+("epoch"), or it ends without closing its run ("exit").
 """
 
 import asyncio

@@ -1,9 +1,8 @@
-"""OpenPipe ART as a training backend: any implementation of its public Backend protocol (`backend.train(model, groups)`),
-its own local, serverless and Tinker backends among them.
+"""OpenPipe ART as a training backend, through any implementation of its public Backend protocol
+(`backend.train(model, groups)`): its local, serverless and Tinker backends among them.
 
-Here is the adapter's face: how model and backend are made, and what is refused. Its settings are config.py's. Trajectories
-become ART's own types in trajectories.py; ART renders their prompts again with its own tokenizer and chat template. A job
-is job.py's, how jobs are asked about job_adapter.py's. What the backend learns, and how, is ART's.
+Trajectories become ART's own types, and ART renders their prompts again with its own tokenizer and chat template. What the
+backend learns, and how, is decided by ART.
 """
 
 from __future__ import annotations

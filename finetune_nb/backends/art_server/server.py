@@ -1,6 +1,6 @@
-"""The server: `art run`'s protocol and an OpenAI-compatible model, both over one policy of the local backend.
+"""A server of `art run`'s protocol and of an OpenAI-compatible model, both over one policy of the local backend.
 
-What is sampled here is kept until it has been trained on (payload.py); what goes over HTTP is routes.py's.
+What is sampled here is kept until it has been trained on.
 """
 
 from __future__ import annotations

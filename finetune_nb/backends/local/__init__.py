@@ -1,5 +1,4 @@
-"""GRPO on this machine: adapter.py (jobs) trains with grpo.py (the loss) what policy.py samples from.
+"""GRPO on this machine: the policy that is sampled, and the jobs that train it.
 
-batching.py decides which requests are sampled together, and sampling.py does it. What a job learns from is experience.py's,
-two floors up. Nothing is imported here, so that the config can be read where torch is missing.
+Nothing is imported here, so that the config can be read where torch is missing.
 """

@@ -1,8 +1,6 @@
 """LocalGRPOAdapter: GRPO on this machine, on the very weights that the policy samples from.
 
-Here is the adapter's face: what is refused. Its settings are config.py's. How jobs are asked about is job_adapter.py's, what
-they learn from experience.py's, how they learn training.py's, how that is kept checkpoint.py's. Without torch this module can
-be imported, not used.
+Without torch this module can be imported, but not used.
 """
 
 from __future__ import annotations

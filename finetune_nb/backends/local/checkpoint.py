@@ -7,8 +7,8 @@
 
 The reference never changes, so all checkpoints of a run share one copy of it by hard links, and each is still whole on
 its own. Nothing is pickled, file names come from here and never from the manifest, and loading checks everything
-before it changes anything. How a directory becomes complete at once is publishing.py's business, when to save and what
-to keep is the caller's, who also sees to it that nobody else is at the weights.
+before it changes anything. The caller decides when to save and what
+to keep, and makes sure that nobody else is using the weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""LocalPolicy: any Hugging Face causal language model as the Policy that is sampled and trained.
-
-How chat messages become token ids, and ids messages, is chat_tokenizer.py's business; when requests are sampled together
-batching.py's, how sampling.py's.
-"""
+"""LocalPolicy: any Hugging Face causal language model as the Policy that is sampled and trained."""
 
 from __future__ import annotations
 

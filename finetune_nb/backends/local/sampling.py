@@ -1,8 +1,8 @@
-"""Samples a batch of prompts with one KV cache: tensors and a loop. When a batch forms is left to batching.py.
+"""Samples a batch of prompts with one KV cache: tensors and a loop.
 
 A reply depends on its own prompt, parameters and seed, and on the weights: each request draws from a random stream of
 its own, so what else is in the batch changes a logit's last bits and nothing more. Equal prompts are prefilled once,
-and so is what all of them begin with (prefill.py).
+and so is what all of them begin with.
 Shapes are in the names: U different prompts, B rows (one a request), T tokens, V vocabulary entries.
 """
 

@@ -1,4 +1,4 @@
-"""Model and optimizer as named tensors, and whether such tensors fit a model. Files are checkpoint.py's business."""
+"""Model and optimizer as named tensors, and whether such tensors fit a model."""
 
 from __future__ import annotations
 

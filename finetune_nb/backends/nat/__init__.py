@@ -1,1 +1,1 @@
-"""The NVIDIA NeMo Agent Toolkit: its components under a Run (run.py), ours among its own (ours.py)."""
+"""The NVIDIA NeMo Agent Toolkit: its components driven by a Run, and ours among its own."""

@@ -1,8 +1,8 @@
-"""The Toolkit's builder and adapter as ours, so that a Run drives and watches them like any other; its trainer is trainer.py's.
+"""The Toolkit's builder and adapter as ours, so that a Run drives and observes them like any other.
 
-Each bridge holds one of the Toolkit's components. What the Toolkit's trainer asks of its builder and its adapter is led
-through the bridges, where a Run looks on: it sees our nouns, the Toolkit gets its very own objects back. Faults that can
-be healed without another result are healed here, each where it says so; making the components is opening.py's.
+Each bridge holds one of the Toolkit's components. The Toolkit's trainer reaches its builder and adapter through the bridges:
+the Run sees our nouns, and the Toolkit gets its own objects back. Faults of the Toolkit that can be mended without changing a
+result are mended here, each with a comment.
 """
 
 # pyright: reportMissingImports=false

@@ -1,7 +1,5 @@
-"""Rollouts by the Toolkit's evaluation: counted for whoever shows a Run, of one example where only that is tried, and as
-trajectories by our builder.
-
-What each model call was is evaluations.py's, what becomes of the Toolkit's nouns nouns.py's.
+"""Rollouts by the Toolkit's evaluation: counted for the Run that shows them, limited to one example for a trial, and turned
+into trajectories by our builder.
 """
 
 # pyright: reportMissingImports=false

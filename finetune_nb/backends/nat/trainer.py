@@ -1,6 +1,4 @@
-"""The Toolkit's trainer as ours. What a Run reads and sets of it is the Toolkit's own; what it asks of its builder and its
-adapter goes through their bridges (bridges.py).
-"""
+"""The Toolkit's trainer as ours. Its settings are the Toolkit's own; its builder and adapter are reached through bridges."""
 
 from __future__ import annotations
 

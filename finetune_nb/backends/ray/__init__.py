@@ -1,1 +1,1 @@
-"""A Ray cluster: rollouts in its workers (executor.py), and training in an actor of it (trainer_adapter.py)."""
+"""A Ray cluster: rollouts in its workers, and training in an actor of it."""

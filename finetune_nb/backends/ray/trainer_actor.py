@@ -1,7 +1,6 @@
 """The trainer's actor: a process of the cluster that holds the weights, and a trainer adapter that trains them.
 
-It lives on when the kernel that made it is killed, and so does the job that it is at. What the kernel has of it is
-trainer_adapter.py's.
+It survives the kernel that made it, and so does the job that it is working on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""RayTrainerAdapter: `local_grpo` in an actor of the Ray cluster, on a GPU there, say; asked for by `run.ray.trainer`.
+"""RayTrainerAdapter: `local_grpo` in an actor of the Ray cluster, on a GPU there, for example. Set `run.ray.trainer` to use it.
 
-The actor is named by the run's folder and lives on when this process is killed: opened again, the run finds it and the job that
-it is at. How the actor is found, started and asked stands in trainer_link.py, what it does in trainer_actor.py, how its policy
-is sampled in remote_policy.py.
+The actor is named after the run's folder and survives this process: when the run is opened again, it finds the actor and the
+job that it is working on.
 """
 
 from __future__ import annotations

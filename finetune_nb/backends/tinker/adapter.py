@@ -1,7 +1,6 @@
 """TinkerAdapter: training on a Tinker-compatible service (Thinking Machines' cloud, SkyRL's open server).
 
-Here is the adapter's face: what is refused, when a job is tried again, and when the policy version rises. Its settings are
-config.py's. How a job's steps are asked for is training.py's, what the service is and how its errors are told apart service.py's.
+It decides what is refused, when a job is tried again, and when the policy version rises.
 """
 
 from __future__ import annotations

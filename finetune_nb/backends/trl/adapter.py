@@ -1,9 +1,8 @@
 """`trl_dpo` and `trl_sft`: training jobs that TRL does in a process of its own, started by `accelerate launch`.
 
-So the same code trains on one GPU, on many or on none, the kernel stays free, and a job is canceled by ending its process.
-The policy is sampled here; a job gets its weights as files and gives new ones back, which are sampled from then on. The settings
-are config.py's. What a job trains on stands in rows.py, what its process does in worker.py, how jobs are asked about in
-job_adapter.py. Without torch this module can be imported, not used.
+The same code trains on one GPU, on many or on none, the kernel stays free, and a job is canceled by ending its process. The
+policy is sampled here; a job gets its weights as files and gives new ones back, which are sampled from then on. Without torch
+this module can be imported, but not used.
 """
 
 from __future__ import annotations
