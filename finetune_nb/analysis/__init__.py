@@ -1,1 +1,1 @@
-"""What records say when they are computed with: which groups teach, how rollouts differ, whether a run beat another."""
+"""Computes answers from records: which groups teach, how rollouts differ, and whether one run beat another."""

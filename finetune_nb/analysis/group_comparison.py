@@ -1,7 +1,7 @@
-"""The best and the worst rollout of one example, and the place where they part.
+"""Compares the best and the worst rollout of one example, and finds the point where they diverge.
 
-Up to there they are the same, so what follows is why one was rewarded and the other was not. Among equal rewards, those
-two are taken that stay together longest: the later they part, the more it tells.
+Up to that point they are identical, so what follows explains why one was rewarded and the other was not. Among rollouts
+with equal rewards, the pair that stays identical longest is chosen: the later they diverge, the more it tells.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ __all__ = [
 ]
 
 CANDIDATES = 16
-"""Of the best and of the worst rollouts, how many are tried for the pair that stays together longest."""
+"""How many of the best and of the worst rollouts are tried to find the pair that stays identical longest."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where two rollouts part."""
+    """The point where two rollouts diverge."""
 
     turn: int
-    """The first message that is not the same, from 0; where one of them has ended, the other's next one."""
+    """Index of the first message that differs, from 0; where one rollout has ended, the next one of the other."""
     character: int
-    """The first character of it that differs, from 0."""
+    """Index of the first character of that message that differs, from 0."""
     token: int | None
-    """The first sampled token of it that differs, from 0; None where that is not known."""
+    """Index of its first sampled token that differs, from 0; None if that is not known."""
 
 
 @dataclass(frozen=True, eq=False)
 class GroupComparison:
-    """Two rollouts of one example, to be shown in a cell."""
+    """Two rollouts of one example; displays itself in a cell."""
 
     group: RolloutGroup
     best: int
     worst: int
-    """Places in the group."""
+    """Positions in the group."""
     divergence: Divergence | None
-    """None where both say the same."""
+    """None if both say the same."""
 
     @property
     def trajectories(self) -> tuple[Trajectory, Trajectory]:
@@ -65,13 +65,13 @@ class GroupComparison:
 
 
 def compare_group(group: RolloutGroup) -> GroupComparison:
-    """Compares the best rollout of a group with the worst, by reward.
+    """Compare the best rollout of a group with the worst, by reward.
 
     Args:
-        group: The rollouts of one example. Those without a reward count only where no two of them have one.
+        group: The rollouts of one example. Rollouts without a reward count only if fewer than two have one.
 
     Returns:
-        The two, and where they part.
+        The two rollouts, and where they diverge.
 
     Raises:
         RunError: Fewer than two rollouts of the group finished.
@@ -88,7 +88,7 @@ def compare_group(group: RolloutGroup) -> GroupComparison:
     if len(known) > 1:
         places = known
 
-    # Among equals, those are compared that say the same for longest.
+    # Several rollouts may share the best or the worst reward: compare the pair that stays identical longest.
     highest, lowest = rewards[places[0]], rewards[places[-1]]
     best = list(takewhile(lambda place: _equal(rewards[place], highest), places))[:CANDIDATES]
     worst = list(takewhile(lambda place: _equal(rewards[place], lowest), reversed(places)))[:CANDIDATES]
@@ -101,7 +101,7 @@ def compare_group(group: RolloutGroup) -> GroupComparison:
     def togetherness(pair: tuple[int, int]) -> tuple[int, int]:
         where = divergences[pair]
         if where is None:
-            return (-1, 0)  # twins tell nothing
+            return (-1, 0)  # identical rollouts explain nothing
         return (where.turn, where.character)
 
     pair = max(divergences, key=togetherness)
@@ -109,8 +109,15 @@ def compare_group(group: RolloutGroup) -> GroupComparison:
 
 
 def first_divergence(a: Trajectory, b: Trajectory) -> Divergence | None:
-    """Where two rollouts of one example part: the first turn whose role, text or tool calls differ, and where in it. None
-    where they say the same."""
+    """Find the first turn of two rollouts whose role, text or tool calls differ.
+
+    Args:
+        a: A rollout of an example.
+        b: Another rollout of the same example.
+
+    Returns:
+        That turn, and the point in it where the two diverge. None if both say the same.
+    """
     for turn, (one, other) in enumerate(zip(a.episode, b.episode, strict=False)):
         if _essence(one) != _essence(other):
             return Divergence(turn, _shared_length(said_text(one), said_text(other)), _first_other_token(one, other))
@@ -120,14 +127,14 @@ def first_divergence(a: Trajectory, b: Trajectory) -> Divergence | None:
 
 
 def _essence(item: EpisodeItem | DPOItem) -> tuple[Any, ...]:
-    """What two messages must have in common to be the same."""
+    """The parts of a message that must be equal for two messages to count as the same."""
     if isinstance(item, DPOItem):
         return item.chosen_response, item.rejected_response
     return str(item.role), item.content, called_functions(item)
 
 
 def _first_other_token(one: EpisodeItem | DPOItem, other: EpisodeItem | DPOItem) -> int | None:
-    """How many sampled tokens both begin with; None where their texts are not known."""
+    """Number of leading sampled tokens that both share; None if their texts are not known."""
     tokens, other_tokens = tokens_of(one), tokens_of(other)
     if not tokens or not other_tokens or tokens[0].text is None:
         return None
@@ -140,9 +147,9 @@ def _first_other_token(one: EpisodeItem | DPOItem, other: EpisodeItem | DPOItem)
 
 
 def _shared_length(a: str, b: str) -> int:
-    """How many characters both begin with."""
+    """Number of leading characters that both share."""
     low, high = 0, min(len(a), len(b))
-    # Halving: comparing slices is quick, comparing letters in Python is not.
+    # Bisect: comparing slices is fast, comparing single characters in Python is not.
     while low < high:
         middle = (low + high + 1) // 2
         if a[:middle] == b[:middle]:
@@ -153,5 +160,5 @@ def _shared_length(a: str, b: str) -> int:
 
 
 def _equal(a: float, b: float) -> bool:
-    """Whether two rewards are the same; two that are missing are."""
+    """Whether two rewards are the same. Two missing rewards are."""
     return a == b or abs(a - b) <= 1e-9 or (math.isnan(a) and math.isnan(b))

@@ -1,4 +1,4 @@
-"""What an epoch teaches and what it does not: why groups carry no signal, their history, and what larger groups would do.
+"""Says what an epoch teaches: which groups carry a learning signal, why the others do not, and what larger groups would do.
 
 A group's advantages are measured against its own mean, so it teaches only if its rewards differ and it is trained on. Works
 on any Epoch, complete or not.
@@ -31,44 +31,44 @@ __all__ = [
 ]
 
 SIZES = (2, 4, 8, 16, 32)
-"""Generations that are forecast."""
+"""Group sizes to forecast."""
 LEVELS = 512
-"""Different rewards that are told apart; of more, each counts as the nearest of so many quantiles."""
+"""Most distinct rewards to tell apart; if there are more, each counts as the nearest of this many quantiles."""
 
 
 def _words(reason: GroupReason) -> tuple[str, str]:
-    """A reason that is a signal as it is."""
+    """Meaning and advice of a reason that is a signal as it is."""
     return REASONS[reason].meaning, REASONS[reason].advice
 
 
 SIGNALS: dict[str, tuple[str, str]] = {
     "teaches": _words(GroupReason.KEPT),
-    # no spread at all: what to do depends on which reward all rollouts have
+    # No spread at all: the advice depends on which reward all rollouts got.
     "all_best": (
         "every rollout has the best reward there is",
         "nothing is left to learn from them: take harder examples",
     ),
     "all_worst": (
         "every rollout has the worst reward there is",
-        "too hard as they are: easier examples first, a reward that gives credit for a part, or more generations",
+        "too hard for now: start with easier examples, give partial credit, or use more generations",
     ),
-    "all_equal": ("all rewards are the same", "a finer reward would tell the rollouts apart"),
+    "all_equal": ("all rewards are the same", "a finer-grained reward would tell the rollouts apart"),
     "little_spread": _words(GroupReason.NO_REWARD_SPREAD),
     "beyond_percentile": _words(GroupReason.BEYOND_PERCENTILE),
     "subsampled": _words(GroupReason.SUBSAMPLED),
-    "one_reward": ("only one rollout has a reward, so there is nothing to hold it against", "more generations"),
+    "one_reward": ("only one rollout has a reward, so there is nothing to compare it with", "use more generations"),
     "no_reward": _words(GroupReason.NO_REWARD),
     "infinite_reward": _words(GroupReason.INFINITE_REWARD),
     "failed": ("every rollout failed", "see the column `error` of run.trajectories()"),
     "not_submitted": _words(GroupReason.NOT_SUBMITTED),
     "undecided": _words(GroupReason.UNDECIDED),
 }
-"""Why a group teaches or does not, in words, and what can be done about it."""
+"""For each signal: why such groups teach or do not, and what can be done about it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One example of an epoch, and how it did before."""
+    """One example of an epoch, with its history."""
 
     id: Any
     signal: str
@@ -78,53 +78,53 @@ class Example:
     mean: float
     spread: float
     epochs: list[int] = field(default_factory=list)
-    """In which it was drawn, up to this one."""
+    """The epochs in which it was drawn, up to this one."""
     means: list[float] = field(default_factory=list)
     """Its mean reward in each of them."""
     taught: int = 0
-    """In how many of them its rewards differed."""
+    """Number of those epochs in which its rewards differed."""
 
 
 @dataclass(frozen=True, eq=False)
 class GroupSize:
-    """What to expect of groups of that many rollouts."""
+    """What to expect from groups of a given size."""
 
     generations: int
     share: float
     """Expected share of the examples whose rewards differ; see `chance_of_spread`."""
     at_least: float
-    """The same if the examples whose rewards did not differ never do."""
+    """The same, assuming that examples whose rewards did not differ never will."""
     tokens: float
-    """Sampled tokens of an epoch."""
+    """Sampled tokens in an epoch."""
     seconds: float
-    """Rollouts and training, both taken to grow with the number of rollouts."""
+    """Time for rollouts and training, assumed to be proportional to the number of rollouts."""
     tokens_per_teaching_group: float
 
 
 @dataclass(frozen=True, eq=False)
 class LearningSignal:
-    """What an epoch teaches. `groups`, `reasons` and `sizes` are DataFrames."""
+    """What an epoch teaches; displays itself in a cell. `groups`, `reasons` and `sizes` are DataFrames."""
 
     epoch: int
     examples: Sequence[Example]
     forecast: Sequence[GroupSize]
     generations: int
-    """Rollouts of a group in this epoch; the median, where failures made some smaller."""
+    """Rollouts per group in this epoch; the median, if failures made some groups smaller."""
     inferred: bool
-    """The reasons are concluded from the choice of someone else's Trainer."""
+    """Whether the reasons were inferred from what another Trainer chose."""
     cut: int
-    """Rollouts of the examples with only the worst reward that were cut at the token limit."""
+    """Rollouts cut at the token limit, among the examples that only got the worst reward."""
 
     @property
     def groups(self) -> pd.DataFrame:
-        """One row = one example: example, signal (a key of SIGNALS), rollouts, failures, mean, spread, epochs (in how many
-        it was drawn so far), epochs_with_spread, previous_mean (NaN the first time)."""
+        """One row = one example: example, signal (a key of SIGNALS), rollouts, failures, mean, spread, epochs (the number
+        in which it was drawn so far), epochs_with_spread, previous_mean (NaN the first time)."""
         import pandas as pd
 
         rows = self.examples
         return pd.DataFrame(
             {
-                "example": pd.Series([row.id for row in rows], dtype=object),  # ids as they are, not as text
+                "example": pd.Series([row.id for row in rows], dtype=object),  # keep ids as they are, not as text
                 "signal": pd.Categorical([row.signal for row in rows], categories=list(SIGNALS)),
                 "rollouts": [row.rollouts for row in rows],
                 "failures": [row.failures for row in rows],
@@ -138,7 +138,7 @@ class LearningSignal:
 
     @property
     def reasons(self) -> pd.DataFrame:
-        """One row = one reason that occurs, the most frequent first: signal, groups, share, meaning, what_to_do."""
+        """One row = one signal that occurs, "teaches" first, then by frequency: signal, groups, share, meaning, what_to_do."""
         import pandas as pd
 
         rows = []
@@ -149,15 +149,15 @@ class LearningSignal:
 
     @property
     def sizes(self) -> pd.DataFrame:
-        """One row = one group size: generations, share (expected, of examples whose rewards differ), at_least, tokens and
-        seconds of an epoch, tokens_per_teaching_group."""
+        """One row = one group size: generations, share (expected share of examples whose rewards differ), at_least, tokens
+        and seconds per epoch, tokens_per_teaching_group."""
         import pandas as pd
 
         names = ["generations", "share", "at_least", "tokens", "seconds", "tokens_per_teaching_group"]
         return pd.DataFrame([[getattr(row, name) for name in names] for row in self.forecast], columns=names)
 
     def by_signal(self) -> dict[str, list[Example]]:
-        """The examples by signal: those that teach first, then the most frequent signal."""
+        """Group the examples by signal: "teaches" first, then the others by frequency."""
         found: dict[str, list[Example]] = {}
         for example in self.examples:
             found.setdefault(example.signal, []).append(example)
@@ -174,14 +174,14 @@ class LearningSignal:
 
 
 def learning_signal(epoch: Epoch, earlier: Sequence[Epoch] = ()) -> LearningSignal:
-    """What an epoch teaches.
+    """Work out what an epoch teaches.
 
     Args:
         epoch: Its record, complete or not.
-        earlier: The epochs before it, for the history of its examples and for what counts as the best and the worst reward.
+        earlier: The epochs before it, which give the examples' history and the best and worst rewards so far.
 
     Returns:
-        Every example with its reason, and a forecast for other group sizes.
+        Every example with its signal, and a forecast for other group sizes.
     """
     import numpy as np
 
@@ -204,7 +204,7 @@ def learning_signal(epoch: Epoch, earlier: Sequence[Epoch] = ()) -> LearningSign
         examples.append(
             Example(id, signal, int(sizes[place]), lost, mean, spread, history.epochs, history.means, history.taught)
         )
-    # What is left are examples without a group.
+    # The examples still in `failed` have no group: all of their rollouts failed.
     for ids in failed.values():
         history = histories[str(ids[0])]
         examples.append(
@@ -223,14 +223,14 @@ def learning_signal(epoch: Epoch, earlier: Sequence[Epoch] = ()) -> LearningSign
 
 
 def _best_and_worst(epochs: Sequence[Epoch]) -> tuple[float, float]:
-    """The highest and the lowest finite reward; NaN where there is none."""
+    """The highest and the lowest finite reward; NaN if there is none."""
     highest = [epoch.metrics.max_reward for epoch in epochs if math.isfinite(epoch.metrics.max_reward)]
     lowest = [epoch.metrics.min_reward for epoch in epochs if math.isfinite(epoch.metrics.min_reward)]
     return max(highest, default=math.nan), min(lowest, default=math.nan)
 
 
 def _signal(reason: GroupReason, mean: float, spread: float, rewards: int, best: float, worst: float) -> str:
-    """The key of SIGNALS for a group: of one without any spread what its rewards are, else the curriculum's reason."""
+    """The key of SIGNALS for a group. Without any spread it depends on the rewards, else on the curriculum's reason."""
     if rewards == 0:
         return "no_reward"
     if math.isnan(spread):
@@ -254,7 +254,7 @@ def _signal(reason: GroupReason, mean: float, spread: float, rewards: int, best:
 
 @dataclass
 class _History:
-    """In which epochs an example was drawn, its mean reward in each, and in how many its rewards differed."""
+    """The epochs in which an example was drawn, its mean reward in each, and the number in which its rewards differed."""
 
     epochs: list[int] = field(default_factory=list)
     means: list[float] = field(default_factory=list)
@@ -262,7 +262,7 @@ class _History:
 
 
 def _histories(epochs: Sequence[Epoch], wanted: set[str]) -> dict[str, _History]:
-    """The history of each example, by its id as text."""
+    """The history of each wanted example, keyed by its id as text."""
     histories = {name: _History() for name in wanted}
     for epoch in epochs:
         statistics = epoch.statistics
@@ -279,7 +279,7 @@ def _histories(epochs: Sequence[Epoch], wanted: set[str]) -> dict[str, _History]
 
 
 def _cut(epoch: Epoch, examples: Sequence[Example]) -> int:
-    """Rollouts whose last sampled turn was cut at the token limit, among the examples that only have the worst reward."""
+    """Rollouts whose last sampled turn was cut at the token limit, among the examples that only got the worst reward."""
     hard = [place for place, example in enumerate(examples) if example.signal == "all_worst"]
     groups = epoch.collection.trajectories if hard else ()
     return sum(finish_reason(trajectory) == "length" for place in hard for trajectory in groups[place])
@@ -289,7 +289,7 @@ def _cut(epoch: Epoch, examples: Sequence[Example]) -> int:
 
 
 def _forecast(epoch: Epoch, generations: int) -> list[GroupSize]:
-    """What the next epoch would be with groups of other sizes. generations: rollouts of a group now."""
+    """Forecast the next epoch for other group sizes. generations: current rollouts per group."""
     import numpy as np
 
     statistics, metrics, settings = epoch.statistics, epoch.metrics, epoch.curriculum
@@ -302,19 +302,19 @@ def _forecast(epoch: Epoch, generations: int) -> list[GroupSize]:
     if not groups or not generations:
         return []
 
-    # Rewards differ where they do for the curriculum.
+    # Use the threshold of the curriculum for "rewards differ".
     alike = NO_SPREAD
     if settings.enabled:
         alike = max(NO_SPREAD, settings.min_reward_diff - 2 * NO_SPREAD)
     sizes = sorted({*SIZES, generations})
     chances = chance_of_spread(groups, sizes, alike)
 
-    # At least: an example without a difference in all of its rollouts never gets one.
+    # "At least": assume that an example whose rewards did not differ never will.
     differed = np.array([np.ptp(group) > alike for group in groups])
     observed = np.array([len(group) for group in groups])
     certain = np.where((observed[:, None] >= np.array(sizes)) | differed[:, None], chances, 0.0)
 
-    # True shares never fall with the size; estimates of single sizes may, by their noise.
+    # True shares never fall as the size grows; noisy estimates of single sizes may.
     expected = np.maximum.accumulate(chances.mean(axis=0)).tolist()
     at_least = np.maximum.accumulate(certain.mean(axis=0)).tolist()
 
@@ -338,25 +338,25 @@ def _forecast(epoch: Epoch, generations: int) -> list[GroupSize]:
 
 
 def chance_of_spread(rewards: Sequence[np.ndarray], sizes: Sequence[int], alike: float = 1e-9) -> np.ndarray:
-    """For each example, the probability that among so many new rollouts not all rewards are alike.
+    """Estimate, for each example, the probability that the rewards of a group of new rollouts are not all alike.
 
-    Assumes that the rollouts of an example are independent draws from one distribution: the policy as it is now.
+    Assumes that the rollouts of an example are independent draws from one distribution: the current policy.
 
-    - Up to the observed number of rollouts nothing else is assumed: the share of all subsets of that size that have a
-      spread (the U-statistic; unbiased, Hoeffding 1948).
-    - Beyond it, all rollouts are alike if all have the same reward, for some reward. An example's rate of that reward is
-      taken to be drawn from a Beta distribution, fitted to all examples by moments (Kleinman 1973), and the probability is
-      that of the Beta-binomial, given what was observed of the example. So an example that never succeeded in 8 rollouts
-      is not taken to be impossible, unless all examples either always succeed or never do. Where some are really
-      impossible it promises too much, by 0.1 where a quarter of them are.
+    - Up to the observed number of rollouts nothing else is assumed: the estimate is the share of all subsets of that size
+      that have a spread (the U-statistic; unbiased, Hoeffding 1948).
+    - For larger groups, all rollouts are alike if all get the same reward, whichever that is. An example's rate of that
+      reward is assumed to be drawn from a Beta distribution, fitted to all examples by moments (Kleinman 1973), and the
+      probability is that of the Beta-binomial, given the example's observed rewards. So an example that never succeeded
+      in 8 rollouts does not count as impossible, unless all examples either always succeed or never do. If some really
+      are impossible, the estimate is too high: by 0.1 if a quarter of them are.
 
-    Rewards that no example has had cannot be foreseen. Averages over examples are what is estimated well; a single
-    example's value leans on the others, or is the 0 or 1 that was seen.
+    Rewards that no example has had yet cannot be predicted. Averages over examples are estimated well; the value of a
+    single example depends on the others, or is the 0 or 1 that was observed.
 
     Args:
-        rewards: Of each of G examples, its observed finite rewards, at least one.
-        sizes: S numbers of rollouts.
-        alike: Rewards that differ by no more than this count as equal; of a group, largest minus smallest.
+        rewards: The observed finite rewards of each of G examples, at least one per example.
+        sizes: S group sizes.
+        alike: Rewards of a group count as equal if largest minus smallest is at most this.
 
     Returns:
         (G, S) float64.
@@ -375,21 +375,21 @@ def chance_of_spread(rewards: Sequence[np.ndarray], sizes: Sequence[int], alike:
 
 
 def _alike_subsets(values: np.ndarray, size: int, alike: float) -> float:
-    """The share of the subsets of that size whose values are all alike. `values` are sorted."""
+    """The share of the subsets of that size whose values are all alike. values: sorted."""
     import numpy as np
 
-    # Of each value as the smallest of a subset: how many others may join it.
+    # For each value as the smallest of a subset: the number of others that may join it.
     last = np.searchsorted(values, values + alike, side="right")
     others = (last - np.arange(len(values)) - 1).tolist()
     return sum(math.comb(count, size - 1) for count in others) / math.comb(len(values), size)
 
 
 def _beta_binomial(values: Sequence[np.ndarray], sizes: Sequence[int], alike: float) -> np.ndarray:
-    """(G, S) probability that as many further draws are all alike.
+    """(G, S) probability that this many further draws are all alike.
 
-    Of levels v_1 < v_2 < ..., all draws are alike with v_i as the smallest where they lie in [v_i, v_i + alike] and not
-    all in (v_i, v_i + alike]. With a Beta distributed rate, n draws lie in a set with the probability of the product over
-    j < n of (a + j) / (t + j): a is the set's weight, prior and counts, and t the weight of everything.
+    Given levels v_1 < v_2 < ..., all draws are alike with v_i as the smallest if all lie in [v_i, v_i + alike] and not
+    all in (v_i, v_i + alike]. With a Beta-distributed rate, the probability that n draws lie in a set is the product over
+    j < n of (a + j) / (t + j), where a is the set's weight (prior plus counts) and t the total weight.
     """
     import numpy as np
 
@@ -398,7 +398,7 @@ def _beta_binomial(values: Sequence[np.ndarray], sizes: Sequence[int], alike: fl
     if len(levels) > LEVELS:
         levels = np.unique(np.quantile(pool, np.linspace(0, 1, LEVELS), method="nearest"))
 
-    # Each example's rollouts at each level, and how many of them lie in both sets of that level.
+    # Each example's rollouts at each level, and how many of them lie in either set of that level.
     counts = np.zeros((len(values), len(levels)))
     for row, group in enumerate(values):
         np.add.at(counts[row], _nearest(levels, group), 1.0)
@@ -409,12 +409,12 @@ def _beta_binomial(values: Sequence[np.ndarray], sizes: Sequence[int], alike: fl
     concentration = _concentration(closed, rollouts)
 
     def weights(inside: np.ndarray) -> np.ndarray:
-        """Prior and counts of the sets."""
+        """Prior plus counts of the sets."""
         return concentration * inside.sum(axis=0) / rollouts.sum() + inside
 
     closed, half_open, whole = weights(closed), weights(half_open), concentration + rollouts
 
-    # A factor of both products a draw; each size takes them as they are after so many draws.
+    # Each draw adds a factor to both products; a group size takes the products after that many draws.
     out = np.zeros((len(values), len(sizes)))
     in_closed, in_half_open = np.ones_like(closed), np.ones_like(closed)
     for draws in range(max(sizes)):
@@ -427,18 +427,18 @@ def _beta_binomial(values: Sequence[np.ndarray], sizes: Sequence[int], alike: fl
 
 
 def _concentration(inside: np.ndarray, rollouts: np.ndarray) -> np.ndarray:
-    """(L,) a + b of the Beta distribution of each set's rate: near 0 = an example is all in or all out, large = all
-    examples are the same. `inside` (G, L) counts rollouts in the set, `rollouts` (G, 1) all of an example.
+    """(L,) a + b of the Beta distribution of each set's rate: near 0 = each example is all in or all out, large = all
+    examples are alike. inside: (G, L) rollouts in the set; rollouts: (G, 1) all rollouts of an example.
 
-    By moments: with m the mean rate, w the share of an example's pairs that are both inside, and x that share of pairs from
-    two examples, w = x + (m - x) / (1 + c).
+    By moments: with m the mean rate, w the share of pairs within an example that are both inside, and x that share for
+    pairs from two examples, w = x + (m - x) / (1 + c).
     """
     import numpy as np
 
     total, squares = rollouts.sum(), (rollouts**2).sum()
     pairs, across = squares - total, total**2 - squares
     if pairs <= 0 or across <= 0:
-        return np.ones(inside.shape[1])  # nothing says how alike examples are
+        return np.ones(inside.shape[1])  # no data on how alike the examples are
     mean = inside.sum(axis=0) / total
     within = (inside * (inside - 1)).sum(axis=0) / pairs
     between = (inside.sum(axis=0) ** 2 - (inside**2).sum(axis=0)) / across

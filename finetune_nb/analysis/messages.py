@@ -1,6 +1,6 @@
-"""What one message of an episode says: its text, and the tokens that were sampled for it.
+"""Reads the text of a message, and the tokens that were sampled for it.
 
-Nothing here raises: records come from other people's components too.
+Nothing here raises: records may also come from third-party components.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def said_text(item: EpisodeItem | DPOItem) -> str:
-    """All that a message says, as one text: as it was sampled, where that is known, else its content and tool calls."""
+    """The whole message as one text: the sampled text if it is known, else its content and tool calls."""
     if isinstance(item, DPOItem):
         return preference_text(item)
     tokens = tokens_of(item)
@@ -50,7 +50,7 @@ def preference_text(item: DPOItem) -> str:
 
 
 def called_functions(item: EpisodeItem) -> Any:
-    """The tool calls of a message without their ids, which differ in every rollout; what is no list stays as it is."""
+    """The tool calls of a message without their ids, which differ in every rollout. A value that is no list is returned as is."""
     calls = (item.metadata or {}).get(MessageKey.TOOL_CALLS) or []
     if not isinstance(calls, list):
         return calls
@@ -64,23 +64,23 @@ class Token(NamedTuple):
     """One sampled token."""
 
     text: str | None
-    """None where the record does not say."""
+    """None if it was not recorded."""
     logprob: float
-    """Natural logarithm, of the distribution that it was sampled from; NaN where it is missing."""
+    """Natural logarithm of its probability under the sampling distribution; NaN if missing."""
     entropy: float = math.nan
     """In nats, see `entropy_of`; NaN without alternatives."""
     alternatives: tuple[tuple[str, float], ...] = ()
-    """Other tokens that were likely in that place, with their logprobs; likeliest first."""
+    """Other likely tokens at this position, with their logprobs; most likely first."""
 
     @property
     def probability(self) -> float:
-        """In [0, 1]; NaN where it is missing."""
+        """In [0, 1]; NaN if missing."""
         return math.exp(min(self.logprob, 0.0))
 
 
 def tokens_of(item: EpisodeItem | DPOItem) -> list[Token]:
-    """The sampled tokens of a message, in order; empty where the policy sampled none, or where the record is of a kind
-    that is not known."""
+    """The sampled tokens of a message, in order; empty if the policy sampled none, or if the format of the record is not
+    known."""
     turn = SampledTurn.of(item)
     if turn is None or isinstance(item, DPOItem):
         return []
@@ -93,8 +93,17 @@ def tokens_of(item: EpisodeItem | DPOItem) -> list[Token]:
 
 
 def entropy_of(logprobs: Iterable[float]) -> float:
-    """Entropy in nats of a distribution of which some tokens' natural logprobs are known, the rest taken as one token:
-    -sum p ln p - rest ln rest. A lower bound of the true entropy, the closer the less is left. NaN without any."""
+    """Entropy in nats of a distribution of which the natural logprobs of some tokens are known.
+
+    The remaining probability counts as one token: -sum p ln p - rest ln rest. This is a lower bound of the true entropy,
+    tighter the less probability remains.
+
+    Args:
+        logprobs: Natural logprobs of distinct tokens. NaN is ignored.
+
+    Returns:
+        The entropy; NaN if no logprob is known.
+    """
     known = [min(logprob, 0.0) for logprob in logprobs if not math.isnan(logprob)]
     if not known:
         return math.nan
@@ -104,19 +113,19 @@ def entropy_of(logprobs: Iterable[float]) -> float:
 
 
 def _one_each(found: Any, count: int) -> Sequence[Any]:
-    """What was recorded beside the logprobs, one entry a token; None each where there is nothing that fits."""
+    """Values recorded alongside the logprobs, one per token; all None if their number does not match."""
     if isinstance(found, Sequence) and not isinstance(found, str | bytes) and len(found) == count:
         return found
     return [None] * count
 
 
 def _token(entry: Any, text: Any, top: Any) -> Token:
-    """One token.
+    """Make one token.
 
     Args:
-        entry: Its logprob, or OpenAI's entry that holds it.
-        text: Its text, where it was recorded beside the logprobs.
-        top: The likeliest tokens in its place, where they were recorded beside the logprobs.
+        entry: Its logprob, or the entry in OpenAI's format that holds it.
+        text: Its text, if that was recorded alongside the logprobs.
+        top: The most likely tokens at its position, if they were recorded alongside the logprobs.
     """
     if isinstance(entry, Real):
         logprob = as_float(entry)
@@ -138,8 +147,8 @@ def _token(entry: Any, text: Any, top: Any) -> Token:
 
 
 def _likely(top: Any) -> list[tuple[Any, float]]:
-    """(token, logprob) of the likeliest tokens, in either of the two forms that servers send."""
-    if isinstance(top, Mapping):  # {" 7": -0.2}, as completions have them
+    """(token, logprob) of the most likely tokens, from either of the two formats that servers send."""
+    if isinstance(top, Mapping):  # {" 7": -0.2}, as in the completions API
         return [(token, as_float(logprob)) for token, logprob in top.items()]
     if isinstance(top, Sequence) and not isinstance(top, str | bytes):
         return [(field_of(entry, "token"), as_float(field_of(entry, "logprob"))) for entry in top]

@@ -1,4 +1,4 @@
-"""Why a group is trained on or left out: each reason in words, and how it looks in a picture."""
+"""The reasons why a group is trained on or left out: each one's wording, and how plots draw it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Reason:
-    """How one GroupReason is named, explained and drawn wherever it is shown."""
+    """How one GroupReason is named, explained and drawn."""
 
     label: str
     """A few words for a legend: "not drawn in the subsample"."""
     sentence: str
-    """What became of such groups, as it follows their number: "3 left out: a reward is infinite"."""
+    """What happened to such groups, to follow their number: "3 left out: a reward is infinite"."""
     meaning: str
-    """Why they teach or do not, about an example whose rewards are known."""
+    """Why they teach or do not, for an example whose rewards are known."""
     advice: str
-    """What can be done about it; empty where nothing needs to be done."""
+    """What can be done about it; empty if nothing needs to be done."""
     marker: str
-    """In scatter plots, as matplotlib names it."""
+    """Marker in scatter plots, as matplotlib names it."""
     fill: str
-    """Of a bar in a drawing, as SVG style."""
+    """SVG style of a bar."""
 
 
 _GREY = "rgba(128,128,128,"
@@ -53,7 +53,7 @@ REASONS = {
         label="beyond the percentile",
         sentence="left out: beyond the curriculum's percentile",
         meaning="their rewards differ, but they are beyond the curriculum's percentile",
-        advice="run.preview(percentile=...) says what a larger share would let in",
+        advice="run.preview(percentile=...) shows what a larger share would let in",
         marker="^",
         fill=f"fill:{_GREY}.45);stroke:none",
     ),
@@ -77,7 +77,7 @@ REASONS = {
         label="infinite reward",
         sentence="left out: a reward is infinite",
         meaning="a reward is infinite",
-        advice="mend the reward function",
+        advice="fix the reward function",
         marker="P",
         fill=f"fill:none;stroke:{_GREY}.9)",
     ),
@@ -93,7 +93,7 @@ REASONS = {
         label="left out by the trainer",
         sentence="left out by the trainer",
         meaning="their rewards differ, but the trainer did not submit them",
-        advice="see how the trainer chooses",
+        advice="check how the trainer chooses",
         marker="v",
         fill=f"fill:none;stroke:{_GREY}.9)",
     ),

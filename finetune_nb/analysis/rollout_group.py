@@ -1,6 +1,6 @@
-"""The rollouts of one example in one epoch: found by the example's id, with their advantages and what became of the group.
+"""Finds the rollouts of one example in one epoch by its id, with their advantages and whether the group was trained on.
 
-Works on any Epoch, complete or not, whoever's Trainer made it.
+Works on any Epoch, complete or not, from any Trainer.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class RolloutGroup:
-    """One example in one epoch."""
+    """The rollouts of one example in one epoch."""
 
     epoch: int
     example: Any
     trajectories: Sequence[Trajectory]
     """Rollouts that finished, in the collection's order."""
     advantages: Sequence[float]
-    """(len(trajectories),) as in metrics.advantages."""
+    """One per trajectory: (r - mean) / std within the group; NaN without reward."""
     failures: Sequence[RolloutFailure]
     reason: GroupReason | None
-    """Why the group was trained on, or was not; None where no rollout finished, so that there is no group."""
+    """Why the group was trained on or not; None if no rollout finished, so that there is no group."""
     inferred: bool
-    """The reason is concluded from the choice of someone else's Trainer."""
+    """Whether the reason was inferred from what another Trainer chose."""
 
     def generation(self, place: int) -> Any:
-        """The generation of the trajectory in that place; "#2" where the record does not say."""
+        """The generation of the trajectory at that position; "#2" if it was not recorded."""
         found = (self.trajectories[place].metadata or {}).get("generation")
         return f"#{place}" if found is None else found
 
     def best_first(self) -> list[int]:
-        """Places of the trajectories, highest reward first, ties in order, those without a reward last."""
+        """Positions of the trajectories: highest reward first, ties in order, those without a reward last."""
         rewards = [trajectory.reward for trajectory in self.trajectories]
         return sorted(range(len(rewards)), key=lambda place: (math.isnan(rewards[place]), -rewards[place]))
 
     def rollout(self, generation: Any = None) -> int | RolloutFailure:
-        """Finds one rollout of the group.
+        """Find one rollout of the group.
 
         Args:
             generation: Which one. Default: the best one.
 
         Returns:
-            The place of its trajectory, or its failure.
+            The position of its trajectory, or its failure.
 
         Raises:
             RunError: There is no such generation.
@@ -78,18 +78,18 @@ class RolloutGroup:
 
 
 def rollout_group(epoch: Epoch, example: Any = None) -> RolloutGroup:
-    """The rollouts of an example.
+    """Find the rollouts of one example.
 
     Args:
         epoch: The record of the epoch.
-        example: The example's id, as it is in the dataset or as text. Default: the one whose rewards differ most, as
-            most can be seen there.
+        example: The example's id, as in the dataset or as text. Default: the example whose rewards differ most, as it
+            shows the most.
 
     Returns:
         Its trajectories and failures in that epoch.
 
     Raises:
-        RunError: The epoch has no such example, or none at all.
+        RunError: The epoch has no such example, or no rollouts at all.
     """
     statistics, failures = epoch.statistics, epoch.collection.failures
     if not len(statistics.example_ids) and not failures:
@@ -111,7 +111,7 @@ def rollout_group(epoch: Epoch, example: Any = None) -> RolloutGroup:
 
     start, stop = statistics.offsets[position : position + 2].tolist()
     if start == stop and not failures_of_it:
-        # Someone else's builder may leave an empty group.
+        # A third-party builder may leave an empty group.
         raise RunError(f"example {short(example, 80)} has no rollouts in epoch {epoch.index}.")
     return RolloutGroup(
         epoch=epoch.index,
@@ -125,16 +125,16 @@ def rollout_group(epoch: Epoch, example: Any = None) -> RolloutGroup:
 
 
 def _widest_group(epoch: Epoch) -> int | None:
-    """The position of the group whose rewards differ most; None where the epoch has no group."""
+    """The position of the group whose rewards differ most; None if the epoch has no group."""
     spreads = epoch.statistics.spreads.tolist()
     if not spreads:
         return None
-    # An unknown spread counts less than none.
+    # An unknown spread ranks below a spread of 0.
     return max(range(len(spreads)), key=lambda position: -1.0 if math.isnan(spreads[position]) else spreads[position])
 
 
 def _position_of(epoch: Epoch, example: Any) -> int | None:
-    """The position of the example's group; None where it has none."""
+    """The position of the example's group; None if it has none."""
     for position, known in enumerate(epoch.statistics.example_ids):
         if _same(known, example):
             return position
@@ -152,7 +152,7 @@ def _unknown_example(epoch: Epoch, example: Any) -> str:
 
 
 def _same(known: Any, wanted: Any) -> bool:
-    """Whether two ids are the same, one of which may be typed by a person: 7 and "7" are."""
+    """Whether two ids are the same. One may have been typed by a person, so 7 and "7" are."""
     return str(known) == str(wanted)
 
 

@@ -1,8 +1,8 @@
-"""Comparing runs on the same examples: did a change help, or did the runs just draw other questions?
+"""Compares runs on the same examples: did a change help, or did the runs just draw different questions?
 
-Groups are paired by (epoch, example): runs of one seed draw the same examples in an epoch, and so do a run and its fork. The
-difference of two runs is the mean over pairs, with a bootstrap interval over examples (Efron and Tibshirani 1993, chapter
-13: the percentile method; examples are resampled, as the pairs of one example are not independent).
+Groups are paired by (epoch, example): runs with the same seed draw the same examples in an epoch, and so do a run and its
+fork. The difference of two runs is the mean over pairs, with a bootstrap interval over examples (Efron and Tibshirani 1993,
+chapter 13: the percentile method). Examples are resampled, as the pairs of one example are not independent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class RecordedRun(Protocol):
-    """What a comparison needs of a run."""
+    """The part of a run that a comparison needs."""
 
     @property
     def id(self) -> str:
@@ -46,11 +46,11 @@ class RecordedRun(Protocol):
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better a run did than the first one, on the examples that both have."""
+    """How much better a run did than the first one, on the examples that they share."""
 
     run: str
     mean: float
-    """Mean difference of the groups' mean rewards; NaN without pairs."""
+    """Mean difference of the groups' mean rewards; NaN if there are no pairs."""
     low: float
     high: float
     """Bootstrap interval at `Comparison.confidence`."""
@@ -59,13 +59,16 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Runs on the same examples. `frame` has the pairs, `differences` one entry for every run but the first."""
+    """A comparison of runs on the same examples; displays itself in a cell.
+
+    `frame` has the pairs, `differences` one entry for every run but the first.
+    """
 
     runs: dict[str, Sequence[Epoch]]
     differences: tuple[Difference, ...]
@@ -77,7 +80,15 @@ class Comparison:
         return _pairs(self.runs).dropna().reset_index()
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
-        """Reward per epoch of all runs, on all of their examples."""
+        """Plot the reward per epoch of all runs, on all of their examples.
+
+        Args:
+            ax: Where to draw. Default: a new figure.
+            **options: As in `plot_rewards`.
+
+        Returns:
+            The new figure, or `ax`.
+        """
         return shown_by("finetune_nb.views.run_comparison:comparison_plot", self, ax=ax, **options)
 
     def __repr__(self) -> str:
@@ -88,44 +99,44 @@ class Comparison:
 
 
 def compare(runs: Sequence[RecordedRun], confidence: float = 0.95) -> Comparison:
-    """Compares runs with the first one, on the examples that they have in common in the same epoch.
+    """Compare runs with the first one, on the examples that they share in the same epoch.
 
     Args:
         runs: At least two different runs.
-        confidence: Of the intervals, between 0 and 1.
+        confidence: Confidence level of the intervals, between 0 and 1.
 
     Returns:
-        A table in a cell; `.frame` has the pairs, `.differences` the numbers with their bootstrap intervals, `.plot()` the
-        curves.
+        A comparison that displays itself as a table. `.frame` has the pairs, `.differences` the numbers with their
+        bootstrap intervals, and `.plot()` draws the curves.
 
     Raises:
-        ConfigError: Fewer than two different runs, or another confidence.
+        ConfigError: There are fewer than two different runs, or `confidence` is out of range.
     """
     names = [run.id for run in runs]
     if len(set(names)) < len(names):
-        raise ConfigError(f"a run is held against others, not against itself; got {', '.join(names)}.")
+        raise ConfigError(f"a run is compared against others, not against itself; found {', '.join(names)}.")
     return compare_runs({run.id: run.records for run in runs}, confidence)
 
 
 def compare_runs(
     runs: dict[str, Sequence[Epoch]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Comparison:
-    """Compares records by the name of their run.
+    """Compare records, given by the name of their run.
 
     Args:
-        runs: At least two; the first one is what the others are held against.
-        confidence: Of the intervals, between 0 and 1.
-        resamples: Bootstrap samples.
-        seed: Of their random numbers.
+        runs: At least two. The others are compared with the first one.
+        confidence: Confidence level of the intervals, between 0 and 1.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
 
     Returns:
-        The comparison, to be shown in a cell.
+        A comparison that displays itself in a cell.
 
     Raises:
-        ConfigError: Fewer than two runs, or another confidence.
+        ConfigError: There are fewer than two runs, or `confidence` is out of range.
     """
     if len(runs) < 2:
-        raise ConfigError(f"a comparison needs at least two runs with names of their own; got {len(runs)}.")
+        raise ConfigError(f"a comparison needs at least two runs with different names; found {len(runs)}.")
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence is {confidence}; expected a share between 0 and 1, such as 0.95.")
 
@@ -144,7 +155,7 @@ def compare_runs(
 
 
 def _pairs(runs: dict[str, Sequence[Epoch]]) -> pd.DataFrame:
-    """Mean reward of each group, a column a run, indexed by (epoch, example); NaN where a run has none."""
+    """Mean reward of each group: one column per run, indexed by (epoch, example); NaN where a run has none."""
     import numpy as np
     import pandas as pd
 
@@ -167,11 +178,11 @@ def _no_pairs() -> pd.MultiIndex:
 def _bootstrap(
     gain: np.ndarray, examples: np.ndarray, confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """Percentile interval of the mean gain, whole examples drawn with replacement; NaN without any."""
+    """Percentile interval of the mean gain; whole examples are drawn with replacement. NaN if there are none."""
     import numpy as np
 
-    # scipy.stats.bootstrap draws the same and agrees to the last digit or the one before it. But scipy is 140 MB more to
-    # install and takes 0.9 s to import; this takes a third to two thirds of its time, and one example is no error here.
+    # scipy.stats.bootstrap gives the same interval to within the last two digits. But scipy is 140 MB more to install and
+    # takes 0.9 s to import; this takes a third to two thirds of its time, and accepts a single example.
     if not len(gain):
         return math.nan, math.nan
     _, position = np.unique(examples, return_inverse=True)
