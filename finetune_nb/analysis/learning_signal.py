@@ -50,7 +50,7 @@ SIGNALS: dict[str, tuple[str, str]] = {
     ),
     "all_worst": (
         "every rollout has the worst reward there is",
-        "too hard for now: start with easier examples, give partial credit, or use more generations",
+        "too hard as they are: start with easier examples, give partial credit, or use more generations",
     ),
     "all_equal": ("all rewards are the same", "a finer-grained reward would tell the rollouts apart"),
     "little_spread": _words(GroupReason.NO_REWARD_SPREAD),

@@ -1,8 +1,8 @@
-"""Records as tidy DataFrames: one function a kind of row.
+"""Turns records into tidy DataFrames, one function per kind of row.
 
-Pure functions of a sequence of Epochs. Missing is NaN (<NA> in counting columns), never 0; failed rollouts have rows.
-Columns and dtypes are the same for no epoch at all; only score_*, train_*, seconds_* and validation_score_* columns
-depend on what there is. Rows are joined on `epoch` and `example`, or on `trajectory`. Works with pandas 2.2 and 3.
+Pure functions of a sequence of Epochs. Missing is NaN (<NA> in integer columns), never 0; failed rollouts have rows.
+Columns and dtypes are the same even without any epoch; only score_*, train_*, seconds_* and validation_score_* columns
+depend on the data. Join rows on `epoch` and `example`, or on `trajectory`. Works with pandas 2.2 and 3.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Declares the columns of the frames, and makes them of lists of values that may be anything.
+"""Declares the columns of the frames, and makes them from lists of arbitrary values.
 
-Missing stays apart from zero: NaN, or <NA> in counting columns. Values come from models, datasets and other people's
-components: a count may be no number, and a text may hold a lone surrogate, which Arrow refuses.
+Missing is distinct from zero: NaN, or <NA> in integer columns. Values come from models, datasets and third-party
+components: a count may not be a number, and a text may hold a lone surrogate, which Arrow refuses.
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a frame."""
+    """The declaration of one column of a frame."""
 
     name: str
-    """"score_<name>" is one column for each name in the values, which are mappings then."""
+    """"score_<name>" is one column per name in the values, which are then mappings."""
     dtype: str
-    """As the frame's docstring has it: "int64", "Int64" (where some may be missing), "float64", "str", "category", ..."""
+    """As in the frame's docstring: "int64", "Int64" (if some may be missing), "float64", "str", "category", ..."""
     source: str | None = None
-    """What it is made of: a column of the trajectories' file or an attribute of a record, such as "metrics.failures".
-    None: of several of them."""
+    """Where its values come from: a column of the trajectories' file or an attribute of a record, such as
+    "metrics.failures". None: from several of them."""
     key: str | None = None
-    """Which value of the JSON object in `source`. None: all of it."""
+    """Which value of the JSON object in `source`. None: the whole object."""
     make: Callable[..., Any] | None = None
-    """Makes its values of the source's. None: they are taken as they are."""
+    """Converts the values of the source. None: they are used as they are."""
     only: str | None = None
-    """The role of the only messages that have a value."""
+    """Only messages of this role have a value. None: all do."""
     categories: tuple[str, ...] | None = None
-    """All values that a category can have, where they are known. Its values are then positions in it, -1 for missing."""
+    """All values that a category can have, if known. The column's values are then positions in it, -1 for missing."""
 
     @property
     def prefix(self) -> str | None:
-        """ "score_", where it is one column for each name."""
+        """ "score_" for "score_<name>"; None for a single column."""
         start, mark, _ = self.name.partition("<")
         return start if mark else None
 
 
 def sources_of(columns: Iterable[Column]) -> list[str]:
-    """What they are made of, each source once."""
+    """The sources of the columns, each once."""
     sources = [column.source for column in columns if column.source is not None]
     return list(dict.fromkeys(sources))
 
@@ -75,8 +75,19 @@ def sources_of(columns: Iterable[Column]) -> list[str]:
 def asked_for(
     columns: Sequence[str] | str | None, known: Iterable[str], prefixes: Iterable[str] = ()
 ) -> list[str] | None:
-    """The columns to make, in that order; None: all. prefixes: of those that depend on what there is ("score_").
-    Raises ConfigError for one that the frame never has."""
+    """Check the columns that were asked for.
+
+    Args:
+        columns: Their names; None for all.
+        known: The columns that the frame always has.
+        prefixes: Prefixes of the columns that depend on the data ("score_").
+
+    Returns:
+        The names in the order asked for; None for all.
+
+    Raises:
+        ConfigError: The frame never has one of them.
+    """
     if columns is None:
         return None
     names, known = [columns] if isinstance(columns, str) else list(columns), list(known)
@@ -87,8 +98,16 @@ def asked_for(
 
 
 def framed(found: Mapping[str, Any], columns: Sequence[str] | None) -> pd.DataFrame:
-    """The columns as a frame: those that were asked for, in that order. One that depends on what there is (a score) is
-    empty as long as there are no rows. Raises ConfigError where there are rows and none of them has it."""
+    """Make a frame of the columns that were asked for.
+
+    Args:
+        found: All columns, by name.
+        columns: The wanted ones, in this order; None for all. If there are no rows yet, a column that depends on the data
+            (a score) is empty.
+
+    Raises:
+        ConfigError: There are rows, but no such column.
+    """
     import pandas as pd
 
     if columns is not None:
@@ -100,11 +119,11 @@ def framed(found: Mapping[str, Any], columns: Sequence[str] | None) -> pd.DataFr
 
 
 def column_of(column: Column, parts: Iterable[Any]) -> Any:
-    """The values of a column, typed as it declares.
+    """Make a column of its declared type.
 
     Args:
-        column: What it is.
-        parts: The values of each epoch: a list or, where none of them is missing, an array.
+        column: Its declaration.
+        parts: The values of each epoch: a list or, if none is missing, an array.
     """
     import numpy as np
     import pandas as pd
@@ -124,27 +143,27 @@ def column_of(column: Column, parts: Iterable[Any]) -> Any:
 
 
 def columns_of(column: Column, values: Sequence[Any]) -> dict[str, Any]:
-    """The same of all values; where it is one column for each name, all of these columns."""
+    """Make a column from all of its values, or all the columns of a declaration with a prefix."""
     if column.prefix is None:
         return {column.name: column_of(column, [values])}
     return {f"{column.prefix}{name}": found for name, found in wide(values).items()}
 
 
 def flatten(parts: Iterable[list[Any]]) -> list[Any]:
-    """The entries of several lists, one list after another."""
+    """Concatenate lists."""
     parts = list(parts)
     return parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
 
 
 def join(parts: Iterable[Any], dtype: Any) -> np.ndarray:
-    """Arrays, one after another, as one of that dtype."""
+    """Concatenate arrays, as one of that dtype."""
     import numpy as np
 
     return np.concatenate([np.empty(0, dtype=dtype), *parts]).astype(dtype, copy=False)
 
 
 def objects(values: Any) -> pd.Series:
-    """Values as they are: left to themselves, numpy and pandas would make text of ids, and rows of lists."""
+    """Values as they are. By default numpy and pandas would turn ids into text, and lists into rows."""
     import numpy as np
     import pandas as pd
 
@@ -153,7 +172,7 @@ def objects(values: Any) -> pd.Series:
 
 
 def counts(values: Sequence[Any]) -> Any:
-    """Whole numbers; <NA> for what is missing, no whole number, or does not fit into 64 bits."""
+    """Integers; <NA> for a value that is missing, is not an integer, or does not fit into 64 bits."""
     import numpy as np
     import pandas as pd
 
@@ -177,7 +196,7 @@ def _is_count(value: Any) -> bool:
 
 
 def texts(values: list[Any]) -> Any:
-    """Text in the string type that is the default from pandas 3 on, before as objects; NaN where it is missing."""
+    """Texts: of pandas' string type from pandas 3 on, as objects before that. NaN if missing."""
     import pandas as pd
     import pyarrow as pa
 
@@ -185,13 +204,13 @@ def texts(values: list[Any]) -> Any:
         return objects([math.nan if value is None else plain(value) for value in values])
     try:
         found = pa.array(values, pa.string(), from_pandas=True)
-    except (UnicodeEncodeError, TypeError, ValueError):  # a lone surrogate, or no text at all
+    except (UnicodeEncodeError, TypeError, ValueError):  # a lone surrogate, or a value that is not text
         found = pa.array([value if value is None else plain(value) for value in values], pa.string())
     return pd.array(found, dtype="str")
 
 
 def categories(values: list[Any]) -> Any:
-    """Texts of which there are few -> a categorical, in the order in which they turn up; None is NaN."""
+    """A categorical of texts with few distinct values, in order of first appearance; None becomes NaN."""
     import numpy as np
     import pandas as pd
 
@@ -199,13 +218,13 @@ def categories(values: list[Any]) -> Any:
         values = [value if value is None else plain(value) for value in values]
     codes, found = pd.factorize(objects(values))
     names = [plain(name) for name in found]
-    places = {name: place for place, name in enumerate(dict.fromkeys(names))}  # two may look alike once they are plain
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}  # two names may be equal once plain
     codes = np.array([*(places[name] for name in names), -1])[codes]
     return pd.Categorical.from_codes(codes, categories=texts(list(places)))
 
 
 def repeated(values: Sequence[str], times: Any) -> Any:
-    """Texts, each repeated that often, as a categorical: a name that thousands of rows share is held once."""
+    """A categorical of repeated texts: a name that thousands of rows share is stored once."""
     import numpy as np
     import pandas as pd
 
@@ -216,7 +235,7 @@ def repeated(values: Sequence[str], times: Any) -> Any:
 
 
 def wide(records: Sequence[Mapping[Any, Any] | None]) -> dict[str, np.ndarray]:
-    """Mappings -> one column of floats a name, in the order in which the names turn up; NaN for what is no number."""
+    """Mappings -> one column of floats per name, in order of first appearance; NaN for a value that is not a number."""
     found = [record if isinstance(record, (dict, Mapping)) else {} for record in records]
     columns = {}
     for name in dict.fromkeys(chain.from_iterable(found)):
@@ -225,7 +244,7 @@ def wide(records: Sequence[Mapping[Any, Any] | None]) -> dict[str, np.ndarray]:
 
 
 def floats(values: Iterable[Any]) -> np.ndarray:
-    """Numbers; NaN where one is missing or is none."""
+    """Floats; NaN for a value that is missing or not a number."""
     import numpy as np
 
     if isinstance(values, np.ndarray):
@@ -244,7 +263,7 @@ def _float(value: Any) -> float:
 
 
 def _times(values: Sequence[Any]) -> Any:
-    """Seconds since 1970."""
+    """Times from seconds since 1970 (UTC)."""
     import pandas as pd
 
     return pd.to_datetime(floats(values), unit="s", utc=True)

@@ -1,4 +1,4 @@
-"""Groups, epochs and changes of the settings as DataFrames."""
+"""Groups, epochs and changes of live settings as DataFrames."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ GROUPS = (
     Column("reason", "category", categories=REASONS),
     Column("submitted_order", "Int64"),
 )
-"""Of `groups`."""
+"""Columns of `groups`."""
 
 
 def _at(place: int) -> Callable[[Sequence[Any]], Any]:
@@ -64,12 +64,12 @@ def _status(job: Any) -> str | None:
 
 
 _DTYPES = {"float": "float64", "int": "int64", "int | None": "Int64"}
-"""Of a number of EpochMetrics, by its annotation."""
+"""The dtype of a number in EpochMetrics, by its annotation."""
 _QUANTILES = ("group_p10", "group_p50", "group_p90")
 
 
 def _metrics_columns() -> list[Column]:
-    """A column for each number of EpochMetrics, in the order in which it declares them."""
+    """A column for each number of EpochMetrics, in declaration order."""
     columns = []
     for field in fields(EpochMetrics):
         source = f"metrics.{field.name}"
@@ -101,7 +101,7 @@ EPOCHS = (
     Column("train_<metric>", "float64", source="train_metrics"),
     Column("seconds_<part>", "float64", source="seconds"),
 )
-"""Of `epochs`. The sources are attributes of Epoch."""
+"""Columns of `epochs`. The sources are attributes of Epoch."""
 JOURNAL = (
     Column("time", "datetime, UTC", source="time"),
     Column("source", "str", source="source"),
@@ -110,31 +110,31 @@ JOURNAL = (
     Column("new", "object", source="new"),
     Column("epoch", "Int64", source="epoch"),
 )
-"""Of `journal`. The sources are attributes of Change."""
+"""Columns of `journal`. The sources are attributes of Change."""
 
 
 def groups(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] | str | None = None) -> pd.DataFrame:
-    """One row = one group of one epoch; after them, one for each example that has failed rollouts and no group.
+    """One row = one group of one epoch, then one for each example with failed rollouts and no group.
 
     ================ ========== =============================================================================
     epoch            int64      counts from 0
     example          object     the example's id
-    group            Int64      the group's position in the collection, from 0; <NA> where there is none
+    group            Int64      the group's position in the collection, from 0; <NA> if there is none
     trajectories     int64      rollouts that finished
     failures         int64      rollouts of the example that failed
-    mean             float64    of the rewards that are there; NaN where there is none
-    spread           float64    largest minus smallest reward; NaN where there is none or one is infinite
+    mean             float64    mean of the known rewards; NaN if there are none
+    spread           float64    largest minus smallest reward; NaN if there are none or one is infinite
     std              float64    sample standard deviation (ddof=1); NaN for fewer than two rewards
     min              float64    smallest reward
     max              float64    largest reward
     kept             bool       whether the group was trained on
-    reason           category   GroupReason: why it was, or was not
-    submitted_order  Int64      place in the order of submission, from 0; <NA> where it was not submitted
+    reason           category   GroupReason: why it was trained on or not
+    submitted_order  Int64      position in the order of submission, from 0; <NA> if it was not submitted
     ================ ========== =============================================================================
 
     Args:
         epochs: The records.
-        example: Only the groups of this example, or of a list of them. Default: all.
+        example: Only the groups of this example, or of a list of examples. Default: all.
         columns: Only these columns, in this order. Default: all.
 
     Raises:
@@ -156,34 +156,34 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
     min_reward              float64        the smallest of them
     max_reward              float64        the largest of them
     kept_mean_reward        float64        over the groups that were trained on
-    group_p10               float64        10 % quantile of the groups' mean rewards
+    group_p10               float64        10% quantile of the groups' mean rewards
     group_p50               float64        their median
-    group_p90               float64        their 90 % quantile
+    group_p90               float64        their 90% quantile
     trajectories            int64          rollouts that finished
-    groups                  int64          of trajectories
-    groups_with_spread      int64          those whose rewards differ: only they can teach
+    groups                  int64          groups of trajectories
+    groups_with_spread      int64          groups whose rewards differ: only these can teach
     kept_trajectories       int64          trajectories that were trained on
     kept_groups             int64          groups that were trained on
     failures                int64          rollouts that failed
     sampled_tokens          int64          tokens that the policy sampled
     continued_turns         Int64          sampled turns that continue a conversation
-    drifted_turns           Int64          those of them that were rendered anew, instead of continuing the sampled ids
+    drifted_turns           Int64          those of them that were rendered anew instead of continuing the sampled ids
     curriculum              bool           whether the curriculum was on
-    percentile              float64        share of the groups with spread that is trained on, in (0, 1]; NaN where the
-                                           curriculum was off: then all groups are
+    percentile              float64        share of the groups with spread to train on, in (0, 1]; NaN if the
+                                           curriculum was off: then all groups are trained on
     schedule                str            "automatic" or "manual"
-    inferred                bool           someone else's Trainer chose; the reasons are concluded
+    inferred                bool           whether the reasons were inferred from what another Trainer chose
     validation_reward       float64        mean reward of the epoch's last validation
-    validation_examples     Int64          how many items that was
-    validation_error        str            why there is none
-    job                     str            the training job's status; NaN where nothing was submitted
+    validation_examples     Int64          how many examples it ran on
+    validation_error        str            why it failed; NaN if it did not
+    job                     str            the training job's status; NaN if nothing was submitted
     reason                  str            why nothing was submitted
-    policy_version          Int64          the weights that sampled
-    policy_version_after    Int64          those after training
+    policy_version          Int64          the weights that were sampled from
+    policy_version_after    Int64          the weights after training
     score_<name>            float64        mean of evaluator <name>
     validation_score_<name> float64        the same on the validation dataset
-    train_<metric>          float64        what the backend measured
-    seconds_<part>          float64        what each part took: rollouts, selection, training, validation, total
+    train_<metric>          float64        <metric> as measured by the backend
+    seconds_<part>          float64        duration of each part: rollouts, selection, training, validation, total
     ======================= ============== =====================================================================
 
     Args:
@@ -199,15 +199,15 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
 
 
 def journal(changes: Iterable[Change], columns: Sequence[str] | str | None = None) -> pd.DataFrame:
-    """One row = one field of the live settings that somebody changed, in order.
+    """One row = one change of one live setting, in order.
 
     ========== ================ ===============================================================================
-    time       datetime, UTC    when it was asked for
-    source     str              who: "code", "panel", "fork", ...
-    field      str              of CurriculumSettings
+    time       datetime, UTC    when it was requested
+    source     str              who changed it: "code", "panel", "fork", ...
+    field      str              name of the setting
     old        object           its value before
-    new        object           its value from then on
-    epoch      Int64            the epoch that used it first; <NA> while it is pending, or was replaced before that
+    new        object           its new value
+    epoch      Int64            the epoch that used it first; <NA> while it is pending, or if replaced before that
     ========== ================ ===============================================================================
 
     Args:
@@ -222,7 +222,7 @@ def journal(changes: Iterable[Change], columns: Sequence[str] | str | None = Non
 
 
 def _of_records(columns: Sequence[Column], records: Sequence[Any]) -> dict[str, Any]:
-    """The columns of records, one row each."""
+    """The columns of records, one row per record."""
     found: dict[str, Any] = {}
     for column in columns:
         assert column.source is not None
@@ -237,13 +237,13 @@ def _of_records(columns: Sequence[Column], records: Sequence[Any]) -> dict[str, 
 
 
 def _groups_of(epoch: Epoch, only: Any) -> dict[str, Any]:
-    """The values of GROUPS for one epoch: its groups and, after them, the examples that have failed rollouts alone."""
+    """The values of GROUPS for one epoch: its groups, then the examples that only have failed rollouts."""
     import numpy as np
 
     statistics, selection = epoch.statistics, epoch.selection
     total = len(statistics)
 
-    # Each failed rollout counts in the group of its example; examples that have no group get a row of their own.
+    # A failed rollout counts in the group of its example; examples without a group get a row of their own.
     failed_ids = [failure["id"] for failure in EpochColumns(epoch).failures]
     failed = Counter(map(_key, failed_ids))
     failures = [failed.pop(_key(example), 0) for example in statistics.example_ids]
@@ -282,11 +282,11 @@ def _groups_of(epoch: Epoch, only: Any) -> dict[str, Any]:
 
 
 def _extremes(statistics: GroupStatistics, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest and the largest reward of each group; NaN where there is none."""
+    """The smallest and the largest reward of each group; NaN if it has none."""
     import numpy as np
 
     low, high = np.full(len(sizes), math.nan), np.full(len(sizes), math.nan)
-    filled = sizes > 0  # reduceat has no notion of an empty slice
+    filled = sizes > 0  # reduceat does not support empty slices
     if filled.any():
         starts = statistics.offsets[:-1][filled]
         low[filled] = np.fmin.reduceat(statistics.rewards, starts)
@@ -307,7 +307,7 @@ def _deviations(statistics: GroupStatistics, sizes: np.ndarray) -> np.ndarray:
 
 
 def _key(example: Any) -> Any:
-    """An example's id as a dict key; ids that cannot be hashed stand for themselves by their text."""
+    """An example's id as a dict key. For an id that cannot be hashed, its text."""
     try:
         hash(example)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Messages, and the tokens that were sampled in them, as DataFrames."""
+"""Messages and their sampled tokens as DataFrames."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ __all__ = [
 
 
 class _Lists(NamedTuple):
-    """A column of lists, one a message."""
+    """A column of lists, one per message."""
 
     column: pa.Array
     odd: Mapping[int, Any]
-    """What did not fit into the column, by the message's place: a list of something else, or no list at all."""
+    """Values that did not fit into the column, by message index: a list of another type, or not a list at all."""
 
     def lengths(self) -> list[int | None]:
-        """Of each list; None for a message that has none."""
+        """Length of each list; None for a message without one."""
         found = self.column.value_lengths().to_pylist()
         for place, value in self.odd.items():
             found[place] = len(value) if isinstance(value, list) else None
         return found
 
     def means(self) -> np.ndarray:
-        """Of the numbers in each list; NaN where there is none."""
+        """Mean of each list; NaN if it is missing or empty."""
         import numpy as np
 
         lengths = _lengths(self.column)
@@ -63,8 +63,8 @@ class _Lists(NamedTuple):
         return found
 
     def entries(self, places: np.ndarray, sizes: np.ndarray) -> Any:
-        """The entries of the lists at those places, one list after another. sizes: how many each is to have; what a list
-        of another length says belongs to nothing, and is missing."""
+        """The entries of the lists at the given indices, concatenated. sizes: the expected length of each; the entries of
+        a list of another length are missing, as they cannot be matched."""
         import numpy as np
 
         chosen = self.column.take(places)
@@ -81,7 +81,7 @@ class _Lists(NamedTuple):
 
 
 def _as_json(values: list[Any]) -> list[str | None]:
-    """Each value as JSON; None where it is empty."""
+    """Each value as JSON; None if it is empty."""
     return [encode(value) if value else None for value in values]
 
 
@@ -100,7 +100,7 @@ MESSAGES = (
     Column("mean_logprob", "float64", source="logprobs", make=_Lists.means, only="assistant"),
     Column("seconds", "float64", source="item_metadata", key="seconds"),
 )
-"""Of `messages`."""
+"""Columns of `messages`."""
 TOKENS = (
     *KEYS,
     Column("message", "int64"),
@@ -109,12 +109,12 @@ TOKENS = (
     Column("token", "str", source="token_texts"),
     Column("logprob", "float64", source="logprobs"),
 )
-"""Of `tokens`."""
+"""Columns of `tokens`."""
 
 
 def messages(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] | str | None = None) -> pd.DataFrame:
-    """One row = one message of an episode, in its order; after those of an epoch's trajectories, those of its failed
-    rollouts as far as their last model call tells them.
+    """One row = one message of an episode, in order. After the trajectories of an epoch come its failed rollouts, with the
+    messages of their last model call.
 
     ================ ========== =============================================================================
     epoch            int64      counts from 0
@@ -122,23 +122,23 @@ def messages(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str
     generation       Int64      which of the group's rollouts, from 0
     trajectory       category   as in `trajectories`, to join on
     failed           bool       whether the rollout failed
-    message          int64      its place in the episode, from 0
+    message          int64      its index in the episode, from 0
     role             category   "user", "assistant", "system", "tool", ...; "preference" for a pair of responses
-    content          str        its text; of a preference the pair, as JSON
-    tool_calls       str        the tools that it calls, as JSON; NaN for none
-    tool_call_id     str        which call it answers
-    name             str        of the tool that speaks
+    content          str        its text; for a preference the pair, as JSON
+    tool_calls       str        its tool calls, as JSON; NaN for none
+    tool_call_id     str        the call that it answers
+    name             str        name of the tool that it comes from
     finish_reason    category   why the turn ended: "stop", "length", "tool_calls", ...
-    prompt_tokens    Int64      tokens of the prompt that the turn was sampled after
-    tokens           Int64      tokens that the policy sampled; 0 for a turn of an assistant that it did not
-    mean_logprob     float64    of those tokens, natural logarithm; NaN without any
-    seconds          float64    that the model call took
+    prompt_tokens    Int64      tokens in the prompt of the sampled turn
+    tokens           Int64      tokens that the policy sampled; 0 for an assistant turn that it did not sample
+    mean_logprob     float64    mean logprob of those tokens (natural logarithm); NaN if there are none
+    seconds          float64    duration of the model call
     ================ ========== =============================================================================
 
     Args:
         epochs: The records.
-        example: Only the messages of this example, or of a list of them. Default: all.
-        columns: Only these columns, in this order. Default: all. What they do not need is not read.
+        example: Only the messages of this example, or of a list of examples. Default: all.
+        columns: Only these columns, in this order. Default: all. Only the data that they need is read.
 
     Raises:
         ConfigError: There is no such column.
@@ -152,27 +152,27 @@ def messages(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str
 
 
 def tokens(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] | str | None = None) -> pd.DataFrame:
-    """One row = one token that the policy sampled. Failed rollouts have none here: nothing of them is trained on.
+    """One row = one token that the policy sampled. Failed rollouts have none: they are not trained on.
 
     ================ ========== =============================================================================
     epoch            int64      counts from 0
     example          object     the example's id
     generation       Int64      which of the group's rollouts, from 0
     trajectory       category   as in `trajectories`, to join on
-    message          int64      the turn's place in the episode, from 0
-    position         int64      the token's place in its turn, from 0
-    token_id         Int64      in the policy's vocabulary; <NA> where only its logprob is known
+    message          int64      the turn's index in the episode, from 0
+    position         int64      the token's position in its turn, from 0
+    token_id         Int64      id in the policy's vocabulary; <NA> if only its logprob is known
     token            str        its text
     logprob          float64    natural logarithm of the probability with which it was sampled
     ================ ========== =============================================================================
 
-    What each token was worth:
+    To get the advantage of each token:
     `run.tokens(epoch=3).merge(run.trajectories(epoch=3, columns=["trajectory", "advantage"]), on="trajectory")`.
 
     Args:
         epochs: The records.
-        example: Only the tokens of this example, or of a list of them. Default: all.
-        columns: Only these columns, in this order. Default: all. What they do not need is not read.
+        example: Only the tokens of this example, or of a list of examples. Default: all.
+        columns: Only these columns, in this order. Default: all. Only the data that they need is read.
 
     Raises:
         ConfigError: There is no such column.
@@ -184,7 +184,7 @@ def tokens(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] 
 
 
 def _found(wanted: Sequence[Column], parts: Sequence[FramePart]) -> dict[str, Any]:
-    """The wanted columns of all parts, and those of KEYS."""
+    """The wanted columns of all parts, and the columns of KEYS."""
     found = key_columns(parts)
     for column in wanted:
         if column not in KEYS:
@@ -196,7 +196,7 @@ def _found(wanted: Sequence[Column], parts: Sequence[FramePart]) -> dict[str, An
 
 
 def _messages_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> list[FramePart]:
-    """The messages of the epoch's trajectories and, after them, those of its failed rollouts."""
+    """The messages of the epoch's trajectories, then those of its failed rollouts."""
     columns = EpochColumns(epoch)
     names = _needed(wanted)
     table = columns.trajectories(["generation", *names])
@@ -229,7 +229,7 @@ def _messages_in(
 
 
 def _as_far_as_known(steps: Sequence[IntermediateStep]) -> Trajectory:
-    """A failed rollout as a trajectory: the prompt of its last recorded model call, and the reply."""
+    """A failed rollout as a trajectory: the prompt and the reply of its last recorded model call."""
     episode: list[EpisodeItem | DPOItem] = []
     calls = [step.data.payload for step in steps if step.data and isinstance(step.data.payload, LLMCall)]
     if calls:
@@ -253,7 +253,7 @@ def _item(role: str, message: Mapping[str, Any], logprobs: list[float] | None = 
 
 
 _SAID = [column.key for column in MESSAGES if column.key is not None and column.key != "seconds"]
-"""What a message of the chat API says besides its text, under the keys of an item's metadata."""
+"""The fields of a chat message, besides its text, that an item keeps in its metadata."""
 
 
 def _tokens_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> FramePart:
@@ -265,7 +265,7 @@ def _tokens_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> FramePar
     rollouts = Rollouts.of(columns, table).first(there)
     found = _Messages(table.filter(there))
 
-    # A turn in which nothing was sampled has no row.
+    # A turn without sampled tokens has no row.
     lengths = np.array([length or 0 for length in found.lists("logprobs").lengths()], dtype=np.int64)
     lengths[found.roles != EpisodeItemRole.ASSISTANT] = 0
     turns = np.flatnonzero(lengths)
@@ -283,26 +283,26 @@ def _tokens_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> FramePar
 
 
 def _needed(wanted: Sequence[Column]) -> list[str]:
-    """The columns of the file that the wanted ones are made of."""
+    """The columns of the file that the wanted columns are made from."""
     names = ["roles", "others", *sources_of(wanted)]
     if not LISTED.keys().isdisjoint(names):
-        names.append("item_metadata")  # has the lists that did not fit into their own columns
+        names.append("item_metadata")  # holds the lists that did not fit into their columns
     return list(dict.fromkeys(names))
 
 
 class _Messages:
-    """The messages of some trajectories, in order, from the columns of the file."""
+    """The messages of some trajectories, in order, read from the columns of the file."""
 
     def __init__(self, table: pa.Table) -> None:
         import numpy as np
 
         self._table = table
         self.rows = _lengths(table.column("roles").combine_chunks())
-        """How many messages each trajectory has."""
+        """Number of messages of each trajectory."""
         self.roles = np.array(self._column("roles").to_pylist(), dtype=object)
 
     def _column(self, name: str) -> pa.Array:
-        """A column of the file, with an entry a message."""
+        """A column of the file, with one entry per message."""
         return self._table.column(name).combine_chunks().flatten()
 
     def values(self, column: Column) -> Any:
@@ -328,7 +328,7 @@ class _Messages:
         return [value if has_one else None for value, has_one in zip(values, there.tolist(), strict=True)]
 
     def lists(self, source: str) -> _Lists:
-        """A column of the file whose entries are lists, with what did not fit into it."""
+        """A column of the file whose entries are lists, with the values that did not fit into it."""
         column = self._column(source)
         odd: dict[int, Any] = {}
         if source == "logprobs":
@@ -338,7 +338,7 @@ class _Messages:
             return _Lists(column, odd)
 
         if source == "token_texts":
-            # Logprobs in OpenAI's form have the tokens' texts with them.
+            # Logprobs in OpenAI's format include the tokens' texts.
             lengths = column.value_lengths().to_pylist()
             for place, other in self._others.items():
                 if not lengths[place]:
@@ -360,7 +360,7 @@ class _Messages:
 
     @cached_property
     def _others(self) -> dict[int, dict[str, Any]]:
-        """What fits into no column, by the message's place."""
+        """Values that fit into no column, by message index."""
         texts = self._column("others")
         if texts.null_count == len(texts):
             return {}
@@ -371,8 +371,8 @@ class _Messages:
         return [{} if text is None else decode(text, dict) for text in self._column("item_metadata").to_pylist()]
 
     def _metadata_with(self, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Place and metadata of each message that has that key in them. Mostly none has, so only those texts are parsed in
-        which the key turns up."""
+        """Index and metadata of each message whose metadata have that key. Few do, so only texts that contain the key are
+        parsed."""
         mark = f'"{key}"'
         for place, text in enumerate(self._column("item_metadata").to_pylist()):
             if text is not None and mark in text:
@@ -380,7 +380,7 @@ class _Messages:
 
 
 def _readable(logprobs: Any) -> list[float] | None:
-    """One number a token, in whatever form they came; None where nobody can read them."""
+    """One number per token, from any known format; None if the format is not known."""
     if type(logprobs) is list and (not logprobs or type(logprobs[0]) is float):
         return logprobs
     try:
@@ -390,7 +390,7 @@ def _readable(logprobs: Any) -> list[float] | None:
 
 
 def _texts_in(logprobs: Any) -> list[Any] | None:
-    """The tokens' texts, where logprobs came in OpenAI's form."""
+    """The tokens' texts, if the logprobs are in OpenAI's format."""
     content = logprobs.get("content") if isinstance(logprobs, Mapping) else logprobs
     if not isinstance(content, list) or not all(isinstance(each, Mapping) for each in content):
         return None
@@ -400,10 +400,10 @@ def _texts_in(logprobs: Any) -> list[Any] | None:
 def _mean(numbers: list[float] | None) -> float:
     try:
         return sum(numbers) / len(numbers) if numbers else math.nan
-    except TypeError:  # somebody's list of something else
+    except TypeError:  # a list of something other than numbers
         return math.nan
 
 
 def _lengths(lists: pa.Array) -> np.ndarray:
-    """Of each list; 0 for a missing one."""
+    """Length of each list; 0 for a missing one."""
     return lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype("int64")

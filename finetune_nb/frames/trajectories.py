@@ -1,7 +1,7 @@
-"""Trajectories and failed rollouts as a DataFrame, and what every frame says of the rollout that a row belongs to.
+"""Trajectories and failed rollouts as a DataFrame, and the key columns that identify the rollout of a row in every frame.
 
-All of it comes from the columns of the trajectories' file, of which only those are read that are needed, and no trajectory
-is made. Where an epoch has no file, the same columns are made of its rollouts in memory.
+Only the needed columns of the trajectories' file are read, and no trajectory objects are made. If an epoch has no file, the
+same columns are made from its rollouts in memory.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 REASONS = tuple(reason.value for reason in GROUP_REASONS)
-"""Of a group, in the order of the codes in Selection.reasons."""
+"""Reasons of groups, in the order of the codes in Selection.reasons."""
 
 
 COLUMNS = (
@@ -69,35 +69,35 @@ COLUMNS = (
     Column("finish_reason", "category", source="finish_reason"),
     Column("score_<name>", "float64", source="scores"),
 )
-"""Of `trajectories`. Those without a source are known from the epoch's statistics and selection."""
+"""Columns of `trajectories`. Those without a source come from the epoch's statistics and selection."""
 
 
 def trajectories(
     epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] | str | None = None
 ) -> pd.DataFrame:
-    """One row = one trajectory, in the collection's order, or, after those of its epoch, one failed rollout.
+    """One row = one trajectory, in the collection's order; then one row for each failed rollout of that epoch.
 
     ================ ========== =============================================================================
     epoch            int64      counts from 0
-    example          object     the example's id, as it is in the dataset
+    example          object     the example's id, as in the dataset
     generation       Int64      which of the group's rollouts, from 0
-    trajectory       str        "e3/q17/2": epoch, example, generation ("#2": its place, where that is unknown)
-    reward           float64    NaN where there is none; `error` then says why
+    trajectory       str        "e3/q17/2": epoch, example, generation ("#2": its position, if that is unknown)
+    reward           float64    NaN if there is none; `error` then says why
     advantage        float64    (r - mean) / std within the group, trained on or not; NaN without reward
     selected         bool       whether its group was trained on
     reason           category   GroupReason: why its group was trained on or not; NaN for a failure
-    error            str        what went wrong with the rollout or with its reward; NaN where nothing did
-    turns            Int64      messages of the episode
+    error            str        what went wrong with the rollout or its reward; NaN if nothing did
+    turns            Int64      messages in the episode
     tokens           Int64      tokens that the policy sampled
-    policy_version   Int64      the weights that sampled it
+    policy_version   Int64      the weights that it was sampled from
     finish_reason    category   of the last turn that has one: "stop", "length", ...
-    score_<name>     float64    what evaluator <name> said; NaN where it is no number
+    score_<name>     float64    score from evaluator <name>; NaN if it is not a number
     ================ ========== =============================================================================
 
     Args:
         epochs: The records.
-        example: Only the rollouts of this example, or of a list of them. Default: all.
-        columns: Only these columns, in this order. Default: all. What they do not need is not read.
+        example: Only the rollouts of this example, or of a list of examples. Default: all.
+        columns: Only these columns, in this order. Default: all. Only the data that they need is read.
 
     Raises:
         ConfigError: There is no such column.
@@ -117,12 +117,12 @@ def trajectories(
 
 
 def _scores(texts: list[str | None]) -> dict[str, np.ndarray]:
-    """One column a name from scores as JSON, which comes again and again: each text is parsed once."""
+    """One column per name, from scores as JSON. The same text recurs often, so each is parsed once."""
     import pandas as pd
 
     places, distinct = pd.factorize(objects(texts))
     records = [decode(text) for text in distinct]
-    records.append(None)  # at -1, which is the place of those that are missing
+    records.append(None)  # at index -1, the code of missing values
     return {name: column[places] for name, column in wide(records).items()}
 
 
@@ -133,14 +133,14 @@ def _is_wanted(column: Column, names: Sequence[str]) -> bool:
 
 
 def _values_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> dict[str, Any]:
-    """The values of those columns for one epoch: its trajectories, then its failures."""
+    """The values of the wanted columns for one epoch: its trajectories, then its failures."""
     import numpy as np
 
     columns, statistics = EpochColumns(epoch), epoch.statistics
     failures = columns.failures
     found: dict[str, Any] = {}
 
-    # What the file says of the trajectories, and the little that there is of a failure.
+    # From the file: the trajectories, and the few values that a failure has.
     names = [column.name for column in wanted]
     sources = sources_of(wanted)
     if "trajectory" in names and "generation" not in sources:
@@ -153,7 +153,7 @@ def _values_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> dict[str
                 values = [*values, *(failure.get(column.name) for failure in failures)]
             found[column.name] = values
 
-    # What the epoch knows of itself; a failure has no reward, and its group no reason.
+    # From the epoch: a failure has no reward, and no reason.
     missing = np.full(len(failures), math.nan)
     found["epoch"] = np.full(columns.rows + len(failures), epoch.index)
     found["example"] = columns.examples
@@ -170,7 +170,7 @@ def _values_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> dict[str
 
 
 def chosen(values: Mapping[str, Any], those: np.ndarray) -> dict[str, Any]:
-    """Some of the rows of several columns, which are arrays and lists. those: bool, one a row."""
+    """Filter the rows of columns, which are arrays or lists. those: one bool per row."""
     import numpy as np
 
     found: dict[str, Any] = {}
@@ -180,12 +180,12 @@ def chosen(values: Mapping[str, Any], those: np.ndarray) -> dict[str, Any]:
 
 
 def is_example(found: Any, asked: Any) -> bool:
-    """Whether an id is the one that was asked for, or is in the list of those. 1, True and "1" are three ids."""
+    """Whether an id is the one asked for, or is in a list of them. 1, True and "1" are three different ids."""
     if isinstance(asked, list | set | frozenset) and type(found) is not type(asked):
         return any(is_example(found, each) for each in asked)
     try:
         return bool(found == asked) and isinstance(found, bool) == isinstance(asked, bool)
-    except Exception:  # ids may be anybody's objects
+    except Exception:  # ids may be arbitrary objects
         return False
 
 
@@ -193,9 +193,9 @@ def is_example(found: Any, asked: Any) -> bool:
 
 
 class EpochColumns:
-    """An epoch's rollouts as columns: N trajectories and, after them, F failures.
+    """An epoch's rollouts as columns: N trajectories, then F failures.
 
-    The columns are those of its file. Where it has no file, they are made of the rollouts in memory.
+    The columns are those of its file. If it has no file, they are made from the rollouts in memory.
     """
 
     def __init__(self, epoch: Epoch) -> None:
@@ -206,18 +206,18 @@ class EpochColumns:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """(G) trajectories of each group."""
+        """(G) number of trajectories in each group."""
         import numpy as np
 
         return np.diff(self._epoch.statistics.offsets)
 
     @cached_property
     def failures(self) -> list[dict[str, Any]]:
-        """(F) `id`, `generation` and `error` of each."""
+        """(F) `id`, `generation` and `error` of each failure."""
         if not self._epoch.metrics.failures:
             return []
         if self._read is None:
-            # The very ids, as the statistics have those of the groups: JSON changes some, (1, 2) to [1, 2].
+            # Keep the ids as they are, like the groups' ids in the statistics: JSON would turn (1, 2) into [1, 2].
             failures = self._epoch.collection.failures
             return [{"id": f.example_id, "generation": f.generation, "error": f.error} for f in failures]
         texts = self._read(["metadata"]).column("metadata").slice(self.rows).to_pylist()
@@ -225,26 +225,26 @@ class EpochColumns:
 
     @cached_property
     def examples(self) -> list[Any]:
-        """(N + F) the id of each one's example."""
+        """(N + F) the example id of each rollout."""
         examples: list[Any] = []
         for example, size in zip(self._epoch.statistics.example_ids, self.sizes.tolist(), strict=True):
             examples += [example] * size
         return examples + [failure["id"] for failure in self.failures]
 
     def trajectories(self, names: Sequence[str]) -> pa.Table:
-        """(N) those columns of the trajectories."""
+        """(N) the named columns of the trajectories."""
         if self._read is None:
             return table_of(self._epoch.collection.trajectories, [], names)
         return self._read(names).slice(0, self.rows)
 
     def values(self, names: Sequence[str]) -> dict[str, list[Any]]:
-        """(N) the same as Python's values."""
+        """(N) the named columns as Python values."""
         if not names:
             return {}
         table = self.trajectories(names)
         found = {name: to_python(table.column(name).combine_chunks()) for name in names}
         if any(text and "\\ud" in text for text in found.get("error", ())):
-            # Half a character is an escape in the column; the metadata have it as it was.
+            # The column has a lone surrogate as an escape; the metadata have the original.
             exact = [metadata.get("reward_error") for metadata in self.metadata()]
             found["error"] = [text and error for text, error in zip(found["error"], exact, strict=True)]
         return found
@@ -254,7 +254,7 @@ class EpochColumns:
         return [{} if text is None else decode(text, dict) for text in self.values(["metadata"])["metadata"]]
 
     def generations(self, known: list[Any]) -> list[Any]:
-        """(N + F) which of their group's rollouts they are. known: the column, which has whole numbers only."""
+        """(N + F) the generation of each rollout. known: the column, which only holds integers."""
         if None in known:
             known = [metadata.get("generation") for metadata in self.metadata()]
         return known + [failure["generation"] for failure in self.failures]
@@ -262,14 +262,14 @@ class EpochColumns:
     def named(self, generations: Sequence[Any]) -> list[str]:
         """(N + F) names such as "e3/q17/2"."""
         if None in generations:
-            # The place in the group then tells the trajectories of an example apart.
+            # Use the position in the group instead, so that names stay distinct.
             places = [*positions(self.sizes).tolist(), *range(len(self.failures))]
             generations = [f"#{at}" if of is None else of for of, at in zip(generations, places, strict=True)]
         start = f"e{self._epoch.index}"
         return [f"{start}/{example}/{of}" for example, of in zip(self.examples, generations, strict=True)]
 
     def of_example(self, example: Any) -> np.ndarray:
-        """(N + F) bool: whether it belongs to that example, or to one of a list. None: all do."""
+        """(N + F) bool: whether a rollout belongs to that example, or to one in a list. None: all do."""
         import numpy as np
 
         if example is None:
@@ -277,7 +277,7 @@ class EpochColumns:
         return np.array([is_example(found, example) for found in self.examples], dtype=bool)
 
     def steps(self, those: np.ndarray) -> list[list[IntermediateStep]]:
-        """What those failed rollouts had done. those: (F) bool."""
+        """The recorded steps of the selected failed rollouts. those: (F) bool."""
         if not any(those):
             return []
         if self._read is None:
@@ -287,7 +287,7 @@ class EpochColumns:
         return [[] if text is None else decode_steps(text) for text in compress(texts, those)]
 
 
-# ── frames with several rows a rollout ───────────────────────────────────────────────────────────────────────────────
+# ── frames with several rows per rollout ─────────────────────────────────────────────────────────────────────────────
 
 KEYS = (
     Column("epoch", "int64"),
@@ -295,11 +295,11 @@ KEYS = (
     Column("generation", "Int64"),
     Column("trajectory", "category"),
 )
-"""They say whose a row is."""
+"""The columns that identify the rollout of a row."""
 
 
 class Rollouts(NamedTuple):
-    """Rollouts of an epoch, N trajectories and F failures, or some of them."""
+    """Rollouts of an epoch, N trajectories and F failures, or a selection of them."""
 
     examples: list[Any]
     generations: list[Any]
@@ -307,28 +307,28 @@ class Rollouts(NamedTuple):
 
     @classmethod
     def of(cls, columns: EpochColumns, table: pa.Table) -> Rollouts:
-        """All of an epoch. table: has the column "generation" of the trajectories."""
+        """All rollouts of an epoch. table: has the column "generation" of the trajectories."""
         generations = columns.generations(to_python(table.column("generation").combine_chunks()))
         return cls(columns.examples, generations, columns.named(generations))
 
     def first(self, those: np.ndarray) -> Rollouts:
-        """Those trajectories. those: (N) bool."""
+        """The selected trajectories. those: (N) bool."""
         return Rollouts(*(list(compress(values, those)) for values in self))
 
     def last(self, those: np.ndarray) -> Rollouts:
-        """Those failures. those: (F) bool."""
+        """The selected failures. those: (F) bool."""
         return Rollouts(*(list(compress(values[len(values) - len(those) :], those)) for values in self))
 
 
 class FramePart(NamedTuple):
-    """What one epoch adds to a frame."""
+    """The rows that one epoch adds to a frame."""
 
     epoch: int
     rollouts: Rollouts
     rows: np.ndarray
-    """How many rows each of the rollouts has."""
+    """Number of rows of each rollout."""
     columns: dict[str, Any]
-    """Name -> values, one a row."""
+    """Name -> values, one per row."""
 
 
 def key_columns(parts: Sequence[FramePart]) -> dict[str, Any]:
@@ -347,7 +347,7 @@ def key_columns(parts: Sequence[FramePart]) -> dict[str, Any]:
 
 
 def positions(sizes: np.ndarray) -> np.ndarray:
-    """0, 1, ... within each group of that size, one group after another."""
+    """0, 1, ... within each group of the given sizes, one group after another."""
     import numpy as np
 
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
