@@ -1,4 +1,4 @@
-"""Figures of a run, drawn by matplotlib on the `ax` they are given, or on a figure of their own."""
+"""Plots of a run, drawn with matplotlib on a given `ax` or on a new figure."""
 
 from __future__ import annotations
 

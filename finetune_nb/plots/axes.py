@@ -1,4 +1,4 @@
-"""What all plots share: whose epochs are shown, lines with gaps, marks for live changes, panels, labels and texts."""
+"""Shared parts of the plots: their runs, lines with gaps, marks for live changes, panels, labels and texts."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "++", "--")
 WRITTEN = 6
-"""So many changes are written beside their marks; more would cover one another."""
+"""Most changes that are written next to their marks; more would overlap."""
 
 
 class RunSeries(NamedTuple):
-    """One run's way through its epochs."""
+    """The epochs and live changes of one run."""
 
     name: str
     epochs: Sequence[Epoch]
@@ -58,7 +58,7 @@ class RunSeries(NamedTuple):
 
 
 def series_of(given: Any) -> list[RunSeries]:
-    """Whose epochs are to be drawn: those of one run, of a list of runs, of epochs by a run's name, or just epochs."""
+    """The series to draw. given: a run, a list of runs, a mapping from a run's name to a run or epochs, or just epochs."""
     if isinstance(given, Mapping):
         return [RunSeries(plain(name), *_records(value)) for name, value in given.items()]
     if hasattr(given, "records"):
@@ -74,13 +74,13 @@ def _records(given: Any) -> tuple[Sequence[Epoch], Sequence[Change]]:
 
 
 def mark_changes(ax: Axes, of: Sequence[RunSeries], look: Theme, filled: bool = False) -> None:
-    """Marks every live change, before the epoch that used it first. A single run's few changes are written out.
+    """Mark every live change, before the first epoch that used it. If a single run has only a few, write them out.
 
     Args:
-        ax: Where the runs are drawn already: texts avoid their lines.
+        ax: Where the runs have already been drawn: texts avoid their lines.
         of: The runs.
         look: The theme.
-        filled: Whether the picture has coloured areas, where a text needs a ground of its own.
+        filled: Whether the plot has coloured areas, so that a text needs a background.
     """
     label: str | None = "live change"
     for place, course in enumerate(of):
@@ -101,8 +101,8 @@ def mark_changes(ax: Axes, of: Sequence[RunSeries], look: Theme, filled: bool = 
 
 
 def _write_changes(ax: Axes, marks: Mapping[int, Sequence[_Changed]], look: Theme, filled: bool) -> None:
-    """Writes at most two changes beside each mark, upwards: from the upper edge down, or from the lower edge up where
-    lines would cross the text less often."""
+    """Write at most two changes next to each mark, vertically: at the upper edge, or at the lower edge if fewer lines cross
+    the text there."""
     ground = {"facecolor": look.background, "alpha": 0.8, "linewidth": 0, "pad": 1} if filled else None
     for epoch, changed in marks.items():
         x = epoch - 0.5
@@ -117,20 +117,20 @@ def _write_changes(ax: Axes, marks: Mapping[int, Sequence[_Changed]], look: Them
 
 
 def _better_below(heights: Sequence[float], length: float) -> bool:
-    """Whether a text from the upper edge down would cross more lines than one from the lower edge up."""
+    """Whether more lines cross a text at the upper edge than one at the lower edge."""
     above = sum(0.98 - length < height < 0.98 for height in heights)
     below = sum(0.06 < height < 0.06 + length for height in heights)
     return above > below
 
 
 def _heights_of_lines(ax: Axes, x: float) -> list[float]:
-    """How high each line is at `x`, from 0, the lower edge, to 1; those on a second axis too."""
+    """The height of each line at `x`, from 0 (lower edge) to 1, including lines on a second axis."""
     import numpy as np
 
     found = []
     for each in ax.get_shared_x_axes().get_siblings(ax):
         if each.bbox.bounds != ax.bbox.bounds:
-            continue  # another picture
+            continue  # another panel
         low, high = each.get_ylim()
         for line in each.get_lines():
             at, heights = line.get_data(orig=False)
@@ -143,11 +143,11 @@ def _heights_of_lines(ax: Axes, x: float) -> list[float]:
 
 
 _Changed = tuple[str, Any, Any]
-"""The name of a setting, its old and its new value."""
+"""The name of a setting, its old value and its new value."""
 
 
 def _changes_by_epoch(course: RunSeries) -> dict[int, list[_Changed]]:
-    """The changes by the epoch that used them first, where that epoch is shown."""
+    """The changes by the first epoch that used them, if that epoch is shown."""
     shown = {epoch.index for epoch in course.epochs}
     marks: dict[int, list[_Changed]] = {}
     for change in course.changes:
@@ -157,14 +157,14 @@ def _changes_by_epoch(course: RunSeries) -> dict[int, list[_Changed]]:
 
 
 def _value(value: Any) -> str:
-    """A setting's value, in short."""
+    """A setting's value, shortened."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return number(value)
     return plain(cut(value, 24))
 
 
 def changes_text(of: Sequence[RunSeries]) -> str:
-    """The live changes in words, for those who do not see the marks."""
+    """The live changes in words, for the alternative text."""
     said = []
     for course in of:
         whose = f"{course.name}, " if len(of) > 1 else ""
@@ -181,7 +181,7 @@ def changes_text(of: Sequence[RunSeries]) -> str:
 
 
 def start(ax: Axes | None, theme: ThemeName, x: str, y: str) -> tuple[Axes, Figure | None, Theme]:
-    """The axes to draw on, the new figure if there was none, and the theme. A given `ax` keeps its own look."""
+    """The axes to draw on, the new figure if no `ax` is given, and the theme. A given `ax` keeps its look."""
     from matplotlib.ticker import MaxNLocator
 
     from .figure import Figure, theme_named
@@ -198,28 +198,28 @@ def start(ax: Axes | None, theme: ThemeName, x: str, y: str) -> tuple[Axes, Figu
 def panels(
     ax: Any, theme: ThemeName, x: str, y: str, count: int, columns: int = 1, share: bool = True
 ) -> tuple[list[Axes], Figure | None, Theme]:
-    """The axes of several pictures, below one another: those that are given, or a figure of their own.
+    """The axes of several panels: those that are given, or those of a new figure.
 
     Args:
         ax: One Axes, several, or None for a new figure.
-        theme: Its name.
+        theme: Name of the theme.
         x: Label of the horizontal axes.
         y: Label of the vertical axes.
-        count: Pictures.
-        columns: Pictures beside one another.
-        share: Whether all have the same vertical axis.
+        count: Number of panels.
+        columns: Panels per row of a new figure.
+        share: Whether all panels share one vertical axis.
 
     Returns:
-        `count` axes, the new figure if there was none, and the theme.
+        `count` axes, the new figure if no `ax` is given, and the theme.
 
     Raises:
-        ConfigError: Another number of axes is given, or the theme is unknown.
+        ConfigError: The number of given axes is wrong, or the theme is unknown.
     """
     from .figure import Figure, styled, theme_named
 
     given: list[Axes] = []
     if isinstance(ax, Iterable):
-        given = list(getattr(ax, "flat", ax))  # numpy's grid of axes has rows
+        given = list(getattr(ax, "flat", ax))  # a grid of axes is a two-dimensional array
     elif ax is not None:
         given = [ax]
     if count == 1:
@@ -228,7 +228,7 @@ def panels(
     if ax is not None:
         if len(given) != count:
             raise ConfigError(
-                f"found {len(given)} axes for {count} pictures. Give ax= as many, or none for a new figure."
+                f"found {len(given)} axes for {count} pictures. Pass {count} as ax=, or omit ax= for a new figure."
             )
         return [start(each, theme, x, y)[0] for each in given], None, theme_named(theme)
     look = theme_named(theme)
@@ -247,7 +247,7 @@ def panels(
 
 
 def finish(ax: Axes, look: Theme, empty: bool, said: str = "no epoch yet") -> None:
-    """The legend; where there is nothing to draw, a text that says so."""
+    """Add the legend; or, if nothing was drawn, a text that says so."""
     from .figure import legend_above
 
     if empty:
@@ -258,7 +258,7 @@ def finish(ax: Axes, look: Theme, empty: bool, said: str = "no epoch yet") -> No
 
 
 def span(epochs: Sequence[Epoch]) -> np.ndarray:
-    """All epoch numbers from the first to the last, also those that are missing: a line has a gap there."""
+    """All epoch numbers from the first to the last, including missing ones, where a line has a gap."""
     import numpy as np
 
     at = [epoch.index for epoch in epochs]
@@ -266,7 +266,7 @@ def span(epochs: Sequence[Epoch]) -> np.ndarray:
 
 
 def at_their_places(where: np.ndarray, epochs: Sequence[Epoch], values: Any) -> np.ndarray:
-    """The epochs' values at their places in `where`, NaN elsewhere."""
+    """The epochs' values at their positions in `where`, NaN elsewhere."""
     import numpy as np
 
     out = np.full(len(where), math.nan)
@@ -277,7 +277,7 @@ def at_their_places(where: np.ndarray, epochs: Sequence[Epoch], values: Any) -> 
 
 
 def is_isolated(values: np.ndarray) -> np.ndarray:
-    """Where a value has none beside it."""
+    """Where a value has no neighbours."""
     import numpy as np
 
     there = np.pad(~np.isnan(values), 1)
@@ -285,10 +285,10 @@ def is_isolated(values: np.ndarray) -> np.ndarray:
 
 
 def validation_epoch(epoch: Epoch, validation: Validation) -> int:
-    """Where a validation lies on the axis of epochs.
+    """The position of a validation on the axis of epochs.
 
-    An epoch's rewards are those of the policy before its update, so a validation of the policy after the update lies
-    where the next epoch does.
+    An epoch's rewards come from the policy before its update, so a validation of the policy after the update belongs at the
+    next epoch.
 
     Args:
         epoch: The epoch that recorded the validation.
@@ -309,18 +309,18 @@ def metrics_of(epochs: Sequence[Epoch], name: str) -> list[float]:
 
 
 def axis_label(name: Any) -> str:
-    """A name as matplotlib shows it literally: a "$" would begin a formula, a leading "_" hide it from the legend."""
+    """A name that matplotlib shows literally: a "$" would start a formula, and a leading "_" hide it from the legend."""
     text = " ".join(plain(cut(name, 40)).split()).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text or "(no name)"
 
 
 def trend_text(values: Iterable[float]) -> str:
-    """How a line goes, for those who do not see it."""
+    """The course of a line in words, for the alternative text."""
     return trend(values, lowest="lowest", highest="highest")
 
 
 def draw_line(ax: Axes, where: np.ndarray, values: np.ndarray, colour: str, label: str, marker: str, line: Any) -> None:
-    """A line with gaps; markers as long as they can be told apart, and always where a value stands alone."""
+    """Draw a line with gaps. Markers are drawn while they can be told apart, and always for a value without neighbours."""
     import numpy as np
 
     marked = list(range(len(where))) if len(where) <= 40 else np.flatnonzero(is_isolated(values)).tolist()
@@ -329,7 +329,7 @@ def draw_line(ax: Axes, where: np.ndarray, values: np.ndarray, colour: str, labe
 
 
 def step_line(ax: Axes, epochs: Sequence[Epoch], look: Theme, colour: str, label: str) -> None:
-    """The curriculum's percentile, a step an epoch, where it was on."""
+    """Draw the curriculum's percentile, one step per epoch, where the curriculum was on."""
     where = span(epochs)
     used = [epoch.curriculum.percentile if epoch.curriculum.enabled else math.nan for epoch in epochs]
     shown = at_their_places(where, epochs, used)
@@ -340,7 +340,7 @@ def step_line(ax: Axes, epochs: Sequence[Epoch], look: Theme, colour: str, label
 
 
 def share_axis(ax: Axes, look: Theme, label: str) -> Axes:
-    """A second axis for shares, on the right, with the margins of rewards from 0 to 1."""
+    """Add a second axis for shares on the right, from 0 to 1 with a margin."""
     from .figure import styled
 
     share = ax.twinx()

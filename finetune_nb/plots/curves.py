@@ -1,8 +1,7 @@
 """Curves over the epochs: rewards, scores and training metrics.
 
-Each function takes a run, a list of runs, or epochs; it draws on the given `ax` and returns it, or makes a Figure that
-shows itself. No pyplot state, no backend call, no rcParams. Missing values are gaps; failures and missing rewards are
-drawn as what they are, never as 0.
+Each function takes a run, a list of runs, or epochs. It draws on the given `ax` and returns it, or makes a Figure that
+displays itself. No pyplot state, no backend call, no rcParams. Missing values are gaps, never 0.
 """
 
 from __future__ import annotations
@@ -52,12 +51,13 @@ __all__ = [
 def plot_rewards(
     epochs: Any, ax: Axes | None = None, theme: ThemeName = None, baseline: float | None = None
 ) -> Figure | Axes:
-    """Mean reward per epoch, with its 10-90 % range, the mean of the groups that were trained on where that is not all
-    of them, and validation. A curriculum's percentile is a step line on an axis of its own, from 0 to 1; live changes are
-    marked before the epoch that used them first.
+    """Plot the mean reward per epoch with its 10-90% range, and the validation rewards.
+
+    If not all groups were trained on, the mean of those that were is a second line. The curriculum's percentile is a step
+    line with its own axis, from 0 to 1. Live changes are marked before the first epoch that used them.
 
     Args:
-        epochs: A run; epochs; or several runs, as a list or by name: then each is one line with its validation.
+        epochs: A run; epochs; or several runs, as a list or by name: then one line per run, with its validation.
         ax: Where to draw. Default: a new figure.
         theme: "light" or "dark". Default: one that suits both.
         baseline: A reward to compare with, such as the untrained model's.
@@ -100,21 +100,21 @@ def plot_scores(
     theme: ThemeName = None,
     stacked: bool = False,
 ) -> Figure | Axes:
-    """The mean of every evaluator per epoch, one line each; of several runs, a colour a run and a line style a score.
+    """Plot the mean score of every evaluator per epoch, one line each. For several runs: one colour per run, one line style
+    per score.
 
     Args:
         epochs: As in `plot_rewards`.
         names: Which scores, in this order. Default: all.
         ax: Where to draw. Default: a new figure.
         theme: "light" or "dark". Default: one that suits both.
-        stacked: Whether the scores are layers on top of one another, for scores of one run that are shares of one whole
-            (what kind each episode is of).
+        stacked: Whether to stack the scores, if they are shares of a whole (such as kinds of episode). Only for one run.
 
     Returns:
         The new figure, or `ax`.
 
     Raises:
-        ConfigError: No epoch has a score of one of the names, several runs are stacked, or the theme is unknown.
+        ConfigError: No epoch has a score of that name, `stacked` with several runs, or the theme is unknown.
     """
     runs = series_of(epochs)
     several = len(runs) > 1
@@ -124,7 +124,7 @@ def plot_scores(
         if records and name not in known:
             raise ConfigError(f"no epoch has a score of {name!r}. {did_you_mean(name, known)}")
     if stacked and several:
-        raise ConfigError(f"found {len(runs)} runs; stacked=True shows the scores of one.")
+        raise ConfigError(f"found {len(runs)} runs; stacked=True can only show the scores of one run.")
     chosen = list(known if names is None else names)
     ax, figure, look = start(ax, theme, "epoch", "mean score")
     said = []
@@ -156,7 +156,7 @@ def _layers(ax: Axes, where: Any, names: Sequence[str], columns: Sequence[Any], 
 
     floor = np.zeros(len(where))
     for place, (name, column) in enumerate(zip(names, columns, strict=True)):
-        # A missing score is a gap in its own layer, and adds nothing to those above it.
+        # A missing score is a gap in its own layer, and adds nothing to the layers above.
         top = floor + np.nan_to_num(column)
         edge = np.where(np.isnan(column), np.nan, top)
         band = ax.fill_between(where, floor, edge, color=look.colour(place), alpha=0.8)
@@ -173,27 +173,29 @@ TRAINING = {
     "logprob_gap": "logprob gap (training − sampling)",
     "learning_rate": "learning rate",
 }
-"""What is shown without being asked for, in this order."""
+"""The metrics shown by default, in this order, with their labels."""
 
 
 def plot_training(
     epochs: Any, names: Sequence[str] | None = None, ax: Any = None, theme: ThemeName = None
 ) -> Figure | Any:
-    """What the training backend measured, a small picture each: loss, KL, clip fraction, gradient norm, the difference of
-    training's and the sampler's logprobs (large: other weights or another temperature sampled), learning rate. An epoch
-    that was not trained, or whose job failed, is a gap.
+    """Plot what the training backend measured, one small panel per metric.
+
+    By default: loss, KL, clip fraction, gradient norm, the gap between the logprobs in training and in sampling (large: the
+    tokens were sampled with other weights or another temperature), and learning rate. An epoch that was not trained on, or
+    whose training job failed, is a gap.
 
     Args:
         epochs: As in `plot_rewards`.
-        names: Which metrics, in this order. Default: those of TRAINING that there are, else all.
-        ax: As many axes as metrics. Default: a new figure.
+        names: Which metrics, in this order. Default: those above that were measured, else all.
+        ax: One axes per metric. Default: a new figure.
         theme: "light" or "dark". Default: one that suits both.
 
     Returns:
         The new figure, or `ax`.
 
     Raises:
-        ConfigError: No epoch has a metric of one of the names, the number of axes is another, or the theme is unknown.
+        ConfigError: No epoch has a metric of that name, the number of axes is wrong, or the theme is unknown.
     """
     runs = series_of(epochs)
     several = len(runs) > 1
@@ -214,7 +216,7 @@ def plot_training(
             label = axis_label(run.name) if several and is_first else "_"
             draw_line(each, where, values, look.colour(place), label, MARKERS[place % 8], LINES[place % 4])
             said.append(f"{f'{run.name} ' if several else ''}{plain(name)} {trend_text(values)}")
-        # The first picture alone has the changes.
+        # Only the first panel shows the changes.
         mark_changes(each, runs if is_first else [run._replace(changes=()) for run in runs], look)
         finish(each, look, empty=not records)
     if figure is None:
@@ -224,7 +226,7 @@ def plot_training(
 
 
 def _measured(epochs: Sequence[Epoch]) -> list[str]:
-    """The metrics of TRAINING that there are; else all that there are; else one, for an empty picture."""
+    """The metrics of TRAINING that were measured; else all that were; else one, for an empty panel."""
     found: list[str] = []
     for epoch in epochs:
         for name, value in epoch.train_metrics.items():
@@ -237,7 +239,7 @@ def _measured(epochs: Sequence[Epoch]) -> list[str]:
 
 
 def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, name: str, several: bool) -> None:
-    """The mean reward of one run; where it is the only one, with its range and the mean of the groups trained on."""
+    """Draw the mean reward of one run; if it is the only one, with its range and the mean of the groups trained on."""
     import numpy as np
 
     where = span(epochs)
@@ -247,7 +249,7 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
         quantiles = np.array([epoch.metrics.group_quantiles for epoch in epochs]).reshape(-1, 3)
         low, high = at_their_places(where, epochs, quantiles[:, 0]), at_their_places(where, epochs, quantiles[:, 2])
         ax.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0, label="10–90 % of groups")
-        alone = is_isolated(low)  # between gaps a band has no width
+        alone = is_isolated(low)  # a band between two gaps has no width
         ax.vlines(where[alone], low[alone], high[alone], color=colour, alpha=0.35, linewidth=5)
     draw_line(ax, where, mean, colour, name or "mean of all trajectories", MARKERS[place % 8], LINES[place % 4])
     if not several and any(epoch.metrics.kept_groups < epoch.metrics.groups for epoch in epochs):
@@ -256,7 +258,7 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
 
 
 def _validation_points(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, several: bool) -> None:
-    """A star for each validation; one that failed is a cross on the lower edge, as it has no value."""
+    """Draw a star for each validation. A failed one has no value: it is a cross on the lower edge."""
     at, rewards, failed_at = [], [], []
     for epoch in epochs:
         for validation in epoch.validations:

@@ -1,4 +1,4 @@
-"""Plots of what is distributed within an epoch: rewards, advantages, lengths."""
+"""Plots of the distributions within each epoch: rewards, advantages, lengths."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ __all__ = [
 ]
 
 VIOLINS = 24
-"""More could not be told apart in one picture; of more epochs, evenly spaced ones are shown."""
+"""Most violins in one plot, so that they can be told apart. Of more epochs, evenly spaced ones are shown."""
 LENGTHS = 200
-"""Epochs whose trajectories are read for a picture of lengths; of more, evenly spaced ones."""
+"""Most epochs whose trajectories are read for a plot of lengths. Of more epochs, evenly spaced ones are shown."""
 
 
 def plot_reward_distribution(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure | Any:
-    """How each epoch's rewards are distributed.
+    """Plot the distribution of each epoch's rewards.
 
-    At most six different values: stacked bars, the share of the rollouts with each of them, lowest at the bottom, then
-    those without a finite reward and those that failed. More: a violin an epoch (width = density, on one scale; the
-    thick line is the 10-90 % range, the dot the median); of many epochs, evenly spaced ones.
+    With at most six distinct rewards: stacked bars of the share of rollouts with each reward, lowest at the bottom, then of
+    rollouts without a finite reward and of failed ones. With more: one violin per epoch (width = density, all on one scale;
+    the thick line is the 10-90% range, the dot the median). Of many epochs, evenly spaced ones are shown.
 
     Args:
-        epochs: Of one run; of several runs, a picture each, all of one kind.
-        ax: As many axes as pictures. Default: a new figure.
+        epochs: A run or epochs; or several runs, for one panel per run.
+        ax: One axes per panel. Default: a new figure.
         theme: "light" or "dark". Default: one that suits both.
 
     Returns:
         The new figure, or `ax`.
 
     Raises:
-        ConfigError: The number of axes is another, or the theme is unknown.
+        ConfigError: The number of axes is wrong, or the theme is unknown.
     """
     import numpy as np
 
@@ -93,20 +93,21 @@ def plot_reward_distribution(epochs: Any, ax: Any = None, theme: ThemeName = Non
 
 
 def plot_advantages(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure | Any:
-    """How the advantages of each epoch's trajectories are distributed: violins of those that are not 0, as in
-    `plot_reward_distribution`, and, on an axis from 0 to 1, the share of trajectories whose advantage is 0, as the rewards
-    of their group do not differ: these teach nothing.
+    """Plot the distribution of each epoch's advantages.
+
+    Violins as in `plot_reward_distribution` show the advantages other than 0. A line on an axis from 0 to 1 shows the share
+    of trajectories whose advantage is 0 because the rewards of their group do not differ: these teach nothing.
 
     Args:
-        epochs: Of one run; of several runs, a picture each.
-        ax: As many axes as pictures. Default: a new figure.
+        epochs: A run or epochs; or several runs, for one panel per run.
+        ax: One axes per panel. Default: a new figure.
         theme: "light" or "dark". Default: one that suits both.
 
     Returns:
         The new figure, or `ax`.
 
     Raises:
-        ConfigError: The number of axes is another, or the theme is unknown.
+        ConfigError: The number of axes is wrong, or the theme is unknown.
     """
     import numpy as np
 
@@ -141,12 +142,13 @@ def plot_advantages(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Fig
 
 
 def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -> Figure | Axes:
-    """How long the trajectories are, in tokens that the policy sampled: median and 10-90 % range of each epoch, and, on
-    an axis from 0 to 1, the share whose last turn was cut at the token limit.
+    """Plot the length of the trajectories, in tokens that the policy sampled: median and 10-90% range of each epoch.
+
+    A line on an axis from 0 to 1 shows the share of trajectories whose last turn was cut at the token limit.
 
     Args:
-        epochs: Of one run, or of several runs: then each is one line with its range, without that share. Lengths are read
-            from the run's files; of a long run, evenly spaced epochs.
+        epochs: A run or epochs; or several runs: then one line per run with its range, without that share. Lengths are read
+            from the run's files; of a long run, evenly spaced epochs are shown.
         ax: Where to draw. Default: a new figure.
         theme: "light" or "dark". Default: one that suits both.
 
@@ -161,7 +163,7 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
     from ..frames.trajectories import trajectories
 
     runs = series_of(epochs)
-    ax, figure, look = start(ax, theme, "epoch", "sampled tokens a trajectory")
+    ax, figure, look = start(ax, theme, "epoch", "sampled tokens per trajectory")
     several = len(runs) > 1
     said = []
     for place, run in enumerate(runs):
@@ -213,7 +215,7 @@ def _rewards(epochs: Sequence[Epoch]) -> np.ndarray:
 
 
 def _shares(rewards: np.ndarray, values: np.ndarray) -> str:
-    """In words: how many of the rewards each value is."""
+    """In words: the share of each value among the rewards."""
     import numpy as np
 
     if not len(rewards):
@@ -222,7 +224,7 @@ def _shares(rewards: np.ndarray, values: np.ndarray) -> str:
 
 
 def _middle(values: np.ndarray) -> str:
-    """In words: the median and the 10-90 % range."""
+    """In words: the median and the 10-90% range."""
     import numpy as np
 
     if not len(values):
@@ -232,12 +234,12 @@ def _middle(values: np.ndarray) -> str:
 
 
 def _every(epochs: Sequence[Epoch]) -> int:
-    """One in how many epochs is shown as a violin."""
+    """The step between epochs that are shown as violins."""
     return max(1, math.ceil(len(epochs) / VIOLINS))
 
 
 def _bars(ax: Axes, epochs: Sequence[Epoch], values: np.ndarray, look: Theme) -> None:
-    """Stacked bars, an epoch each: the share of its rollouts with each value, without a reward, and failed."""
+    """Draw one stacked bar per epoch: the share of its rollouts with each reward, without one, and failed."""
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -272,7 +274,7 @@ def _violins(
     colour: str,
     every: int,
 ) -> None:
-    """A violin for each epoch that has values: its density, the 10-90 % range and the median."""
+    """Draw a violin for each epoch that has values: density, 10-90% range and median."""
     import numpy as np
 
     low, high = limits
@@ -281,7 +283,7 @@ def _violins(
     edges = np.linspace(low, high, 65)
     middles = (edges[:-1] + edges[1:]) / 2
 
-    # Density: a histogram, smoothed by a Gaussian of two bins.
+    # Density: a histogram smoothed by a Gaussian with a standard deviation of two bins.
     kernel = np.exp(-0.5 * (np.arange(-6, 7) / 2) ** 2)
     kernel /= kernel.sum()
     shown = []
@@ -293,7 +295,7 @@ def _violins(
     if not shown:
         return
 
-    # The widest violin takes most of the room that an epoch has.
+    # The widest violin takes most of the width of an epoch.
     widest = max(density.max() for _, density, _ in shown)
     for index, density, (low, middle, high) in shown:
         half = 0.45 * every * density / widest

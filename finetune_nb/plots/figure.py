@@ -1,7 +1,7 @@
-"""A matplotlib figure that shows itself in a notebook, with a text for those who do not see it; and the themes.
+"""A matplotlib figure that displays itself in a notebook, with an alternative text; and the themes.
 
-No pyplot, no backend, no rcParams: nothing outlives the figure, any thread may make one, and the user's own plots stay as
-they are. Importing this module imports matplotlib.
+No pyplot, no backend, no rcParams: no global state is left, any thread may make a figure, and the user's own plots are not
+affected. Importing this module imports matplotlib.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ __all__ = [
 ]
 
 DPI = 192
-"""Pixels an inch in the PNG: twice those of the screen, so that it is sharp on every display."""
+"""Pixels per inch in the PNG: twice those of the screen, so that it is sharp on every display."""
 
 
 @dataclass(frozen=True)
 class Theme:
-    """What a figure is drawn with.
+    """The colours of a figure.
 
-    The colours are petroff10's (arXiv 2107.02270, made to be told apart also by the colour-blind), lightened where they
-    would vanish on the background; a line style, a marker or a hatch always says the same.
+    They are those of petroff10 (arXiv 2107.02270, designed for colour-blind readers too), lightened where contrast with the
+    background would be too low. Colour is never the only cue: a line style, a marker or a hatch always says the same.
     """
 
     background: str
     ink: str
-    """Text, axes."""
+    """Text and axes."""
     faint: str
-    """Grid, and whatever is only context."""
+    """The grid, and other context."""
     halo: str
-    """Around a line that runs over coloured areas."""
+    """Outline of a line that crosses coloured areas."""
     colours: tuple[str, ...]
     sequence: tuple[str, str, str]
-    """From low to high, of values that have an order."""
+    """For ordered values, from low to high."""
 
     def colour(self, place: int) -> str:
-        """Of the run, score or reason in that place; they begin again where there are more of them than colours."""
+        """The colour of the run, score or reason at that position. Colours repeat if there are too few."""
         return self.colours[place % len(self.colours)]
 
 
@@ -72,7 +72,7 @@ THEMES = {
         colours=("#5aa9f0", "#ffa90e", "#c58be8", "#94a4a2", "#c98b79", "#ff6f52"),
         sequence=("#7d6c34", "#3f90da", "#cfe8ff"),
     ),
-    # No background, and colours of middle lightness: at least 3:1 in contrast on white and on near-black alike.
+    # No background, and colours of medium lightness: contrast of at least 3:1 on both white and near-black.
     "": Theme(
         background="none",
         ink="#787d84",
@@ -85,28 +85,41 @@ THEMES = {
 
 
 def theme_named(name: Literal["light", "dark"] | None) -> Theme:
-    """The theme of that name; None: one that reads well on light and dark alike, without a background of its own."""
+    """The theme of that name. None: one without a background that suits both light and dark pages."""
     if (name or "") not in THEMES:
         raise ConfigError(f"found theme {name!r}; expected 'light', 'dark' or None for one that suits both")
     return THEMES[name or ""]
 
 
 class Figure(matplotlib.figure.Figure):
-    """A figure that a cell shows as PNG. `alt_text` says what there is to see; `.axes` are its Axes."""
+    """A figure that a cell shows as PNG. `.alt_text` describes it in words; `.axes` are its Axes."""
 
     def __init__(self, *, width: float = 6.4, height: float = 3.4, theme: Theme = THEMES[""], **options: Any) -> None:
-        """`width` and `height` in inches; on the screen an inch is 96 pixels."""
+        """Make an empty figure.
+
+        Args:
+            width: In inches; on the screen an inch is 96 pixels.
+            height: In inches.
+            theme: Its colours.
+            **options: As in matplotlib's Figure.
+        """
         super().__init__(figsize=(width, height), layout="constrained", facecolor=theme.background, **options)
         self.theme = theme
         self.alt_text = ""
 
     def add_axes_of_theme(self) -> Axes:
-        """One Axes in the theme's colours."""
+        """Add one Axes in the theme's colours."""
         return styled(self.add_subplot(), self.theme)
 
     def png(self, dpi: float = DPI) -> bytes:
-        """The picture, in its own background. With 256 colours it has a quarter of the bytes, and a notebook keeps them
-        all."""
+        """Draw the figure as PNG.
+
+        Args:
+            dpi: Pixels per inch.
+
+        Returns:
+            The PNG, with 256 colours: a quarter of the size, as a notebook stores every picture.
+        """
         from PIL import Image
 
         drawn, picture = io.BytesIO(), io.BytesIO()
@@ -114,7 +127,7 @@ class Figure(matplotlib.figure.Figure):
         self.savefig(drawn, format="png", dpi=dpi, facecolor=self.get_facecolor(), edgecolor="none", pil_kwargs=quick)
         full = Image.open(drawn)
         few = full.quantize(256)
-        # The background stays as it is: white would be 254, 254, 254.
+        # Restore the exact background: quantizing turns white into 254, 254, 254.
         colours, corner = few.getpalette("RGBA") or [], (0, 0)
         at = 4 * few.getpixel(corner)  # type: ignore[operator]
         colours[at : at + 4] = full.getpixel(corner)  # type: ignore[call-overload]
@@ -133,7 +146,7 @@ class Figure(matplotlib.figure.Figure):
 
 
 def styled(ax: Axes, theme: Theme) -> Axes:
-    """Gives the Axes the theme's colours: no box, a faint grid behind the data."""
+    """Style the Axes with the theme: no box, and a faint grid below the data."""
     ax.set_facecolor(theme.background)
     ax.grid(True, color=theme.faint, linewidth=0.6)
     ax.set_axisbelow(True)
@@ -148,7 +161,7 @@ def styled(ax: Axes, theme: Theme) -> Axes:
 
 
 def legend_above(ax: Axes, theme: Theme) -> None:
-    """One legend for all that is drawn in that place, twin axes included, above the data rather than on it."""
+    """Add one legend for the Axes and its twins, above the plot rather than over the data."""
     handles, labels = [], []
     for each in ax.figure.axes:
         if each is ax or (each.bbox.bounds == ax.bbox.bounds and each.get_shared_x_axes().joined(each, ax)):
@@ -173,13 +186,13 @@ def legend_above(ax: Axes, theme: Theme) -> None:
 
 
 def _columns(labels: Sequence[str]) -> int:
-    """Most columns, up to four, in which the labels fit above the axes; matplotlib fills one after the other."""
+    """The largest number of legend columns, up to four, that fits above the axes. matplotlib fills column by column."""
     for columns in (4, 3, 2):
         deep = math.ceil(len(labels) / columns)
         widths = []
         for start in range(0, len(labels), deep):
             longest = max(len(label) for label in labels[start : start + deep])
-            widths.append(longest + 7)  # the line or mark before it, and a space
+            widths.append(longest + 7)  # the line or marker before it, and a space
         if len(widths) <= columns and sum(widths) <= 86:
             return len(widths)
     return 1

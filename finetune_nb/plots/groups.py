@@ -1,4 +1,4 @@
-"""Plots of groups: what became of each epoch's groups, how the curriculum chose, and a map of mean against spread."""
+"""Plots of groups: which of each epoch's groups were trained on and why, and a map of mean against spread."""
 
 from __future__ import annotations
 
@@ -43,11 +43,13 @@ __all__ = [
 
 
 def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -> Figure | Axes:
-    """How the curriculum went: each epoch's groups, trained on or left out, by reason; as a line, how many can teach
-    (their rewards differ); its percentile, on an axis from 0 to 1; and the live changes.
+    """Plot what the curriculum chose: the groups of each epoch that were trained on or left out, by reason.
+
+    Lines show how many groups can teach (their rewards differ), and the curriculum's percentile on an axis from 0 to 1.
+    Live changes are marked.
 
     Args:
-        epochs: A run; epochs; or several runs, as a list or by name: then each one's percentile, and the share of its
+        epochs: A run; epochs; or several runs, as a list or by name: then the percentile of each run, and the share of its
             groups that was trained on.
         ax: Where to draw. Default: a new figure.
         theme: "light" or "dark". Default: one that suits both.
@@ -83,7 +85,7 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
 
 
 def _share_trained_on(ax: Axes, run: RunSeries, look: Theme, place: int) -> np.ndarray:
-    """Draws one of several runs. Returns the share of its groups that was trained on, an epoch each."""
+    """Draw one of several runs. Returns the share of its groups that was trained on, per epoch."""
     where = span(run.epochs)
     colour, marker, line = look.colour(place), MARKERS[place % 8], LINES[place % 4]
     shares = []
@@ -98,7 +100,7 @@ def _share_trained_on(ax: Axes, run: RunSeries, look: Theme, place: int) -> np.n
 
 
 def _reasons_and_percentile(ax: Axes, epochs: Sequence[Epoch], look: Theme) -> None:
-    """Draws a single run: bars by reason, the groups that can teach as a line over them, and the percentile."""
+    """Draw a single run: bars by reason, a line for the groups that can teach, and the percentile."""
     import numpy as np
     from matplotlib.patheffects import withStroke
 
@@ -122,20 +124,22 @@ def _reasons_and_percentile(ax: Axes, epochs: Sequence[Epoch], look: Theme) -> N
 
 
 def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure | Any:
-    """A map of the groups: mean reward against the spread of its rewards, coloured and shaped by what became of the
-    group. The larger a mark, the more groups lie there. Only those above the line can teach, the curriculum's smallest
-    spread where it was on. Groups without a finite mean and spread have no place; their number is said.
+    """Plot a map of the groups: mean reward against the spread of the rewards.
+
+    Colour and shape of a mark show whether the group was trained on, and why. The larger a mark, the more groups are at
+    that point. A line marks the curriculum's smallest spread, if it was on: only groups above it can teach. Groups without
+    a finite mean and spread are not drawn; their number is stated.
 
     Args:
-        epochs: Of a run, all of its groups; of several runs, a picture each.
-        ax: As many axes as pictures. Default: a new figure.
+        epochs: A run or epochs; or several runs, for one panel per run.
+        ax: One axes per panel. Default: a new figure.
         theme: "light" or "dark". Default: one that suits both.
 
     Returns:
         The new figure, or `ax`.
 
     Raises:
-        ConfigError: The number of axes is another, or the theme is unknown.
+        ConfigError: The number of axes is wrong, or the theme is unknown.
     """
     runs = series_of(epochs)
     axes, figure, look = panels(ax, theme, "mean reward of the group", "spread", max(1, len(runs)))
@@ -154,11 +158,11 @@ def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure 
 
 
 def _map(ax: Axes, run: RunSeries, look: Theme) -> str:
-    """Draws one run's groups. Returns what there is to see."""
+    """Draw one run's groups. Returns a description in words."""
     import numpy as np
     from matplotlib.ticker import AutoLocator
 
-    nothing = np.empty(0)  # concatenate refuses an empty list
+    nothing = np.empty(0)  # np.concatenate refuses an empty list
     means = np.concatenate([nothing, *(epoch.statistics.means for epoch in run.epochs)])
     spreads = np.concatenate([nothing, *(epoch.statistics.spreads for epoch in run.epochs)])
     codes = np.concatenate([nothing, *(epoch.selection.reasons for epoch in run.epochs)]).astype(int)
@@ -169,14 +173,14 @@ def _map(ax: Axes, run: RunSeries, look: Theme) -> str:
         if not those.any():
             continue
         name, marker = REASONS[reason].label, REASONS[reason].marker
-        # Groups in the same place are one mark, the larger the more they are.
+        # Groups at the same point share one mark, whose size grows with their number.
         places = np.round(np.stack([means[those], spreads[those]], 1), 6)
         points, counts = np.unique(places, axis=0, return_counts=True)
         size = 26 * np.minimum(np.sqrt(counts), 5)
         said.append(f"{counts.sum():,} {name}")
         ax.scatter(points[:, 0], points[:, 1], s=size, marker=marker, color=look.colour(code),
                    alpha=0.75, linewidths=1.6 if marker in "x_" else 0.6, label=said[-1], zorder=3)  # fmt: skip
-    # The line is drawn where it was the same in all epochs.
+    # Draw the line only if the smallest spread was the same in all epochs.
     smallest = {epoch.curriculum.min_reward_diff for epoch in run.epochs if epoch.curriculum.enabled}
     if len(smallest) == 1 and said:
         ax.axhline(
