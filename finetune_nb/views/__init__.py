@@ -1,1 +1,1 @@
-"""What is shown of a run, as HTML and text."""
+"""Views of runs, epochs and rollouts, as HTML and text."""

@@ -1,6 +1,6 @@
-"""A conversation as HTML, with its roles, texts, tokens and tool calls, in a bounded number of bytes.
+"""Renders a conversation as HTML of bounded size, with its roles, texts, tokens and tool calls.
 
-Works on messages of any record: the episode of a trajectory, or the calls that a failed rollout made.
+Works on messages from any record: the episode of a trajectory, or the model calls of a failed rollout.
 """
 
 from __future__ import annotations
@@ -33,43 +33,43 @@ __all__ = [
 ]
 
 SIZE_LIMIT = 130_000
-"""Bytes of HTML for the turns of one conversation; leaves room for the head and the style within 200 kB."""
+"""Bytes of HTML for the turns of one conversation; leaves room for the head and the style sheet within 200 kB."""
 TURN_LIMIT = 60_000
-"""Bytes of HTML for one turn, of which text is cut to a tenth: that much can be read."""
+"""Bytes of HTML for one turn. Text is cut to a tenth of that in characters, which is still readable."""
 LEAST = 1_500
-"""Bytes that a turn gets at least: where many are too long, fewer are shown rather than crumbs of all."""
+"""Fewest bytes for a turn: if many are too long, fewer turns are shown rather than a few words of each."""
 
 _THINKING = re.compile(r"\A\s*(?:<think(?:ing)?>)?(.*?)</think(?:ing)?>\s*|\A\s*<think(?:ing)?>(.*)\Z", re.DOTALL)
-"""What comes before the answer. Some chat templates open the thinking in the prompt: then only its end stands there."""
+"""Thinking before the answer. Some chat templates open it in the prompt: then only the closing tag is in the reply."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How tokens are set."""
+    """How sampled tokens are displayed."""
 
     heat: Heat = "probability"
-    """What tints them."""
+    """Which quantity colours them."""
     tables: bool = True
-    """Whether a table of their numbers follows."""
+    """Whether to add a table of their numbers."""
     legend: bool = True
-    """Whether the tints are explained at the top."""
+    """Whether to explain the colours at the top."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message to show, whatever record it comes from."""
+    """One message to show, from any kind of record."""
 
     role: str
     content: Any
     metadata: Mapping[str, Any]
-    """As in EpisodeItem, by MessageKey; or a chat message as OpenAI has it, whose keys are the same."""
+    """As in EpisodeItem, by MessageKey; or a chat message in OpenAI's format, which has the same keys."""
     note: str = ""
     tokens: Sequence[Token] = field(default=(), repr=False)
-    """Those that the policy sampled."""
+    """The tokens that the policy sampled."""
 
 
 def turn_of(item: EpisodeItem | DPOItem) -> Turn:
-    """A message of an episode, or a preference, to show."""
+    """The turn to show for a message of an episode, or for a preference."""
     if isinstance(item, DPOItem):
         return Turn("preference", preference_text(item), {})
     if item.role != EpisodeItemRole.ASSISTANT:
@@ -87,16 +87,17 @@ def turn_of(item: EpisodeItem | DPOItem) -> Turn:
 
 
 def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting = Setting()) -> Iterator[Html]:
-    """The turns of a conversation: from the beginning as many as fit, and always the last, which has the outcome. Long turns
-    are cut, so that the short ones stay whole.
+    """Render a conversation: as many turns from the beginning as fit, and always the last one, which has the outcome.
+
+    Long turns are cut, so that short ones stay whole.
 
     Args:
-        turns: All of them.
+        turns: All turns of the conversation.
         room: Bytes that they may take.
-        setting: How tokens are set.
+        setting: How sampled tokens are displayed.
 
     Yields:
-        One piece of HTML after the other.
+        Pieces of HTML, in order.
     """
     if not turns:
         return
@@ -105,13 +106,13 @@ def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting
         room -= len(legend.encode())
         yield legend
 
-    # Every turn as it is, unless it is so long that nobody would read it.
+    # Render every turn whole, unless it is too long to be read.
     called = tool_names(turns)
     limit = max(LEAST, min(TURN_LIMIT, 4 * room // len(turns)))
     whole = [_turn(turn, limit, called, setting) for turn in turns]
     sizes = [len(shown.encode()) for shown in whole]
 
-    # As many from the beginning as fit beside the last one, if each were cut to the least that a turn gets.
+    # Count how many from the beginning fit along with the last one, if each were cut to the fewest bytes for a turn.
     last = len(turns) - 1
     least = min(sizes[last], LEAST)
     shown = 0
@@ -119,13 +120,13 @@ def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting
         least += min(sizes[shown], LEAST)
         shown += 1
 
-    # Those share the room; who needs more than its share is cut.
+    # These share the room. Cut each turn that needs more than its share.
     places = [*range(shown), last]
     for place, share in zip(places, fair_shares([sizes[place] for place in places], room), strict=True):
         if sizes[place] > share:
             whole[place] = _turn(turns[place], share, called, setting)
 
-    # A cut turn may still be larger than its share: what does not fit after all is left out.
+    # A cut turn may still exceed its share: leave out turns that do not fit after all.
     room -= len(whole[last].encode()) + 100
     for place in range(shown):
         begins = _break(turns, place)
@@ -142,7 +143,7 @@ def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting
 
 
 def _break(turns: Sequence[Turn], place: int) -> Html:
-    """A line where another conversation begins."""
+    """A line where a new conversation begins, else nothing."""
     if place and _conversation(turns[place]) != _conversation(turns[place - 1]):
         return element("div", "— a new conversation —", class_="ft-dim")
     return Html()
@@ -153,7 +154,7 @@ def _conversation(turn: Turn) -> Any:
 
 
 def fair_shares(needs: Sequence[int], room: int) -> list[int]:
-    """`room` divided: whoever needs less than an equal share has what it needs, the others share the rest equally."""
+    """Divide `room`: a need below an equal share is met in full, and the others share the rest equally."""
     shares = [0] * len(needs)
     left = len(needs)
     for place in sorted(range(len(needs)), key=needs.__getitem__):
@@ -164,7 +165,7 @@ def fair_shares(needs: Sequence[int], room: int) -> list[int]:
 
 
 def has_heat(turn: Turn) -> bool:
-    """Whether the texts of its tokens are known, so that they can be tinted."""
+    """Whether the texts of its tokens are known, so that they can be coloured."""
     return any(token.text is not None for token in turn.tokens)
 
 
@@ -172,7 +173,7 @@ def has_heat(turn: Turn) -> bool:
 
 
 def tool_names(turns: Sequence[Turn]) -> dict[str, str]:
-    """Names of the tools that were called, by the id of the call: results have the id alone."""
+    """Names of the called tools by call id, as a tool's result only has the id."""
     names = {}
     for turn in turns:
         for call in _listed(turn.metadata.get(MessageKey.TOOL_CALLS)):
@@ -193,7 +194,7 @@ def _turn(turn: Turn, room: int, called: Mapping[str, str], setting: Setting) ->
 
 
 def head_of(turn: Turn, called: Mapping[str, str]) -> Html:
-    """Who speaks, and what is to be said of the turn."""
+    """The head of a turn: its role and notes."""
     name = called.get(str(turn.metadata.get(MessageKey.TOOL_CALL_ID))) or turn.metadata.get(MessageKey.NAME)
     finish, seconds = turn.metadata.get(MessageKey.FINISH_REASON), turn.metadata.get(MessageKey.SECONDS)
     notes = []
@@ -210,11 +211,11 @@ def head_of(turn: Turn, called: Mapping[str, str]) -> Html:
 
 
 def body_of(turn: Turn, room: int, setting: Setting = Setting()) -> list[Html]:
-    """What the turn says, in about `room` bytes: thinking folded, then its text or its tokens, then its tool calls."""
+    """The body of a turn in about `room` bytes: thinking (folded), then text or tokens, then tool calls."""
     text, calls = content_text(turn.content), _listed(turn.metadata.get(MessageKey.TOOL_CALLS))
-    # Servers have two names for it; episodes made here have the first alone.
+    # Servers use two names for it; episodes made here only use the first.
     thought = turn.metadata.get(MessageKey.REASONING_CONTENT) or turn.metadata.get("reasoning")
-    # Calls get what they may need, at most a third: as HTML, a character takes up to 9 bytes.
+    # Reserve what the calls may need, but at most a third: a character takes up to 9 bytes as HTML.
     calls_room = 0
     if calls:
         calls_room = min(room // 3, 200 + 9 * sum(len(as_json(call)) for call in calls[:40]))
@@ -228,7 +229,7 @@ def body_of(turn: Turn, room: int, setting: Setting = Setting()) -> list[Html]:
     if not has_heat(turn):
         body += _written(text, room, may_think)
     elif text.strip() in sampled:
-        # The tokens say all that the text says, and more exactly.
+        # The tokens contain the whole text, and show it as it was sampled.
         body += _sampled(turn.tokens, sampled, room, setting)
     else:
         tokens_room = room // 2
@@ -240,7 +241,7 @@ def body_of(turn: Turn, room: int, setting: Setting = Setting()) -> list[Html]:
 
 
 def _written(text: str, room: int, may_think: bool) -> list[Html]:
-    """A text, its thinking folded."""
+    """A text, with its thinking folded."""
     if not text:
         return []
     thinking = _THINKING.match(text) if may_think else None
@@ -252,11 +253,11 @@ def _written(text: str, room: int, may_think: bool) -> list[Html]:
 
 
 def _sampled(tokens: Sequence[Token], text: str, room: int, setting: Setting) -> list[Html]:
-    """The tokens as a heat map, thinking folded, and as a table."""
+    """The tokens as a heat map, with thinking folded, and as a table."""
     numbers = token_table(tokens, room // 4) if setting.tables else Html()
     heat = setting.heat
     room -= len(numbers.encode())
-    thinking = _THINKING.match(text)  # tokens are an assistant's
+    thinking = _THINKING.match(text)  # only assistants have tokens
     if not thinking:
         return [heat_map(tokens, room, heat), numbers]
     ends = list(accumulate(len(token.text or "") for token in tokens))
@@ -272,7 +273,7 @@ def _folded_thinking(characters: int, body: Sequence[Html]) -> Html:
 
 
 def _tool_calls(calls: Sequence[Any], room: int) -> list[Html]:
-    """The calls in about `room` bytes."""
+    """The tool calls in about `room` bytes."""
     shown: list[Html] = []
     for place, call in enumerate(calls):
         function = call.get("function") if isinstance(call, Mapping) else None
@@ -289,13 +290,15 @@ def _tool_calls(calls: Sequence[Any], room: int) -> list[Html]:
 
 
 def _text(text: str, room: int) -> Html:
-    # dir=auto: right-to-left text is set as such, and does not reorder what is around it.
+    # dir=auto: right-to-left text is displayed as such, and does not reorder its surroundings.
     return element("pre", fitting(text, min(room, TURN_LIMIT) - 30), dir="auto")
 
 
 def fitting(text: str, room: int) -> str:
-    """The text, cut so that it takes about `room` bytes as HTML, and at least 100 characters of it. What it takes
-    depends on what it says: "<" is 4 bytes, an unseen character up to 9."""
+    """Cut a text so that it takes about `room` bytes as HTML, but to no fewer than 100 characters.
+
+    The size depends on the characters: "<" takes 4 bytes, an invisible character up to 9.
+    """
     limit = max(100, min(room, TURN_LIMIT // 10))
     shown = cut(text, limit)
     while limit > 100 and (size := len(escape(shown).encode())) > room:
@@ -305,7 +308,7 @@ def fitting(text: str, room: int) -> str:
 
 
 def _listed(calls: Any) -> list[Any]:
-    """Tool calls as a list: other people's records may have one alone, or none."""
+    """Tool calls as a list: third-party records may have a single call, or none."""
     if isinstance(calls, list | tuple):
         return list(calls)
     return [calls] if calls else []

@@ -1,13 +1,13 @@
-"""Writes a run to one file, its kind told by its suffix.
+"""Writes a run to a file, in the format given by the file's suffix.
 
     .csv       rows of a frame, for a spreadsheet: a text that a spreadsheet would run as a formula (it begins with = + - @,
-               a tab or a line break, and is no number) gets a ' before it, control characters are shown as pictures
-    .parquet   rows of a frame, exactly
-    .jsonl     one line a trajectory, with its messages in OpenAI's chat format; or rows of a frame
+               a tab or a line break, and is not a number) is prefixed with ', control characters become visible symbols
+    .parquet   rows of a frame, unchanged
+    .jsonl     one line per trajectory, with its messages in OpenAI's chat format; or rows of a frame
     .html      a report
     .yaml      the journal of live changes, for `replay=` of another run
 
-A further kind is one more entry in EXPORTS. The file is written beside its place and moved there when it is whole.
+To add a format, add an entry to EXPORTS. The file is written to a temporary name and renamed once it is complete.
 """
 
 from __future__ import annotations
@@ -40,13 +40,25 @@ FRAMES = ("trajectories", "messages", "tokens", "groups", "epochs", "journal")
 
 
 def export(run: Any, path: str | Path, frame: str | None = None, filters: Mapping[str, Any] | None = None) -> Path:
-    """Writes a run to `path` and returns it. frame: one of FRAMES; None: what the kind of file holds by default. filters:
-    arguments of that frame. Raises ConfigError for a suffix or a frame that there is not."""
+    """Write a run to a file.
+
+    Args:
+        run: The run.
+        path: The file. Its suffix selects the format; missing folders are created.
+        frame: Which frame to write, one of FRAMES. Default: depends on the format.
+        filters: Arguments for that frame.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: The suffix or the frame is unknown, or the format does not take a frame or filters.
+    """
     path = Path(path)
     write = EXPORTS.get(path.suffix.lower())
     if write is None:
         raise ConfigError(
-            f"cannot export to {path.name!r}: its suffix says the kind. {did_you_mean(path.suffix, EXPORTS)}"
+            f"cannot export to {path.name!r}: the suffix must name a known format. {did_you_mean(path.suffix, EXPORTS)}"
         )
     if frame is not None and frame not in FRAMES:
         raise ConfigError(f"there is no frame {frame!r}. {did_you_mean(frame, FRAMES)}")
@@ -66,7 +78,7 @@ def _csv(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any]
 
 
 def _shielded(text: str) -> str:
-    """With a ' before what a spreadsheet would run as a formula; numbers are none."""
+    """Prefix a text with ' if a spreadsheet would run it as a formula. Numbers stay as they are."""
     if text[:1] not in ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠") or not text:
         return text
     try:
@@ -82,7 +94,7 @@ def _parquet(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, 
 
 def _jsonl(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any]) -> None:
     if frame is None and "columns" not in filters:
-        # An epoch at a time: the conversations of a long run are many.
+        # One epoch at a time: a long run has many conversations.
         epochs = run.chosen(filters.get("epoch"))
         lines = chain.from_iterable(_conversations(run, epoch, filters) for epoch in epochs)
     else:
@@ -94,7 +106,7 @@ def _jsonl(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, An
 
 
 def _conversations(run: Any, epoch: Epoch, filters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """An epoch's trajectories and failures with all that there is to say of each."""
+    """An epoch's trajectories and failures: the row of each in the frame, with its messages."""
     from .. import frames
 
     rows = frames.trajectories([epoch])
@@ -117,7 +129,7 @@ def _html(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any
     from .report import report_html
 
     if frame is not None or filters:
-        raise ConfigError("the HTML report shows the whole run: leave frame, epoch, example and columns out.")
+        raise ConfigError("the HTML report shows the whole run: omit frame, epoch, example and columns.")
     file.write(report_html(run).encode("utf-8"))
 
 
@@ -125,7 +137,7 @@ def _yaml(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any
     from ..engine.live_settings import journal_text
 
     if frame not in (None, "journal") or filters:
-        raise ConfigError("a .yaml file holds the whole journal: leave epoch, example and columns out.")
+        raise ConfigError("a .yaml file holds the whole journal: omit epoch, example and columns.")
     file.write(journal_text(run.id, run.changes).encode("utf-8"))
 
 
@@ -137,14 +149,14 @@ EXPORTS: dict[str, Callable[[Any, BinaryIO, str | None, Mapping[str, Any]], None
     ".yaml": _yaml,
     ".yml": _yaml,
 }
-"""What writes a run into an open file, by suffix: (run, file, frame, filters)."""
+"""The function that writes a run to an open file, by suffix. Called with (run, file, frame, filters)."""
 
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _rows(run: Any, frame: str | None, filters: Mapping[str, Any]) -> pd.DataFrame:
-    """The frame, its texts with known secrets masked, its objects as one plain type a column."""
+    """The frame, with known secrets masked, and object columns converted to one plain type each."""
     rows = getattr(run, frame or "trajectories")(**filters)
     for name in rows.columns:
         column = rows[name]
@@ -163,7 +175,7 @@ def _rows(run: Any, frame: str | None, filters: Mapping[str, Any]) -> pd.DataFra
 
 
 def _of_one_type(values: list[Any]) -> list[Any]:
-    """Texts, or whole numbers, as they are; anything mixed as JSON, so that 7 and "7" stay two."""
+    """Texts or integers as they are; mixed values as JSON, so that 7 and "7" stay distinct."""
     kinds = {type(value) for value in values if value is not None and value == value}
     if kinds <= {str}:
         masked = redact_texts([value if isinstance(value, str) else "" for value in values])
@@ -177,5 +189,5 @@ def _of_one_type(values: list[Any]) -> list[Any]:
 
 
 def _is_plain(column: Any) -> bool:
-    """Whether it holds numbers or times."""
+    """Whether the column holds numbers or times."""
     return column.dtype.kind in "iufbM"

@@ -1,4 +1,4 @@
-"""A comparison of two rollouts as text, and as HTML: side by side, turn by turn, at most 200 kB."""
+"""Shows a comparison of two rollouts as text, and as HTML: side by side, turn by turn, at most 200 kB."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = [
 ]
 
 VIEW_LIMIT = 180_000
-"""Bytes of a whole view; the rest of the 200 kB is for the style sheet and the head."""
+"""Bytes for the body of the view; the rest of the 200 kB is for the style sheet and the head."""
 CELL_LIMIT, CELL_LEAST = 20_000, 1_200
-"""Bytes of one turn in one column, at most and at least."""
+"""Most and fewest bytes for one turn in one column."""
 SCORES = 24
-"""Scores that are listed."""
+"""Most scores to list."""
 PLAIN = Setting(tables=False)
 
 
 def comparison_text(comparison: GroupComparison) -> str:
-    """The two rollouts in a line each, where they part, and their scores."""
+    """The comparison as text: one line per rollout, where they diverge, and their scores."""
     group = comparison.group
     lines = [f"epoch {group.epoch} · example {one_line(group.example)}", *_names(comparison), _parting(comparison)]
     for name, best, worst in _scores(comparison):
@@ -39,7 +39,7 @@ def comparison_text(comparison: GroupComparison) -> str:
 
 
 def comparison_html(comparison: GroupComparison) -> str:
-    """A table of rewards, scores and lengths; where they part, in a sentence; then the turns of both side by side."""
+    """The comparison as HTML: a table of rewards, scores and lengths, where the two diverge, and their turns side by side."""
     group = comparison.group
     rows = [_row("reward", [trajectory.reward for trajectory in comparison.trajectories])]
     rows.append(_row("advantage", [signed(group.advantages[place]) for place in (comparison.best, comparison.worst)]))
@@ -58,7 +58,7 @@ def _row(name: str, values: Sequence[Any]) -> tuple[str, ...]:
 
 
 def _names(comparison: GroupComparison) -> list[str]:
-    """What each of the two is, in a line."""
+    """One line per rollout: generation, reward and advantage."""
     group = comparison.group
     names = []
     for label, place in (("best", comparison.best), ("worst", comparison.worst)):
@@ -69,7 +69,7 @@ def _names(comparison: GroupComparison) -> list[str]:
 
 
 def _parting(comparison: GroupComparison) -> str:
-    """In a sentence, where they part."""
+    """A sentence that says where they diverge."""
     best, worst = comparison.trajectories
     where = comparison.divergence
     if where is None:
@@ -87,7 +87,7 @@ def _parting(comparison: GroupComparison) -> str:
 
 
 def _choice(turn: Turn, place: int) -> str:
-    """What was sampled in that place, and how likely it was."""
+    """The token sampled at that position, and its probability."""
     if place >= len(turn.tokens):
         return "the end"
     token = turn.tokens[place]
@@ -96,7 +96,7 @@ def _choice(turn: Turn, place: int) -> str:
 
 
 def _scores(comparison: GroupComparison) -> list[tuple[str, Any, Any]]:
-    """What the rewards are made of: (name, of the best, of the worst)."""
+    """(name, score of the best, score of the worst)."""
     both = []
     for trajectory in comparison.trajectories:
         scores = (trajectory.metadata or {}).get("scores")
@@ -118,7 +118,7 @@ def _lengths(comparison: GroupComparison) -> list[tuple[str, ...]]:
 
 
 def _turns(comparison: GroupComparison, room: int) -> list[Html]:
-    """Both conversations in `room` bytes: what is the same once, then a row a turn, as many as fit."""
+    """Both conversations in `room` bytes: the shared turns once, then one row per turn, as many as fit."""
     best, worst = ([turn_of(item) for item in trajectory.episode] for trajectory in comparison.trajectories)
     called = tool_names([*best, *worst])
     divergence = comparison.divergence
@@ -153,7 +153,7 @@ def _turns(comparison: GroupComparison, room: int) -> list[Html]:
 
 
 def _cell(turn: Turn | None, limit: int, called: Mapping[str, str]) -> list[Html]:
-    """One turn in its column, in `limit` bytes."""
+    """One turn in a column, in `limit` bytes."""
     if turn is None:
         return [element("div", "(ended)", class_="ft-dim")]
     head = head_of(turn, called)
@@ -163,7 +163,7 @@ def _cell(turn: Turn | None, limit: int, called: Mapping[str, str]) -> list[Html
 def _cells_where_they_part(
     comparison: GroupComparison, best: Turn, worst: Turn, limit: int, called: Mapping[str, str]
 ) -> list[list[Html]]:
-    """The first turns that differ, in `limit` bytes each: what both say first set apart from what only one says."""
+    """The first turns that differ, in `limit` bytes each: the shared beginning dimmed, the rest emphasized."""
     where = comparison.divergence
     assert where is not None
     cells = []

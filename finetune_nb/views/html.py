@@ -1,9 +1,8 @@
-"""Small pieces of HTML: escaping, tables, folds, bars, sparklines, and the one style sheet that they share.
+"""Building blocks for HTML: escaping, tables, folds, bars, sparklines, and the style sheet that they share.
 
-Safe by construction: every piece escapes what it is given unless it is `Html`, and only the pieces themselves make
-`Html`. No script, no link, no image but those that are handed over as bytes; text and background are always set
-together, by JupyterLab's variables where they exist; what carries a meaning is also written out, for places that strip
-styles. What is shown is left to the callers: no noun of finetuning is known here.
+Safe by construction: every function escapes its arguments unless they are `Html`, and only these functions make `Html`.
+No scripts, no links, no images except those passed as bytes. Text and background colours are always set together, from
+JupyterLab's variables where they exist. Nothing is said by style alone, as some viewers strip styles.
 """
 
 from __future__ import annotations
@@ -43,27 +42,27 @@ __all__ = [
 
 
 class Html(Markup):
-    """Markup that is safe to show. Its `join`, `%` and `format` escape what they are given, unless that is Html too.
+    """Markup that is safe to show. Its `join`, `%` and `format` escape their arguments unless these are Html too.
 
-    Adding to it, slicing it or formatting it in an f-string gives a plain str, which is escaped where it is shown.
+    Adding to it, slicing it or formatting it in an f-string gives a plain str, which is escaped when shown.
     """
 
     __slots__ = ()
 
-    # Markup's own takes twice as long, and calls the `__html__` of whatever it is given.
+    # Markup.__new__ takes twice as long, and calls the `__html__` of its argument.
     __new__ = str.__new__  # type: ignore[assignment]
 
     @classmethod
     def escape(cls, value: Any, /) -> Html:
-        """Any value as HTML text, also good inside a quoted attribute. Html passes as it is; None is empty."""
-        # Only Html passes. What others call safe (`__html__`, another Markup) can be the text of a model or a dataset.
+        """Any value as HTML text, also safe in a quoted attribute. Html is returned as is; None becomes empty."""
+        # Trust only Html: other values marked safe (`__html__`, Markup) may come from a model or a dataset.
         if isinstance(value, Html):
             return value
         if value is None:
             return cls()
         return cls(html.escape(plain(value), quote=True))
 
-    # Markup returns Markup here too. But a sum is nearly always a forgotten `element`, and a slice can tear a tag.
+    # Markup returns Markup here too. But a sum is almost always a forgotten `element`, and a slice can split a tag.
     def __add__(self, other: str, /) -> str:  # type: ignore[override]
         return str.__add__(self, other)
 
@@ -81,8 +80,14 @@ escape = Html.escape
 
 
 def element(tag: str, *children: Any, **attributes: Any) -> Html:
-    """`<tag attributes>children</tag>`; children (also in lists) and attribute values are escaped. An underscore in an
-    attribute's name is a hyphen, one at its end is dropped (`class_`); an attribute that is None is left out."""
+    """Make `<tag attributes>children</tag>`.
+
+    Args:
+        tag: Name of the element.
+        *children: Values or lists of them, escaped unless they are Html.
+        **attributes: Values are escaped; None omits the attribute. In a name, an underscore becomes a hyphen, and a trailing
+            one is dropped (`class_`).
+    """
     head = ""
     for name, value in attributes.items():
         if value is not None:
@@ -95,16 +100,16 @@ def _joined(children: Iterable[Any]) -> str:
 
 
 def details(summary: Any, *body: Any, open: bool = False) -> Html:
-    """A fold: the summary stands there, a click shows the body."""
+    """A fold: the summary is always visible, and a click shows the body."""
     return element("details", element("summary", summary), *body, open="" if open else None)
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[Any] | None = None, caption: Any = None) -> Html:
-    """A table. Without headers the first cell of a row is the row's name; with them, columns of numbers stand right."""
+    """A table. Without headers, the first cell of a row is its name; with headers, columns of numbers are right-aligned."""
     rows = list(rows)
     head = None
     if headers:
-        # The first row says which columns are of numbers.
+        # The first row decides which columns hold numbers.
         first = rows[0] if rows else ()
         cells = []
         for place, header in enumerate(headers):
@@ -133,7 +138,7 @@ def _cell(value: Any, named: bool, right: bool) -> Html:
 
 
 def bar(value: float, largest: float = 1.0, text: Any = None) -> Html:
-    """A horizontal bar of `value` out of `largest`, with its text after it. A missing value has the text alone."""
+    """A horizontal bar of `value` out of `largest`, followed by its text. A missing value has only the text."""
     shown = number(value) if text is None else text
     if not (math.isfinite(value) and largest > 0):
         return element("span", shown)
@@ -143,8 +148,14 @@ def bar(value: float, largest: float = 1.0, text: Any = None) -> Html:
 
 
 def sparkline(values: Sequence[float], text: str, width: int = 240, height: int = 40) -> Html:
-    """A line through the values, without axes; a gap where one is missing. `text` says the same for those who do not
-    see it. At most `width` points are drawn: of more, those that are evenly spaced."""
+    """Draw a line through values, without axes.
+
+    Args:
+        values: The values; NaN leaves a gap. At most `width` evenly spaced ones are drawn.
+        text: Alternative text.
+        width: In pixels.
+        height: In pixels.
+    """
     every = max(1, math.ceil(len(values) / width))
     points = [(place, values[place]) for place in range(0, len(values), every)]
     finite = [value for _, value in points if math.isfinite(value)]
@@ -160,7 +171,7 @@ def sparkline(values: Sequence[float], text: str, width: int = 240, height: int 
         x, y = f"{4 + place * across:.1f}", f"{height - 4 - (value - low) * up:.1f}"
         path.append(f"{pen}{x} {y}")
         pen = "L"
-        # A dot where the line ends: a single value would not be seen otherwise.
+        # A dot at each end of a line: a single value would otherwise be invisible.
         after = points[index + 1][1] if index + 1 < len(points) else math.nan
         if not math.isfinite(after):
             dots.append(element("circle", cx=x, cy=y, r="2.5"))
@@ -169,8 +180,8 @@ def sparkline(values: Sequence[float], text: str, width: int = 240, height: int 
     return element("svg", line, *dots, role="img", aria_label=text, class_="ft-spark", **size)
 
 
-# JupyterLab's variables come first, then VS Code's, then a colour for the reader's preference. Tints are half
-# transparent grey, which darkens a light background and lightens a dark one.
+# JupyterLab's variables come first, then VS Code's, then a colour for the preferred colour scheme. Shades are translucent
+# grey, which darkens a light background and lightens a dark one.
 _STYLE = """
 .ft{--fg:var(--jp-content-font-color1,var(--vscode-editor-foreground,#1f2328));
 --bg:var(--jp-layout-color0,var(--vscode-editor-background,#fff));
@@ -220,15 +231,19 @@ font-variant-numeric:tabular-nums;font-weight:600}
 
 
 def view(*body: Any, styled: bool = True) -> str:
-    """The outermost element: the style sheet and what is shown. The classes keep MathJax from reading a "$" in a
-    model's text as a formula. styled: False where the style sheet is on the page already."""
+    """Make the outermost element of a view. Its classes keep MathJax from reading a "$" in a text as a formula.
+
+    Args:
+        *body: The content.
+        styled: Whether to include the style sheet. False if it is already on the page.
+    """
     style = Html(f"<style>{_STYLE}</style>") if styled else None
-    # A plain str: a front end may encode by type, and marimo makes `{}` of a subclass of str.
+    # A plain str: a front end may encode by type, and marimo turns a subclass of str into `{}`.
     return str(element("div", style, *body, class_="ft mathjax_ignore tex2jax_ignore"))
 
 
 def image(png: bytes, text: str, width: int) -> Html:
-    """A picture, in the page itself, `width` pixels wide at most. `text` says the same for those who do not see it."""
+    """An embedded picture, at most `width` pixels wide. text: its alternative text."""
     source = base64.b64encode(png).decode("ascii")
     return Html(
         f'<img src="data:image/png;base64,{source}" alt="{escape(text)}" style="width:{width}px;max-width:100%">'
@@ -236,7 +251,7 @@ def image(png: bytes, text: str, width: int) -> Html:
 
 
 def page(title: str, *body: Any) -> str:
-    """A whole document. Nothing in it can run or fetch anything: the browser is told so as well."""
+    """A whole document. Its content security policy also forbids scripts and requests."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     looks = (
         ":root{color-scheme:light dark}body{margin:0 auto;max-width:72em;padding:12px;font-family:system-ui,sans-serif}"
@@ -248,16 +263,16 @@ def page(title: str, *body: Any) -> str:
 
 
 ERROR_LIMIT = 2_000
-"""Characters shown of an error."""
+"""Most characters shown of an error."""
 
 
 def title(*parts: str) -> Html:
-    """The first line of a view: the parts that are not empty."""
+    """The title line of a view. Empty parts are omitted."""
     return element("div", element("strong", " · ".join(part for part in parts if part)), class_="ft-title")
 
 
 def facts_table(rows: Iterable[tuple[str, Any]]) -> Html:
-    """A table of what there is: rows without a value are left out; 0 is a value."""
+    """A table of names and values. Rows without a value are omitted; 0 is a value."""
     given = []
     for name, value in rows:
         is_zero = value == 0 and value is not False
@@ -277,7 +292,7 @@ def scores(found: Any) -> str:
 
 
 def some_examples(examples: Sequence[Any], most: int = 5) -> Html:
-    """The first of some examples, in brackets."""
+    """The first few examples, in parentheses."""
     ids = [short(example, 40) for example in examples[:most]]
     if len(examples) > most:
         ids.append("…")
@@ -285,18 +300,18 @@ def some_examples(examples: Sequence[Any], most: int = 5) -> Html:
 
 
 def row(*parts: Any) -> Html:
-    """Parts in a line of their own."""
+    """Parts on a separate line."""
     return element("div", *parts)
 
 
 def error_block(label: str, text: str) -> Html:
-    """An error: a label, and its text as it is."""
+    """An error: a label, and its text verbatim."""
     return element("div", element("strong", label, class_="ft-bad"), element("pre", text, dir="auto"))
 
 
 def drifted(metrics: EpochMetrics) -> str:
-    """How many turns were rendered anew, in words; nothing where none was, or nobody counted."""
+    """How many turns were rendered anew, in words; empty if there were none, or if they were not counted."""
     if not metrics.drifted_turns:
         return ""
     of = f"{metrics.drifted_turns:,} of {metrics.continued_turns or 0:,} turns that carry a conversation on"
-    return f"{of} were rendered anew instead of after the sampled ids: each is trained on by itself"
+    return f"{of} were rendered anew instead of continuing the sampled ids: each is trained on separately"

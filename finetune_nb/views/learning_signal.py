@@ -1,4 +1,4 @@
-"""What an epoch teaches, as text and as HTML: a row a reason with what can be done, other group sizes, and histories."""
+"""Shows what an epoch teaches, as text and HTML: signals with advice, a forecast for other group sizes, and histories."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = [
 ]
 
 ROWS = 12
-"""Examples with their history, for each reason."""
+"""Most examples shown per signal."""
 NOTE = (
-    "Expected of the next epoch, with the policy and the examples as they are. “At least”: if the examples without any "
-    "difference never get one. Time is taken to grow with the number of rollouts."
+    "Expected for the next epoch, with the current policy and examples. “At least”: if examples whose rewards did not differ "
+    "never will. Time is assumed to be proportional to the number of rollouts."
 )
 
 
 def signal_text(signal: LearningSignal) -> str:
-    """A line a reason, then a line a group size."""
+    """The signal as text: one line per reason, then one line per group size."""
     lines = [f"epoch {signal.epoch}: {_headline(signal)}"]
     for name, examples in signal.by_signal().items():
         ids = ", ".join(one_line(example.id, 40) for example in examples[:3])
@@ -41,7 +41,7 @@ def signal_text(signal: LearningSignal) -> str:
 
 
 def signal_html(signal: LearningSignal) -> str:
-    """A card: the reasons, the forecast for other group sizes, and a fold a reason with its examples' histories."""
+    """The signal as HTML: reasons, the forecast for other group sizes, and one fold per reason with its examples' history."""
     rows = []
     for name, examples in signal.by_signal().items():
         share = bar(len(examples), len(signal.examples), f"{len(examples):,}")
@@ -75,12 +75,14 @@ def _headline(signal: LearningSignal) -> str:
 def _what_to_do(signal: LearningSignal, name: str) -> str:
     advice = SIGNALS[name][1]
     if name == "all_worst" and signal.cut:
-        return f"{count(signal.cut, 'rollout')} of them were cut at the token limit: raise max_tokens. Else {advice}"
+        return (
+            f"{count(signal.cut, 'rollout')} of them were cut at the token limit: raise max_tokens. Otherwise {advice}"
+        )
     return advice
 
 
 def _sizes(forecast: Sequence[GroupSize], now: int) -> Html:
-    """A table with a row a group size. now: the size of the groups that there are."""
+    """A table with one row per group size. now: the current group size."""
     rows = []
     for size in forecast:
         rows.append(
@@ -98,7 +100,7 @@ def _sizes(forecast: Sequence[GroupSize], now: int) -> Html:
 
 
 def _history(name: str, examples: Sequence[Example]) -> Html:
-    """A fold with the examples of one reason, and how they did in earlier epochs."""
+    """A fold with the examples of one reason, and their mean rewards in earlier epochs."""
     rows = []
     for example in examples[:ROWS]:
         course = " → ".join(map(number, example.means[-6:]))

@@ -1,8 +1,7 @@
-"""A preview shown: what other curriculum settings would train on, as a histogram of the groups' mean rewards and in numbers.
+"""Shows a preview of other curriculum settings: a histogram of the groups' mean rewards, and a table of numbers.
 
-What carries a meaning is a number in the legend, and a fill or an outline beside the colour. Where a stored notebook is shown
-without its styles and drawings (GitHub; JupyterLab before it is trusted), there are words instead of the histogram, and the
-legend.
+Colour is never the only cue: the legend has numbers, and kinds of groups also differ in fill or outline. Where a notebook is
+shown without styles and drawings (GitHub; JupyterLab before it is trusted), words replace the histogram.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ __all__ = [
 BINS = 24
 WIDTH, HEIGHT, BOTTOM = 440, 120, 18
 ENTER = len(GROUP_REASONS)
-"""Stands for a group that would be trained on and is not otherwise; the numbers before it are the reasons' positions."""
+"""Code of a group that would newly be trained on. Smaller codes are positions in GROUP_REASONS."""
 LEAVE = ENTER + 1
-"""Stands for a group that would no longer be trained on."""
+"""Code of a group that would no longer be trained on."""
 
 
 class Look(NamedTuple):
-    """How a kind of groups is named in the legend and filled in the histogram."""
+    """How a kind of group is named in the legend and drawn in the histogram."""
 
     text: str
     style: str
 
 
 def _looks() -> dict[int, Look]:
-    """The kinds of groups, in the order in which they are stacked, from the bottom."""
+    """The kinds of groups, in stacking order from the bottom."""
     kept, *left_out = (
         GroupReason.KEPT,
         GroupReason.BEYOND_PERCENTILE,
@@ -64,7 +63,7 @@ _ROWS = ("then", "unchanged")
 
 
 def preview_html(preview: Preview) -> str:
-    """A preview as a card of its own."""
+    """A preview as HTML."""
     return view(preview_body(preview))
 
 
@@ -80,8 +79,8 @@ def preview_text(preview: Preview) -> str:
 
 
 def preview_body(preview: Preview) -> Html:
-    """The card without its frame."""
-    # What each group is drawn as: its reason, unless it is trained on in only one of the two selections.
+    """The content of the card, without the outermost element."""
+    # A group is drawn by its reason, unless only one of the two selections trains on it.
     codes = preview.selection.reasons.astype(np.int64)
     is_kept, was_kept = codes == 0, preview.unchanged.reasons == 0
     codes[is_kept & ~was_kept] = ENTER
@@ -107,7 +106,7 @@ def _settings(preview: Preview) -> Html:
 
 
 def _histogram(preview: Preview, codes: np.ndarray, counts: np.ndarray) -> Html:
-    """The groups by mean reward, each bar a stack of what they are. codes: of each group; counts: groups of each code."""
+    """A histogram by mean reward, stacked by kind. codes: the kind of each group; counts: groups of each kind."""
     means = preview.basis.statistics.means
     there = np.isfinite(means)
     if not there.any():
@@ -136,7 +135,7 @@ def _histogram(preview: Preview, codes: np.ndarray, counts: np.ndarray) -> Html:
 
 
 def _bars(stacks: np.ndarray, tallest: int) -> list[Html]:
-    """A rectangle for each code that a bin has, on top of one another in the order of LOOKS."""
+    """One rectangle per kind of group in a bin, stacked in the order of LOOKS."""
     up, across = (HEIGHT - 6) / tallest, (WIDTH - 36) / len(stacks)
     bars = []
     for place, stack in enumerate(stacks.tolist()):
@@ -152,13 +151,13 @@ def _bars(stacks: np.ndarray, tallest: int) -> list[Html]:
 
 
 def _bins(means: np.ndarray) -> tuple[float, float, int]:
-    """Edges and number of equal bins: one a value where there are few, such as shares of eight rewards."""
+    """Limits and number of equal bins: one bin per value if there are few distinct ones, such as means of eight 0/1 rewards."""
     low, high = float(means.min()), float(means.max())
     if high - low < 1e-9:
-        half = max(0.5, abs(low) * 1e-9)  # a half is nothing beside a very large number
+        half = max(0.5, abs(low) * 1e-9)  # 0.5 would vanish next to a very large number
         return low - half, high + half, 1
     if len(means) <= 5_000:
-        with np.errstate(over="ignore"):  # to infinity, beyond 1e299
+        with np.errstate(over="ignore"):  # overflows to infinity beyond 1e299
             steps = np.diff(np.unique(means.round(9)))
         steps = steps[np.isfinite(steps)]
         if len(steps) and (high - low) / steps.min() < BINS - 0.5:
@@ -168,7 +167,7 @@ def _bins(means: np.ndarray) -> tuple[float, float, int]:
 
 
 def _label(x: float, y: float, text: str, anchor: str) -> Html:
-    """Written by the style sheet: as an element's text it would be left as a bare number where drawings are taken out."""
+    """A label whose text comes from the style sheet: as plain text it would remain where drawings are stripped."""
     place = f"left:{100 * x / WIDTH:.1f}%;top:{100 * y / (HEIGHT + BOTTOM):.1f}%"
     return element("span", data_text=text, style=place, class_=f"ft-at-{anchor}", aria_hidden="true")
 
@@ -184,7 +183,7 @@ def _legend(counts: np.ndarray) -> Html:
 
 
 def _numbers(preview: Preview) -> Html:
-    """What is trained on, beside what it will be if nothing is changed."""
+    """A table of what would be trained on, next to what is trained on if nothing changes."""
     headers = ["trained on", "groups", "trajectories", "tokens"]
     columns: list[tuple[Any, Any]] = [_ROWS, preview.groups, preview.trajectories, preview.tokens]
     then, unchanged = preview.training_seconds

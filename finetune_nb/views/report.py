@@ -1,6 +1,6 @@
-"""The HTML report of a run: plots, tables and a few trajectories in one file that needs nothing else.
+"""Makes the HTML report of a run: plots, tables and a few trajectories in one self-contained file.
 
-No script, nothing that is fetched, every text escaped, known secrets masked.
+It has no scripts and fetches nothing; every text is escaped, and known secrets are masked.
 """
 
 from __future__ import annotations
@@ -22,13 +22,21 @@ __all__ = [
 ]
 
 MOST = 200
-"""Rows of a table; of more, the newest."""
+"""Most rows of a table; the newest are shown."""
 
 
 def report_html(run: Any) -> str:
-    """The report of a run: how its rewards went, what its curriculum chose, what training measured, its epochs and live
-    changes as tables, and the best, the median and the worst trajectory of the newest epoch, with a failed rollout if
-    there is one."""
+    """Make the report of a run.
+
+    It has the plots, the epochs and live changes as tables, and the best, the median and the worst trajectory of the newest
+    epoch, with a failed rollout if there is one.
+
+    Args:
+        run: The run.
+
+    Returns:
+        An HTML document.
+    """
     epochs: Sequence[Epoch] = run.records
     pieces = [
         _section(None, Html(run_html(name=run.id, state=run.state, epochs=epochs, error=run.error, model=run.model)))
@@ -63,7 +71,7 @@ _OF_EPOCHS = (
 
 
 def _section(title: str | None, *body: Any) -> Html:
-    """One part of the page; known secrets are masked in it."""
+    """One section of the page, with known secrets masked."""
     made = element("section", title and element("h2", title), *body)
     return made if "data:image/png" in made else Html(redact_text(made))
 
@@ -80,7 +88,7 @@ def _pictures(run: Any, epochs: Sequence[Epoch]) -> Iterator[Html]:
 
 
 def _rollouts(epoch: Epoch) -> Iterator[Html]:
-    """The best, the median and the worst trajectory of those that have a finite reward, and a failed rollout."""
+    """The best, the median and the worst trajectory by finite reward, and a failed rollout."""
     trajectories = chain.from_iterable(epoch.collection.trajectories)
     scored = [trajectory for trajectory in trajectories if math.isfinite(trajectory.reward)]
     scored.sort(key=lambda trajectory: trajectory.reward)
@@ -93,19 +101,19 @@ def _rollouts(epoch: Epoch) -> Iterator[Html]:
 
 
 def _frame(frame: Any, noun: str, columns: Sequence[str] | None = None) -> Html:
-    """A frame as a table: its newest rows, and of the columns those that have a value."""
+    """A frame as a table: its newest rows, and the columns that have values."""
     shown = frame.tail(MOST)
     names, values = [], []
     for name in columns or frame.columns:
         if name in frame.columns and shown[name].notna().any():
-            names.append(name.replace("_", " "))  # words, which a narrow page can break
+            names.append(name.replace("_", " "))  # words, so that a narrow page can break the line
             values.append([_cell(value) for value in shown[name].astype(object)])
     caption = f"the last {len(shown)} of {len(frame):,} {noun}" if len(shown) < len(frame) else None
     return table(list(zip(*values, strict=True)), names, caption)
 
 
 def _cell(value: Any) -> Any:
-    """A value of a table: numbers as they are, a time to the second, nothing where it is missing, all else as text."""
+    """A value in a table: numbers as they are, times to the second, empty if missing, anything else as text."""
     if value is None or value != value:
         return ""
     if isinstance(value, bool):

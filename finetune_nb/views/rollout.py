@@ -1,6 +1,6 @@
-"""Rollouts as HTML and as text: one as a conversation, one that failed, and one among the others of its group.
+"""Shows rollouts as HTML and text: a single trajectory, a failed rollout, and a rollout with the rest of its group.
 
-Each is one self-contained piece of HTML of at most 200 kB: long texts are cut, and what is left out is said.
+Each view is self-contained HTML of at most 200 kB: long texts are cut, and omissions are stated.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ __all__ = [
 
 
 VIEW_LIMIT = 194_000
-"""Bytes of a whole view; the rest of the 200 kB is for the style sheet."""
-WITH_OTHERS = 100_000
-"""Bytes for the turns of the rollout that is looked at, if the rest of its group is shown too."""
-OTHER_LIMIT, OTHER_LEAST = 40_000, 3_000
-"""Bytes that another rollout of the group takes at most; with less than the latter it is only counted."""
+"""Bytes for a whole view; the rest of the 200 kB is for the style sheet."""
+WITH_SIBLINGS = 100_000
+"""Bytes for the turns of the chosen rollout, if the rest of its group is shown too."""
+SIBLING_LIMIT, SIBLING_LEAST = 40_000, 3_000
+"""Most and fewest bytes for another rollout of the group; with less room it is only counted."""
 ROWS = 32
-"""Siblings in the table."""
+"""Most rollouts in the table."""
 
 
 # ── one rollout ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def trajectory_html(trajectory: Trajectory) -> str:
-    """A trajectory as a conversation: role, text, tokens, tool calls and finish reason of every turn, under a head with
-    reward, scores, generation and policy version. At most 200 kB, whatever its length."""
+    """A trajectory as a conversation: role, text, tokens, tool calls and finish reason of every turn, below a head with
+    reward, scores, generation and policy version. At most 200 kB, regardless of its length."""
     metadata = trajectory.metadata or {}
     name = title(f"example {short(metadata.get('id'))}", _generation(metadata.get("generation")))
     return view(name, *_head(trajectory), *conversation(_turns(trajectory)))
 
 
 def failure_html(failure: RolloutFailure) -> str:
-    """A rollout that failed: its error, and the conversation up to there as far as model calls were recorded."""
+    """A failed rollout: its error, and the conversation so far, if model calls were recorded."""
     name = title(f"example {short(failure.example_id)}", _generation(failure.generation), "failed")
     return view(name, *_failed(failure, SIZE_LIMIT, Setting()))
 
@@ -67,7 +67,7 @@ def _failed(failure: RolloutFailure, room: int, setting: Setting) -> list[Html]:
 
 
 def _head(trajectory: Trajectory, more: Sequence[tuple[str, Any]] = ()) -> list[Html]:
-    """The reward, and what it is made of."""
+    """The reward, its scores, and other facts about the trajectory."""
     metadata = trajectory.metadata or {}
     if math.isnan(trajectory.reward):
         why = metadata.get("reward_error") or "no reason was recorded"
@@ -98,7 +98,7 @@ def _turns(trajectory: Trajectory) -> list[Turn]:
 
 
 def _model_time(trajectory: Trajectory) -> str:
-    """Seconds that the model took, over all turns; in a batch they wait for each other."""
+    """Total duration of the model calls. Calls in one batch wait for each other."""
     known = [(getattr(item, "metadata", None) or {}).get(MessageKey.SECONDS) for item in trajectory.episode]
     seconds = [float(value) for value in known if isinstance(value, Real) and math.isfinite(value)]
     return f"{duration(sum(seconds))} in {count(len(seconds), 'turn')}" if seconds else ""
@@ -117,11 +117,11 @@ def _generation(generation: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class RolloutView:
-    """One rollout among those of its group, to be shown in a cell. `trajectory` is the record itself."""
+    """One rollout with the rest of its group; displays itself in a cell. `trajectory` is the record."""
 
     group: RolloutGroup
     chosen: int | RolloutFailure
-    """The trajectory's place in the group, or the failure."""
+    """The trajectory's position in the group, or the failure."""
     heat: Heat = "probability"
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class RolloutView:
         return self.group.generation(place)
 
     def __repr__(self) -> str:
-        """Plain text: the group in a line, and the beginning of every turn."""
+        """Plain text: one line about the group, and the beginning of every turn."""
         group, trajectory = self.group, self.trajectory
         lines = [f"epoch {group.epoch} · {one_line(self._name())} · {_standing(group)}"]
         if trajectory is None:
@@ -170,8 +170,8 @@ class RolloutView:
         head.append(_table(group, self.chosen))
         room = VIEW_LIMIT - _bytes(*head)
 
-        # What the chosen one leaves is for the others.
-        others = [place for place in group.best_first() if place != self.chosen]
+        # The rest of the group gets the room that the chosen rollout leaves.
+        siblings = [place for place in group.best_first() if place != self.chosen]
         failures = [failure for failure in group.failures if failure is not self.chosen]
         most = min(WITH_OTHERS if others or failures else SIZE_LIMIT, room)
         if isinstance(self.chosen, int):
@@ -188,14 +188,14 @@ def _others(
     room: int,
     setting: Setting,
 ) -> list[Html]:
-    """The others of the group, folded, as far as there is room; then how many there are besides."""
+    """The rest of the group, folded, as far as there is room; then how many are left out."""
     setting = replace(setting, tables=False, legend=False)
     total = len(places) + len(failures)
     shown: list[Html] = []
     for rollout in [*places, *failures]:
-        # Of the room that is left, an equal share for each that is to come.
-        share = min(OTHER_LIMIT, (room - 200) // (total - len(shown)) - 1_200)
-        if share < OTHER_LEAST:
+        # Divide the remaining room equally among the remaining rollouts.
+        share = min(SIBLING_LIMIT, (room - 200) // (total - len(shown)) - 1_200)
+        if share < SIBLING_LEAST:
             break
         if isinstance(rollout, int):
             turns = _turns(group.trajectories[rollout])
@@ -208,13 +208,15 @@ def _others(
         shown.append(fold)
         room -= _bytes(fold)
     if total > len(shown):
-        left_out = f"… {total - len(shown):,} of {total:,} other rollouts are left out here; run.show(generation=…) shows them …"
+        left_out = (
+            f"… {total - len(shown):,} of {total:,} others are left out here; run.show(generation=…) shows them …"
+        )
         shown.append(element("p", left_out, class_="ft-dim"))
-    return [element("div", element("strong", "the rest of the group, best first")), *shown] if shown else []
+    return [element("div", element("strong", "others in the group, best first")), *shown] if shown else []
 
 
 def _sibling_name(group: RolloutGroup, place: int, turns: Sequence[Turn]) -> str:
-    """What a fold says of the rollout in it."""
+    """The summary of a rollout's fold."""
     parts = [f"generation {short(group.generation(place), 40)}", f"reward {number(group.trajectories[place].reward)}"]
     if not math.isnan(group.advantages[place]):
         parts.append(f"advantage {signed(group.advantages[place])}")
@@ -225,7 +227,7 @@ def _sibling_name(group: RolloutGroup, place: int, turns: Sequence[Turn]) -> str
 
 
 def _table(group: RolloutGroup, chosen: int | RolloutFailure) -> Html:
-    """Every rollout of the group in a line, best first."""
+    """A table with one row per rollout of the group, best first."""
     total = len(group.trajectories) + len(group.failures)
     if total < 2:
         return Html()
@@ -252,7 +254,7 @@ def _table(group: RolloutGroup, chosen: int | RolloutFailure) -> Html:
 
 
 def _standing(group: RolloutGroup) -> str:
-    """How the group did, and what became of it."""
+    """The group in one line: its rewards, and whether it was trained on."""
     rewards = [t.reward for t in group.trajectories if not math.isnan(t.reward)]
     parts = [count(len(group.trajectories), "rollout")]
     if rewards:

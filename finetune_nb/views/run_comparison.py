@@ -1,4 +1,4 @@
-"""A comparison of runs as text, as HTML, and as a plot of their rewards."""
+"""Shows a comparison of runs as text, as HTML, and as a plot of their rewards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
 
 
 def comparison_html(comparison: Comparison) -> str:
-    """A table with a row for every run but the first."""
+    """The comparison as HTML: a table with a row for every run but the first."""
     rows = []
     for difference in comparison.differences:
         interval = f"{number(difference.low)} to {number(difference.high)}"
@@ -28,7 +28,7 @@ def comparison_html(comparison: Comparison) -> str:
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """A sentence for every run but the first."""
+    """The comparison as text: one line for every run but the first."""
     sentences = []
     for difference in comparison.differences:
         against = f"{difference.run} against {_first(comparison)}"
@@ -42,12 +42,12 @@ def comparison_text(comparison: Comparison) -> str:
 
 
 def comparison_plot(comparison: Comparison, *, ax: Any = None, **options: Any) -> Any:
-    """Reward per epoch of all runs, each a line. options: those of plot_rewards."""
+    """Plot the reward per epoch, one line per run. options: as in plot_rewards."""
     return plot_rewards(comparison.runs, ax=ax, **options)
 
 
 def _first(comparison: Comparison) -> str:
-    """The name of the run that the others are held against."""
+    """The name of the run that the others are compared with."""
     return next(iter(comparison.runs))
 
 

@@ -1,6 +1,6 @@
-"""An epoch and a run, as HTML and as plain text.
+"""Shows an epoch or a run, as HTML and as plain text.
 
-Each returns one self-contained piece of HTML, at most 200 kB of it: long texts are cut, and what is left out is said.
+Each view is self-contained HTML of at most 200 kB: long texts are cut, and omissions are stated.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ __all__ = [
 
 
 def epoch_html(epoch: Epoch) -> str:
-    """An epoch as a card: its rewards, which groups were trained on and why the others were not, failures, the training
-    job, validation, versions, times."""
+    """An epoch as HTML: its rewards, which groups were trained on and why the others were not, failures, the training job,
+    validation, policy versions and times."""
     metrics, curriculum = epoch.metrics, epoch.curriculum
     times = [f"{short(part, 40)} {duration(took)}" for part, took in epoch.seconds.items()]
     rows = [
@@ -62,7 +62,7 @@ def epoch_html(epoch: Epoch) -> str:
 
 
 def _reward(metrics: EpochMetrics) -> list[Any]:
-    """The mean reward, as a bar where it is a share, and where most groups lie."""
+    """The mean reward, as a bar if it is between 0 and 1, and the range of most groups."""
     mean = metrics.mean_reward
     shown = element("span", bar(mean) if 0 <= mean <= 1 else number(mean))
     low, _, high = metrics.group_quantiles
@@ -70,7 +70,7 @@ def _reward(metrics: EpochMetrics) -> list[Any]:
 
 
 def _groups(epoch: Epoch) -> list[Any]:
-    """How many groups were trained on, and how many were not, by reason."""
+    """How many groups were trained on, and how many were left out, by reason."""
     metrics = epoch.metrics
     lines = [row(f"{metrics.kept_groups:,} of {metrics.groups:,} {REASONS[GroupReason.KEPT].sentence}")]
     for reason, examples in epoch.selection.left_out().items():
@@ -100,7 +100,7 @@ def epoch_text(epoch: Epoch) -> str:
 
 
 def _job(epoch: Epoch) -> str:
-    """What became of the training, in one short line."""
+    """The outcome of training in one short line."""
     if epoch.job is None:
         return f"not trained: {one_line(epoch.reason or 'no reason was recorded')}"
     if epoch.job.status != TrainingStatusEnum.COMPLETED:
@@ -110,7 +110,7 @@ def _job(epoch: Epoch) -> str:
 
 
 def _training(epoch: Epoch) -> Any:
-    """The training job: its status, what it says, what it measured."""
+    """The training job: status, message and metrics."""
     job = epoch.job
     if job is None:
         return element("strong", "nothing was trained: ", cut(epoch.reason or "no reason was recorded", SHORT))
@@ -123,7 +123,7 @@ def _training(epoch: Epoch) -> Any:
 
 
 def _failures(failures: Sequence[RolloutFailure]) -> Any:
-    """How many rollouts failed, and the first five errors with their examples."""
+    """The number of failed rollouts, and the first five errors with their examples."""
     if not failures:
         return "none"
     kinds: dict[str, list[RolloutFailure]] = {}
@@ -164,7 +164,7 @@ def run_html(
     folder: str | None = None,
     model: str | None = None,
 ) -> str:
-    """A run: its state, the mean reward of all epochs as a line, and the last ten epochs as a table."""
+    """A run as HTML: its state, the mean reward of all epochs as a line, and the last ten epochs as a table."""
     rewards = [epoch.metrics.mean_reward for epoch in epochs]
     where = [("model", model and short(model)), ("folder", folder and short(folder))]
     body = [title(f"run {short(name, 120)}", state, count(len(epochs), "epoch")), facts_table(where)]
@@ -190,7 +190,7 @@ def run_text(
     folder: str | None = None,
     model: str | None = None,
 ) -> str:
-    """A run in a few lines, for terminals: its state, and the last three epochs."""
+    """A run as a few lines of text: its state, and the last three epochs."""
     lines = [f"run {one_line(name)}  {state}  {count(len(epochs), 'epoch')}"]
     if folder:
         lines[0] += f"  {one_line(folder)}"
@@ -202,7 +202,7 @@ def run_text(
 
 
 def _row(epoch: Epoch) -> list[Any]:
-    """An epoch in the table of a run."""
+    """The row of an epoch in the table of a run."""
     metrics = epoch.metrics
     checked = ""
     if epoch.validations:
@@ -222,5 +222,5 @@ def _row(epoch: Epoch) -> list[Any]:
 
 
 def _on_one_line(text: str) -> str:
-    """With spaces that do not break."""
+    """Replace spaces by non-breaking ones."""
     return text.replace(" ", "\u00a0")

@@ -1,7 +1,7 @@
-"""Sampled tokens as HTML: a heat map of how likely each one was, and the same as a table, in a bounded number of bytes.
+"""Renders sampled tokens as HTML of bounded size: a heat map of how likely each one was, and a table.
 
-A tint says little to some and nothing where styles are stripped: unlikely tokens are also underlined, each token tells its
-numbers on hover, and a folded table lists them.
+Colour is not the only cue: unlikely tokens are also underlined, each token shows its numbers on hover, and a folded table
+lists them.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ __all__ = [
 ]
 
 Heat = Literal["probability", "entropy"]
-"""What tints a token: how unlikely it was, or how open the choice was."""
+"""Which quantity colours a token: how likely it was, or the entropy of the choice."""
 
 _BOUNDS = {"probability": (0.9, 0.6, 0.3, 0.1, 0.02), "entropy": (0.1, 0.4, 0.8, 1.4, 2.0)}
-"""Where the next darker tint begins: below that probability, above that many nats."""
+"""Limits of the colour levels: below that probability, or above that many nats."""
 TEXT_LIMIT = 200
-"""Characters shown of one token."""
+"""Most characters shown of one token."""
 ROW_LIMIT = 60
-"""Rows of a table of tokens."""
+"""Most rows of a table of tokens."""
 
 
 def check_heat(heat: str) -> None:
-    """Raises ConfigError for anything but the names of Heat."""
+    """Raise ConfigError unless `heat` is one of the names of Heat."""
     if heat not in get_args(Heat):
         raise ConfigError(f"found heat={heat!r}; expected 'probability' or 'entropy'.")
 
 
 def heat_map(tokens: Sequence[Token], room: int, heat: Heat = "probability") -> Html:
-    """The tokens as text, each tinted and with its numbers on hover; of too many for `room` bytes the beginning and the
-    end."""
-    spans = [_span(token, heat) for token in tokens[: room // 30]]  # no span has fewer bytes
+    """The tokens as coloured text, with the numbers of each on hover. If they need more than `room` bytes, the middle is
+    left out."""
+    spans = [_span(token, heat) for token in tokens[: room // 30]]  # a span has at least 30 bytes
     room -= 120
     if len(spans) < len(tokens) or sum(map(_bytes, spans)) > room:
-        # Three quarters of the room are for the beginning, one for the end.
+        # Three quarters of the room are for the beginning, one quarter for the end.
         ends = [_span(token, heat) for token in tokens[-max(1, room // 120) :]]
         head = _how_many_fit(spans, room * 3 // 4)
         tail = _how_many_fit(ends[::-1], room // 4)
@@ -60,19 +60,19 @@ def heat_map(tokens: Sequence[Token], room: int, heat: Heat = "probability") -> 
 
 
 def _how_many_fit(pieces: Sequence[Html], room: int) -> int:
-    """How many of the pieces, from the first on, fit into `room` bytes."""
+    """How many of the first pieces fit into `room` bytes."""
     return sum(size <= room for size in accumulate(map(_bytes, pieces)))
 
 
 def _span(token: Token, heat: Heat) -> Html:
     text = cut(token.text or "", TEXT_LIMIT)
     if text and not text.strip(" \n"):
-        text = text.replace("\n", "↵\n")  # else its tint would have no width
+        text = text.replace("\n", "↵\n")  # otherwise its colour would have no width
     return element("span", text, title=_numbers(token), class_=_tint(token, heat))
 
 
 def _tint(token: Token, heat: Heat) -> str | None:
-    """The class of its tint: t1 to t5, the darker the less likely; None where it has none."""
+    """The CSS class of its colour level, from t1 to t5 (least likely); None for no colour."""
     bounds = _BOUNDS[heat]
     if heat == "probability":
         level = sum(token.probability < bound for bound in bounds)
@@ -91,7 +91,7 @@ def _numbers(token: Token) -> str:
 
 
 def _alternatives(token: Token, most: int) -> str:
-    """What was likely instead, with its probability."""
+    """The likely alternatives, with their probabilities."""
     said = []
     for text, logprob in token.alternatives[:most]:
         probability = math.exp(min(logprob, 0.0))
@@ -100,8 +100,8 @@ def _alternatives(token: Token, most: int) -> str:
 
 
 def token_table(tokens: Sequence[Token], room: int) -> Html:
-    """A fold with a row a token: its place, text, probability, logprob, and where there are alternatives its entropy and
-    what was likely instead. Of many tokens, the least likely, as many as fit into `room` bytes."""
+    """A fold with one row per token: index, text, probability, logprob, and, if alternatives were recorded, the entropy and
+    the likely alternatives. Of many tokens, the least likely that fit into `room` bytes."""
     has_entropy = any(not math.isnan(token.entropy) for token in tokens)
     headers = ["#", "token", "probability", "logprob"]
     if has_entropy:
@@ -109,7 +109,7 @@ def token_table(tokens: Sequence[Token], room: int) -> Html:
     least_likely = sorted(range(len(tokens)), key=lambda place: _order(tokens[place].logprob))[:ROW_LIMIT]
     rows = {place: _row(place, tokens[place], has_entropy) for place in least_likely}
 
-    # Where the rows are too large, as many as fit if all were of the same size.
+    # If the rows are too large, show as many as would fit if all had the same size.
     size = _bytes(table(rows.values(), headers))
     shown = least_likely
     if size > room - 100:
@@ -130,12 +130,12 @@ def _row(place: int, token: Token, has_entropy: bool) -> list[Any]:
 
 
 def _order(logprob: float) -> float:
-    """Unknown ones last."""
+    """Sort key: unknown logprobs last."""
     return math.inf if math.isnan(logprob) else logprob
 
 
 def heat_legend(heat: Heat) -> Html:
-    """One line that explains the tints."""
+    """One line that explains the colours."""
     bounds = _BOUNDS[heat]
     sign = "below" if heat == "probability" else "above"
     what = "probability of the sampled token" if heat == "probability" else "entropy in nats"
@@ -144,7 +144,7 @@ def heat_legend(heat: Heat) -> Html:
 
 
 def summary(tokens: Sequence[Token]) -> str:
-    """ "12 tokens, mean logprob -0.31"."""
+    """The tokens in short: "12 tokens, mean logprob -0.31"."""
     said = count(len(tokens), "token")
     known = [token.logprob for token in tokens if math.isfinite(token.logprob)]
     if not known:
@@ -153,7 +153,7 @@ def summary(tokens: Sequence[Token]) -> str:
 
 
 def visible(text: str | None, limit: int) -> str:
-    """A token's text with its white space to be seen."""
+    """A token's text with visible whitespace."""
     if text is None:
         return "–"
     text = plain(cut(text, limit)).replace("\n", "↵").replace("\t", "⇥")

@@ -186,7 +186,7 @@ def test_a_rollout_stands_in_its_group_with_advantage_and_siblings() -> None:
         "group 4 rollouts, rewards 0 to 1, 1 failed, kept",
         "generation reward advantage turns tokens ended with 1 1 +1.15 2 1 stop 0 0 -0.577 2 1 stop",
         "3 – – 2 1 stop 4 failed – TimeoutError: 30 s",
-        "the rest of the group, best first generation 0 · reward 0 · advantage -0.577 · 2 turns, the last: 4",
+        "others in the group, best first generation 0 · reward 0 · advantage -0.577 · 2 turns, the last: 4",
         "generation 4 · failed error: TimeoutError: 30 s",
     ):
         assert part in shown
@@ -260,9 +260,8 @@ def test_a_view_stays_below_200_kb_and_counts_what_is_left_out(tokens: int, turn
     markup = view_of(epoch)._repr_html_()
     assert len(markup.encode()) <= 200_000
     shown = sum(name.startswith("generation") for name in folds_of(markup))
-    assert (
-        shown == siblings - 1
-        or f"{siblings - 1 - shown:,} of {siblings - 1:,} other rollouts are left out" in text_of(markup)
+    assert shown == siblings - 1 or f"{siblings - 1 - shown:,} of {siblings - 1:,} others are left out" in text_of(
+        markup
     )
     assert len(repr(view_of(epoch))) < 20_000
 
