@@ -28,7 +28,7 @@ __all__ = [
 
 VIEW_LIMIT = 194_000
 """Bytes for a whole view; the rest of the 200 kB is for the style sheet."""
-WITH_SIBLINGS = 100_000
+WITH_OTHERS = 100_000
 """Bytes for the turns of the chosen rollout, if the rest of its group is shown too."""
 SIBLING_LIMIT, SIBLING_LEAST = 40_000, 3_000
 """Most and fewest bytes for another rollout of the group; with less room it is only counted."""
@@ -171,7 +171,7 @@ class RolloutView:
         room = VIEW_LIMIT - _bytes(*head)
 
         # The rest of the group gets the room that the chosen rollout leaves.
-        siblings = [place for place in group.best_first() if place != self.chosen]
+        others = [place for place in group.best_first() if place != self.chosen]
         failures = [failure for failure in group.failures if failure is not self.chosen]
         most = min(WITH_OTHERS if others or failures else SIZE_LIMIT, room)
         if isinstance(self.chosen, int):
