@@ -19,6 +19,7 @@ from ..components.registry import register_llm_provider
 from ..config.base import LLMBaseConfig
 from ..errors import MissingExtra
 from ..redaction import redacting_logger
+from ..threads import in_daemon_thread
 from ..types import LLMCall, SamplingParams, logprob_values
 from .call_recorder import TEXT_PROMPT, CallRecorder
 from .chat_tokenizer import ChatTokenizer, load_tokenizer
@@ -359,7 +360,7 @@ async def openai_llm(config: OpenAIModelConfig, builder: Builder):
         return AsyncOpenAI(api_key=key or ("none" if config.base_url else None), base_url=config.base_url, **options)
 
     connect()  # what is wrong with the settings is said now
-    llm = OpenAILLM(config, connect, await asyncio.to_thread(_tokenizer, config))
+    llm = OpenAILLM(config, connect, await in_daemon_thread(_tokenizer, config))
     yield llm
     await llm.aclose()
     await close_clients()

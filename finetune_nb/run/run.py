@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from ..store.reader import RunReader
 from ..store.runs import archive_run, delete_run, free_id
 from ..store.store import RunStore
 from ..text import cut, duration, plain
-from ..threads import before_exit
+from ..threads import before_exit, in_daemon_thread
 from ..tripwires import Tripwire, tripped
 from ..types import Change, CurriculumSettings, Epoch, RolloutFailure, Trajectory, Validation
 from ..views.summary import epoch_text
@@ -865,7 +864,7 @@ class Run(RunHistory):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await asyncio.to_thread(self.close)
+        await in_daemon_thread(self.close)
 
 
 def _switched_on(changes: Mapping[str, Any] | CurriculumSettings) -> Mapping[str, Any] | CurriculumSettings:

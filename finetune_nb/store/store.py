@@ -8,7 +8,7 @@
     lock                               who is writing
 
 An epoch is whole or not there: its Parquet file is on the disk before run.db names it. Every method may be called from
-any thread, and blocks: on an event loop use asyncio.to_thread.
+any thread, and blocks: on an event loop, use threads.in_daemon_thread.
 """
 
 from __future__ import annotations

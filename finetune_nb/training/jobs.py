@@ -12,17 +12,18 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..config.base import TrainerAdapterConfig
 from ..config.sections import FinetuneConfig
-from ..errors import BackendError, StalePolicy, UnknownJob, did_you_mean
+from ..errors import BackendError, FinetuneError, StalePolicy, UnknownJob, did_you_mean
 from ..interfaces import TrainerAdapter
 from ..redaction import error_text, redacting_logger
 from ..rollouts.episodes import SampledTurn
 from ..store.json import append_jsonl
-from ..threads import interpreter_exiting, start_daemon
+from ..threads import in_daemon_thread, interpreter_exiting, start_daemon
 from ..types import (
     TrainingJobRef,
     TrainingJobStatus,
@@ -30,11 +31,12 @@ from ..types import (
     Trajectory,
     TrajectoryCollection,
 )
-from .batch import TrainingBatch
+from .batch import TrainingBatch, training_batch
 
 __all__ = [
     "Job",
     "JobAdapter",
+    "PolicyAdapter",
     "Report",
     "TrainingJob",
     "check_exact",
@@ -179,7 +181,7 @@ JobT = TypeVar("JobT", bound=Job)
 
 
 class JobAdapter(TrainerAdapter, Generic[JobT]):
-    """A subclass's `submit` makes a job, puts it into `_jobs` and starts it."""
+    """Base of adapters with jobs in this process: a subclass's `submit` puts a job into `_jobs` and starts it."""
 
     status_is_cheap = True
 
@@ -232,6 +234,115 @@ class JobAdapter(TrainerAdapter, Generic[JobT]):
         for job in self._jobs.values():
             job.cancel()
         await self._all_ended()
+
+
+class PolicyAdapter(JobAdapter[JobT]):
+    """Base of adapters that train the policy they sample from, and load it at first use.
+
+    A subclass makes the policy in `_make_policy`, and trains it in `_train`, which runs on the job's own thread.
+    """
+
+    backend: str
+    """Name of the backend, for the references of its jobs and for messages."""
+
+    def __init__(self, adapter_config: TrainerAdapterConfig, policy: Any = None) -> None:
+        super().__init__(adapter_config)
+        self._policy = policy
+        self._loaded = False
+        self._loading = threading.Lock()
+
+    @property
+    def policy(self) -> Any:  # type: ignore[override]  # never None, and nobody else sets it
+        """What is sampled and trained; loaded if need be. Raises MissingExtra without the packages that this takes."""
+        return self._load()
+
+    def _load(self) -> Any:
+        with self._loading:
+            if not self._loaded:
+                self._policy = self._make_policy()
+                self._loaded = True
+            return self._policy
+
+    def _make_policy(self) -> Any:
+        """The policy, which is `self._policy` if the adapter was made with one. Called once, under a lock."""
+        raise NotImplementedError
+
+    async def initialize(self, run_config: FinetuneConfig) -> None:
+        await super().initialize(run_config)
+        await in_daemon_thread(self._load)
+
+    async def is_healthy(self) -> bool:
+        """Whether the policy can be loaded and its service answers; the log says why not."""
+        try:
+            await in_daemon_thread(self._load)
+            await in_daemon_thread(self._probe)
+        except FinetuneError as error:
+            logger.error("%s is not healthy: %s", self.backend, error)
+            return False
+        return True
+
+    def _probe(self) -> None:
+        """Raises BackendError if what trains the policy cannot be reached. Nothing to reach: nothing to do."""
+
+    async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
+        """Start a job that trains after those before it.
+
+        Args:
+            trajectories: Groups of trajectories, as `Trainer` selected them.
+
+        Returns:
+            A reference to the job.
+
+        Raises:
+            StalePolicy: A trajectory was sampled by older weights than the config allows.
+            MissingLogprobs: A sampled turn has none.
+            BackendError: The trajectories cannot be trained on. Nothing is started in any of these cases.
+        """
+        policy = await in_daemon_thread(self._load)
+        config: Any = self.adapter_config
+        check_versions(trajectories, policy.version, config.max_staleness)
+        check_exact((t for group in trajectories.trajectories for t in group), config.allow_inexact)
+        batch = training_batch(trajectories, config.scale_rewards, config.truncated)
+        report = self._check(batch)
+
+        before: Any = self._newest_job()
+        job = TrainingJob(trajectories.run_id, self.backend, policy.version, batch, report, before)
+        self._jobs[job.id] = job  # type: ignore[assignment]  # such adapters have such jobs
+        self._submitted = number = self._submitted + 1
+
+        def work() -> None:
+            with self._exclusive(job) as alone:
+                if not alone or job.stopped() or not batch.trajectories:
+                    return
+                # A job before this one may have trained since.
+                check_versions(trajectories, policy.version, config.max_staleness)
+                try:
+                    self._train(job, batch, number)
+                finally:
+                    self._trained = number
+                    policy.version += bool(job.report.steps)
+                    job.policy_version = policy.version
+            if job.report.steps:
+                self._on_trained()
+
+        job.start(work)
+        return job.ref
+
+    def _check(self, batch: TrainingBatch) -> Report:
+        """An empty report for a job on `batch`. Raises BackendError for what cannot be trained on."""
+        raise NotImplementedError
+
+    def _exclusive(self, job: TrainingJob) -> AbstractContextManager[bool]:
+        """Keeps everybody else from the weights while a job trains; gives False if the job was canceled before."""
+        return nullcontext(True)
+
+    def _train(self, job: TrainingJob, batch: TrainingBatch, number: int) -> None:
+        """Make the steps of a job: fill in `job.report`, call `job.stepped` after each step, and return early once
+        `job.stopped()`. number: of the job over the run's life, from 1."""
+        raise NotImplementedError
+
+    def _on_trained(self) -> None:
+        """The weights have changed, and may be sampled again."""
 
 
 def write_progress(

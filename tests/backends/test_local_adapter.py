@@ -219,7 +219,7 @@ async def test_optimizer_state_lives_on_over_epochs():
     a = adapter(optimizer_steps=2)
     for epoch in range(1, 4):
         await train(a, await rollouts(a, by_first_token))
-        (state, *_) = a._learner.optimizer.state.values()
+        (state, *_) = a.learner.optimizer.state.values()
         assert state["step"].item() == 2 * epoch
 
 

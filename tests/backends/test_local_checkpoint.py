@@ -71,7 +71,7 @@ def weights(adapter):
 
 def state(adapter):
     """All that loading may change, as comparable values."""
-    _, learner = adapter._load()
+    learner = adapter.learner
     moments = {k: {n: v.tolist() for n, v in s.items()} for k, s in learner.optimizer.state_dict()["state"].items()}
     reference = {} if learner.reference is None else {n: p.tolist() for n, p in learner.reference.named_parameters()}
     return {n: w.tolist() for n, w in weights(adapter).items()}, moments, reference, adapter.policy.version
@@ -214,7 +214,7 @@ async def test_settings_stay_those_of_the_adapter_that_loads(tmp_path):
     await a.save_checkpoint(tmp_path / "one")
     b = adapter(model="random", learning_rate=1e-4, loss="grpo")
     await b.load_checkpoint(tmp_path / "one")
-    assert b._load()[1].optimizer.param_groups[0]["lr"] == 1e-4
+    assert b.learner.optimizer.param_groups[0]["lr"] == 1e-4
     assert (await job(b))["learning_rate"] == 1e-4
 
 

@@ -78,7 +78,7 @@ async def test_kl_is_measured_from_the_model_with_its_adapter_switched_off():
     reached = []
     for kl_coef in (1e-9, 5.0):
         a = adapter(lora={"rank": 8}, kl_coef=kl_coef, learning_rate=2e-2)
-        assert a._load()[1].reference is None  # no second copy
+        assert a.learner.reference is None  # no second copy
         kls = []
         for _ in range(3):
             status = await train(a, await rollouts(a, by_first_token, generations=16))

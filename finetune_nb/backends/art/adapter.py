@@ -7,9 +7,9 @@ backend learns, and how, is decided by ART.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import shutil
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
@@ -21,6 +21,7 @@ from ...config.sections import FinetuneConfig
 from ...errors import BackendError, ConfigError, MissingExtra, did_you_mean
 from ...hooks import resolve
 from ...redaction import error_text
+from ...threads import in_daemon_thread
 from ...training.jobs import JobAdapter, check_exact
 from ...types import TrainingJobRef, TrajectoryCollection
 from ..import_guard import undo_side_effects
@@ -162,7 +163,7 @@ class OpenPipeArtAdapter(JobAdapter[ArtJob]):
             raise BackendError(
                 f"ART's {type(self.backend).__name__} has left no checkpoint on this machine. Take it from the service."
             )
-        await asyncio.to_thread(shutil.copytree, self._checkpoint, directory, dirs_exist_ok=True)
+        await in_daemon_thread(partial(shutil.copytree, self._checkpoint, directory, dirs_exist_ok=True))
         return directory
 
     async def aclose(self) -> None:

@@ -22,6 +22,7 @@ from ...llms.client import PolicyLLM
 from ...llms.gateway import Endpoint, Gateway, sample
 from ...llms.openai_wire import Refused, WireRequest
 from ...redaction import redacting_logger
+from ...threads import in_daemon_thread
 from ...types import EpisodeKey, LLMCall, SamplingParams, TrainingJobRef, TrainingStatusEnum
 from .payload import AnsweredCalls, Model, TrainRequest, collection_of
 from .routes import application, is_here
@@ -126,17 +127,17 @@ class ArtServer:
         self._take(body.get("model"))
         keep = {*body.get("steps_to_keep", ()), max(self._written, default=0)}
         for step in self._written - keep:
-            await asyncio.to_thread(_remove, self._place(step))
+            await in_daemon_thread(_remove, self._place(step))
             self._written.discard(step)
 
     async def train(self, body: dict[str, Any], started: Callable[[TrainingJobRef], None]) -> dict[str, float]:
         """One training job on what is sent; its metrics as ART names them. started: called with the job."""
-        request = await asyncio.to_thread(_read, TrainRequest, body)
+        request = await in_daemon_thread(_read, TrainRequest, body)
         self._take(body["model"])
         async with self._training:
             answered = AnsweredCalls(call for endpoint in self._endpoints for call in endpoint.episode.calls)
             run_id = f"{request.model.project}/{request.model.name}"
-            collection, turns, unknown = await asyncio.to_thread(
+            collection, turns, unknown = await in_daemon_thread(
                 collection_of, request.trajectory_groups, answered, self.policy, run_id
             )
             if unknown and not self.allow_inexact:
@@ -239,13 +240,13 @@ async def serve(
         raise ConfigError(
             f"host is {host!r}; expected an address of this machine alone, such as 127.0.0.1: there is no key."
         )
-    if folder is not None and await asyncio.to_thread(_is_filled, folder):
+    if folder is not None and await in_daemon_thread(_is_filled, folder):
         raise ConfigError(
             f"{folder} is not empty. Name another folder with --out; --model {folder}/0001, say, continues from a model in it."
         )
     values = {"model": model, **({"lora": {}} if lora else {})}
     adapter = LocalGRPOAdapter(LocalGRPOConfig.model_validate(values), seed=seed)
-    await asyncio.to_thread(lambda: adapter.policy)
+    await in_daemon_thread(lambda: adapter.policy)
     server = ArtServer(adapter, folder, learning_rate, SamplingParams(max_tokens=max_tokens), allow_inexact)
     server.address = (host, HEALTH_PORT)
     http = HTTPServer(application(server), max_body_size=LARGEST_REQUEST)

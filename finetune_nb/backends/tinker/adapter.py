@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import threading
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,12 @@ import numpy as np
 
 from ...components.builder import Builder
 from ...components.registry import register_trainer_adapter
-from ...config.sections import FinetuneConfig
-from ...errors import BackendError, FinetuneError, MissingExtra
+from ...errors import BackendError, MissingExtra
 from ...llms.chat_tokenizer import load_tokenizer
 from ...redaction import redact_text, redacting_logger
 from ...threads import in_daemon_thread
-from ...training.batch import TrainingBatch, training_batch
-from ...training.jobs import JobAdapter, TrainingJob, check_exact, check_versions
-from ...types import TrainingJobRef, TrajectoryCollection
+from ...training.batch import TrainingBatch
+from ...training.jobs import PolicyAdapter, TrainingJob
 from .config import TinkerConfig
 from .saved import Manifest, read_manifest, write_manifest
 from .service import TinkerService, Unavailable, sdk
@@ -40,7 +37,7 @@ PARTING_SECONDS = 10.0
 """What a step that is under way may still take when the adapter is closed."""
 
 
-class TinkerAdapter(JobAdapter[TrainingJob]):
+class TinkerAdapter(PolicyAdapter[TrainingJob]):
     """Trains `policy` on the trajectories that it is given. seed: of the first weights and of the order in which
     trajectories are trained on. tokenizer: one that is loaded already.
 
@@ -50,78 +47,44 @@ class TinkerAdapter(JobAdapter[TrainingJob]):
     """
 
     adapter_config: TinkerConfig
+    backend = "tinker"
 
     def __init__(self, adapter_config: TinkerConfig, seed: int = 0, *, tokenizer: Any = None) -> None:
         super().__init__(adapter_config)
         self.seed = seed
-        self._service = TinkerService(adapter_config, seed)
         self._tokenizer = tokenizer
-        self._policy: TinkerPolicy | None = None
-        self._loading = threading.Lock()
+        self._service = TinkerService(adapter_config, seed)
 
-    @property
-    def policy(self) -> TinkerPolicy:  # type: ignore[override]  # never None, and nobody else sets it
-        """What is sampled and trained. Loads the tokenizer; MissingExtra without the SDK or transformers."""
-        with self._loading:
-            if self._policy is None:
-                sdk()
-                from .policy import TinkerPolicy
+    if TYPE_CHECKING:
 
-                config, tokenizer = self.adapter_config, self._tokenizer
-                if tokenizer is None:
-                    try:
-                        tokenizer, end_ids = load_tokenizer(config.tokenizer or config.model)
-                    except ImportError as error:
-                        raise MissingExtra("the training backend tinker", "tinker") from error
-                else:
-                    end_ids = [tokenizer.eos_token_id]
-                self._policy = TinkerPolicy(self._service, tokenizer, end_ids)
-            return self._policy
+        @property
+        def policy(self) -> TinkerPolicy:  # type: ignore[override]
+            """What is sampled and trained. Loads the tokenizer. Raises MissingExtra without the SDK or transformers."""
+            ...
 
-    async def initialize(self, run_config: FinetuneConfig) -> None:
-        await super().initialize(run_config)
-        await in_daemon_thread(lambda: self.policy)
+    def _make_policy(self) -> TinkerPolicy:
+        sdk()
+        from .policy import TinkerPolicy
 
-    async def is_healthy(self) -> bool:
-        """Whether the service is there, offers the model and understands this SDK; the log says why not. No model is put
-        into training yet."""
-        try:
-            await in_daemon_thread(lambda: self.policy)
-            await in_daemon_thread(self._service.probe)
-        except FinetuneError as error:
-            logger.error("tinker is not healthy: %s", error)
-            return False
-        return True
+        config, tokenizer = self.adapter_config, self._tokenizer
+        if tokenizer is None:
+            try:
+                tokenizer, end_ids = load_tokenizer(config.tokenizer or config.model)
+            except ImportError as error:
+                raise MissingExtra("the training backend tinker", "tinker") from error
+        else:
+            end_ids = [tokenizer.eos_token_id]
+        return TinkerPolicy(self._service, tokenizer, end_ids)
 
-    async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
-        """Starts a job. Raises StalePolicy for trajectories of older weights, BackendError or MissingLogprobs for those
-        that cannot be trained on; nothing is then started."""
-        policy, config = await in_daemon_thread(lambda: self.policy), self.adapter_config
-        check_versions(trajectories, policy.version, config.max_staleness)
-        check_exact((t for group in trajectories.trajectories for t in group), config.allow_inexact)
-        learned = training_batch(trajectories, config.scale_rewards, config.truncated)
-        check(learned, self._service.longest)
-        job = TrainingJob(
-            trajectories.run_id, "tinker", policy.version, learned, TinkerReport(), before=self._newest_job()
-        )
-        self._jobs[job.id] = job
-        self._submitted = number = self._submitted + 1
+    def _probe(self) -> None:
+        """Whether the service offers the model and understands this SDK. No model is put into training yet."""
+        self._service.probe()
 
-        def work() -> None:
-            if job.stopped() or not learned.trajectories:
-                return
-            check_versions(trajectories, policy.version, config.max_staleness)  # a job before this one may have trained
-            report = self._train(job, learned, number)
-            self._trained = number
-            if report.steps:
-                policy.version += 1
-                job.policy_version = policy.version
-                self._offer(policy.version)
+    def _check(self, batch: TrainingBatch) -> TinkerReport:
+        check(batch, self._service.longest)
+        return TinkerReport()
 
-        job.start(work)
-        return job.ref
-
-    def _train(self, job: TrainingJob, learned: TrainingBatch, number: int) -> TinkerReport:
+    def _train(self, job: TrainingJob, batch: TrainingBatch, number: int) -> None:
         """The job's steps, begun again from the weights before them as often as `retries` says. Raises BackendError, and
         the policy is then what it was."""
         service, config, version = self._service, self.adapter_config, self.policy.version
@@ -133,8 +96,8 @@ class TinkerAdapter(JobAdapter[TrainingJob]):
                 service.keep(_name(f"before-job-{number}"), version)
                 kept = True
                 rng = np.random.default_rng([self.seed % 2**64, number - 1])
-                train(service, version, learned, config, rng, report, job.stepped, job.stopped)
-                return report
+                train(service, version, batch, config, rng, report, job.stepped, job.stopped)
+                return
             except BaseException as error:
                 made = report.steps
                 job.report = TinkerReport()  # its steps are not in the weights that continue
@@ -147,8 +110,9 @@ class TinkerAdapter(JobAdapter[TrainingJob]):
                 job.canceled.wait(config.retry_delay * 2**attempt)
         raise AssertionError("unreachable")
 
-    def _offer(self, version: int) -> None:
-        """Puts the new weights up for sampling. Where that fails now, the next reply that is asked for tries again."""
+    def _on_trained(self) -> None:
+        """Offers the new weights for sampling. If that fails now, the next reply that is asked for tries again."""
+        version = self.policy.version
         try:
             self._service.sampler(version)
         except BackendError as error:

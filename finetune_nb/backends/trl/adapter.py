@@ -7,20 +7,18 @@ this module can be imported, but not used.
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
 from ...components.builder import Builder
 from ...components.registry import register_trainer_adapter
-from ...config.sections import FinetuneConfig
-from ...errors import BackendError, ConfigError, FinetuneError, MissingExtra
+from ...errors import BackendError, ConfigError, MissingExtra
 from ...redaction import redacting_logger
 from ...store.durable import atomic_directory, size_of
-from ...training.jobs import JobAdapter, plain_name
+from ...threads import in_daemon_thread
+from ...training.jobs import PolicyAdapter, plain_name
 from ...types import TrainingJobRef, TrajectoryCollection
 from .config import TRLConfig, TRLDPOConfig, TRLSFTConfig
 from .job import TRLJob
@@ -34,68 +32,49 @@ MANIFEST = "job.json"
 """In a checkpoint: the policy's version, and how many jobs there were."""
 
 
-class TRLAdapter(JobAdapter[TRLJob]):
+class TRLAdapter(PolicyAdapter[TRLJob]):
     """Trains `policy` by TRL. seed: of the order of rows. policy: one that is loaded already, without a LoRA adapter;
     ConfigError for one with. A job that is canceled leaves the policy as it was before it."""
 
     adapter_config: TRLDPOConfig | TRLSFTConfig
 
     def __init__(self, adapter_config: TRLDPOConfig | TRLSFTConfig, seed: int = 0, *, policy: Any = None) -> None:
-        super().__init__(adapter_config)
+        super().__init__(adapter_config, policy)
         if policy is not None and hasattr(policy.model, "peft_config"):
             raise ConfigError(
-                f"the policy given to {self.name} carries a LoRA adapter, and TRL's process would get the adapter alone. Give "
+                f"the policy given to {self.backend} carries a LoRA adapter, and TRL's process would get the adapter alone. Give "
                 "one without (policy.save(directory, merge=True), then model=directory), and set lora_rank to train an adapter "
                 "that is added to the weights after every job."
             )
         self.seed = seed
-        self._policy = policy
-        self._loading = threading.Lock()
 
     @property
-    def name(self) -> str:
+    def backend(self) -> str:  # type: ignore[override]  # one class, two backends
         """The `_type` of its config, for messages."""
         return self.adapter_config.static_type() or "trl"
 
-    @property
-    def policy(self) -> Any:  # type: ignore[override]  # never None, and nobody else sets it
-        """A local policy. Loads the model if need be; MissingExtra without TRL."""
-        with self._loading:
-            if self._policy is None:
-                if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers", "trl")):
-                    raise MissingExtra(f"the training backend {self.name}", "trl")
-                config = self.adapter_config
-                from ..local.policy import LocalPolicy
-
-                self._policy = LocalPolicy.load(config.model, config.device)
+    def _make_policy(self) -> Any:
+        if self._policy is not None:
             return self._policy
+        if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers", "trl")):
+            raise MissingExtra(f"the training backend {self.backend}", "trl")
+        from ..local.policy import LocalPolicy
 
-    async def initialize(self, run_config: FinetuneConfig) -> None:
-        await super().initialize(run_config)
-        await asyncio.to_thread(lambda: self.policy)
-
-    async def is_healthy(self) -> bool:
-        """Whether TRL is there and the model can be loaded; the log says why not."""
-        try:
-            await asyncio.to_thread(lambda: self.policy)
-        except FinetuneError as error:
-            logger.error("%s is not healthy: %s", self.name, error)
-            return False
-        return True
+        return LocalPolicy.load(self.adapter_config.model, self.adapter_config.device)
 
     async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
         """Starts a process. Raises BackendError for what it cannot learn from; nothing is then started."""
         rows = self._rows(trajectories)
         self._require_no_job_at_work("beside another one")
-        policy, config = await asyncio.to_thread(lambda: self.policy), self.adapter_config
-        job = TRLJob(trajectories.run_id, self.name, self._folder(trajectories.run_id), policy, len(rows))
+        policy, config = await in_daemon_thread(self._load), self.adapter_config
+        job = TRLJob(trajectories.run_id, self.backend, self._folder(trajectories.run_id), policy, len(rows))
         settings = {
             "method": "dpo" if isinstance(config, TRLDPOConfig) else "sft",
             "settings": config.settings(self.seed + self._submitted),
             "lora_rank": config.lora_rank,
             "threads": config.threads,
         }
-        await asyncio.to_thread(job.write, settings, rows)
+        await in_daemon_thread(job.write, settings, rows)
         self._jobs[job.id] = job
         self._submitted += 1
         job.start(config.processes, cpu=config.device == "cpu")
@@ -112,7 +91,7 @@ class TRLAdapter(JobAdapter[TRLJob]):
                 "" if config.min_reward is None else f" and a reward of at least {config.min_reward:g}"
             )
         if not rows:
-            raise BackendError(f"{self.name} got no {missing} in {len(collection.trajectories)} groups.")
+            raise BackendError(f"{self.backend} got no {missing} in {len(collection.trajectories)} groups.")
         return rows
 
     def _folder(self, run_id: str) -> Path:
@@ -122,7 +101,7 @@ class TRLAdapter(JobAdapter[TRLJob]):
 
     async def save(self, directory: str | Path) -> Path:
         """Writes model and tokenizer to `directory`; from_pretrained, and `model` in the config, read them."""
-        return await asyncio.to_thread(self.policy.save, directory)
+        return await in_daemon_thread(self.policy.save, directory)
 
     async def save_checkpoint(self, directory: str | Path) -> int:
         """Writes the weights to `directory`, at once or not at all; returns the bytes written. A job's optimizer begins
@@ -138,7 +117,7 @@ class TRLAdapter(JobAdapter[TRLJob]):
                 (unfinished / MANIFEST).write_text(json.dumps(said), encoding="utf-8")
             return size_of(place)
 
-        return await asyncio.to_thread(save)
+        return await in_daemon_thread(save)
 
     async def load_checkpoint(self, directory: str | Path) -> None:
         """Puts the policy where it was when `save_checkpoint` wrote `directory`. Raises BackendError, and changes nothing,
@@ -154,12 +133,12 @@ class TRLAdapter(JobAdapter[TRLJob]):
                 version, jobs = int(saved["version"]), int(saved["jobs"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise BackendError(
-                    f"{place.name} is no checkpoint of {self.name}: {error}. Load another one."
+                    f"{place.name} is no checkpoint of {self.backend}: {error}. Load another one."
                 ) from error
             load_weights(self.policy, place, version)
             self._submitted = jobs
 
-        await asyncio.to_thread(load)
+        await in_daemon_thread(load)
 
 
 @register_trainer_adapter(config_type=TRLDPOConfig)
