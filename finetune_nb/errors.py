@@ -16,7 +16,7 @@
     └── MissingExtra     (ImportError)   an optional package is not installed; the message names the extra
 
 Every message says what was found, what was expected, and what to do next. Catch `FinetuneError` for all of them; each is
-also the standard error that it stands for.
+also the standard error that it refines.
 """
 
 from __future__ import annotations

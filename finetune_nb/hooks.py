@@ -55,7 +55,7 @@ def without_wrappers(instance: T) -> T:
 
 
 def resolve(path: str) -> Any:
-    """The object that "package.module:name" stands for."""
+    """The object that "package.module:name" refers to."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 

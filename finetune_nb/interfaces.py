@@ -187,7 +187,7 @@ class TrainerAdapter(ABC):
 
     @abstractmethod
     async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
-        """How the job stands. Reading changes nothing and can be repeated, also after its end."""
+        """The job's current status. Reading changes nothing and can be repeated, also after its end."""
         raise NotImplementedError
 
     @abstractmethod

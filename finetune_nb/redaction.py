@@ -45,7 +45,7 @@ SHORTEST_SECRET = 6
 """Shorter values are not searched for in texts: masking every "3" or "true" would only make the text unreadable."""
 
 KeyPath = tuple[str | int, ...]
-"""Where a value stands: mapping keys and list positions, from the root."""
+"""The path of a value: mapping keys and list positions, from the root."""
 
 _CREDENTIAL = re.compile(
     r"(^|_)(api_?key|access_key|secret_key|private_key|token|secret|password|passwd|authorization)$"
@@ -143,7 +143,7 @@ class _Redact(logging.Filter):
             record.exc_text = _formatter.formatException(record.exc_info)
         if record.exc_text:
             record.exc_text = redact_text(record.exc_text)
-            record.exc_info = None  # the text stands for it: a handler must not format the exception again
+            record.exc_info = None  # the text replaces it: a handler must not format the exception again
         record.msg, record.args = redact_text(record.getMessage()), ()
         return True
 

@@ -208,14 +208,14 @@ class EngineThread:
 
     def close_after(self, last: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Runs a last coroutine, ten seconds at most, and closes. Raises what that raised, or RunError where something
-        blocks the loop: it is left behind in its thread, which ends with the interpreter."""
+        blocks the loop: it is abandoned in its thread, which ends with the interpreter."""
         try:
             try:
                 self.submit(asyncio.sleep(0)).result(timeout=ANSWER_SECONDS)
             except concurrent.futures.TimeoutError:
                 raise RunError(
                     f"{self.name}: something blocks the run's event loop and cannot be ended, such as an async workflow that "
-                    "never awaits. It was left behind; what was recorded is in the run's folder. Restart the kernel to be "
+                    "never awaits. It was abandoned; what was recorded is in the run's folder. Restart the kernel to be "
                     "rid of it."
                 ) from None
             self.submit(last()).result(timeout=10.0)

@@ -584,7 +584,7 @@ class EpisodeItemRole(StrEnum):
 
 
 class MessageKey:
-    """The keys of `EpisodeItem.metadata`, each with what stands under it. T is the number of sampled tokens.
+    """The keys of `EpisodeItem.metadata`, each with its value. T is the number of sampled tokens.
 
     Only a turn that the policy sampled has the first nine; `SampledTurn.of(item)` reads them all at once.
     """
@@ -742,7 +742,7 @@ class GroupStatistics:
 
 @dataclass(frozen=True)
 class CurriculumState:
-    """Where the curriculum stands. Stored with every epoch."""
+    """The state of the curriculum. Stored with every epoch."""
 
     percentile: float
     """Share of the groups with spread that is trained on, in (0, 1]."""
@@ -793,7 +793,7 @@ class TrainingJobRef(BaseModel):
 
 
 class TrainingStatusEnum(StrEnum):
-    """How a job stands; the last three are final."""
+    """The state of a job; the last three are final."""
 
     PENDING = "pending"
     RUNNING = "running"

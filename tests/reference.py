@@ -259,7 +259,7 @@ def config_page() -> str:
         f"# Config\n\n{MADE}",
         "The sections of a config file, as `ft.Run.from_config` and `ft.load_config` read it: `llms`, `workflow`, `eval`, "
         "`trajectory_builders`, `trainer_adapters`, `trainers`, `finetuning`, `run`. A setting marked *Live* can be changed "
-        "while a run goes on (`run.live`, `run.panel()`). `${NAME}` is filled from the environment.",
+        "while a run is under way (`run.live`, `run.panel()`). `${NAME}` is filled from the environment.",
     ]
     for place, cls in SECTIONS.items():
         parts.append(f"## `{place}`\n\n{prose(cls)}\n\n{table(cls)}")

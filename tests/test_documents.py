@@ -4,7 +4,9 @@ extras, public names."""
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 import tomllib
 from functools import cache
 from importlib.util import find_spec
@@ -114,3 +116,38 @@ def test_files_that_contributing_names_are_there():
     assert named
     missing = [name for name in named if not any(file == name or file.endswith(f"/{name}") for file in files)]
     assert [name for name in missing if not (ROOT / name).exists()] == []
+
+
+# ── plain English ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+DIALECT = re.compile(
+    r"\bbehind (?:the )?(?:epoch|it|that|this)\b|\bgo(?:es)? on\b|\bgone on with\b|\bto be had\b|\bput away\b"
+    r"|\bstands? (?:in|inside|into|for)\b|\bcomes? to (?:its|their|an) end\b|\bis told\b"
+)
+"""Phrases that are no idiomatic English for "after", "continue", "available", "archived", "is in", "ends", "means"."""
+
+
+def package_text() -> list[tuple[str, str]]:
+    """(where, text) of every docstring, message and comment of the package."""
+    found = []
+    for path in sorted((ROOT / "finetune_nb").rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type in (tokenize.STRING, tokenize.COMMENT):
+                found.append((f"{path.relative_to(ROOT)}:{token.start[0]}", " ".join(token.string.split())))
+    return found
+
+
+def test_the_package_speaks_plain_english():
+    assert not [(where, text) for where, text in package_text() if DIALECT.search(text)]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_documents_speak_plain_english(path):
+    text = " ".join(prose(path).split())
+    assert not [text[max(0, match.start() - 60) : match.end() + 60] for match in DIALECT.finditer(text)]
+
+
+def test_the_test_of_phrases_would_notice_one():
+    assert DIALECT.search("the weights behind epoch 5") and DIALECT.search("run the cell again to go on")
+    assert not DIALECT.search("the weights after epoch 5") and not DIALECT.search("an HTTP server behind a proxy")

@@ -118,7 +118,7 @@ Build = Callable[[Any, Any], AsyncGenerator[Any, None]]
 
 @dataclass(frozen=True)
 class Registration:
-    """What a `_type` stands for: its config, and what builds the component."""
+    """What a `_type` names: its config, and what builds the component."""
 
     config_type: type[TypedBaseModel]
     build: Build
@@ -133,7 +133,7 @@ def type_names(kind: str) -> list[str]:
 
 
 def config_class(kind: str, type_name: str) -> type[TypedBaseModel]:
-    """The config class that `_type: type_name` stands for. Imports our own module where it is one of ours. Raises
+    """The config class that `_type: type_name` names. Imports our own module where it is one of ours. Raises
     ConfigError for an unknown name, and what the import raises (MissingExtra) where a package is missing."""
     if type_name not in registered[kind] and type_name in OUR_TYPES[kind]:
         module, _, name = OUR_TYPES[kind][type_name].partition(":")

@@ -234,7 +234,7 @@ class EvalDatasetParquetConfig(EvalDatasetBaseConfig, name="parquet"):
 
 
 def changed(config: M, changes: Mapping[str, Any], label: str) -> M:
-    """A copy of a config with some of its fields changed. Raises ConfigError, in which `label` stands for the config, for
+    """A copy of a config with some of its fields changed. Raises ConfigError, in which `label` names the config, for
     a field that it has not and for a value that does not fit."""
     known = type(config).model_fields
     if unknown := [name for name in changes if name not in known]:

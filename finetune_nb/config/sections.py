@@ -345,9 +345,7 @@ class Config(BaseModel):
         )
         for path, name, section, title in names:
             if name is not None and name not in section:
-                found.append(
-                    (("finetuning", *path), f"{name!r} does not stand in {title}. {did_you_mean(name, section)}")
-                )
+                found.append((("finetuning", *path), f"{name!r} is not one of {title}. {did_you_mean(name, section)}"))
         builder, curriculum = self.trajectory_builders.get(tuning.trajectory_builder or ""), tuning.curriculum_learning
         single = getattr(builder, "num_generations", None) == 1
         if single and curriculum.enabled and curriculum.min_reward_diff > 0:
@@ -359,9 +357,9 @@ class Config(BaseModel):
         return found
 
     def stored(self) -> dict[str, Any]:
-        """This config as plain data for a YAML file: `load_config` reads it back. `${NAME}` stands where it stood, and
+        """This config as plain data for a YAML file: `load_config` reads it back. `${NAME}` is written where it was read, and
         other credentials are asterisks."""
-        named: dict[str, str] = {}  # a secret -> what stands for it, wherever else it stands
+        named: dict[str, str] = {}  # a secret -> the text written for it, wherever it occurs
 
         def collect(path: KeyPath, node: Any) -> Any:
             written = self._placeholders.get(path)

@@ -19,12 +19,12 @@ __all__ = [
 
 MAX_CHARACTERS = 1_000_000
 MAX_NODES = 100_000
-"""After every alias is replaced by what it stands for."""
+"""After every alias is replaced by what it refers to."""
 MAX_DEPTH = 50
 
 
 def read_yaml(text: str, label: str) -> Any:
-    """The data that `text` stands for. Raises ConfigError, which begins with `label`."""
+    """Parse `text` as YAML. Raises ConfigError, which begins with `label`."""
     from ruamel.yaml import YAML
     from ruamel.yaml.constructor import DuplicateKeyError
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -38,7 +38,7 @@ def read_yaml(text: str, label: str) -> Any:
     except DuplicateKeyError as error:
         # The library's message quotes both values.
         key = re.match(r'found duplicate key "([^"\n]*)"', error.problem or "")
-        problem = f"the key {key[1] if key else ''!r} stands twice{_line(error)}. Keep one of them"
+        problem = f"the key {key[1] if key else ''!r} occurs twice{_line(error)}. Keep one of them"
     except MarkedYAMLError as error:
         problem = f"not valid YAML: {_spoken(error)}{_line(error)}"
     except (YAMLError, ValueError) as error:

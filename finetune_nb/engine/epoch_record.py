@@ -76,8 +76,8 @@ class EpochInProgress:
     refs: list[TrainingJobRef] = field(default_factory=list)
     waited: list[TrainingJobRef] = field(default_factory=list)
     statuses: list[TrainingJobStatus] = field(default_factory=list)
-    stands: TrainingJobStatus | None = None
-    """What was last answered of a job that was asked how it stands."""
+    last_status: TrainingJobStatus | None = None
+    """The last status that a job reported."""
     validations: list[Validation] = field(default_factory=list)
     logged: set[str] = field(default_factory=set)
     progress: Progress = field(default_factory=Progress)

@@ -108,7 +108,7 @@ class LiveField:
     """A setting of a component that may be changed while the run continues."""
 
     name: str
-    """Where it stands: "adapter.learning_rate"."""
+    """Its path: "adapter.learning_rate"."""
     value: Any
     """What is asked for."""
     safe_point: str

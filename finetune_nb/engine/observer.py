@@ -48,7 +48,7 @@ KEEP_EVERY = 2.0
 
 
 def curriculum_of(trainer: Trainer) -> CurriculumState | None:
-    """Where a Trainer's curriculum stands; None for a Trainer that keeps no state of one.
+    """The state of a Trainer's curriculum; None for a Trainer that keeps no state of one.
 
     Raises:
         ConfigError: Its `_curriculum_state` is not what `Trainer.initialize` makes.
@@ -63,7 +63,7 @@ def set_curriculum(trainer: Trainer, state: CurriculumState, settings: Curriculu
 
     Args:
         trainer: Keys of its own in its `_curriculum_state` stay.
-        state: Where the curriculum stands.
+        state: The state of the curriculum.
         settings: What the next selection uses. Default: what the trainer has.
     """
     if trainer._curriculum_state is None:
@@ -250,7 +250,7 @@ class TrainerObserver:
             in_progress.waited.append(ref)
             in_progress.statuses.append(status)
             in_progress.add_seconds("training", started)
-            if status != in_progress.stands:
+            if status != in_progress.last_status:
                 await self.writer.on_job_status(in_progress.epoch, status)
         return status
 
@@ -277,16 +277,16 @@ class TrainerObserver:
     async def _status(
         self, original: Callable[..., Awaitable[TrainingJobStatus]], ref: TrainingJobRef, *args: Any, **kwargs: Any
     ) -> TrainingJobStatus:
-        """Whoever asks how the running epoch's job stands: what is new in the answer goes into the folder."""
+        """Wraps each request for the status of the running epoch's job: what is new in the answer goes into the folder."""
         status, in_progress = await original(ref, *args, **kwargs), self.in_progress
         if in_progress is not None:
             _show_job(in_progress, status)
         if (
             in_progress is not None
-            and status != in_progress.stands
+            and status != in_progress.last_status
             and any(ref is known or ref == known for known in in_progress.refs)
         ):
-            in_progress.stands = status
+            in_progress.last_status = status
             await self.writer.on_job_status(in_progress.epoch, status)
         return status
 
@@ -336,7 +336,7 @@ class TrainerObserver:
     # ── records ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def record(self, in_progress: EpochInProgress, error: Exception | None = None) -> Epoch:
-        """The record of the epoch, as it stands."""
+        """The record of the epoch so far."""
         settings = in_progress.settings or self.live_settings.applied
         told = in_progress.report or report_of(self.trainer)
         return record(in_progress, self.run_id, told, settings, curriculum_of(self.trainer), self.version, error)

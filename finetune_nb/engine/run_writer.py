@@ -160,7 +160,7 @@ class RunWriter:
         await self._unless_full(index, self.store.record_job, index, ref)
 
     async def on_job_status(self, index: int, status: TrainingJobStatus) -> None:
-        """How that job stands."""
+        """The status of that job."""
         await self._unless_full(index, self.store.record_status, index, status)
 
     async def on_validation(self, validation: Validation, index: int | None) -> None:

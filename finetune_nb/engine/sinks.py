@@ -171,7 +171,7 @@ class _SinkThread:
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
         if self._thread.is_alive():
-            logger.warning("sink %s has not finished; it is left behind", type(self._sink).__name__)
+            logger.warning("sink %s has not finished; it is abandoned", type(self._sink).__name__)
 
     def _work(self) -> None:
         while (given := self._waiting.get()) is not None:

@@ -33,7 +33,7 @@ __all__ = [
 
 
 class OpenAIModelConfig(LLMBaseConfig, name="openai"):
-    """A model behind an OpenAI-compatible server."""
+    """A model served by an OpenAI-compatible server."""
 
     model_config = ConfigDict(protected_namespaces=(), extra="forbid")
 

@@ -252,7 +252,7 @@ class Panel:
         return {**texts, "status": status_html(status, self.number)}
 
     def _status(self) -> RunStatus:
-        """Where the run stands, with what another process has added to it."""
+        """The state of the run, including what another process has added to it."""
         status = self.run.status
         if status.writer and time.monotonic() - self._refreshed > REFRESH_SECONDS:
             self._refreshed = time.monotonic()

@@ -204,7 +204,7 @@ def log_html(lines: Sequence[str]) -> str:
 
 
 def style_html() -> str:
-    """The style sheet of all of these, which stands on the page once."""
+    """The style sheet of all of these, which is on the page once."""
     return view(Html(f"<style>{_STYLE}</style>"))
 
 

@@ -77,7 +77,7 @@ class Rollout:
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            left = "" if self.workflow.is_async else " Its thread is left behind."
+            left = "" if self.workflow.is_async else " Its thread keeps running until it returns."
             raise RolloutTimeout(
                 f"no answer after {seconds:g} s (eval.general.item_timeout), {len(episode.calls)} model calls.{left}"
             ) from error

@@ -137,7 +137,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
     async def collect(
         self, outputs: Sequence[EvaluationRunOutput | BaseException], run_id: str, meta: dict | None = None
     ) -> TrajectoryCollection:
-        """The trajectories of finished evaluations, one a generation; an exception stands for one that failed."""
+        """The trajectories of finished evaluations, one a generation; an exception in place of one that failed."""
         errors = [output for output in outputs if isinstance(output, BaseException)]
         if errors and len(errors) == len(outputs):
             raise errors[0]

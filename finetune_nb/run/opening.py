@@ -88,7 +88,7 @@ def branch_of(
     there or its weights are gone, ConfigError for settings that do not fit."""
     indices = [each.index for each in store.epochs]
     if not indices:
-        raise RunError(f"run {store.run_id!r} has no epoch to go on from. Run one first, or make a new Run.")
+        raise RunError(f"run {store.run_id!r} has no epoch to continue from. Run one first, or make a new Run.")
     if epoch is None:
         epoch = indices[-1]
     if epoch not in indices:

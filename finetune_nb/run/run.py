@@ -507,7 +507,7 @@ class Run(RunHistory):
 
     @property
     def partial(self) -> Epoch | None:
-        """The epoch that has begun and is not complete, as far as the folder has it: aborted, failed, left behind by a
+        """The epoch that has begun and is not complete, as far as the folder has it: aborted, failed, interrupted by a
         kernel that died, or still running. Its rollouts may be unscored. Running the epoch again replaces it."""
         store = self._stored()
         found = store.partial() if store is not None else None
@@ -664,7 +664,7 @@ class Run(RunHistory):
     def abort(self) -> None:
         """End the running epoch at once; what was collected is kept, and shown by `partial`.
 
-        Returns at once; a workflow that hangs in code of its own is left behind in its thread.
+        Returns at once; a workflow that hangs in code of its own is abandoned in its thread.
         """
         self._session.abort()
 
@@ -803,7 +803,7 @@ class Run(RunHistory):
             raise RunError(self._unable)
         store, writer = self._stored(), self._driver.writer
         if store is None:
-            raise RunError(f"run {self.id!r} has no epoch to go on from. Run one first, or make a new Run.")
+            raise RunError(f"run {self.id!r} has no epoch to continue from. Run one first, or make a new Run.")
         ready = {"trajectory_builder": builder, "trainer_adapter": adapter, "trainer": trainer}
         config, components = copy_for_fork(self.config, self._driver.components, training, ready)
         branch = branch_of(store, epoch, curriculum, training)

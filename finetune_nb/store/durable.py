@@ -148,7 +148,7 @@ def atomic_directory(directory: Path, mark: str) -> Iterator[Path]:
 
     mark: a file that all such directories hold; an older one that holds it is replaced, and anything else that has the
     name is refused. Raises BackendError for that, and in place of an OSError in the block or after it; what had the
-    name before then has it still, and nothing else is left. After a crash at any moment the name stands for
+    name before then has it still, and nothing else is left. After a crash at any moment the name refers to
     the old, for the new, or (between two renames) for nothing.
     """
     if directory.is_symlink() or (directory.exists() and not _is_replaceable(directory, mark)):

@@ -123,7 +123,7 @@ def masked(value: Any) -> Any:
 
 
 def decode(text: Any, kind: type | tuple[type, ...] = object) -> Any:
-    """The value. Raises ValueError where `text` is no JSON text, or stands for something else than `kind`."""
+    """The value. Raises ValueError where `text` is no JSON text, or encodes something other than `kind`."""
     if not isinstance(text, str):
         raise ValueError(f"{type(text).__name__} where JSON text was expected")
     try:

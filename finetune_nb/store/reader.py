@@ -239,7 +239,7 @@ class RunReader:
             start = "SELECT start FROM run WHERE parent_epoch = ? AND start IS NOT NULL"
             row = row or db.execute(start, (index,)).fetchone()
             if row is None:
-                raise StoreError(f"run {self.run_id!r} has no completed epoch {index!r} to go on from.")
+                raise StoreError(f"run {self.run_id!r} has no completed epoch {index!r} to continue from.")
             return decode(row[0], dict)
 
         return self._read(work)

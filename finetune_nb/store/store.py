@@ -150,7 +150,7 @@ class RunStore(RunReader):
         self._set_unfinished(index, "job_ref", encode(ref.model_dump(mode="python")))
 
     def record_status(self, index: int, status: TrainingJobStatus) -> None:
-        """How that job stands."""
+        """The status of that job."""
         self._set_unfinished(index, "job_status", encode(status.model_dump(mode="python")), durable=False)
 
     def _set_unfinished(self, index: int, column: str, text: str, durable: bool = True) -> None:

@@ -155,7 +155,7 @@ def infer_selection(
 
     A group left out without reward or with an infinite one says so; where the curriculum is on, one without spread too, and
     every other counts as beyond the percentile; where it is off, as not submitted. `state` is the Trainer's after its
-    choice; where it has none, None stands for the settings' percentile. Raises ValueError for a position that is not one
+    choice; where it has none, None means the settings' percentile. Raises ValueError for a position that is not one
     of the groups'.
     """
     kept = np.array(kept_positions, dtype=np.int64)

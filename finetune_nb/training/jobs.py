@@ -112,7 +112,7 @@ class TrainingJob:
         self._status = self._make(TrainingStatusEnum.RUNNING, message)
 
     def status(self) -> TrainingJobStatus:
-        """How it stands now; a copy."""
+        """A copy of its current status."""
         return self._status.model_copy(deep=True)
 
     def _work(self, train: Callable[[], None]) -> None:
@@ -169,7 +169,7 @@ class Job(Protocol):
     """Done once the job has ended, well or badly."""
 
     def status(self) -> TrainingJobStatus:
-        """How it stands; reading changes nothing."""
+        """Its current status; reading changes nothing."""
         ...
 
     def cancel(self) -> None:
@@ -192,7 +192,7 @@ class JobAdapter(TrainerAdapter, Generic[JobT]):
         self._trained = 0  # those whose steps are in the weights, and all before them
 
     async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
-        """How the job stands. `metadata`: job_id, policy_version, and metrics, as the job measures them."""
+        """The job's current status. `metadata`: job_id, policy_version, and metrics, as the job measures them."""
         return self._job(ref).status()
 
     async def wait_until_complete(self, ref: TrainingJobRef, poll_interval: float = 10.0) -> TrainingJobStatus:

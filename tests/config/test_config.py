@@ -336,8 +336,8 @@ def test_wrong_values_are_told_with_path_and_value():
 def test_references_that_lead_nowhere_are_found_when_finetuning_is_on():
     text = YAML.replace("trainer: my_trainer", "trainer: my_triner").replace("name: my_reward", "name: reward")
     message = mistakes(text)
-    assert "finetuning.trainer: 'my_triner' does not stand in trainers. Did you mean 'my_trainer'?" in message
-    assert "finetuning.reward_function.name: 'reward' does not stand in eval.evaluators." in message
+    assert "finetuning.trainer: 'my_triner' is not one of trainers. Did you mean 'my_trainer'?" in message
+    assert "finetuning.reward_function.name: 'reward' is not one of eval.evaluators." in message
     load_config(text.replace("  enabled: true\n  trainer", "  enabled: false\n  trainer"))
 
 
@@ -353,7 +353,7 @@ def test_one_generation_under_a_curriculum_that_needs_spread_is_refused():
     [
         ("\n", "found nothing"),
         ("- a\n- b\n", "found a list"),
-        ("run:\n  seed: 1\n  seed: 2\n", "'seed' stands twice (line 3"),
+        ("run:\n  seed: 1\n  seed: 2\n", "'seed' occurs twice (line 3"),
         ("run: !!python/object/apply:os.getcwd []\n", "is not allowed"),
         ("run: [1\n", "not valid YAML"),
         ("run: *nothing\n", "undefined alias"),

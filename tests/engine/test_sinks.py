@@ -111,7 +111,7 @@ def test_a_hanging_sink_holds_nothing_up_and_is_left_behind(caplog):
         outlets.recorded(make_epoch([[1, 0]], index))
     assert time.monotonic() - started < 5
     outlets.close(0.1)
-    assert "left behind" in caplog.text
+    assert "abandoned" in caplog.text
     released.set()
 
 

@@ -136,7 +136,7 @@ async def test_a_fork_of_the_embedded_model_trains_other_settings_on_the_same_we
 
 async def test_what_cannot_be_forked_says_why_and_leaves_no_folder(make_run, tmp_path):
     run = make_run()
-    with pytest.raises(ft.RunError, match="no epoch to go on from"):
+    with pytest.raises(ft.RunError, match="no epoch to continue from"):
         run.fork(adapter=Weights())
     await epochs(run, 2)
     with pytest.raises(ft.RunError, match="has the epochs 0 to 1"):

@@ -42,7 +42,7 @@ class ArtJob:
             self._task.cancel()
 
     def status(self) -> TrainingJobStatus:
-        """How it stands. `metadata` of a completed one: metrics, and ART's step."""
+        """Its current status. `metadata` of a completed one: metrics, and ART's step."""
         task = self._task
         if not task.done():
             return self._make(TrainingStatusEnum.RUNNING)

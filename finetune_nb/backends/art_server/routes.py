@@ -130,7 +130,7 @@ def application(server: TrainedModel) -> Application:
         r"_experimental_\w+": None,
     }
     routes: list[Any] = [
-        # The empty group stands for the name that the gateway's addresses have.
+        # The empty group takes the place of the name in the gateway's addresses.
         (r"/v1/chat/completions()", _Chat, {"server": server, "chat": True}),
         (r"/v1/completions()", _Chat, {"server": server, "chat": False}),
         (r"/v1/models()(?:/(.+))?", _OneModel, {"server": server}),

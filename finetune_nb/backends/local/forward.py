@@ -33,7 +33,7 @@ Batch = Sequence[TokenSequence]
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """A micro-batch. Id 0 stands at padded positions: the attention mask hides it, so that it needs no token of its own."""
+    """A micro-batch. Id 0 fills padded positions: the attention mask hides it, so that it needs no token of its own."""
 
     ids_BT: Tensor
     attention_BT: Tensor
@@ -43,7 +43,7 @@ class TokenBatch:
     advantages_BT: Tensor
     temperature_B: Tensor
     prompts: Sequence[Sequence[int]] = ()
-    """What stands before the columns of `ids_BT`, each prompt once; empty where they are whole sequences."""
+    """The tokens before the columns of `ids_BT`, each prompt once; empty where they are whole sequences."""
     prompt_of_row_B: Tensor | None = None
 
     @property

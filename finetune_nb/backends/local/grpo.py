@@ -2,7 +2,7 @@
 
 Shapes are in the names: B sequences of T tokens, padded on the right. Column t always speaks of token t, so column 0,
 which nothing predicts, is never trained. `mask_BT` is True where the policy sampled the token; every other position is
-ignored, whatever value (NaN included) stands there. The loss is to be minimised: it is minus the clipped objective.
+ignored, whatever value (NaN included) is there. The loss is to be minimised: it is minus the clipped objective.
 
 Group Relative Policy Optimization: DeepSeekMath, arXiv 2402.03300; the token mean over the batch and the two separate
 clip bounds: DAPO, arXiv 2503.14476; the KL estimate: k3 of http://joschu.net/blog/kl-approx.html.
@@ -116,7 +116,7 @@ def policy_loss(
     """
     if kl_coef and reference_logprobs_BT is None:
         raise ValueError(f"kl_coef is {kl_coef}, but there are no reference logprobs to hold the policy to")
-    # Masked before exp: what stands at an ignored position must not turn into inf or NaN, which survive times 0.
+    # Masked before exp: the value at an ignored position must not turn into inf or NaN, which survive times 0.
     log_ratio_BT = torch.where(mask_BT, logprobs_BT - old_logprobs_BT, 0.0)
     ratio_BT = log_ratio_BT.exp()
     if advantages.dim() == 1:

@@ -235,7 +235,7 @@ class NatAdapter(TrainerAdapter):
 
 
 _OWN_ID = "finetune_nb_job"
-"""Where the id stands that a job was given here."""
+"""The key of the id that a job was given here."""
 
 
 def _job_of(ref: TrainingJobRef) -> str:

@@ -1,7 +1,7 @@
-"""A Run over the Toolkit's own trainer: the three components of ours that stand for it in a Config, and what
-`Run.from_nat` makes a Config of.
+"""A Run over the Toolkit's own trainer: three components of ours that represent it in a Config, which
+`Run.from_nat` makes.
 
-The trainer's component opens the Toolkit's config and holds it open; the other two are asked of it.
+The trainer's component opens the Toolkit's config and keeps it open; the other two take their parts from it.
 """
 
 from __future__ import annotations

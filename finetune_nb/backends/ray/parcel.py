@@ -47,7 +47,7 @@ class Parcel:
 
 
 def packed(value: Any, policies: Mapping[int, str]) -> bytes:
-    """policies: id of an object -> the name that stands for it. Raises ConfigError for what cannot be taken elsewhere."""
+    """policies: id of an object -> the name sent in its place. Raises ConfigError for what cannot be sent to another process."""
     from ray import cloudpickle  # pyright: ignore
 
     class Packer(cloudpickle.CloudPickler):

@@ -128,7 +128,7 @@ class TrainerActor:
         return await self._adapter.policy.sample(ids, params, seed), self._standing()
 
     async def replica(self) -> tuple[list[Any], RunState]:
-        """Object ref of a function that makes a replica, in a list: Ray would fetch what a bare one stands for."""
+        """Object ref of a function that makes a replica, in a list: Ray would fetch the value of a bare one."""
         return [await self._put(self._adapter.policy.replica)], self._standing()
 
     async def weights(self) -> tuple[list[Any], RunState]:

@@ -150,7 +150,7 @@ class RayTrainerAdapter(TrainerAdapter):
         return any(not task.done() for task in list(self._following.values()))
 
     async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
-        """How the job stands; answered while it trains. FAILED where the actor was lost."""
+        """The job's current status, also while it trains. FAILED where the actor was lost."""
         try:
             return await self._link.ask("status", ref)
         except TrainerLost as error:

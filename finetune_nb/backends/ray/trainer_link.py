@@ -168,7 +168,7 @@ class TrainerLink:
         return answer, standing
 
     def _meant(self, error: Exception) -> Exception:
-        """What an error of Ray stands for."""
+        """The error of ours that an error of Ray means."""
         cause = getattr(error, "cause", None)
         if isinstance(cause, FinetuneError):
             return cause

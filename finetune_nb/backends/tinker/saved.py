@@ -2,7 +2,7 @@
 
     manifest.json    a Manifest: the state's address on the service, and where training stood
 
-Weights and optimizer stay on the service, under the name that stands here; without the service a checkpoint is nothing.
+Weights and optimizer stay on the service, under the name recorded here; without the service a checkpoint is nothing.
 Copies of the file are as good as the file: a branch of a run starts from the very same state.
 """
 

@@ -1,6 +1,6 @@
 """One training job: its folder, its process, its status.
 
-The process tells how it stands by lines in progress.jsonl, and how it ended by its exit code and what it wrote to
+The process reports its progress by lines in progress.jsonl, and how it ended by its exit code and what it wrote to
 worker.log. The folder's models are deleted when the job has ended; data, progress and log stay.
 """
 
@@ -133,7 +133,7 @@ class TRLJob:
         assert process is not None
         try:
             code = process.wait()
-            self._signal(signal.SIGKILL)  # what the launcher may have left behind
+            self._signal(signal.SIGKILL)  # processes that the launcher may not have ended
             self._last = self._outcome(code)
         except BaseException as error:  # the thread's last word: whoever waits must hear of it
             logger.exception("training job %s failed", self.id)
@@ -162,7 +162,7 @@ class TRLJob:
         return redact_text("\n".join(lines[:end][-LAST_LINES:])) or "it said nothing"
 
     def status(self) -> TrainingJobStatus:
-        """How it stands, as far as the process tells; reading changes nothing."""
+        """Its status as the process last reported it; reading changes nothing."""
         return (self._last or self._make(TrainingStatusEnum.RUNNING, None)).model_copy(deep=True)
 
     def _make(self, status: TrainingStatusEnum, message: str | None) -> TrainingJobStatus:
