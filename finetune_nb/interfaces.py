@@ -61,32 +61,85 @@ class Policy(Protocol):
         tools: Sequence[dict[str, Any]] | None = None,
         previous_ids: Sequence[int] | None = None,
     ) -> list[int]:
-        """Prompt ids for the next assistant turn. With `previous_ids` (prompt + reply of the turn before, exactly as
-        sampled) only what follows the last assistant message is rendered, after them."""
+        """Render the prompt for the next assistant turn.
+
+        Args:
+            messages: OpenAI chat messages.
+            tools: OpenAI tool schemas. Default: none.
+            previous_ids: Prompt and reply of the turn before, exactly as sampled. If given, only what follows the last
+                assistant message is rendered, after them.
+
+        Returns:
+            Token ids of the prompt, `previous_ids` included.
+        """
         ...
 
     async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
-        """Samples one reply, awaited on any event loop. The same ids, params, seed and weights give the same reply."""
+        """Sample one reply; awaited on any event loop.
+
+        Args:
+            ids: Token ids of the prompt.
+            params: Sampling parameters.
+            seed: The same ids, params, seed and weights give the same reply.
+
+        Returns:
+            Token ids of the reply with their logprobs and the reason why it ended.
+        """
         ...
 
     def parse(self, ids: Sequence[int]) -> dict[str, Any]:
-        """Reply ids -> OpenAI assistant message (`content`, and `tool_calls` where the model called tools)."""
+        """Turn the token ids of a reply into a message.
+
+        Args:
+            ids: Token ids of the reply.
+
+        Returns:
+            An OpenAI assistant message: `content`, and `tool_calls` if the model called tools.
+        """
         ...
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token."""
+        """Text of each token.
+
+        Args:
+            ids: Token ids.
+
+        Returns:
+            One string a token.
+        """
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a plain text, without a chat template and without anything added to it."""
+        """Encode plain text, without a chat template and without anything added to it.
+
+        Args:
+            text: The text.
+
+        Returns:
+            Token ids.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens."""
+        """Decode token ids, without special tokens.
+
+        Args:
+            ids: Token ids.
+
+        Returns:
+            The text.
+        """
         ...
 
     def episode(self, key: EpisodeKey) -> AbstractContextManager[None]:
-        """Entered for as long as a rollout lives, so that a batch can wait for every live one."""
+        """Entered for as long as a rollout lives, so that a batch can wait for every live one.
+
+        Args:
+            key: Epoch, example and generation of the rollout.
+
+        Returns:
+            A context manager.
+        """
         ...
 
 
@@ -118,7 +171,11 @@ class TrajectoryBuilder(ABC):
         self.run_config: FinetuneConfig = None  # type: ignore[assignment]  # set by initialize
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
-        """Called once, before the first epoch. Override to open what the builder needs; call super first."""
+        """Called once, before the first epoch. Override to open what the builder needs; call super first.
+
+        Args:
+            run_config: The section `finetuning` of the config.
+        """
         self.run_config = run_config
         self.trajectory_builder_config.reward = self.run_config.reward_function
 
@@ -138,21 +195,48 @@ class TrajectoryBuilder(ABC):
 
     @abstractmethod
     async def start_run(self, run_id: str, meta: dict | None = None) -> None:
-        """Starts collecting. `meta["epoch"]` is the epoch."""
+        """Start collecting; returns as soon as the work has begun.
+
+        Args:
+            run_id: Id of the run.
+            meta: Details of the caller; `meta["epoch"]` is the epoch's number, from 0.
+        """
         raise NotImplementedError
 
     @abstractmethod
     async def finalize(self, run_id: str, meta: dict | None = None) -> TrajectoryCollection:
-        """Waits for what `start_run` began and returns the trajectories, one group an example."""
+        """Wait for what `start_run` began.
+
+        Args:
+            run_id: Id of the run.
+            meta: Details of the caller; `meta["epoch"]` is the epoch's number, from 0.
+
+        Returns:
+            The trajectories, one group per example.
+        """
         raise NotImplementedError
 
     async def compute_reward(self, output_item: EvalOutputItem, meta: dict | None = None) -> float:
-        """The reward of a scored item: its score. Override to shape it."""
+        """Compute the reward of a scored item: its score. Override to shape it.
+
+        Args:
+            output_item: What the evaluator returned for it.
+            meta: Details of the caller; `meta["epoch"]` is the epoch's number, from 0.
+
+        Returns:
+            The reward; 0.0 for an item without a score.
+        """
         return float(output_item.score) if output_item.score is not None else 0.0
 
     @abstractmethod
     def log_progress(self, run_id: str, metrics: dict[str, Any], output_dir: str | None = None) -> None:
-        """Writes down how the collecting went."""
+        """Write down how the collecting went.
+
+        Args:
+            run_id: Id of the run.
+            metrics: Plain numbers and text.
+            output_dir: Folder of the file. Default: the run's own.
+        """
         raise NotImplementedError
 
 
@@ -171,7 +255,11 @@ class TrainerAdapter(ABC):
         self.run_config: FinetuneConfig = None  # type: ignore[assignment]  # set by initialize
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
-        """Called once, before the first epoch. Override to connect or to load weights; call super first."""
+        """Called once, before the first epoch. Override to connect or to load weights; call super first.
+
+        Args:
+            run_config: The section `finetuning` of the config.
+        """
         self.run_config = run_config
         self.adapter_config.reward = self.run_config.reward_function
 
@@ -182,23 +270,59 @@ class TrainerAdapter(ABC):
 
     @abstractmethod
     async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
-        """Hands trajectories over; returns at once with a ref to a job that has an id of its own."""
+        """Hand trajectories over to the backend; returns at once.
+
+        Args:
+            trajectories: Groups of trajectories to train on.
+
+        Returns:
+            A reference to the job, which has an id of its own.
+
+        Raises:
+            BackendError: The backend cannot train on them.
+        """
         raise NotImplementedError
 
     @abstractmethod
     async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
-        """The job's current status. Reading changes nothing and can be repeated, also after its end."""
+        """Ask for a job's status. Reading changes nothing and can be repeated, also after its end.
+
+        Args:
+            ref: What `submit` returned.
+
+        Returns:
+            The job's current status.
+
+        Raises:
+            UnknownJob: There is no such job.
+        """
         raise NotImplementedError
 
     @abstractmethod
     async def wait_until_complete(self, ref: TrainingJobRef, poll_interval: float = 10.0) -> TrainingJobStatus:
-        """Returns the job's last status once it has ended, well or badly. `poll_interval`: seconds between questions to
-        a backend that must be asked."""
+        """Wait until a job has ended, well or badly.
+
+        Args:
+            ref: What `submit` returned.
+            poll_interval: Seconds between questions to a backend that must be asked.
+
+        Returns:
+            The job's last status; a failed job is returned, not raised.
+
+        Raises:
+            UnknownJob: There is no such job.
+        """
         raise NotImplementedError
 
     @abstractmethod
     def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
-        """Writes down how the training went."""
+        """Write down how the training went.
+
+        Args:
+            ref: What `submit` returned.
+            metrics: Plain numbers and text.
+            output_dir: Folder of the file. Default: the run's own.
+        """
         raise NotImplementedError
 
 
@@ -222,12 +346,21 @@ class Trainer(ABC):
         self._curriculum_state: dict[str, Any] = None  # type: ignore[assignment]
 
     async def bind_components(self, trajectory_builder: TrajectoryBuilder, trainer_adapter: TrainerAdapter) -> None:
-        """Called once, before `initialize`."""
+        """Called once, before `initialize`.
+
+        Args:
+            trajectory_builder: Collects the trajectories.
+            trainer_adapter: Trains on them.
+        """
         self.trajectory_builder = trajectory_builder
         self.trainer_adapter = trainer_adapter
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
-        """Sets the curriculum to its start and initializes the two components."""
+        """Set the curriculum to its start and initialize the two components.
+
+        Args:
+            run_config: The section `finetuning` of the config.
+        """
         self.run_config = run_config
         self.curriculum_config = run_config.curriculum_learning
         self._curriculum_state = {
@@ -242,17 +375,39 @@ class Trainer(ABC):
 
     @abstractmethod
     async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
-        """One epoch: collect, select, submit. None where nothing was submitted."""
+        """Run one epoch: collect, select, submit.
+
+        Args:
+            epoch: Its number, from 0.
+            run_id: Id of the run.
+
+        Returns:
+            A reference to the training job. None if nothing was submitted.
+        """
         raise NotImplementedError
 
     @abstractmethod
     async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
-        """All epochs, from 0."""
+        """Run all epochs, from 0.
+
+        Args:
+            num_epochs: How many.
+
+        Returns:
+            The last status of each job.
+        """
         raise NotImplementedError
 
     @abstractmethod
     async def get_metrics(self, run_id: str) -> dict[str, Any]:
-        """What is known of the run's jobs."""
+        """What is known of the run's jobs.
+
+        Args:
+            run_id: Id of the run.
+
+        Returns:
+            Plain data.
+        """
         raise NotImplementedError
 
     @abstractmethod
@@ -262,15 +417,27 @@ class Trainer(ABC):
 
     @abstractmethod
     def log_progress(self, epoch: int, metrics: dict[str, Any], output_dir: str | None = None) -> None:
-        """Writes down how the epoch went."""
+        """Write down how an epoch went.
+
+        Args:
+            epoch: Its number, from 0.
+            metrics: Plain numbers and text.
+            output_dir: Folder of the file. Default: the run's own.
+        """
         raise NotImplementedError
 
     async def run_validation_evaluation(self, epoch: int, run_id: str) -> dict[str, Any]:
-        """One evaluation on `run_configuration.validation_dataset`, by a copy of the builder: nothing of the run that
-        continues in the meantime is touched.
+        """Evaluate once on `run_configuration.validation_dataset`.
 
-        Returns avg_reward, min_reward, max_reward, num_examples, scores, epoch, dataset_type. An evaluation that fails
-        has avg_reward NaN and `error`; an item without a score does not count.
+        A copy of the builder does it: nothing of the run that continues in the meantime is touched.
+
+        Args:
+            epoch: Number of the epoch that follows.
+            run_id: Id of the run.
+
+        Returns:
+            avg_reward, min_reward, max_reward, num_examples, scores, epoch and dataset_type. An evaluation that fails has
+            avg_reward NaN and `error`; an item without a score does not count.
         """
         try:
             builder = without_wrappers(self.trajectory_builder)
@@ -311,7 +478,15 @@ class Trainer(ABC):
     def apply_curriculum_learning(
         self, trajectory_collection: TrajectoryCollection, epoch: int
     ) -> TrajectoryCollection:
-        """The groups to train on, in order."""
+        """Choose the groups to train on.
+
+        Args:
+            trajectory_collection: All groups of the epoch.
+            epoch: Its number, from 0.
+
+        Returns:
+            The chosen groups, in the order in which they are trained on.
+        """
         raise NotImplementedError(
             "Curriculum learning not implemented for this trainer. Override to implement curriculum learning."
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .config.base import TrainerAdapterConfig, TrajectoryBuilderConfig
-from .interfaces import TrainerAdapter, TrajectoryBuilder
+from .interfaces import Policy, TrainerAdapter, TrajectoryBuilder
 from .types import (
     EpisodeItem,
     EpisodeItemRole,
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-class ScriptedPolicy:
+class ScriptedPolicy(Policy):
     """A policy whose reply is `script(messages, seed)`. One token a character; every token has logprob -1.
 
     The script may be any function; without one the reply is "ok".
@@ -144,6 +144,11 @@ class FakeAdapter(TrainerAdapter):
         return await self.status(ref)
 
     async def cancel(self, ref: TrainingJobRef) -> None:
+        """Cancel a job.
+
+        Args:
+            ref: What `submit` returned.
+        """
         self._jobs[(ref.metadata or {})["job_id"]].cancel()
 
     def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
@@ -194,7 +199,19 @@ class ScriptedBuilder(TrajectoryBuilder):
 def make_trajectory(
     reward: float, example: Any = "0", generation: int = 0, run_id: str = "run", reply: str = "ok", **metadata: Any
 ) -> Trajectory:
-    """A question and a sampled reply, one token a character."""
+    """Make a trajectory: a question and a sampled reply, one token a character.
+
+    Args:
+        reward: Its reward.
+        example: Id of the example, which is the question too.
+        generation: Which rollout of the group, from 0.
+        run_id: Id of the run.
+        reply: The sampled reply.
+        metadata: Further keys of `Trajectory.metadata`.
+
+    Returns:
+        The trajectory.
+    """
     return Trajectory(
         episode=[
             EpisodeItem(role=EpisodeItemRole.USER, content=str(example)),
@@ -215,7 +232,15 @@ def make_trajectory(
 
 
 def sums(rows: int = 8, seed: int = 0) -> list[dict[str, Any]]:
-    """A dataset of sums: question "3+4", answer "7"."""
+    """Make a dataset of sums: question "3+4", answer "7".
+
+    Args:
+        rows: How many.
+        seed: The same seed gives the same sums.
+
+    Returns:
+        Rows with id, question and answer.
+    """
     rng = random.Random(seed)
     pairs = [(rng.randint(0, 9), rng.randint(0, 9)) for _ in range(rows)]
     return [{"id": f"sum-{i}", "question": f"{a}+{b}", "answer": str(a + b)} for i, (a, b) in enumerate(pairs)]

@@ -249,9 +249,18 @@ _shared = EngineThread("ft-run-sync")
 
 
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine, from code that cannot await: `run_sync(run.next_epoch())`.
+    """Run a coroutine from code that cannot await: `run_sync(run.next_epoch())`.
 
     It runs on a loop thread of ours, so it works inside a notebook cell too. Interrupting cancels it.
+
+    Args:
+        coroutine: The coroutine to run.
+
+    Returns:
+        Its result.
+
+    Raises:
+        RuntimeError: It was called from a coroutine that run_sync itself runs.
     """
     if _shared.is_current:
         coroutine.close()

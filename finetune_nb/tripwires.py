@@ -59,7 +59,14 @@ class ValidationFalls:
             raise ConfigError(f"validation_falls: times is {self.times!r}; expected a whole number of at least 1.")
 
     def of_run(self, epochs: Sequence[Epoch]) -> str | None:
-        """Asked in place of a call, with all epochs of the run: why it should pause, or None."""
+        """Asked in place of a call, with all epochs of the run.
+
+        Args:
+            epochs: Its epochs so far, oldest first.
+
+        Returns:
+            Why the run should pause, or None.
+        """
         rewards = [check.mean_reward for epoch in epochs for check in epoch.validations]
         if not epochs or not epochs[-1].validations:
             return None
@@ -73,17 +80,39 @@ class ValidationFalls:
 
 
 def spread_below(share: float) -> SpreadBelow:
-    """A tripwire: fewer than that share of the groups teach (their rewards differ)."""
+    """Make a tripwire that pauses when too few groups teach.
+
+    Args:
+        share: Least share of groups whose rewards differ, from 0 to 1.
+
+    Returns:
+        The tripwire.
+    """
     return SpreadBelow(share)
 
 
 def validation_falls(times: int) -> ValidationFalls:
-    """A tripwire: the validation reward fell that many times in a row."""
+    """Make a tripwire that pauses when the validation reward keeps falling.
+
+    Args:
+        times: How many falls in a row, at least 1.
+
+    Returns:
+        The tripwire.
+    """
     return ValidationFalls(times)
 
 
 def tripped(tripwires: Sequence[Tripwire], epochs: Sequence[Epoch]) -> str | None:
-    """Why the run should pause after its newest epoch; None if it may continue. One that raises pauses, too."""
+    """Ask all tripwires after an epoch.
+
+    Args:
+        tripwires: The run's tripwires. One that raises pauses the run, too.
+        epochs: Its epochs so far, oldest first.
+
+    Returns:
+        Why the run should pause after its newest epoch; None if it may continue.
+    """
     for tripwire in list(tripwires):
         name = getattr(tripwire, "__name__", type(tripwire).__name__)
         try:

@@ -253,7 +253,17 @@ class EvalInputItem(BaseModel):
     full_dataset_entry: Any
 
     def copy_with_updates(self, **updates: Any) -> EvalInputItem:
-        """A copy with other values of some fields. Raises ValidationError for those that do not fit."""
+        """Copy the item with other values of some fields.
+
+        Args:
+            updates: Field names with their new values.
+
+        Returns:
+            The copy.
+
+        Raises:
+            ValidationError: A value does not fit its field.
+        """
         return EvalInputItem(**{**dict(self), **updates})
 
 
@@ -380,16 +390,41 @@ class CurriculumSettings:
 
     @classmethod
     def from_config(cls, config: BaseModel) -> CurriculumSettings:
-        """The settings with which a run of that CurriculumLearningConfig starts."""
+        """Read the settings with which a run of a config starts.
+
+        Args:
+            config: A CurriculumLearningConfig.
+
+        Returns:
+            The settings.
+        """
         return resolve("finetune_nb.config.sections:settings_from")(config)
 
     def to_config(self, initial_percentile: float) -> Any:
-        """The same as a CurriculumLearningConfig; `initial_percentile` is where the run started."""
+        """Convert to a section of the config.
+
+        Args:
+            initial_percentile: The percentile at which the run started.
+
+        Returns:
+            A CurriculumLearningConfig.
+        """
         return resolve("finetune_nb.config.sections:section_of")(self, initial_percentile)
 
     def updated(self, changes: Mapping[str, Any] | CurriculumSettings) -> CurriculumSettings:
-        """These settings with `changes`, the rest as it is. A percentile given without a schedule stays where it is
-        put: the schedule becomes "manual"."""
+        """Copy the settings with changes.
+
+        A percentile given without a schedule stays where it is put: the schedule becomes "manual".
+
+        Args:
+            changes: Field names with their new values, or the settings to take instead.
+
+        Returns:
+            The new settings.
+
+        Raises:
+            ConfigError: A name is unknown, or a value is out of its range.
+        """
         if isinstance(changes, CurriculumSettings):
             return changes
         known = [field.name for field in dataclasses.fields(self)]
@@ -404,8 +439,14 @@ class CurriculumSettings:
         return dataclasses.replace(self, **{**manual, **changes})
 
     def resumes_after(self, before: CurriculumSettings) -> bool:
-        """Whether the schedule continues from this percentile, an interval from now: it is automatic, and was not before
-        or has been given another percentile."""
+        """Whether the schedule continues from this percentile, an interval from now.
+
+        Args:
+            before: The settings before.
+
+        Returns:
+            True if it is automatic, and was not before or has been given another percentile.
+        """
         return self.schedule == "automatic" and (before.schedule == "manual" or before.percentile != self.percentile)
 
 

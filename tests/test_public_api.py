@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import enum
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 
 import finetune_nb as ft
+from finetune_nb import frames, plots, testing, tripwires
 
 SEED = set(
     """
@@ -243,3 +246,49 @@ def test_a_trainer_without_a_curriculum_says_so():
 def test_every_error_is_also_the_standard_one_that_it_stands_for(name, standard):
     assert issubclass(getattr(ft, name), ft.FinetuneError)
     assert issubclass(getattr(ft, name), standard)
+
+
+# ── what JupyterLab shows on Shift+Tab ───────────────────────────────────────────────────────────────────────────────
+
+
+def public_functions():
+    """(name, function) of everything public that is called: functions, and the methods of classes."""
+    for module in (ft, frames, plots, testing, tripwires):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if inspect.isfunction(thing):
+                yield f"{module.__name__}.{name}", thing
+            if not inspect.isclass(thing) or issubclass(thing, (BaseException, enum.Enum)):
+                continue
+            hooks = getattr(thing, "__pydantic_decorators__", None)
+            hidden = {*hooks.field_validators, *hooks.model_validators} if hooks else set()
+            for method in vars(thing):
+                function = getattr(thing, method)
+                if not method.startswith("_") and method not in hidden and inspect.isroutine(function):
+                    yield f"{name}.{method}", function
+
+
+def undescribed(function):
+    """Parameters that the docstring's section Args does not name."""
+    parameters = [name for name in inspect.signature(function).parameters if name not in ("self", "_")]
+    section = re.search(r"^Args:\n(.*?)(?=^\w|\Z)", inspect.getdoc(function) or "", re.S | re.M)
+    described = re.findall(r"^    \*{0,2}(\w[\w, ]*):", section[1], re.M) if section else []
+    named = {name.strip() for names in described for name in names.split(",")}
+    return [name for name in parameters if name not in named]
+
+
+def test_every_public_function_describes_its_arguments():
+    missing = {name: undescribed(function) for name, function in public_functions()}
+    assert len(missing) > 100
+    assert {name: left for name, left in missing.items() if left} == {}
+
+
+def test_a_missing_description_would_be_noticed():
+    def described(a, b):
+        """Do it.
+
+        Args:
+            a: The first.
+        """
+
+    assert undescribed(described) == ["b"]

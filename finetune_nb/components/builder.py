@@ -76,10 +76,18 @@ class Builder:
         self._closing: asyncio.Task[None] | None = None
 
     def add(self, kind: str, name: str, component: Any) -> None:
-        """Puts in a ready-made component, which goes before the config's of that name. It is not closed by the builder.
+        """Put in a ready-made component, which takes precedence over the config's of that name.
 
-        Raises ConfigError for an unknown kind, where the config's component has been built already, and for a trainer adapter
-        of a run that trains elsewhere.
+        The builder does not close it.
+
+        Args:
+            kind: One of KINDS, such as "trainer_adapter".
+            name: Its name in the config.
+            component: The component itself.
+
+        Raises:
+            ConfigError: The kind is unknown, the config's component has been built already, or it is a trainer adapter of
+                a run that trains elsewhere.
         """
         if kind not in KINDS:
             raise ConfigError(f"there is no kind of component {kind!r}. {did_you_mean(kind, KINDS)}")
@@ -99,19 +107,44 @@ class Builder:
         return [(*key, component) for key, component in self._added.items()]
 
     def ready(self, kind: str, name: str) -> Any | None:
-        """The component if it was added or has been built, else None."""
+        """Look up a component without building it.
+
+        Args:
+            kind: One of KINDS.
+            name: Its name in the config.
+
+        Returns:
+            The component if it was added or has been built, else None.
+        """
         if (kind, name) in self._added:
             return self._added[kind, name]
         return next((live.ready.result() for live in self._built if live.key == (kind, name)), None)
 
     def built(self, kind: str) -> list[Any]:
-        """Every component of a kind that was added or has been built."""
+        """Every component of a kind that was added or has been built.
+
+        Args:
+            kind: One of KINDS.
+
+        Returns:
+            The components, in the order in which they became ready.
+        """
         added = [component for (of_kind, _), component in self._added.items() if of_kind == kind]
         return added + [live.ready.result() for live in self._built if live.key[0] == kind]
 
     async def get_llm(self, name: str, wrapper_type: Any = None) -> Any:
-        """A language model. `wrapper_type` is NAT's and must be None: finetune_nb wraps no model for another
-        framework."""
+        """Get a language model, built on first use.
+
+        Args:
+            name: Its name in the section `llms`.
+            wrapper_type: The Toolkit's; must be None, since no model is wrapped for another framework here.
+
+        Returns:
+            The model.
+
+        Raises:
+            ConfigError: There is no such model, or a wrapper_type was given.
+        """
         if wrapper_type is not None:
             raise ConfigError(
                 f"get_llm({name!r}, wrapper_type={str(wrapper_type)!r}): no model is wrapped for other frameworks here. "
@@ -120,7 +153,17 @@ class Builder:
         return await self._get("llm_provider", name)
 
     async def get_function(self, name: str) -> Any:
-        """A workflow. The config's own is called "workflow" (NAT: "<workflow>")."""
+        """Get a workflow, built on first use.
+
+        Args:
+            name: Its name. The config's own is called "workflow" (in the Toolkit: "<workflow>").
+
+        Returns:
+            The workflow.
+
+        Raises:
+            ConfigError: There is no such function.
+        """
         return await self._get("function", "workflow" if name == "<workflow>" else name)
 
     async def get_workflow(self) -> Any:
@@ -128,19 +171,59 @@ class Builder:
         return await self._get("function", "workflow")
 
     async def get_evaluator(self, name: str) -> Any:
-        """An evaluator of the section `eval.evaluators`."""
+        """Get an evaluator. It is built on first use.
+
+        Args:
+            name: Its name in the section `eval.evaluators`.
+
+        Returns:
+            The evaluator.
+
+        Raises:
+            ConfigError: There is no such evaluator.
+        """
         return await self._get("evaluator", name)
 
     async def get_trajectory_builder(self, name: str) -> TrajectoryBuilder:
-        """A trajectory builder, not yet initialized."""
+        """Get a trajectory builder, not yet initialized. It is built on first use.
+
+        Args:
+            name: Its name in the section `trajectory_builders`.
+
+        Returns:
+            The trajectory builder.
+
+        Raises:
+            ConfigError: There is no such trajectory builder.
+        """
         return await self._get("trajectory_builder", name)
 
     async def get_trainer_adapter(self, name: str) -> TrainerAdapter:
-        """A trainer adapter, not yet initialized."""
+        """Get a trainer adapter, not yet initialized. It is built on first use.
+
+        Args:
+            name: Its name in the section `trainer_adapters`.
+
+        Returns:
+            The trainer adapter.
+
+        Raises:
+            ConfigError: There is no such trainer adapter.
+        """
         return await self._get("trainer_adapter", name)
 
     async def get_trainer(self, name: str) -> Trainer:
-        """A trainer, not yet bound to its two components."""
+        """Get a trainer, not yet bound to its two components. It is built on first use.
+
+        Args:
+            name: Its name in the section `trainers`.
+
+        Returns:
+            The trainer.
+
+        Raises:
+            ConfigError: There is no such trainer.
+        """
         return await self._get("trainer", name)
 
     async def get_executor(self) -> RolloutExecutor | None:
@@ -149,11 +232,31 @@ class Builder:
         return await self._get("executor", kind) if kind in EXECUTORS else None
 
     def get_llm_config(self, name: str) -> LLMBaseConfig:
-        """The config of a language model, built or not; so the next ones."""
+        """Get the config of a language model, built or not.
+
+        Args:
+            name: Its name in the section `llms`.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: There is none of that name.
+        """
         return self._config_of("llm_provider", name)
 
     def get_function_config(self, name: str) -> FunctionBaseConfig:
-        """The config of a workflow; the config's own is called "workflow" (NAT: "<workflow>")."""
+        """Get the config of a workflow, built or not.
+
+        Args:
+            name: Its name. The config's own is called "workflow" (in the Toolkit: "<workflow>").
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: There is none of that name.
+        """
         return self._config_of("function", "workflow" if name == "<workflow>" else name)
 
     def get_workflow_config(self) -> FunctionBaseConfig:
@@ -161,19 +264,59 @@ class Builder:
         return self._config_of("function", "workflow")
 
     def get_evaluator_config(self, name: str) -> EvaluatorBaseConfig:
-        """The config of an evaluator."""
+        """Get the config of an evaluator, built or not.
+
+        Args:
+            name: Its name in the section `eval.evaluators`.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: There is none of that name.
+        """
         return self._config_of("evaluator", name)
 
     def get_trajectory_builder_config(self, name: str) -> TrajectoryBuilderConfig:
-        """The config of a trajectory builder."""
+        """Get the config of a trajectory builder, built or not.
+
+        Args:
+            name: Its name in the section `trajectory_builders`.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: There is none of that name.
+        """
         return self._config_of("trajectory_builder", name)
 
     def get_trainer_adapter_config(self, name: str) -> TrainerAdapterConfig:
-        """The config of a trainer adapter."""
+        """Get the config of a trainer adapter, built or not.
+
+        Args:
+            name: Its name in the section `trainer_adapters`.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: There is none of that name.
+        """
         return self._config_of("trainer_adapter", name)
 
     def get_trainer_config(self, name: str) -> TrainerConfig:
-        """The config of a trainer."""
+        """Get the config of a trainer, built or not.
+
+        Args:
+            name: Its name in the section `trainers`.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: There is none of that name.
+        """
         return self._config_of("trainer", name)
 
     def _config_of(self, kind: str, name: str) -> Any:

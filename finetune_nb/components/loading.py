@@ -85,15 +85,21 @@ _VARIABLE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<def
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, override: Iterable[tuple[str, Any]] = ()) -> Config:
-    """A checked Config.
+    """Read and check a config.
 
-    source: a YAML file, YAML text (a string with a line break), a mapping, or a Config, which is returned as it is.
-    override: dotted paths with the values to put there; a string is read as YAML, so "3" is a number.
+    `${NAME}` in a value is replaced from the environment, `${NAME:-default}` by the default if it is unset, and `$${` is a
+    plain `${`. A relative dataset file is looked for in the current directory, then beside the YAML file.
 
-    `${NAME}` in a value is replaced from the environment, `${NAME:-default}` where it is unset by the default, and
-    `$${` is a plain `${`. A relative dataset file is looked for in the current directory, then beside the YAML file.
-    Raises ConfigError, which lists every mistake with its path; MissingExtra where a component needs a package that is
-    not installed.
+    Args:
+        source: A YAML file, YAML text (a string with a line break), a mapping, or a Config, which is returned as it is.
+        override: Dotted paths with the values to put there; a string is read as YAML, so "3" is a number.
+
+    Returns:
+        The checked config.
+
+    Raises:
+        ConfigError: It has mistakes; the error lists every one with its path.
+        MissingExtra: A component needs a package that is not installed.
     """
     override = list(override)
     if isinstance(source, Config):

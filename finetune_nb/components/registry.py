@@ -183,37 +183,110 @@ def _decorator(kind: str, config_type: Any) -> Callable[[F], F]:
 
 
 def register_trajectory_builder(config_type: type[TrajectoryBuilderConfig], **_: Any) -> Callable[[F], F]:
-    """Registers an async generator function `(config, builder)` that yields a TrajectoryBuilder.
+    """Register an async generator function `(config, builder)` that yields a TrajectoryBuilder.
 
-    A name that is registered again (a notebook cell that runs twice) replaces the old one. Raises ConfigError for
-    anything but an async generator function. Further keyword arguments, which NAT's decorators know, are ignored. All
-    of this holds for the other decorators too.
+    A name that is registered again (a notebook cell that runs twice) replaces the old one.
+
+    Args:
+        config_type: Its config class; its `name=` is the `_type` in a YAML file.
+        _: Further keyword arguments of the Toolkit's decorators, which are ignored.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ConfigError: The decorated function is not an async generator function.
     """
     return _decorator("trajectory_builder", config_type)
 
 
 def register_trainer_adapter(config_type: type[TrainerAdapterConfig], **_: Any) -> Callable[[F], F]:
-    """Registers an async generator function `(config, builder)` that yields a TrainerAdapter."""
+    """Register an async generator function `(config, builder)` that yields a TrainerAdapter.
+
+    A name that is registered again (a notebook cell that runs twice) replaces the old one.
+
+    Args:
+        config_type: Its config class; its `name=` is the `_type` in a YAML file.
+        _: Further keyword arguments of the Toolkit's decorators, which are ignored.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ConfigError: The decorated function is not an async generator function.
+    """
     return _decorator("trainer_adapter", config_type)
 
 
 def register_trainer(config_type: type[TrainerConfig], **_: Any) -> Callable[[F], F]:
-    """Registers an async generator function `(config, builder)` that yields a Trainer."""
+    """Register an async generator function `(config, builder)` that yields a Trainer.
+
+    A name that is registered again (a notebook cell that runs twice) replaces the old one.
+
+    Args:
+        config_type: Its config class; its `name=` is the `_type` in a YAML file.
+        _: Further keyword arguments of the Toolkit's decorators, which are ignored.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ConfigError: The decorated function is not an async generator function.
+    """
     return _decorator("trainer", config_type)
 
 
 def register_evaluator(config_type: type[EvaluatorBaseConfig], **_: Any) -> Callable[[F], F]:
-    """Registers an async generator function `(config, builder)` that yields an evaluator."""
+    """Register an async generator function `(config, builder)` that yields an evaluator.
+
+    A name that is registered again (a notebook cell that runs twice) replaces the old one.
+
+    Args:
+        config_type: Its config class; its `name=` is the `_type` in a YAML file.
+        _: Further keyword arguments of the Toolkit's decorators, which are ignored.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ConfigError: The decorated function is not an async generator function.
+    """
     return _decorator("evaluator", config_type)
 
 
 def register_function(config_type: type[FunctionBaseConfig], **_: Any) -> Callable[[F], F]:
-    """Registers an async generator function `(config, builder)` that yields a workflow: a function, sync or async."""
+    """Register an async generator function `(config, builder)` that yields a workflow: a function, sync or async.
+
+    A name that is registered again (a notebook cell that runs twice) replaces the old one.
+
+    Args:
+        config_type: Its config class; its `name=` is the `_type` in a YAML file.
+        _: Further keyword arguments of the Toolkit's decorators, which are ignored.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ConfigError: The decorated function is not an async generator function.
+    """
     return _decorator("function", config_type)
 
 
 def register_llm_provider(config_type: type[LLMBaseConfig], **_: Any) -> Callable[[F], F]:
-    """Registers an async generator function `(config, builder)` that yields a language model."""
+    """Register an async generator function `(config, builder)` that yields a language model.
+
+    A name that is registered again (a notebook cell that runs twice) replaces the old one.
+
+    Args:
+        config_type: Its config class; its `name=` is the `_type` in a YAML file.
+        _: Further keyword arguments of the Toolkit's decorators, which are ignored.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ConfigError: The decorated function is not an async generator function.
+    """
     return _decorator("llm_provider", config_type)
 
 

@@ -37,11 +37,21 @@ class MetricsSink(Protocol):
     """Where the numbers of a run's epochs go."""
 
     def begin(self, run_id: str, config: Mapping[str, Any]) -> None:
-        """Once, before the first epoch that it sees. config: plain data, without secrets."""
+        """Called once, before the first epoch that it sees.
+
+        Args:
+            run_id: Id of the run.
+            config: The run's config as plain data, without secrets.
+        """
         ...
 
     def log(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """An epoch has been recorded. metrics: see `metrics_of`."""
+        """Called after an epoch has been recorded.
+
+        Args:
+            epoch: Its number, from 0.
+            metrics: Numbers by name; see `metrics_of`.
+        """
         ...
 
     def end(self) -> None:
@@ -49,7 +59,7 @@ class MetricsSink(Protocol):
         ...
 
 
-class JsonlSink:
+class JsonlSink(MetricsSink):
     """Appends a line an epoch to a file: its time, run, epoch and metrics. Several runs may share the file."""
 
     def __init__(self, path: str | Path) -> None:
@@ -66,7 +76,7 @@ class JsonlSink:
         pass
 
 
-class WandbSink:
+class WandbSink(MetricsSink):
     """Logs to whatever has wandb's shape: wandb, trackio.
 
         run.sinks.append(ft.WandbSink(trackio, project="sums"))

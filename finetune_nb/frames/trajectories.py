@@ -180,7 +180,15 @@ def chosen(values: Mapping[str, Any], those: np.ndarray) -> dict[str, Any]:
 
 
 def is_example(found: Any, asked: Any) -> bool:
-    """Whether an id is the one asked for, or is in a list of them. 1, True and "1" are three different ids."""
+    """Whether an id is the one asked for, or one of several. 1, True and "1" are three different ids.
+
+    Args:
+        found: The id of an example.
+        asked: An id, or a list or set of ids.
+
+    Returns:
+        True if it is.
+    """
     if isinstance(asked, list | set | frozenset) and type(found) is not type(asked):
         return any(is_example(found, each) for each in asked)
     try:

@@ -83,7 +83,15 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         return getattr(self.trajectory_builder_config, "num_generations", 1)
 
     async def start_run(self, run_id: str, meta: dict | None = None) -> None:
-        """Starts all generations. Raises ValueError while the run is already collecting."""
+        """Start all generations.
+
+        Args:
+            run_id: Id of the run.
+            meta: Details of the caller; `meta["epoch"]` is the epoch's number, from 0.
+
+        Raises:
+            ValueError: The run is already collecting.
+        """
         if run_id in self.evaluation_runs:
             raise ValueError(f"Run {run_id} is already in progress: finalize it before the next start_run.")
         epoch = (meta or {}).get("epoch", 0)
@@ -104,10 +112,19 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         return await self.run_eval()
 
     async def finalize(self, run_id: str, meta: dict | None = None) -> TrajectoryCollection:
-        """Waits for all generations and returns the trajectories, grouped by example in the order of the draw.
+        """Wait for all generations.
 
-        Raises ValueError for a run that was not started, ConfigError where no evaluator has the reward's name, and the
-        generations' own error where all of them failed alike.
+        Args:
+            run_id: Id of the run.
+            meta: Details of the caller; `meta["epoch"]` is the epoch's number, from 0.
+
+        Returns:
+            The trajectories, grouped by example in the order of the draw.
+
+        Raises:
+            ValueError: The run was not started.
+            ConfigError: No evaluator has the reward's name.
+            Exception: The generations' own error, if all of them failed alike.
         """
         if run_id not in self.evaluation_runs:
             raise ValueError(f"No evaluation runs found for run_id: {run_id}. Call start_run first.")
@@ -121,7 +138,15 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         return await self.collect(outputs, run_id, meta)
 
     def unscored(self, result: RolloutResult, run_id: str) -> Trajectory | RolloutFailure:
-        """A rollout that has ended, before it is scored: its reward is NaN."""
+        """Turn a rollout that has ended into a trajectory before it is scored.
+
+        Args:
+            result: The rollout.
+            run_id: Id of the run.
+
+        Returns:
+            A trajectory with reward NaN, or the failure.
+        """
         key, item = result.request.key, result.request.item
         if result.error is not None:
             return RolloutFailure(item.id, key.generation, redact_text(result.error), result.steps)
@@ -137,7 +162,19 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
     async def collect(
         self, outputs: Sequence[EvaluationRunOutput | BaseException], run_id: str, meta: dict | None = None
     ) -> TrajectoryCollection:
-        """The trajectories of finished evaluations, one a generation; an exception in place of one that failed."""
+        """Group the trajectories of finished evaluations.
+
+        Args:
+            outputs: One a generation; an exception in place of one that failed.
+            run_id: Id of the run.
+            meta: Details of the caller; `meta["epoch"]` is the epoch's number, from 0.
+
+        Returns:
+            The trajectories and the failures.
+
+        Raises:
+            Exception: The first of them, if every generation failed.
+        """
         errors = [output for output in outputs if isinstance(output, BaseException)]
         if errors and len(errors) == len(outputs):
             raise errors[0]
@@ -261,7 +298,13 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         return reward.name
 
     def log_progress(self, run_id: str, metrics: dict[str, Any], output_dir: str | None = None) -> None:
-        """Appends a line to trajectory_builder_<run_id>.jsonl."""
+        """Append a line to trajectory_builder_<run id>.jsonl.
+
+        Args:
+            run_id: Id of the run.
+            metrics: Plain numbers and text.
+            output_dir: Folder of the file. Default: the run's own.
+        """
         folder = output_dir or (self.run_config.output_dir / run_id if self.run_config else ".")
         line = {"num_generations": self.num_generations, **metrics}
         append_jsonl(Path(folder) / f"trajectory_builder_{run_id}.jsonl", {"run_id": run_id, **line})

@@ -680,7 +680,18 @@ class Run(RunHistory):
         return self
 
     async def wait_async(self, timeout: float | None = None) -> Self:
-        """Wait like `wait`, in a cell that awaits; it shows how far the run is."""
+        """Wait like `wait`, in a cell that awaits; it shows how far the run is.
+
+        Args:
+            timeout: Seconds to wait at most. Default: until the run ends.
+
+        Returns:
+            The run.
+
+        Raises:
+            EpochAborted: The run was aborted.
+            FinetuneError: The run failed; it is raised here once.
+        """
         await self._session.wait_async(timeout, self._progress_line)
         return self
 

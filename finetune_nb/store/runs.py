@@ -28,10 +28,16 @@ __all__ = [
 
 
 def runs(directory: str | Path = "runs", archived: bool = False) -> pd.DataFrame:
-    """The runs in a directory, newest first: one row = one run. archived: the archived ones instead.
+    """List the runs in a directory, newest first.
 
-    Columns: run (its id), created_at (UTC), epochs, last_reward (mean reward of the last epoch, NaN without one), state,
-    parent and parent_epoch (of a fork), size (bytes), folder, error (why a folder cannot be read; the rest is then missing).
+    Args:
+        directory: The directory with the runs' folders.
+        archived: List the archived runs instead.
+
+    Returns:
+        One row = one run. Columns: run (its id), created_at (UTC), epochs, last_reward (mean reward of the last epoch, NaN
+        without one), state, parent and parent_epoch (of a fork), size (bytes), folder, error (why a folder cannot be read; the
+        rest is then missing).
     """
     import pandas as pd
 

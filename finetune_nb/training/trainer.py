@@ -79,10 +79,20 @@ class EpochTrainer(Trainer):
         self._healthy = False
 
     async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
-        """One epoch to its end, the job's included.
+        """Run one epoch to its end, the job's included.
 
-        Validates before the rollouts when `epoch` is a multiple of the interval, and after the last epoch's update.
-        Returns None where nothing was collected or nothing is left to train on. Raises JobFailed, BackendError.
+        It validates before the rollouts if `epoch` is a multiple of the interval, and after the last epoch's update.
+
+        Args:
+            epoch: Its number, from 0.
+            run_id: Id of the run.
+
+        Returns:
+            A reference to the job. None if nothing was collected, or nothing is left to train on.
+
+        Raises:
+            JobFailed: The training job failed.
+            BackendError: The backend cannot train.
         """
         self.selection = None
         await self._check_health()
@@ -110,7 +120,15 @@ class EpochTrainer(Trainer):
     def apply_curriculum_learning(
         self, trajectory_collection: TrajectoryCollection, epoch: int
     ) -> TrajectoryCollection:
-        """The groups that the curriculum keeps, in its order. All of them where it is switched off."""
+        """Choose the groups to train on; all of them if the curriculum is off.
+
+        Args:
+            trajectory_collection: All groups of the epoch.
+            epoch: Its number, from 0.
+
+        Returns:
+            The groups that the curriculum keeps, in its order.
+        """
         statistics = group_statistics(trajectory_collection.trajectories)
         settings = self.curriculum_settings
         if settings is None:
@@ -186,7 +204,13 @@ class EpochTrainer(Trainer):
             logger.warning("epoch %d: the log in %s cannot be written", epoch, folder, exc_info=True)
 
     def log_progress(self, epoch: int, metrics: dict[str, Any], output_dir: str | None = None) -> None:
-        """Appends a line to training_metrics.jsonl: NAT's keys, with the number of included groups instead of all."""
+        """Append a line to training_metrics.jsonl: the Toolkit's keys, with the number of included groups instead of all.
+
+        Args:
+            epoch: Its number, from 0.
+            metrics: Plain numbers and text.
+            output_dir: Folder of the file. Default: the run's own.
+        """
         line: dict[str, Any] = {"epoch": epoch, **metrics}
         if self.curriculum_config.enabled:
             state = self.get_curriculum_state()
@@ -194,7 +218,15 @@ class EpochTrainer(Trainer):
         append_jsonl(Path(output_dir or self.run_config.output_dir) / "training_metrics.jsonl", line)
 
     async def run_validation_evaluation(self, epoch: int, run_id: str) -> dict[str, Any]:
-        """As the base class; also appends a line to validation_metrics.jsonl."""
+        """Evaluate as the base class does, and append a line to validation_metrics.jsonl.
+
+        Args:
+            epoch: Number of the epoch that follows.
+            run_id: Id of the run.
+
+        Returns:
+            As in the base class.
+        """
         version = getattr(self.trainer_adapter.policy, "version", None)
         metrics = await super().run_validation_evaluation(epoch, run_id)
         try:
@@ -205,7 +237,17 @@ class EpochTrainer(Trainer):
         return metrics
 
     async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
-        """Epochs 0 to num_epochs - 1; one status for each that submitted a job. Ends at the first failed job."""
+        """Run epochs 0 to num_epochs - 1; ends at the first failed job.
+
+        Args:
+            num_epochs: How many.
+
+        Returns:
+            One status for each epoch that submitted a job.
+
+        Raises:
+            RunError: The trainer is not initialized.
+        """
         if self.run_config is None:
             raise RunError("this trainer is not initialized: call bind_components and initialize first.")
         run_id = f"run-{id(self):x}"
@@ -221,7 +263,14 @@ class EpochTrainer(Trainer):
         return statuses
 
     async def get_metrics(self, run_id: str) -> dict[str, Any]:
-        """Every job of this trainer with its status, or the error that asking for it gave."""
+        """Every job of this trainer.
+
+        Args:
+            run_id: Id of the run.
+
+        Returns:
+            Each job with its status, or with the error that asking for it gave.
+        """
         jobs: list[dict[str, Any]] = []
         for ref in self._jobs:
             entry: dict[str, Any] = {"job_ref": ref.model_dump()}

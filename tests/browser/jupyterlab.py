@@ -237,20 +237,24 @@ class Notebook:
     def _wait_until_there(self) -> None:
         self.page.wait_for_selector(f"{PANEL} .jp-Cell", timeout=60_000)
         self.page.wait_for_function(
-            """() => { const widget = window.jupyterapp?.shell.currentWidget;
-                       const kernel = widget?.sessionContext?.session?.kernel;
-                       return kernel && ['idle', 'busy'].includes(kernel.status)
-                              && kernel.connectionStatus === 'connected'; }""",
+            """path => { const widget = window.jupyterapp?.shell.currentWidget;
+                         const kernel = widget?.sessionContext?.session?.kernel;
+                         return widget?.context?.path === path && kernel
+                                && ['idle', 'busy'].includes(kernel.status)
+                                && kernel.connectionStatus === 'connected'; }""",
+            arg=self.path.name,
             timeout=60_000,
         )
 
     def reload(self) -> None:
-        """Reloads the page, as the browser's button does; the kernel goes on."""
+        """Reloads the page, as the browser's button does; the kernel continues."""
+        # JupyterLab writes the open notebook into the address some time after it has opened it.
+        until(lambda: self.page.url.split("?")[0].endswith(self.path.name), 20, "its address", self.lab._breathe)
         self.page.reload()
         self._wait_until_there()
 
     def close_tab(self) -> None:
-        """Closes the browser's tab; the kernel goes on."""
+        """Closes the browser's tab; the kernel continues."""
         self.page.close()
 
     def open_tab(self) -> None:
