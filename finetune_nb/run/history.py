@@ -125,14 +125,26 @@ class RunHistory(ABC):
 
     # ── frames ───────────────────────────────────────────────────────────────────────────────────────────────────────
     #
-    # epoch: a number as in run[3], a slice, or several numbers; None: all. example: an id, or a list of ids. columns: the
-    # names of those that are wanted, in their order. What is not asked for is not read from the disk.
+    # What is not asked for is not read from the disk.
 
     def trajectories(
         self, epoch: Any = None, example: Any = None, columns: Columns = None, *, partial: bool = False
     ) -> pd.DataFrame:
-        """One row = one trajectory or one failed rollout. Columns: see frames.trajectories. partial: those of the epoch
-        that did not finish, too."""
+        """One row = one trajectory or one failed rollout.
+
+        Args:
+            epoch: An epoch's number as in `run[3]`, a slice, or several numbers. Default: all.
+            example: An example's id, or a list of ids. Default: all.
+            columns: Only these columns, in this order. Default: all.
+            partial: Whether to include those of the epoch that did not finish.
+
+        Returns:
+            The frame; its columns are those of `frames.trajectories`.
+
+        Raises:
+            ConfigError: There is no such column, or no such example.
+            IndexError: There is no such epoch.
+        """
         from .. import frames
 
         left = self.partial if partial else None
@@ -140,32 +152,92 @@ class RunHistory(ABC):
         return self._of_example(frames.trajectories(chosen, example, columns), example)
 
     def messages(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
-        """One row = one message of an episode. Columns: see frames.messages."""
+        """One row = one message of an episode.
+
+        Args:
+            epoch: An epoch's number as in `run[3]`, a slice, or several numbers. Default: all.
+            example: An example's id, or a list of ids. Default: all.
+            columns: Only these columns, in this order. Default: all.
+
+        Returns:
+            The frame; its columns are those of `frames.messages`.
+
+        Raises:
+            ConfigError: There is no such column, or no such example.
+            IndexError: There is no such epoch.
+        """
         from .. import frames
 
         return self._of_example(frames.messages(self.chosen(epoch), example, columns), example)
 
     def tokens(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
-        """One row = one token that the policy sampled. Columns: see frames.tokens. Of a long run there are many: ask for
-        some epochs."""
+        """One row = one token that the policy sampled. Of a long run there are many: ask for some epochs.
+
+        Args:
+            epoch: An epoch's number as in `run[3]`, a slice, or several numbers. Default: all.
+            example: An example's id, or a list of ids. Default: all.
+            columns: Only these columns, in this order. Default: all.
+
+        Returns:
+            The frame; its columns are those of `frames.tokens`.
+
+        Raises:
+            ConfigError: There is no such column, or no such example.
+            IndexError: There is no such epoch.
+        """
         from .. import frames
 
         return self._of_example(frames.tokens(self.chosen(epoch), example, columns), example)
 
     def groups(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
-        """One row = one group of one epoch. Columns: see frames.groups."""
+        """One row = one group of one epoch.
+
+        Args:
+            epoch: An epoch's number as in `run[3]`, a slice, or several numbers. Default: all.
+            example: An example's id, or a list of ids. Default: all.
+            columns: Only these columns, in this order. Default: all.
+
+        Returns:
+            The frame; its columns are those of `frames.groups`.
+
+        Raises:
+            ConfigError: There is no such column, or no such example.
+            IndexError: There is no such epoch.
+        """
         from .. import frames
 
         return self._of_example(frames.groups(self.chosen(epoch), example, columns), example)
 
     def epochs(self, epoch: Any = None, columns: Columns = None) -> pd.DataFrame:
-        """One row = one epoch. Columns: see frames.epochs."""
+        """One row = one epoch.
+
+        Args:
+            epoch: An epoch's number as in `run[3]`, a slice, or several numbers. Default: all.
+            columns: Only these columns, in this order. Default: all.
+
+        Returns:
+            The frame; its columns are those of `frames.epochs`.
+
+        Raises:
+            ConfigError: There is no such column.
+            IndexError: There is no such epoch.
+        """
         from .. import frames
 
         return frames.epochs(self.chosen(epoch), columns)
 
     def chosen(self, epoch: Any = None) -> Sequence[Epoch]:
-        """The records of those epochs: a number as in run[3], a slice, or several numbers; None: all."""
+        """Look up the records of some epochs.
+
+        Args:
+            epoch: A number as in `run[3]`, a slice, or several numbers. Default: all.
+
+        Returns:
+            The records.
+
+        Raises:
+            IndexError: There is no such epoch.
+        """
         if epoch is None:
             return self.records
         if isinstance(epoch, slice):
@@ -191,8 +263,19 @@ class RunHistory(ABC):
         """Every change of the live settings, in order."""
 
     def journal(self, epoch: Any = None, columns: Columns = None) -> pd.DataFrame:
-        """One row = one field of the live settings that somebody changed. Columns: see frames.journal. epoch: those that
-        these epochs were the first to use."""
+        """One row = one field of the live settings that somebody changed.
+
+        Args:
+            epoch: Only the changes that these epochs were the first to use; as in `trajectories`. Default: all.
+            columns: Only these columns, in this order. Default: all.
+
+        Returns:
+            The frame; its columns are those of `frames.journal`.
+
+        Raises:
+            ConfigError: There is no such column.
+            IndexError: There is no such epoch.
+        """
         from .. import frames
 
         used = None if epoch is None else {each.index for each in self.chosen(epoch)}
@@ -221,10 +304,20 @@ class RunHistory(ABC):
     ) -> RolloutView:
         """Show one rollout as a conversation, with its reward, its tokens and the rest of its group.
 
-        epoch: its number; negative: from the newest; None = the newest. example: the example's id; None = the one whose
-        rewards differ most. generation: None = the best of the group. heat: what tints the sampled tokens, their
-        "probability" or, where the record has alternatives, the "entropy" of the choice. `.trajectory` of what is returned
-        is the record itself. Raises IndexError for an epoch that is not there, RunError for an example or a generation.
+        Args:
+            epoch: Its number; negative counts from the newest. Default: the newest.
+            example: The example's id. Default: the one whose rewards differ most.
+            generation: Which rollout of the group. Default: the best one.
+            heat: What colours the sampled tokens: their "probability", or the "entropy" of the choice, if alternatives were
+                recorded.
+
+        Returns:
+            A view that displays itself; its `.trajectory` is the record.
+
+        Raises:
+            IndexError: There is no such epoch.
+            RunError: The epoch has no such example, or the example no such generation.
+            ConfigError: `heat` is neither of the two.
         """
         from ..analysis.rollout_group import rollout_group
         from ..views.rollout import RolloutView
@@ -233,10 +326,18 @@ class RunHistory(ABC):
         return RolloutView(group, group.rollout(generation), heat)
 
     def compare_group(self, epoch: int | None = None, example: Any = None) -> GroupComparison:
-        """The best and the worst rollout of one example side by side, with the place where they part.
+        """Show the best and the worst rollout of one example side by side, with the point where they diverge.
 
-        epoch, example: as in `show`. `.divergence` of what is returned says where they part, `.trajectories` are the two
-        records. Raises IndexError for an epoch that is not there, RunError for an example, or one with a single rollout.
+        Args:
+            epoch: Its number; negative counts from the newest. Default: the newest.
+            example: The example's id. Default: the one whose rewards differ most.
+
+        Returns:
+            A view that displays itself; its `.divergence` is that point, its `.trajectories` are the two records.
+
+        Raises:
+            IndexError: There is no such epoch.
+            RunError: The epoch has no such example, or fewer than two of its rollouts finished.
         """
         from ..analysis.group_comparison import compare_group
         from ..analysis.rollout_group import rollout_group
@@ -244,10 +345,16 @@ class RunHistory(ABC):
         return compare_group(rollout_group(self._epoch(epoch), example))
 
     def signal(self, epoch: int | None = None) -> LearningSignal:
-        """Which groups of an epoch teach, why the others do not, and what larger or smaller groups would do.
+        """Show which groups of an epoch teach, why the others do not, and what larger or smaller groups would do.
 
-        epoch: as in `show`. `.groups`, `.reasons` and `.sizes` of what is returned are DataFrames. The forecast is
-        explained in spread_forecast.chance_of_spread. Raises IndexError for an epoch that is not there.
+        Args:
+            epoch: Its number; negative counts from the newest. Default: the newest.
+
+        Returns:
+            A view that displays itself; its `.groups`, `.reasons` and `.sizes` are DataFrames.
+
+        Raises:
+            IndexError: There is no such epoch.
         """
         from ..analysis.learning_signal import learning_signal
 
@@ -255,44 +362,114 @@ class RunHistory(ABC):
         return learning_signal(found, [one for one in self.records if one.index < found.index])
 
     # ── plots ────────────────────────────────────────────────────────────────────────────────────────────────────────
-    #
-    # Each returns a figure, or draws on `ax`; options: theme ("light", "dark"; by default one that suits both) and those
-    # of the function of that name in plots.py. others: runs to show beside this one.
 
     def plot_rewards(self, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any) -> Any:
-        """Reward per epoch, with validation, curriculum and live changes."""
+        """Plot the reward per epoch, with validation, curriculum and live changes.
+
+        Args:
+            others: Runs to show beside this one.
+            ax: Where to draw. Default: a new figure.
+            **options: Of `plots.plot_rewards`: theme ("light" or "dark"; by default one that suits both), baseline.
+
+        Returns:
+            The new figure, or `ax`.
+
+        Raises:
+            ConfigError: The theme is unknown.
+        """
         from .. import plots
 
         return plots.plot_rewards([self, *others], ax=ax, **options)
 
     def plot_reward_distribution(self, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any) -> Any:
-        """How the rewards of each epoch are distributed."""
+        """Plot how the rewards of each epoch are distributed.
+
+        Args:
+            others: Runs to show beside this one.
+            ax: One axes per run. Default: a new figure.
+            **options: Of `plots.plot_reward_distribution`: theme ("light" or "dark"; by default one that suits both).
+
+        Returns:
+            The new figure, or `ax`.
+
+        Raises:
+            ConfigError: The number of axes is wrong, or the theme is unknown.
+        """
         from .. import plots
 
         return plots.plot_reward_distribution([self, *others], ax=ax, **options)
 
     def plot_curriculum(self, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any) -> Any:
-        """What became of each epoch's groups, the curriculum's percentile, and the live changes."""
+        """Plot what became of each epoch's groups, the curriculum's percentile, and the live changes.
+
+        Args:
+            others: Runs to show beside this one.
+            ax: Where to draw. Default: a new figure.
+            **options: Of `plots.plot_curriculum`: theme ("light" or "dark"; by default one that suits both).
+
+        Returns:
+            The new figure, or `ax`.
+
+        Raises:
+            ConfigError: The theme is unknown.
+        """
         from .. import plots
 
         return plots.plot_curriculum([self, *others], ax=ax, **options)
 
     def plot_groups(self, epoch: Any = -1, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any) -> Any:
-        """A map of the groups, mean reward against spread, by what became of them. epoch: the newest by default; as in
-        `trajectories`."""
+        """Plot a map of the groups, mean reward against spread, by what became of them.
+
+        Args:
+            epoch: As in `trajectories`. Default: the newest.
+            others: Runs to show beside this one.
+            ax: One axes per run. Default: a new figure.
+            **options: Of `plots.plot_groups`: theme ("light" or "dark"; by default one that suits both).
+
+        Returns:
+            The new figure, or `ax`.
+
+        Raises:
+            ConfigError: The number of axes is wrong, or the theme is unknown.
+            IndexError: There is no such epoch.
+        """
         from .. import plots
 
         runs = {run.id: run.chosen(epoch) if run.records else [] for run in (self, *others)}
         return plots.plot_groups(runs, ax=ax, **options)
 
     def plot_advantages(self, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any) -> Any:
-        """How the advantages of each epoch are distributed, and how many trajectories have none."""
+        """Plot how the advantages of each epoch are distributed, and how many trajectories have none.
+
+        Args:
+            others: Runs to show beside this one.
+            ax: One axes per run. Default: a new figure.
+            **options: Of `plots.plot_advantages`: theme ("light" or "dark"; by default one that suits both).
+
+        Returns:
+            The new figure, or `ax`.
+
+        Raises:
+            ConfigError: The number of axes is wrong, or the theme is unknown.
+        """
         from .. import plots
 
         return plots.plot_advantages([self, *others], ax=ax, **options)
 
     def plot_lengths(self, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any) -> Any:
-        """How many tokens the policy sampled for a trajectory, and how many were cut at the limit."""
+        """Plot how many tokens the policy sampled for a trajectory, and how many were cut at the limit.
+
+        Args:
+            others: Runs to show beside this one.
+            ax: Where to draw. Default: a new figure.
+            **options: Of `plots.plot_lengths`: theme ("light" or "dark"; by default one that suits both).
+
+        Returns:
+            The new figure, or `ax`.
+
+        Raises:
+            ConfigError: The theme is unknown.
+        """
         from .. import plots
 
         return plots.plot_lengths([self, *others], ax=ax, **options)
@@ -300,7 +477,20 @@ class RunHistory(ABC):
     def plot_training(
         self, names: Sequence[str] | None = None, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any
     ) -> Any:
-        """What the training backend measured: loss, KL, clip fraction, gradient norm, ..."""
+        """Plot what the training backend measured: loss, KL, clip fraction, gradient norm, ...
+
+        Args:
+            names: Which metrics, in this order. Default: the usual ones that were measured, else all.
+            others: Runs to show beside this one.
+            ax: One axes per metric. Default: a new figure.
+            **options: Of `plots.plot_training`: theme ("light" or "dark"; by default one that suits both).
+
+        Returns:
+            The new figure, or `ax`.
+
+        Raises:
+            ConfigError: No epoch has a metric of that name, the number of axes is wrong, or the theme is unknown.
+        """
         from .. import plots
 
         return plots.plot_training([self, *others], names, ax=ax, **options)
@@ -308,7 +498,20 @@ class RunHistory(ABC):
     def plot_scores(
         self, names: Sequence[str] | None = None, others: Sequence[RunHistory] = (), ax: Any = None, **options: Any
     ) -> Any:
-        """The mean of every evaluator per epoch."""
+        """Plot the mean of every evaluator per epoch.
+
+        Args:
+            names: Which scores, in this order. Default: all.
+            others: Runs to show beside this one.
+            ax: Where to draw. Default: a new figure.
+            **options: Of `plots.plot_scores`: theme ("light" or "dark"; by default one that suits both), stacked.
+
+        Returns:
+            The new figure, or `ax`.
+
+        Raises:
+            ConfigError: No epoch has a score of that name, `stacked` with several runs, or the theme is unknown.
+        """
         from .. import plots
 
         return plots.plot_scores([self, *others], names, ax=ax, **options)
@@ -324,11 +527,24 @@ class RunHistory(ABC):
         example: Any = None,
         columns: Columns = None,
     ) -> Path:
-        """Writes the run to a file, its kind told by its suffix, and returns its path.
+        """Write the run to a file, in the format that its suffix names.
 
-        "report.html"; a frame ("trajectories" by default) as ".csv", ".parquet" or ".jsonl", of which the last has by
-        default one line a trajectory with its messages; "journal.yaml", the live changes for `replay=` of another run.
-        What .csv does to formulas: see export.py. Raises ConfigError for other suffixes.
+        "report.html"; a frame as ".csv", ".parquet" or ".jsonl"; "journal.yaml", the live changes for `replay=` of another run.
+        In a .csv, a text that a spreadsheet would run as a formula gets a ' in front.
+
+        Args:
+            path: The file; missing folders are created.
+            frame: Which frame. Default: "trajectories", of which a .jsonl has one line each, with its messages.
+            epoch: As in `trajectories`.
+            example: As in `trajectories`.
+            columns: As in `trajectories`.
+
+        Returns:
+            The path.
+
+        Raises:
+            ConfigError: The suffix or the frame is unknown, or the format does not take a frame, an epoch, an example or columns.
+            IndexError: There is no such epoch.
         """
         from ..views.export import export
 

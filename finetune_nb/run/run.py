@@ -199,6 +199,9 @@ class Run(RunHistory):
             **overrides: Values of single settings by dotted path, dots written as two underscores: `run__seed=1`,
                 `finetuning__num_epochs=3`.
 
+        Returns:
+            The run.
+
         Raises:
             ConfigError: The message lists everything that is wrong with the config.
         """
@@ -237,6 +240,9 @@ class Run(RunHistory):
             resume: As in Run.
             output_dir: The directory of run folders, in place of `finetuning.output_dir`.
             **command_line: result_json_path, endpoint, endpoint_timeout, validation_config_file.
+
+        Returns:
+            The run.
 
         Raises:
             ConfigError: Something keeps the installed Toolkit from working; the message names the pin that mends it.
@@ -279,6 +285,9 @@ class Run(RunHistory):
             dataset: As in Run.
             validation: As in Run.
             evaluators: As in Run.
+
+        Returns:
+            The run.
 
         Raises:
             StoreError: The folder holds no run, or a damaged one.
@@ -462,6 +471,9 @@ class Run(RunHistory):
 
         Args:
             count: How many, at most.
+
+        Returns:
+            The lines, oldest first.
         """
         store = self._stored()
         return [] if store is None else [_log_line(event) for event in store.events(last=count)]
@@ -557,8 +569,12 @@ class Run(RunHistory):
     async def validate(self) -> Validation:
         """Evaluate the policy, as it is now, on the validation dataset.
 
+        Returns:
+            The evaluation. If it failed, its mean_reward is NaN and its `error` says why.
+
         Raises:
             RunError: There is no validation dataset, or something of this run is running.
+            EpochAborted: `abort()` was called.
         """
         self._require_open()
         return await self._session.join(self._session.begin(self._driver.validate, fails=False))
@@ -567,7 +583,13 @@ class Run(RunHistory):
         """Try one example: one rollout, scored and shown as a conversation, and recorded nowhere.
 
         Args:
-            example: Its position in the dataset, or its id.
+            example: Its id, or its position in the dataset.
+
+        Returns:
+            The trajectory, or the failure.
+
+        Raises:
+            RunError: There is no such example, or the run's own trajectory builder runs a workflow that is not known here.
         """
         self._require_open()
         return await self._session.ask(lambda: self._driver.rollout(example))
@@ -578,6 +600,12 @@ class Run(RunHistory):
         Args:
             messages: A text, or OpenAI messages.
             **options: tools, temperature, max_tokens, stop.
+
+        Returns:
+            The assistant's turn: its content, its tool calls, and why it ended.
+
+        Raises:
+            RunError: The workflow uses no llm, or is not known here.
         """
         self._require_open()
         return await self._session.ask(lambda: self._driver.chat(messages, **options))
@@ -592,6 +620,9 @@ class Run(RunHistory):
 
         Returns:
             The directory.
+
+        Raises:
+            RunError: The adapter cannot save its model, or the run itself called this.
         """
         self._require_open()
         self._session.require_outside("save_model")
@@ -669,12 +700,20 @@ class Run(RunHistory):
         self._session.abort()
 
     def wait(self, timeout: float | None = None) -> Self:
-        """Wait until nothing is running. Raises what the run raised.
+        """Wait until nothing is running.
 
-        The first interrupt ends the run after the current epoch, the second aborts that and raises KeyboardInterrupt.
+        The first interrupt ends the run after the current epoch, the second aborts that.
 
         Args:
-            timeout: Seconds to wait at most; None: no limit.
+            timeout: Seconds to wait at most. Default: no limit.
+
+        Returns:
+            The run.
+
+        Raises:
+            RunError: The run itself called this, in a workflow, a reward or a tripwire.
+            KeyboardInterrupt: A second interrupt aborted the epoch.
+            Exception: What ended the run, such as JobFailed. An epoch that was aborted raises nothing.
         """
         self._session.wait(timeout, self._progress_line)
         return self
@@ -683,14 +722,15 @@ class Run(RunHistory):
         """Wait like `wait`, in a cell that awaits; it shows how far the run is.
 
         Args:
-            timeout: Seconds to wait at most. Default: until the run ends.
+            timeout: Seconds to wait at most. Default: no limit.
 
         Returns:
             The run.
 
         Raises:
-            EpochAborted: The run was aborted.
-            FinetuneError: The run failed; it is raised here once.
+            RunError: The run itself called this, in a workflow, a reward or a tripwire.
+            KeyboardInterrupt: A second interrupt aborted the epoch.
+            Exception: What ended the run, such as JobFailed. An epoch that was aborted raises nothing.
         """
         await self._session.wait_async(timeout, self._progress_line)
         return self
@@ -762,8 +802,10 @@ class Run(RunHistory):
         """The control panel: state and progress, buttons, the live settings with what they would do, the reward curve, the
         newest epochs, the log.
 
-        Shown again, in any cell, it is another view of the same panel; `close()` takes it away. Where nobody would see
-        widgets (nbclient, a script), the same without them.
+        Shown again, in any cell, it is another view of the same panel; `close()` takes it away.
+
+        Returns:
+            The panel, which displays itself; the same without widgets, where nobody would see them (nbclient, a script).
         """
         from ..notebook.panel import Panel, panel_of
 
@@ -806,6 +848,9 @@ class Run(RunHistory):
             builder: A new trajectory builder, where this run was given one as an object.
             adapter: A new trainer adapter, where this run was given one as an object.
             trainer: A new trainer, where this run was given one as an object.
+
+        Returns:
+            The new run.
 
         Raises:
             RunError: That epoch, or its weights, are not there.
