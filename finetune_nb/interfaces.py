@@ -135,7 +135,7 @@ class Policy(Protocol):
         """Entered for as long as a rollout lives, so that a batch can wait for every live one.
 
         Args:
-            key: Epoch, example and generation of the rollout.
+            key: Phase, epoch, example and generation of the rollout.
 
         Returns:
             A context manager.
@@ -180,7 +180,16 @@ class TrajectoryBuilder(ABC):
         self.trajectory_builder_config.reward = self.run_config.reward_function
 
     async def run_eval(self) -> EvaluationRunOutput:
-        """One generation: the workflow once over the dataset, scored by every evaluator."""
+        """Make one generation: run the workflow once over the dataset, and score it with every evaluator.
+
+        Returns:
+            The items, the evaluators' verdicts, and the rollouts that failed.
+
+        Raises:
+            ConfigError: The builder is not initialized, or the config has a mistake.
+            DatasetError: Something is wrong with the dataset.
+            WorkflowError: The workflow cannot be run on the dataset.
+        """
         run = _run_configuration(self.run_config)
         evaluation = resolve("finetune_nb.rollouts.evaluation:EvaluationRun")
         config = EvaluationRunConfig(
@@ -235,7 +244,7 @@ class TrajectoryBuilder(ABC):
         Args:
             run_id: Id of the run.
             metrics: Plain numbers and text.
-            output_dir: Folder of the file. Default: the run's own.
+            output_dir: Folder to write to. Default: the component's own choice.
         """
         raise NotImplementedError
 
@@ -265,7 +274,11 @@ class TrainerAdapter(ABC):
 
     @abstractmethod
     async def is_healthy(self) -> bool:
-        """Whether the backend can train. Asked before the first epoch; False stops the run."""
+        """Whether the backend can train. Asked before the first epoch.
+
+        Returns:
+            True if it can; False stops the run.
+        """
         raise NotImplementedError
 
     @abstractmethod
@@ -280,6 +293,8 @@ class TrainerAdapter(ABC):
 
         Raises:
             BackendError: The backend cannot train on them.
+            MissingLogprobs: A sampled turn has no logprobs, and the backend needs them.
+            StalePolicy: Other weights sampled them than those that would be trained.
         """
         raise NotImplementedError
 
@@ -321,7 +336,7 @@ class TrainerAdapter(ABC):
         Args:
             ref: What `submit` returned.
             metrics: Plain numbers and text.
-            output_dir: Folder of the file. Default: the run's own.
+            output_dir: Folder to write to. Default: the component's own choice.
         """
         raise NotImplementedError
 
@@ -422,7 +437,7 @@ class Trainer(ABC):
         Args:
             epoch: Its number, from 0.
             metrics: Plain numbers and text.
-            output_dir: Folder of the file. Default: the run's own.
+            output_dir: Folder to write to. Default: the component's own choice.
         """
         raise NotImplementedError
 
@@ -432,7 +447,7 @@ class Trainer(ABC):
         A copy of the builder does it: nothing of the run that continues in the meantime is touched.
 
         Args:
-            epoch: Number of the epoch that follows.
+            epoch: Number of the epoch that follows; after the last one's update, of that one.
             run_id: Id of the run.
 
         Returns:
@@ -486,13 +501,20 @@ class Trainer(ABC):
 
         Returns:
             The chosen groups, in the order in which they are trained on.
+
+        Raises:
+            NotImplementedError: The trainer has no curriculum.
         """
         raise NotImplementedError(
             "Curriculum learning not implemented for this trainer. Override to implement curriculum learning."
         )
 
     def get_curriculum_state(self) -> dict[str, Any]:
-        """The curriculum's state, ready for JSON."""
+        """The curriculum's state, ready for JSON.
+
+        Returns:
+            current_percentile, last_expansion_epoch, total_groups, included_groups (a sorted list) and config.
+        """
         return {
             **self._curriculum_state,
             "included_groups": sorted(self._curriculum_state["included_groups"]),

@@ -38,9 +38,10 @@ __all__ = [
 
 
 class ScriptedPolicy(Policy):
-    """A policy whose reply is `script(messages, seed)`. One token a character; every token has logprob -1.
+    """A policy whose replies come from a script. One token a character; every token has logprob -1.
 
-    The script may be any function; without one the reply is "ok".
+    Args:
+        script: Any function `script(messages, seed)` that returns the reply. Default: the reply is "ok".
     """
 
     def __init__(self, script: Callable[[list[dict[str, Any]], int], str] | None = None) -> None:
@@ -91,10 +92,17 @@ class ScriptedPolicy(Policy):
 
 
 class FakeAdapter(TrainerAdapter):
-    """An adapter whose jobs train nothing: they complete, fail or are canceled as told.
+    """An adapter whose jobs train nothing: they complete, fail or are canceled as asked.
 
-    submitted: every collection that was handed over, in order. outcome: the status in which jobs end. delay: seconds that
-    a job takes. policy: what is sampled; its version counts the completed jobs.
+    `submitted` is every collection that was handed over, in order.
+
+    Args:
+        adapter_config: Its config. Default: an empty one.
+        policy: What is sampled; its version counts the completed jobs. Default: a ScriptedPolicy.
+        outcome: The status in which jobs end.
+        delay: Seconds that a job takes.
+        healthy: What `is_healthy` returns.
+        message: The message of every status.
     """
 
     def __init__(
@@ -162,9 +170,11 @@ class FakeAdapter(TrainerAdapter):
 
 
 class ScriptedBuilder(TrajectoryBuilder):
-    """A builder that runs nothing: `rewards(epoch)` gives the rewards of each group, by example id.
+    """A builder that runs nothing and returns given rewards.
 
-    A reward of None is a failed rollout.
+    Args:
+        rewards: A function of the epoch that returns the rewards of each group, by example id; None is a failed rollout.
+        config: Its config. Default: an empty one.
     """
 
     def __init__(
@@ -207,7 +217,7 @@ def make_trajectory(
         generation: Which rollout of the group, from 0.
         run_id: Id of the run.
         reply: The sampled reply.
-        metadata: Further keys of `Trajectory.metadata`.
+        **metadata: Further keys of `Trajectory.metadata`.
 
     Returns:
         The trajectory.

@@ -33,7 +33,14 @@ Tripwire = Callable[[Epoch], Any]
 
 @dataclass(frozen=True)
 class SpreadBelow:
-    """Pauses where too few groups teach. share: of an epoch's groups, in (0, 1]."""
+    """Pauses where too few groups teach.
+
+    Args:
+        share: Least share of an epoch's groups whose rewards differ, above 0 and at most 1.
+
+    Raises:
+        ConfigError: The share is out of that range.
+    """
 
     share: float
 
@@ -50,7 +57,14 @@ class SpreadBelow:
 
 @dataclass(frozen=True)
 class ValidationFalls:
-    """Pauses where the validation reward has fallen several times in a row. times: at least 1."""
+    """Pauses where the validation reward has fallen several times in a row.
+
+    Args:
+        times: How many falls in a row, at least 1.
+
+    Raises:
+        ConfigError: `times` is not a whole number of at least 1.
+    """
 
     times: int
 
@@ -83,10 +97,13 @@ def spread_below(share: float) -> SpreadBelow:
     """Make a tripwire that pauses when too few groups teach.
 
     Args:
-        share: Least share of groups whose rewards differ, from 0 to 1.
+        share: Least share of an epoch's groups whose rewards differ, above 0 and at most 1.
 
     Returns:
         The tripwire.
+
+    Raises:
+        ConfigError: The share is out of that range.
     """
     return SpreadBelow(share)
 
@@ -99,6 +116,9 @@ def validation_falls(times: int) -> ValidationFalls:
 
     Returns:
         The tripwire.
+
+    Raises:
+        ConfigError: `times` is not a whole number of at least 1.
     """
     return ValidationFalls(times)
 

@@ -256,7 +256,7 @@ class EvalInputItem(BaseModel):
         """Copy the item with other values of some fields.
 
         Args:
-            updates: Field names with their new values.
+            **updates: Field names with their new values.
 
         Returns:
             The copy.

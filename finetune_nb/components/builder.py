@@ -103,7 +103,11 @@ class Builder:
         self._added[kind, name] = component
 
     def added(self) -> list[tuple[str, str, Any]]:
-        """What was put in: kind, name, component."""
+        """List the components that were put in ready-made.
+
+        Returns:
+            Kind, name and component of each.
+        """
         return [(*key, component) for key, component in self._added.items()]
 
     def ready(self, kind: str, name: str) -> Any | None:
@@ -127,7 +131,7 @@ class Builder:
             kind: One of KINDS.
 
         Returns:
-            The components, in the order in which they became ready.
+            The components: those that were added, then those that were built, in the order in which they became ready.
         """
         added = [component for (of_kind, _), component in self._added.items() if of_kind == kind]
         return added + [live.ready.result() for live in self._built if live.key[0] == kind]
@@ -143,7 +147,8 @@ class Builder:
             The model.
 
         Raises:
-            ConfigError: There is no such model, or a wrapper_type was given.
+            ConfigError: There is no such model, or a wrapper_type was given; or components need each other in a circle.
+            RunError: The builder is closed, or works on another event loop.
         """
         if wrapper_type is not None:
             raise ConfigError(
@@ -162,12 +167,21 @@ class Builder:
             The workflow.
 
         Raises:
-            ConfigError: There is no such function.
+            ConfigError: There is no such function; or components need each other in a circle.
+            RunError: The builder is closed, or works on another event loop.
         """
         return await self._get("function", "workflow" if name == "<workflow>" else name)
 
     async def get_workflow(self) -> Any:
-        """The workflow of the config."""
+        """Get the workflow of the config, built on first use.
+
+        Returns:
+            The workflow.
+
+        Raises:
+            ConfigError: The config has no workflow, or components need each other in a circle.
+            RunError: The builder is closed, or works on another event loop.
+        """
         return await self._get("function", "workflow")
 
     async def get_evaluator(self, name: str) -> Any:
@@ -180,7 +194,8 @@ class Builder:
             The evaluator.
 
         Raises:
-            ConfigError: There is no such evaluator.
+            ConfigError: There is no such evaluator; or components need each other in a circle.
+            RunError: The builder is closed, or works on another event loop.
         """
         return await self._get("evaluator", name)
 
@@ -194,7 +209,8 @@ class Builder:
             The trajectory builder.
 
         Raises:
-            ConfigError: There is no such trajectory builder.
+            ConfigError: There is no such trajectory builder; or components need each other in a circle.
+            RunError: The builder is closed, or works on another event loop.
         """
         return await self._get("trajectory_builder", name)
 
@@ -208,7 +224,8 @@ class Builder:
             The trainer adapter.
 
         Raises:
-            ConfigError: There is no such trainer adapter.
+            ConfigError: There is no such trainer adapter; or components need each other in a circle.
+            RunError: The builder is closed, or works on another event loop.
         """
         return await self._get("trainer_adapter", name)
 
@@ -222,12 +239,20 @@ class Builder:
             The trainer.
 
         Raises:
-            ConfigError: There is no such trainer.
+            ConfigError: There is no such trainer; or components need each other in a circle.
+            RunError: The builder is closed, or works on another event loop.
         """
         return await self._get("trainer", name)
 
     async def get_executor(self) -> RolloutExecutor | None:
-        """Where rollouts run, if `run.engine` names an engine elsewhere; None: on the event loop of whoever runs them."""
+        """Get what runs rollouts, if `run.engine` names an engine elsewhere.
+
+        Returns:
+            The executor. None: rollouts run on the event loop of whoever asks for them.
+
+        Raises:
+            RunError: The builder is closed, or works on another event loop.
+        """
         kind = self.config.run.engine_kind
         return await self._get("executor", kind) if kind in EXECUTORS else None
 
@@ -260,7 +285,14 @@ class Builder:
         return self._config_of("function", "workflow" if name == "<workflow>" else name)
 
     def get_workflow_config(self) -> FunctionBaseConfig:
-        """The config of the workflow."""
+        """Get the config of the workflow, built or not.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: There is none.
+        """
         return self._config_of("function", "workflow")
 
     def get_evaluator_config(self, name: str) -> EvaluatorBaseConfig:
@@ -417,8 +449,14 @@ class Builder:
             await generator.aclose()
 
     async def close(self) -> None:
-        """Resumes every component's generator after its yield, the newest first, each once, and all of them even if one
-        raises: that error is then raised, several as an ExceptionGroup. Closing again does nothing more."""
+        """Resume every component's generator after its yield, the newest first, each once.
+
+        All of them are resumed even if one raises. Closing again does nothing more.
+
+        Raises:
+            RunError: The builder works on another event loop.
+            Exception: What a component raised; an ExceptionGroup, if several did.
+        """
         if self._loop not in (None, asyncio.get_running_loop()):
             raise RunError(
                 "the builder was closed on another event loop than the one it works on. Await close() there."

@@ -98,7 +98,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, override: Itera
         The checked config.
 
     Raises:
-        ConfigError: It has mistakes; the error lists every one with its path.
+        ConfigError: It has mistakes, and the message lists every one with its path; or `override` came with a Config.
         MissingExtra: A component needs a package that is not installed.
     """
     override = list(override)

@@ -189,13 +189,13 @@ def register_trajectory_builder(config_type: type[TrajectoryBuilderConfig], **_:
 
     Args:
         config_type: Its config class; its `name=` is the `_type` in a YAML file.
-        _: Further keyword arguments of the Toolkit's decorators, which are ignored.
+        **_: Further keyword arguments of the Toolkit's decorators, which are ignored.
 
     Returns:
         The decorator.
 
     Raises:
-        ConfigError: The decorated function is not an async generator function.
+        ConfigError: config_type does not fit or its name is taken, or the function is not an async generator function.
     """
     return _decorator("trajectory_builder", config_type)
 
@@ -207,13 +207,13 @@ def register_trainer_adapter(config_type: type[TrainerAdapterConfig], **_: Any) 
 
     Args:
         config_type: Its config class; its `name=` is the `_type` in a YAML file.
-        _: Further keyword arguments of the Toolkit's decorators, which are ignored.
+        **_: Further keyword arguments of the Toolkit's decorators, which are ignored.
 
     Returns:
         The decorator.
 
     Raises:
-        ConfigError: The decorated function is not an async generator function.
+        ConfigError: config_type does not fit or its name is taken, or the function is not an async generator function.
     """
     return _decorator("trainer_adapter", config_type)
 
@@ -225,13 +225,13 @@ def register_trainer(config_type: type[TrainerConfig], **_: Any) -> Callable[[F]
 
     Args:
         config_type: Its config class; its `name=` is the `_type` in a YAML file.
-        _: Further keyword arguments of the Toolkit's decorators, which are ignored.
+        **_: Further keyword arguments of the Toolkit's decorators, which are ignored.
 
     Returns:
         The decorator.
 
     Raises:
-        ConfigError: The decorated function is not an async generator function.
+        ConfigError: config_type does not fit or its name is taken, or the function is not an async generator function.
     """
     return _decorator("trainer", config_type)
 
@@ -243,13 +243,13 @@ def register_evaluator(config_type: type[EvaluatorBaseConfig], **_: Any) -> Call
 
     Args:
         config_type: Its config class; its `name=` is the `_type` in a YAML file.
-        _: Further keyword arguments of the Toolkit's decorators, which are ignored.
+        **_: Further keyword arguments of the Toolkit's decorators, which are ignored.
 
     Returns:
         The decorator.
 
     Raises:
-        ConfigError: The decorated function is not an async generator function.
+        ConfigError: config_type does not fit or its name is taken, or the function is not an async generator function.
     """
     return _decorator("evaluator", config_type)
 
@@ -261,13 +261,13 @@ def register_function(config_type: type[FunctionBaseConfig], **_: Any) -> Callab
 
     Args:
         config_type: Its config class; its `name=` is the `_type` in a YAML file.
-        _: Further keyword arguments of the Toolkit's decorators, which are ignored.
+        **_: Further keyword arguments of the Toolkit's decorators, which are ignored.
 
     Returns:
         The decorator.
 
     Raises:
-        ConfigError: The decorated function is not an async generator function.
+        ConfigError: config_type does not fit or its name is taken, or the function is not an async generator function.
     """
     return _decorator("function", config_type)
 
@@ -279,13 +279,13 @@ def register_llm_provider(config_type: type[LLMBaseConfig], **_: Any) -> Callabl
 
     Args:
         config_type: Its config class; its `name=` is the `_type` in a YAML file.
-        _: Further keyword arguments of the Toolkit's decorators, which are ignored.
+        **_: Further keyword arguments of the Toolkit's decorators, which are ignored.
 
     Returns:
         The decorator.
 
     Raises:
-        ConfigError: The decorated function is not an async generator function.
+        ConfigError: config_type does not fit or its name is taken, or the function is not an async generator function.
     """
     return _decorator("llm_provider", config_type)
 

@@ -76,17 +76,32 @@ class TypedBaseModel(BaseModel):
 
     @classmethod
     def static_type(cls) -> str | None:
-        """The name that `_type` gives it, or None."""
+        """The name that `_type` gives it.
+
+        Returns:
+            The name; None for a class without one.
+        """
         return cls._typed_model_name
 
     @classmethod
     def static_full_type(cls) -> str:
-        """The name with its package in front."""
+        """The name that `_type` gives it, with its package in front.
+
+        Returns:
+            "package/name".
+        """
         return cls.full_type
 
     @staticmethod
     def discriminator(value: Any) -> str | None:
-        """The `_type` of a config or of its dump."""
+        """The `_type` of a config or of its dump.
+
+        Args:
+            value: A config, or a dict of its fields.
+
+        Returns:
+            The name; None for a dict without one.
+        """
         return value.get("_type", value.get("type")) if isinstance(value, dict) else value.type
 
     def __repr_args__(self) -> Any:

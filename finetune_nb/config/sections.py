@@ -320,8 +320,12 @@ class Config(BaseModel):
         return getattr(self.workflow, "llm", None) or (next(iter(self.llms)) if len(self.llms) == 1 else None)
 
     def problems(self) -> list[tuple[KeyPath, str]]:
-        """What does not fit together when finetuning is enabled: names that are in no section, a curriculum under
-        which nothing could train."""
+        """Find what does not fit together when finetuning is enabled: names that are in no section, a curriculum under which
+        nothing could train.
+
+        Returns:
+            The path of each mistake, and what is wrong; empty if finetuning is off.
+        """
         tuning = self.finetuning
         if not tuning.enabled:
             return []
@@ -357,8 +361,11 @@ class Config(BaseModel):
         return found
 
     def stored(self) -> dict[str, Any]:
-        """This config as plain data for a YAML file: `load_config` reads it back. `${NAME}` is written where it was read, and
-        other credentials are asterisks."""
+        """This config as plain data for a YAML file, which `load_config` reads back.
+
+        Returns:
+            The data. `${NAME}` is written where it was read, and other credentials are asterisks.
+        """
         named: dict[str, str] = {}  # a secret -> the text written for it, wherever it occurs
 
         def collect(path: KeyPath, node: Any) -> Any:
@@ -395,8 +402,11 @@ class Config(BaseModel):
         return plain_data(self, replace)
 
     def redacted(self) -> dict[str, Any]:
-        """This config as plain data to look at: every secret, and every value that came from the environment, is
-        asterisks."""
+        """This config as plain data to look at.
+
+        Returns:
+            The data. Every secret, and every value that came from the environment, is asterisks.
+        """
 
         def hide(path: KeyPath, node: Any) -> Any:
             if path in self._placeholders or (is_text(node) and node and names_credential(path)):

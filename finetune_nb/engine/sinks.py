@@ -60,7 +60,11 @@ class MetricsSink(Protocol):
 
 
 class JsonlSink(MetricsSink):
-    """Appends a line an epoch to a file: its time, run, epoch and metrics. Several runs may share the file."""
+    """Appends a line an epoch to a file: its time, run, epoch and metrics. Several runs may share the file.
+
+    Args:
+        path: The file.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -81,9 +85,13 @@ class WandbSink(MetricsSink):
 
         run.sinks.append(ft.WandbSink(trackio, project="sums"))
 
-    tracker: a module with `init(project=, name=, config=) -> run`, or a run that you have begun yourself, with
-    `log(metrics, step=)` and `finish()`. options: go to `init` (project, entity, resume, ...); the run's id is its name
-    unless they give one. Raises ConfigError for a tracker of another shape.
+    Args:
+        tracker: A module with `init(project=, name=, config=) -> run`, or a run that you have begun yourself, with
+            `log(metrics, step=)` and `finish()`.
+        **options: Of `init` (project, entity, resume, ...). The run's id is its name unless they give one.
+
+    Raises:
+        ConfigError: The tracker has another shape.
     """
 
     def __init__(self, tracker: Any, **options: Any) -> None:

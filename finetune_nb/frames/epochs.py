@@ -137,6 +137,9 @@ def groups(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] 
         example: Only the groups of this example, or of a list of examples. Default: all.
         columns: Only these columns, in this order. Default: all.
 
+    Returns:
+        The frame.
+
     Raises:
         ConfigError: There is no such column.
     """
@@ -190,6 +193,9 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
         epochs: The records.
         columns: Only these columns, in this order. Default: all.
 
+    Returns:
+        The frame.
+
     Raises:
         ConfigError: There is no such column.
     """
@@ -213,6 +219,9 @@ def journal(changes: Iterable[Change], columns: Sequence[str] | str | None = Non
     Args:
         changes: The changes, in order.
         columns: Only these columns, in this order. Default: all.
+
+    Returns:
+        The frame.
 
     Raises:
         ConfigError: There is no such column.

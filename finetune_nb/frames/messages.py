@@ -140,6 +140,9 @@ def messages(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str
         example: Only the messages of this example, or of a list of examples. Default: all.
         columns: Only these columns, in this order. Default: all. Only the data that they need is read.
 
+    Returns:
+        The frame.
+
     Raises:
         ConfigError: There is no such column.
     """
@@ -173,6 +176,9 @@ def tokens(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] 
         epochs: The records.
         example: Only the tokens of this example, or of a list of examples. Default: all.
         columns: Only these columns, in this order. Default: all. Only the data that they need is read.
+
+    Returns:
+        The frame.
 
     Raises:
         ConfigError: There is no such column.

@@ -99,6 +99,9 @@ def trajectories(
         example: Only the rollouts of this example, or of a list of examples. Default: all.
         columns: Only these columns, in this order. Default: all. Only the data that they need is read.
 
+    Returns:
+        The frame.
+
     Raises:
         ConfigError: There is no such column.
     """

@@ -102,8 +102,16 @@ class EvaluationRun:
         self.config = config
 
     async def run_and_evaluate(self) -> EvaluationRunOutput:
-        """Runs the rollouts and scores those that ended well. Raises ConfigError, DatasetError and WorkflowError for what is
-        wrong before the first one; what goes wrong in a rollout is in `failures`."""
+        """Run the rollouts, and score those that ended well.
+
+        Returns:
+            The items, the evaluators' verdicts, and what went wrong in a rollout, in `failures`.
+
+        Raises:
+            ConfigError: Something is wrong with the config.
+            DatasetError: Something is wrong with the dataset.
+            WorkflowError: The workflow cannot be run on the dataset.
+        """
         source = self.config.config_file
         config = load_config(source, override=self.config.override) if isinstance(source, str | Path) else source
         assert isinstance(config, Config)

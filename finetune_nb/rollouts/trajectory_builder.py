@@ -124,7 +124,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         Raises:
             ValueError: The run was not started.
             ConfigError: No evaluator has the reward's name.
-            Exception: The generations' own error, if all of them failed alike.
+            Exception: The first generation's own error, if all of them failed.
         """
         if run_id not in self.evaluation_runs:
             raise ValueError(f"No evaluation runs found for run_id: {run_id}. Call start_run first.")
@@ -173,6 +173,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
             The trajectories and the failures.
 
         Raises:
+            ConfigError: No evaluator has the reward's name.
             Exception: The first of them, if every generation failed.
         """
         errors = [output for output in outputs if isinstance(output, BaseException)]
@@ -303,7 +304,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         Args:
             run_id: Id of the run.
             metrics: Plain numbers and text.
-            output_dir: Folder of the file. Default: the run's own.
+            output_dir: Folder of the file. Default: the run's own, in `finetuning.output_dir`.
         """
         folder = output_dir or (self.run_config.output_dir / run_id if self.run_config else ".")
         line = {"num_generations": self.num_generations, **metrics}

@@ -91,8 +91,8 @@ class EpochTrainer(Trainer):
             A reference to the job. None if nothing was collected, or nothing is left to train on.
 
         Raises:
-            JobFailed: The training job failed.
-            BackendError: The backend cannot train.
+            JobFailed: The training job failed or was canceled.
+            BackendError: The backend is not healthy, or cannot train on what was chosen.
         """
         self.selection = None
         await self._check_health()
@@ -128,6 +128,9 @@ class EpochTrainer(Trainer):
 
         Returns:
             The groups that the curriculum keeps, in its order.
+
+        Raises:
+            ConfigError: Something else has written a curriculum state that cannot be read.
         """
         statistics = group_statistics(trajectory_collection.trajectories)
         settings = self.curriculum_settings
@@ -209,7 +212,7 @@ class EpochTrainer(Trainer):
         Args:
             epoch: Its number, from 0.
             metrics: Plain numbers and text.
-            output_dir: Folder of the file. Default: the run's own.
+            output_dir: Folder of the file. Default: `finetuning.output_dir`.
         """
         line: dict[str, Any] = {"epoch": epoch, **metrics}
         if self.curriculum_config.enabled:
@@ -221,7 +224,7 @@ class EpochTrainer(Trainer):
         """Evaluate as the base class does, and append a line to validation_metrics.jsonl.
 
         Args:
-            epoch: Number of the epoch that follows.
+            epoch: As in the base class.
             run_id: Id of the run.
 
         Returns:
