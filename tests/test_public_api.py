@@ -252,7 +252,7 @@ def test_every_error_is_also_the_standard_one_that_it_stands_for(name, standard)
 
 
 def public_functions():
-    """(name, function) of everything public that is called: functions, and the methods of classes."""
+    """(name, function) of everything public that is called: functions, and the methods of classes, inherited ones too."""
     for module in (ft, frames, plots, testing, tripwires):
         for name in module.__all__:
             thing = getattr(module, name)
@@ -261,8 +261,9 @@ def public_functions():
             if not inspect.isclass(thing) or issubclass(thing, (BaseException, enum.Enum)):
                 continue
             hooks = getattr(thing, "__pydantic_decorators__", None)
-            hidden = {*hooks.field_validators, *hooks.model_validators} if hooks else set()
-            for method in vars(thing):
+            hidden = {*hooks.field_validators, *hooks.model_validators, "model_post_init"} if hooks else set()
+            ours = [base for base in thing.__mro__ if base.__module__.startswith("finetune_nb")]
+            for method in dict.fromkeys(method for base in ours for method in vars(base)):
                 function = getattr(thing, method)
                 if not method.startswith("_") and method not in hidden and inspect.isroutine(function):
                     yield f"{name}.{method}", function
@@ -283,12 +284,25 @@ def test_every_public_function_describes_its_arguments():
     assert {name: left for name, left in missing.items() if left} == {}
 
 
+def returns_in_silence(function):
+    """Whether it returns something that its docstring does not describe."""
+    returns = inspect.signature(function).return_annotation not in (None, "None", inspect.Signature.empty)
+    return returns and not re.search(r"^(Returns|Yields):$", inspect.getdoc(function) or "", re.M)
+
+
+def test_every_public_function_describes_what_it_returns():
+    assert [name for name, function in public_functions() if returns_in_silence(function)] == []
+
+
 def test_a_missing_description_would_be_noticed():
-    def described(a, b):
+    def described(a, b) -> int:
         """Do it.
 
         Args:
             a: The first.
         """
+        return 0
 
     assert undescribed(described) == ["b"]
+    assert returns_in_silence(described)
+    assert "Run.trajectories" in dict(public_functions()), "which Run inherits"
