@@ -940,12 +940,15 @@ class Epoch:
         return shown_by("finetune_nb.views.summary:epoch_text", self)
 
 
+_ASSISTANT = EpisodeItemRole.ASSISTANT  # looking it up in the enum takes as long as the comparison
+
+
 def is_sampled(item: EpisodeItem | DPOItem) -> bool:
     """Whether it is a turn that the policy sampled: an assistant's, except those without a logprob (`logprobs == []`).
 
     Never raises: logprobs in a form that nobody can read count as there.
     """
-    if not isinstance(item, EpisodeItem) or item.role != EpisodeItemRole.ASSISTANT:
+    if not isinstance(item, EpisodeItem) or item.role != _ASSISTANT:
         return False
     logprobs = item.logprobs
     if (
@@ -968,7 +971,12 @@ def sampled_outcome(trajectory: Trajectory) -> tuple[int, str | None]:
 
 def sampled_tokens(trajectory: Trajectory) -> int:
     """How many tokens the policy sampled in all turns; 0 for preferences, and for logprobs in an unknown form."""
-    return sampled_outcome(trajectory)[0]
+    tokens = 0
+    for item in trajectory.episode:
+        logprobs = getattr(item, "logprobs", None)  # a preference has none
+        if logprobs is not None and item.role == _ASSISTANT:  # type: ignore[union-attr]
+            tokens += logprob_count(logprobs)
+    return tokens
 
 
 def finish_reason(trajectory: Trajectory) -> str | None:

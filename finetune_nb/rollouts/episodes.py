@@ -95,11 +95,12 @@ def drift(trajectories: Iterable[Trajectory]) -> tuple[int, int]:
     the ids of the turn before, because the conversation was rendered or tokenized anew. Training then learns from such a
     turn as from a conversation of its own."""
     carried = drifted = 0
+    assistant, token_ids = EpisodeItemRole.ASSISTANT, MessageKey.TOKEN_IDS
     for trajectory in trajectories:
         seen: set[int] = set()
         for item in trajectory.episode:
-            known = item.metadata if isinstance(item, EpisodeItem) and item.role == EpisodeItemRole.ASSISTANT else None
-            if known and known.get(MessageKey.TOKEN_IDS):
+            known = getattr(item, "metadata", None)  # a preference has none
+            if known and known.get(token_ids) and item.role == assistant:  # type: ignore[union-attr]
                 conversation = known.get(MessageKey.CONVERSATION, 0)
                 carried += conversation in seen
                 drifted += known.get(MessageKey.DRIFTED, False)
