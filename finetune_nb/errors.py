@@ -39,6 +39,7 @@ __all__ = [
     "StalePolicy",
     "StoreError",
     "UnknownJob",
+    "UserCodeError",
     "WorkflowError",
     "did_you_mean",
 ]
@@ -58,6 +59,14 @@ class DatasetError(FinetuneError, ValueError):
 
 class WorkflowError(FinetuneError, RuntimeError):
     """An agent workflow cannot be called with the given row, or it returned nothing."""
+
+
+class UserCodeError(FinetuneError, RuntimeError):
+    """Code that a user wrote raised something that is no Exception, such as SystemExit, or cancelled itself. Its cause is
+    what was raised."""
+
+    said: str = ""
+    """What was raised, as text: "SystemExit: 2"."""
 
 
 class RolloutTimeout(FinetuneError, TimeoutError):

@@ -31,6 +31,7 @@ from .types import (
     TrainingJobStatus,
     TrajectoryCollection,
 )
+from .user_code import contained
 
 if TYPE_CHECKING:
     from .config.base import TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
@@ -461,7 +462,8 @@ class Trainer(ABC):
             run.dataset = run.validation_dataset
             if run.validation_config_file:
                 run.config_file = Path(run.validation_config_file)
-            metrics = self._calculate_validation_metrics(await builder.run_eval())
+            output = await contained("the validation", builder.run_eval())
+            metrics = self._calculate_validation_metrics(output)
         except Exception as error:
             logger.exception("validation before epoch %d failed", epoch)
             metrics = {**_NO_VALIDATION, "error": error_text(error)}

@@ -21,6 +21,8 @@ from pydantic import AliasChoices, AliasPath, BaseModel, SecretBytes, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
+from .text import text_of
+
 __all__ = [
     "KeyPath",
     "MASK",
@@ -114,7 +116,7 @@ def redact_texts(texts: Sequence[Any]) -> list[Any]:
 
 def error_text(error: BaseException) -> str:
     """An error's type and message, without the secrets in it: "ValueError: ..."."""
-    return redact_text(f"{type(error).__name__}: {error}")
+    return redact_text(f"{type(error).__name__}: {text_of(error)}")
 
 
 def redact_exception(error: BaseException) -> bool:
@@ -122,9 +124,10 @@ def redact_exception(error: BaseException) -> bool:
     help, because it makes its text of something else: do not show it."""
     clean = True
     while error is not None:
-        if redact_text(str(error)) != str(error):
+        said = text_of(error)
+        if redact_text(said) != said:
             error.args = tuple(redact_text(part) if isinstance(part, str) else part for part in error.args)
-            clean = clean and redact_text(str(error)) == str(error)
+            clean = clean and redact_text(text_of(error)) == text_of(error)
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return clean
 

@@ -20,6 +20,7 @@ __all__ = [
     "plain",
     "short",
     "signed",
+    "text_of",
     "trend",
 ]
 
@@ -38,13 +39,21 @@ _UNSEEN = re.compile(
 def plain(value: Any) -> str:
     """Any value as one text that can be printed and encoded: control characters as their pictures (␀, ␛), other unseen
     ones, bidi controls and lone surrogates as [U+202E]. Never raises; line breaks and tabs stay."""
-    return _UNSEEN.sub(_visible, _text(value).replace("\r\n", "\n"))
+    return _UNSEEN.sub(_visible, text_of(value).replace("\r\n", "\n"))
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """Any value as text, as `str` makes it.
+
+    Args:
+        value: The value; its `__str__` may be anybody's code.
+
+    Returns:
+        Its text. Never raises: if the text cannot be made, it says so.
+    """
     try:
         return value if isinstance(value, str) else str(value)
-    except Exception as error:
+    except BaseException as error:  # SystemExit too: a text must not end a run
         return f"<{type(value).__name__} whose text cannot be made: {type(error).__name__}>"
 
 
@@ -58,7 +67,7 @@ def _visible(match: re.Match[str]) -> str:
 def as_json(value: Any) -> str:
     """Any value as JSON in one line; what JSON has no form for as its text. Never raises."""
     try:
-        return json.dumps(value, ensure_ascii=False, default=_text)
+        return json.dumps(value, ensure_ascii=False, default=text_of)
     except (TypeError, ValueError, RecursionError):
         return plain(value)
 
@@ -66,7 +75,7 @@ def as_json(value: Any) -> str:
 def cut(value: Any, limit: int) -> str:
     """A text of at most `limit` characters of the value: its beginning and, as the end is often the outcome, its end.
     The note between them says how much is left out and comes on top of the limit."""
-    text = _text(value)
+    text = text_of(value)
     if len(text) <= limit:
         return text
     tail = limit // 4

@@ -191,7 +191,14 @@ class EngineThread:
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
         try:
-            loop.run_forever()
+            while True:
+                try:
+                    loop.run_forever()
+                    break
+                except (SystemExit, KeyboardInterrupt):
+                    # A task of somebody's has raised it, and asyncio lets it through. Its waiter hears of it; the loop
+                    # belongs to everybody else, too. A person's interrupt never arrives in this thread.
+                    logger.warning("%s: a task ended by SystemExit or KeyboardInterrupt", self.name, exc_info=True)
         finally:
             loop.run_until_complete(_cancel_the_rest())
             loop.run_until_complete(loop.shutdown_asyncgens())

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .errors import ConfigError
-from .redaction import redact_text, redacting_logger
+from .errors import ConfigError, UserCodeError
+from .redaction import error_text, redact_text, redacting_logger
 from .types import Epoch
+from .user_code import contained_call
 
 __all__ = [
     "SpreadBelow",
@@ -137,10 +138,20 @@ def tripped(tripwires: Sequence[Tripwire], epochs: Sequence[Epoch]) -> str | Non
         name = getattr(tripwire, "__name__", type(tripwire).__name__)
         try:
             of_run = getattr(tripwire, "of_run", None)
-            answer = of_run(epochs) if of_run is not None else tripwire(epochs[-1])
+            ask, asked = (tripwire, epochs[-1]) if of_run is None else (of_run, epochs)
+            answer = contained_call(f"tripwire {name}", _reason, ask, asked)
+        except UserCodeError as error:
+            logger.warning("tripwire %s raised", name, exc_info=True)
+            return redact_text(str(error))
         except Exception as error:
             logger.warning("tripwire %s raised", name, exc_info=True)
-            return redact_text(f"tripwire {name} raised {type(error).__name__}: {error}")
+            return f"tripwire {name} raised {error_text(error)}"
         if answer:
             return redact_text(answer) if isinstance(answer, str) else f"tripwire {name}"
     return None
+
+
+def _reason(ask: Callable[[Any], Any], asked: Any) -> str | bool:
+    """The answer as text, or whether it counts as true, which may be anybody's code too."""
+    answer = ask(asked)
+    return answer if isinstance(answer, str) else bool(answer)

@@ -22,7 +22,7 @@ from finetune_nb.hooks import resolve
 # imports the edge but where NAMED_EXCEPTIONS says so (a config names it); nobody imports the package itself but for
 # __version__.
 LAYERS = {
-    "ground": "errors redaction text threads hooks types",
+    "ground": "errors redaction text threads user_code hooks types",
     "contracts": "config* interfaces components* tripwires testing",
     "engine": "store* llms* rewards* rollouts* training* engine*",
     "views": "analysis* frames* plots* views* notebook*",

@@ -28,6 +28,7 @@ from ..config.sections import Config
 from ..errors import ConfigError, RunError, did_you_mean
 from ..hooks import resolve
 from ..redaction import MASK, KeyPath, is_text, plain_data
+from ..user_code import as_exception
 from .registry import EXECUTORS, KINDS, TRAINER_ADAPTERS, Build, config_class, registered
 
 if TYPE_CHECKING:
@@ -428,15 +429,17 @@ class Builder:
                 raise ConfigError(
                     f"{kind} {name!r} was registered by a function that yields no component. Yield it, once."
                 )
-        except Exception as error:
+        except BaseException as caught:
+            task = asyncio.current_task()
+            if isinstance(caught, asyncio.CancelledError) and task is not None and task.cancelling():
+                live.ready.cancel()
+                raise
+            error = as_exception(caught, f"{kind} {name!r}")
             del self._live[live.key]  # so that it can be tried again, once the cause is gone
             error.add_note(f"while building {kind} {name!r}")
             live.ready.set_exception(error)
             live.ready.exception()  # seen, also where nobody waits any more
             return
-        except BaseException:
-            live.ready.cancel()
-            raise
         finally:
             del self._needs[live.key]
         self._built.append(live)
@@ -475,8 +478,9 @@ class Builder:
         for live in reversed(self._built):
             live.closing.set()
             assert live.task is not None
-            for error in await asyncio.gather(live.task, return_exceptions=True):
-                if isinstance(error, Exception):
+            for ended in await asyncio.gather(live.task, return_exceptions=True):
+                if isinstance(ended, BaseException):
+                    error = as_exception(ended, f"{live.key[0]} {live.key[1]!r}")
                     error.add_note(f"while closing {live.key[0]} {live.key[1]!r}")
                     errors.append(error)
         self._live.clear()

@@ -33,6 +33,7 @@ from ..types import (
     Trajectory,
     Validation,
 )
+from ..user_code import contained
 from .epoch_record import EpochInProgress, log_what_was_left
 from .live_settings import LiveSettings, write_live_values
 from .observer import TrainerObserver, set_curriculum
@@ -46,6 +47,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+PATIENCE = 30.0
+"""Seconds that a Trainer and its components get to clean up after an abort."""
 logger = redacting_logger(__name__)
 
 
@@ -168,7 +171,7 @@ class Driver:
             self._observer.detach()
         try:
             if self.trainer is not None:
-                await self.trainer.cleanup()
+                await contained("cleanup", self.trainer.cleanup(), PATIENCE)
         finally:
             try:
                 await in_daemon_thread(self._outlets.close)
@@ -217,8 +220,7 @@ class Driver:
         in_progress.begun, self.progress = True, in_progress.progress
         with self._observer.observing(in_progress):
             try:
-                ref = await work(in_progress)
-                await self._observer.wait_for_jobs(in_progress, ref)
+                await contained(self.trainer.shown_as, self._work(in_progress, work), PATIENCE)
             except asyncio.CancelledError:
                 await self._observer.cancel_jobs(in_progress)
                 await self._observer.keep_what_came(in_progress)
@@ -236,6 +238,12 @@ class Driver:
             epoch = await self._record(in_progress)
             log_what_was_left(in_progress, epoch, self.trainer, self.folder)
             return epoch
+
+    async def _work(
+        self, in_progress: EpochInProgress, work: Callable[[EpochInProgress], Awaitable[TrainingJobRef | None]]
+    ) -> None:
+        ref = await work(in_progress)
+        await self._observer.wait_for_jobs(in_progress, ref)
 
     async def _end_left(self, left: PartialEpoch) -> Epoch | None:
         """An epoch whose job was handed over by a process that has ended: the job is asked for, and not submitted again.

@@ -38,6 +38,7 @@ from ..types import (
     TrajectoryCollection,
     Validation,
 )
+from ..user_code import contained_call
 
 __all__ = [
     "EpochInProgress",
@@ -290,6 +291,6 @@ def log_what_was_left(in_progress: EpochInProgress, epoch: Epoch, trainer: Train
     for part, call in calls.items():
         if part not in in_progress.logged:
             try:
-                call()
+                contained_call(f"log_progress of the {part}", call)
             except Exception:
                 logger.warning("log_progress of the %s failed", part, exc_info=True)

@@ -18,7 +18,7 @@ from ..components.builder import Builder
 from ..config.sections import section_of
 from ..hooks import unwrap_methods, wrap_method
 from ..interfaces import Trainer
-from ..redaction import redact_text
+from ..redaction import redact_text, redacting_logger
 from ..rollouts.evaluation import EvaluationContext, evaluation_context, progress
 from ..training.curriculum import state_from_dict, state_to_dict, steer
 from ..training.trainer import EpochTrainer
@@ -30,6 +30,7 @@ from ..types import (
     TrainingJobStatus,
     TrajectoryCollection,
 )
+from ..user_code import contained
 from .epoch_record import EpochInProgress, record, report_of, settled_late, validation_of
 from .live_settings import LiveSettings, write_live_values
 from .run_writer import RunWriter
@@ -45,6 +46,9 @@ ASK_EVERY = 1.0
 """Seconds between two questions to an adapter how far its job is."""
 KEEP_EVERY = 2.0
 """Seconds between two batches of rollouts that are put into the folder as they come in."""
+PATIENCE = 5.0
+"""Seconds that a component gets to end what an aborted epoch has begun."""
+logger = redacting_logger(__name__)
 
 
 def curriculum_of(trainer: Trainer) -> CurriculumState | None:
@@ -302,10 +306,18 @@ class TrainerObserver:
         cancel = getattr(self.adapter, "cancel", None)
         for ref in in_progress.unwaited():
             if cancel is not None:
-                await cancel(ref)
+                await self._end("cancel of the adapter", cancel(ref))
         aclose = getattr(self.trajectory_builder, "aclose", None)
         if aclose is not None:
-            await aclose()
+            await self._end("aclose of the builder", aclose())
+
+    @staticmethod
+    async def _end(what: str, work: Awaitable[None]) -> None:
+        """Ends something of an aborted epoch; it is aborted whether or not that works."""
+        try:
+            await contained(what, work, PATIENCE)
+        except Exception:
+            logger.warning("%s failed", what, exc_info=True)
 
     async def _validate(
         self, original: Callable[..., Awaitable[dict[str, Any]]], epoch: int, *args: Any, **kwargs: Any

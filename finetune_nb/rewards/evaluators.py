@@ -18,9 +18,11 @@ from pydantic import Field, field_validator
 from ..components.builder import Builder
 from ..components.registry import register_evaluator
 from ..config.base import EvaluatorBaseConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, UserCodeError
+from ..redaction import error_text
 from ..threads import in_daemon_thread
 from ..types import EvalInput, EvalInputItem, EvalOutput, EvalOutputItem
+from ..user_code import contained, contained_call
 
 __all__ = [
     "ContainsConfig",
@@ -30,6 +32,10 @@ __all__ = [
     "WeightedConfig",
     "evaluate_items",
 ]
+
+
+PATIENCE = 1.0
+"""Seconds that a reward gets to clean up after the epoch was aborted."""
 
 
 async def evaluate_items(evaluator: Any, items: Sequence[EvalInputItem], max_concurrency: int = 8) -> EvalOutput:
@@ -47,22 +53,19 @@ async def evaluate_items(evaluator: Any, items: Sequence[EvalInputItem], max_con
 
         async def score(item: EvalInputItem) -> EvalOutputItem:
             async with gate:
-                try:
-                    return verdict(item.id, await ask(item))
-                except Exception as error:
-                    return no_score(item.id, error)
+                return await _asked(item.id, ask(item))
 
         verdicts = await asyncio.gather(*map(score, items))
     else:
         verdicts = await in_daemon_thread(_score_all, evaluator, items)  # one thread: a slow reward blocks nobody
-        verdicts = [await _late(*v) if isinstance(v, tuple) else v for v in verdicts]
+        verdicts = [await _asked(*v) if isinstance(v, tuple) else v for v in verdicts]
     return _output(verdicts)
 
 
-async def _late(item_id: Any, value: Awaitable[Any]) -> EvalOutputItem:
-    """The verdict of a sync function that returned something to await."""
+async def _asked(item_id: Any, value: Awaitable[Any]) -> EvalOutputItem:
+    """The verdict of a function that returned something to await."""
     try:
-        return verdict(item_id, await value)
+        return _verdict(item_id, await contained("the reward", value, PATIENCE))
     except Exception as error:
         return no_score(item_id, error)
 
@@ -71,24 +74,34 @@ def _score_all(evaluator: Callable[[EvalInputItem], Any], items: Sequence[EvalIn
     verdicts: list[Any] = []
     for item in items:
         try:
-            value = evaluator(item)
-            verdicts.append((item.id, value) if inspect.isawaitable(value) else verdict(item.id, value))
+            value = contained_call("the reward", evaluator, item)
         except Exception as error:
             verdicts.append(no_score(item.id, error))
+        else:
+            verdicts.append((item.id, value) if inspect.isawaitable(value) else _verdict(item.id, value))
     return verdicts
 
 
 async def _batched(batch: Callable[[EvalInput], Awaitable[EvalOutput]], items: Sequence[EvalInputItem]) -> EvalOutput:
     try:
-        output = await batch(EvalInput.model_construct(eval_input_items=list(items)))
+        asked = batch(EvalInput.model_construct(eval_input_items=list(items)))
+        output = await contained("the evaluator", asked, PATIENCE)
+        by_id = {item.id: item for item in output.eval_output_items}
     except Exception as error:
         return _output([no_score(item.id, error) for item in items])
-    by_id = {item.id: item for item in output.eval_output_items}
     verdicts = []
     for item in items:
         given = by_id.get(item.id, no_score(item.id, "the evaluator returned nothing for this item"))
-        verdicts.append(verdict(item.id, given))
+        verdicts.append(_verdict(item.id, given))
     return _output(verdicts)
+
+
+def _verdict(item_id: Any, value: Any) -> EvalOutputItem:
+    """`verdict` for any value: reading it may run code of its class."""
+    try:
+        return contained_call("the reward", verdict, item_id, value)
+    except Exception as error:
+        return no_score(item_id, error)
 
 
 def verdict(item_id: Any, value: Any) -> EvalOutputItem:
@@ -114,7 +127,10 @@ def verdict(item_id: Any, value: Any) -> EvalOutputItem:
 
 
 def no_score(item_id: Any, error: Exception | str, reasoning: Any = None) -> EvalOutputItem:
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    if isinstance(error, UserCodeError):
+        text = error.said
+    else:
+        text = error if isinstance(error, str) else error_text(error)
     return EvalOutputItem(id=item_id, score=None, reasoning=reasoning or {}, error=text)
 
 

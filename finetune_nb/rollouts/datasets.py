@@ -16,6 +16,7 @@ from typing import Any
 
 from ..config.base import EvalDatasetBaseConfig
 from ..errors import DatasetError, did_you_mean
+from ..redaction import error_text
 from ..types import EvalInputItem
 
 __all__ = [
@@ -70,9 +71,7 @@ def read_rows(source: Any, id_key: str = "id") -> list[dict[str, Any]]:
     except DatasetError:
         raise
     except Exception as error:
-        raise DatasetError(
-            f"dataset {path.name!r} is not readable as {kind}: {type(error).__name__}: {error}"
-        ) from error
+        raise DatasetError(f"dataset {path.name!r} is not readable as {kind}: {error_text(error)}") from error
 
 
 def _read(path: Path, kind: str, id_key: str) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from ..components.builder import Builder
 from ..components.loading import load_config
@@ -158,13 +159,23 @@ class EvaluationRun:
         llms = [llm for llm in builder.built("llm_provider") if isinstance(llm, LLM)]
         policies = [llm.policy for llm in llms if llm.policy is not None]
         own = evaluation_context.get().executor
-        executor = own or await builder.get_executor() or LocalExecutor(general.max_concurrency)
+        executor = own or await builder.get_executor() or _executor_of(builder, general.max_concurrency)
         # A pause would change which rollouts share a batch, and with it the last digit.
         gate = meter.gate if meter is not None and not config.run.deterministic else None
         rollout = Rollout(workflow, config.run.seed, policies, general.item_timeout, general.retries, gate)
         if meter is not None:
             meter.total += len(requests)
         return await executor.map(rollout, requests, None if meter is None else meter.ended)
+
+
+_executors: WeakKeyDictionary[Builder, LocalExecutor] = WeakKeyDictionary()
+
+
+def _executor_of(builder: Builder, max_concurrency: int) -> LocalExecutor:
+    """One executor for all evaluations of a run, so that its limit holds for all of them together."""
+    executor = _executors.setdefault(builder, LocalExecutor(max_concurrency))
+    executor.max_concurrency = max_concurrency  # it may be changed while the run continues
+    return executor
 
 
 def _outcome(results: Sequence[RolloutResult], generation: int) -> tuple[list[EvalInputItem], list[RolloutFailure]]:

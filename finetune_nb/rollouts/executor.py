@@ -74,6 +74,12 @@ class LocalExecutor:
             raise
         return batch.results  # type: ignore[return-value]  # none is left
 
+    @staticmethod
+    def _end(batch: _Batch, i: int, result: RolloutResult) -> None:
+        batch.results[i] = result
+        if batch.on_result:
+            batch.on_result(result)
+
     async def _work(self) -> None:
         worker = asyncio.current_task()
         assert worker is not None
@@ -81,15 +87,15 @@ class LocalExecutor:
             batch, i, request = self._queue.popleft()
             batch.workers.add(worker)
             try:
-                result = await batch.rollout(request)
-                batch.results[i] = result
-                if batch.on_result:
-                    batch.on_result(result)
+                self._end(batch, i, await batch.rollout(request))
             except asyncio.CancelledError:
-                if not batch.canceled:
-                    raise
                 worker.uncancel()
-                continue
+                if batch.canceled:
+                    continue
+                # Somebody else cancelled this worker: that rollout has failed, and the others still run.
+                self._end(
+                    batch, i, RolloutResult(request, None, [], 0.0, "CancelledError: it was cancelled from outside")
+                )
             except Exception as error:
                 if not batch.done.done():
                     batch.done.set_exception(error)

@@ -11,15 +11,22 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from ..errors import RolloutTimeout, WorkflowError
+from ..errors import RolloutTimeout, UserCodeError, WorkflowError
 from ..interfaces import Policy
 from ..llms.call_recorder import CallRecorder
+from ..redaction import error_text
+from ..text import text_of
 from ..types import RolloutRequest, RolloutResult
+from ..user_code import contained
 from .workflow import Workflow
 
 __all__ = [
     "Rollout",
 ]
+
+
+PATIENCE = 1.0
+"""Seconds that a workflow gets to clean up after its time is up, or its epoch was aborted."""
 
 
 class Rollout:
@@ -58,15 +65,10 @@ class Rollout:
             error = None
             if output is None:
                 error = f"WorkflowError: workflow {self.workflow.name!r} returned nothing"
-        except asyncio.CancelledError as caught:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            output, error = None, f"{type(caught).__name__}: the workflow was cancelled from inside"
-        except GeneratorExit:
-            raise
-        except BaseException as caught:  # SystemExit too: an agent must not take the run down
-            output, error = None, f"{type(caught).__name__}: {caught}{_loop_hint(caught)}"
+        except UserCodeError as caught:  # SystemExit, say: an agent must not take the run down
+            output, error = None, caught.said
+        except Exception as caught:
+            output, error = None, error_text(caught) + _loop_hint(caught)
         return RolloutResult(request, output, episode.steps(), time.perf_counter() - started, error)
 
     async def _timed(self, request: RolloutRequest, episode: CallRecorder, seconds: float) -> Any:
@@ -84,7 +86,7 @@ class Rollout:
 
     async def _attempts(self, request: RolloutRequest, episode: CallRecorder) -> Any:
         if not self.retries:
-            return await self.workflow(request.item)
+            return await self._once(request)
         from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
         async for attempt in AsyncRetrying(
@@ -95,8 +97,11 @@ class Rollout:
         ):
             with attempt:
                 episode.restart()
-                return await self.workflow(request.item)
+                return await self._once(request)
         raise WorkflowError("no attempt was made")
+
+    async def _once(self, request: RolloutRequest) -> Any:
+        return await contained("the workflow", self.workflow(request.item), PATIENCE)
 
 
 def _loop_hint(error: BaseException | None) -> str:
@@ -104,10 +109,11 @@ def _loop_hint(error: BaseException | None) -> str:
     first, seen = error, set[int]()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, RuntimeError) and _OTHER_LOOP.search(str(error)):
+        if isinstance(error, RuntimeError) and _OTHER_LOOP.search(text_of(error)):
+            named = "" if error is first else f" ({text_of(error)})"
             return (
-                f"{'' if error is first else f' ({error})'}. Workflows run on the run's own event loop, and a client that "
-                "was used in a cell belongs to the cell's. Make it inside the workflow, or take llm.openai()."
+                f"{named}. Workflows run on the run's own event loop, and a client that was used in "
+                "a cell belongs to the cell's. Make it inside the workflow, or take llm.openai()."
             )
         error = error.__cause__ or error.__context__
     return ""

@@ -33,6 +33,7 @@ from ..types import (
     Trajectory,
     TrajectoryCollection,
 )
+from ..user_code import contained
 from .episodes import drift, episode_from_calls, tools_from_calls
 from .evaluation import EvaluationContext, evaluation_context
 from .executor import LocalExecutor
@@ -109,7 +110,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
 
     async def _generation(self, context: EvaluationContext) -> EvaluationRunOutput:
         evaluation_context.set(context)
-        return await self.run_eval()
+        return await contained("run_eval", self.run_eval())
 
     async def finalize(self, run_id: str, meta: dict | None = None) -> TrajectoryCollection:
         """Wait for all generations.
@@ -154,7 +155,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         try:
             episode, version = self._episode(item)
         except ValueError as error:
-            return RolloutFailure(item.id, key.generation, f"{type(error).__name__}: {error}", result.steps)
+            return RolloutFailure(item.id, key.generation, error_text(error), result.steps)
         metadata = {"id": item.id, "generation": key.generation, "run_id": run_id, "policy_version": version}
         metadata["reward_error"] = "it was not scored before the epoch ended"
         return Trajectory(episode=episode, reward=math.nan, metadata=metadata)
@@ -227,9 +228,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
                     await self._trajectory(item, found, reward_name, generation, run_id, meta)
                 )
             except ValueError as error:
-                failures.append(
-                    RolloutFailure(item.id, generation, f"{type(error).__name__}: {error}", item.trajectory)
-                )
+                failures.append(RolloutFailure(item.id, generation, error_text(error), item.trajectory))
         for example in [example for example, group in groups.items() if not group]:
             del groups[example]
 
@@ -283,9 +282,9 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         if not scored and type(self).compute_reward is TrajectoryBuilder.compute_reward:
             return math.nan, verdict.error or "the evaluator gave no score"
         try:
-            reward = float(await self.compute_reward(verdict, meta))
+            reward = float(await contained("compute_reward", self.compute_reward(verdict, meta)))
         except Exception as error:
-            return math.nan, f"{type(error).__name__}: {error}"
+            return math.nan, error_text(error)
         return reward, "the reward is NaN" if math.isnan(reward) else None
 
     def _reward_name(self, evaluators: Sequence[str]) -> str | None:

@@ -17,6 +17,7 @@ from ..notebook.display import CellProgress, CellRecord, ProgressLine, watch_pro
 from ..notebook.kernel import current_cell, in_notebook, interrupts
 from ..redaction import error_text, redact_exception
 from ..threads import EngineThread, LoopTask
+from ..user_code import contained
 
 __all__ = [
     "Session",
@@ -82,7 +83,7 @@ class Session:
         """Runs the work, and leaves the run in the state that its end means."""
         _inside.set(self.run_id)
         try:
-            result = await _without_secrets(work)
+            result = await contained("the run", _without_secrets(work))
             self.state.transition("ended")
             return result
         except Exception as error:
@@ -118,7 +119,7 @@ class Session:
 
     async def ask(self, work: Work[T]) -> T:
         """Runs something small beside the epochs, such as one rollout, and returns its result."""
-        return await self.engine.run(_without_secrets(work))
+        return await self.engine.run(contained("the run", _without_secrets(work)))
 
     def _given_up(self) -> bool:
         """Whether an abort has taken so long that whoever waits is let go."""

@@ -19,6 +19,7 @@ from ..interfaces import TrainerAdapter
 from ..redaction import redacting_logger
 from ..threads import in_daemon_thread
 from ..types import Epoch
+from ..user_code import contained
 from .durable import check_plain, size_of, sync_folder, write_durably
 from .folder import CONFIG, LOG, TRAJECTORIES, checkpoint_folder, checkpoints, free_in_archive, trajectory_file
 from .json import forget_epochs
@@ -251,7 +252,7 @@ class Checkpoints:
         place = checkpoint_folder(self.store.folder, index)
         try:
             check_plain(place.parent, place)
-            await save(place)
+            await contained("save_checkpoint", save(place))
         except Exception:
             logger.warning("epoch %d: no checkpoint could be written; training continues", index, exc_info=True)
             return
