@@ -123,12 +123,16 @@ def redact_exception(error: BaseException) -> bool:
     """Takes the secrets out of an exception's messages and of those that caused it, in place. False where that does not
     help, because it makes its text of something else: do not show it."""
     clean = True
-    while error is not None:
-        said = text_of(error)
+    seen: set[int] = set()  # an exception may be its own cause
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        said = text_of(following)
         if redact_text(said) != said:
-            error.args = tuple(redact_text(part) if isinstance(part, str) else part for part in error.args)
-            clean = clean and redact_text(text_of(error)) == text_of(error)
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+            following.args = tuple(redact_text(part) if isinstance(part, str) else part for part in following.args)
+            said = text_of(following)
+            clean = clean and redact_text(said) == said
+        following = following.__cause__ or following.__context__
     return clean
 
 

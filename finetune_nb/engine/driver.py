@@ -232,6 +232,7 @@ class Driver:
                     if isinstance(error, JobFailed):
                         error.epoch = epoch
                 else:
+                    await self._observer.end_collecting()
                     await self._observer.keep_what_came(in_progress)
                 await self.writer.on_epoch_stopped("failed", in_progress.epoch, error_text(error))
                 raise

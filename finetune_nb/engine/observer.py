@@ -12,10 +12,11 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from ..components.builder import Builder
 from ..config.sections import section_of
+from ..errors import RunError
 from ..hooks import unwrap_methods, wrap_method
 from ..interfaces import Trainer
 from ..redaction import redact_text, redacting_logger
@@ -42,6 +43,7 @@ __all__ = [
     "set_curriculum",
 ]
 
+T = TypeVar("T")
 ASK_EVERY = 1.0
 """Seconds between two questions to an adapter how far its job is."""
 KEEP_EVERY = 2.0
@@ -166,7 +168,8 @@ class TrainerObserver:
     async def _finalize(
         self, original: Callable[..., Awaitable[TrajectoryCollection]], *args: Any, **kwargs: Any
     ) -> TrajectoryCollection:
-        collection = await original(*args, **kwargs)
+        builder = self.trajectory_builder
+        collection = _expect(TrajectoryCollection, await original(*args, **kwargs), builder, "finalize")
         in_progress = self.in_progress
         if in_progress is not None:
             await in_progress.end_keeping()
@@ -236,7 +239,7 @@ class TrainerObserver:
             in_progress.submitted.append(trajectories)
             await self.writer.on_selected(in_progress.epoch, self.record(in_progress).selection, in_progress.seconds)
             in_progress.submitted.pop()
-        ref = await original(trajectories, *args, **kwargs)
+        ref = _expect(TrainingJobRef, await original(trajectories, *args, **kwargs), self.adapter, "submit")
         in_progress.submitted.append(trajectories)
         in_progress.refs.append(ref)
         await self.writer.on_submitted(in_progress.epoch, ref)
@@ -248,7 +251,9 @@ class TrainerObserver:
     ) -> TrainingJobStatus:
         started = time.perf_counter()
         with self._asking_how_far(ref):
-            status = await original(ref, *args, **kwargs)
+            status = _expect(
+                TrainingJobStatus, await original(ref, *args, **kwargs), self.adapter, "wait_until_complete"
+            )
         in_progress = self.in_progress
         if in_progress is not None and not any(ref is late for _, _, late in self._late):
             in_progress.waited.append(ref)
@@ -282,7 +287,8 @@ class TrainerObserver:
         self, original: Callable[..., Awaitable[TrainingJobStatus]], ref: TrainingJobRef, *args: Any, **kwargs: Any
     ) -> TrainingJobStatus:
         """Wraps each request for the status of the running epoch's job: what is new in the answer goes into the folder."""
-        status, in_progress = await original(ref, *args, **kwargs), self.in_progress
+        status = _expect(TrainingJobStatus, await original(ref, *args, **kwargs), self.adapter, "status")
+        in_progress = self.in_progress
         if in_progress is not None:
             _show_job(in_progress, status)
         if (
@@ -307,6 +313,10 @@ class TrainerObserver:
         for ref in in_progress.unwaited():
             if cancel is not None:
                 await self._end("cancel of the adapter", cancel(ref))
+        await self.end_collecting()
+
+    async def end_collecting(self) -> None:
+        """Ends what the builder has begun, so that it can begin the next epoch."""
         aclose = getattr(self.trajectory_builder, "aclose", None)
         if aclose is not None:
             await self._end("aclose of the builder", aclose())
@@ -372,6 +382,15 @@ class TrainerObserver:
             if any(first is t for group in collection.trajectories for t in group):
                 return index
         return None
+
+
+def _expect(kind: type[T], value: T, component: Any, method: str) -> T:
+    """The value that a component's method returned. Raises RunError for one of another kind, before it gets anywhere."""
+    if not isinstance(value, kind):
+        raise RunError(
+            f"{type(component).__name__}.{method}() returned a {type(value).__name__}; expected a {kind.__name__}. Return one."
+        )
+    return value
 
 
 def _show_job(in_progress: EpochInProgress, status: TrainingJobStatus) -> None:
