@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, StoreError
-from .durable import check_plain
+from .durable import check_plain, remove_inside
 from .folder import ARCHIVE, CHECKPOINTS, DATABASE, RUN_ID, free_in_archive
 from .store import RunStore
 
@@ -83,7 +82,8 @@ def archive_run(folder: Path, checkpoints: bool = True) -> Path:
     with _alone(folder) as store:
         store.set_state("archived")
         if not checkpoints:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            with suppress(OSError):
+                remove_inside(folder, folder / CHECKPOINTS)
         place = free_in_archive(folder, folder.name)
     os.rename(folder, place)
     return place
@@ -96,7 +96,8 @@ def delete_run(folder: Path) -> None:
     # First out of sight, in one step: what is left after a crash does not look like a run.
     gone = folder.with_name(f".deleted-{folder.name}-{secrets.token_hex(2)}")
     os.rename(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):
+        remove_inside(gone.parent, gone)
 
 
 @contextmanager
