@@ -39,8 +39,8 @@ def append_jsonl(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def forget_epochs(path: Path, first: int) -> None:
-    """Takes the lines of that epoch and later ones out of a log, and a line that was cut off; others stay. Raises StoreError for a
-    link in the log's place, OSError."""
+    """Takes the lines of that epoch and later ones out of a log, and a line that was cut off; others stay. Raises StoreError
+    for a link in the log's place, OSError."""
     check_plain(path)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _epoch_of(line) < first]

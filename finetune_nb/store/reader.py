@@ -1,7 +1,7 @@
 """Reads a run's folder: epochs, journal, validations, events, and the epoch that was not finished.
 
-Nothing here changes a byte, but for the signature of a folder that the user says to trust. run.db is trusted to be ours only after its values have been looked at; every error is a
-StoreError that names the file.
+Nothing here changes a byte, but for the signature of a folder that the user says to trust. run.db is trusted to be ours only
+after its values have been looked at; every error is a StoreError that names the file.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -96,8 +97,7 @@ def delete_run(folder: Path) -> None:
     # First out of sight, in one step: what is left after a crash does not look like a run.
     gone = folder.with_name(f".deleted-{folder.name}-{secrets.token_hex(2)}")
     os.rename(folder, gone)
-    with suppress(OSError):
-        remove_inside(gone.parent, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextmanager
