@@ -89,7 +89,7 @@ def host():
 
         do_POST = do_GET
 
-        def log_message(self, *_):
+        def log_message(self, format, *args):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
