@@ -20,6 +20,12 @@ def forget_secrets(monkeypatch):
     monkeypatch.setattr(redaction, "_secrets", redaction._Secrets())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_key(tmp_path_factory):
+    """The key that signs run folders is the tests' own, and no test writes into the home directory."""
+    os.environ.setdefault("FINETUNE_NB_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+
+
 @pytest.fixture
 def closing():
     """Takes a run and gives it back; it is closed when the test is over."""

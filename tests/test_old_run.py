@@ -203,7 +203,7 @@ def test_an_old_fork_is_compared_with_its_parent_on_the_epochs_of_both(runs):
 async def test_an_old_run_continues_from_its_weights_and_runs_the_unfinished_epoch_again(runs, tmp_path, closing):
     pytest.importorskip("torch")
     pytest.importorskip("peft")
-    run = closing(ft.Run.open(runs / "first", **functions()))
+    run = closing(ft.Run.open(runs / "first", **functions(), trust=True))
     stored = adapter_weights(runs / "first" / "checkpoints" / "epoch-000003")
     assert any(matrix.any() for name, matrix in stored.items() if "lora_B" in name)
     assert same(adapter_weights(run.save_model(tmp_path / "before")), stored)
@@ -222,7 +222,7 @@ async def test_an_old_run_continues_from_its_weights_and_runs_the_unfinished_epo
 async def test_an_old_run_is_forked_and_the_fork_trains_from_the_weights_of_that_epoch(runs, tmp_path, closing):
     pytest.importorskip("torch")
     pytest.importorskip("peft")
-    run = closing(ft.Run.open(runs / "first", **functions()))
+    run = closing(ft.Run.open(runs / "first", **functions(), trust=True))
     fork = closing(run.fork(epoch=2, curriculum={"percentile": 0.4}, training={"learning_rate": 0.0005}, name="new"))
     stored = adapter_weights(runs / "first" / "checkpoints" / "epoch-000002")
     assert same(adapter_weights(fork.save_model(tmp_path / "before")), stored)
@@ -238,7 +238,7 @@ async def test_an_old_run_is_forked_and_the_fork_trains_from_the_weights_of_that
 async def test_an_old_fork_continues_after_its_parents_epoch(runs, closing):
     pytest.importorskip("torch")
     pytest.importorskip("peft")
-    run, fork = ft.Run.open(runs / "first"), closing(ft.Run.open(runs / "first-fork", **functions()))
+    run, fork = ft.Run.open(runs / "first"), closing(ft.Run.open(runs / "first-fork", **functions(), trust=True))
     epoch = await fork.next_epoch()
     assert (epoch.index, epoch.policy_versions, len(fork), fork.partial) == (3, (3, 4), 2, None)
     assert (epoch.curriculum.percentile, epoch.train_metrics["learning_rate"]) == (1.0, 0.001)
@@ -249,7 +249,7 @@ async def test_an_old_run_from_yaml_continues_with_nothing_given_again(runs, mon
     pytest.importorskip("torch")
     pytest.importorskip("peft")
     monkeypatch.chdir(runs.parent)  # its config names the dataset relative to this folder
-    run = closing(ft.Run.open("runs/named"))
+    run = closing(ft.Run.open("runs/named", trust=True))
     assert run[0].metrics.mean_reward == 0.74375
     epoch = await run.next_epoch()
     assert (epoch.index, epoch.policy_versions, epoch.metrics.trajectories) == (1, (1, 2), 12)

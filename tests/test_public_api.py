@@ -306,3 +306,9 @@ def test_a_missing_description_would_be_noticed():
     assert undescribed(described) == ["b"]
     assert returns_in_silence(described)
     assert "Run.trajectories" in dict(public_functions()), "which Run inherits"
+
+
+@pytest.mark.parametrize("name", ["open", "fork"])
+def test_a_folder_is_trusted_only_where_somebody_says_so_by_name(name):
+    trust = inspect.signature(getattr(ft.Run, name)).parameters["trust"]
+    assert (trust.default, trust.kind) == (False, inspect.Parameter.KEYWORD_ONLY)

@@ -372,6 +372,11 @@ class Builder:
         key = (kind, name)
         if key in self._added:
             return self._added[key]
+        if self.config._received:
+            raise RunError(
+                f"{kind} {name!r} was asked for of a config that came with a run's folder and is not trusted yet; expected one "
+                "that you wrote. Read it, then open the run with trust=True, or load the config yourself."
+            )
         loop = asyncio.get_running_loop()
         if self._closing is not None:
             raise RunError(

@@ -37,6 +37,7 @@ from .registry import KINDS, config_class, type_names
 
 __all__ = [
     "load_config",
+    "load_received",
     "unknown_keys",
 ]
 
@@ -117,6 +118,30 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, override: Itera
     return reading.config(tree)
 
 
+def load_received(source: Mapping[str, Any]) -> Config:
+    """Read and check a config that somebody else wrote, to look at it.
+
+    Nothing of it is filled from the environment: `${NAME:-default}` is the default, and `${NAME}` stays as it is written.
+
+    Args:
+        source: The config as plain data.
+
+    Returns:
+        The checked config. No component may be built from it.
+
+    Raises:
+        ConfigError: As `load_config`.
+        MissingExtra: As `load_config`.
+    """
+    tree, label, _ = _read(source)
+    reading = _Reading(label, received=True)
+    tree = reading.expand(tree, ())
+    reading.leave_out_what_is_not_ours(tree)
+    config = reading.config(tree)
+    config._received = True
+    return config
+
+
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, Path | None]:
     """The tree of dicts and lists, what to call it in errors, and the folder that relative files may be in."""
     if isinstance(source, Mapping):
@@ -173,6 +198,8 @@ class _Reading:
     problems: list[tuple[KeyPath, str]] = field(default_factory=list)
     placeholders: dict[KeyPath, Placeholder] = field(default_factory=dict)
     unset: set[KeyPath] = field(default_factory=set)
+    received: bool = False
+    """Somebody else wrote it: nothing is taken from the environment."""
 
     def problem(self, path: KeyPath, text: str) -> None:
         if all(path != known for known, _ in self.problems):  # the first one about a place is the most telling
@@ -214,6 +241,8 @@ class _Reading:
             name, default = match["name"], match["default"]
             if name is None:
                 return "${"
+            if self.received:
+                return match[0] if default is None else default
             if name in os.environ:
                 remember_secret(os.environ[name])
                 if is_credential(name) or names_credential(path):

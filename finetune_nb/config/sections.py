@@ -304,6 +304,7 @@ class Config(BaseModel):
 
     _builder: Any = PrivateAttr(default=None)
     _placeholders: dict[KeyPath, Placeholder] = PrivateAttr(default_factory=dict)
+    _received: bool = PrivateAttr(default=False)  # somebody else wrote it: no component is built from it
 
     @property
     def builder(self) -> Any:
@@ -430,4 +431,5 @@ class Config(BaseModel):
         object.__setattr__(twin, "__dict__", copy.deepcopy(self.__dict__, memo))
         object.__setattr__(twin, "__pydantic_fields_set__", set(self.model_fields_set))
         twin._builder, twin._placeholders = self._builder, dict(self._placeholders)
+        twin._received = self._received
         return twin

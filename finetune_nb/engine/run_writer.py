@@ -72,7 +72,11 @@ class RunWriter:
         def work() -> RunWriter:
             exists = RunStore.exists(folder)
             store = RunStore.open(folder, write=True) if exists else RunStore.create(folder, run_id, config)
-            return cls(store, checkpoint_every, keep)
+            try:
+                return cls(store, checkpoint_every, keep)
+            except BaseException:
+                store.close()  # whoever mends the cause must find the lock free
+                raise
 
         return await in_daemon_thread(work)
 

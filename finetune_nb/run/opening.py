@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from ..components.builder import Builder
-from ..components.loading import load_config
+from ..components.loading import load_config, load_received
 from ..config.base import changed
 from ..config.sections import Config
 from ..engine.run_writer import settings_in
 from ..errors import ConfigError, RunError, StoreError
 from ..rollouts.datasets import read_rows
 from ..store.checkpoints import has_weights, newest_checkpoint
-from ..store.durable import check_plain
-from ..store.folder import checkpoint_folder, checkpoints
+from ..store.durable import check_tree
+from ..store.folder import CONFIG, checkpoint_folder, checkpoints
 from ..store.reader import RunReader
 from ..store.store import RunStore
 from ..types import Change, CurriculumSettings
 
 __all__ = [
     "Branch",
+    "Obstacle",
     "add_component",
     "add_dataset",
     "branch_of",
@@ -44,14 +45,22 @@ def config_of(
     workflow: Callable[..., Any] | None,
     scores: Mapping[str, Callable[..., Any]],
     datasets: Mapping[str, Any],
-) -> tuple[Config, Builder, str | None]:
-    """The config of a run, and a builder with what was given again. scores: evaluators by name; datasets: by role. The
-    text is why the run can be opened but not resumed; None if it can."""
-    unable = None
+    trust: bool = False,
+) -> tuple[Config, Builder, Obstacle | None]:
+    """The config of a run, and a builder with what was given again. scores: evaluators by name; datasets: by role. trust:
+    the user has read config.yml and vouches for it. What comes last is why the run can be opened but not resumed; None if
+    it can."""
+    tree, own = store.config_and_owner(trust)
+    problem = None
     try:
-        config = load_config(store.config())
+        config = load_config(tree) if own else load_received(tree)
     except ConfigError as error:  # somebody's components are not registered here: it can be read all the same
-        config, unable = Config(), f"this run can be opened but not resumed here: {error}"
+        config, problem = Config(), f"this run can be opened but not resumed here: {error}"
+    unable = None
+    if not own:
+        unable = Obstacle(" ".join(filter(None, [_received(store), problem])), untrusted=True)
+    elif problem is not None:
+        unable = Obstacle(problem)
     config.finetuning.output_dir = store.folder.resolve().parent
     builder = Builder(config)
     if workflow is not None:
@@ -62,6 +71,26 @@ def config_of(
         if rows is not None:
             add_dataset(builder, role, rows)
     return config, builder, unable
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a run can be read, but not continued."""
+
+    text: str
+    untrusted: bool = False
+    """Whether it is that the user has not said yet that they trust the folder."""
+
+
+def _received(store: RunReader) -> str:
+    """What is said where a folder is not this user's own."""
+    place = store.folder / CONFIG
+    return (
+        f"found {place} without a signature of yours: the folder came from somebody else or from an older finetune_nb, or "
+        "config.yml was edited. Expected a config that you wrote, because continuing sends requests, reads files and loads "
+        "models as it says. The run can be read as it is. To continue it, read config.yml, then pass trust=True: "
+        f"ft.Run.open({str(store.folder)!r}, ..., trust=True)."
+    )
 
 
 # ── forks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,7 +154,7 @@ def make_fork(parent: Path, branch: Branch, folder: Path, run_id: str, config: M
     try:
         if branch.checkpoint is not None:
             weights, copied = (checkpoint_folder(place, branch.checkpoint) for place in (parent, folder))
-            check_plain(weights.parent, weights, *weights.rglob("*"))
+            check_tree(parent, weights)
             shutil.copytree(weights, copied)
             state = {**state, "checkpoint": copied.name}
         with RunStore.create(folder, run_id, config, (branch.parent, branch.epoch), state) as store:

@@ -17,7 +17,7 @@ from ..engine.live_settings import LiveField, LiveSettings, live_fields, read_jo
 from ..engine.run_writer import restore_settings
 from ..engine.sinks import MetricsSink
 from ..engine.state import ACTIVE, RunState, RunStatus, State
-from ..errors import ConfigError, RunError, did_you_mean
+from ..errors import ConfigError, RunError, StoreError, did_you_mean
 from ..interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from ..notebook.display import CellRecord, ProgressLine
 from ..notebook.kernel import in_notebook
@@ -33,7 +33,7 @@ from ..tripwires import Tripwire, tripped
 from ..types import Change, CurriculumSettings, Epoch, RolloutFailure, Trajectory, Validation
 from ..views.summary import epoch_text
 from .history import RunHistory
-from .opening import branch_of, components_from, config_of, copy_for_fork, make_fork
+from .opening import Obstacle, branch_of, components_from, config_of, copy_for_fork, make_fork
 from .session import Session
 
 if TYPE_CHECKING:
@@ -271,12 +271,16 @@ class Run(RunHistory):
         dataset: Any = None,
         validation: Any = None,
         evaluators: Mapping[str, Callable[..., Any]] | None = None,
+        trust: bool = False,
     ) -> Run:
         """Open a run from its folder: to look at it, and to continue it where its record ends.
 
         A run that is open in this kernel is returned itself; one that was only read is replaced where functions are passed.
         What no file can hold must be passed again to continue: plain functions, and datasets that were lists or DataFrames.
         Reading needs no backend and does not disturb whoever writes the run; `refresh` shows what they have added.
+
+        A folder whose config.yml this user did not write (it came from elsewhere, or was edited) opens to be read: nothing in
+        it is filled from the environment, contacted, loaded or deleted until it is trusted.
 
         Args:
             path: The run's folder.
@@ -285,6 +289,8 @@ class Run(RunHistory):
             dataset: As in Run.
             validation: As in Run.
             evaluators: As in Run.
+            trust: True: you have read config.yml, and let it name hosts, files, models and environment variables. The folder
+                is then signed with a key of your own and needs no `trust` again, until somebody else changes config.yml.
 
         Returns:
             The run.
@@ -298,14 +304,16 @@ class Run(RunHistory):
         for run in sorted(_open_runs, key=lambda run: run._driver.writer is None):
             if run.folder.resolve() != folder.resolve():
                 continue
-            if run._driver.writer is not None or not functions_given:
+            trusted_now = trust and run._unable is not None and run._unable.untrusted
+            if run._driver.writer is not None or not (functions_given or trusted_now):
                 run.refresh()
                 return run
         scores = dict(evaluators or {})
         if reward is not None:
             scores = {"reward": reward, **scores}
         store = RunStore.open(folder)
-        config, components, unable = config_of(store, workflow, scores, {"train": dataset, "validation": validation})
+        datasets = {"train": dataset, "validation": validation}
+        config, components, unable = config_of(store, workflow, scores, datasets, trust)
         run = cls.__new__(cls)
         run._setup(config, components, folder.name, store, unable)
         return run
@@ -330,7 +338,7 @@ class Run(RunHistory):
         self._settings.replay(changes)
 
     def _setup(
-        self, config: Config, components: Builder, run_id: str, store: RunStore | None, unable: str | None = None
+        self, config: Config, components: Builder, run_id: str, store: RunStore | None, unable: Obstacle | None = None
     ) -> None:
         """The only place where a run's attributes are set.
 
@@ -411,7 +419,7 @@ class Run(RunHistory):
         if self._closed:
             return "This run is closed: it can only be looked at. Run.open continues it."
         if self._unable:
-            return self._unable
+            return self._unable.text
         if self.writer:
             return f"Another process writes this run ({self.writer}): it can be looked at here, and steered there."
         try:
@@ -532,7 +540,10 @@ class Run(RunHistory):
     def _place(self) -> str:
         if not self.folder.is_dir():
             return str(self.folder)
-        sizes = [size_of(path) for path in checkpoints(self.folder).values()]
+        try:
+            sizes = [size_of(path) for path in checkpoints(self.folder).values()]
+        except StoreError:  # a link in their place
+            sizes = []
         kept = ""
         if sizes:
             kept = f", of which {len(sizes)} checkpoint{'s' * (len(sizes) != 1)} {sum(sizes) / 1e6:.1f} MB"
@@ -633,7 +644,7 @@ class Run(RunHistory):
         if self._closed:
             raise RunError(f"run {self.id!r} is closed: its records can be read, but nothing more can be run.")
         if self._unable:
-            raise RunError(self._unable)
+            raise RunError(self._unable.text)
 
     # ── in the background ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -832,6 +843,7 @@ class Run(RunHistory):
         builder: TrajectoryBuilder | None = None,
         adapter: TrainerAdapter | None = None,
         trainer: Trainer | None = None,
+        trust: bool = False,
     ) -> Self:
         """Make a new run that continues after an epoch of this one, from a copy of its weights and its curriculum's state.
 
@@ -848,6 +860,7 @@ class Run(RunHistory):
             builder: A new trajectory builder, where this run was given one as an object.
             adapter: A new trainer adapter, where this run was given one as an object.
             trainer: A new trainer, where this run was given one as an object.
+            trust: As in `open`, where this run is of somebody else's folder and was opened without it.
 
         Returns:
             The new run.
@@ -855,8 +868,18 @@ class Run(RunHistory):
         Raises:
             RunError: That epoch, or its weights, are not there.
         """
+        if self._unable and trust and self._unable.untrusted:
+            return self._trusted().fork(
+                epoch,
+                curriculum=curriculum,
+                training=training,
+                name=name,
+                builder=builder,
+                adapter=adapter,
+                trainer=trainer,
+            )
         if self._unable:
-            raise RunError(self._unable)
+            raise RunError(self._unable.text)
         store, writer = self._stored(), self._driver.writer
         if store is None:
             raise RunError(f"run {self.id!r} has no epoch to continue from. Run one first, or make a new Run.")
@@ -870,6 +893,16 @@ class Run(RunHistory):
         make_fork(store.folder, branch, folder, run_id, config.stored())
         run = type(self).__new__(type(self))
         run._setup(config, components, run_id, RunStore.open(folder))
+        return run
+
+    def _trusted(self) -> Self:
+        """The same run of somebody else's folder, with its config as it is once it is trusted."""
+        assert self._store is not None  # it was opened from that folder
+        config, components, unable = config_of(self._store, None, {}, {}, trust=True)
+        for kind, name, component in self._driver.components.added():
+            components.add(kind, name, component)
+        run = type(self).__new__(type(self))
+        run._setup(config, components, self.id, self._store, unable)
         return run
 
     def archive(self, checkpoints: bool = True) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,11 +19,12 @@ from ..redaction import redacting_logger
 from ..threads import in_daemon_thread
 from ..types import Epoch
 from ..user_code import contained
-from .durable import check_plain, size_of, sync_folder, write_durably
+from .durable import check_inside, check_plain, check_tree, remove_inside, size_of, sync_folder, write_durably
 from .folder import CONFIG, LOG, TRAJECTORIES, checkpoint_folder, checkpoints, free_in_archive, trajectory_file
 from .json import forget_epochs
 from .reader import RunReader
 from .store import RunStore
+from .trust import SIGNATURE
 
 __all__ = [
     "Checkpoints",
@@ -99,15 +99,15 @@ def rewind(store: RunStore, epoch: int) -> Path:
     folder, last = store.folder, store.next_index - 1
     place = free_in_archive(folder, f"{folder.name[:85]}-until-{last}")
     fresh = place.with_name(f".{place.name}")  # no run until it is whole
-    check_plain(fresh)
-    shutil.rmtree(fresh, ignore_errors=True)
+    remove_inside(place.parent, fresh)
     fresh.mkdir()
-    for path in (folder / CONFIG, folder / LOG, *logs_of(folder)):
+    for path in (folder / CONFIG, folder / SIGNATURE, folder / LOG, *logs_of(folder)):
         check_plain(path)
         if path.exists():
             write_durably(fresh / path.name, lambda file, path=path: file.write(path.read_bytes()))
     (fresh / TRAJECTORIES).mkdir()
     for path in sorted((folder / TRAJECTORIES).glob("epoch-*.parquet")):
+        check_inside(folder, path)
         _share(path, fresh / TRAJECTORIES / path.name)
     sync_folder(fresh / TRAJECTORIES)
     store.copy_database(fresh, state="archived")
@@ -120,7 +120,7 @@ def rewind(store: RunStore, epoch: int) -> Path:
     store.rewind(epoch)
     for index in range(epoch + 1, last + 1):  # whoever reads all files of the folder would count them twice
         with suppress(OSError):
-            trajectory_file(folder, index).unlink()
+            remove_inside(folder, trajectory_file(folder, index))
     return place
 
 
@@ -131,7 +131,6 @@ def logs_of(folder: Path) -> list[Path]:
 
 def _share(path: Path, place: Path) -> None:
     """The same file under a second name: it is replaced whole, never changed. A copy where the disk knows no such thing."""
-    check_plain(path)
     try:
         os.link(path, place)
     except OSError:
@@ -197,7 +196,7 @@ class Checkpoints:
         version, checkpoint = state.get("policy_version"), newest_checkpoint(self.store, kept)
         if checkpoint is not None:
             place = checkpoint_folder(self.store.folder, checkpoint)
-            check_plain(place.parent, place)
+            check_tree(self.store.folder, place)
             await load(place)
         found = getattr(adapter.policy, "version", None)
         if version is not None and found != version:
@@ -251,7 +250,7 @@ class Checkpoints:
             return
         place = checkpoint_folder(self.store.folder, index)
         try:
-            check_plain(place.parent, place)
+            check_inside(self.store.folder, place)
             await contained("save_checkpoint", save(place))
         except Exception:
             logger.warning("epoch %d: no checkpoint could be written; training continues", index, exc_info=True)
@@ -264,7 +263,11 @@ class Checkpoints:
 
     def prune(self) -> None:
         """Deletes the checkpoints that are not worth their space."""
-        there = checkpoints(self.store.folder)
+        try:
+            there = checkpoints(self.store.folder)
+        except StoreError as error:  # put there while the run works
+            logger.warning("no checkpoint was deleted: %s", error)
+            return
         pinned = [index for index in (*self._pinned, self._checkpoint) if index is not None]
         keep = self._keep
         if keep is None:
@@ -272,7 +275,8 @@ class Checkpoints:
             keep = max(2, KEEP_BYTES // size)
         if len(there) > keep:
             for index in there.keys() - to_keep(list(there), keep, _best(self.store.epochs), pinned):
-                shutil.rmtree(there[index], ignore_errors=True)
+                with suppress(OSError):  # tried again after the next epoch
+                    remove_inside(self.store.folder, there[index])
 
 
 def _best(epochs: Sequence[Epoch]) -> int | None:

@@ -19,10 +19,13 @@ from ..redaction import redacting_logger
 __all__ = [
     "FileDigest",
     "append_line",
+    "check_inside",
     "check_plain",
+    "check_tree",
     "plain_file",
     "atomic_directory",
     "digest_of",
+    "remove_inside",
     "size_of",
     "sync_folder",
     "write_durably",
@@ -48,6 +51,68 @@ def check_plain(*paths: Path) -> None:
                 f"{path} is {kind}; a run's folder holds plain files only, and nothing outside it is touched. "
                 "Put the file itself there."
             )
+
+
+def check_inside(folder: Path, *paths: Path) -> None:
+    """Refuse to leave a folder: every path must lie in it, with nothing but plain folders on the way.
+
+    Args:
+        folder: The folder, which may itself be reached through links.
+        *paths: Places in it, there or not.
+
+    Raises:
+        StoreError: A path is not in the folder, or it, or a folder on the way to it, is a link or a special file.
+    """
+    for path in paths:
+        parts = path.relative_to(folder).parts if path.is_relative_to(folder) else ("..",)
+        if ".." in parts:
+            raise StoreError(f"{path} is not inside {folder}; nothing outside a run's folder is touched.")
+        place = folder
+        for part in parts:
+            place = place / part
+            check_plain(place)
+
+
+def check_tree(folder: Path, directory: Path) -> None:
+    """The same for a directory in the folder and for all that lies in it.
+
+    Args:
+        folder: The folder, which may itself be reached through links.
+        directory: A directory in it.
+
+    Raises:
+        StoreError: As `check_inside`.
+    """
+    check_inside(folder, directory)
+    for root, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            check_plain(Path(root) / name)
+
+
+def remove_inside(folder: Path, path: Path) -> None:
+    """Delete a file, a link or a directory in a folder. A link is deleted itself; what it leads to is never touched.
+
+    Args:
+        folder: The folder, which may itself be reached through links.
+        path: A place in it. Where nothing is there, nothing is done.
+
+    Raises:
+        StoreError: The way to the path leaves the folder, through a link for example.
+        OSError: It cannot be deleted, or not all of it.
+    """
+    if path == folder:
+        raise StoreError(f"{path} is the folder itself; expected a place inside it.")
+    check_inside(folder, path.parent)
+    try:
+        is_directory = stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    if not is_directory:
+        os.unlink(path)
+        return
+    shutil.rmtree(path, ignore_errors=True)  # as much as can be; the links in it are not followed
+    if os.path.lexists(path):
+        raise OSError(f"{path} could not be deleted whole")
 
 
 def write_durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import StoreError
-from .durable import _BINARY, _NO_LINK, _TEMPORARY, check_plain
+from .durable import _BINARY, _NO_LINK, _TEMPORARY, check_plain, remove_inside
 
 __all__ = [
     "ARCHIVE",
@@ -57,7 +57,9 @@ def checkpoint_folder(folder: Path, epoch: int) -> Path:
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints in a run's folder, by epoch."""
+    """The checkpoints in a run's folder, by epoch. Raises StoreError where `checkpoints` is a link: the directories of
+    somebody else are no checkpoints of this run."""
+    check_plain(folder / CHECKPOINTS)
     found = sorted((folder / CHECKPOINTS).glob("epoch-[0-9]*"))
     return {int(path.name[6:]): path for path in found if path.name[6:].isdigit() and path.is_dir()}
 
@@ -79,8 +81,8 @@ def remove_temporary(folder: Path) -> None:
     for place in (folder, folder / TRAJECTORIES):
         if place.is_dir() and not place.is_symlink():
             for path in place.glob(f".*{_TEMPORARY}*"):
-                with suppress(OSError):
-                    path.unlink()
+                with suppress(OSError, StoreError):
+                    remove_inside(folder, path)
 
 
 # ── the lock ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,7 +15,7 @@ from pydantic_core import to_json, to_jsonable_python
 
 from ..redaction import redact_text
 from ..types import IntermediateStep, LLMCall
-from .durable import append_line, write_durably
+from .durable import append_line, check_plain, write_durably
 
 __all__ = [
     "append_jsonl",
@@ -39,7 +39,9 @@ def append_jsonl(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def forget_epochs(path: Path, first: int) -> None:
-    """Takes the lines of that epoch and later ones out of a log, and a line that was cut off; others stay."""
+    """Takes the lines of that epoch and later ones out of a log, and a line that was cut off; others stay. Raises StoreError
+    for a link in the log's place, OSError."""
+    check_plain(path)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _epoch_of(line) < first]
     if len(kept) < len(lines):

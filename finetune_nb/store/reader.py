@@ -1,7 +1,7 @@
 """Reads a run's folder: epochs, journal, validations, events, and the epoch that was not finished.
 
-Nothing here changes a byte. run.db is trusted to be ours only after its values have been looked at; every error is a
-StoreError that names the file.
+Nothing here changes a byte, but for the signature of a folder that the user says to trust. run.db is trusted to be ours only
+after its values have been looked at; every error is a StoreError that names the file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.yaml import MAX_CHARACTERS, read_yaml
 from ..errors import StoreError
+from ..redaction import redacting_logger
 from ..types import Change, Epoch, Selection, TrainingJobRef, TrainingJobStatus, TrajectoryCollection, Validation
 from .database import change_from_row, epoch_from_row, read, selection_from_json, validation_from_json
 from .durable import check_plain, size_of
 from .folder import CONFIG, DATABASE, LOG, RUN_ID, writer_of
 from .json import decode
 from .trajectories import collection_of_batches, read_columns, read_trajectories
+from .trust import is_signed, sign
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,6 +37,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+logger = redacting_logger(__name__)
 
 
 class StoredEpoch(Epoch):
@@ -290,14 +294,35 @@ class RunReader:
 
     def config(self) -> dict[str, Any]:
         """The config as plain data, `${NAME}` where it stood; `load_config` takes it."""
+        return self.config_and_owner()[0]
+
+    def config_and_owner(self, trust: bool = False) -> tuple[dict[str, Any], bool]:
+        """The config as plain data, and whether this user wrote it: what is not theirs is only to be looked at.
+
+        Args:
+            trust: The user says that it is theirs, or as good as that: the folder is signed with their key. Where it cannot
+                be written, it is theirs for this time only.
+
+        Raises:
+            StoreError: There is no config.yml, or it cannot be read.
+        """
         path = self.folder / CONFIG
         with as_store_error(path, "Everything else can be read."):
             check_plain(path)
-            with path.open(encoding="utf-8") as file:
-                found = read_yaml(file.read(MAX_CHARACTERS + 1), str(path))
+            # Read once: what is parsed is what was signed.
+            with path.open("rb") as file:
+                text = file.read(4 * MAX_CHARACTERS + 1)
+            found = read_yaml(text.decode("utf-8"), str(path))
             if not isinstance(found, dict):
                 raise ValueError(f"{type(found).__name__} where a mapping was expected")
-            return found
+        own = is_signed(self.folder, self.run_id, text)
+        if trust and not own:
+            own = True
+            try:
+                sign(self.folder, self.run_id, text)
+            except (OSError, StoreError) as error:
+                logger.warning("%s is trusted this time, and cannot be signed: %s", path, error)
+        return found, own
 
     def size(self) -> int:
         """Bytes of all files in the folder."""

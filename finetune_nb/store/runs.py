@@ -6,13 +6,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, StoreError
-from .durable import check_plain
+from .durable import check_plain, remove_inside
 from .folder import ARCHIVE, CHECKPOINTS, DATABASE, RUN_ID, free_in_archive
 from .store import RunStore
 
@@ -83,7 +83,8 @@ def archive_run(folder: Path, checkpoints: bool = True) -> Path:
     with _alone(folder) as store:
         store.set_state("archived")
         if not checkpoints:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            with suppress(OSError):
+                remove_inside(folder, folder / CHECKPOINTS)
         place = free_in_archive(folder, folder.name)
     os.rename(folder, place)
     return place

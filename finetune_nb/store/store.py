@@ -3,6 +3,7 @@
     run.db                             epochs, curriculum, validations, journal (SQLite)
     trajectories/epoch-000003.parquet  one row = one trajectory or failed rollout (Parquet)
     config.yml                         the config, without secrets
+    signature                          says, to the user whose key made it, that config.yml is their own
     checkpoints/epoch-000003/          the adapter's own files
     log.jsonl                          events, one a line
     lock                               who is writing
@@ -40,6 +41,7 @@ from .folder import CONFIG, DATABASE, LOG, RUN_ID, TRAJECTORIES, WriteLock, remo
 from .json import encode
 from .reader import RunReader, StoredEpoch, as_store_error
 from .trajectories import batch_of, write_trajectories
+from .trust import sign
 
 __all__ = [
     "RunStore",
@@ -74,7 +76,9 @@ class RunStore(RunReader):
             check_plain(folder / TRAJECTORIES, folder / CONFIG, folder / LOG)
             with _opened(folder, create=True) as (lock, db):
                 (folder / TRAJECTORIES).mkdir(exist_ok=True)
-                write_durably(folder / CONFIG, lambda file: file.write(dump_yaml(dict(config)).encode()))
+                text = dump_yaml(dict(config)).encode()
+                write_durably(folder / CONFIG, lambda file: file.write(text))
+                sign(folder, run_id, text)
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute("BEGIN IMMEDIATE")
                 migrate(db)

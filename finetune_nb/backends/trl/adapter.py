@@ -16,7 +16,7 @@ from ...components.builder import Builder
 from ...components.registry import register_trainer_adapter
 from ...errors import BackendError, ConfigError, MissingExtra
 from ...redaction import redacting_logger
-from ...store.durable import atomic_directory, size_of
+from ...store.durable import atomic_directory, check_plain, size_of
 from ...threads import in_daemon_thread
 from ...training.jobs import PolicyAdapter, plain_name
 from ...types import TrainingJobRef, TrajectoryCollection
@@ -97,7 +97,9 @@ class TRLAdapter(PolicyAdapter[TRLJob]):
     def _folder(self, run_id: str) -> Path:
         if self.run_config is None:
             raise BackendError("the adapter has no config, so no place for its jobs. Call initialize first.")
-        return Path(self.run_config.output_dir).absolute() / plain_name(run_id) / "trl"
+        place = Path(self.run_config.output_dir).absolute() / plain_name(run_id) / "trl"
+        check_plain(place)
+        return place
 
     async def save(self, directory: str | Path) -> Path:
         """Writes model and tokenizer to `directory`; from_pretrained, and `model` in the config, read them."""

@@ -39,7 +39,13 @@ def load_weights(policy: Any, directory: Path, version: int) -> None:
     from transformers import AutoModelForCausalLM
 
     try:
-        trained = AutoModelForCausalLM.from_pretrained(str(directory), dtype=policy.model.dtype, use_safetensors=True)
+        trained = AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            dtype=policy.model.dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
         found, own = trained.state_dict(), policy.model.state_dict()
     except (OSError, ValueError, RuntimeError) as error:
         raise BackendError(
