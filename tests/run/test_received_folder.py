@@ -139,7 +139,8 @@ from finetune_nb.testing import sums
 run = ft.Run.open(sys.argv[1], guess, right, dataset=sums(3), validation=sums(2))
 print(ft.run_sync(run.next_epoch()).index)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(own)], capture_output=True, text=True)
+    there = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the shared agents of the tests
+    done = subprocess.run([sys.executable, "-c", code, str(own)], capture_output=True, text=True, env=there)
     assert done.stdout.strip() == "2", done.stderr
 
 
