@@ -17,10 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..errors import RunError
+
 __all__ = [
     "in_notebook",
     "interrupts",
     "has_frontend",
+    "refuse_input",
     "route_to_subshell",
     "let_widgets_through",
     "current_cell",
@@ -148,6 +151,32 @@ def interrupts(first: Callable[[], str], second: Callable[[], None]) -> Iterator
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def refuse_input(inside: Callable[[], bool]) -> None:
+    """Refuses `input()` and `getpass()` to code that runs in the background of this kernel.
+
+    Such code runs in threads of its own, several at a time, and the kernel's channel for questions belongs to the main
+    thread: used from another one, it takes the kernel down.
+
+    Args:
+        inside: Whether the calling code is such code; asked whenever somebody asks a question.
+    """
+    kernel = _kernel()
+    ask = getattr(kernel, "_input_request", None)
+    if ask is None or hasattr(ask, "refuses"):
+        return
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        if inside():
+            raise RunError(
+                "input() was called by code that a run runs, where several rollouts run at once and nobody can be asked. Ask "
+                "before the run starts, or try one rollout with `await run.rollout(0)`."
+            )
+        return ask(*args, **kwargs)
+
+    asked.refuses = True  # type: ignore[attr-defined]
+    kernel._input_request = asked
 
 
 def current_cell() -> object:

@@ -14,7 +14,7 @@ from ..engine.driver import Driver
 from ..engine.state import RunState
 from ..errors import EpochAborted, FinetuneError, RunError
 from ..notebook.display import CellProgress, CellRecord, ProgressLine, watch_progress
-from ..notebook.kernel import current_cell, in_notebook, interrupts
+from ..notebook.kernel import current_cell, in_notebook, interrupts, refuse_input
 from ..redaction import error_text, redact_exception
 from ..threads import EngineThread, LoopTask
 from ..user_code import contained
@@ -73,6 +73,7 @@ class Session:
             if not started:
                 self.state.transition("ended", "aborted before it began")
 
+        refuse_input(lambda: _inside.get() is not None)
         with self._turn:
             self.state.transition("begin")
             self._aborted_at = None
