@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RunError
-from ..text import short
+from ..text import short, text_of
 from ..training.metrics import advantages
 from ..types import Epoch, GroupReason, RolloutFailure, Trajectory
 
@@ -153,7 +153,7 @@ def _unknown_example(epoch: Epoch, example: Any) -> str:
 
 def _same(known: Any, wanted: Any) -> bool:
     """Whether two ids are the same. One may have been typed by a person, so 7 and "7" are."""
-    return str(known) == str(wanted)
+    return text_of(known) == text_of(wanted)
 
 
 def _some(values: Iterable[Any], most: int = 12) -> str:

@@ -6,6 +6,7 @@ Everything here is async and runs on the run's own thread. Nothing here imports 
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..redaction import error_text, redacting_logger
 from ..rollouts.evaluation import EvaluationContext, Progress, dataset_of, evaluation_context, workflow_of
 from ..rollouts.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from ..store.reader import PartialEpoch
+from ..text import text_of
 from ..threads import in_daemon_thread
 from ..training.curriculum import state_from_dict
 from ..types import (
@@ -52,6 +54,10 @@ PATIENCE = 30.0
 logger = redacting_logger(__name__)
 
 
+_owners: dict[int, weakref.ref[Driver]] = {}
+"""The run that has a component: id of the component -> its driver."""
+
+
 class Driver:
     """Drives one Trainer. All methods run on one event loop; one epoch at a time."""
 
@@ -78,6 +84,7 @@ class Driver:
         self._observer: TrainerObserver = None  # type: ignore[assignment]  # set by open
         self._left: PartialEpoch | None = None  # begun by a process that has ended
         self._trial = Playground(config, components, run_id)
+        self._claimed: list[Any] = []
         self.sinks: list[MetricsSink] = []
         self._outlets = SinkDispatcher(self.sinks, run_id, config.stored)
 
@@ -94,6 +101,7 @@ class Driver:
         trainer = await self.components.get_trainer(names.trainer)
         self.trajectory_builder = await self.components.get_trajectory_builder(names.trajectory_builder)
         self.adapter = await self.components.get_trainer_adapter(names.trainer_adapter)
+        self._claim(trainer, self.trajectory_builder, self.adapter)
         await trainer.bind_components(self.trajectory_builder, self.adapter)
         await trainer.initialize(names)
         await self._trial.preflight(reads_rows=getattr(self.trajectory_builder, "reads_our_rows", False))
@@ -112,6 +120,25 @@ class Driver:
         self.trainer = trainer
         if self.policy_told is not None:
             self.writer.event("policy", text=self.policy_told)
+
+    def _claim(self, *components: Any) -> None:
+        """Takes the components for this run. Raises RunError for one that another open run has."""
+        for component in components:
+            owner = _owners.get(id(component), lambda: None)()
+            if owner is not None and owner is not self:
+                kind = type(component).__name__
+                raise RunError(
+                    f"this {kind} object belongs to run {owner.run_id!r}, which is open: two runs would train the same weights "
+                    f"and collect into the same place. Expected one of its own for run {self.run_id!r}: make another {kind}, or "
+                    "close the other run first."
+                )
+        for component in components:
+            _owners[id(component)] = weakref.ref(self)
+            self._claimed.append(component)  # held, so that its id stays its own
+
+    def _release(self) -> None:
+        while self._claimed:
+            _owners.pop(id(self._claimed.pop()), None)
 
     async def _open_recorder(self) -> None:
         run = self.config.run
@@ -179,6 +206,7 @@ class Driver:
                     self.writer.journal(self.live_settings)
                     await self.writer.close(self.adapter)
             finally:
+                self._release()
                 await self.components.close()
 
     # ── what a run is asked for ──────────────────────────────────────────────────────────────────────────────────────
@@ -388,8 +416,9 @@ class Playground:
 
     def _position_of(self, example: Any) -> int:
         ids = [item.id for item in self._rows()]
-        if example in ids:
-            return ids.index(example)
+        texts = [text_of(id) for id in ids]
+        if text_of(example) in texts:
+            return texts.index(text_of(example))
         if isinstance(example, int) and -len(ids) <= example < len(ids):
             return example % len(ids)
         raise RunError(f"no example {example!r}: the dataset has {len(ids)} rows, with ids like {ids[0]!r}.")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..store.json import decode, decode_steps
 from ..store.trajectories import table_of, to_python
+from ..text import text_of
 from ..training.metrics import advantages
 from ..types import GROUP_REASONS, Epoch, IntermediateStep
 from .columns import (
@@ -183,7 +184,8 @@ def chosen(values: Mapping[str, Any], those: np.ndarray) -> dict[str, Any]:
 
 
 def is_example(found: Any, asked: Any) -> bool:
-    """Whether an id is the one asked for, or one of several. 1, True and "1" are three different ids.
+    """Whether an id is the one asked for, or one of several. Ids are compared by their text: 1 and "1" are the same, 1, 1.0
+    and True are not.
 
     Args:
         found: The id of an example.
@@ -194,10 +196,7 @@ def is_example(found: Any, asked: Any) -> bool:
     """
     if isinstance(asked, list | set | frozenset) and type(found) is not type(asked):
         return any(is_example(found, each) for each in asked)
-    try:
-        return bool(found == asked) and isinstance(found, bool) == isinstance(asked, bool)
-    except Exception:  # ids may be arbitrary objects
-        return False
+    return text_of(found) == text_of(asked)
 
 
 # ── the columns of one epoch ─────────────────────────────────────────────────────────────────────────────────────────

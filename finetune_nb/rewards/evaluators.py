@@ -20,6 +20,7 @@ from ..components.registry import register_evaluator
 from ..config.base import EvaluatorBaseConfig
 from ..errors import ConfigError, UserCodeError
 from ..redaction import error_text
+from ..text import text_of
 from ..threads import in_daemon_thread
 from ..types import EvalInput, EvalInputItem, EvalOutput, EvalOutputItem
 from ..user_code import contained, contained_call
@@ -86,12 +87,12 @@ async def _batched(batch: Callable[[EvalInput], Awaitable[EvalOutput]], items: S
     try:
         asked = batch(EvalInput.model_construct(eval_input_items=list(items)))
         output = await contained("the evaluator", asked, PATIENCE)
-        by_id = {item.id: item for item in output.eval_output_items}
+        by_id = {text_of(item.id): item for item in output.eval_output_items}
     except Exception as error:
         return _output([no_score(item.id, error) for item in items])
     verdicts = []
     for item in items:
-        given = by_id.get(item.id, no_score(item.id, "the evaluator returned nothing for this item"))
+        given = by_id.get(text_of(item.id), no_score(item.id, "the evaluator returned nothing for this item"))
         verdicts.append(_verdict(item.id, given))
     return _output(verdicts)
 

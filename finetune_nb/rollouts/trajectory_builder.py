@@ -23,6 +23,7 @@ from ..errors import ConfigError, did_you_mean
 from ..interfaces import RolloutExecutor, TrajectoryBuilder
 from ..redaction import error_text, redact_text, redacting_logger
 from ..store.json import append_jsonl
+from ..text import text_of
 from ..types import (
     EpisodeItem,
     EvalInputItem,
@@ -180,7 +181,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         errors = [output for output in outputs if isinstance(output, BaseException)]
         if errors and len(errors) == len(outputs):
             raise errors[0]
-        groups: dict[Any, list[Trajectory]] = {}
+        groups: dict[str, list[Trajectory]] = {}  # by the text of the id: 1, 1.0 and True are equal, and three examples
         failures: list[RolloutFailure] = []
         for generation, output in enumerate(outputs):
             if isinstance(output, BaseException):
@@ -210,27 +211,28 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         generation: int,
         run_id: str,
         meta: dict | None,
-        groups: dict[Any, list[Trajectory]],
+        groups: dict[str, list[Trajectory]],
         failures: list[RolloutFailure],
     ) -> None:
-        failed = {failure.example_id for failure in output.failures}
+        failed = {text_of(failure.example_id) for failure in output.failures}
         verdicts = {
-            name: {verdict.id: verdict for verdict in result.eval_output_items}
+            name: {text_of(verdict.id): verdict for verdict in result.eval_output_items}
             for name, result in output.evaluation_results
         }
         reward_name = self._reward_name(list(verdicts))
         for item in output.eval_input.eval_input_items:
-            if item.id in failed:
+            example = text_of(item.id)
+            if example in failed:
                 continue
-            found = {name: by_id[item.id] for name, by_id in verdicts.items() if item.id in by_id}
+            found = {name: by_id[example] for name, by_id in verdicts.items() if example in by_id}
             try:
-                groups.setdefault(item.id, []).append(
+                groups.setdefault(example, []).append(
                     await self._trajectory(item, found, reward_name, generation, run_id, meta)
                 )
             except ValueError as error:
                 failures.append(RolloutFailure(item.id, generation, error_text(error), item.trajectory))
-        for example in [example for example, group in groups.items() if not group]:
-            del groups[example]
+        for empty in [example for example, group in groups.items() if not group]:
+            del groups[empty]
 
     async def _trajectory(
         self,

@@ -21,7 +21,7 @@ from ..errors import ConfigError, RunError, StoreError, did_you_mean
 from ..interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from ..notebook.display import CellRecord, ProgressLine
 from ..notebook.kernel import in_notebook
-from ..redaction import error_text
+from ..redaction import error_text, redacting_logger
 from ..store.durable import size_of
 from ..store.folder import checkpoints
 from ..store.reader import RunReader
@@ -45,6 +45,7 @@ __all__ = [
     "Run",
 ]
 
+logger = redacting_logger(__name__)
 _open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 _FOREIGN_STATES = ("running", "paused", "interrupted", "failed", "archived")
 """What a folder may say of a run that this process only reads."""
@@ -332,10 +333,25 @@ class Run(RunHistory):
         store = None
         if resume == "auto" and name is not None:
             run_id = name
+            self._take_over(output_dir / name)
             if RunStore.exists(output_dir / name):
                 store = RunStore.open(output_dir / name)
         self._setup(config, components, run_id, store)
         self._settings.replay(changes)
+
+    def _take_over(self, folder: Path) -> None:
+        """Ends the run of that folder that is open in this kernel, as when its cell is run again. An epoch that is running is
+        finished and recorded first; an interrupt leaves that run as it was."""
+        for run in list(_open_runs):
+            if run.folder.resolve() != folder.resolve():
+                continue
+            if run._session.state.active:
+                run._session.ask_quietly("stop", "ends after this epoch: a new Run object continues it")
+                try:
+                    run.wait()
+                except Exception as error:
+                    logger.warning("the epoch that was running in the background ended with: %s", error_text(error))
+            run.close()
 
     def _setup(
         self, config: Config, components: Builder, run_id: str, store: RunStore | None, unable: Obstacle | None = None
