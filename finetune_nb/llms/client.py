@@ -243,7 +243,7 @@ class _Bound:
         episode, here = self.episode, current_episode()
         if episode is None:
             return here
-        if here is not None and here is not episode and not here.ended:
+        if here is not None and here is not episode:
             # Code that kept an llm in a global calls it from its own rollout's task: there is no doubt who asks.
             if here.is_run_here():
                 return here
