@@ -39,6 +39,7 @@ from .call_recorder import CallRecorder
 from .openai_wire import Refused, WireRequest, answer_of, error_body, events_of, read_request
 from .proxies import bypass_proxies
 from .rollout_keys import RolloutKey, rollouts_of, secret_of
+from .senders import sender_on, watch_connections
 
 __all__ = [
     "Addresses",
@@ -129,7 +130,8 @@ class Gateway:
         started: Future[int] = Future()
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self._serve, args=(started,), name="finetune_nb gateway", daemon=True).start()
-        self.url = f"http://127.0.0.1:{started.result()}"
+        self.port = started.result()
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def __repr__(self) -> str:
         return f"Gateway({self.url}, {len(self._open)} open)"
@@ -153,18 +155,27 @@ class Gateway:
 
     def endpoint(self, episode: CallRecorder, llm: AskedModel) -> Endpoint:
         """The address of that model for that rollout."""
-        bypass_proxies()  # here, for the proxy may have come into the environment after the server was started
+        watch_connections(self.port)
         with self._lock:
             for endpoint in episode.endpoints:
                 if isinstance(endpoint, Endpoint) and endpoint.llm is llm:
                     return endpoint
+            bypass_proxies()  # here, for the proxy may have come into the environment after the server was started
             endpoint = Endpoint(self._sealed(next(self._numbers)), episode, llm, self)
             self._open[endpoint.id] = endpoint
             episode.endpoints.append(endpoint)
             return endpoint
 
-    def find(self, name: str, header: str | None = None) -> Endpoint:
-        """The address of that name, for a request with that Authorization header.
+    def find(self, name: str, header: str | None = None, client_port: int = 0) -> Endpoint:
+        """The address of that name, for a request.
+
+        Args:
+            name: The address's.
+            header: The request's Authorization header.
+            client_port: The other end of its connection.
+
+        Returns:
+            The address.
 
         Raises:
             Refused: 410 for an address, or with a key, whose rollout has ended; 403 if the request comes from another
@@ -176,17 +187,20 @@ class Gateway:
             if number.isascii() and number.isdigit() and hmac.compare_digest(name, self._sealed(int(number[:20]))):
                 raise Refused(410, _ENDED, "episode_closed")
             raise Refused(404, "there is no such rollout. Take llm.base_url inside the workflow.", "unknown_episode")
-        for place, number in enumerate(rollouts_of(header)):
-            if number == endpoint.episode.number:
-                continue
-            if place == 0 and not any(each.episode.number == number for each in list(self._open.values())):
-                raise Refused(410, _KEY_ENDED, "episode_closed")
+        own, named = endpoint.episode.number, rollouts_of(header)
+        if named[:1] not in ([], [own]) and not self._has_addresses(named[0]):
+            raise Refused(410, _KEY_ENDED, "episode_closed")
+        sender = sender_on(self.port, client_port)
+        if {own, *named} != {own} or sender not in (None, own):
             raise Refused(
                 403,
                 f"the client's calls went to another rollout's address, that of {endpoint.episode.name}. {_ANEW}",
                 "other_rollout",
             )
         return endpoint
+
+    def _has_addresses(self, rollout: int) -> bool:
+        return any(endpoint.episode.number == rollout for endpoint in list(self._open.values()))
 
     def forget(self, endpoint: Endpoint) -> None:
         """Closes an address: it answers 410 from now on, and what is being answered there is canceled."""
@@ -340,8 +354,9 @@ class Addresses(Protocol):
 
     def authorized(self, header: str | None) -> bool: ...
 
-    def find(self, name: str, header: str | None = None) -> Endpoint:
-        """Raises Refused for a name that is no address, or none for a request with that Authorization header."""
+    def find(self, name: str, header: str | None = None, client_port: int = 0) -> Endpoint:
+        """Raises Refused for a name that is no address, or none for a request with that Authorization header from that
+        port."""
         ...
 
     async def sample(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]: ...
@@ -399,7 +414,8 @@ class _Api(RequestHandler):
 
     def endpoint(self, name: str) -> Endpoint:
         """The address of that name. Raises Refused where there is none for this request."""
-        return self.server.find(name, self.request.headers.get("Authorization"))
+        client: Any = self.request.connection
+        return self.server.find(name, self.request.headers.get("Authorization"), client.context.address[1])
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
+import sys
 import threading
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -117,7 +117,7 @@ class RolloutTransport:
 
 def _library(request: Any) -> Any:
     """The package that the request is of, httpx or httpx2: a transport of the other one does not take it."""
-    return importlib.import_module(type(request).__module__.partition(".")[0])
+    return sys.modules[type(request).__module__.partition(".")[0]]
 
 
 def _current_endpoint() -> Endpoint:
