@@ -30,6 +30,7 @@ from ..types import (
     StreamEventData,
     same_message,
 )
+from .proxies import bypass_proxies
 
 __all__ = [
     "Address",
@@ -168,6 +169,7 @@ class CallRecorder:
     @contextmanager
     def recording(self, policies: Sequence[Policy] = ()) -> Iterator[CallRecorder]:
         """The rollout, from its start to its end: its policies wait for it when they form batches."""
+        bypass_proxies()  # clients read the environment when they are made, which may be before they are given an address
         with self.current(), ExitStack() as stack:
             for policy in policies:
                 stack.enter_context(policy.episode(self.key))

@@ -160,7 +160,7 @@ class Gateway:
             for endpoint in episode.endpoints:
                 if isinstance(endpoint, Endpoint) and endpoint.llm is llm:
                     return endpoint
-            bypass_proxies()  # here, for the proxy may have come into the environment after the server was started
+            bypass_proxies()  # the proxy may have come into the environment after the rollout's start
             endpoint = Endpoint(self._sealed(next(self._numbers)), episode, llm, self)
             self._open[endpoint.id] = endpoint
             episode.endpoints.append(endpoint)
