@@ -142,6 +142,22 @@ def by_httpx():
     return solve
 
 
+def by_aiohttp():
+    aiohttp = pytest.importorskip("aiohttp")
+    client = Once(lambda llm: (aiohttp.ClientSession(headers=header(llm)), llm.base_url))
+
+    async def solve(question, llm):
+        session, address = client(llm)
+        for _ in range(2):
+            answer = await session.post(f"{address}/chat/completions", json={"messages": messages_of(question)})
+            if answer.status != 200:
+                raise RuntimeError(await answer.text())
+            await answer.json()
+        return "done"
+
+    return solve
+
+
 def by_langchain():
     langchain_openai = pytest.importorskip("langchain_openai")
     client = Once(
@@ -161,7 +177,17 @@ def by_langchain():
 @pytest.mark.parametrize("concurrency", [1, 4, 8])
 @pytest.mark.parametrize(
     "kind",
-    [by_openai, by_llm_openai, by_copies, by_a_kept_address, by_a_kept_key, by_sync_openai, by_httpx, by_langchain],
+    [
+        by_openai,
+        by_llm_openai,
+        by_copies,
+        by_a_kept_address,
+        by_a_kept_key,
+        by_sync_openai,
+        by_httpx,
+        by_aiohttp,
+        by_langchain,
+    ],
 )
 async def test_a_client_made_once_gives_no_rollout_the_turns_of_another_and_says_why(run_of, kind, concurrency):
     epoch, foreign, errors = await turns_and_errors(run_of(kind(), concurrency))

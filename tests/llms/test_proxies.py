@@ -108,8 +108,8 @@ async def by_aiohttp(question, llm):
     import aiohttp
 
     async with aiohttp.ClientSession(trust_env=True) as session:
-        async with session.post(address(llm), json=BODY, headers=header(llm)) as answer:
-            answer.raise_for_status()
+        answer = await session.post(address(llm), json=BODY, headers=header(llm))
+        answer.raise_for_status()
     return "done"
 
 
