@@ -83,7 +83,7 @@ class CallRecorder:
     attempt: int = 0
     """Counts how often the rollout was begun again."""
     task: asyncio.Task[Any] | None = field(default=None, repr=False)
-    """The task that runs the rollout."""
+    """The task that runs the rollout's workflow."""
     _begun: int = 0
     _restarted: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -174,11 +174,14 @@ class CallRecorder:
             for policy in policies:
                 stack.enter_context(policy.episode(self.key))
             stack.callback(self.end)
-            self.task = _current_task()
             yield self
 
+    def begin_workflow(self, llm: Any) -> None:
+        """The running task calls the rollout's workflow, which gets that model."""
+        self.llm, self.task = llm, _current_task()
+
     def is_run_here(self) -> bool:
-        """Whether the running code is in the rollout's own task, not in one that was started on the way."""
+        """Whether the running code is in the workflow's own task, not in one that was started on the way."""
         return self.task is not None and self.task is _current_task()
 
     def end(self) -> None:

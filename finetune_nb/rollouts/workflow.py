@@ -48,7 +48,7 @@ class Workflow:
         llm: Any = self.llm
         episode = current_episode()
         if episode is not None:
-            episode.llm = llm
+            episode.begin_workflow(llm)
         if self.is_async:
             if episode is not None and isinstance(llm, LLM):
                 llm = RolloutLLM(llm, episode)

@@ -387,8 +387,8 @@ async def test_outside_of_a_rollout_it_says_so_and_sends_nothing():
 async def test_after_the_end_of_its_rollout_it_says_so():
     client, llm = async_client(), PolicyLLM(ScriptedPolicy(lambda messages, seed: "seven"))
     episode = CallRecorder(EpisodeKey("train", 0, 0, 0))
-    episode.llm = llm
     with episode.recording():
+        episode.begin_workflow(llm)
         await client.chat.completions.create(model="x", messages=messages_of("3+4"))
     with episode.current(), pytest.raises(openai.PermissionDeniedError, match="has ended"):
         await client.chat.completions.create(model="x", messages=messages_of("3+4"))

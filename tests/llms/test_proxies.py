@@ -105,7 +105,7 @@ def by_requests(question, llm):
 
 
 async def by_aiohttp(question, llm):
-    import aiohttp
+    import aiohttp  # pyright: ignore[reportMissingImports]
 
     async with aiohttp.ClientSession(trust_env=True) as session:
         answer = await session.post(address(llm), json=BODY, headers=header(llm))
