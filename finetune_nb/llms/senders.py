@@ -23,7 +23,7 @@ class _Sender:
     """Who wrote last on one connection."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
-        self.transport = ref(transport)
+        self.transport, self.loop = ref(transport), ref(asyncio.get_running_loop())
         self.rollout: int | None = None
 
     def write(self, data: Any) -> None:
@@ -39,6 +39,9 @@ class _Sender:
             type(transport).writelines(transport, parts)
 
     def _note(self) -> None:
+        # asyncio does not check it: whether the answer is then read, or the reader fails, would depend on who is faster.
+        if asyncio.get_running_loop() is not self.loop():
+            raise RuntimeError("a client's connection was opened on a different event loop")
         episode = current_episode()
         self.rollout = None if episode is None else episode.number
 

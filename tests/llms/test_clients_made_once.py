@@ -394,3 +394,19 @@ async def test_after_the_end_of_its_rollout_it_says_so():
         await client.chat.completions.create(model="x", messages=messages_of("3+4"))
     assert len(episode.calls) == 1
     await gateway().close_clients()
+
+
+async def test_a_connection_of_another_event_loop_is_an_error_also_where_the_answer_would_be_fast():
+    httpx = pytest.importorskip("httpx")
+    llm = PolicyLLM(ScriptedPolicy(lambda messages, seed: "seven"))
+    with CallRecorder(EpisodeKey("train", 0, 0, 0)).recording() as episode:
+        address = f"{llm.base_url}/chat/completions"
+        client = httpx.AsyncClient(headers=header(llm), limits=httpx.Limits(keepalive_expiry=600), timeout=20)
+
+        async def ask():
+            return await client.post(address, json={"messages": messages_of("3+4")})
+
+        assert (await ask()).status_code == 200
+        with pytest.raises(RuntimeError, match="opened on a different event loop"):
+            await asyncio.to_thread(lambda: asyncio.run(ask()))
+    assert len(episode.calls) == 1
