@@ -6,7 +6,9 @@ own.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import itertools
 import json
 import threading
 import time
@@ -16,6 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ..errors import RunError
 from ..interfaces import Policy
 from ..types import (
     EpisodeKey,
@@ -27,6 +30,7 @@ from ..types import (
     StreamEventData,
     same_message,
 )
+from .proxies import bypass_proxies
 
 __all__ = [
     "Address",
@@ -39,6 +43,7 @@ __all__ = [
 _WORKFLOW = InvocationNode(function_id="<workflow>", function_name="<workflow>")
 TEXT_PROMPT = "other"
 """The role under which a prompt without a chat template is recorded."""
+_numbers = itertools.count(1)
 _episode: ContextVar[CallRecorder | None] = ContextVar("finetune_nb_episode", default=None)
 
 
@@ -70,10 +75,36 @@ class CallRecorder:
     calls: list[LLMCall] = field(default_factory=list)
     endpoints: list[Address] = field(default_factory=list, repr=False)
     """The addresses at which the gateway serves it, one a model."""
+    llm: Any = field(default=None, repr=False)
+    """The model that the rollout's workflow got, if it got one."""
+    number: int = field(default_factory=_numbers.__next__, repr=False)
+    """Of this recorder among all of this process."""
     ended: bool = False
+    attempt: int = 0
+    """Counts how often the rollout was begun again."""
+    task: asyncio.Task[Any] | None = field(default=None, repr=False)
+    """The task that runs the rollout's workflow."""
     _begun: int = 0
     _restarted: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def name(self) -> str:
+        """What messages call the rollout."""
+        key = self.key
+        return f"example {key.example}, generation {key.generation} ({key.phase}, epoch {key.epoch})"
+
+    def require_running(self) -> None:
+        """Checks that calls are still recorded.
+
+        Raises:
+            RunError: The rollout has ended.
+        """
+        if self.ended:
+            raise RunError(
+                f"the rollout of {self.name} has ended: its llm is not asked any more, and nothing is recorded in it. "
+                "Await what the workflow starts, or cancel it, before the workflow returns."
+            )
 
     def next_call(self) -> tuple[int, int]:
         """Sequence number and seed of the next call: the seed is a hash of run seed, episode and sequence."""
@@ -95,6 +126,7 @@ class CallRecorder:
         with self._lock:
             self.calls.clear()
             self._restarted = self._begun
+            self.attempt += 1
 
     def previous_ids(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[int] | None:
         """Ids of the turn that `messages` carries on from, exactly as they were seen and sampled; None at a start."""
@@ -137,18 +169,35 @@ class CallRecorder:
     @contextmanager
     def recording(self, policies: Sequence[Policy] = ()) -> Iterator[CallRecorder]:
         """The rollout, from its start to its end: its policies wait for it when they form batches."""
+        bypass_proxies()  # clients read the environment when they are made, which may be before they are given an address
         with self.current(), ExitStack() as stack:
             for policy in policies:
                 stack.enter_context(policy.episode(self.key))
             stack.callback(self.end)
             yield self
 
+    def begin_workflow(self, llm: Any) -> None:
+        """The running task calls the rollout's workflow, which gets that model."""
+        self.llm, self.task = llm, _current_task()
+
+    def is_run_here(self) -> bool:
+        """Whether the running code is in the workflow's own task, not in one that was started on the way."""
+        return self.task is not None and self.task is _current_task()
+
     def end(self) -> None:
         """Nothing is recorded any more, and what the gateway still has of it is dropped."""
         with self._lock:
             self.ended = True
+        self.task = None
         for endpoint in self.endpoints:
             endpoint.close()
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        return None
 
 
 def arguments_of(function: Mapping[str, Any]) -> Any:

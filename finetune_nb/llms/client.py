@@ -29,6 +29,7 @@ __all__ = [
     "LLM",
     "PolicyLLM",
     "PolicyLLMConfig",
+    "RolloutLLM",
     "SyncLLM",
     "ToolCall",
 ]
@@ -70,7 +71,8 @@ class LLM:
         """One turn.
 
         messages: OpenAI messages, and replies as they came. tools: OpenAI tool schemas. sampling: fields of
-        SamplingParams for this call alone. Raises ConfigError for an unknown one.
+        SamplingParams for this call alone. Raises ConfigError for an unknown one, RunError where the rollout has ended, or
+        was begun again, before the answer came.
         """
         params = self.sampling
         if sampling:
@@ -80,8 +82,11 @@ class LLM:
             params = replace(params, **sampling)
         prompt = [_message(m) for m in messages]
         episode = current_episode() or CallRecorder(EpisodeKey("try", 0, 0, 0), seed=time.time_ns())
+        episode.require_running()
         call = await self.call(episode, prompt, list(tools) if tools else None, params)
-        episode.record(call)
+        if not episode.record(call):
+            episode.require_running()
+            raise _given_up(episode)
         return _reply(call)
 
     async def call(
@@ -218,41 +223,169 @@ class PolicyLLM(LLM):
         )
 
 
+class _Bound:
+    """A model and the rollout that asks it. The rollout is known in every thread and on every event loop, with or without
+    context variables."""
+
+    def __init__(self, llm: LLM, episode: CallRecorder | None) -> None:
+        self.llm, self.episode = llm, episode
+        self._attempt = 0 if episode is None else episode.attempt
+
+    def asking(self) -> CallRecorder | None:
+        """The rollout that a call of the running code belongs to.
+
+        Returns:
+            The one that it was made for; None where it was made outside of rollouts.
+
+        Raises:
+            RunError: The rollout has ended or was begun again, or the code belongs to another one.
+        """
+        episode, here = self.episode, current_episode()
+        if episode is None:
+            return here
+        if here is not None and here is not episode:
+            # Code that kept an llm in a global calls it from its own rollout's task: there is no doubt who asks.
+            if here.is_run_here():
+                return here
+            raise RunError(
+                f"this llm belongs to the rollout of {episode.name}, and the call comes from a task or thread of the rollout "
+                f"of {here.name}: it cannot be said in which it is to be recorded. Use the llm that the workflow gets anew "
+                "in each rollout, in tasks of that rollout; do not keep it, or a client made of it, between rollouts."
+            )
+        episode.require_running()
+        if self._attempt != episode.attempt:
+            raise _given_up(episode)
+        return episode
+
+    def endpoint(self) -> Endpoint:
+        """The address of the model for that rollout."""
+        return self.llm._endpoint(self.asking())
+
+
+class RolloutLLM(LLM):
+    """The llm that an async workflow gets: its calls are recorded in its rollout wherever they are made.
+
+    Tasks, executors, threads with event loops of their own and `asyncio.run` in a thread may use it. When the rollout has
+    ended, every call is refused with a RunError and recorded nowhere.
+
+    Args:
+        llm: The model.
+        episode: The rollout's recorder.
+    """
+
+    def __init__(self, llm: LLM, episode: CallRecorder) -> None:
+        self._bound = _Bound(llm, episode)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_bound":  # not made yet, as while it is copied
+            raise AttributeError(name)
+        return getattr(self._bound.llm, name)
+
+    def __repr__(self) -> str:
+        return f"RolloutLLM({self._bound.llm!r})"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # attributes there
+        return self._bound.llm.name
+
+    @property
+    def policy(self) -> Policy | None:  # type: ignore[override]
+        return self._bound.llm.policy
+
+    @property
+    def sampling(self) -> SamplingParams:  # type: ignore[override]
+        return self._bound.llm.sampling
+
+    @property
+    def takes_options(self) -> bool:  # type: ignore[override]
+        return self._bound.llm.takes_options
+
+    async def chat(
+        self, messages: Sequence[Any], tools: Sequence[dict[str, Any]] | None = None, **sampling: Any
+    ) -> ChatReply:
+        episode = self._bound.asking()
+        assert episode is not None
+        with episode.current():
+            return await self._bound.llm.chat(messages, tools, **sampling)
+
+    async def call(self, *args: Any, **options: Any) -> LLMCall:
+        return await self._bound.llm.call(*args, **options)
+
+    async def complete(self, *args: Any, **options: Any) -> LLMCall:
+        return await self._bound.llm.complete(*args, **options)
+
+    @property
+    def base_url(self) -> str:
+        return self._bound.endpoint().base_url
+
+    @property
+    def api_key(self) -> str:
+        return self._bound.endpoint().api_key
+
+    def openai(self, **options: Any) -> Any:
+        return self._bound.endpoint().openai(**options)
+
+    def _endpoint(self, episode: CallRecorder | None) -> Endpoint:
+        return self._bound.llm._endpoint(episode)
+
+
 class SyncLLM:
     """The same client for a sync workflow, which runs in a thread of its own: `chat` blocks that thread. Threads that the
     workflow starts may use it too."""
 
     def __init__(self, llm: LLM, loop: asyncio.AbstractEventLoop, episode: CallRecorder | None = None) -> None:
-        self._llm, self._loop, self._episode = llm, loop, episode
+        self._bound, self._loop = _Bound(llm, episode), loop
 
     def chat(
         self, messages: Sequence[Any], tools: Sequence[dict[str, Any]] | None = None, **sampling: Any
     ) -> ChatReply:
+        """See LLM.chat."""
+        episode = self._bound.asking()
+        if _running_loop() is self._loop:
+            raise RunError(
+                "llm.chat blocks, and it was called on the run's own event loop, which would wait for itself. Make the "
+                "workflow an `async def`: it gets an llm whose chat is awaited."
+            )
+
         async def ask() -> ChatReply:
-            if self._episode is None:
-                return await self._llm.chat(messages, tools, **sampling)
-            with self._episode.current():
-                return await self._llm.chat(messages, tools, **sampling)
+            if episode is None:
+                return await self._bound.llm.chat(messages, tools, **sampling)
+            with episode.current():
+                return await self._bound.llm.chat(messages, tools, **sampling)
 
         return asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
 
     @property
     def name(self) -> str:
-        return self._llm.name
+        return self._bound.llm.name
 
     @property
     def base_url(self) -> str:
         """See LLM.base_url."""
-        return self._llm._endpoint(self._episode).base_url
+        return self._bound.endpoint().base_url
 
     @property
     def api_key(self) -> str:
         """See LLM.api_key."""
-        return self._llm._endpoint(self._episode).api_key
+        return self._bound.endpoint().api_key
 
     def openai(self, **options: Any) -> Any:
         """An `openai.OpenAI`, the sync client; see LLM.openai."""
-        return self._llm._endpoint(self._episode).sync_openai(**options)
+        return self._bound.endpoint().sync_openai(**options)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _given_up(episode: CallRecorder) -> RunError:
+    return RunError(
+        f"the rollout of {episode.name} was begun again: calls of its earlier attempt are not recorded. Await what the "
+        "workflow starts, or cancel it, before the workflow raises."
+    )
 
 
 class PolicyLLMConfig(LLMBaseConfig, name="policy"):

@@ -1,7 +1,8 @@
 """The gateway: an OpenAI-compatible server on 127.0.0.1, so that agents written with any client library are recorded.
 
 Every rollout has an address of its own for every model that it asks (`/e/{episode}/v1`): which rollout a request belongs
-to does not depend on threads, tasks or libraries. A request becomes the same call that `llm.chat` makes, recorded in the
+to does not depend on threads, tasks or libraries. Its key is the rollout's too, so that a client that was made in one
+rollout and is used in another is refused. A request becomes the same call that `llm.chat` makes, recorded in the
 same CallRecorder, with the token ids that were seen and sampled. No HTTP library is patched.
 
 The server has a thread and an event loop of its own, so that an agent that blocks the run's loop gets its answer too. It is
@@ -16,17 +17,18 @@ import hmac
 import itertools
 import json
 import os
+import re
 import secrets
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from tornado.httpserver import HTTPServer
-from tornado.httputil import HTTPServerRequest
+from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
@@ -35,6 +37,9 @@ from ..redaction import redact_text, redacting_logger, remember_secret
 from ..types import LLMCall, SamplingParams
 from .call_recorder import CallRecorder
 from .openai_wire import Refused, WireRequest, answer_of, error_body, events_of, read_request
+from .proxies import bypass_proxies
+from .rollout_keys import RolloutKey, rollouts_of, secret_of
+from .senders import sender_on, watch_connections
 
 __all__ = [
     "Addresses",
@@ -92,8 +97,8 @@ class Endpoint:
 
     @property
     def api_key(self) -> str:
-        """The process's: all addresses have one key. Never show or store it."""
-        return self.gateway.api_key
+        """The rollout's: its addresses have one key. Never show or store it."""
+        return RolloutKey.of(self.gateway.api_key, self.episode)
 
     def openai(self, **options: Any) -> Any:
         """An AsyncOpenAI for the running event loop."""
@@ -120,10 +125,13 @@ class Gateway:
         self._lock = threading.Lock()
         self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
         self._sync_client: Any = None
+        self._closers: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Callable[[], Awaitable[None]]]]
+        self._closers = WeakKeyDictionary()
         started: Future[int] = Future()
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self._serve, args=(started,), name="finetune_nb gateway", daemon=True).start()
-        self.url = f"http://127.0.0.1:{started.result()}"
+        self.port = started.result()
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def __repr__(self) -> str:
         return f"Gateway({self.url}, {len(self._open)} open)"
@@ -147,24 +155,52 @@ class Gateway:
 
     def endpoint(self, episode: CallRecorder, llm: AskedModel) -> Endpoint:
         """The address of that model for that rollout."""
+        watch_connections(self.port)
         with self._lock:
             for endpoint in episode.endpoints:
                 if isinstance(endpoint, Endpoint) and endpoint.llm is llm:
                     return endpoint
+            bypass_proxies()  # the proxy may have come into the environment after the rollout's start
             endpoint = Endpoint(self._sealed(next(self._numbers)), episode, llm, self)
             self._open[endpoint.id] = endpoint
             episode.endpoints.append(endpoint)
             return endpoint
 
-    def find(self, name: str) -> Endpoint:
-        """Raises Refused: 410 for an address whose rollout has ended, 404 for one that never was."""
+    def find(self, name: str, header: str | None = None, client_port: int = 0) -> Endpoint:
+        """The address of that name, for a request.
+
+        Args:
+            name: The address's.
+            header: The request's Authorization header.
+            client_port: The other end of its connection.
+
+        Returns:
+            The address.
+
+        Raises:
+            Refused: 410 for an address, or with a key, whose rollout has ended; 403 if the request comes from another
+                rollout than the address's; 404 for an address that never was.
+        """
         endpoint = self._open.get(name)
-        if endpoint is not None:
-            return endpoint
-        number = name.partition("-")[0]
-        if number.isascii() and number.isdigit() and hmac.compare_digest(name, self._sealed(int(number[:20]))):
-            raise Refused(410, "this rollout has ended: its address is closed.", "episode_closed")
-        raise Refused(404, "there is no such rollout. Take llm.base_url inside the workflow.", "unknown_episode")
+        if endpoint is None:
+            number = name.partition("-")[0]
+            if number.isascii() and number.isdigit() and hmac.compare_digest(name, self._sealed(int(number[:20]))):
+                raise Refused(410, _ENDED, "episode_closed")
+            raise Refused(404, "there is no such rollout. Take llm.base_url inside the workflow.", "unknown_episode")
+        own, named = endpoint.episode.number, rollouts_of(header)
+        if named[:1] not in ([], [own]) and not self._has_addresses(named[0]):
+            raise Refused(410, _KEY_ENDED, "episode_closed")
+        sender = sender_on(self.port, client_port)
+        if {own, *named} != {own} or sender not in (None, own):
+            raise Refused(
+                403,
+                f"the client's calls went to another rollout's address, that of {endpoint.episode.name}. {_ANEW}",
+                "other_rollout",
+            )
+        return endpoint
+
+    def _has_addresses(self, rollout: int) -> bool:
+        return any(endpoint.episode.number == rollout for endpoint in list(self._open.values()))
 
     def forget(self, endpoint: Endpoint) -> None:
         """Closes an address: it answers 410 from now on, and what is being answered there is canceled."""
@@ -206,20 +242,41 @@ class Gateway:
                 )
             return self._sync_client
 
+    def close_with_clients(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Has that called, once, when the clients of the running event loop are closed."""
+        self._closers.setdefault(asyncio.get_running_loop(), []).append(close)
+
     async def close_clients(self) -> None:
-        """Closes the client of the running event loop."""
-        client = self._clients.pop(asyncio.get_running_loop(), None)
+        """Closes the client of the running event loop, and what else is to be closed with it."""
+        loop = asyncio.get_running_loop()
+        client = self._clients.pop(loop, None)
         if client is not None:
             await client.close()
+        for close in self._closers.pop(loop, []):
+            await close()
 
     # ── answering ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def authorized(self, header: str | None) -> bool:
-        """Whether a request brings the key."""
-        return hmac.compare_digest((header or "").encode(), f"Bearer {self.api_key}".encode())
+        """Whether a request brings the key of one of this process's rollouts."""
+        return hmac.compare_digest(secret_of(header).encode(), self.api_key.encode())
 
     async def sample(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
         return await sample(endpoint, request)
+
+
+_ANEW = (
+    "Make the client anew in each rollout, inside the workflow, or take llm.openai() there. A client that is made once for "
+    "all rollouts takes RolloutTransport of finetune_nb.llms.rollout_transport."
+)
+_ENDED = (
+    "this rollout has ended: its address is closed. If the client was made once and kept, the client's calls went to another "
+    f"rollout's address. {_ANEW} If a task of the rollout itself has called, await it before the workflow returns."
+)
+_KEY_ENDED = (
+    "the key is that of a rollout that has ended: the client takes its key from one rollout and its address from another. "
+    f"{_ANEW}"
+)
 
 
 async def sample(endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
@@ -281,6 +338,15 @@ logger = redacting_logger(__name__)
 LARGEST_REQUEST = 32 * 2**20
 """Bytes of a request's body; a conversation of a million tokens has some five million."""
 _TOO_LARGE = Refused(413, f"the request is too large; the most is {LARGEST_REQUEST} bytes.", "request_too_large")
+ALLOWANCE = 2**16
+"""Bytes of a refused request's body that are read, and dropped, before the answer: a client that is still sending when the
+connection is closed may not see the answer."""
+LARGEST_HEADERS = 2**16
+"""Bytes of a request's first line and headers."""
+IDLE_SECONDS = 60.0
+"""A connection is closed when its next request has not come by then with all its headers."""
+BODY_SECONDS = 60.0
+"""A connection is closed when a request's body has not come by then."""
 
 
 class Addresses(Protocol):
@@ -288,8 +354,9 @@ class Addresses(Protocol):
 
     def authorized(self, header: str | None) -> bool: ...
 
-    def find(self, name: str) -> Endpoint:
-        """Raises Refused for a name that is no address."""
+    def find(self, name: str, header: str | None = None, client_port: int = 0) -> Endpoint:
+        """Raises Refused for a name that is no address, or none for a request with that Authorization header from that
+        port."""
         ...
 
     async def sample(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]: ...
@@ -304,18 +371,51 @@ def http_server(server: Addresses) -> HTTPServer:
         (r".*", _Nothing, {"server": server}),
     ]
     app = Application(routes, log_function=lambda handler: None)
-    return HTTPServer(app, max_body_size=2 * LARGEST_REQUEST)
+    return HTTPServer(
+        app,
+        max_body_size=2 * LARGEST_REQUEST,
+        max_header_size=LARGEST_HEADERS,
+        idle_connection_timeout=IDLE_SECONDS,
+        body_timeout=BODY_SECONDS,
+    )
 
 
+@stream_request_body
 class _Api(RequestHandler):
-    """What all addresses share: the key, and errors as OpenAI clients read them."""
+    """What all addresses share: the key, which is checked before any body is read, and errors as OpenAI clients read
+    them."""
 
     def initialize(self, server: Addresses) -> None:
         self.server = server
+        self.refused: Refused | None = None
 
     def prepare(self) -> None:
+        length = _body_length(self.request.headers)
+        self.refused = self.refusal(length)
+        if self.refused is None:
+            return
+        if length is None or length > ALLOWANCE:
+            raise self.refused
+        # Whatever the method is, this is what is called when the little body has been read.
+        setattr(self, str(self.request.method).lower(), self._refuse)
+
+    def refusal(self, length: int | None) -> Refused | None:
+        """Why a request is refused by its headers alone. length: of its body in bytes; None = sent in chunks."""
         if not self.server.authorized(self.request.headers.get("Authorization")):
-            raise Refused(401, "the key is wrong or missing. Take llm.api_key.", "invalid_api_key")
+            return Refused(401, "the key is wrong or missing. Take llm.api_key.", "invalid_api_key")
+        return None
+
+    def _refuse(self, *path: Any) -> None:
+        assert self.refused is not None
+        raise self.refused
+
+    def data_received(self, chunk: bytes) -> None:
+        """Drops it."""
+
+    def endpoint(self, name: str) -> Endpoint:
+        """The address of that name. Raises Refused where there is none for this request."""
+        client: Any = self.request.connection
+        return self.server.find(name, self.request.headers.get("Authorization"), client.context.address[1])
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -339,7 +439,6 @@ class _Api(RequestHandler):
             logger.warning("a model call through the gateway failed: %s: %s", type(value).__name__, value)
 
 
-@stream_request_body
 class Completions(_Api):
     """Chat completions and completions."""
 
@@ -350,12 +449,15 @@ class Completions(_Api):
         self.size = 0
         self.task: asyncio.Task[list[LLMCall]] | None = None
 
-    def prepare(self) -> None:
-        super().prepare()
-        if int(self.request.headers.get("Content-Length") or 0) > LARGEST_REQUEST:
-            raise _TOO_LARGE
+    def refusal(self, length: int | None) -> Refused | None:
+        refused = super().refusal(length)
+        if refused is None and length is not None and length > LARGEST_REQUEST:
+            return _TOO_LARGE
+        return refused
 
     def data_received(self, chunk: bytes) -> None:
+        if self.refused is not None:
+            return
         self.size += len(chunk)
         if self.size <= LARGEST_REQUEST:
             self.parts.append(chunk)
@@ -366,7 +468,7 @@ class Completions(_Api):
     async def post(self, name: str) -> None:
         if self._finished:
             return
-        endpoint = self.server.find(name)
+        endpoint = self.endpoint(name)
         request = self.read(b"".join(self.parts), endpoint.llm)
         again, key = _identity(self.request, self.parts)
         self.parts = []
@@ -411,16 +513,48 @@ class Models(_Api):
     """The one model that an address has."""
 
     def get(self, name: str, model: str | None = None) -> None:
-        llm = self.server.find(name).llm
+        llm = self.endpoint(name).llm
         entry = {"id": llm.name, "object": "model", "created": 0, "owned_by": "finetune_nb"}
         self.finish(entry if model else {"object": "list", "data": [entry]})
 
 
 class _Nothing(_Api):
-    def prepare(self) -> None:
-        super().prepare()
+    def refusal(self, length: int | None) -> Refused | None:
         known = "chat/completions, completions and models under /e/{episode}/v1"
-        raise Refused(404, f"there is nothing at {self.request.path}; there are {known}.", "unknown_url")
+        nothing = Refused(404, f"there is nothing at {self.request.path}; there are {known}.", "unknown_url")
+        return super().refusal(length) or nothing
+
+
+_DIGITS = re.compile(r"[0-9]{1,18}")
+
+
+def _body_length(headers: HTTPHeaders) -> int | None:
+    """The length of a request's body in bytes, 0 where it has none.
+
+    Returns:
+        The length; None for a body that is sent in chunks.
+
+    Raises:
+        Refused: 400 if the headers do not say one length in one way.
+    """
+    lengths, encodings = headers.get_list("Content-Length"), headers.get_list("Transfer-Encoding")
+    if len(lengths) + len(encodings) > 1:
+        raise _malformed("says more than once how its body ends", [*lengths, *encodings])
+    if encodings:
+        if encodings[0].lower() != "chunked":
+            raise _malformed("has an unknown Transfer-Encoding", encodings)
+        return None
+    if not lengths:
+        return 0
+    if not _DIGITS.fullmatch(lengths[0]):
+        raise _malformed("has a Content-Length that is no number of bytes", lengths)
+    return int(lengths[0])
+
+
+def _malformed(problem: str, found: list[str]) -> Refused:
+    shown = ", ".join(found)[:80]
+    expected = "expected one Content-Length in digits, or Transfer-Encoding: chunked."
+    return Refused(400, f"the request {problem} ({shown}); {expected}", "malformed_length")
 
 
 def _identity(request: HTTPServerRequest, body: list[bytes]) -> tuple[bool, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import WorkflowError, did_you_mean
 from ..llms.call_recorder import current_episode
-from ..llms.client import LLM, SyncLLM
+from ..llms.client import LLM, RolloutLLM, SyncLLM
 from ..threads import in_daemon_thread
 from ..types import EvalInputItem
 
@@ -46,11 +46,16 @@ class Workflow:
     async def __call__(self, item: EvalInputItem) -> Any:
         """What the workflow returns. Sync code runs in a thread of its own; its `llm.chat` blocks."""
         llm: Any = self.llm
+        episode = current_episode()
+        if episode is not None:
+            episode.begin_workflow(llm)
         if self.is_async:
+            if episode is not None and isinstance(llm, LLM):
+                llm = RolloutLLM(llm, episode)
             args, kwargs = self._arguments(item, llm)
             return await self.function(*args, **kwargs)
         if llm is not None:
-            llm = SyncLLM(llm, asyncio.get_running_loop(), current_episode())
+            llm = SyncLLM(llm, asyncio.get_running_loop(), episode)
         args, kwargs = self._arguments(item, llm)
         output = await in_daemon_thread(lambda: self.function(*args, **kwargs))
         return await output if inspect.isawaitable(output) else output

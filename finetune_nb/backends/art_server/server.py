@@ -91,7 +91,7 @@ class ArtServer:
         """The protocol has a key that everybody knows."""
         return True
 
-    def find(self, name: str) -> Endpoint:
+    def find(self, name: str, header: str | None = None, client_port: int = 0) -> Endpoint:
         newest = self._endpoints[-1]
         if len(newest.episode.calls) >= CALLS_AN_EPISODE:
             newest = self._next_episode()
