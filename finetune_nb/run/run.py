@@ -343,7 +343,8 @@ class Run(RunHistory):
         """Ends the run of that folder that is open in this kernel, as when its cell is run again. An epoch that is running is
         finished and recorded first; an interrupt leaves that run as it was."""
         for run in list(_open_runs):
-            if run.folder.resolve() != folder.resolve():
+            only_read = run._driver.writer is None and not run._session.state.active
+            if only_read or run.folder.resolve() != folder.resolve():
                 continue
             if run._session.state.active:
                 run._session.ask_quietly("stop", "ends after this epoch: a new Run object continues it")

@@ -165,11 +165,12 @@ def test_a_column_that_there_is_not_is_named_with_the_nearest_one():
     assert frames.trajectories([], columns=["score_any"]).score_any.dtype == np.float64
 
 
-def test_an_example_is_found_by_its_id_and_a_number_is_no_text():
-    epochs = [make_epoch({7: [1.0, 0.0], "7": [0.5], "a": [0.25], True: [0.2]})]
+def test_an_example_is_found_by_the_text_of_its_id():
+    epochs = [make_epoch({7: [1.0, 0.0], "a": [0.25], True: [0.2]})]
     assert frames.trajectories(epochs, 7).reward.tolist() == [1, 0]
     assert len(frames.trajectories(epochs, 1)) == 0
-    assert frames.trajectories(epochs, "7").reward.tolist() == [0.5]
+    assert len(frames.trajectories(epochs, 7.0)) == 0
+    assert frames.trajectories(epochs, "7").reward.tolist() == [1, 0]
     assert frames.groups(epochs, ["7", "a"])["mean"].tolist() == [0.5, 0.25]
     assert len(frames.messages(epochs, "a")) == 2
     assert frames.trajectories([make_epoch([[1]], failures=[failed("alone")])], "alone").error.tolist() == [
