@@ -775,7 +775,8 @@ class GroupStatistics:
     means: np.ndarray
     """(G,) float64 over the rewards that are not NaN; NaN where there is none, inf where one is infinite."""
     spreads: np.ndarray
-    """(G,) float64, largest minus smallest reward; NaN where there is none or one is infinite."""
+    """(G,) float64, largest minus smallest reward; NaN where there is none or one is infinite, inf where the difference of
+    finite ones is beyond floats. Such groups teach nothing."""
 
     def __len__(self) -> int:
         return len(self.example_ids)
