@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 
 from .errors import ConfigError, did_you_mean
 from .hooks import resolve, shown_by
-from .text import as_json
+from .text import as_json, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -716,8 +716,8 @@ class Trajectory(BaseModel):
 
     def __repr__(self) -> str:
         known = self.metadata or {}
-        name = f"example={known.get('id')!r}, generation={known.get('generation')}"
-        return f"Trajectory({name}, reward={self.reward:g}, {len(self.episode)} messages)"
+        name = f"example={known.get('id')!r}, generation={known.get('generation')!r}"
+        return plain(f"Trajectory({name}, reward={self.reward:g}, {len(self.episode)} messages)")
 
     __str__ = __repr__
 

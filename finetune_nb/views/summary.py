@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..analysis.reasons import REASONS
-from ..text import SHORT, count, cut, duration, number, one_line, short, trend
+from ..text import SHORT, count, cut, duration, number, one_line, plain, short, trend
 from ..types import Epoch, EpochMetrics, GroupReason, RolloutFailure, TrainingStatusEnum, Validation
 from .html import (
     ERROR_LIMIT,
@@ -191,14 +191,14 @@ def run_text(
     model: str | None = None,
 ) -> str:
     """A run as a few lines of text: its state, and the last three epochs."""
-    lines = [f"run {one_line(name)}  {state}  {count(len(epochs), 'epoch')}"]
+    lines = [f"run {one_line(name)}  {one_line(state)}  {count(len(epochs), 'epoch')}"]
     if folder:
         lines[0] += f"  {one_line(folder)}"
     if model:
         lines.append(f"model: {one_line(model)}")
     if error:
         lines.append(f"error: {one_line(error)}")
-    return "\n  ".join([*lines, *map(epoch_text, epochs[-3:])])
+    return plain("\n  ".join([*lines, *map(epoch_text, epochs[-3:])]))
 
 
 def _row(epoch: Epoch) -> list[Any]:
