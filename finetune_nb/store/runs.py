@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, StoreError
 from ..redaction import error_text
 from .durable import check_plain, remove_inside
-from .folder import ARCHIVE, CHECKPOINTS, DATABASE, RUN_ID, free_in_archive
+from .folder import ARCHIVE, CHECKPOINTS, DATABASE, RUN_ID, free_in_archive, name_to_delete
 from .store import RunStore
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def delete_run(folder: Path) -> None:
     with _alone(folder):
         pass
     # First out of sight, in one step: what is left after a crash does not look like a run.
-    gone = folder.with_name(f".deleted-{folder.name}-{secrets.token_hex(2)}")
+    gone = name_to_delete(folder)
     os.rename(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
