@@ -173,7 +173,7 @@ def process_lives(pid: int) -> bool:
 
 
 def _remove(folder: Path, path: Path) -> None:
-    with suppress(OSError, StoreError):  # somebody else was faster, or it is not to be touched: the next writer tries again
+    with suppress(OSError, StoreError):  # somebody else was faster, or it is not to be touched
         remove_inside(folder, path)
 
 

@@ -178,8 +178,8 @@ LARGEST_ADVANTAGE = 1e15
 
 def _check_size(advantage: float | Sequence[float], trajectory: Trajectory) -> None:
     """Raises BackendError for an advantage of which no finite loss can be made."""
-    values = [advantage] if isinstance(advantage, float) else advantage
-    largest = max(map(abs, values), default=0.0)
+    values = advantage if isinstance(advantage, Sequence) else [advantage]
+    largest = max((abs(value) for value in values), default=0.0)
     if largest > LARGEST_ADVANTAGE:
         raise BackendError(
             f"{where(trajectory)} has an advantage of {largest:.3g}, for a reward of {trajectory.reward:.3g}; expected at most "
