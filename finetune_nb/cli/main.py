@@ -168,14 +168,16 @@ def _runs(arguments: argparse.Namespace) -> int:
         say(f"no run in {arguments.directory}")
         return 0
     lines, damaged = [], []
-    for row in table.itertuples():
-        if isinstance(row.error, str):
-            damaged.append(f"{one_line(row.run)} cannot be read: {one_line(row.error, 1000)}")
-            lines.append([one_line(row.run), "", "", "damaged", "", ""])
+    for row in table.to_dict("records"):
+        if isinstance(row["error"], str):
+            damaged.append(f"{one_line(row['run'])} cannot be read: {one_line(row['error'], 1000)}")
+            lines.append([one_line(row["run"]), "", "", "damaged", "", ""])
             continue
-        parent = "" if row.parent is None else f"{one_line(row.parent)} at {row.parent_epoch}"
-        reward, size = number(row.last_reward), f"{row.size / 1e6:.1f} MB"
-        lines.append([one_line(row.run), str(row.epochs), reward, one_line(row.state), parent, size])
+        parent = ""
+        if row["parent"] is not None:
+            parent = f"{one_line(row['parent'])} at {row['parent_epoch']}"
+        reward, size = number(row["last_reward"]), f"{row['size'] / 1e6:.1f} MB"
+        lines.append([one_line(row["run"]), str(row["epochs"]), reward, one_line(row["state"]), parent, size])
     say("\n".join(_aligned([["run", "epochs", "last_reward", "state", "parent", "size"], *lines])))
     for line in damaged:
         complain(line)
