@@ -25,6 +25,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from .text import plain
+
 __all__ = [
     "BackendError",
     "ConfigError",
@@ -47,6 +49,9 @@ __all__ = [
 
 class FinetuneError(Exception):
     """Base of every error that finetune_nb raises on purpose."""
+
+    def __str__(self) -> str:
+        return plain(super().__str__())  # a traceback sends it to a terminal
 
 
 class ConfigError(FinetuneError, ValueError):

@@ -12,6 +12,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from .text import plain
+
 __all__ = [
     "wrap_method",
     "resolve",
@@ -71,4 +73,5 @@ def shown_by(view: str, noun: Any, /, **options: Any) -> Any:
     Returns:
         What the function returns: HTML, text or a figure.
     """
-    return resolve(view)(noun, **options)
+    shown = resolve(view)(noun, **options)
+    return plain(shown) if view.endswith("_text") else shown  # a text may go to a terminal

@@ -21,7 +21,7 @@ from pydantic import AliasChoices, AliasPath, BaseModel, SecretBytes, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from .text import text_of
+from .text import plain, text_of
 
 __all__ = [
     "KeyPath",
@@ -137,7 +137,8 @@ def redact_exception(error: BaseException) -> bool:
 
 
 def redacting_logger(name: str) -> logging.Logger:
-    """The logger of a module of ours: what it logs, tracebacks included, names no secret."""
+    """The logger of a module of ours: what it logs, tracebacks included, names no secret and sends no control character
+    to a terminal. Line breaks and tabs stay."""
     logger = logging.getLogger(name)
     if not any(isinstance(known, _Redact) for known in logger.filters):
         logger.addFilter(_Redact())
@@ -149,9 +150,11 @@ class _Redact(logging.Filter):
         if record.exc_info and not record.exc_text:
             record.exc_text = _formatter.formatException(record.exc_info)
         if record.exc_text:
-            record.exc_text = redact_text(record.exc_text)
+            record.exc_text = plain(redact_text(record.exc_text))
             record.exc_info = None  # the text replaces it: a handler must not format the exception again
-        record.msg, record.args = redact_text(record.getMessage()), ()
+        if record.stack_info:
+            record.stack_info = plain(redact_text(record.stack_info))
+        record.msg, record.args = plain(redact_text(record.getMessage())), ()
         return True
 
 

@@ -15,12 +15,15 @@ __all__ = [
     "count",
     "cut",
     "duration",
+    "kinds_of_errors",
     "number",
     "one_line",
     "plain",
+    "same_error",
     "short",
     "signed",
     "text_of",
+    "told_once",
     "trend",
 ]
 
@@ -152,3 +155,90 @@ def signed(value: float) -> str:
 def short(value: Any, limit: int = 300) -> str:
     """A name, an id or a note, as text without unseen characters."""
     return plain(cut(value, limit))
+
+
+# ── errors that are one ──────────────────────────────────────────────────────────────────────────────────────────────
+
+_NUMBER = r"(?<![\d,_])\d[\d,_]{0,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,4})?"
+_UNIT = (
+    r"(?:[nmuµ]?s|secs?|seconds?|milliseconds?|microseconds?|m|mins?|minutes?|h|hrs?|hours?|days?"
+    r"|B|[kKMGT]i?B|[bB]ytes?|(?:kilo|mega|giga)bytes?)(?![A-Za-z])"
+)
+_VARIES = re.compile(
+    "|".join(
+        [
+            r"\b0x[0-9a-fA-F]+\b",  # an object's address
+            r"\b[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b",  # a UUID
+            r"\b\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?",  # a date
+            r"\b\d{1,2}:\d\d:\d\d(?:[.,]\d+)?",  # a time of day
+            r"\b1[5-9]\d{8}(?:\.\d+)?\b",  # seconds since 1970
+            r"\b(?:req|request|run|call|chatcmpl|cmpl|resp|msg|trace|span|session|sess)[_-](?=\w*\d)[A-Za-z0-9_-]{4,}",
+            r"(?i:\b(?:request|trace|span|session|correlation|cf-ray)[ _-]?(?:id)?['\"]?\s*[:=#]\s*['\"]?[\w.-]*\d[\w.-]*)",
+            r"(?i:\b(?:request|trace|session|correlation)[ _-]id ['\"]?[\w.-]*\d[\w.-]*)",
+            r"\b(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{16,}\b",  # any other long id
+            r"\b[0-9a-f]*(?:\d[a-f]|[a-f]\d)[0-9a-f]{6,}\b",  # hexadecimal digits
+            r"\b\d{12,}\b",  # id(object)
+            r"\btmp[a-z0-9_]{8}\b",  # a temporary file's name
+            r"\b(?:Task|Thread)-\d+\b",
+            r"(?i:\b(?:pid|process)\s*[=:]?\s*\d+)",
+            r"(?i:\b(?:time|timeout|elapsed|took|duration|seconds|bytes|size)\s*[=:]\s*" + _NUMBER + ")",
+            rf"\b{_NUMBER}(?:\s*(?:of|/|to|-|–)\s*{_NUMBER})?\s*(?:more |expected |total )?{_UNIT}(?:{_NUMBER}{_UNIT})*",
+            rf"\b(?:{_NUMBER}[hm])+{_NUMBER}m?s\b",  # 6m30s
+            rf"\b{_NUMBER}(?= more expected)",
+        ]
+    )
+)
+"""What differs between two texts of one error: addresses, ids, times and numbers of bytes."""
+_COMPARED = 4000
+"""Characters of an error that are compared."""
+
+
+def same_error(text: str) -> str:
+    """What two texts of one error have in common.
+
+    Args:
+        text: An error's text.
+
+    Returns:
+        Its beginning without addresses, request ids, UUIDs, times and numbers of bytes. Equal for texts that differ by these
+        alone; other numbers, such as a status code, count.
+    """
+    return _VARIES.sub("…", text[:_COMPARED])
+
+
+def kinds_of_errors(errors: Iterable[str]) -> list[tuple[str, list[int]]]:
+    """Group errors that are one but for an address, an id, a time or a number of bytes.
+
+    Args:
+        errors: The errors' texts.
+
+    Returns:
+        For each kind the text that came first, and the places of all its errors. The most frequent kind comes first, equally
+        frequent ones as they came.
+    """
+    kinds: dict[str, tuple[str, list[int]]] = {}
+    for place, error in enumerate(errors):
+        kinds.setdefault(same_error(error), (error, []))[1].append(place)
+    return sorted(kinds.values(), key=lambda kind: -len(kind[1]))
+
+
+def told_once(errors: Iterable[str], most: int = 3) -> str:
+    """Each kind of error once, to follow how many there were.
+
+    Args:
+        errors: The errors' texts.
+        most: How many kinds are named.
+
+    Returns:
+        "the first: A" where they are of one kind; else "9 times A; once B; and 2 other errors". Empty without errors.
+    """
+    kinds = kinds_of_errors(errors)
+    if len(kinds) == 1:
+        return f"the first: {kinds[0][0]}"
+    named = []
+    for error, places in kinds[:most]:
+        times = "once" if len(places) == 1 else f"{len(places):,} times"
+        named.append(f"{times} {error}")
+    if len(kinds) > most:
+        named.append(f"and {count(len(kinds) - most, 'other error')}")
+    return "; ".join(named)

@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 
 from .errors import ConfigError, did_you_mean
 from .hooks import resolve, shown_by
-from .text import as_json
+from .text import as_json, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -716,8 +716,8 @@ class Trajectory(BaseModel):
 
     def __repr__(self) -> str:
         known = self.metadata or {}
-        name = f"example={known.get('id')!r}, generation={known.get('generation')}"
-        return f"Trajectory({name}, reward={self.reward:g}, {len(self.episode)} messages)"
+        name = f"example={known.get('id')!r}, generation={known.get('generation')!r}"
+        return plain(f"Trajectory({name}, reward={self.reward:g}, {len(self.episode)} messages)")
 
     __str__ = __repr__
 
@@ -775,7 +775,8 @@ class GroupStatistics:
     means: np.ndarray
     """(G,) float64 over the rewards that are not NaN; NaN where there is none, inf where one is infinite."""
     spreads: np.ndarray
-    """(G,) float64, largest minus smallest reward; NaN where there is none or one is infinite."""
+    """(G,) float64, largest minus smallest reward; NaN where there is none or one is infinite, inf where the difference of
+    finite ones is beyond floats. Such groups teach nothing."""
 
     def __len__(self) -> int:
         return len(self.example_ids)

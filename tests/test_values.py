@@ -12,9 +12,9 @@ from factories import make_epoch
 
 from finetune_nb import plots
 from finetune_nb.llms.call_recorder import CallRecorder
+from finetune_nb.rewards.numbers import mean
 from finetune_nb.rollouts.episodes import episode_from_calls
 from finetune_nb.text import as_json
-from finetune_nb.training.metrics import mean
 from finetune_nb.types import (
     EpisodeKey,
     EvalInputItem,

@@ -76,7 +76,7 @@ REASONS = {
     GroupReason.INFINITE_REWARD: Reason(
         label="infinite reward",
         sentence="left out: a reward is infinite",
-        meaning="a reward is infinite",
+        meaning="a reward, or the difference of two, is infinite",
         advice="fix the reward function",
         marker="P",
         fill=f"fill:none;stroke:{_GREY}.9)",

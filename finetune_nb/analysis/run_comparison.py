@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ConfigError
 from ..hooks import shown_by
+from ..rewards.numbers import mean, scale_of, within_floats
 from ..types import Epoch
 
 if TYPE_CHECKING:
@@ -140,17 +141,19 @@ def compare_runs(
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence is {confidence}; expected a share between 0 and 1, such as 0.95.")
 
+    import numpy as np
+
     pairs = _pairs(runs)
     first, *others = runs
     differences = []
     for name in others:
         both = pairs[[first, name]].dropna()
         rewards_of_first, rewards = both.to_numpy().T
-        gain = rewards - rewards_of_first
+        with np.errstate(over="ignore"):
+            gain = within_floats(rewards - rewards_of_first)
         examples = both.index.get_level_values("example").astype(str).to_numpy()
         low, high = _bootstrap(gain, examples, confidence, resamples, seed)
-        mean = float(gain.mean()) if len(gain) else math.nan
-        differences.append(Difference(name, mean, low, high, len(gain), len(set(examples.tolist()))))
+        differences.append(Difference(name, mean(gain), low, high, len(gain), len(set(examples.tolist()))))
     return Comparison(runs, tuple(differences), confidence)
 
 
@@ -186,8 +189,9 @@ def _bootstrap(
     if not len(gain):
         return math.nan, math.nan
     _, position = np.unique(examples, return_inverse=True)
-    sums, counts = np.bincount(position, weights=gain), np.bincount(position)
+    scale = scale_of(gain)
+    sums, counts = np.bincount(position, weights=gain / scale), np.bincount(position)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    return float(low * scale), float(high * scale)

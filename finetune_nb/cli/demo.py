@@ -20,6 +20,7 @@ from ..examples import calculator
 from ..store.json import finite
 from ..store.runs import free_id
 from ..types import as_float
+from .output import complain, say, without_colours
 
 __all__ = [
     "notebooks_folder",
@@ -43,19 +44,19 @@ def run_demo(seed: int, epochs: int, out: Path, figures: Path | None = None) -> 
     notebook = nbformat.read(notebooks_folder() / _NOTEBOOK, as_version=4)
     set_parameters(notebook, CONFIG="config.yml", SEED=seed, EPOCHS=epochs, NAME=name)
 
-    print(f"A transformer of 0.2 M weights learns to use its calculator: {epochs} epochs, seed {seed}.")
-    print(f"Config and data are in {out}; starting a notebook kernel ...", flush=True)
+    say(f"A transformer of 0.2 M weights learns to use its calculator: {epochs} epochs, seed {seed}.")
+    say(f"Config and data are in {out}; starting a notebook kernel ...")
     error = asyncio.run(execute(notebook, out, folder))
     nbformat.write(notebook, out / "demo.ipynb")
     if error:
-        print(f"finetune-nb demo: the notebook failed; {out / 'demo.ipynb'} shows where.\n{error}", file=sys.stderr)
+        complain(f"finetune-nb demo: the notebook failed; {out / 'demo.ipynb'} shows where.\n{error}")
         return 1
     (out / "demo.html").write_text(_page(notebook), encoding="utf-8")
     summary = _summary(folder, seed)
     summary["seconds"] = time.monotonic() - started
     before, after = summary["held_out_before"], summary["held_out_after"]
-    print(f"Held-out questions, never trained on: {before:.3f} before, {after:.3f} after ({summary['seconds']:.0f} s).")
-    print(f"Look at {out / 'demo.html'}, or open {out / 'demo.ipynb'} in JupyterLab.")
+    say(f"Held-out questions, never trained on: {before:.3f} before, {after:.3f} after ({summary['seconds']:.0f} s).")
+    say(f"Look at {out / 'demo.html'}, or open {out / 'demo.ipynb'} in JupyterLab.")
     if figures is not None:
         figures.parent.mkdir(parents=True, exist_ok=True)
         figures.write_text(json.dumps(finite(summary), indent=2), encoding="utf-8")
@@ -99,7 +100,7 @@ async def execute(notebook: Any, out: Path, folder: Path) -> str | None:
     try:
         await client.async_execute()
     except (CellExecutionError, DeadKernelError) as error:
-        return str(error)
+        return without_colours(str(error))
     finally:
         await asyncio.sleep(0.3)  # the teller's last look
         teller.cancel()
@@ -113,7 +114,7 @@ async def _tell(folder: Path) -> None:
         for name in told:
             lines = _read(folder / name)
             for line in lines[told[name] :]:
-                print(_validation_line(line) if name.startswith("validation") else _epoch_line(line), flush=True)
+                say(_validation_line(line) if name.startswith("validation") else _epoch_line(line))
             told[name] = len(lines)
         await asyncio.sleep(0.1)
 

@@ -1,5 +1,9 @@
 """The command line: `finetune-nb demo` trains the example before your eyes, `finetune-nb lab` opens the notebooks,
-`finetune-nb runs` lists what was run, `finetune-nb art-server` trains for the NeMo Agent Toolkit's ART plugin."""
+`finetune-nb runs` lists what was run, `finetune-nb art-server` trains for the NeMo Agent Toolkit's ART plugin.
+
+Exit codes: 0 it is done; 1 it failed, and standard error says why, or `runs` found a run that cannot be read; 2 the
+arguments are wrong; 130 it was interrupted. `lab` ends with JupyterLab's own code.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .. import __version__
 from ..errors import FinetuneError
+from ..redaction import error_text
+from ..text import plain
+from .output import PlainFormatter, complain, say
 
 __all__ = [
     "main",
@@ -19,24 +27,47 @@ __all__ = [
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code."""
+    """Run a command.
+
+    Args:
+        argv: The arguments. Default: those of this process.
+
+    Returns:
+        The exit code; the module's docstring lists them.
+
+    Raises:
+        SystemExit: The arguments are wrong, or only ask for help.
+    """
     arguments = _parser().parse_args(argv)
     try:
         return arguments.command(arguments)
     except FinetuneError as error:
-        print(f"finetune-nb: {error}", file=sys.stderr)
-        return 1
+        complain(f"finetune-nb: {error}")
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        print(f"finetune-nb: cannot write or read{where}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        complain(f"finetune-nb: cannot write or read{where}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("finetune-nb: interrupted", file=sys.stderr)
+        complain("finetune-nb: interrupted")
         return 130
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        complain(f"finetune-nb: {error_text(error)}. This was not expected; --traceback shows where it happened.")
+    return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(plain(message))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="finetune-nb", description="Finetune LLM agents by reinforcement learning.")
+    parser = _Parser(
+        prog="finetune-nb",
+        description="Finetune LLM agents by reinforcement learning.",
+        epilog="Exit codes: 0 done; 1 failed, or a run cannot be read; 2 wrong arguments; 130 interrupted.",
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an unexpected error happened")
     parser.add_argument("--version", action="version", version=f"finetune_nb {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -110,9 +141,9 @@ def _lab(arguments: argparse.Namespace) -> int:
                 file.write(original.read_bytes())
             if copy.suffix == ".ipynb":
                 _trust(copy)
-            print(f"copied {copy}")
+            say(f"copied {copy}")
         except FileExistsError:
-            print(f"{copy} is there already and stays as it is")
+            say(f"{copy} is there already and stays as it is")
     if arguments.no_open:
         return 0
     return subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)])
@@ -128,31 +159,52 @@ def _trust(notebook: Path) -> None:
 
 def _runs(arguments: argparse.Namespace) -> int:
     from ..store.runs import runs
-    from ..text import number
+    from ..text import number, one_line
 
     if not arguments.directory.is_dir():
         raise FinetuneError(f"there is no directory {arguments.directory}. Name the one that holds the runs.")
     table = runs(arguments.directory, arguments.archived)
     if table.empty:
-        print(f"no run in {arguments.directory}")
+        say(f"no run in {arguments.directory}")
         return 0
-    shown = table[["run", "epochs", "last_reward", "state", "parent", "size", "error"]].copy()
-    shown["last_reward"] = [number(value) for value in table.last_reward]
-    shown["size"] = [f"{size / 1e6:.1f} MB" if size == size else "" for size in table["size"].astype(float)]
-    shown["parent"] = [f"{p} at {e}" if p else "" for p, e in zip(table.parent, table.parent_epoch, strict=True)]
-    print(shown.fillna("").to_string(index=False))
-    return 0
+    lines, damaged = [], []
+    for row in table.to_dict("records"):
+        if isinstance(row["error"], str):
+            damaged.append(f"{one_line(row['run'])} cannot be read: {one_line(row['error'], 1000)}")
+            lines.append([one_line(row["run"]), "", "", "damaged", "", ""])
+            continue
+        parent = ""
+        if row["parent"] is not None:
+            parent = f"{one_line(row['parent'])} at {row['parent_epoch']}"
+        reward, size = number(row["last_reward"]), f"{row['size'] / 1e6:.1f} MB"
+        lines.append([one_line(row["run"]), str(row["epochs"]), reward, one_line(row["state"]), parent, size])
+    say("\n".join(_aligned([["run", "epochs", "last_reward", "state", "parent", "size"], *lines])))
+    for line in damaged:
+        complain(line)
+    return 1 if damaged else 0
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines, their columns one below the other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def _art_server(arguments: argparse.Namespace) -> int:
     import asyncio
     import logging
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     from ..backends.art_server.server import serve
 
-    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "out")}
-    asyncio.run(serve(**given, folder=arguments.out, ready=lambda text: print(text, flush=True)))
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "out", "traceback")}
+    asyncio.run(serve(**given, folder=arguments.out, ready=say))
     return 0
 
 

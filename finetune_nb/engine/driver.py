@@ -360,8 +360,14 @@ class Driver:
         save = getattr(self.adapter, "save", None)
         if save is None:
             raise RunError(f"{type(self.adapter).__name__} cannot save its model: it has no save(directory).")
-        saved = save(directory, **options)
-        return str(await saved if isinstance(saved, Awaitable) else saved)
+        try:
+            saved = save(directory, **options)
+            return str(await saved if isinstance(saved, Awaitable) else saved)
+        except OSError as error:
+            raise BackendError(
+                f"{type(self.adapter).__name__} could not save its model to {directory}: {error_text(error)}. Expected a folder "
+                "that can be written, with room for the whole model. Make room, or choose another folder, then save again."
+            ) from error
 
 
 async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:

@@ -19,6 +19,7 @@ from ..interfaces import Trainer
 from ..redaction import error_text, redacting_logger
 from ..rollouts.evaluation import Progress
 from ..store.reader import PartialEpoch
+from ..text import told_once
 from ..training.curriculum import group_statistics, infer_selection
 from ..training.metrics import epoch_metrics
 from ..training.trainer import NAT_NAMES
@@ -254,7 +255,8 @@ def _why_no_job(collection: TrajectoryCollection, selection: Selection, error: E
         return error_text(error)
     if not collection.trajectories:
         if collection.failures:
-            return f"all {len(collection.failures)} rollouts failed; the first: {collection.failures[0].error}"
+            errors = [failure.error for failure in collection.failures]
+            return f"all {len(errors)} rollouts failed; {told_once(errors)}"
         return "no trajectories were collected"
     left_out = selection.left_out()
     if left_out and not len(selection.kept):

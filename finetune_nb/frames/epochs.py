@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from ..text import plain
+from ..training.metrics import deviations
 from ..types import Epoch, EpochMetrics, Validation
 from .columns import Column, asked_for, column_of, columns_of, framed
 from .trajectories import REASONS, EpochColumns, chosen, is_example
@@ -278,7 +279,7 @@ def _groups_of(epoch: Epoch, only: Any) -> dict[str, Any]:
         "failures": np.array(failures, dtype=np.int64),
         "mean": padded(statistics.means, math.nan),
         "spread": padded(statistics.spreads, math.nan),
-        "std": padded(_deviations(statistics, sizes), math.nan),
+        "std": padded(deviations(statistics), math.nan),
         "min": padded(low, math.nan),
         "max": padded(high, math.nan),
         "kept": padded(selection.reasons == 0, False),
@@ -301,18 +302,6 @@ def _extremes(statistics: GroupStatistics, sizes: np.ndarray) -> tuple[np.ndarra
         low[filled] = np.fmin.reduceat(statistics.rewards, starts)
         high[filled] = np.fmax.reduceat(statistics.rewards, starts)
     return low, high
-
-
-def _deviations(statistics: GroupStatistics, sizes: np.ndarray) -> np.ndarray:
-    """The sample standard deviation of each group's rewards; NaN for fewer than two."""
-    import numpy as np
-
-    group = np.repeat(np.arange(len(sizes)), sizes)
-    present = np.isfinite(statistics.rewards)
-    distances = np.where(present, statistics.rewards, 0.0) - np.where(present, statistics.means[group], 0.0)
-    squares = np.bincount(group, weights=distances**2, minlength=len(sizes))
-    several = np.isfinite(statistics.spreads) & (statistics.counts > 1)
-    return np.sqrt(np.where(several, squares, math.nan) / np.maximum(statistics.counts - 1, 1))
 
 
 def _key(example: Any) -> Any:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ..redaction import redacting_logger
+from ..text import plain
 from ..views.html import bar, view
 from .kernel import in_notebook, let_widgets_through, widgets_wait_message
 
@@ -48,7 +49,7 @@ class ProgressLine:
     total: int
 
     def __str__(self) -> str:
-        return self.text
+        return plain(self.text)
 
     __repr__ = __str__
 

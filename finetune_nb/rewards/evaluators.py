@@ -136,8 +136,10 @@ def no_score(item_id: Any, error: Exception | str, reasoning: Any = None) -> Eva
 
 
 def _output(verdicts: list[EvalOutputItem]) -> EvalOutput:
+    from .numbers import mean  # numpy, which `import finetune_nb` does not load
+
     scores = [v.score for v in verdicts if isinstance(v.score, int | float) and math.isfinite(v.score)]
-    average = sum(scores) / len(scores) if scores else None
+    average = mean(scores) if scores else None
     return EvalOutput.model_construct(average_score=average, eval_output_items=verdicts)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..config.base import EvalDatasetBaseConfig
 from ..errors import DatasetError, did_you_mean
-from ..redaction import error_text
+from ..redaction import error_text, redacting_logger
 from ..types import EvalInputItem
 
 __all__ = [
@@ -55,9 +55,9 @@ def _cached(
 
 
 def read_rows(source: Any, id_key: str = "id") -> list[dict[str, Any]]:
-    """Rows of a file, a list of dicts, or anything with `to_dict(orient="records")`."""
+    """Rows of a file, a list of dicts, or anything with `to_dict(orient="records")`, whose named index counts as columns."""
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
-        return [_without_nan(row) for row in source.to_dict(orient="records")]
+        return _rows_of_frame(source)
     if not isinstance(source, str | Path):
         if isinstance(source, Mapping) or not isinstance(source, Iterable):
             raise DatasetError(f"a dataset is a file, a list of dicts or a DataFrame; got {type(source).__name__}.")
@@ -86,7 +86,38 @@ def _read(path: Path, kind: str, id_key: str) -> list[dict[str, Any]]:
     import pandas as pd
 
     frame = pd.read_csv(path, dtype={id_key: str}) if kind == "csv" else pd.read_parquet(path)
-    return [_without_nan(row) for row in frame.to_dict(orient="records")]
+    return _rows_of_frame(frame)
+
+
+def _rows_of_frame(frame: Any) -> list[dict[str, Any]]:
+    """The rows of a table. A named index, or each named level of one, is a column like any other; an unnamed one is none."""
+    rows = [_without_nan(row) for row in frame.to_dict(orient="records")]
+    index = getattr(frame, "index", None)
+    levels = getattr(index, "names", None)
+    if not rows or index is None or not levels:
+        return rows
+    columns = set(rows[0])
+    left_out = []
+    for level, name in reversed(list(enumerate(levels))):
+        if name is None:
+            if index.nlevels > 1 or index.tolist() != list(range(len(rows))):
+                left_out.append("it has no name")
+        elif str(name) in columns:
+            left_out.append(f"there is a column {str(name)!r}, too")
+        else:
+            columns.add(str(name))
+            values = index.get_level_values(level).tolist()
+            rows = [_without_nan({name: value}) | row for value, row in zip(values, rows, strict=True)]
+    if left_out:
+        logger.warning(
+            "the dataset's index is not among the rows' columns: %s. To keep it, give it a name of its own: "
+            "frame.rename_axis('id').",
+            "; ".join(dict.fromkeys(left_out)),
+        )
+    return rows
+
+
+logger = redacting_logger(__name__)
 
 
 def to_items(

@@ -21,6 +21,7 @@ from ..interfaces import RolloutExecutor
 from ..llms.client import LLM
 from ..redaction import redact_text, redacting_logger
 from ..rewards.evaluators import evaluate_items
+from ..text import told_once
 from ..types import (
     EpisodeKey,
     EvalInput,
@@ -190,7 +191,8 @@ def _outcome(results: Sequence[RolloutResult], generation: int) -> tuple[list[Ev
         else:
             failures.append(RolloutFailure(item.id, generation, redact_text(result.error), result.steps))
     if failures:
-        logger.warning("%d of %d rollouts failed; the first: %s", len(failures), len(results), failures[0].error)
+        errors = [failure.error for failure in failures]
+        logger.warning("%d of %d rollouts failed; %s", len(failures), len(results), told_once(errors))
     return done, failures
 
 

@@ -23,7 +23,7 @@ from ..errors import ConfigError, did_you_mean
 from ..interfaces import RolloutExecutor, TrajectoryBuilder
 from ..redaction import error_text, redact_text, redacting_logger
 from ..store.json import append_jsonl
-from ..text import text_of
+from ..text import text_of, told_once
 from ..types import (
     EpisodeItem,
     EvalInputItem,
@@ -195,7 +195,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
                 )
             await self._collect(output, generation, run_id, meta, groups, failures)
         if failures:
-            logger.warning("%d rollouts failed; the first: %s", len(failures), failures[0].error)
+            logger.warning("%d rollouts failed; %s", len(failures), told_once(failure.error for failure in failures))
         carried, drifted = drift(trajectory for group in groups.values() for trajectory in group)
         if drifted:
             logger.warning(

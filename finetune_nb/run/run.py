@@ -650,6 +650,7 @@ class Run(RunHistory):
             The directory.
 
         Raises:
+            BackendError: It cannot be written, because the disk is full for example. An older model there is then as it was.
             RunError: The adapter cannot save its model, or the run itself called this.
         """
         self._require_open()

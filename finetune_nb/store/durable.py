@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -13,8 +14,8 @@ from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import BackendError, StoreError
-from ..redaction import redacting_logger
+from ..errors import BackendError, FinetuneError, StoreError
+from ..redaction import error_text, redacting_logger
 
 __all__ = [
     "FileDigest",
@@ -25,6 +26,7 @@ __all__ = [
     "plain_file",
     "atomic_directory",
     "digest_of",
+    "model_directory",
     "remove_inside",
     "size_of",
     "sync_folder",
@@ -239,6 +241,73 @@ def atomic_directory(directory: Path, mark: str) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def model_directory(directory: Path) -> Iterator[Path]:
+    """Give an empty directory to write a model into; its files come to `directory` when all of them are written.
+
+    A new directory appears at once, with everything in it. In one that is there already, the files of an older model are
+    replaced one by one, which takes no space on the disk any more; other files in it stay.
+
+    Args:
+        directory: Where the model goes.
+
+    Yields:
+        The directory to write into.
+
+    Raises:
+        BackendError: Anything went wrong until the last file was written, such as a full disk. What was in `directory` is then
+            as it was, and nothing else is left.
+    """
+    is_new = not directory.exists()
+    unfinished = directory / UNFINISHED_MODEL if not is_new else directory.parent / f".{directory.name}.unfinished"
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        _remove(unfinished)  # what a crash left
+        unfinished.mkdir()
+        yield unfinished
+        for path in unfinished.rglob("*"):
+            _sync(path)
+        _sync(unfinished)
+        if is_new:
+            unfinished.rename(directory)
+            sync_folder(directory.parent)
+        else:
+            _move_files(unfinished, directory)
+    except FinetuneError:
+        raise
+    except Exception as error:  # libraries that write models have errors of their own for a full disk
+        raise BackendError(
+            f"the model could not be written to {directory}: {error_text(error)}. {_free(directory.parent)}Expected a folder "
+            "that can be written, with room for the whole model. What was there before is as it was, and nothing of the new "
+            "model is left. Make room, or choose another folder, then save again."
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+UNFINISHED_MODEL = ".unfinished"
+_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+
+
+def _move_files(unfinished: Path, directory: Path) -> None:
+    """Puts the files of a model in the place of an older one's. Weights come first: a config without them looks whole."""
+    names = sorted(path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file())
+    for name in names:
+        if (directory / name).is_dir():
+            raise IsADirectoryError(f"{directory / name} is a folder, and a file of the model has that name")
+    for name in sorted(names, key=lambda name: _WEIGHTS.fullmatch(name.name) is None):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(unfinished / name, directory / name)
+
+    # Weights of the older model that are cut into other files would be read in place of the new ones.
+    written = {match[1] for name in names if (match := _WEIGHTS.fullmatch(name.name))}
+    for path in directory.iterdir():
+        match = _WEIGHTS.fullmatch(path.name)
+        if match and match[1] in written and Path(path.name) not in names and path.is_file():
+            path.unlink()
+    sync_folder(directory)
 
 
 def _is_replaceable(directory: Path, mark: str) -> bool:

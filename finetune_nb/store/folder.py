@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import socket
 import time
 import weakref
@@ -29,6 +30,9 @@ __all__ = [
     "checkpoint_folder",
     "checkpoints",
     "free_in_archive",
+    "name_to_delete",
+    "process_lives",
+    "remove_leftovers",
     "remove_temporary",
     "trajectory_file",
     "writer_of",
@@ -76,13 +80,101 @@ def free_in_archive(folder: Path, name: str) -> Path:
     return place
 
 
+# ── what a process that died has left ────────────────────────────────────────────────────────────────────────────────
+
+STALE = 3600.0
+"""Seconds after which a leftover counts as nobody's, where its name does not say whose it is."""
+
+_BEGUN = re.compile(rf"\.(?P<name>.+){re.escape(_TEMPORARY)}(?P<pid>\d+)")
+"""What `write_durably` had begun to write."""
+_OF_WRITER = re.compile(rf"{re.escape(CONFIG)}|epoch-\d+\.parquet|.*\.jsonl")
+"""Files that the writer of a run alone writes."""
+_CHECKPOINT = re.compile(r"\.(?P<name>epoch-\d+)\.(?P<kind>unfinished|replaced)")
+_DELETED = re.compile(rf"\.deleted-{RUN_ID.pattern}?(?:-pid(?P<pid>\d+))?-[0-9a-f]{{4}}")
+_UNTIL = re.compile(rf"\.{RUN_ID.pattern}-until-\d+(?:-\d+)?")
+"""A copy of a run for the archive that was not finished."""
+
+
+def name_to_delete(folder: Path) -> Path:
+    """The hidden name that a run gets before its files are deleted. What a crash leaves of it is swept later."""
+    return folder.with_name(f".deleted-{folder.name}-pid{os.getpid()}-{secrets.token_hex(2)}")
+
+
 def remove_temporary(folder: Path) -> None:
-    """Removes what a writer that died had begun to write. Only the writer who holds the lock may call it."""
+    """Removes what a writer that died had begun to write into a run's folder. Only the writer who holds the lock may call it.
+
+    A checkpoint that was moved aside to be replaced, and was not, gets its name back.
+    """
     for place in (folder, folder / TRAJECTORIES):
-        if place.is_dir() and not place.is_symlink():
-            for path in place.glob(f".*{_TEMPORARY}*"):
-                with suppress(OSError, StoreError):
-                    remove_inside(folder, path)
+        for path, match in _leftovers(place, _BEGUN, folders=False):
+            if _OF_WRITER.fullmatch(match["name"]) or _is_stale(path, match["pid"]):
+                _remove(folder, path)
+    for path, match in _leftovers(folder / CHECKPOINTS, _CHECKPOINT, folders=True):
+        whole = path.with_name(match["name"])
+        if match["kind"] == "replaced" and not os.path.lexists(whole):
+            with suppress(OSError):
+                path.rename(whole)
+        else:
+            _remove(folder, path)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what processes that died have left in a directory of runs: runs that were being deleted, copies for the archive
+    and files that were not finished. Nothing else is touched, and no link is followed."""
+    for path, match in _leftovers(directory, _DELETED, folders=True):
+        if _is_stale(path, match["pid"]):
+            _remove(directory, path)
+    for path, match in _leftovers(directory, _BEGUN, folders=False):
+        if _is_stale(path, match["pid"]):
+            _remove(directory, path)
+    for path, _ in _leftovers(directory / ARCHIVE, _UNTIL, folders=True):
+        if _is_stale(path, None):
+            _remove(directory, path)
+
+
+def _leftovers(place: Path, pattern: re.Pattern[str], folders: bool) -> list[tuple[Path, re.Match[str]]]:
+    """Plain files, or plain folders, whose whole name has the pattern. Nothing in a place that is a link."""
+    found = []
+    try:
+        if place.name in (TRAJECTORIES, CHECKPOINTS, ARCHIVE):
+            check_plain(place)
+        with os.scandir(place) as entries:
+            for entry in entries:
+                match = pattern.fullmatch(entry.name)
+                is_kind = entry.is_dir if folders else entry.is_file
+                if match and is_kind(follow_symlinks=False):
+                    found.append((place / entry.name, match))
+    except (OSError, StoreError):  # there is no such place, or it is not to be touched
+        return found
+    return found
+
+
+def _is_stale(path: Path, pid: str | None) -> bool:
+    """Whether nobody works on it any more: its process is dead, or it has not been changed for long."""
+    if pid is not None and not process_lives(int(pid)):
+        return True
+    try:
+        return time.time() - os.lstat(path).st_mtime > STALE
+    except OSError:
+        return False
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of that id runs on this machine; True where that cannot be known."""
+    if os.name == "nt":
+        return True  # os.kill would end it there
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _remove(folder: Path, path: Path) -> None:
+    with suppress(OSError, StoreError):  # somebody else was faster, or it is not to be touched
+        remove_inside(folder, path)
 
 
 # ── the lock ─────────────────────────────────────────────────────────────────────────────────────────────────────────

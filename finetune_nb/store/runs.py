@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, StoreError
+from ..redaction import error_text
 from .durable import check_plain, remove_inside
-from .folder import ARCHIVE, CHECKPOINTS, DATABASE, RUN_ID, free_in_archive
+from .folder import ARCHIVE, CHECKPOINTS, DATABASE, RUN_ID, free_in_archive, name_to_delete
 from .store import RunStore
 
 if TYPE_CHECKING:
@@ -42,26 +43,38 @@ def runs(directory: str | Path = "runs", archived: bool = False) -> pd.DataFrame
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    for folder in sorted((Path(directory) / (ARCHIVE if archived else "")).glob(f"[!.]*/{DATABASE}")):
-        row: dict[str, Any] = {"run": folder.parent.name, "folder": str(folder.parent)}
+    for folder in sorted((Path(directory) / (ARCHIVE if archived else "")).glob("[!.]*")):
         try:
-            store = RunStore.open(folder.parent)
-            parent, parent_epoch = store.parent or (None, None)
-            row |= {
-                "created_at": store.created_at,
-                "epochs": len(store.epochs),
-                "last_reward": store.epochs[-1].metrics.mean_reward if store.epochs else None,
-                "state": store.run_state,
-                "parent": parent,
-                "parent_epoch": parent_epoch,
-                "size": store.size(),
-            }
-        except StoreError as error:
-            row["error"] = str(error)
+            os.lstat(folder / DATABASE)  # a link that leads nowhere is a damaged run, and no missing one
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            pass  # opening it tells why
+        row: dict[str, Any] = {"run": folder.name, "folder": str(folder)}
+        try:
+            row |= _about(folder)
+        except Exception as error:  # whatever is wrong with one folder, the others are listed
+            row["error"] = str(error) if isinstance(error, StoreError) else error_text(error)
         rows.append(row)
     frame = pd.DataFrame(rows, columns=list(_RUN_COLUMNS)).astype(_RUN_COLUMNS)
-    frame["created_at"] = pd.to_datetime(frame.created_at, unit="s", utc=True)
+    frame["created_at"] = pd.to_datetime(frame.created_at, unit="s", utc=True, errors="coerce")
     return frame.sort_values("created_at", ascending=False, ignore_index=True)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What the table says of a run that can be read."""
+    store = RunStore.open(folder)
+    parent, parent_epoch = store.parent or (None, None)
+    epochs = store.epochs
+    return {
+        "created_at": store.created_at,
+        "epochs": len(epochs),
+        "last_reward": epochs[-1].metrics.mean_reward if epochs else None,
+        "state": store.run_state,
+        "parent": parent,
+        "parent_epoch": parent_epoch,
+        "size": store.size(),
+    }
 
 
 _RUN_COLUMNS = {
@@ -95,7 +108,7 @@ def delete_run(folder: Path) -> None:
     with _alone(folder):
         pass
     # First out of sight, in one step: what is left after a crash does not look like a run.
-    gone = folder.with_name(f".deleted-{folder.name}-{secrets.token_hex(2)}")
+    gone = name_to_delete(folder)
     os.rename(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
 

@@ -37,7 +37,7 @@ from .database import (
     validation_to_row,
 )
 from .durable import append_line, check_plain, write_durably
-from .folder import CONFIG, DATABASE, LOG, RUN_ID, TRAJECTORIES, WriteLock, remove_temporary
+from .folder import CONFIG, DATABASE, LOG, RUN_ID, TRAJECTORIES, WriteLock, remove_leftovers, remove_temporary
 from .json import encode
 from .reader import RunReader, StoredEpoch, as_store_error
 from .trajectories import batch_of, write_trajectories
@@ -76,6 +76,7 @@ class RunStore(RunReader):
             check_plain(folder / TRAJECTORIES, folder / CONFIG, folder / LOG)
             with _opened(folder, create=True) as (lock, db):
                 (folder / TRAJECTORIES).mkdir(exist_ok=True)
+                remove_leftovers(folder.parent)
                 text = dump_yaml(dict(config)).encode()
                 write_durably(folder / CONFIG, lambda file: file.write(text))
                 sign(folder, run_id, text)
@@ -113,6 +114,7 @@ class RunStore(RunReader):
                 raise StoreError(f"there is no folder {folder}, so no run to open. Give the folder that holds one.")
             with _opened(folder) as (lock, db):
                 remove_temporary(folder)
+                remove_leftovers(folder.parent)
                 db.execute("BEGIN IMMEDIATE")
                 migrate(db)
                 db.execute("COMMIT")

@@ -14,12 +14,14 @@ from typing import Literal
 import numpy as np
 
 from ..errors import BackendError, MissingLogprobs
+from ..rewards.numbers import scale_of, within_floats
 from ..rollouts.episodes import SampledTurn, sampled_turns
 from ..types import DPOItem, MessageKey, Trajectory, TrajectoryCollection, finish_reason
 from .curriculum import group_statistics
 from .metrics import advantages
 
 __all__ = [
+    "LARGEST_ADVANTAGE",
     "TrainingBatch",
     "TokenSequence",
     "training_batch",
@@ -55,28 +57,36 @@ def turn_advantages(group: Sequence[Trajectory], scale_rewards: bool = True) -> 
     counted = [i for i, trajectory in enumerate(group) if not math.isnan(trajectory.reward)]
     turns = [len(sampled_turns(trajectory)) for trajectory in group]
     longest = max(turns, default=0)
+    rewards = [group[i].reward for i in counted]
+    shaped = [value for i in counted for value in group[i].shaped_rewards or ()]
+    scale = scale_of([*rewards, *shaped])  # sums of huge rewards would overflow
     to_go_CK = np.empty((len(counted), longest))
     for row, i in enumerate(counted):
-        left = group[i].reward - np.cumsum([0.0, *_earned(group[i])])[: max(turns[i], 1)]
+        left = group[i].reward / scale - np.cumsum([0.0, *_earned(group[i], scale)])[: max(turns[i], 1)]
         to_go_CK[row] = np.pad(left, (0, longest - len(left)), mode="edge") if longest else left[:0]
     advantages_CK = to_go_CK - to_go_CK.mean(0)
     if scale_rewards:
-        advantages_CK /= np.std([group[i].reward for i in counted], ddof=1) + 1e-4
+        advantages_CK /= np.std(np.array(rewards) / scale, ddof=1) + 1e-4 / scale
+    else:
+        with np.errstate(over="ignore"):
+            advantages_CK = within_floats(advantages_CK * scale)
     found = [[math.nan] * count for count in turns]
     for row, i in enumerate(counted):
         found[i] = advantages_CK[row, : turns[i]].tolist()
     return found
 
 
-def _earned(trajectory: Trajectory) -> list[float]:
-    """What each sampled turn earned. Of values that come one a message, a turn has those from it up to the next turn."""
+def _earned(trajectory: Trajectory, scale: float) -> list[float]:
+    """What each sampled turn earned, divided by `scale`. Of values that come one a message, a turn has those from it up to
+    the next turn."""
     shaped, turns = trajectory.shaped_rewards, sampled_turns(trajectory)
     if not shaped:
         return [0.0] * len(turns)
     if not all(map(math.isfinite, shaped)):
         raise BackendError(f"{where(trajectory)} has shaped_rewards that are not finite: {shaped!r:.80}")
+    shaped = [value / scale for value in shaped]
     if len(shaped) == len(turns):
-        return list(shaped)
+        return shaped
     if len(shaped) != len(trajectory.episode) or not turns:
         raise BackendError(
             f"{where(trajectory)} has {len(shaped)} shaped_rewards; expected one for each of its {len(turns)} sampled "
@@ -153,11 +163,29 @@ def training_batch(
         for trajectory, weight, of_turn in zip(group, weights, of_turns, strict=True):
             if not math.isfinite(weight) or (truncated == "mask" and finish_reason(trajectory) == "length"):
                 continue
-            if sequences := token_sequences(trajectory, weight if of_turn is None else of_turn):
+            advantage = weight if of_turn is None else of_turn
+            _check_size(advantage, trajectory)
+            if sequences := token_sequences(trajectory, advantage):
                 of_group.append(sequences)
         trained += of_group
         with_signal += bool(of_group)
     return TrainingBatch(trained, with_signal, len(groups) - with_signal, cut)
+
+
+LARGEST_ADVANTAGE = 1e15
+"""Losses and gradients are float32, in which the square of 1e20 is infinite."""
+
+
+def _check_size(advantage: float | Sequence[float], trajectory: Trajectory) -> None:
+    """Raises BackendError for an advantage of which no finite loss can be made."""
+    values = advantage if isinstance(advantage, Sequence) else [advantage]
+    largest = max((abs(value) for value in values), default=0.0)
+    if largest > LARGEST_ADVANTAGE:
+        raise BackendError(
+            f"{where(trajectory)} has an advantage of {largest:.3g}, for a reward of {trajectory.reward:.3g}; expected at most "
+            f"{LARGEST_ADVANTAGE:.0e}, which is all that a float32 loss can take. Bound the reward and its parts, or let the "
+            "adapter divide by the standard deviation of each group's rewards (scale_rewards: true)."
+        )
 
 
 def token_sequences(trajectory: Trajectory, advantage: float | Sequence[float] = math.nan) -> list[TokenSequence]:

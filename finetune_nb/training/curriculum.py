@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ..errors import ConfigError
+from ..rewards.numbers import group_scales
 from ..types import GROUP_REASONS, CurriculumState, GroupReason, GroupStatistics, Selection
 
 if TYPE_CHECKING:
@@ -71,9 +72,11 @@ def group_statistics(groups: Sequence[Sequence[Trajectory]]) -> GroupStatistics:
     missing = np.isnan(rewards)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         counts = by_group(np.add, (~missing).astype(np.int64), 0)
-        means = by_group(np.add, np.where(missing, 0.0, rewards), 0.0) / counts
+        scales = group_scales(rewards, offsets)
+        scaled = np.where(missing, 0.0, rewards) / np.repeat(scales, sizes)
+        means = by_group(np.add, scaled, 0.0) / counts * scales
         highest, lowest = by_group(np.fmax, rewards, np.nan), by_group(np.fmin, rewards, np.nan)
-        spreads = highest - lowest
+        spreads = highest - lowest  # inf where the difference is beyond floats
     infinite = np.isinf(highest) | np.isinf(lowest)
     means[infinite & np.isnan(means)] = np.inf  # inf and -inf in one group
     spreads[infinite] = np.nan
@@ -212,7 +215,7 @@ def _unfit(statistics: GroupStatistics, min_reward_diff: float) -> np.ndarray:
     """(G,) int8 reason codes: why a group cannot be chosen whatever the percentile; KEPT where it can."""
     reasons = np.full(len(statistics), _CODE[GroupReason.KEPT], dtype=np.int8)
     reasons[statistics.spreads < min_reward_diff - ROUNDING] = _CODE[GroupReason.NO_REWARD_SPREAD]
-    reasons[np.isnan(statistics.spreads)] = _CODE[GroupReason.INFINITE_REWARD]
+    reasons[~np.isfinite(statistics.spreads)] = _CODE[GroupReason.INFINITE_REWARD]
     reasons[statistics.counts == 0] = _CODE[GroupReason.NO_REWARD]
     return reasons
 

@@ -7,10 +7,11 @@ over epochs are made elsewhere; a training backend measures its own loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
+from ..rewards.numbers import group_scales, mean, scale_of, within_floats
 from ..rollouts.episodes import drift
 from ..types import (
     EpochMetrics,
@@ -24,9 +25,9 @@ from ..types import (
 __all__ = [
     "NO_SPREAD",
     "advantages",
+    "deviations",
     "epoch_metrics",
     "has_signal",
-    "mean",
 ]
 
 NO_SPREAD = 1e-9
@@ -47,7 +48,10 @@ def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics,
     rewards = statistics.rewards[finite]
     kept_rewards = statistics.rewards[finite & np.repeat(kept, sizes)]
     means = statistics.means[np.isfinite(statistics.means)]
-    low, median, high = np.quantile(means, [0.1, 0.5, 0.9]).tolist() if len(means) else [math.nan] * 3
+    low, median, high = [math.nan] * 3
+    if len(means):
+        scale = scale_of(means)
+        low, median, high = (np.quantile(means / scale, [0.1, 0.5, 0.9]) * scale).tolist()
     continued, drifted = drift(trajectory for group in collection.trajectories for trajectory in group)
     tokens, scores = _tokens_and_scores(trajectory for group in collection.trajectories for trajectory in group)
     return EpochMetrics(
@@ -83,23 +87,45 @@ def advantages(statistics: GroupStatistics, scale: bool = True) -> np.ndarray:
     NaN for a trajectory without reward, and for all of a group that has an infinite one. 0 in a group whose rewards do
     not differ, or that has only one.
     """
-    groups = len(statistics)
-    group_of = np.repeat(np.arange(groups), np.diff(statistics.offsets))
+    group_of = np.repeat(np.arange(len(statistics)), np.diff(statistics.offsets))
+    scales, distances, deviations = _scaled(statistics)
     missing = np.isnan(statistics.rewards) | np.isnan(statistics.spreads)[group_of]
     teaches = ~missing & has_signal(statistics)[group_of]
 
     out = np.where(missing, np.nan, 0.0)
-    out[teaches] = statistics.rewards[teaches] - statistics.means[group_of[teaches]]
     if scale:
-        squares = np.bincount(group_of[teaches], weights=out[teaches] ** 2, minlength=groups)
-        deviations = np.sqrt(squares / np.maximum(statistics.counts - 1, 1))
-        out[teaches] /= deviations[group_of[teaches]] + 1e-4
+        out[teaches] = distances[teaches] / (deviations + 1e-4 / scales)[group_of[teaches]]
+    else:
+        with np.errstate(over="ignore"):
+            out[teaches] = within_floats(distances[teaches] * scales[group_of[teaches]])
     return out
 
 
-def mean(values: Sequence[float] | np.ndarray) -> float:
-    """NaN of no values, which have no mean."""
-    return float(np.mean(values)) if len(values) else math.nan
+def deviations(statistics: GroupStatistics) -> np.ndarray:
+    """(G,) float64: the sample standard deviation (ddof=1) of each group's rewards.
+
+    NaN for a group with fewer than two rewards, or with an infinite one.
+    """
+    scales, _, scaled = _scaled(statistics)
+    several = np.isfinite(statistics.spreads) & (statistics.counts > 1)
+    with np.errstate(over="ignore"):
+        return np.where(several, within_floats(scaled * scales), math.nan)
+
+
+def _scaled(statistics: GroupStatistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What each group is divided by, and in that unit each reward's distance to its group's mean (0 where it is not a
+    finite number) and each group's sample standard deviation."""
+    groups = len(statistics)
+    group_of = np.repeat(np.arange(groups), np.diff(statistics.offsets))
+    scales = group_scales(statistics.rewards, statistics.offsets)
+    present = np.isfinite(statistics.rewards) & np.isfinite(statistics.means)[group_of]
+    in_group = group_of[present]
+
+    distances = np.zeros(len(statistics.rewards))
+    means = statistics.means[in_group] / scales[in_group]
+    distances[present] = statistics.rewards[present] / scales[in_group] - means
+    squares = np.bincount(group_of, weights=distances**2, minlength=groups)
+    return scales, distances, np.sqrt(squares / np.maximum(statistics.counts - 1, 1))
 
 
 def _tokens_and_scores(trajectories: Iterable[Trajectory]) -> tuple[int, dict[str, float]]:

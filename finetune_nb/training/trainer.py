@@ -17,6 +17,7 @@ from ..config.sections import settings_from
 from ..errors import BackendError, JobFailed, RunError, StoreError
 from ..interfaces import Trainer
 from ..redaction import error_text, redacting_logger
+from ..rewards.numbers import mean
 from ..store.json import append_jsonl
 from ..types import (
     CurriculumSettings,
@@ -30,7 +31,7 @@ from ..types import (
     TrajectoryCollection,
 )
 from .curriculum import group_statistics, keep, select, state_from_dict, state_to_dict
-from .metrics import epoch_metrics, mean
+from .metrics import epoch_metrics
 
 __all__ = [
     "NAT_NAMES",

@@ -19,8 +19,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..errors import ConfigError, did_you_mean
-from ..redaction import redact_texts
+from ..errors import ConfigError, StoreError, did_you_mean
+from ..redaction import error_text, redact_texts
 from ..rollouts.episodes import chat_fields
 from ..store.durable import write_durably
 from ..store.json import encode, finite
@@ -53,6 +53,8 @@ def export(run: Any, path: str | Path, frame: str | None = None, filters: Mappin
 
     Raises:
         ConfigError: The suffix or the frame is unknown, or the format does not take a frame or filters.
+        StoreError: The file cannot be written, because the disk is full for example. An older file of that name is then as it
+            was.
     """
     path = Path(path)
     write = EXPORTS.get(path.suffix.lower())
@@ -63,8 +65,14 @@ def export(run: Any, path: str | Path, frame: str | None = None, filters: Mappin
     if frame is not None and frame not in FRAMES:
         raise ConfigError(f"there is no frame {frame!r}. {did_you_mean(frame, FRAMES)}")
     chosen = {name: value for name, value in (filters or {}).items() if value is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, lambda file: write(run, file, frame, chosen))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, lambda file: write(run, file, frame, chosen))
+    except OSError as error:
+        raise StoreError(
+            f"{path} could not be written: {error_text(error)}. Expected a folder that can be written, with room for the file. "
+            "What had the name before is as it was. Make room, or choose another place, then export again."
+        ) from error
     return path
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..analysis.reasons import REASONS
 from ..analysis.rollout_group import RolloutGroup
-from ..text import SHORT, count, cut, duration, number, one_line, short, signed
+from ..text import SHORT, count, cut, duration, number, one_line, plain, short, signed
 from ..types import LLMCall, MessageKey, RolloutFailure, Trajectory, finish_reason, sampled_tokens
 from .conversation import SIZE_LIMIT, Setting, Turn, conversation, turn_of
 from .html import ERROR_LIMIT, Html, bar, details, element, error_block, facts_table, scores, table, title, view
@@ -157,7 +157,7 @@ class RolloutView:
         if len(turns) > 20:
             said[16:-4] = [f"… {len(turns) - 20:,} of {len(turns):,} turns are left out …"]
         lines += said
-        return "\n  ".join(lines)
+        return plain("\n  ".join(lines))
 
     def _repr_html_(self) -> str:
         group = self.group

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..analysis.reasons import REASONS
-from ..text import SHORT, count, cut, duration, number, one_line, short, trend
+from ..text import SHORT, count, cut, duration, kinds_of_errors, number, one_line, plain, short, trend
 from ..types import Epoch, EpochMetrics, GroupReason, RolloutFailure, TrainingStatusEnum, Validation
 from .html import (
     ERROR_LIMIT,
@@ -123,18 +123,16 @@ def _training(epoch: Epoch) -> Any:
 
 
 def _failures(failures: Sequence[RolloutFailure]) -> Any:
-    """The number of failed rollouts, and the first five errors with their examples."""
+    """The number of failed rollouts, and the five most frequent errors with their examples."""
     if not failures:
         return "none"
-    kinds: dict[str, list[RolloutFailure]] = {}
-    for failure in failures:
-        kinds.setdefault(failure.error, []).append(failure)
+    kinds = kinds_of_errors(failure.error for failure in failures)
     shown = [row(element("strong", f"{len(failures):,} failed", class_="ft-bad"))]
-    for error, those in list(kinds.items())[:5]:
-        examples = [failure.example_id for failure in those]
-        shown.append(row(f"{len(those):,} × {cut(error, SHORT)}", some_examples(examples)))
+    for error, places in kinds[:5]:
+        examples = [failures[place].example_id for place in places]
+        shown.append(row(f"{len(places):,} × {cut(error, SHORT)}", some_examples(examples)))
     if len(kinds) > 5:
-        shown.append(row(f"and {len(kinds) - 5:,} other errors"))
+        shown.append(row(f"and {count(len(kinds) - 5, 'other error')}"))
     return shown
 
 
@@ -191,14 +189,14 @@ def run_text(
     model: str | None = None,
 ) -> str:
     """A run as a few lines of text: its state, and the last three epochs."""
-    lines = [f"run {one_line(name)}  {state}  {count(len(epochs), 'epoch')}"]
+    lines = [f"run {one_line(name)}  {one_line(state)}  {count(len(epochs), 'epoch')}"]
     if folder:
         lines[0] += f"  {one_line(folder)}"
     if model:
         lines.append(f"model: {one_line(model)}")
     if error:
         lines.append(f"error: {one_line(error)}")
-    return "\n  ".join([*lines, *map(epoch_text, epochs[-3:])])
+    return plain("\n  ".join([*lines, *map(epoch_text, epochs[-3:])]))
 
 
 def _row(epoch: Epoch) -> list[Any]:

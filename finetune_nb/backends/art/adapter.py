@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -21,6 +21,7 @@ from ...config.sections import FinetuneConfig
 from ...errors import BackendError, ConfigError, MissingExtra, did_you_mean
 from ...hooks import resolve
 from ...redaction import error_text
+from ...store.durable import model_directory
 from ...threads import in_daemon_thread
 from ...training.jobs import JobAdapter, check_exact
 from ...types import TrainingJobRef, TrajectoryCollection
@@ -163,7 +164,12 @@ class OpenPipeArtAdapter(JobAdapter[ArtJob]):
             raise BackendError(
                 f"ART's {type(self.backend).__name__} has left no checkpoint on this machine. Take it from the service."
             )
-        await in_daemon_thread(partial(shutil.copytree, self._checkpoint, directory, dirs_exist_ok=True))
+
+        def copy(checkpoint: str) -> None:
+            with model_directory(Path(directory)) as unfinished:
+                shutil.copytree(checkpoint, unfinished, dirs_exist_ok=True)
+
+        await in_daemon_thread(copy, self._checkpoint)
         return directory
 
     async def aclose(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from ...errors import BackendError, MissingLogprobs
 from ...hooks import resolve
 from ...rollouts.episodes import SampledTurn, chat_fields
+from ...training.batch import LARGEST_ADVANTAGE
 from ...types import DPOItem, EpisodeItem, EpisodeItemRole, MessageKey, Trajectory, TrajectoryCollection
 from .job import is_number
 
@@ -47,6 +48,11 @@ def _art_trajectory(trajectory: Trajectory) -> Any:
         place = (item.metadata or {}).get(MessageKey.CONVERSATION, 0)
         conversations.setdefault(place, []).append(_message(item, f"turn {turn} of {where}"))
     first, *others = conversations.values()
+    if abs(trajectory.reward) > LARGEST_ADVANTAGE:  # ART computes the advantages itself
+        raise BackendError(
+            f"{where} has the reward {trajectory.reward:.3g}; expected at most {LARGEST_ADVANTAGE:.0e} in size, which is all "
+            "that a float32 loss can take. Bound the reward function."
+        )
     tools = metadata.get("tools")
     version = metadata.get("policy_version")
     history = resolve("art.trajectories:History")

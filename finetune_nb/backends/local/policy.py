@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...llms.chat_tokenizer import ChatTokenizer, check_prompt
+from ...store.durable import model_directory
 from ...threads import interpreter_exiting
 from ...types import EpisodeKey, Sample, SamplingParams
 from . import models
@@ -196,16 +197,24 @@ class LocalPolicy(ChatTokenizer):
     def save(self, directory: str | Path, merge: bool = False) -> Path:
         """Writes model and tokenizer; `from_pretrained` and `LocalPolicy.load` read them. Waits for a batch at work.
 
-        merge: an adapter is added to the model's weights; otherwise it is written alone, with its model's name.
+        Args:
+            directory: Where to. An older model there is replaced once all of this one is written.
+            merge: Add an adapter to the model's weights; otherwise it is written alone, with its model's name.
+
+        Returns:
+            The directory.
+
+        Raises:
+            BackendError: It cannot be written, because the disk is full for example. What was there is then as it was.
         """
         directory = Path(directory)
-        with self.exclusive.hold():
+        with self.exclusive.hold(), model_directory(directory) as unfinished:
             with models.no_progress_bars():
                 if merge and is_lora(self.model):
-                    as_trained(self.model).save_pretrained(directory, state_dict=merged_tensors(self.model))
+                    as_trained(self.model).save_pretrained(unfinished, state_dict=merged_tensors(self.model))
                 else:
-                    self.model.save_pretrained(directory)
-            self.tokenizer.save_pretrained(directory)
+                    self.model.save_pretrained(unfinished)
+            self.tokenizer.save_pretrained(unfinished)
         return directory
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError, ConfigError
+from ...rewards.numbers import mean
 from ...training.batch import TokenSequence, TrainingBatch
-from ...training.metrics import mean
 from ...types import MessageKey
 from .config import LocalGRPOConfig
 from .forward import TokenBatch, collate, micro_batches

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import BackendError
+from ...rewards.numbers import mean
 from ...training.batch import TokenSequence, TrainingBatch
-from ...training.metrics import mean
 from .config import TinkerConfig
 from .service import TinkerService, sdk
 

@@ -89,12 +89,23 @@ class TRLJob:
         self._last: TrainingJobStatus | None = None
 
     def write(self, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """What the process reads: settings, data, and the policy's weights."""
-        self.folder.mkdir(parents=True)
-        (self.folder / "job.json").write_text(json.dumps(settings), encoding="utf-8")
-        with (self.folder / "data.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        self._policy.save(self.folder / "model")
+        """Write what the process reads: settings, data, and the policy's weights.
+
+        Raises:
+            BackendError: They cannot be written, because the disk is full for example. Nothing of the job is left.
+        """
+        try:
+            self.folder.mkdir(parents=True)
+            (self.folder / "job.json").write_text(json.dumps(settings), encoding="utf-8")
+            with (self.folder / "data.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            self._policy.save(self.folder / "model")
+        except (OSError, BackendError) as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise BackendError(
+                f"the training job could not be written to {self.folder}: {error_text(error)}. Expected a folder with room for "
+                "the data and the model twice. Nothing was trained. Make room, then run the epoch again."
+            ) from error
 
     def start(self, processes: int, cpu: bool) -> None:
         """Starts the process, and a thread that waits for it."""
