@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .errors import ConfigError
 from .hooks import resolve, without_wrappers
 from .redaction import error_text, redacting_logger
+from .text import most_frequent_error
 from .types import (
     EpisodeKey,
     EvalOutputItem,
@@ -452,8 +453,9 @@ class Trainer(ABC):
             run_id: Id of the run.
 
         Returns:
-            avg_reward, min_reward, max_reward, num_examples, scores, epoch and dataset_type. An evaluation that fails has
-            avg_reward NaN and `error`; an item without a score does not count.
+            avg_reward, min_reward, max_reward, num_examples, scores, epoch and dataset_type; rewards_missing and
+            reward_error: how many items have no finite score, failed rollouts among them, and the most frequent reason.
+            An evaluation that fails has avg_reward NaN and `error`; an item without a score does not count.
         """
         try:
             builder = without_wrappers(self.trajectory_builder)
@@ -477,13 +479,19 @@ class Trainer(ABC):
             scores[name] = [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
         reward = self.trainer_config.reward or self.run_config.reward_function
         rewards = scores.get(reward.name, []) if reward else []
+        missing = _missing_rewards(eval_output, reward.name) if reward else []
+        why = most_frequent_error(missing)
         metrics: dict[str, Any] = {
             **_NO_VALIDATION,
+            "rewards_missing": len(missing),
+            "reward_error": why,
             "scores": {name: sum(values) / len(values) for name, values in scores.items() if values},
         }
         if not rewards:
             name = reward.name if reward else None
-            return {**metrics, "error": f"no item has a score of {name!r}; evaluators: {', '.join(scores) or 'none'}"}
+            because = f" ({why})" if why else ""
+            known = ", ".join(scores) or "none"
+            return {**metrics, "error": f"no item has a score of {name!r}{because}; evaluators: {known}"}
         return {
             **metrics,
             "avg_reward": sum(rewards) / len(rewards),
@@ -531,6 +539,20 @@ def _run_configuration(config: FinetuneConfig) -> FinetuneRunConfig:
             "FinetuneConfig that has one; a Run does it for you."
         )
     return config.run_configuration
+
+
+def _missing_rewards(eval_output: EvaluationRunOutput, name: str) -> list[str]:
+    """Why each item that has no finite score of the evaluator of that name has none."""
+    errors = [failure.error for failure in eval_output.failures]
+    for evaluator, output in eval_output.evaluation_results:
+        if evaluator != name:
+            continue
+        for item in output.eval_output_items:
+            if not isinstance(item.score, int | float):
+                errors.append(getattr(item, "error", None) or "no reason was given")
+            elif not math.isfinite(item.score):
+                errors.append(f"the reward is {item.score}")
+    return errors
 
 
 _NO_VALIDATION = {

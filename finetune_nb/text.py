@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = [
     "cut",
     "duration",
     "kinds_of_errors",
+    "most_frequent_error",
     "number",
     "one_line",
     "plain",
@@ -141,6 +143,22 @@ SHORT = 300
 
 def one_line(text: Any, limit: int = SHORT) -> str:
     return " ".join(plain(cut(text, limit)).split())
+
+
+def most_frequent_error(errors: Iterable[Any]) -> str | None:
+    """The most frequent of these errors, on one line; None if none is known.
+
+    Errors of one type count together, as each may name its own item; the most frequent of that type is returned.
+    """
+    kinds: dict[str, Counter[str]] = {}
+    for error in errors:
+        text = "" if error is None else one_line(error)
+        if text:
+            kinds.setdefault(text.partition(":")[0], Counter())[text] += 1
+    if not kinds:
+        return None
+    largest = max(kinds.values(), key=lambda found: found.total())
+    return largest.most_common(1)[0][0]
 
 
 def count(number: int, noun: str) -> str:

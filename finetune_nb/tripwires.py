@@ -19,9 +19,11 @@ from .types import Epoch
 from .user_code import contained_call
 
 __all__ = [
+    "RewardsMissing",
     "SpreadBelow",
     "Tripwire",
     "ValidationFalls",
+    "rewards_missing",
     "spread_below",
     "tripped",
     "validation_falls",
@@ -92,6 +94,36 @@ class ValidationFalls:
 
     def __call__(self, epoch: Epoch) -> str | None:
         return self.of_run([epoch])
+
+
+@dataclass(frozen=True)
+class RewardsMissing:
+    """Pauses where too many rewards are missing. share: of an epoch's trajectories, in [0, 1)."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.share, int | float) and 0 <= self.share < 1):
+            raise ConfigError(f"rewards_missing: share is {self.share!r}; expected a number from 0 to below 1.")
+
+    def __call__(self, epoch: Epoch) -> str | None:
+        found = epoch.metrics
+        missing = found.rewards_missing or 0
+        if missing <= self.share * found.trajectories:
+            return None
+        return f"{found.rewards_missing_text}; more than {100 * self.share:g} %"
+
+
+def rewards_missing(share: float) -> RewardsMissing:
+    """Make a tripwire that pauses when too many rewards are missing.
+
+    Args:
+        share: Largest share of trajectories without a reward, from 0 to below 1. At 0 a single one pauses the run.
+
+    Returns:
+        The tripwire.
+    """
+    return RewardsMissing(share)
 
 
 def spread_below(share: float) -> SpreadBelow:

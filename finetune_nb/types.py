@@ -351,7 +351,7 @@ class EvaluationRunOutput(BaseModel):
 
 # The curriculum's fields: type, limits and text of each. Two classes have them: CurriculumSettings, which is the curriculum
 # at one moment, and the config section CurriculumLearningConfig, which says where a run starts.
-Enabled = Annotated[bool, Field(description="False: every group is trained on, whatever the rest says.")]
+Enabled = Annotated[bool, Field(description="False: every group is kept, whatever the rest says.")]
 Percentile = Annotated[
     float, Field(gt=0, le=1, description="Share of the groups with spread that is trained on, in (0, 1].")
 ]
@@ -437,6 +437,25 @@ class CurriculumSettings:
                 raise ConfigError(f"curriculum: {name!r} is not a setting. {did_you_mean(name, known)}")
         manual = {"schedule": "manual"} if "percentile" in changes else {}
         return dataclasses.replace(self, **{**manual, **changes})
+
+    def steered(self, changes: Mapping[str, Any] | CurriculumSettings) -> CurriculumSettings:
+        """Copy the settings with changes that a person asks for, by slider, in code or as keywords.
+
+        As `updated`, but changes by name switch the curriculum on unless they say `enabled`: they would have no effect
+        otherwise.
+
+        Args:
+            changes: Field names with their new values, or the settings to take instead.
+
+        Returns:
+            The new settings.
+
+        Raises:
+            ConfigError: A name is unknown, or a value is out of its range.
+        """
+        if isinstance(changes, CurriculumSettings) or not changes:
+            return self.updated(changes)
+        return self.updated({"enabled": True, **changes})
 
     def resumes_after(self, before: CurriculumSettings) -> bool:
         """Whether the schedule continues from this percentile, an interval from now.
@@ -740,7 +759,7 @@ class TrajectoryCollection(BaseModel):
 
 
 class GroupReason(StrEnum):
-    """Why a group is trained on, or is not. `Selection.reasons` holds positions in this list."""
+    """Why a group is kept to be trained on, or is not. `Selection.reasons` holds positions in this list."""
 
     KEPT = "kept"
     NO_REWARD_SPREAD = "no_reward_spread"
@@ -792,12 +811,12 @@ class CurriculumState:
     total_groups: int = 0
     """Groups with spread in the first epoch that had any; informational."""
     included_groups: frozenset[int] = frozenset()
-    """Positions of the groups last trained on, in their epoch's list."""
+    """Positions of the groups last kept, in their epoch's list."""
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Which groups of an epoch are trained on, and why the others are not."""
+    """Which groups of an epoch are kept to be trained on, and why the others are not."""
 
     example_ids: Sequence[Any]
     """(G,)"""
@@ -815,7 +834,7 @@ class Selection:
         return GROUP_REASONS[int(self.reasons[position])]
 
     def left_out(self) -> dict[GroupReason, list[Any]]:
-        """Example ids of the groups that are not trained on, by reason."""
+        """Example ids of the groups that are not kept, by reason."""
         out: dict[GroupReason, list[Any]] = {}
         for example_id, code in zip(self.example_ids, self.reasons.tolist(), strict=True):
             if code:
@@ -869,7 +888,7 @@ class EpochMetrics:
     mean_reward: float = field(metadata={"log": "reward/mean"})
     min_reward: float = field(metadata={"log": "reward/min"})
     max_reward: float = field(metadata={"log": "reward/max"})
-    kept_mean_reward: float = field(metadata={"log": "reward/trained_on"})
+    kept_mean_reward: float = field(metadata={"log": "reward/kept"})
     group_quantiles: tuple[float, float, float]
     """10, 50 and 90 % quantiles of the groups' mean rewards: how easy and how hard the examples were."""
     trajectories: int = field(metadata={"log": "rollouts/finished"})
@@ -877,7 +896,8 @@ class EpochMetrics:
     groups_with_spread: int = field(metadata={"log": "groups/with_spread"})
     """Groups whose rewards differ: only these can teach."""
     kept_trajectories: int
-    kept_groups: int = field(metadata={"log": "groups/trained_on"})
+    kept_groups: int = field(metadata={"log": "groups/kept"})
+    """Groups that were selected. Those of them that the job trained on are `Epoch.trained_groups`."""
     failures: int = field(metadata={"log": "rollouts/failed"})
     sampled_tokens: int = field(metadata={"log": "rollouts/sampled_tokens"})
     """Tokens that the policy sampled, in all trajectories."""
@@ -885,8 +905,20 @@ class EpochMetrics:
     """Sampled turns that continue a conversation. None in records from before these were counted."""
     drifted_turns: int | None = field(default=None, metadata={"log": "rollouts/drifted_turns"})
     """Those of them that were rendered anew instead of continuing the sampled ids; each is trained on by itself."""
+    rewards_missing: int | None = field(default=None, metadata={"log": "rollouts/rewards_missing"})
+    """Trajectories without a reward. None in records from before these were counted."""
+    reward_error: str | None = None
+    """Why most of them have none: the most frequent error."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Mean of every evaluator, by name."""
+
+    @property
+    def rewards_missing_text(self) -> str:
+        """How many rewards are missing and why: "rewards missing 44 of 48: RateLimitError: ..."; "" if none is."""
+        if not self.rewards_missing:
+            return ""
+        text = f"rewards missing {self.rewards_missing:,} of {self.trajectories:,}"
+        return f"{text}: {self.reward_error}" if self.reward_error else text
 
 
 @dataclass(frozen=True)
@@ -901,6 +933,10 @@ class Validation:
     scores: Mapping[str, float] = field(default_factory=dict)
     seconds: float = math.nan
     error: str | None = None
+    rewards_missing: int | None = None
+    """Items without a finite reward, failed rollouts among them. None where that was not counted."""
+    reward_error: str | None = None
+    """The most frequent reason of these."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -933,6 +969,23 @@ class Epoch:
     def train_metrics(self) -> Mapping[str, float]:
         """What the backend measured while training; empty where it says nothing."""
         return ((self.job.metadata if self.job else None) or {}).get("metrics") or {}
+
+    @property
+    def trained_groups(self) -> int | None:
+        """How many of the kept groups the job trained on: 0 where it made no optimizer step, None where it does not say.
+
+        A group is kept by the selection. It is trained on only if its rewards differ: else every advantage is 0.
+        """
+        if self.job is None or self.train_metrics.get("optimizer_steps") == 0:
+            return 0
+        found = as_float(self.train_metrics.get("trained_groups"))
+        return int(found) if math.isfinite(found) else None
+
+    @property
+    def trained(self) -> bool:
+        """Whether a job completed, with an optimizer step as far as it says."""
+        completed = self.job is not None and self.job.status == TrainingStatusEnum.COMPLETED
+        return completed and self.trained_groups != 0
 
     def _repr_html_(self) -> str:
         return shown_by("finetune_nb.views.summary:epoch_html", self)

@@ -1,4 +1,4 @@
-"""The reasons why a group is trained on or left out: each one's wording, and how plots draw it."""
+"""The reasons why a group is kept or left out: each one's wording, and how plots draw it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _GREY = "rgba(128,128,128,"
 
 REASONS = {
     GroupReason.KEPT: Reason(
-        label="trained on",
+        label="kept",
         sentence="kept",
         meaning="their rewards differ, and they are trained on",
         advice="",

@@ -1,4 +1,4 @@
-"""Finds the rollouts of one example in one epoch by its id, with their advantages and whether the group was trained on.
+"""Finds the rollouts of one example in one epoch by its id, with their advantages and whether the group was kept.
 
 Works on any Epoch, complete or not, from any Trainer.
 """
@@ -34,7 +34,7 @@ class RolloutGroup:
     """One per trajectory: (r - mean) / std within the group; NaN without reward."""
     failures: Sequence[RolloutFailure]
     reason: GroupReason | None
-    """Why the group was trained on or not; None if no rollout finished, so that there is no group."""
+    """Why the group was kept or not; None if no rollout finished, so that there is no group."""
     inferred: bool
     """Whether the reason was inferred from what another Trainer chose."""
 

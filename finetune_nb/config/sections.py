@@ -66,7 +66,7 @@ __all__ = [
 
 
 class CurriculumLearningConfig(BaseModel):
-    """Which groups of an epoch are trained on: those whose rewards differ, the best `percentile` of them first. NAT checks
+    """Which groups of an epoch are kept: those whose rewards differ, the best `percentile` of them first. NAT checks
     the limits of neither `min_reward_diff` nor `random_subsample`."""
 
     enabled: Enabled = False
@@ -224,7 +224,7 @@ class FinetuneConfig(BaseModel):
     target_model: str | None = None
     """Only calls of this llm make a trajectory; None: every call."""
     curriculum_learning: CurriculumLearningConfig = CurriculumLearningConfig()
-    """Which groups of an epoch are trained on."""
+    """Which groups of an epoch are kept to be trained on."""
     num_epochs: int = Field(default=1, ge=1)
     """Epochs that are planned; more or fewer can be run."""
     output_dir: Path = Path("./.tmp/nat/finetuning/")

@@ -310,6 +310,9 @@ class Driver:
 
     async def _record_now(self, in_progress: EpochInProgress, error: Exception | None) -> Epoch:
         epoch = self._observer.record(in_progress, error)
+        missing = epoch.metrics.rewards_missing_text
+        if missing:
+            logger.warning("epoch %d: %s", epoch.index, missing)
         self.live_settings.note_percentile(epoch.curriculum.percentile)
         self._observer.remember(epoch)
         self.writer.journal(self.live_settings)

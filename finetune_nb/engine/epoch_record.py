@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..errors import RunError
 from ..interfaces import Trainer
 from ..redaction import error_text, redacting_logger
 from ..rollouts.evaluation import Progress
@@ -46,6 +47,7 @@ __all__ = [
     "log_what_was_left",
     "partial_record",
     "record",
+    "require_rewards",
     "settled_late",
     "report_of",
     "validation_of",
@@ -178,7 +180,7 @@ def record(
         statistics=statistics,
         selection=selection,
         job=job,
-        reason=None if job is not None else _why_no_job(collection, selection, error),
+        reason=None if job is not None else _why_no_job(collection, selection, metrics, error),
         metrics=metrics,
         validations=tuple(in_progress.validations),
         policy_versions=(in_progress.version, version),
@@ -250,7 +252,10 @@ def _name(trajectory: Trajectory) -> tuple[str, Any]:
     return str(metadata.get("id")), metadata.get("generation")
 
 
-def _why_no_job(collection: TrajectoryCollection, selection: Selection, error: Exception | None) -> str:
+def _why_no_job(
+    collection: TrajectoryCollection, selection: Selection, metrics: EpochMetrics, error: Exception | None
+) -> str:
+    """Why nothing was trained, and how many rewards were missing."""
     if error is not None:
         return error_text(error)
     if not collection.trajectories:
@@ -258,11 +263,29 @@ def _why_no_job(collection: TrajectoryCollection, selection: Selection, error: E
             errors = [failure.error for failure in collection.failures]
             return f"all {len(errors)} rollouts failed; {told_once(errors)}"
         return "no trajectories were collected"
+    missing = metrics.rewards_missing_text
+    if metrics.rewards_missing == metrics.trajectories:
+        return missing
+    why = _why_nothing_was_submitted(selection)
+    return f"{why}; {missing}" if missing else why
+
+
+def _why_nothing_was_submitted(selection: Selection) -> str:
     left_out = selection.left_out()
     if left_out and not len(selection.kept):
         parts = (f"{len(examples)} with {reason.replace('_', ' ')}" for reason, examples in left_out.items())
         return f"no group is left to train on: {', '.join(parts)}"
     return "the trainer submitted nothing"
+
+
+def require_rewards(epoch: Epoch) -> None:
+    """Raises RunError for an epoch without a single reward, which trained nothing: the next ones would do the same."""
+    metrics = epoch.metrics
+    if metrics.trajectories and metrics.rewards_missing == metrics.trajectories and not epoch.trained:
+        raise RunError(
+            f"epoch {epoch.index}: {metrics.rewards_missing_text}. Nothing was trained, and the run was stopped. "
+            "run.trajectories() has the error of each rollout. Fix the reward, then continue with run.start()."
+        )
 
 
 def validation_of(epoch: int, version: int | None, metrics: Mapping[str, Any], seconds: float) -> Validation:
@@ -275,6 +298,8 @@ def validation_of(epoch: int, version: int | None, metrics: Mapping[str, Any], s
         scores=dict(metrics.get("scores") or {}),
         seconds=seconds,
         error=metrics.get("error"),
+        rewards_missing=metrics.get("rewards_missing"),
+        reward_error=metrics.get("reward_error"),
     )
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Self
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -29,6 +29,7 @@ from ..types import Change, CurriculumSettings
 __all__ = [
     "LiveSettings",
     "LiveField",
+    "LiveValues",
     "journal_text",
     "live_fields",
     "live_names",
@@ -121,6 +122,144 @@ class LiveField:
     """The value as the component takes it. Raises ConfigError for one that does not fit."""
 
 
+class UnknownSetting(ConfigError, KeyError):
+    """A name that is no live setting."""
+
+    __str__ = Exception.__str__  # that of KeyError would put the message in quotes
+
+
+class LiveValues(MutableMapping[str, Any]):
+    """The live settings of a run's components by name. Setting one asks for it; none can be added or removed.
+
+    Args:
+        fields: Returns the settings as they are now.
+        ask: Asks for changes, all or none of them.
+    """
+
+    def __init__(self, fields: Callable[[], Sequence[LiveField]], ask: Callable[[Mapping[str, Any]], object]) -> None:
+        self._fields, self._ask = fields, ask
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: field.value for field in self._fields()}
+
+    def __getitem__(self, name: str) -> Any:
+        values = self._values()
+        self._require(name, values)
+        return values[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.update({name: value})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values())
+
+    def __len__(self) -> int:
+        return len(self._fields())
+
+    def __repr__(self) -> str:
+        return repr(self._values())
+
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
+        return dict, (self._values(),)  # a copy is no longer connected to the run
+
+    def copy(self) -> dict[str, Any]:
+        """Copy the values as they are now.
+
+        Returns:
+            A dict of its own.
+        """
+        return self._values()
+
+    def update(self, changes: Any = (), /, **more: Any) -> None:
+        """Ask for several values, all or none of them.
+
+        Args:
+            changes: Names with their new values: a mapping, or pairs.
+            **more: Not used: every name has a dot.
+
+        Raises:
+            ConfigError: A name is unknown, or a value does not fit.
+        """
+        asked = {**dict(changes), **more}
+        known = self._values()
+        for name in asked:
+            self._require(name, known)
+        if asked:
+            self._ask(asked)
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return self._values() | dict(other) if isinstance(other, Mapping) else NotImplemented
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(other) | self._values() if isinstance(other, Mapping) else NotImplemented
+
+    def __ior__(self, other: Any) -> Self:
+        self.update(other)
+        return self
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """Return a value: every live setting has one.
+
+        Args:
+            key: The setting's name.
+            default: Not used.
+
+        Returns:
+            Its value.
+
+        Raises:
+            ConfigError: The name is unknown.
+        """
+        return self[key]
+
+    def __delitem__(self, name: str) -> None:
+        self._require(name, self._values())
+        self._refuse(f"{name!r} cannot be removed")
+
+    def pop(self, key: str, default: Any = None) -> Any:
+        """Refuse: a live setting cannot be removed.
+
+        Args:
+            key: The setting's name.
+            default: Not used.
+
+        Raises:
+            ConfigError: Always.
+        """
+        del self[key]
+
+    def popitem(self) -> tuple[str, Any]:
+        """Refuse: a live setting cannot be removed.
+
+        Raises:
+            ConfigError: Always.
+        """
+        self._refuse("no live setting can be removed")
+
+    def clear(self) -> None:
+        """Refuse: a live setting cannot be removed.
+
+        Raises:
+            ConfigError: Always.
+        """
+        self._refuse("no live setting can be removed")
+
+    @staticmethod
+    def _refuse(what: str) -> NoReturn:
+        raise ConfigError(f'{what}. Set another value: run.live["adapter.learning_rate"] = 1e-5.')
+
+    @staticmethod
+    def _require(name: Any, known: Iterable[str]) -> None:
+        """Raises UnknownSetting unless it is one of these names."""
+        if name in known:
+            return
+        if name in {field.name for field in fields(CurriculumSettings)}:
+            raise UnknownSetting(
+                f"{name!r} is a setting of the curriculum, and not of a component: run.curriculum = {{{name!r}: ...}}."
+            )
+        raise UnknownSetting(f"{name!r} cannot be changed live. {did_you_mean(name, known)}")
+
+
 class LiveSettings:
     """The live settings of a run. Every method may be called from any thread."""
 
@@ -207,7 +346,7 @@ class LiveSettings:
                 live[name] = replace(found, value=found.check(changes[name]))
             changes = {name: value for name, value in changes.items() if name not in live}
         before = self._pending or self._applied
-        after = before.updated(changes) if changes else before
+        after = before.steered(changes) if changes else before
         for name in (f.name for f in fields(after)):
             self._note(source, name, getattr(before, name), getattr(after, name))
         for name, given in live.items():
@@ -255,6 +394,8 @@ class LiveSettings:
             draft = {**self._draft, **changes}
             if "percentile" in changes and "schedule" not in changes:
                 draft["schedule"] = "manual"
+            if any("." not in name for name in changes):
+                draft.setdefault("enabled", True)  # as in CurriculumSettings.steered
             for name in [name for name in changes if "." in name]:
                 draft[name] = self._live_field(name).check(changes[name])
             curriculum = self._with_draft(draft)
@@ -276,7 +417,7 @@ class LiveSettings:
 
     def _with_draft(self, draft: Mapping[str, Any] | None = None) -> CurriculumSettings:
         changes = self._draft if draft is None else draft
-        return (self._pending or self._applied).updated({k: v for k, v in changes.items() if "." not in k})
+        return (self._pending or self._applied).steered({k: v for k, v in changes.items() if "." not in k})
 
     def _news_in(self, draft: Mapping[str, Any]) -> dict[str, Any]:
         """What of a draft is other than what is asked for already."""
@@ -285,6 +426,8 @@ class LiveSettings:
         news = {k: v for k, v in draft.items() if v != (known[k] if "." in k else getattr(asked, k))}
         if "percentile" in news:  # alone it would mean "manual"
             news["schedule"] = draft.get("schedule", "manual")
+        if not asked.enabled and any("." not in name for name in news):  # alone they would mean "on"
+            news["enabled"] = draft.get("enabled", True)
         return news
 
     def _live_field(self, name: str) -> LiveField:

@@ -132,7 +132,11 @@ _LOGGED = _logged_fields()
 def metrics_of(epoch: Epoch) -> dict[str, float]:
     """An epoch's numbers by name, in groups ("reward/mean", "train/loss", "seconds/total"). What is missing is left out:
     it would be drawn as 0, or stop a tracker that takes no NaN."""
-    found: dict[str, Any] = {name: getattr(epoch.metrics, field) for name, field in _LOGGED.items()}
+    found: dict[str, Any] = {}
+    for name, field in _LOGGED.items():
+        found[name] = getattr(epoch.metrics, field)
+        if name == "groups/kept":
+            found["groups/trained_on"] = epoch.trained_groups
     if epoch.curriculum.enabled:
         found["curriculum/percentile"] = epoch.curriculum.percentile
     if epoch.validations:

@@ -64,13 +64,13 @@ def _status(job: Any) -> str | None:
     return None if job is None else str(job.status)
 
 
-_DTYPES = {"float": "float64", "int": "int64", "int | None": "Int64"}
-"""The dtype of a number in EpochMetrics, by its annotation."""
+_DTYPES = {"float": "float64", "int": "int64", "int | None": "Int64", "str | None": "str"}
+"""The dtype of a field of EpochMetrics, by its annotation."""
 _QUANTILES = ("group_p10", "group_p50", "group_p90")
 
 
 def _metrics_columns() -> list[Column]:
-    """A column for each number of EpochMetrics, in declaration order."""
+    """A column for each number and text of EpochMetrics, in declaration order."""
     columns = []
     for field in fields(EpochMetrics):
         source = f"metrics.{field.name}"
@@ -86,12 +86,14 @@ EPOCHS = (
     Column("epoch", "int64", source="index"),
     Column("started_at", "datetime, UTC", source="started_at"),
     *_metrics_columns(),
+    Column("trained_groups", "Int64", source="trained_groups"),
     Column("curriculum", "bool", source="curriculum.enabled"),
     Column("percentile", "float64", source="curriculum", make=_percentile),
     Column("schedule", "str", source="curriculum.schedule"),
     Column("inferred", "bool", source="selection.inferred"),
     Column("validation_reward", "float64", source="validations", make=_of_last("mean_reward")),
     Column("validation_examples", "Int64", source="validations", make=_of_last("examples")),
+    Column("validation_missing", "Int64", source="validations", make=_of_last("rewards_missing")),
     Column("validation_error", "str", source="validations", make=_of_last("error")),
     Column("job", "str", source="job", make=_status),
     Column("reason", "str", source="reason"),
@@ -128,8 +130,8 @@ def groups(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] 
     std              float64    sample standard deviation (ddof=1); NaN for fewer than two rewards
     min              float64    smallest reward
     max              float64    largest reward
-    kept             bool       whether the group was trained on
-    reason           category   GroupReason: why it was trained on or not
+    kept             bool       whether the group was selected for training
+    reason           category   GroupReason: why it was kept or not
     submitted_order  Int64      position in the order of submission, from 0; <NA> if it was not submitted
     ================ ========== =============================================================================
 
@@ -159,26 +161,31 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
     mean_reward             float64        over all finite rewards
     min_reward              float64        the smallest of them
     max_reward              float64        the largest of them
-    kept_mean_reward        float64        over the groups that were trained on
+    kept_mean_reward        float64        over the groups that were kept
     group_p10               float64        10% quantile of the groups' mean rewards
     group_p50               float64        their median
     group_p90               float64        their 90% quantile
     trajectories            int64          rollouts that finished
     groups                  int64          groups of trajectories
     groups_with_spread      int64          groups whose rewards differ: only these can teach
-    kept_trajectories       int64          trajectories that were trained on
-    kept_groups             int64          groups that were trained on
+    kept_trajectories       int64          trajectories in the groups that were kept
+    kept_groups             int64          groups that were kept: selected for training
     failures                int64          rollouts that failed
     sampled_tokens          int64          tokens that the policy sampled
     continued_turns         Int64          sampled turns that continue a conversation
     drifted_turns           Int64          those of them that were rendered anew instead of continuing the sampled ids
+    rewards_missing         Int64          trajectories without a reward
+    reward_error            str            the most frequent reason why a reward is missing; NaN if none is
+    trained_groups          Int64          kept groups that the job trained on: their rewards differ. 0 if nothing was
+                                           trained; <NA> if the backend does not say
     curriculum              bool           whether the curriculum was on
     percentile              float64        share of the groups with spread to train on, in (0, 1]; NaN if the
-                                           curriculum was off: then all groups are trained on
+                                           curriculum was off: then all groups are kept
     schedule                str            "automatic" or "manual"
     inferred                bool           whether the reasons were inferred from what another Trainer chose
     validation_reward       float64        mean reward of the epoch's last validation
-    validation_examples     Int64          how many examples it ran on
+    validation_examples     Int64          how many examples have a reward
+    validation_missing      Int64          how many have none, failed rollouts among them
     validation_error        str            why it failed; NaN if it did not
     job                     str            the training job's status; NaN if nothing was submitted
     reason                  str            why nothing was submitted

@@ -84,9 +84,9 @@ def trajectories(
     generation       Int64      which of the group's rollouts, from 0
     trajectory       str        "e3/q17/2": epoch, example, generation ("#2": its position, if that is unknown)
     reward           float64    NaN if there is none; `error` then says why
-    advantage        float64    (r - mean) / std within the group, trained on or not; NaN without reward
-    selected         bool       whether its group was trained on
-    reason           category   GroupReason: why its group was trained on or not; NaN for a failure
+    advantage        float64    (r - mean) / std within the group, kept or not; NaN without reward
+    selected         bool       whether its group was kept
+    reason           category   GroupReason: why its group was kept or not; NaN for a failure
     error            str        what went wrong with the rollout or its reward; NaN if nothing did
     turns            Int64      messages in the episode
     tokens           Int64      tokens that the policy sampled

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pydantic import AliasChoices, ConfigDict, Field, SecretStr
+from pydantic import AliasChoices, ConfigDict, Field, SecretStr, model_validator
 
 from ..components.builder import Builder
 from ..components.registry import register_llm_provider
@@ -65,6 +65,14 @@ class OpenAIModelConfig(LLMBaseConfig, name="openai"):
     """Hugging Face directory or hub name of the model's tokenizer. With it conversations are rendered here and carried on
     after the very ids that were sampled; the server gets token ids (`prompt` of /completions, as vLLM takes them). None =
     the server renders every turn anew."""
+
+    @model_validator(mode="after")
+    def check_top_logprobs(self) -> OpenAIModelConfig:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(
+                f"top_logprobs is {self.top_logprobs} and logprobs is False, so none would be recorded. Set logprobs to True."
+            )
+        return self
 
 
 logger = redacting_logger(__name__)
@@ -151,6 +159,7 @@ class OpenAILLM(LLM):
         self._prompts = None if tokenizer is None else TokenPrompts(tokenizer, self.name)
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
         self._warned = False
+        self._warned_of_alternatives = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_clients": {}}  # connections do not go to other processes
@@ -187,7 +196,9 @@ class OpenAILLM(LLM):
         tokens = [entry.token for entry in content] if content is not None else None
         prompt_ids = getattr(response, "prompt_token_ids", None)
         call = self._recorded(episode, sequence, messages, params, choice, prompt_ids, tokens, logprob_values(content))
-        return replace(call, tools=tools, reply=_message(choice.message), top_logprobs=_top_of_chat(content))
+        likeliest = _top_of_chat(content)
+        self._require_alternatives(likeliest, top)
+        return replace(call, tools=tools, reply=_message(choice.message), top_logprobs=likeliest)
 
     async def _call_with_ids(
         self,
@@ -235,7 +246,20 @@ class OpenAILLM(LLM):
         prompt_ids = prompt if isinstance(prompt, list) else getattr(choice, "prompt_token_ids", None)
         call = self._recorded(episode, sequence, messages, params, choice, prompt_ids, tokens, logprobs)
         likeliest = found.top_logprobs if found is not None and top else None
+        self._require_alternatives(likeliest, top)
         return choice, replace(call, top_logprobs=[dict(each or {}) for each in likeliest] if likeliest else None)
+
+    def _require_alternatives(self, likeliest: Any, top: int) -> None:
+        """Warns, once, if the likeliest tokens were asked for and the server returned none."""
+        if not top or any(likeliest or ()) or self._warned_of_alternatives:
+            return
+        self._warned_of_alternatives = True
+        logger.warning(
+            "the server of llm %r was asked for top_logprobs=%d and returned none: no alternatives, and so no entropy, are "
+            "recorded. Use a server that returns them, or leave top_logprobs out.",
+            self.name,
+            top,
+        )
 
     def _options(
         self, sequence: int, seed: int, params: SamplingParams, options: dict[str, Any]

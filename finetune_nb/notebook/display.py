@@ -7,6 +7,8 @@ state. Only in a notebook's kernel, and begun only from its main thread; everywh
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,6 +24,7 @@ __all__ = [
     "CellProgress",
     "CellRecord",
     "ProgressLine",
+    "print_line",
     "watch_progress",
 ]
 
@@ -55,6 +58,15 @@ class ProgressLine:
 
     def _repr_html_(self) -> str:
         return view(bar(self.done, self.total or 1, self.text.replace("  ", " · ")))
+
+
+def print_line(line: str) -> None:
+    """Writes a line to standard error, for a script. Does nothing where there is none, or nobody reads it any more."""
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError, ValueError):  # a closed pipe or file must not end a run
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 _shown: tuple[int, Any] | None = None  # the cell's execution count, and the display that it has

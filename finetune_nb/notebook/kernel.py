@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import RunError
 
 __all__ = [
+    "in_kernel",
     "in_notebook",
     "interrupts",
     "has_frontend",
@@ -48,6 +49,11 @@ def _kernel() -> Any:
 def in_notebook() -> bool:
     """Whether this is the main thread of a Jupyter kernel."""
     return threading.current_thread() is threading.main_thread() and _kernel() is not None
+
+
+def in_kernel() -> bool:
+    """Whether this process is a Jupyter kernel, in whatever thread."""
+    return _kernel() is not None
 
 
 def has_frontend() -> bool:

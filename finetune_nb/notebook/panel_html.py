@@ -80,7 +80,10 @@ def _epoch_line(doing: RunStatus) -> list[Any]:
         newest = doing.epochs[-1] if doing.epochs else None
         if newest is None:
             return ["no epoch yet"]
-        return [f"epoch {newest.index} ended with mean reward {number(newest.metrics.mean_reward)}"]
+        ended = [f"epoch {newest.index} ended with mean reward {number(newest.metrics.mean_reward)}"]
+        if newest.metrics.rewards_missing:
+            ended.append(element("span", cut(newest.metrics.rewards_missing_text, 160), class_="ft-bad"))
+        return ended
     if doing.state == State.PAUSED and not doing.phase:
         return [f"epoch {doing.next_index} comes next"]
     phase = f"epoch {doing.next_index} · {doing.phase or 'starting'}"
@@ -148,7 +151,7 @@ def asked_html(
 
 def _in_force(settings: CurriculumSettings) -> str:
     if not settings.enabled:
-        return "no curriculum: all groups are trained on"
+        return "no curriculum: all groups are kept"
     parts = [f"percentile {settings.percentile:.2f}, {settings.schedule}"]
     if settings.schedule == "automatic" and settings.percentile < 1:
         parts.append(f"+{settings.increment_percentile:g} every {settings.expansion_interval} epochs")
@@ -181,10 +184,16 @@ def record_html(epochs: Sequence[Epoch], changes: Sequence[Change]) -> str:
 def _newest(epochs: Sequence[Epoch]) -> Html:
     if not epochs:
         return Html()
-    headers = ["epoch", "reward", "teach", "trained on", "failed", "validation", "time"]
-    drift = drifted(epochs[-1].metrics)
-    warning = element("div", f"drift in epoch {epochs[-1].index}: {drift}", class_="ft-banner") if drift else Html()
-    return element("div", table([_row(epoch) for epoch in epochs[:-5:-1]], headers), warning)
+    headers = ["epoch", "reward", "teach", "kept", "trained on", "failed", "no reward", "validation", "time"]
+    newest = epochs[-1]
+    warnings = []
+    if newest.metrics.rewards_missing:
+        missing = cut(newest.metrics.rewards_missing_text, 400)
+        warnings.append(element("div", f"▲ epoch {newest.index}: {missing}", class_="ft-banner ft-broken"))
+    drift = drifted(newest.metrics)
+    if drift:
+        warnings.append(element("div", f"drift in epoch {newest.index}: {drift}", class_="ft-banner"))
+    return element("div", table([_row(epoch) for epoch in epochs[:-5:-1]], headers), *warnings)
 
 
 def _row(epoch: Epoch) -> list[Any]:
@@ -192,7 +201,10 @@ def _row(epoch: Epoch) -> list[Any]:
     checked = "" if check is None else "failed" if check.error else number(check.mean_reward)
     texts = (f"{metrics.groups_with_spread} of {metrics.groups}", duration(epoch.seconds.get("total")))
     teach, took = (text.replace(" ", "\u00a0") for text in texts)
-    return [epoch.index, metrics.mean_reward, teach, metrics.kept_groups, metrics.failures, checked, took]
+    trained = "" if epoch.trained_groups is None else epoch.trained_groups
+    missing = "" if metrics.rewards_missing is None else metrics.rewards_missing
+    counted = [metrics.kept_groups, trained, metrics.failures, missing]
+    return [epoch.index, metrics.mean_reward, teach, *counted, checked, took]
 
 
 def log_html(lines: Sequence[str]) -> str:

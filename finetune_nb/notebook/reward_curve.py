@@ -26,7 +26,7 @@ MOST = 240
 
 
 def reward_curve(epochs: Sequence[Epoch], changes: Sequence[Change] = ()) -> Html:
-    """Mean reward with its 10-90 % range over the groups, that of the groups trained on, validation, the curriculum's
+    """Mean reward with its 10-90 % range over the groups, that of the kept groups, validation, the curriculum's
     percentile on an axis of its own, and a mark where changed settings were used first."""
     if not epochs:
         return element("div", "The reward of every epoch will be drawn here.", class_="ft-dim ft-empty")
@@ -65,7 +65,7 @@ def reward_curve(epochs: Sequence[Epoch], changes: Sequence[Change] = ()) -> Htm
 
     keys = [_key("ft-mean", "mean reward"), _key("ft-range", "10–90 % of groups")]
     if any(math.isfinite(reward) for reward in kept):
-        keys.append(_key("ft-kept", "of groups trained on"))
+        keys.append(_key("ft-kept", "of kept groups"))
     if checks:
         keys.append(_key("ft-check", "validation"))
     if curriculum:
@@ -76,7 +76,7 @@ def reward_curve(epochs: Sequence[Epoch], changes: Sequence[Change] = ()) -> Htm
 
 
 def _kept_reward(epoch: Epoch) -> float:
-    """The mean reward of the groups trained on; NaN where these are all."""
+    """The mean reward of the kept groups; NaN where these are all."""
     metrics = epoch.metrics
     return metrics.kept_mean_reward if metrics.kept_groups < metrics.groups else math.nan
 

@@ -53,7 +53,7 @@ def plot_rewards(
 ) -> Figure | Axes:
     """Plot the mean reward per epoch with its 10-90% range, and the validation rewards.
 
-    If not all groups were trained on, the mean of those that were is a second line. The curriculum's percentile is a step
+    If not all groups were kept, the mean of those that were is a second line. The curriculum's percentile is a step
     line with its own axis, from 0 to 1. Live changes are marked before the first epoch that used them.
 
     Args:
@@ -239,7 +239,7 @@ def _measured(epochs: Sequence[Epoch]) -> list[str]:
 
 
 def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, name: str, several: bool) -> None:
-    """Draw the mean reward of one run; if it is the only one, with its range and the mean of the groups trained on."""
+    """Draw the mean reward of one run; if it is the only one, with its range and the mean of the kept groups."""
     import numpy as np
 
     where = span(epochs)
@@ -254,7 +254,7 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
     draw_line(ax, where, mean, colour, name or "mean of all trajectories", MARKERS[place % 8], LINES[place % 4])
     if not several and any(epoch.metrics.kept_groups < epoch.metrics.groups for epoch in epochs):
         kept = at_their_places(where, epochs, metrics_of(epochs, "kept_mean_reward"))
-        draw_line(ax, where, kept, look.colours[1], "mean of the groups trained on", "^", LINES[1])
+        draw_line(ax, where, kept, look.colours[1], "mean of the kept groups", "^", LINES[1])
 
 
 def _validation_points(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, several: bool) -> None:

@@ -1,4 +1,4 @@
-"""Plots of groups: which of each epoch's groups were trained on and why, and a map of mean against spread."""
+"""Plots of groups: which of each epoch's groups were kept and why, and a map of mean against spread."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ __all__ = [
 
 
 def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -> Figure | Axes:
-    """Plot what the curriculum chose: the groups of each epoch that were trained on or left out, by reason.
+    """Plot what the curriculum chose: the groups of each epoch that were kept or left out, by reason.
 
     Lines show how many groups can teach (their rewards differ), and the curriculum's percentile on an axis from 0 to 1.
     Live changes are marked.
 
     Args:
         epochs: A run; epochs; or several runs, as a list or by name: then the percentile of each run, and the share of its
-            groups that was trained on.
+            groups that was kept.
         ax: Where to draw. Default: a new figure.
         theme: "light" or "dark". Default: one that suits both.
 
@@ -66,8 +66,8 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
     said = []
     for place, run in enumerate(runs):
         if several:
-            shown = _share_trained_on(ax, run, look, place)
-            said.append(f"{run.name}: share of groups trained on {trend_text(shown)}")
+            shown = _share_kept(ax, run, look, place)
+            said.append(f"{run.name}: share of groups kept {trend_text(shown)}")
             continue
         _reasons_and_percentile(ax, run.epochs, look)
         teach = trend_text(metrics_of(run.epochs, "groups_with_spread"))
@@ -84,8 +84,8 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
     return figure
 
 
-def _share_trained_on(ax: Axes, run: RunSeries, look: Theme, place: int) -> np.ndarray:
-    """Draw one of several runs. Returns the share of its groups that was trained on, per epoch."""
+def _share_kept(ax: Axes, run: RunSeries, look: Theme, place: int) -> np.ndarray:
+    """Draw one of several runs. Returns the share of its groups that was kept, per epoch."""
     where = span(run.epochs)
     colour, marker, line = look.colour(place), MARKERS[place % 8], LINES[place % 4]
     shares = []
@@ -93,7 +93,7 @@ def _share_trained_on(ax: Axes, run: RunSeries, look: Theme, place: int) -> np.n
         metrics = epoch.metrics
         shares.append(metrics.kept_groups / metrics.groups if metrics.groups else math.nan)
     shown = at_their_places(where, run.epochs, shares)
-    draw_line(ax, where, shown, colour, f"{axis_label(run.name)}: trained on", marker, line)
+    draw_line(ax, where, shown, colour, f"{axis_label(run.name)}: kept", marker, line)
     if any(epoch.curriculum.enabled for epoch in run.epochs):
         step_line(ax, run.epochs, look, colour, f"{axis_label(run.name)}: percentile")
     return shown
@@ -126,7 +126,7 @@ def _reasons_and_percentile(ax: Axes, epochs: Sequence[Epoch], look: Theme) -> N
 def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure | Any:
     """Plot a map of the groups: mean reward against the spread of the rewards.
 
-    Colour and shape of a mark show whether the group was trained on, and why. The larger a mark, the more groups are at
+    Colour and shape of a mark show whether the group was kept, and why. The larger a mark, the more groups are at
     that point. A line marks the curriculum's smallest spread, if it was on: only groups above it can teach. Groups without
     a finite mean and spread are not drawn; their number is stated.
 

@@ -23,6 +23,7 @@ from ..types import (
     EpisodeItem,
     EvaluationRunOutput,
     OpenAIMessage,
+    RolloutFailure,
     Trajectory,
     TrajectoryCollection,
     is_sampled,
@@ -125,21 +126,29 @@ def _text(item: EpisodeItem) -> str:
     return "".join(turn.tokens[:-1] if turn.finish_reason == "stop" else turn.tokens)
 
 
+def _unrated(trajectory: Trajectory) -> RolloutFailure:
+    """A rollout without a reward. It can make no preference, and its trajectory ends here."""
+    metadata = trajectory.metadata or {}
+    why = metadata.get("reward_error") or "no reason was recorded"
+    return RolloutFailure(metadata.get("id"), metadata.get("generation") or 0, f"no reward: {why}")
+
+
 class PreferenceBuilder(EvalTrajectoryBuilder):
-    """Collects as EvalTrajectoryBuilder does, and hands over pairs."""
+    """Collects as EvalTrajectoryBuilder does, and hands over pairs. Rollouts without a reward are failures."""
 
     async def collect(
         self, outputs: Sequence[EvaluationRunOutput | BaseException], run_id: str, meta: dict | None = None
     ) -> TrajectoryCollection:
         collection = await super().collect(outputs, run_id, meta)
+        unrated = [_unrated(t) for group in collection.trajectories for t in group if math.isnan(t.reward)]
         groups = list(self._pairs(collection.trajectories))
         without = len(collection.trajectories) - len(groups)
         if without:
             logger.warning(
-                "%d of %d examples make no preference: their rollouts have equal rewards, or say the same.",
+                "%d of %d examples make no preference: their rollouts have equal rewards or none, or say the same.",
                 without, len(collection.trajectories),
             )  # fmt: skip
-        return TrajectoryCollection(trajectories=groups, run_id=run_id, failures=collection.failures)
+        return TrajectoryCollection(trajectories=groups, run_id=run_id, failures=collection.failures + unrated)
 
     def _pairs(self, groups: Sequence[list[Trajectory]]) -> Iterator[list[Trajectory]]:
         config = self.trajectory_builder_config

@@ -133,7 +133,7 @@ def branch_of(
             f"{', '.join(map(str, kept)) or 'none'}. Fork from one of these; run.keep_checkpoints keeps more."
         )
     before = settings_in(state) or CurriculumSettings()
-    after = before.updated({"enabled": True, **curriculum} if curriculum else {})  # as in a new Run
+    after = before.steered(curriculum or {})  # as in a new Run
     changes = tuple(
         Change(time.time(), "fork", f.name, getattr(before, f.name), getattr(after, f.name), epoch + 1)
         for f in fields(after)

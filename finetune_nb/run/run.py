@@ -12,12 +12,12 @@ from ..components.builder import Builder
 from ..components.loading import load_config
 from ..config.sections import Config, FinetuneRunConfig
 from ..engine.driver import Driver
-from ..engine.epoch_record import partial_record
-from ..engine.live_settings import LiveField, LiveSettings, live_fields, read_journal
+from ..engine.epoch_record import partial_record, require_rewards
+from ..engine.live_settings import LiveField, LiveSettings, LiveValues, live_fields, read_journal
 from ..engine.run_writer import restore_settings
 from ..engine.sinks import MetricsSink
 from ..engine.state import ACTIVE, RunState, RunStatus, State
-from ..errors import ConfigError, RunError, StoreError, did_you_mean
+from ..errors import ConfigError, RunError, StoreError
 from ..interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from ..notebook.display import CellRecord, ProgressLine
 from ..notebook.kernel import in_notebook
@@ -34,7 +34,7 @@ from ..types import Change, CurriculumSettings, Epoch, RolloutFailure, Trajector
 from ..views.summary import epoch_text
 from .history import RunHistory
 from .opening import Obstacle, branch_of, components_from, config_of, copy_for_fork, make_fork
-from .session import Session
+from .session import EpochLines, Session
 
 if TYPE_CHECKING:
     from ..llms.client import ChatReply
@@ -690,11 +690,12 @@ class Run(RunHistory):
         async def run_epochs() -> None:
             session, state = self._session, self._session.state
             if await self._driver.trains_in_run():
-                await self._driver.whole_run(count)
+                require_rewards(await self._driver.whole_run(count))
                 return
             for _ in range(count):
                 epoch = await self._driver.next_epoch()
                 session.show_record()
+                require_rewards(epoch)
                 reason = tripped(self.tripwires, self.records)
                 if reason is not None:
                     session.ask_quietly("pause", f"paused after epoch {epoch.index}: {reason}")
@@ -703,7 +704,9 @@ class Run(RunHistory):
                 if state.state is not State.RUNNING:
                     return
 
+        lines = EpochLines(self._driver)
         self._session.begin(run_epochs)
+        self._session.lines = lines
         self._planned = first + count
         if in_notebook():
             shown = {"text/plain": repr(self), "text/html": self._repr_html_()}
@@ -728,13 +731,15 @@ class Run(RunHistory):
         """
         self._session.abort()
 
-    def wait(self, timeout: float | None = None) -> Self:
+    def wait(self, timeout: float | None = None, *, progress: bool = True) -> Self:
         """Wait until nothing is running.
 
+        In a notebook the cell shows how far the run is. In a script each epoch is one line on standard error.
         The first interrupt ends the run after the current epoch, the second aborts that.
 
         Args:
             timeout: Seconds to wait at most. Default: no limit.
+            progress: False prints no lines in a script. A notebook is not affected.
 
         Returns:
             The run.
@@ -744,14 +749,15 @@ class Run(RunHistory):
             KeyboardInterrupt: A second interrupt aborted the epoch.
             Exception: What ended the run, such as JobFailed. An epoch that was aborted raises nothing.
         """
-        self._session.wait(timeout, self._progress_line)
+        self._session.wait(timeout, self._progress_line, progress)
         return self
 
-    async def wait_async(self, timeout: float | None = None) -> Self:
+    async def wait_async(self, timeout: float | None = None, *, progress: bool = True) -> Self:
         """Wait like `wait`, in a cell that awaits; it shows how far the run is.
 
         Args:
             timeout: Seconds to wait at most. Default: no limit.
+            progress: False prints no lines in a script. A notebook is not affected.
 
         Returns:
             The run.
@@ -761,7 +767,7 @@ class Run(RunHistory):
             KeyboardInterrupt: A second interrupt aborted the epoch.
             Exception: What ended the run, such as JobFailed. An epoch that was aborted raises nothing.
         """
-        await self._session.wait_async(timeout, self._progress_line)
+        await self._session.wait_async(timeout, self._progress_line, progress)
         return self
 
     # ── steering ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -777,18 +783,35 @@ class Run(RunHistory):
     @curriculum.setter
     def curriculum(self, changes: Mapping[str, Any] | CurriculumSettings) -> None:
         self._driver.require_single_epochs()
-        self._settings.change(_switched_on(changes))
+        self._require_steerable()
+        self._settings.change(changes)
 
     @property
-    def live(self) -> dict[str, Any]:
-        """The settings of components that may be changed while the run continues, by name: `adapter.learning_rate`, ..."""
-        return {field.name: field.value for field in self._settings.live_fields}
+    def live(self) -> LiveValues:
+        """The settings of components that may be changed while the run continues, by name: `adapter.learning_rate`, ...
+
+            run.live["adapter.learning_rate"] = 1e-5
+            run.live = {"adapter.learning_rate": 1e-5, "llm.temperature": 0.8}
+
+        Each counts from the next rollouts or the next training job, as `live_fields` says. A value that does not fit is
+        refused, and so is an unknown name."""
+        return LiveValues(lambda: self._settings.live_fields, self._change_live)
 
     @live.setter
     def live(self, changes: Mapping[str, Any]) -> None:
-        if unknown := [name for name in changes if name not in self.live]:
-            raise ConfigError(f"{unknown[0]!r} cannot be changed live. {did_you_mean(unknown[0], self.live)}")
+        if isinstance(changes, LiveValues) and changes == self.live:
+            return  # the second half of `run.live |= changes`
+        self.live.update(changes)
+
+    def _change_live(self, changes: Mapping[str, Any]) -> None:
+        self._require_steerable()
         self._settings.change(changes)
+
+    def _require_steerable(self) -> None:
+        """Raises RunError where a change would have no effect: the run is closed, or written by another process."""
+        self._require_open()
+        if self.writer:
+            raise RunError(f"another process writes run {self.id!r} ({self.writer}): change its settings there.")
 
     @property
     def live_fields(self) -> tuple[LiveField, ...]:
@@ -817,7 +840,7 @@ class Run(RunHistory):
         if not isinstance(changes, CurriculumSettings):
             changes = {**(changes or {}), **more}
         asked = self._settings.curriculum
-        settings = asked.updated(_switched_on(changes)) if changes else asked
+        settings = asked.steered(changes)
         records = self.records
         if not records:
             raise RunError("there is nothing to preview on: no epoch has ended yet. Run one, then ask again.")
@@ -972,11 +995,6 @@ class Run(RunHistory):
 
     async def __aexit__(self, *exc: object) -> None:
         await in_daemon_thread(self.close)
-
-
-def _switched_on(changes: Mapping[str, Any] | CurriculumSettings) -> Mapping[str, Any] | CurriculumSettings:
-    """Changes of the curriculum by name switch it on unless they say otherwise."""
-    return changes if isinstance(changes, CurriculumSettings) else {"enabled": True, **changes}
 
 
 def _log_line(event: Mapping[str, Any]) -> str:

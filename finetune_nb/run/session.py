@@ -13,13 +13,15 @@ from typing import Any, TypeVar
 from ..engine.driver import Driver
 from ..engine.state import RunState
 from ..errors import EpochAborted, FinetuneError, RunError
-from ..notebook.display import CellProgress, CellRecord, ProgressLine, watch_progress
-from ..notebook.kernel import current_cell, in_notebook, interrupts, refuse_input
+from ..notebook.display import CellProgress, CellRecord, ProgressLine, print_line, watch_progress
+from ..notebook.kernel import current_cell, in_kernel, in_notebook, interrupts, refuse_input
 from ..redaction import error_text, redact_exception
 from ..threads import EngineThread, LoopTask
 from ..user_code import contained
+from ..views.summary import epoch_text
 
 __all__ = [
+    "EpochLines",
     "Session",
 ]
 
@@ -45,6 +47,8 @@ class Session:
         self.engine = EngineThread(f"ft-{run_id}")
         self.record: CellRecord | None = None
         """The display in the cell that started the run in the background."""
+        self.lines: EpochLines | None = None
+        """The lines of a script that started the run in the background."""
         self._turn = threading.RLock()  # an abort must meet the work that has begun, not the one before it
         self._work: LoopTask[Any] | None = None
         self._aborted_at: float | None = None  # by time.monotonic
@@ -153,20 +157,23 @@ class Session:
                     raise KeyboardInterrupt from None
                 raise
 
-    def wait(self, timeout: float | None, progress: Callable[[bool], ProgressLine]) -> None:
-        """Blocks until nothing is running, or for `timeout` seconds. Raises what the run raised."""
+    def wait(self, timeout: float | None, progress: Callable[[bool], ProgressLine], lines: bool) -> None:
+        """Blocks until nothing is running, or for `timeout` seconds. Raises what the run raised. lines: whether a script
+        gets a line for each epoch."""
         self.require_outside("wait")
         deadline = None if timeout is None else time.monotonic() + timeout
         pressed, shown = InterruptHandler(self), CellProgress(progress)
         with interrupts(pressed.first, pressed.second):
             while not self.state.wait(0.1):
                 shown.tick()
+                self._print_lines(lines)
                 if self._given_up() or (deadline is not None and time.monotonic() >= deadline):
                     break
+            self._print_lines(lines)
             shown.tick(done=not self.state.active and self.state.error is None)
         self._after_waiting(pressed.aborted)
 
-    async def wait_async(self, timeout: float | None, progress: Callable[[bool], ProgressLine]) -> None:
+    async def wait_async(self, timeout: float | None, progress: Callable[[bool], ProgressLine], lines: bool) -> None:
         """Like `wait`, for a cell that awaits."""
         self.require_outside("wait_async")
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -174,13 +181,20 @@ class Session:
         async def waiting() -> None:
             while self.state.active and not self._given_up():
                 await asyncio.sleep(0.05)
+                self._print_lines(lines)
                 if deadline is not None and time.monotonic() >= deadline:
                     return
 
         pressed = InterruptHandler(self)
         with interrupts(pressed.first, pressed.second):
             await watch_progress(waiting(), progress)
+        self._print_lines(lines)
         self._after_waiting(pressed.aborted)
+
+    def _print_lines(self, lines: bool) -> None:
+        """Prints the lines of new epochs. A notebook's cell shows its progress instead."""
+        if lines and self.lines is not None and not in_kernel():
+            self.lines.print_new()
 
     def _after_waiting(self, aborted: bool) -> None:
         if self.record is not None and in_notebook():
@@ -224,6 +238,26 @@ class Session:
                 f"{call} was called by what the run itself runs, and would wait for that to end. There, use run.stop() or "
                 f"run.abort(), which return at once, and call {call} from a cell."
             )
+
+
+class EpochLines:
+    """One line for each epoch that is recorded from now on, for a script that waits.
+
+    Args:
+        driver: The driver whose epochs these are.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._printed = len(driver.epochs)
+
+    def print_new(self) -> None:
+        """Prints those that have not been printed."""
+        epochs = list(self._driver.epochs)
+        first = min(self._printed, len(epochs))  # fewer than before, where the run went back to an earlier epoch
+        self._printed = len(epochs)
+        for epoch in epochs[first:]:
+            print_line(epoch_text(epoch))
 
 
 class InterruptHandler:

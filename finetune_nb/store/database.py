@@ -21,7 +21,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -346,12 +346,20 @@ def epoch_from_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "selection": _selection(record, example_ids, reasons, kept),
         "job": _status.validate_python(record["job"]),
         "reason": reason,
-        "metrics": _metrics.validate_python(record["metrics"]),
+        "metrics": _metrics_of(record["metrics"], arrays["rewards"]),
         "policy_versions": _versions.validate_python(record["policy_versions"]),
         "started_at": float(record["started_at"]),
         "seconds": _numbers.validate_python(record["seconds"]),
         "failures": row["failures"],
     }
+
+
+def _metrics_of(stored: Any, rewards: np.ndarray) -> EpochMetrics:
+    """The metrics of an epoch. Missing rewards are counted again, as older records do not have their number."""
+    import numpy as np
+
+    metrics = _metrics.validate_python(stored)
+    return replace(metrics, rewards_missing=int(np.isnan(rewards).sum()))
 
 
 def _array(data: Any, dtype: str) -> np.ndarray:

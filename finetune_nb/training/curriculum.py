@@ -1,4 +1,4 @@
-"""Which groups of an epoch are trained on: (group statistics, settings, state) -> Selection.
+"""Which groups of an epoch are kept to be trained on: (group statistics, settings, state) -> Selection.
 
 Easy groups first (highest mean reward), a growing share of them, and none whose rewards hardly differ: an advantage is
 measured against the group's own mean. The rules are those of the NVIDIA NeMo Agent Toolkit's ART trainer, but NaN is
@@ -125,7 +125,7 @@ def select(
         percentile=percentile,
         last_expansion_epoch=last_expansion_epoch,
         total_groups=state.total_groups or len(candidates),
-        included_groups=frozenset(chosen.tolist()),  # after the subsample: what is really trained on
+        included_groups=frozenset(chosen.tolist()),  # after the subsample
     )
     return _selection(statistics, settings, state, chosen, reasons)
 

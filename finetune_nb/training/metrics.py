@@ -7,12 +7,14 @@ over epochs are made elsewhere; a training backend measures its own loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
 from ..rewards.numbers import group_scales, mean, scale_of, within_floats
 from ..rollouts.episodes import drift
+from ..text import most_frequent_error
 from ..types import (
     EpochMetrics,
     GroupStatistics,
@@ -30,6 +32,7 @@ __all__ = [
     "has_signal",
 ]
 
+NO_REASON = "no reason was recorded"
 NO_SPREAD = 1e-9
 """Rewards of a group that differ by no more than this count as equal: the difference is float rounding."""
 
@@ -54,6 +57,7 @@ def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics,
         low, median, high = (np.quantile(means / scale, [0.1, 0.5, 0.9]) * scale).tolist()
     continued, drifted = drift(trajectory for group in collection.trajectories for trajectory in group)
     tokens, scores = _tokens_and_scores(trajectory for group in collection.trajectories for trajectory in group)
+    missing = int(np.isnan(statistics.rewards).sum())
     return EpochMetrics(
         mean_reward=mean(rewards),
         min_reward=float(rewards.min()) if len(rewards) else math.nan,
@@ -69,8 +73,18 @@ def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics,
         sampled_tokens=tokens,
         continued_turns=continued,
         drifted_turns=drifted,
+        rewards_missing=missing,
+        reward_error=(most_frequent_error(_reward_errors(collection)) or NO_REASON) if missing else None,
         scores=scores,
     )
+
+
+def _reward_errors(collection: TrajectoryCollection) -> Iterator[Any]:
+    """Why each trajectory without a reward has none."""
+    for group in collection.trajectories:
+        for trajectory in group:
+            if math.isnan(trajectory.reward):
+                yield (trajectory.metadata or {}).get("reward_error")
 
 
 def has_signal(statistics: GroupStatistics) -> np.ndarray:

@@ -19,14 +19,15 @@ from ..types import (
     GROUP_REASONS,
     CurriculumSettings,
     CurriculumState,
+    DPOItem,
     Epoch,
     GroupReason,
     GroupStatistics,
     Selection,
-    TrainingStatusEnum,
     sampled_tokens,
 )
 from .curriculum import select, steer
+from .metrics import has_signal
 
 __all__ = [
     "PreviewInput",
@@ -49,8 +50,15 @@ class PreviewInput:
     """(G,) int64, sampled tokens of each group."""
     seconds_per_token: float
     """What training took for each token of the groups that were trained on; NaN where nothing was trained."""
+    preferences: bool = False
+    """Whether the groups hold preferences. These teach by themselves, episodes only if the rewards of a group differ."""
 
     _made: dict[Any, Selection] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def teaches(self) -> np.ndarray:
+        """(G,) bool, whether a group is trained on if it is kept."""
+        return has_signal(self.statistics) | self.preferences
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -88,18 +96,18 @@ class Preview:
     @property
     def enters(self) -> list[Any]:
         """Example ids of groups that would be trained on, and will not be if nothing is changed."""
-        return self._examples(self._kept & ~self._kept_unchanged)
+        return self._examples(self._trained & ~self._trained_unchanged)
 
     @property
     def leaves(self) -> list[Any]:
         """Example ids of groups that would not be trained on any more."""
-        return self._examples(self._kept_unchanged & ~self._kept)
+        return self._examples(self._trained_unchanged & ~self._trained)
 
     @property
     def moves(self) -> tuple[int, int]:
         """How many groups enter and leave."""
-        kept, before = self._kept, self._kept_unchanged
-        return int(np.count_nonzero(kept & ~before)), int(np.count_nonzero(before & ~kept))
+        then, before = self._trained, self._trained_unchanged
+        return int(np.count_nonzero(then & ~before)), int(np.count_nonzero(before & ~then))
 
     @cached_property
     def counts(self) -> dict[GroupReason, int]:
@@ -107,13 +115,18 @@ class Preview:
         return _counts(self.selection)
 
     @property
-    def groups(self) -> tuple[int, int]:
-        """Groups trained on: with the settings in question, and if nothing is changed."""
+    def kept_groups(self) -> tuple[int, int]:
+        """Groups that are kept: with the settings in question, and if nothing is changed."""
         return len(self.selection.kept), len(self.unchanged.kept)
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Groups trained on, in the same order: those that are kept and can teach."""
+        return self._sums(self.basis.teaches)
 
     @cached_property
     def trajectories(self) -> tuple[int, int]:
-        """Trajectories in these groups, in the same order."""
+        """Trajectories in the groups trained on."""
         return self._sums(self.basis.sizes)
 
     @cached_property
@@ -128,18 +141,19 @@ class Preview:
         return then * self.basis.seconds_per_token, now * self.basis.seconds_per_token
 
     @cached_property
-    def _kept(self) -> np.ndarray:
-        return self.selection.reasons == 0
+    def _trained(self) -> np.ndarray:
+        return (self.selection.reasons == 0) & self.basis.teaches
 
     @cached_property
-    def _kept_unchanged(self) -> np.ndarray:
-        return self.unchanged.reasons == 0
+    def _trained_unchanged(self) -> np.ndarray:
+        return (self.unchanged.reasons == 0) & self.basis.teaches
 
     def _examples(self, which: np.ndarray) -> list[Any]:
         return [self.selection.example_ids[place] for place in np.flatnonzero(which).tolist()]
 
     def _sums(self, values: np.ndarray) -> tuple[int, int]:
-        return int(values[self.selection.kept].sum()), int(values[self.unchanged.kept].sum())
+        """Sums of a value of each group, over the groups trained on."""
+        return int(values[self._trained].sum()), int(values[self._trained_unchanged].sum())
 
     def __repr__(self) -> str:
         return shown_by("finetune_nb.views.preview_card:preview_text", self)
@@ -151,10 +165,14 @@ class Preview:
 def preview_input(epoch: Epoch) -> PreviewInput:
     """What previews need of an epoch."""
     tokens = _tokens_by_group(epoch)
-    trained = epoch.job is not None and epoch.job.status == TrainingStatusEnum.COMPLETED
-    kept = int(tokens[epoch.selection.kept].sum())
-    took = epoch.seconds.get("training", math.nan) if trained else math.nan
-    return PreviewInput(epoch.index, epoch.statistics, epoch.selection.state, tokens, took / kept if kept else math.nan)
+    preferences = _holds_preferences(epoch)
+    trained = (epoch.selection.reasons == 0) & (has_signal(epoch.statistics) | preferences)
+    trained_tokens = int(tokens[trained].sum())
+    seconds_per_token = math.nan
+    if epoch.trained and trained_tokens:
+        seconds_per_token = epoch.seconds.get("training", math.nan) / trained_tokens
+    state = epoch.selection.state
+    return PreviewInput(epoch.index, epoch.statistics, state, tokens, seconds_per_token, preferences)
 
 
 def preview(
@@ -171,6 +189,16 @@ def preview(
 def _counts(selection: Selection) -> dict[GroupReason, int]:
     found = np.bincount(selection.reasons, minlength=len(GROUP_REASONS)).tolist()
     return {reason: count for reason, count in zip(GROUP_REASONS, found, strict=True) if count}
+
+
+def _holds_preferences(epoch: Epoch) -> bool:
+    """Whether its trajectories are preferences. Read only where no rewards differ, as it may need the file."""
+    if has_signal(epoch.statistics).any():
+        return False
+    for group in epoch.collection.trajectories:
+        if group:
+            return any(isinstance(item, DPOItem) for item in group[0].episode)
+    return False
 
 
 def _tokens_by_group(epoch: Epoch) -> np.ndarray:

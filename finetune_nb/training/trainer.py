@@ -54,6 +54,7 @@ OUR_NAMES = {
     "groups_with_spread": "groups_with_spread",
     "sampled_tokens": "sampled_tokens",
     "drifted_turns": "drifted_turns",
+    "rewards_missing": "rewards_missing",
 }
 """Numbers of the same logs that the Toolkit does not have -> the field."""
 
@@ -178,11 +179,13 @@ class EpochTrainer(Trainer):
             "filtered_max_reward": max(rewards, default=math.nan),
         }
         steered = self.curriculum_config.enabled
+        why_missing = {"reward_error": found.reward_error} if found.rewards_missing else {}
         return {
             **{name: getattr(found, field) for name, field in NAT_NAMES.items()},
             **filtered,
             "curriculum_percentile": self._curriculum_state["current_percentile"] if steered else 1.0,
             **{name: getattr(found, field) for name, field in OUR_NAMES.items()},
+            **why_missing,
             "scores": dict(found.scores),
         }
 

@@ -28,6 +28,7 @@ __all__ = [
     "fair_shares",
     "fitting",
     "head_of",
+    "missing_entropy",
     "tool_names",
     "turn_of",
 ]
@@ -101,10 +102,15 @@ def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting
     """
     if not turns:
         return
+    head: list[Html] = []
     if setting.legend and any(has_heat(turn) for turn in turns):
-        legend = heat_legend(setting.heat)
-        room -= len(legend.encode())
-        yield legend
+        head.append(heat_legend(setting.heat))
+    missing = missing_entropy(turns) if setting.heat == "entropy" else ""
+    if setting.legend and missing:
+        head.append(element("div", element("strong", missing), class_="ft-bad"))
+    for piece in head:
+        room -= len(piece.encode())
+        yield piece
 
     # Render every turn whole, unless it is too long to be read.
     called = tool_names(turns)
@@ -162,6 +168,20 @@ def fair_shares(needs: Sequence[int], room: int) -> list[int]:
         room -= shares[place]
         left -= 1
     return shares
+
+
+def missing_entropy(turns: Sequence[Turn]) -> str:
+    """Says that turns have no entropy, and why; "" if every sampled turn has one."""
+    sampled = [turn for turn in turns if turn.tokens]
+    without = [turn for turn in sampled if all(math.isnan(token.entropy) for token in turn.tokens)]
+    if sampled and not without:
+        return ""
+    where = "no turn" if len(without) == len(sampled) else f"{len(without):,} of {len(sampled):,} sampled turns"
+    has = "has an entropy" if where == "no turn" else "have no entropy"
+    return (
+        f"{where} {has}: the likely alternatives of the tokens were not recorded. Sample with an llm that returns them, such as "
+        "one of type 'openai' with top_logprobs: 5."
+    )
 
 
 def has_heat(turn: Turn) -> bool:

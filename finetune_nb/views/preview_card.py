@@ -29,6 +29,8 @@ ENTER = len(GROUP_REASONS)
 """Code of a group that would newly be trained on. Smaller codes are positions in GROUP_REASONS."""
 LEAVE = ENTER + 1
 """Code of a group that would no longer be trained on."""
+IDLE = LEAVE + 1
+"""Code of a group that is kept and not trained on."""
 
 
 class Look(NamedTuple):
@@ -49,7 +51,8 @@ def _looks() -> dict[int, Look]:
         GroupReason.INFINITE_REWARD,
     )
     looks = {
-        GROUP_REASONS.index(kept): Look(REASONS[kept].label, REASONS[kept].fill),
+        GROUP_REASONS.index(kept): Look("trained on", REASONS[kept].fill),
+        IDLE: Look("kept, but their rewards do not differ", "fill:none;stroke:var(--on);stroke-width:1"),
         ENTER: Look("enter", "fill:var(--enter);stroke:var(--fg);stroke-width:1.5"),
         LEAVE: Look("leave", "fill:none;stroke:var(--leave);stroke-width:2"),
     }
@@ -71,9 +74,10 @@ def preview_text(preview: Preview) -> str:
     """A preview in one line."""
     groups, before = preview.groups
     enters, leaves = preview.moves
+    kept = "" if preview.groups == preview.kept_groups else f", {preview.kept_groups[0]} kept"
     return (
         f"preview on the rewards of epoch {preview.basis.epoch}: {groups} of {len(preview.basis.statistics)} groups trained "
-        f"on (unchanged {before}; {enters} enter, {leaves} leave), {preview.trajectories[0]} trajectories, "
+        f"on{kept} (unchanged {before}; {enters} enter, {leaves} leave), {preview.trajectories[0]} trajectories, "
         f"{preview.tokens[0]} tokens, {duration(preview.training_seconds[0])} of training"
     )
 
@@ -83,9 +87,11 @@ def preview_body(preview: Preview) -> Html:
     # A group is drawn by its reason, unless only one of the two selections trains on it.
     codes = preview.selection.reasons.astype(np.int64)
     is_kept, was_kept = codes == 0, preview.unchanged.reasons == 0
-    codes[is_kept & ~was_kept] = ENTER
-    codes[~is_kept & was_kept] = LEAVE
-    counts = np.bincount(codes, minlength=LEAVE + 1)
+    teaches = preview.basis.teaches
+    codes[is_kept & ~teaches] = IDLE
+    codes[is_kept & ~was_kept & teaches] = ENTER
+    codes[~is_kept & was_kept & teaches] = LEAVE
+    counts = np.bincount(codes, minlength=IDLE + 1)
     question = "The next epoch " if preview.selection is preview.unchanged else "What if "
     return element(
         "div",
@@ -98,7 +104,7 @@ def preview_body(preview: Preview) -> Html:
 def _settings(preview: Preview) -> Html:
     settings = preview.settings
     if not settings.enabled:
-        said = "without a curriculum: every group is trained on"
+        said = "without a curriculum: every group is kept"
     else:
         which = "worst" if settings.sort_ascending else "best"
         said = f"the {which} {settings.percentile:.0%} of the groups that can teach"
@@ -186,6 +192,9 @@ def _numbers(preview: Preview) -> Html:
     """A table of what would be trained on, next to what is trained on if nothing changes."""
     headers = ["trained on", "groups", "trajectories", "tokens"]
     columns: list[tuple[Any, Any]] = [_ROWS, preview.groups, preview.trajectories, preview.tokens]
+    if preview.groups != preview.kept_groups:
+        headers.insert(1, "groups kept")
+        columns.insert(1, preview.kept_groups)
     then, unchanged = preview.training_seconds
     if math.isfinite(then):
         headers.append("training takes about")

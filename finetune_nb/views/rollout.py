@@ -15,7 +15,7 @@ from ..analysis.reasons import REASONS
 from ..analysis.rollout_group import RolloutGroup
 from ..text import SHORT, count, cut, duration, number, one_line, plain, short, signed
 from ..types import LLMCall, MessageKey, RolloutFailure, Trajectory, finish_reason, sampled_tokens
-from .conversation import SIZE_LIMIT, Setting, Turn, conversation, turn_of
+from .conversation import SIZE_LIMIT, Setting, Turn, conversation, missing_entropy, turn_of
 from .html import ERROR_LIMIT, Html, bar, details, element, error_block, facts_table, scores, table, title, view
 from .tokens import Heat, check_heat
 
@@ -153,6 +153,9 @@ class RolloutView:
         assert isinstance(self.chosen, int)
         lines.append(f"reward {number(trajectory.reward)}, advantage {signed(group.advantages[self.chosen])}")
         turns = _turns(trajectory)
+        missing = missing_entropy(turns) if self.heat == "entropy" else ""
+        if missing:
+            lines.append(missing)
         said = [f"{turn.role}: {_gist(turn)}" for turn in turns]
         if len(turns) > 20:
             said[16:-4] = [f"… {len(turns) - 20:,} of {len(turns):,} turns are left out …"]
@@ -254,7 +257,7 @@ def _table(group: RolloutGroup, chosen: int | RolloutFailure) -> Html:
 
 
 def _standing(group: RolloutGroup) -> str:
-    """The group in one line: its rewards, and whether it was trained on."""
+    """The group in one line: its rewards, and whether it was kept."""
     rewards = [t.reward for t in group.trajectories if not math.isnan(t.reward)]
     parts = [count(len(group.trajectories), "rollout")]
     if rewards:

@@ -35,13 +35,18 @@ __all__ = [
     "run_text",
 ]
 
+LINE_LIMIT = 160
+"""Most characters of the missing rewards in a line about an epoch."""
+CELL_LIMIT = 60
+"""Most characters of them in a table."""
+
 
 # ── an epoch ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def epoch_html(epoch: Epoch) -> str:
-    """An epoch as HTML: its rewards, which groups were trained on and why the others were not, failures, the training job,
-    validation, policy versions and times."""
+    """An epoch as HTML: its rewards, which groups were kept and trained on, why the others were not, failures, missing
+    rewards, the training job, validation, policy versions and times."""
     metrics, curriculum = epoch.metrics, epoch.curriculum
     times = [f"{short(part, 40)} {duration(took)}" for part, took in epoch.seconds.items()]
     rows = [
@@ -52,6 +57,7 @@ def epoch_html(epoch: Epoch) -> str:
         ("curriculum", curriculum.enabled and f"percentile {curriculum.percentile:.3g}, {curriculum.schedule}"),
         ("drift", drifted(metrics)),
         ("failures", _failures(epoch.collection.failures if metrics.failures else ())),
+        ("rewards missing", _missing(metrics)),
         ("scores (mean)", scores(metrics.scores)),
         ("training", _training(epoch)),
         ("validation", [row(_validation(each)) for each in epoch.validations]),
@@ -70,9 +76,11 @@ def _reward(metrics: EpochMetrics) -> list[Any]:
 
 
 def _groups(epoch: Epoch) -> list[Any]:
-    """How many groups were trained on, and how many were left out, by reason."""
+    """How many groups were kept, how many of them were trained on, and how many were left out, by reason."""
     metrics = epoch.metrics
     lines = [row(f"{metrics.kept_groups:,} of {metrics.groups:,} {REASONS[GroupReason.KEPT].sentence}")]
+    if epoch.trained_groups is not None:
+        lines.append(row(f"{epoch.trained_groups:,} trained on"))
     for reason, examples in epoch.selection.left_out().items():
         lines.append(row(f"{len(examples):,} {REASONS[reason].sentence}", some_examples(examples)))
     if epoch.selection.inferred:
@@ -91,9 +99,14 @@ def epoch_text(epoch: Epoch) -> str:
     ]
     if metrics.drifted_turns:
         parts.append(f"{count(metrics.drifted_turns, 'turn')} drifted")
+    missing = metrics.rewards_missing_text
+    if missing and missing not in (epoch.reason or ""):
+        parts.append(one_line(missing, LINE_LIMIT))
     parts.append(_job(epoch))
     if epoch.validations:
-        parts.append(f"validation {number(epoch.validations[-1].mean_reward)}")
+        newest = epoch.validations[-1]
+        missing = f" ({count(newest.rewards_missing, 'reward')} missing)" if newest.rewards_missing else ""
+        parts.append(f"validation {number(newest.mean_reward)}{missing}")
     if "total" in epoch.seconds:
         parts.append(duration(epoch.seconds["total"]))
     return "  ".join(parts)
@@ -105,8 +118,13 @@ def _job(epoch: Epoch) -> str:
         return f"not trained: {one_line(epoch.reason or 'no reason was recorded')}"
     if epoch.job.status != TrainingStatusEnum.COMPLETED:
         return f"training {epoch.job.status}" + (f": {one_line(epoch.job.message)}" if epoch.job.message else "")
+    if not epoch.trained:
+        return f"not trained: {one_line(epoch.job.message or 'no optimizer step was made')}"
     took = epoch.seconds.get("training")
-    return "trained" if took is None else f"trained in {duration(took)}"
+    trained = "trained"
+    if epoch.trained_groups is not None and epoch.trained_groups < epoch.metrics.kept_groups:
+        trained += f" on {epoch.trained_groups} of {count(epoch.metrics.kept_groups, 'kept group')}"
+    return trained if took is None else f"{trained} in {duration(took)}"
 
 
 def _training(epoch: Epoch) -> Any:
@@ -120,6 +138,13 @@ def _training(epoch: Epoch) -> Any:
         status = element("strong", status, class_=trouble)
     message = job.message and element("div", cut(job.message, 4 * SHORT), class_=trouble)
     return [status, message, row(scores(epoch.train_metrics))]
+
+
+def _missing(metrics: EpochMetrics) -> Any:
+    """How many rewards are missing, and the most frequent reason."""
+    if not metrics.rewards_missing:
+        return ""
+    return element("strong", cut(metrics.rewards_missing_text.removeprefix("rewards missing "), SHORT), class_="ft-bad")
 
 
 def _failures(failures: Sequence[RolloutFailure]) -> Any:
@@ -140,6 +165,9 @@ def _validation(validation: Validation) -> str:
     if validation.error:
         return f"failed: {cut(validation.error, SHORT)}"
     found = f"{number(validation.mean_reward)} on {count(validation.examples, 'example')}"
+    if validation.rewards_missing:
+        why = f": {cut(validation.reward_error, SHORT)}" if validation.reward_error else ""
+        found += f", rewards missing {validation.rewards_missing:,}{why}"
     return f"{found} in {duration(validation.seconds)}" if math.isfinite(validation.seconds) else found
 
 
@@ -175,8 +203,11 @@ def run_html(
     body.append(element("div", said, " ", sparkline(rewards, said)))
     headers = ["epoch", "reward", "groups that teach", "kept", "failures", "validation", "time", "training"]
     shown = epochs[-10:]
+    if any(epoch.metrics.rewards_missing for epoch in shown):
+        headers.insert(5, "rewards missing")
     caption = f"the last {len(shown)} of {len(epochs):,} epochs" if len(shown) < len(epochs) else None
-    return view(*body, table([_row(epoch) for epoch in shown], headers, caption))
+    rows = [_row(epoch, "rewards missing" in headers) for epoch in shown]
+    return view(*body, table(rows, headers, caption))
 
 
 def run_text(
@@ -199,8 +230,8 @@ def run_text(
     return plain("\n  ".join([*lines, *map(epoch_text, epochs[-3:])]))
 
 
-def _row(epoch: Epoch) -> list[Any]:
-    """The row of an epoch in the table of a run."""
+def _row(epoch: Epoch, with_missing: bool) -> list[Any]:
+    """The row of an epoch in the table of a run. with_missing: whether it has a column for missing rewards."""
     metrics = epoch.metrics
     checked = ""
     if epoch.validations:
@@ -213,10 +244,18 @@ def _row(epoch: Epoch) -> list[Any]:
         _on_one_line(teach),
         metrics.kept_groups,
         metrics.failures,
+        *([_missing_cell(metrics)] if with_missing else []),
         checked,
         _on_one_line(duration(epoch.seconds.get("total"))),
         _job(epoch),
     ]
+
+
+def _missing_cell(metrics: EpochMetrics) -> str:
+    """The missing rewards of an epoch in the table of a run: "44 of 48: RateLimitError: ..."."""
+    if not metrics.rewards_missing:
+        return ""
+    return one_line(metrics.rewards_missing_text.removeprefix("rewards missing "), CELL_LIMIT)
 
 
 def _on_one_line(text: str) -> str:

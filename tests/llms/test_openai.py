@@ -19,6 +19,7 @@ import finetune_nb as ft
 from finetune_nb.analysis.messages import tokens_of
 from finetune_nb.config import EvaluatorBaseConfig, FunctionBaseConfig, TrainerAdapterConfig
 from finetune_nb.llms.call_recorder import CallRecorder
+from finetune_nb.llms.openai import OpenAIModelConfig
 from finetune_nb.redaction import MASK, remember_secret
 from finetune_nb.rollouts.episodes import episode_from_calls
 from finetune_nb.testing import FakeAdapter, sums
@@ -261,6 +262,25 @@ async def test_without_top_logprobs_none_are_asked_for_or_recorded(remote):
             await llm.chat([{"role": "user", "content": "3+4"}])
     assert "top_logprobs" not in server.requests[0].body
     assert episode.calls[0].top_logprobs is None
+
+
+async def test_alternatives_that_were_asked_for_and_not_returned_are_one_warning(remote, caplog):
+    def without(request):
+        request.body.pop("top_logprobs")  # so that the server returns logprobs alone
+        return "7"
+
+    with LoopbackServer(without) as server:
+        llm, episode = await remote(server, top_logprobs=2)
+        with episode.recording():
+            for _ in range(3):
+                await llm.chat([{"role": "user", "content": "3+4"}])
+    assert episode.calls[0].top_logprobs is None
+    assert caplog.text.count("asked for top_logprobs=2 and returned none") == 1
+
+
+def test_alternatives_without_logprobs_are_refused():
+    with pytest.raises(ValueError, match="top_logprobs is 2 and logprobs is False"):
+        OpenAIModelConfig(model="m", logprobs=False, top_logprobs=2)
 
 
 # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────────

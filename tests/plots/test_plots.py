@@ -69,8 +69,8 @@ def test_missing_rewards_and_missing_epochs_are_gaps() -> None:
 
 def test_the_kept_groups_have_their_own_line_only_where_not_all_are_kept() -> None:
     figure = plots.plot_rewards([make_epoch([[1, 0], [0.5, 0]], 0, settings=on(0.5))])
-    assert labelled(figure.axes[0], "mean of the groups trained on").get_ydata().tolist() == [0.5]
-    assert "mean of the groups trained on" not in legend(plots.plot_rewards([make_epoch([[1, 0]])]))
+    assert labelled(figure.axes[0], "mean of the kept groups").get_ydata().tolist() == [0.5]
+    assert "mean of the kept groups" not in legend(plots.plot_rewards([make_epoch([[1, 0]])]))
 
 
 def test_the_curriculum_is_a_step_line_on_its_own_axis_where_it_is_on() -> None:
@@ -184,10 +184,10 @@ def test_groups_are_counted_by_reason_beside_those_that_can_teach() -> None:
     assert figure.axes[1].lines[0].get_ydata(orig=True).tolist() == [0.5]
 
 
-def test_several_curricula_are_percentiles_and_shares_that_were_trained_on() -> None:
+def test_several_curricula_are_percentiles_and_shares_that_were_kept() -> None:
     runs = [run_of(make_epoch([[1, 0], [1, 0]], settings=on(p)), name=f"at {p}") for p in (0.5, 1.0)]
     ax = plots.plot_curriculum(runs).axes[0]
-    assert [labelled(ax, f"at {p}: trained on").get_ydata().tolist() for p in (0.5, 1.0)] == [[0.5], [1.0]]
+    assert [labelled(ax, f"at {p}: kept").get_ydata().tolist() for p in (0.5, 1.0)] == [[0.5], [1.0]]
     assert [labelled(ax, f"at {p}: percentile").get_ydata(orig=True).tolist() for p in (0.5, 1.0)] == [[0.5], [1.0]]
 
 
@@ -215,7 +215,7 @@ def test_the_map_places_groups_by_mean_and_spread_and_tells_their_reasons_by_col
     groups = [[1, 0], [1, 0], [0.5, 0], [1, 1], [None, None]]
     figure = plots.plot_groups([make_epoch(groups, settings=on(0.5))])
     ax = figure.axes[0]
-    kept, beyond = labelled(ax, "2 trained on"), labelled(ax, "1 beyond the percentile")
+    kept, beyond = labelled(ax, "2 kept"), labelled(ax, "1 beyond the percentile")
     assert kept.get_offsets().tolist() == [[0.5, 1.0]]
     assert kept.get_sizes()[0] > beyond.get_sizes()[0]  # two groups lie there
     assert beyond.get_offsets().tolist() == [[0.25, 0.5]]
@@ -271,7 +271,7 @@ def test_a_run_draws_itself_and_others() -> None:
         assert getattr(run, name)().alt_text, name
         figure = getattr(run, name)(others=[other])
         assert "a" in figure.alt_text and "b" in figure.alt_text, name
-    assert "1 trained on" in run.plot_groups(epoch=0).alt_text
+    assert "1 kept" in run.plot_groups(epoch=0).alt_text
 
 
 @pytest.mark.parametrize("count", [45, pytest.param(1000, marks=pytest.mark.slow)])

@@ -14,7 +14,9 @@ async def solve(question, llm):
 
 def make(folder, reward=1.0, **parts):
     parts.setdefault("adapter", FakeAdapter(delay=0.2))
-    return ft.Run(solve, lambda item: reward, sums(3), generations=2, output_dir=folder, name="r", resume="auto", **parts)
+    return ft.Run(
+        solve, lambda item: reward, sums(3), generations=2, output_dir=folder, name="r", resume="auto", **parts
+    )
 
 
 @pytest.mark.parametrize("kept", ["idle", "shown", "panel"])

@@ -14,6 +14,7 @@ from finetune_nb.engine.live_settings import LiveSettings
 from finetune_nb.errors import ConfigError, RunError
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
 from finetune_nb.training.curriculum import group_statistics, select, steer
+from finetune_nb.training.metrics import has_signal
 from finetune_nb.training.preview import preview, preview_input
 from finetune_nb.types import CurriculumState, GroupReason
 
@@ -56,7 +57,7 @@ def test_preview_equals_what_the_engine_then_selects(groups, first, before, chan
         selection = engine_selects(index)
     vars(epoch).update(index=2, selection=selection)
     foreseen = preview(
-        preview_input(epoch), controls.applied, controls.curriculum, controls.curriculum.updated(change), seed
+        preview_input(epoch), controls.applied, controls.curriculum, controls.curriculum.steered(change), seed
     )
     unchanged = preview(preview_input(epoch), controls.applied, controls.curriculum, controls.curriculum, seed)
     if change:
@@ -66,9 +67,12 @@ def test_preview_equals_what_the_engine_then_selects(groups, first, before, chan
     assert foreseen.selection.reasons.tolist() == then.reasons.tolist()
     assert foreseen.selection.state == then.state
     assert foreseen.unchanged.kept.tolist() == unchanged.selection.kept.tolist()
-    kept, rest = set(then.kept.tolist()), set(unchanged.selection.kept.tolist())
-    assert foreseen.moves == (len(kept - rest), len(rest - kept))
-    assert foreseen.trajectories[0] == sum(len(groups[place]) for place in kept)
+    assert foreseen.kept_groups == (len(then.kept), len(unchanged.selection.kept))
+    teaching = set(np.flatnonzero(has_signal(epoch.statistics)).tolist())
+    trained, rest = teaching & set(then.kept.tolist()), teaching & set(unchanged.selection.kept.tolist())
+    assert foreseen.groups == (len(trained), len(rest))
+    assert foreseen.moves == (len(trained - rest), len(rest - trained))
+    assert foreseen.trajectories[0] == sum(len(groups[place]) for place in trained)
     assert sum(foreseen.counts.values()) == len(groups)
 
 
@@ -116,7 +120,7 @@ async def test_preview_says_what_is_missing_or_wrong(tmp_path, closing):
     with pytest.raises(ConfigError, match=r"percentile is 2"):
         run.preview(percentile=2)
     assert run.preview().settings == run.curriculum
-    assert "every group is trained on" in run.preview()._repr_html_()
+    assert "every group is kept" in run.preview()._repr_html_()
 
 
 def test_training_time_is_missing_where_nothing_was_trained():

@@ -20,4 +20,4 @@ def test_one_very_large_reward_leaves_the_others_in_the_first_bar() -> None:
     settings = CurriculumSettings()
     found = preview(preview_input(make_epoch([[0.25], [0.5], [1e300]])), settings, settings, settings, seed=0)
     assert found._repr_html_().count('<rect x="34.0"') == 1
-    assert "3</span> trained on" in found._repr_html_()
+    assert "3</span> kept, but their rewards do not differ" in found._repr_html_()

@@ -213,7 +213,8 @@ def test_an_epoch_is_one_line_of_text() -> None:
         [[None]], 4, job="failed", message="out of\nmemory \x1b[31m", failures=[RolloutFailure("q", 0, "E")]
     )
     assert epoch_text(bad) == (
-        "epoch 4  reward –  0/1 groups teach  1 failure  training failed: out of memory ␛[31m  1.2 s"
+        "epoch 4  reward –  0/1 groups teach  1 failure  rewards missing 1 of 1: ValueError: no number in the reply  "
+        "training failed: out of memory ␛[31m  1.2 s"
     )
 
 
