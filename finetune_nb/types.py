@@ -529,7 +529,7 @@ class Change:
     time: float
     """Seconds since 1970, UTC."""
     source: str
-    """Who: "code", "panel", "fork", "replay"."""
+    """Who: "code", "panel", "fork", "replay"; "resume": it was found when the run was continued."""
     field: str
     """Of CurriculumSettings, or the name of a LiveField."""
     old: Any

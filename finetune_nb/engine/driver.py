@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from ..redaction import error_text, redacting_logger
 from ..rollouts.evaluation import EvaluationContext, Progress, dataset_of, evaluation_context, workflow_of
 from ..rollouts.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from ..store.reader import PartialEpoch
-from ..text import text_of
+from ..text import short, text_of
 from ..threads import in_daemon_thread
 from ..training.curriculum import state_from_dict
 from ..types import (
@@ -36,6 +36,7 @@ from ..types import (
     Validation,
 )
 from ..user_code import contained
+from .continuation import changes_since, fingerprints, given_components, require_components
 from .epoch_record import EpochInProgress, log_what_was_left
 from .live_settings import LiveSettings, write_live_values
 from .observer import TrainerObserver, set_curriculum
@@ -85,6 +86,7 @@ class Driver:
         self._left: PartialEpoch | None = None  # begun by a process that has ended
         self._trial = Playground(config, components, run_id)
         self._claimed: list[Any] = []
+        self._given: dict[str, Any] = {}  # what the run was given, for whoever continues it
         self.sinks: list[MetricsSink] = []
         self._outlets = SinkDispatcher(self.sinks, run_id, config.stored)
 
@@ -149,14 +151,42 @@ class Driver:
     async def _take_up(self, trainer: Trainer) -> None:
         """Puts everything where the record ends."""
         store = self.writer.store
+        recorded = store.state() or {}
+        require_components(recorded.get("components"), self.components, self.run_id)
         self.epochs = list(store.epochs)
         self._first = store.next_index
         state = await self.writer.weights.restore(self.adapter)
         restore_settings(self.live_settings, store)
+        await self._note_changes(recorded)
         write_live_values(self.config, self.components, self.live_settings.live_values())
         if state is not None and state["curriculum"]:
             set_curriculum(trainer, state_from_dict(state["curriculum"]))
         self._left = store.partial()
+
+    async def _note_changes(self, recorded: Mapping[str, Any]) -> None:
+        """Puts into the journal what differs from the record: settings, functions, rows."""
+        store = self.writer.store
+        self._given = {
+            "components": given_components(self.components),
+            "functions": await in_daemon_thread(fingerprints, self.components),
+        }
+        if not self.epochs:
+            return
+        changes = changes_since(
+            store.config(),
+            self.config.stored(),
+            recorded.get("functions") or {},
+            self._given["functions"],
+            store.journal(),
+            store.next_index,
+        )
+        for change in changes:
+            said = (
+                f"from epoch {store.next_index} on, {change.field} is {short(change.new)}; it was {short(change.old)}"
+            )
+            logger.warning("%s", said)
+            self.writer.event("changed", text=said)
+        self.live_settings.note_resume(changes)
 
     @property
     def is_open(self) -> bool:
@@ -317,7 +347,7 @@ class Driver:
         self._observer.remember(epoch)
         self.writer.journal(self.live_settings)
         state = self.trainer._curriculum_state
-        epoch = await self.writer.store_epoch(epoch, self.adapter, state, self.live_settings)
+        epoch = await self.writer.store_epoch(epoch, self.adapter, state, self.live_settings, self._given)
         self.epochs.append(epoch)
         self._outlets.recorded(epoch)
         return epoch

@@ -361,7 +361,8 @@ class LiveSettings:
         """Makes the changes of another run's journal again, each right before the safe point of the epoch that used it
         there; those that no epoch used are left out. Raises ConfigError where one of them cannot be made here."""
         with self._lock:
-            used = [change for change in changes if change.epoch is not None]
+            # What was found when a run was continued was never asked for.
+            used = [change for change in changes if change.epoch is not None and change.source != "resume"]
             settings = CurriculumSettings()
             for change in used:
                 label = f"replay: {change.field} of epoch {change.epoch}: "
@@ -470,6 +471,11 @@ class LiveSettings:
                 if name in self._live:
                     self._live[name] = replace(self._live[name], value=self._live[name].check(value))
             self._untaken = {name for name in waiting if name in self._live}
+
+    def note_resume(self, changes: Sequence[Change]) -> None:
+        """Takes into the journal what was found to be changed when the run was continued."""
+        with self._lock:
+            self._journal += changes
 
     def apply(self, epoch: int) -> tuple[CurriculumSettings, bool]:
         """The engine's safe point: the settings for this epoch's selection, and whether the schedule just became

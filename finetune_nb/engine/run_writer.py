@@ -194,7 +194,12 @@ class RunWriter:
         return await in_daemon_thread(self.store.amend, epoch)
 
     async def store_epoch(
-        self, epoch: Epoch, adapter: TrainerAdapter, curriculum: Mapping[str, Any] | None, live_settings: LiveSettings
+        self,
+        epoch: Epoch,
+        adapter: TrainerAdapter,
+        curriculum: Mapping[str, Any] | None,
+        live_settings: LiveSettings,
+        given: Mapping[str, Any] | None = None,
     ) -> Epoch:
         """Stores the epoch and, where the weights have changed, a checkpoint before it. Returns the stored record, which
         reads its trajectories from disk; the given one where the folder cannot be written, with a warning."""
@@ -207,6 +212,7 @@ class RunWriter:
             "live": live_settings.live_values(),
             "checkpoint": self.weights.newest,
             "policy_version": epoch.policy_versions[1],
+            **(given or {}),
         }
         return await in_daemon_thread(self._store, epoch, state)
 

@@ -17,6 +17,7 @@ from ..components.builder import Builder
 from ..components.loading import load_config, load_received
 from ..config.base import changed
 from ..config.sections import Config
+from ..engine.continuation import ARGUMENTS
 from ..engine.run_writer import settings_in
 from ..errors import ConfigError, RunError, StoreError
 from ..rollouts.datasets import read_rows
@@ -46,11 +47,14 @@ def config_of(
     scores: Mapping[str, Callable[..., Any]],
     datasets: Mapping[str, Any],
     trust: bool = False,
+    ready: Mapping[str, Any] | None = None,
 ) -> tuple[Config, Builder, Obstacle | None]:
     """The config of a run, and a builder with what was given again. scores: evaluators by name; datasets: by role. trust:
-    the user has read config.yml and vouches for it. What comes last is why the run can be opened but not resumed; None if
-    it can."""
+    the user has read config.yml and vouches for it. ready: components of the user's own by kind. What comes last is why the
+    run can be opened but not resumed; None if it can."""
     tree, own = store.config_and_owner(trust)
+    ready = {kind: component for kind, component in (ready or {}).items() if component is not None}
+    tree = _with_known_types(tree, ready)
     problem = None
     try:
         config = load_config(tree) if own else load_received(tree)
@@ -70,7 +74,32 @@ def config_of(
     for role, rows in datasets.items():
         if rows is not None:
             add_dataset(builder, role, rows)
+    if problem is None:
+        for kind, component in ready.items():
+            add_component(builder, kind, component)
     return config, builder, unable
+
+
+_KNOWN_TYPES = {
+    "trajectory_builder": "eval_traj_builder",
+    "trainer_adapter": "local_grpo",
+    "trainer": "epoch_trainer",
+}
+
+
+def _with_known_types(tree: Any, ready: Mapping[str, Any]) -> Any:
+    """A config in which components that are given as objects have a section that can be read: the `_type` of the user's own
+    may be registered nowhere, and the object's config takes its place anyhow."""
+    if not isinstance(tree, Mapping):
+        return tree
+    names = tree.get("finetuning")
+    changed_tree = dict(tree)
+    for kind in ready:
+        name = names.get(kind) if isinstance(names, Mapping) else None
+        section = tree.get(f"{kind}s")
+        if name is not None and isinstance(section, Mapping) and name in section:
+            changed_tree[f"{kind}s"] = {**section, name: {"_type": _KNOWN_TYPES[kind]}}
+    return changed_tree
 
 
 @dataclass(frozen=True)
@@ -177,10 +206,10 @@ def copy_for_fork(
     config = copy.deepcopy(config, {id(config.builder): None} if config.builder is not None else {})
     again = Builder(config)
     for kind, name, component in builder.added():
-        if kind not in _ARGUMENTS:
+        if kind not in ARGUMENTS:
             again.add(kind, name, component)
         elif components.get(kind) is None:
-            argument = _ARGUMENTS[kind]
+            argument = ARGUMENTS[kind]
             raise ConfigError(
                 f"this run's {argument} was given as an object, which has a state of its own and belongs to one run "
                 f"only. Give the fork another one: fork({argument}=...)."
@@ -192,10 +221,6 @@ def copy_for_fork(
         name = config.finetuning.trainer_adapter or ""
         config.trainer_adapters[name] = changed(config.trainer_adapters[name], training, "training")
     return config, again
-
-
-_ARGUMENTS = {"trajectory_builder": "builder", "trainer_adapter": "adapter", "trainer": "trainer"}
-"""Components with a state of their own, and what `Run` calls them."""
 
 
 def components_from(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..components.builder import Builder
 from ..components.loading import load_config
 from ..config.sections import Config, FinetuneRunConfig
+from ..engine.continuation import given_components, require_components
 from ..engine.driver import Driver
 from ..engine.epoch_record import partial_record, require_rewards
 from ..engine.live_settings import LiveField, LiveSettings, LiveValues, live_fields, read_journal
@@ -272,6 +273,9 @@ class Run(RunHistory):
         dataset: Any = None,
         validation: Any = None,
         evaluators: Mapping[str, Callable[..., Any]] | None = None,
+        builder: TrajectoryBuilder | None = None,
+        adapter: TrainerAdapter | None = None,
+        trainer: Trainer | None = None,
         trust: bool = False,
     ) -> Run:
         """Open a run from its folder: to look at it, and to continue it where its record ends.
@@ -290,6 +294,9 @@ class Run(RunHistory):
             dataset: As in Run.
             validation: As in Run.
             evaluators: As in Run.
+            builder: As in Run; needed if the run was made with one.
+            adapter: As in Run; needed if the run was made with one.
+            trainer: As in Run; needed if the run was made with one.
             trust: True: you have read config.yml, and let it name hosts, files, models and environment variables. The folder
                 is then signed with a key of your own and needs no `trust` again, until somebody else changes config.yml.
 
@@ -300,7 +307,7 @@ class Run(RunHistory):
             StoreError: The folder holds no run, or a damaged one.
         """
         folder = Path(path)
-        functions_given = any(part is not None for part in (workflow, reward, dataset))
+        functions_given = any(part is not None for part in (workflow, reward, dataset, builder, adapter, trainer))
         # A run that is written here comes before one that is only read.
         for run in sorted(_open_runs, key=lambda run: run._driver.writer is None):
             if run.folder.resolve() != folder.resolve():
@@ -314,7 +321,8 @@ class Run(RunHistory):
             scores = {"reward": reward, **scores}
         store = RunStore.open(folder)
         datasets = {"train": dataset, "validation": validation}
-        config, components, unable = config_of(store, workflow, scores, datasets, trust)
+        ready = {"trajectory_builder": builder, "trainer_adapter": adapter, "trainer": trainer}
+        config, components, unable = config_of(store, workflow, scores, datasets, trust, ready)
         run = cls.__new__(cls)
         run._setup(config, components, folder.name, store, unable)
         return run
@@ -927,6 +935,9 @@ class Run(RunHistory):
         ready = {"trajectory_builder": builder, "trainer_adapter": adapter, "trainer": trainer}
         config, components = copy_for_fork(self.config, self._driver.components, training, ready)
         branch = branch_of(store, epoch, curriculum, training)
+        recorded = branch.state.get("components") or {}
+        require_components({k: v for k, v in recorded.items() if ready[k] is None}, components, self.id)
+        branch.state["components"] = given_components(components)
         run_id = free_id(name or f"{self.id[:90]}-fork", self.folder.parent)
         if writer is not None and not self._closed:
             writer.on_fork(branch.epoch, run_id, branch.checkpoint)

@@ -14,6 +14,7 @@ from finetune_nb.notebook import kernel
 from finetune_nb.notebook.panel import Panel, StaticPanel
 from finetune_nb.notebook.panel_html import status_html
 from finetune_nb.notebook.reward_curve import MOST, reward_curve
+from finetune_nb.run.opening import Obstacle
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
 from finetune_nb.tripwires import SpreadBelow, ValidationFalls
 
@@ -278,7 +279,7 @@ def test_a_run_that_is_only_read_has_no_inputs_and_says_why(run, tmp_path, monke
     ft.run_sync(run.next_epoch())
     run.close()
     read = ft.Run.open(run.folder)
-    read._unable = "this run can be read, but not gone on with here: its agent is missing"
+    read._unable = Obstacle("this run can be read, but not continued here: its agent is missing")
     panel = Panel(read, read._settings)
     try:
         assert "its agent is missing" in panel.shown["status"].value

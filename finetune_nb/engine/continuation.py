@@ -1,0 +1,145 @@
+"""What must be the same when a run is continued, and what has changed: ready components by their class; settings, functions
+and rows as entries of the journal."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..components.builder import Builder
+from ..errors import RunError
+from ..text import as_json, text_of
+from ..types import Change
+
+__all__ = [
+    "ARGUMENTS",
+    "changes_since",
+    "class_name",
+    "fingerprints",
+    "given_components",
+    "require_components",
+]
+
+ARGUMENTS = {"trajectory_builder": "builder", "trainer_adapter": "adapter", "trainer": "trainer"}
+"""Kinds of components that have a state of their own, and what `Run` calls them."""
+RESUME = "resume"
+"""The source of a Change that was found when the run was continued."""
+_ELSEWHERE = (
+    "finetuning.output_dir",
+    "finetuning.run_configuration.config_file",
+    "run.num_epochs",
+    "finetuning.num_epochs",
+)
+"""Settings that may differ without changing what is trained."""
+
+
+def class_name(component: Any) -> str:
+    """The class of a component, as its module and name."""
+    return f"{type(component).__module__}.{type(component).__qualname__}"
+
+
+def given_components(components: Builder) -> dict[str, str]:
+    """The classes of the components that a run was given as objects, by kind."""
+    return {kind: class_name(component) for kind, _, component in components.added() if kind in ARGUMENTS}
+
+
+def require_components(recorded: Mapping[str, str] | None, components: Builder, run_id: str) -> None:
+    """Check that a run is continued with components of the classes that it had.
+
+    Args:
+        recorded: The classes of those that it was given as objects, by kind.
+        components: What it has now.
+        run_id: The run's id.
+
+    Raises:
+        RunError: One is missing, or of another class.
+    """
+    given = {kind: component for kind, _, component in components.added()}
+    for kind, name in (recorded or {}).items():
+        argument = ARGUMENTS.get(kind)
+        # A class of a notebook is in `__main__`, and may have moved into a module since: its name decides.
+        names = [each.__name__ for each in type(given[kind]).__mro__] if kind in given else []
+        if argument is None or name.rpartition(".")[2] in names:
+            continue
+        found = class_name(given[kind]) if kind in given else None
+        raise RunError(
+            f"run {run_id!r} was made with a {argument} of its own, a {name}; found {found or 'none'}. Another one would "
+            f"change what is collected or trained without a word. Pass {argument}=... of that class to Run(...), Run.open or "
+            "fork; the run can be read as it is."
+        )
+
+
+def fingerprints(components: Builder) -> dict[str, str]:
+    """Digests of the functions and rows that a run was given, by name; those that have no source are left out."""
+    found: dict[str, str] = {}
+    for kind, name, component in components.added():
+        if kind in ("function", "evaluator"):
+            source = _source_of(component)
+            if source is not None:
+                found[f"{kind}.{name}"] = _digest([source])
+        elif kind == "dataset":
+            found[f"dataset.{name}"] = _digest(map(as_json, component))
+    return found
+
+
+def changes_since(
+    written: Mapping[str, Any],
+    now: Mapping[str, Any],
+    before: Mapping[str, str],
+    digests: Mapping[str, str],
+    journal: Sequence[Change],
+    epoch: int,
+) -> list[Change]:
+    """Find what differs from the record when a run is continued.
+
+    Args:
+        written: The config in the run's folder, as plain data.
+        now: The config with which it is continued, as plain data.
+        before: The digests of functions and rows when its last epoch was recorded.
+        digests: Those of now.
+        journal: What has been changed so far, earlier continuations among it.
+        epoch: The epoch that comes next.
+
+    Returns:
+        A Change for each difference, with the source "resume".
+    """
+    known = dict(_leaves(written))
+    for change in journal:
+        if change.source == RESUME and change.field in known:
+            known[change.field] = change.new
+    found = []
+    for field, value in _leaves(now):
+        # A field that the folder does not have is newer than the folder, and has its default.
+        if field in known and known[field] != value and field not in _ELSEWHERE:
+            found.append((field, known[field], value))
+    for field, digest in digests.items():
+        if field in before and before[field] != digest:
+            found.append((field, before[field], digest))
+    return [Change(time.time(), RESUME, field, old, new, epoch) for field, old, new in found]
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of everything in a config that is no mapping."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def _source_of(function: Callable[..., Any]) -> str | None:
+    try:
+        return inspect.getsource(function if inspect.isroutine(function) else type(function))
+    except Exception:  # made by exec, or by C: then by its code, if it has any
+        code = getattr(function, "__code__", None)
+        return None if code is None else text_of((code.co_code, code.co_consts))
+
+
+def _digest(texts: Iterator[str] | Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "replace") + b"\n")
+    return digest.hexdigest()[:12]
