@@ -44,7 +44,7 @@ def words(markup):
     return " ".join(re.sub(r"<style.*?</style>|<[^>]+>", " ", markup, flags=re.S).split())
 
 
-async def test_a_few_missing_rewards_are_said_in_every_place(make_run, caplog):
+async def test_a_few_missing_rewards_are_said_in_every_place(make_run, caplog, tmp_path):
     run = make_run(reward=failing(3))
     with caplog.at_level(logging.WARNING, "finetune_nb"):
         epoch = await run.next_epoch()
@@ -58,7 +58,7 @@ async def test_a_few_missing_rewards_are_said_in_every_place(make_run, caplog):
         "run's text": repr(run),
         "panel": words(record_html([epoch], [])),
         "panel's head": words(status_html(run.status, 1)),
-        "report": words(run.export("report.html").read_text()),
+        "report": words(run.export(tmp_path / "report.html").read_text()),
     }
     assert [place for place, text in shown.items() if said not in text] == []
     assert "18 of 24: RateLimitError" in words(run._repr_html_())
