@@ -66,6 +66,7 @@ __all__ = [
     "selection_from_json",
     "selection_to_json",
     "status_to_json",
+    "unreadable_epoch",
     "job_ref_to_json",
     "whole_number",
     "validation_from_json",
@@ -402,15 +403,7 @@ def status_to_json(status: TrainingJobStatus) -> str:
 def epoch_to_row(epoch: Epoch) -> dict[str, Any]:
     """The columns of an epoch but `job_ref` and `state`."""
     statistics, selection = epoch.statistics, epoch.selection
-    nothing = dict.fromkeys(("mean_reward", "min_reward", "max_reward", "kept_mean_reward"), math.nan)
-    no_metrics = {
-        **nothing,
-        "group_quantiles": [math.nan] * 3,
-        "trajectories": len(statistics.rewards),
-        "groups": len(statistics),
-        "failures": len(epoch.collection.failures),
-        **dict.fromkeys(("groups_with_spread", "kept_trajectories", "kept_groups", "sampled_tokens"), 0),
-    }
+    no_metrics = _no_metrics(statistics, len(epoch.collection.failures))
     metrics = _fitting(_metrics, _fields_of(epoch.metrics), "metrics", no_metrics)
     versions = [whole_number(version, "policy_version") for version in epoch.policy_versions]
     reason = epoch.reason
@@ -521,6 +514,40 @@ def epoch_from_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "started_at": float(record["started_at"]),
         "seconds": _numbers.validate_python(record["seconds"]),
         "failures": row["failures"],
+    }
+
+
+def unreadable_epoch(row: Mapping[str, Any], run_id: str, reason: str) -> dict[str, Any]:
+    """As `epoch_from_row`, of a row that cannot be read: an epoch without trajectories. reason: why."""
+    import numpy as np
+
+    nothing, none = np.empty(0), np.empty(0, np.int64)
+    statistics = GroupStatistics((), nothing, np.zeros(1, np.int64), none, nothing, nothing)
+    settings = CurriculumSettings()
+    state = CurriculumState(settings.percentile)
+    return {
+        "index": int(row["epoch"]),
+        "run_id": run_id,
+        "statistics": statistics,
+        "selection": Selection((), np.empty(0, np.int8), none, state, settings, inferred=True),
+        "job": None,
+        "reason": reason,
+        "metrics": _metrics.validate_python(_no_metrics(statistics, 0)),
+        "policy_versions": (None, None),
+        "started_at": as_float(row["started_at"]),
+        "seconds": {},
+    }
+
+
+def _no_metrics(statistics: GroupStatistics, failures: int) -> dict[str, Any]:
+    """Where nothing was measured but how many there were."""
+    return {
+        **dict.fromkeys(("mean_reward", "min_reward", "max_reward", "kept_mean_reward"), math.nan),
+        "group_quantiles": [math.nan] * 3,
+        "trajectories": len(statistics.rewards),
+        "groups": len(statistics),
+        "failures": failures,
+        **dict.fromkeys(("groups_with_spread", "kept_trajectories", "kept_groups", "sampled_tokens"), 0),
     }
 
 
