@@ -203,7 +203,8 @@ class RunWriter:
         self, epoch: Epoch, adapter: TrainerAdapter, curriculum: Mapping[str, Any] | None, live_settings: LiveSettings
     ) -> Epoch:
         """Stores the epoch and, where the weights have changed, a checkpoint before it. Returns the stored record, which
-        reads its trajectories from disk; the given one where the folder cannot be written, with a warning."""
+        reads its trajectories from disk; the given one where the folder cannot be written, with a warning. Raises
+        FolderGone where it is not there any more; the epoch is kept, and stored once the folder is back."""
         await self.weights.on_epoch_end(epoch, adapter)
         state = {
             "curriculum": {**curriculum, "included_groups": sorted(curriculum["included_groups"])}
@@ -221,9 +222,8 @@ class RunWriter:
         try:
             self._append_unsaved()
             self.store.set_state("ready")
-        except FolderGone as error:
-            logger.error("epoch %d is in memory, but not stored: %s", epoch.index, error)
-            return epoch
+        except FolderGone:
+            raise
         except Exception:
             logger.warning("epoch %d is in memory, but not stored; it is tried again", epoch.index, exc_info=True)
             return epoch
@@ -303,7 +303,8 @@ class RunWriter:
     def _close(self) -> None:
         try:
             self._append_unsaved()
-            self.store.set_state("closed")
+            with suppress(FolderGone):  # all that was recorded lies where the folder is now, if anywhere
+                self.store.set_state("closed")
         finally:
             self.store.close()
 

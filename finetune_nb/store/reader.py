@@ -40,7 +40,7 @@ from .database import (
 from .durable import check_plain, size_of
 from .folder import CONFIG, DATABASE, LOG, RUN_ID, trajectory_file, writer_of
 from .json import decode
-from .trajectories import collection_of_batches, read_columns, read_trajectories
+from .trajectories import COLUMNS, collection_of_batches, read_columns, read_trajectories, table_of
 from .trust import is_signed, sign
 
 if TYPE_CHECKING:
@@ -124,12 +124,17 @@ class _Collection:
         self._known: weakref.ref[TrajectoryCollection] | None = None
 
     def __call__(self) -> TrajectoryCollection:
-        found = self._known() if self._known else None
+        found = self.held
         if found is None:
             found = self._read()
             self.remember(found)
         self._keep(found)
         return found
+
+    @property
+    def held(self) -> TrajectoryCollection | None:
+        """The trajectories, if they are in memory."""
+        return self._known() if self._known else None
 
     def remember(self, collection: TrajectoryCollection) -> None:
         self._known = weakref.ref(collection)
@@ -231,11 +236,22 @@ class RunReader:
     def _stored(self, record: dict[str, Any], validations: Mapping[int, list[Validation]]) -> StoredEpoch:
         index, statistics = record["index"], record["statistics"]
         rows, groups = len(statistics.rewards) + record.pop("failures"), len(statistics)
+        collection = _Collection(
+            lambda: read_trajectories(self.folder, index, self.run_id, rows, groups), self._keep
+        )
+
+        def columns(names: Sequence[str]) -> pa.Table:
+            try:
+                return read_columns(self.folder, index, self.run_id, rows, groups, names)
+            except StoreError:
+                held = collection.held
+                if held is None or not set(names) <= COLUMNS.keys():
+                    raise
+                return table_of(held.trajectories, held.failures, names)  # the file is gone, what it held is not
+
         return StoredEpoch(
-            collection=_Collection(
-                lambda: read_trajectories(self.folder, index, self.run_id, rows, groups), self._keep
-            ),
-            columns=lambda names: read_columns(self.folder, index, self.run_id, rows, groups, names),
+            collection=collection,
+            columns=columns,
             validations=tuple(validations.get(index, ())),
             **record,
         )
