@@ -566,7 +566,7 @@ _validation = TypeAdapter(Validation)
 
 def validation_to_row(validation: Validation, epoch: int | None) -> tuple[Any, ...]:
     """epoch, mean_reward, error, record."""
-    spare = {"epoch": epoch or 0, "mean_reward": math.nan, "examples": 0}
+    spare = {"epoch": epoch or 0, "policy_version": None, "mean_reward": math.nan, "examples": 0}
     record = _fitting(_validation, _fields_of(validation), "validation", spare)
     return epoch, as_float(record["mean_reward"]), readable(record.get("error")), encode(record)
 

@@ -438,10 +438,13 @@ def encode_steps(steps: Sequence[IntermediateStep]) -> str:
 
 
 def _step(step: IntermediateStep) -> Any:
-    found = plain(step, "steps")
-    call = step.data.payload if step.data else None
-    if isinstance(call, LLMCall):
-        found["payload"]["data"]["payload"] = {_CALL: plain(call, "steps.call")}
+    data = step.data
+    call = data.payload if data else None
+    if data is None or not isinstance(call, LLMCall):
+        return plain(step, "steps")
+    without = step.payload.model_copy(update={"data": data.model_copy(update={"payload": None})})
+    found = plain(step.model_copy(update={"payload": without}), "steps")
+    found["payload"]["data"]["payload"] = {_CALL: plain(call, "steps.call")}
     return found
 
 

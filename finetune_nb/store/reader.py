@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..config.yaml import MAX_CHARACTERS, read_yaml
 from ..errors import FinetuneError, StoreError
 from ..redaction import redacting_logger
-from ..text import short
+from ..text import one_line
 from ..types import (
     Change,
     Epoch,
@@ -227,7 +227,7 @@ class RunReader:
 
     def _tell(self, table: str, row: str, error: Exception) -> str:
         """Warns once of a row that cannot be read, and returns what is said."""
-        what = f"{row} of the table {table} cannot be read: {type(error).__name__}: {short(error)}."
+        what = f"{row} of the table {table} cannot be read: {type(error).__name__}: {one_line(error)}."
         if what not in self._warned:
             self._warned.add(what)
             logger.warning("%s: %s Everything else is shown.", self.folder / DATABASE, what)
@@ -236,9 +236,7 @@ class RunReader:
     def _stored(self, record: dict[str, Any], validations: Mapping[int, list[Validation]]) -> StoredEpoch:
         index, statistics = record["index"], record["statistics"]
         rows, groups = len(statistics.rewards) + record.pop("failures"), len(statistics)
-        collection = _Collection(
-            lambda: read_trajectories(self.folder, index, self.run_id, rows, groups), self._keep
-        )
+        collection = _Collection(lambda: read_trajectories(self.folder, index, self.run_id, rows, groups), self._keep)
 
         def columns(names: Sequence[str]) -> pa.Table:
             try:

@@ -290,7 +290,8 @@ class RunStore(RunReader):
         """A change of the controls. Returns its place in the journal, from 0."""
         with self._naming(_A_CHANGE), self._transaction(_A_CHANGE) as db:
             place = db.execute("SELECT count(*) FROM changes").fetchone()[0]
-            texts = readable(change.source), readable(change.field), encode(change.old), encode(change.new)
+            values = [encode(value, field=change.field) for value in (change.old, change.new)]
+            texts = readable(change.source), readable(change.field), *values
             db.execute(
                 "INSERT INTO changes (place, time, source, field, old, new, epoch) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (place, change.time, *texts, change.epoch),
@@ -380,14 +381,16 @@ class RunStore(RunReader):
             yield replaced
         new = replaced.keys() - self._told
         self._told |= new
-        for field in sorted(new)[:20]:
-            logger.warning(
-                "%s: %s is stored as a short text or left out, as it is not what can be stored there (%s). Everything else "
-                "is stored as it is. This is said once for each field.",
-                what, one_line(field), one_line(replaced[field]),
-            )  # fmt: skip
+        if not new:
+            return
+        named = [f"{one_line(field)} ({one_line(replaced[field])})" for field in sorted(new)[:20]]
         if len(new) > 20:
-            logger.warning("%s: the same of %d more fields", what, len(new) - 20)
+            named.append(f"and {len(new) - 20} more")
+        logger.warning(
+            "%s: stored as a short text or left out, as it is not what can be stored there: %s. Everything else is stored as "
+            "it is. This is said once for each field.",
+            what, ", ".join(named),
+        )  # fmt: skip
 
     @contextmanager
     def _transaction(self, what: str, durable: bool = False) -> Iterator[sqlite3.Connection]:
