@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,7 +46,8 @@ from ..types import (
 )
 from .durable import check_plain
 from .folder import DATABASE
-from .json import decode, encode, note_replaced, plain, short_text
+from .json import decode, encode, note_replaced, plain, short_text, type_name
+from .nearest import is_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -378,9 +378,10 @@ def whole_number(value: Any, field: str) -> int | None:
     """A number as SQLite takes it; None for what is none, which is noted."""
     if value is None:
         return None
-    if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63:
-        return int(value)
-    note_replaced(field, type(value).__name__)
+    found = int(value) if is_whole(value) else None
+    if found is not None and abs(found) < 2**63:
+        return found
+    note_replaced(field, type_name(value))
     return None
 
 
@@ -408,7 +409,7 @@ def epoch_to_row(epoch: Epoch) -> dict[str, Any]:
     versions = [whole_number(version, "policy_version") for version in epoch.policy_versions]
     reason = epoch.reason
     if reason is not None and not isinstance(reason, str):
-        note_replaced("reason", type(reason).__name__)
+        note_replaced("reason", type_name(reason))
         reason = short_text(reason)
     record = {
         "run_id": epoch.run_id,

@@ -6,6 +6,8 @@ What is lost by it is noted by the name of the field.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 from ..redaction import redact_text
@@ -14,6 +16,8 @@ from .json import FAILED, attempt, note_replaced, plain, short_text, type_name
 
 __all__ = [
     "ROLES",
+    "all_of",
+    "is_whole",
     "known_item",
     "known_trajectory",
     "known_number",
@@ -86,6 +90,16 @@ def known_numbers(values: Any, field: str) -> list[float] | None:
         note_replaced(field, type_name(values))
         return None
     return [known_number(each, field) for each in found]
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, Python's or numpy's. Never raises."""
+    return attempt(lambda value: isinstance(value, Integral) and not isinstance(value, bool), value) is True
+
+
+def all_of(kinds: set[type], values: Iterable[Any]) -> bool:
+    """Whether the values are of these very types. Never raises."""
+    return attempt(lambda values: kinds.issuperset(map(type, values)), values) is True
 
 
 def text_of(value: Any) -> str:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,17 @@ from .json import (
     note_replaced,
     plain,
 )
-from .nearest import ROLES, known_item, known_number, known_numbers, known_trajectory, preference, text_of
+from .nearest import (
+    ROLES,
+    all_of,
+    is_whole,
+    known_item,
+    known_number,
+    known_numbers,
+    known_trajectory,
+    preference,
+    text_of,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -175,7 +184,7 @@ class _Rollouts:
         known: list[dict[str, Any] | None] = [trajectory.metadata for trajectory in self._trajectories]
         for failure in self._failures:
             error = failure.error if isinstance(failure.error, str) else text_of(failure.error)
-            generation = int(failure.generation) if _is_whole(failure.generation) else None
+            generation = int(failure.generation) if is_whole(failure.generation) else None
             known.append({"id": failure.example_id, "generation": generation, "error": error})
         return _json(known, "metadata")
 
@@ -445,16 +454,12 @@ def _offsets(sizes: Sequence[int]) -> pa.Array:
 def _counts(values: Sequence[Any]) -> pa.Array:
     """Whole numbers; None for what is none, or does not fit into 64 bits."""
     known = values
-    if not {int, type(None)}.issuperset(map(type, values)):
-        known = [int(value) if _is_whole(value) else None for value in values]
+    if not all_of({int, type(None)}, values):
+        known = [int(value) if is_whole(value) else None for value in values]
     try:
         return _array(known, "int64")
     except OverflowError:
         return _array([None if value is None or abs(value) >= 2**63 else value for value in known], "int64")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _json(values: Sequence[Any], field: str) -> pa.Array:
@@ -463,7 +468,7 @@ def _json(values: Sequence[Any], field: str) -> pa.Array:
 
 def _texts(values: Sequence[Any]) -> pa.Array:
     """Texts to read and to group by. What UTF-8 cannot say is written as an escape."""
-    if {str, type(None)}.issuperset(map(type, values)):
+    if all_of({str, type(None)}, values):
         texts = redact_texts(values)
     else:
         texts = [None if value is None else text_of(value) for value in values]

