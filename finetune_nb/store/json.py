@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from pydantic_core import to_json, to_jsonable_python
 
 from ..redaction import redact_text
 from ..types import IntermediateStep, LLMCall
+from ..user_code import contained_call
 from .durable import append_line, check_plain, write_durably
 
 __all__ = [
@@ -91,9 +91,9 @@ DEEPEST = 100
 """Lists and mappings inside each other; Python's own JSON reader ends at a few hundred more."""
 _LARGEST_INT = 10**600
 """Python refuses to read longer numbers where `sys.set_int_max_str_digits` is at its minimum, 640."""
-_MOST_VALUES = 10_000_000
+_MOST_VALUES = 5_000_000
 """In one value. A list that holds another one twice, and so on sixty times, would fill any memory."""
-_MOST_CONVERTED = 500_000
+_MOST_CONVERTED = 200_000
 """Of those that JSON does not know, which take longer."""
 _MOST_BYTES = 64_000_000
 """In one array, whose text would be several times as large."""
@@ -205,12 +205,8 @@ FAILED = object()
 def attempt(make: Callable[[Any], Any], value: Any) -> Any:
     """What `make` returns; FAILED where it raises. It may be anybody's code, and raise anything."""
     try:
-        return make(value)
-    except KeyboardInterrupt:
-        if threading.current_thread() is threading.main_thread():
-            raise
-        return FAILED
-    except BaseException:
+        return contained_call("the code of a value that is stored", make, value)
+    except Exception:
         return FAILED
 
 
@@ -380,7 +376,7 @@ def encode(value: Any, strict: bool = False, field: str = "") -> str:
     if not is_plain(value):
         if strict:
             raise ValueError("it is not plain JSON data")
-        value = plain(value, field)
+        value = _Walk().plain(value, field)
     quick = _quickly(value)
     text = _dumps(value) if quick is None else quick.decode()
     # Only the strings may be masked: a secret made of digits can be part of a number.
