@@ -490,7 +490,7 @@ def _is_utf8(text: str) -> bool:
 
 # ── table -> trajectories ────────────────────────────────────────────────────────────────────────────────────────────
 
-_VALUES_AT_LEAST = 100_000_000
+_VALUES_AT_LEAST = 20_000_000
 _VALUES_PER_BYTE = 1000
 """A file may claim that many values in a column, and that many for each of its bytes: a column of one value that is
 repeated takes almost no bytes, and any memory."""
