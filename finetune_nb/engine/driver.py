@@ -22,6 +22,7 @@ from ..redaction import error_text, redacting_logger
 from ..rollouts.evaluation import EvaluationContext, Progress, dataset_of, evaluation_context, workflow_of
 from ..rollouts.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from ..store.reader import PartialEpoch
+from ..store.store import FolderGone
 from ..text import short, text_of
 from ..threads import in_daemon_thread
 from ..training.curriculum import state_from_dict
@@ -347,7 +348,11 @@ class Driver:
         self._observer.remember(epoch)
         self.writer.journal(self.live_settings)
         state = self.trainer._curriculum_state
-        epoch = await self.writer.store_epoch(epoch, self.adapter, state, self.live_settings, self._given)
+        try:
+            epoch = await self.writer.store_epoch(epoch, self.adapter, state, self.live_settings, self._given)
+        except FolderGone:
+            self.epochs.append(epoch)  # in memory it can still be looked at, and exported
+            raise
         self.epochs.append(epoch)
         self._outlets.recorded(epoch)
         return epoch

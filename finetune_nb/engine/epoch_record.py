@@ -47,6 +47,7 @@ __all__ = [
     "log_what_was_left",
     "partial_record",
     "record",
+    "recounted",
     "require_rewards",
     "settled_late",
     "report_of",
@@ -212,6 +213,20 @@ def partial_record(left: PartialEpoch, run_id: str, settings: CurriculumSettings
         policy_versions=(left.policy_version, None),
         started_at=left.started_at,
         seconds=left.seconds,
+    )
+
+
+def recounted(epoch: Epoch) -> Epoch:
+    """The record, with statistics, selection and metrics worked out from its trajectories alone."""
+    statistics = group_statistics(epoch.collection.trajectories)
+    chosen = epoch.selection
+    kept = [int(place) for place in np.atleast_1d(chosen.kept) if 0 <= place < len(statistics)]
+    selection = infer_selection(statistics, kept, chosen.settings, None)
+    return replace(
+        epoch,
+        statistics=statistics,
+        selection=selection,
+        metrics=epoch_metrics(epoch.collection, statistics, selection),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
@@ -30,6 +31,7 @@ from ..types import (
     TrainingJobRef,
     TrainingJobStatus,
     TrajectoryCollection,
+    as_float,
 )
 from ..user_code import contained
 from .epoch_record import EpochInProgress, record, report_of, settled_late, validation_of
@@ -394,4 +396,7 @@ def _expect(kind: type[T], value: T, component: Any, method: str) -> T:
 
 
 def _show_job(in_progress: EpochInProgress, status: TrainingJobStatus) -> None:
-    in_progress.progress.trained, in_progress.progress.job = status.progress or 0.0, redact_text(status.message or "")
+    # A status that was made by model_copy or model_construct may hold anything.
+    progress, message = as_float(status.progress), status.message
+    in_progress.progress.trained = 0.0 if math.isnan(progress) else progress
+    in_progress.progress.job = redact_text(message) if isinstance(message, str) else ""

@@ -1,7 +1,8 @@
 """Writes a run's folder while the run works.
 
 Everything is written as it happens, from the engine's loop, with the disk's work in a thread. An epoch that cannot be stored
-stays in memory and is stored before the next one begins.
+at the moment, as the disk is full, stays in memory and is stored before the next one begins; one that cannot be stored as it
+is, is stored with less.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import StoreError
 from ..interfaces import TrainerAdapter
-from ..redaction import redacting_logger
+from ..redaction import error_text, redacting_logger
 from ..store.checkpoints import Checkpoints, logs_of, rewind
-from ..store.json import forget_epochs
+from ..store.database import UnreadableRecord
+from ..store.json import forget_epochs, noting_replaced, plain
 from ..store.reader import RunReader
-from ..store.store import RunStore
+from ..store.store import FolderGone, RunStore
 from ..threads import in_daemon_thread
 from ..types import (
     Change,
@@ -36,7 +38,7 @@ from ..types import (
     TrajectoryCollection,
     Validation,
 )
-from .epoch_record import EpochInProgress
+from .epoch_record import EpochInProgress, recounted
 from .live_settings import LiveSettings
 
 __all__ = [
@@ -178,12 +180,16 @@ class RunWriter:
             self.store.record_event(how, epoch=index, error=error)
             self.store.set_state("failed" if how == "failed" else "ready")
 
-        await self._unless_full(index, work)
+        with suppress(FolderGone):  # why it ended is on its way to whoever waits for it
+            await self._unless_full(index, work)
 
     async def _unless_full(self, index: int | None, work: Callable[..., Any], *args: Any) -> bool:
-        """Writes what the epoch's own record will have too. If it cannot, on a full disk say, the epoch continues."""
+        """Writes what the epoch's own record will have too. If it cannot, on a full disk say, the epoch continues. Raises
+        FolderGone where the folder is not there any more: nothing can be recorded then."""
         try:
             await in_daemon_thread(work, *args)
+        except FolderGone:
+            raise
         except StoreError as error:
             logger.warning("epoch %s continues, but: %s", index, error)
             return False
@@ -202,7 +208,8 @@ class RunWriter:
         given: Mapping[str, Any] | None = None,
     ) -> Epoch:
         """Stores the epoch and, where the weights have changed, a checkpoint before it. Returns the stored record, which
-        reads its trajectories from disk; the given one where the folder cannot be written, with a warning."""
+        reads its trajectories from disk; the given one where the folder cannot be written, with a warning. Raises
+        FolderGone where it is not there any more; the epoch is kept, and stored once the folder is back."""
         await self.weights.on_epoch_end(epoch, adapter)
         state = {
             "curriculum": {**curriculum, "included_groups": sorted(curriculum["included_groups"])}
@@ -221,6 +228,8 @@ class RunWriter:
         try:
             self._append_unsaved()
             self.store.set_state("ready")
+        except FolderGone:
+            raise
         except Exception:
             logger.warning("epoch %d is in memory, but not stored; it is tried again", epoch.index, exc_info=True)
             return epoch
@@ -229,8 +238,38 @@ class RunWriter:
 
     def _append_unsaved(self) -> None:
         while self._unsaved:
-            self.store.append(*self._unsaved[0])
+            self._append(*self._unsaved[0])
             self._unsaved.pop(0)
+
+    def _append(self, epoch: Epoch, state: dict[str, Any]) -> None:
+        """Stores an epoch, with less where it cannot be stored as it is. Raises StoreError where nothing can be stored at the
+        moment."""
+        try:
+            self.store.append(epoch, state)
+            return
+        except UnreadableRecord as error:
+            problem: Exception = error
+        except StoreError:
+            raise
+        except Exception as error:
+            problem = error
+        logger.warning(
+            "epoch %d cannot be stored as it is, so it is stored with less: %s", epoch.index, error_text(problem)
+        )
+        with noting_replaced() as replaced:
+            state = plain(state)
+        if replaced:
+            logger.warning("epoch %d: of its state, %s became a short text", epoch.index, ", ".join(sorted(replaced)))
+        try:
+            self.store.append(epoch, state)
+            return
+        except UnreadableRecord as error:
+            problem = error
+        logger.warning(
+            "epoch %d: its numbers are worked out again, as those that its Trainer gave cannot be stored: %s",
+            epoch.index, error_text(problem),
+        )  # fmt: skip
+        self.store.append(recounted(epoch), state)
 
     def on_fork(self, index: int, run_id: str, pinned: int | None) -> None:
         """Another run continues from an epoch of this one; the checkpoint that it started from stays here."""
@@ -270,7 +309,8 @@ class RunWriter:
     def _close(self) -> None:
         try:
             self._append_unsaved()
-            self.store.set_state("closed")
+            with suppress(FolderGone):  # all that was recorded lies where the folder is now, if anywhere
+                self.store.set_state("closed")
         finally:
             self.store.close()
 

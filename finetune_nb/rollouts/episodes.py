@@ -100,10 +100,13 @@ def drift(trajectories: Iterable[Trajectory]) -> tuple[int, int]:
         seen: set[int] = set()
         for item in trajectory.episode:
             known = getattr(item, "metadata", None)  # a preference has none
-            if known and known.get(token_ids) and item.role == assistant:  # type: ignore[union-attr]
-                conversation = known.get(MessageKey.CONVERSATION, 0)
+            ids = known.get(token_ids) if known else None
+            if isinstance(ids, list | tuple) and ids and item.role == assistant:  # type: ignore[union-attr]
+                conversation = known.get(MessageKey.CONVERSATION, 0)  # type: ignore[union-attr]
+                if not isinstance(conversation, int):  # somebody else's
+                    conversation = 0
                 carried += conversation in seen
-                drifted += known.get(MessageKey.DRIFTED, False)
+                drifted += known.get(MessageKey.DRIFTED, False) is True  # type: ignore[union-attr]
                 seen.add(conversation)
     return carried, drifted
 

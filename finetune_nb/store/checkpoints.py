@@ -250,6 +250,7 @@ class Checkpoints:
             return
         place = checkpoint_folder(self.store.folder, index)
         try:
+            self.store.require_place()
             check_inside(self.store.folder, place)
             await contained("save_checkpoint", save(place))
         except Exception:

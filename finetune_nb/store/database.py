@@ -15,17 +15,19 @@ PRAGMA user_version is the number of migrations that were applied. NaN is NULL i
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, fields, replace
+from contextlib import closing, suppress
+from copy import deepcopy
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from ..errors import StoreError
 from ..types import (
@@ -37,12 +39,15 @@ from ..types import (
     EpochMetrics,
     GroupStatistics,
     Selection,
+    TrainingJobRef,
     TrainingJobStatus,
     Validation,
+    as_float,
 )
 from .durable import check_plain
 from .folder import DATABASE
-from .json import decode, encode
+from .json import decode, encode, note_replaced, plain, short_text, type_name
+from .nearest import is_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EmptyRun",
     "MIGRATIONS",
+    "UnreadableRecord",
     "change_from_row",
     "epoch_from_row",
     "epoch_to_row",
@@ -59,6 +65,10 @@ __all__ = [
     "readable",
     "selection_from_json",
     "selection_to_json",
+    "status_to_json",
+    "unreadable_epoch",
+    "job_ref_to_json",
+    "whole_number",
     "validation_from_json",
     "validation_to_row",
 ]
@@ -90,8 +100,23 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 """Statements of each version; a new one is added after the others, never changed."""
 
 
+LARGEST_VALUE = 2**29
+"""Bytes of one value in the file, written or read: a file of a few bytes can ask for any size."""
+_STEPS_AT_LEAST = 20_000_000
+"""Steps of SQLite's machine that any reading may take: about a second."""
+_STEPS_PER_BYTE = 20
+"""And as many for each byte of the file. Reading all of a run takes fewer than one."""
+
+
+_TABLES = ("run", "epochs", "unfinished", "rollouts", "validations", "changes")
+
+
 class EmptyRun(StoreError):
     """A run whose creation did not finish."""
+
+
+class UnreadableRecord(StoreError):
+    """A record that could not be read again, so it was not written."""
 
 
 def _files(folder: Path) -> list[Path]:
@@ -106,10 +131,55 @@ def _connect(path: Path, options: str) -> sqlite3.Connection:
     try:
         db.execute("PRAGMA trusted_schema = OFF")  # the file may be anybody's
         db.execute("PRAGMA cell_size_check = ON")
+        db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST_VALUE)
+        _bound(db, path)
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _bound(db: sqlite3.Connection, path: Path) -> None:
+    """Ends whatever takes more steps than reading all of the file can: pages that lead back to themselves, say."""
+    size = 0
+    for each in (path, path.with_name(f"{path.name}-wal")):
+        with suppress(OSError):
+            size += each.stat().st_size
+    every = 100_000
+    left = [(_STEPS_AT_LEAST + _STEPS_PER_BYTE * size) // every]
+
+    def spent() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    db.set_progress_handler(spent, every)
+
+
+def _check_tables(db: sqlite3.Connection, folder: Path) -> None:
+    """Raises StoreError where a table is none: a view, whose query may never end, or one that computes something when it is
+    read or written."""
+    kinds: dict[str, str] = {}
+    for kind, name, table, text in db.execute("SELECT type, lower(name), lower(tbl_name), sql FROM sqlite_master"):
+        if kind == "trigger" and table in _TABLES:
+            raise StoreError(_not_ours(folder, f"{table} has a trigger"))
+        if name in _TABLES:
+            virtual = str(text).lstrip()[:14].upper() == "CREATE VIRTUAL"
+            kinds[name] = "virtual table" if virtual else str(kind)
+    for name in _TABLES:
+        kind = kinds.get(name)
+        if kind != "table":
+            raise StoreError(_not_ours(folder, f"{name} is missing" if kind is None else f"{name} is a {kind}"))
+        columns = db.execute(f"PRAGMA table_xinfo({name})").fetchall()
+        if any(column["hidden"] for column in columns):
+            raise StoreError(_not_ours(folder, f"{name} has a column that is computed"))
+
+
+def _not_ours(folder: Path, found: str) -> str:
+    tables = ", ".join(_TABLES)
+    return (
+        f"{folder / DATABASE} is damaged, or was made by somebody else: {found}. Expected the tables {tables}. Nothing was "
+        "changed. Restore the file from a copy; the Parquet files beside it can be read without it."
+    )
 
 
 def open_to_write(folder: Path, create: bool = False) -> sqlite3.Connection:
@@ -126,9 +196,11 @@ def open_to_write(folder: Path, create: bool = False) -> sqlite3.Connection:
             raise StoreError(f"there is a run in {folder} already. Open it, or choose another folder.")
         if not create:
             _require_version(folder, version)
+            _check_tables(db, folder)
             found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise sqlite3.DatabaseError(str(found))
+        db.set_progress_handler(None, 0)  # it is whole; what is written from now on is ours
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
     except BaseException:
@@ -192,18 +264,28 @@ def read(folder: Path, work: Callable[[sqlite3.Connection], T]) -> T:
 
 
 def _in_snapshot(folder: Path, db: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
-    with closing(db):
-        db.execute("BEGIN")
-        version = _version(db, folder)
-        _require_version(folder, version)
-        if version == len(MIGRATIONS):
-            return work(db)
-        with closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:  # brought up to date where no one sees
-            copy.row_factory = sqlite3.Row
-            db.execute("COMMIT")
-            db.backup(copy)
-            migrate(copy)
-            return work(copy)
+    try:
+        with closing(db):
+            db.execute("BEGIN")
+            version = _version(db, folder)
+            _require_version(folder, version)
+            _check_tables(db, folder)
+            if version == len(MIGRATIONS):
+                return work(db)
+            # It is brought up to date where no one sees.
+            with closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
+                copy.row_factory = sqlite3.Row
+                db.execute("COMMIT")
+                db.backup(copy)
+                _bound(copy, folder / DATABASE)
+                migrate(copy)
+                return work(copy)
+    except sqlite3.OperationalError as error:
+        if str(error) != "interrupted":
+            raise
+        raise StoreError(
+            _not_ours(folder, "reading it takes more steps than a file of its size can need, so it was given up")
+        ) from error
 
 
 def _require_file(folder: Path, create: bool = False) -> None:
@@ -240,34 +322,116 @@ _ARRAYS = {
 """Of a GroupStatistics and of a Selection, as they lie in the file."""
 _metrics = TypeAdapter(EpochMetrics)
 _status = TypeAdapter(TrainingJobStatus | None)
+_ref = TypeAdapter(TrainingJobRef)
 _numbers = TypeAdapter(dict[str, float])
 _versions = TypeAdapter(tuple[int | None, int | None])
+
+
+def _fitting(kind: TypeAdapter[Any], value: Any, field: str, spare: Any = None) -> Any:
+    """A part of a record as plain data that can be read again. What of it cannot is left out, and noted.
+
+    Args:
+        kind: By which it is read.
+        value: The part.
+        field: Its name.
+        spare: What takes the place of its entries that must be there; None: then nothing of it is kept.
+    """
+    found = plain(value, field)
+    for _ in range(50):
+        try:
+            kind.validate_python(found)
+            return found
+        except ValidationError as error:
+            places = [each["loc"] for each in error.errors(include_url=False, include_context=False)]
+        found = deepcopy(found)  # plain data may still be somebody's own
+        for place in places:
+            if not place:
+                found = spare
+            elif isinstance(found, dict):
+                note_replaced(f"{field}.{'.'.join(map(str, place))}", "something of another type")
+                _take_out(found, place, spare)
+    note_replaced(field, "something of another type")
+    return spare
+
+
+def _take_out(found: dict[str, Any], place: tuple[Any, ...], spare: Any) -> None:
+    """Takes the entry at that place out; what must be there is replaced."""
+    *path, name = place
+    holder = found
+    for step in path:
+        inside = holder.get(step)
+        if not isinstance(inside, dict):
+            name = step
+            break
+        holder = inside
+    holder.pop(name, None)
+    if holder is found and isinstance(spare, dict) and name in spare:
+        holder[name] = spare[name]
+
+
+def _fields_of(value: Any) -> Any:
+    """The fields of a dataclass, themselves and no copies: not everything can be copied."""
+    return {each.name: getattr(value, each.name) for each in fields(value)} if is_dataclass(value) else value
+
+
+def whole_number(value: Any, field: str) -> int | None:
+    """A number as SQLite takes it; None for what is none, which is noted."""
+    if value is None:
+        return None
+    found = int(value) if is_whole(value) else None
+    if found is not None and abs(found) < 2**63:
+        return found
+    note_replaced(field, type_name(value))
+    return None
+
+
+def job_ref_to_json(ref: TrainingJobRef) -> str:
+    """Raises UnreadableRecord where it could not be read again."""
+    found = _fitting(_ref, ref, "job")
+    if found is None:
+        raise UnreadableRecord(f"{short_text(ref)} is no reference to a job: expected run_id, backend and metadata.")
+    return encode(found)
+
+
+def status_to_json(status: TrainingJobStatus) -> str:
+    """Raises UnreadableRecord where it could not be read again."""
+    found = _fitting(_status, status, "job")
+    if found is None:
+        raise UnreadableRecord(f"{short_text(status)} is no status of a job: expected run_id, backend and status.")
+    return encode(found)
 
 
 def epoch_to_row(epoch: Epoch) -> dict[str, Any]:
     """The columns of an epoch but `job_ref` and `state`."""
     statistics, selection = epoch.statistics, epoch.selection
+    no_metrics = _no_metrics(statistics, len(epoch.collection.failures))
+    metrics = _fitting(_metrics, _fields_of(epoch.metrics), "metrics", no_metrics)
+    versions = [whole_number(version, "policy_version") for version in epoch.policy_versions]
+    reason = epoch.reason
+    if reason is not None and not isinstance(reason, str):
+        note_replaced("reason", type_name(reason))
+        reason = short_text(reason)
     record = {
         "run_id": epoch.run_id,
-        "example_ids": list(statistics.example_ids),
+        "example_ids": plain(list(statistics.example_ids), "example_ids"),
         **_about_selection(selection),
-        "job": epoch.job and epoch.job.model_dump(mode="python"),
-        "reason": epoch.reason,
-        "metrics": asdict(epoch.metrics),
-        "policy_versions": epoch.policy_versions,
-        "started_at": epoch.started_at,
-        "seconds": dict(epoch.seconds),
+        "job": None if epoch.job is None else _fitting(_status, epoch.job, "job"),
+        "reason": reason,
+        "metrics": metrics,
+        "policy_versions": versions,
+        "started_at": as_float(epoch.started_at),
+        "seconds": _fitting(_numbers, _fields_of(epoch.seconds), "seconds", {}),
     }
     arrays = {name: getattr(statistics if hasattr(statistics, name) else selection, name) for name in _ARRAYS}
     return {
         "epoch": epoch.index,
-        "started_at": epoch.started_at,
-        "mean_reward": epoch.metrics.mean_reward,
+        "started_at": as_float(epoch.started_at),
+        "mean_reward": as_float(metrics["mean_reward"]),
         "trajectories": len(statistics.rewards),
         "failures": len(epoch.collection.failures),
         "groups": len(statistics),
-        "job": epoch.job and str(epoch.job.status),
-        "reason": readable(epoch.reason),
+        "job": record["job"] and record["job"]["status"],
+        "reason": readable(reason),
         "record": encode(record),
         **{name: array.astype(_ARRAYS[name], copy=False).tobytes() for name, array in arrays.items()},
     }
@@ -362,6 +526,40 @@ def _metrics_of(stored: Any, rewards: np.ndarray) -> EpochMetrics:
     return replace(metrics, rewards_missing=int(np.isnan(rewards).sum()))
 
 
+def unreadable_epoch(row: Mapping[str, Any], run_id: str, reason: str) -> dict[str, Any]:
+    """As `epoch_from_row`, of a row that cannot be read: an epoch without trajectories. reason: why."""
+    import numpy as np
+
+    nothing, none = np.empty(0), np.empty(0, np.int64)
+    statistics = GroupStatistics((), nothing, np.zeros(1, np.int64), none, nothing, nothing)
+    settings = CurriculumSettings()
+    state = CurriculumState(settings.percentile)
+    return {
+        "index": int(row["epoch"]),
+        "run_id": run_id,
+        "statistics": statistics,
+        "selection": Selection((), np.empty(0, np.int8), none, state, settings, inferred=True),
+        "job": None,
+        "reason": reason,
+        "metrics": _metrics.validate_python(_no_metrics(statistics, 0)),
+        "policy_versions": (None, None),
+        "started_at": as_float(row["started_at"]),
+        "seconds": {},
+    }
+
+
+def _no_metrics(statistics: GroupStatistics, failures: int) -> dict[str, Any]:
+    """Where nothing was measured but how many there were."""
+    return {
+        **dict.fromkeys(("mean_reward", "min_reward", "max_reward", "kept_mean_reward"), math.nan),
+        "group_quantiles": [math.nan] * 3,
+        "trajectories": len(statistics.rewards),
+        "groups": len(statistics),
+        "failures": failures,
+        **dict.fromkeys(("groups_with_spread", "kept_trajectories", "kept_groups", "sampled_tokens"), 0),
+    }
+
+
 def _array(data: Any, dtype: str) -> np.ndarray:
     import numpy as np
 
@@ -377,7 +575,9 @@ _validation = TypeAdapter(Validation)
 
 def validation_to_row(validation: Validation, epoch: int | None) -> tuple[Any, ...]:
     """epoch, mean_reward, error, record."""
-    return epoch, validation.mean_reward, readable(validation.error), encode(asdict(validation))
+    spare = {"epoch": epoch or 0, "policy_version": None, "mean_reward": math.nan, "examples": 0}
+    record = _fitting(_validation, _fields_of(validation), "validation", spare)
+    return epoch, as_float(record["mean_reward"]), readable(record.get("error")), encode(record)
 
 
 def validation_from_json(record: Any) -> Validation:

@@ -217,6 +217,15 @@ class WriteLock:
         self._descriptor: int | None = descriptor
         _held.add(self)
 
+    def path_now(self) -> Path | None:
+        """Where the file that is locked lies now; None where that is not known, or where it was deleted."""
+        try:
+            found = os.readlink(f"/proc/self/fd/{self._descriptor}")
+            same = os.path.samestat(os.stat(found), os.fstat(self._descriptor or -1))
+        except OSError:
+            return None
+        return Path(found) if same else None
+
     def release(self) -> None:
         """Gives the lock back. Again: nothing."""
         _held.discard(self)

@@ -16,14 +16,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.yaml import MAX_CHARACTERS, read_yaml
-from ..errors import StoreError
+from ..errors import FinetuneError, StoreError
 from ..redaction import redacting_logger
-from ..types import Change, Epoch, Selection, TrainingJobRef, TrainingJobStatus, TrajectoryCollection, Validation
-from .database import change_from_row, epoch_from_row, read, selection_from_json, validation_from_json
+from ..text import one_line
+from ..types import (
+    Change,
+    Epoch,
+    Selection,
+    TrainingJobRef,
+    TrainingJobStatus,
+    TrajectoryCollection,
+    Validation,
+    as_float,
+)
+from .database import (
+    change_from_row,
+    epoch_from_row,
+    read,
+    selection_from_json,
+    unreadable_epoch,
+    validation_from_json,
+)
 from .durable import check_plain, size_of
-from .folder import CONFIG, DATABASE, LOG, RUN_ID, writer_of
+from .folder import CONFIG, DATABASE, LOG, RUN_ID, trajectory_file, writer_of
 from .json import decode
-from .trajectories import collection_of_batches, read_columns, read_trajectories
+from .trajectories import COLUMNS, collection_of_batches, read_columns, read_trajectories, table_of
 from .trust import is_signed, sign
 
 if TYPE_CHECKING:
@@ -37,8 +54,19 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
 logger = redacting_logger(__name__)
+
+_DOES_NOT_FIT = (
+    FinetuneError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+    AttributeError,
+)
+"""What reading a row raises where it holds something else than what a run writes."""
 
 
 class StoredEpoch(Epoch):
@@ -96,12 +124,17 @@ class _Collection:
         self._known: weakref.ref[TrajectoryCollection] | None = None
 
     def __call__(self) -> TrajectoryCollection:
-        found = self._known() if self._known else None
+        found = self.held
         if found is None:
             found = self._read()
             self.remember(found)
         self._keep(found)
         return found
+
+    @property
+    def held(self) -> TrajectoryCollection | None:
+        """The trajectories, if they are in memory."""
+        return self._known() if self._known else None
 
     def remember(self, collection: TrajectoryCollection) -> None:
         self._known = weakref.ref(collection)
@@ -118,6 +151,7 @@ class RunReader:
         self._turn = threading.RLock()
         self._epochs: list[StoredEpoch] = []
         self._revision = -1
+        self._warned: set[str] = set()
         self._newest: TrajectoryCollection | None = None  # so that a loop over one epoch does not read it twice
         self.run_id, self.created_at, self.parent = self._read(_run_of)
         """The run's id, when it was made (seconds since 1970, UTC), and the run and epoch that it was forked from."""
@@ -148,19 +182,74 @@ class RunReader:
         revision = int(db.execute("SELECT revision FROM run").fetchone()[0])
         since = self._epochs[-1].index if self._epochs and revision == self._revision else -1
         validations: dict[int, list[Validation]] = {}
-        for row in db.execute("SELECT epoch, record FROM validations WHERE epoch > ? ORDER BY place", (since,)):
-            validations.setdefault(row["epoch"], []).append(validation_from_json(row["record"]))
-        rows = db.execute("SELECT * FROM epochs WHERE epoch > ? ORDER BY epoch", (since,))
-        return revision, [self._stored(epoch_from_row(row), validations) for row in rows]
+        query = "SELECT place, epoch, record FROM validations WHERE epoch > ? ORDER BY place"
+        for row in db.execute(query, (since,)):
+            found = self._or_none("validations", row["place"], lambda row=row: validation_from_json(row["record"]))
+            if found is not None:
+                validations.setdefault(row["epoch"], []).append(found)
+
+        epochs: list[StoredEpoch] = []
+        unreadable: list[Exception] = []
+        for row in db.execute("SELECT * FROM epochs WHERE epoch > ? ORDER BY epoch", (since,)):
+            if row["epoch"] <= (epochs[-1].index if epochs else since):
+                raise sqlite3.DatabaseError("the table of epochs leads back to itself")
+            try:
+                record = epoch_from_row(row)
+            except _DOES_NOT_FIT as error:
+                unreadable.append(error)
+                epochs.append(self._unreadable(row, error, validations))
+            else:
+                epochs.append(self._stored(record, validations))
+        if unreadable and len(unreadable) == len(epochs) and since < 0:
+            raise unreadable[0]  # there is nothing to show
+        return revision, epochs
+
+    def _unreadable(
+        self, row: Mapping[str, Any], error: Exception, validations: Mapping[int, list[Validation]]
+    ) -> StoredEpoch:
+        """In place of an epoch whose row cannot be read: its number, and why. The other epochs keep their places."""
+        index = int(row["epoch"])
+        reason = self._tell("epochs", f"epoch {index}", error)
+        return StoredEpoch(
+            collection=TrajectoryCollection(trajectories=[], run_id=self.run_id),
+            validations=tuple(validations.get(index, ())),
+            **unreadable_epoch(row, self.run_id, f"{reason} Its trajectories are in {trajectory_file(Path(), index)}."),
+        )
+
+    def _or_none(self, table: str, row: Any, make: Callable[[], T]) -> T | None:
+        """What is made of a row; None, with a warning that names the row, where it does not fit: one bad row hides no
+        other."""
+        try:
+            return make()
+        except _DOES_NOT_FIT as error:
+            self._tell(table, f"row {row}", error)
+            return None
+
+    def _tell(self, table: str, row: str, error: Exception) -> str:
+        """Warns once of a row that cannot be read, and returns what is said."""
+        what = f"{row} of the table {table} cannot be read: {type(error).__name__}: {one_line(error)}."
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning("%s: %s Everything else is shown.", self.folder / DATABASE, what)
+        return what
 
     def _stored(self, record: dict[str, Any], validations: Mapping[int, list[Validation]]) -> StoredEpoch:
         index, statistics = record["index"], record["statistics"]
         rows, groups = len(statistics.rewards) + record.pop("failures"), len(statistics)
+        collection = _Collection(lambda: read_trajectories(self.folder, index, self.run_id, rows, groups), self._keep)
+
+        def columns(names: Sequence[str]) -> pa.Table:
+            try:
+                return read_columns(self.folder, index, self.run_id, rows, groups, names)
+            except StoreError:
+                held = collection.held
+                if held is None or not set(names) <= COLUMNS.keys():
+                    raise
+                return table_of(held.trajectories, held.failures, names)  # the file is gone, what it held is not
+
         return StoredEpoch(
-            collection=_Collection(
-                lambda: read_trajectories(self.folder, index, self.run_id, rows, groups), self._keep
-            ),
-            columns=lambda names: read_columns(self.folder, index, self.run_id, rows, groups, names),
+            collection=collection,
+            columns=columns,
             validations=tuple(validations.get(index, ())),
             **record,
         )
@@ -208,17 +297,28 @@ class RunReader:
                 return None
             index = int(row["epoch"])
             batches = [r[0] for r in db.execute("SELECT data FROM rollouts WHERE epoch = ? ORDER BY batch", (index,))]
-            validations = db.execute("SELECT record FROM validations WHERE epoch = ? ORDER BY place", (index,))
+            validations = db.execute("SELECT place, record FROM validations WHERE epoch = ? ORDER BY place", (index,))
             ref, status = row["job_ref"], row["job_status"]
-            selection, seconds = selection_from_json(row["selection"]) if row["selection"] else (None, {})
+            place = f"of epoch {index}"
+            selected = row["selection"] and self._or_none(
+                "unfinished", place, lambda: selection_from_json(row["selection"])
+            )
+            selection, seconds = selected or (None, {})
+            found = [
+                self._or_none(
+                    "validations", record["place"], lambda record=record: validation_from_json(record["record"])
+                )
+                for record in validations
+            ]
             return PartialEpoch(
                 index=index,
                 collection=collection_of_batches(batches, self.run_id),
-                job=None if ref is None else TrainingJobRef.model_validate(decode(ref)),
-                status=None if status is None else TrainingJobStatus.model_validate(decode(status)),
-                started_at=float(row["started_at"]),
-                policy_version=row["policy_version"],
-                validations=tuple(validation_from_json(record[0]) for record in validations),
+                job=ref and self._or_none("unfinished", place, lambda: TrainingJobRef.model_validate(decode(ref))),
+                status=status
+                and self._or_none("unfinished", place, lambda: TrainingJobStatus.model_validate(decode(status))),
+                started_at=as_float(row["started_at"]),
+                policy_version=row["policy_version"] if isinstance(row["policy_version"], int) else None,
+                validations=tuple(each for each in found if each is not None),
                 selection=selection,
                 seconds=seconds,
             )
@@ -229,8 +329,13 @@ class RunReader:
         """What resuming after the last completed epoch needs; of a fork that has none, what it starts from; else None."""
 
         def work(db: sqlite3.Connection) -> dict[str, Any] | None:
-            row = db.execute("SELECT state FROM epochs ORDER BY epoch DESC LIMIT 1").fetchone()
-            row = row or db.execute("SELECT start FROM run WHERE start IS NOT NULL").fetchone()
+            for row in db.execute("SELECT epoch, state FROM epochs ORDER BY epoch DESC"):
+                if self._db is not None:
+                    return decode(row["state"], dict)  # to continue from an older one would be another run
+                found = self._or_none("epochs", row["epoch"], lambda row=row: decode(row["state"], dict))
+                if found is not None:
+                    return found
+            row = db.execute("SELECT start FROM run WHERE start IS NOT NULL").fetchone()
             return None if row is None else decode(row[0], dict)
 
         return self._read(work)
@@ -250,14 +355,28 @@ class RunReader:
 
     def journal(self) -> list[Change]:
         """Every change of the controls, in order."""
-        query = "SELECT time, source, field, old, new, epoch FROM changes ORDER BY place"
-        return self._read(lambda db: [change_from_row(row) for row in db.execute(query)])
+        query = "SELECT place, time, source, field, old, new, epoch FROM changes ORDER BY place"
+
+        def change(row: Mapping[str, Any]) -> Change:
+            found = self._or_none("changes", row["place"], lambda: change_from_row(row))
+            # Changes are known by their places, so this one keeps its own.
+            return found or Change(as_float(row["time"]), "?", "row.unreadable", None, None, row["epoch"] or 0)
+
+        return self._read(lambda db: [change(row) for row in db.execute(query)])
 
     @property
     def validations(self) -> list[Validation]:
         """Those that belong to no epoch: asked for by hand."""
-        query = "SELECT record FROM validations WHERE epoch IS NULL ORDER BY place"
-        return self._read(lambda db: [validation_from_json(row["record"]) for row in db.execute(query)])
+        query = "SELECT place, record FROM validations WHERE epoch IS NULL ORDER BY place"
+
+        def work(db: sqlite3.Connection) -> list[Validation]:
+            found = [
+                self._or_none("validations", row["place"], lambda row=row: validation_from_json(row["record"]))
+                for row in db.execute(query)
+            ]
+            return [each for each in found if each is not None]
+
+        return self._read(work)
 
     @property
     def run_state(self) -> str:
@@ -355,7 +474,7 @@ def as_store_error(path: Path, kept: str) -> Iterator[None]:
         raise
     except (sqlite3.Error, OSError) as error:
         raise StoreError(f"{path}: {type(error).__name__}: {error}. {kept}") from error
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, AttributeError) as error:
+    except _DOES_NOT_FIT as error:
         raise StoreError(
             f"{path} holds what no run of finetune_nb writes: {type(error).__name__}: {str(error)[:500]}. {kept}"
         ) from error

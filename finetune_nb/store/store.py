@@ -17,35 +17,52 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..config.yaml import dump_yaml
 from ..errors import StoreError
+from ..redaction import redacting_logger
+from ..text import one_line
 from ..types import Change, Epoch, Selection, TrainingJobRef, TrainingJobStatus, TrajectoryCollection, Validation
 from .database import (
     EmptyRun,
+    UnreadableRecord,
+    epoch_from_row,
     epoch_to_row,
+    job_ref_to_json,
     migrate,
     open_to_write,
     read,
     readable,
     selection_to_json,
+    status_to_json,
     validation_from_json,
     validation_to_row,
+    whole_number,
 )
 from .durable import append_line, check_plain, write_durably
 from .folder import CONFIG, DATABASE, LOG, RUN_ID, TRAJECTORIES, WriteLock, remove_leftovers, remove_temporary
-from .json import encode
+from .json import encode, noting_replaced
 from .reader import RunReader, StoredEpoch, as_store_error
 from .trajectories import batch_of, write_trajectories
 from .trust import sign
 
 __all__ = [
+    "FolderGone",
     "RunStore",
 ]
+
+logger = redacting_logger(__name__)
+
+
+_not_closed: list[sqlite3.Connection] = []
+
+
+class FolderGone(StoreError):
+    """The folder of a run that is written was moved, deleted or replaced."""
 
 
 class RunStore(RunReader):
@@ -53,6 +70,8 @@ class RunStore(RunReader):
 
     def __init__(self, folder: Path, lock: WriteLock | None, db: sqlite3.Connection | None) -> None:
         self._lock, self._db, self._pid = lock, db, os.getpid()
+        self._file = None if db is None else _identity(folder / DATABASE)
+        self._told: set[str] = set()  # fields of which it was said that their values are stored as something less
         super().__init__(folder)
 
     @classmethod
@@ -124,6 +143,8 @@ class RunStore(RunReader):
 
     def begin_epoch(self, index: int, started_at: float, policy_version: int | None) -> bool:
         """An epoch begins. What an earlier attempt at it left is removed; returns whether there was one."""
+        with self._naming(f"epoch {index}"):
+            version = whole_number(policy_version, "policy_version")
         with self._transaction(f"the begin of epoch {index}") as db:
             self._require_next(db, index)
             left = db.execute("DELETE FROM unfinished").rowcount > 0
@@ -131,7 +152,7 @@ class RunStore(RunReader):
             db.execute("DELETE FROM validations WHERE epoch = ?", (index,))
             db.execute(
                 "INSERT INTO unfinished (epoch, started_at, policy_version) VALUES (?, ?, ?)",
-                (index, started_at, policy_version),
+                (index, started_at, version),
             )
         return left
 
@@ -139,7 +160,8 @@ class RunStore(RunReader):
         """Rollouts of the epoch that has begun, as they come in; best several at once, in any groups. They are there for
         the case that the epoch does not finish: `append` replaces them. whole: these are all of them, in their
         groups, in place of what came in before."""
-        batch = batch_of(rollouts, whole)
+        with self._naming(f"epoch {index}"):
+            batch = batch_of(rollouts, whole)
         with self._transaction(f"rollouts of epoch {index}", durable=whole) as db:
             self._require_begun(db, index)
             if whole:
@@ -149,49 +171,70 @@ class RunStore(RunReader):
     def record_selection(self, index: int, selection: Selection, seconds: Mapping[str, float]) -> None:
         """Which groups of the epoch that has begun are trained on, right before they are handed over. seconds: what
         each part of the epoch has taken so far."""
-        self._set_unfinished(index, "selection", selection_to_json(selection, seconds))
+        self._set_unfinished(index, "selection", lambda: selection_to_json(selection, seconds))
 
     def record_job(self, index: int, ref: TrainingJobRef) -> None:
         """The training job of the epoch that has begun."""
-        self._set_unfinished(index, "job_ref", encode(ref.model_dump(mode="python")))
+        self._set_unfinished(index, "job_ref", lambda: job_ref_to_json(ref))
 
     def record_status(self, index: int, status: TrainingJobStatus) -> None:
         """The status of that job."""
-        self._set_unfinished(index, "job_status", encode(status.model_dump(mode="python")), durable=False)
+        self._set_unfinished(index, "job_status", lambda: status_to_json(status), durable=False)
 
-    def _set_unfinished(self, index: int, column: str, text: str, durable: bool = True) -> None:
+    def _set_unfinished(self, index: int, column: str, make: Callable[[], str], durable: bool = True) -> None:
+        with self._naming(f"epoch {index}"):
+            text = make()
         with self._transaction(f"the training of epoch {index}", durable) as db:
             self._require_begun(db, index)
             db.execute(f"UPDATE unfinished SET {column} = ? WHERE epoch = ?", (text, index))
 
     def append(self, epoch: Epoch, state: Mapping[str, Any]) -> StoredEpoch:
-        """Ends an epoch: its record, and what resuming after it needs, in plain JSON data. It is on the disk when this
-        returns. Where it fails nothing of it is there, and it can be appended again."""
-        try:
-            stored_state = encode(dict(state), strict=True)
-        except ValueError as error:
-            raise StoreError(
-                f"the state of epoch {epoch.index} cannot be stored: {error}. Make it lists, dicts, numbers."
-            ) from None
-        with self._turn:
+        """Ends an epoch. Where it fails nothing of it is there, and it can be appended again.
+
+        Args:
+            epoch: Its record. A value that JSON does not know is stored as a short text, with a warning.
+            state: What resuming after it needs, in plain JSON data.
+
+        Returns:
+            The record as it can be read; it is on the disk when this returns.
+
+        Raises:
+            UnreadableRecord: It could not be read again, so it was not written.
+            StoreError: It cannot be written at the moment.
+        """
+        with self._turn, self._naming(f"epoch {epoch.index}") as replaced:
             self._require_writable()
             self._read(lambda db: self._require_next(db, epoch.index))
+            try:
+                stored_state = encode(dict(state), strict=True)
+            except ValueError as error:
+                raise UnreadableRecord(
+                    f"the state of epoch {epoch.index} cannot be stored: {error}. Make it lists, dicts, numbers."
+                ) from None
+            row = epoch_to_row(epoch)
+            _require_readable(row)
             write_trajectories(self.folder, epoch.index, self.run_id, epoch.collection)
             with self._transaction(f"epoch {epoch.index}", durable=True) as db:
                 self._require_next(db, epoch.index)
                 ref = db.execute("SELECT job_ref FROM unfinished WHERE epoch = ?", (epoch.index,)).fetchone()
-                row = {**epoch_to_row(epoch), "job_ref": ref and ref["job_ref"], "state": stored_state}
+                row |= {"job_ref": ref and ref["job_ref"], "state": stored_state}
                 marks = ", ".join("?" * len(row))
                 db.execute(f"INSERT INTO epochs ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))
                 _put_validations(db, epoch)
                 db.execute("DELETE FROM unfinished")
                 db.execute("DELETE FROM rollouts")
-            return self._adopt(epoch)
+                # What is committed can be read: by the same function as later, of what lies in the table.
+                _require_readable(db.execute("SELECT * FROM epochs WHERE epoch = ?", (epoch.index,)).fetchone())
+            return self._adopt(epoch, as_it_was=not replaced)
 
     def amend(self, epoch: Epoch) -> StoredEpoch:
         """Replaces the record of a completed epoch, but for its trajectories: a job ended after it was made, say."""
-        with self._transaction(f"the record of epoch {epoch.index}", durable=True) as db:
+        with (
+            self._naming(f"epoch {epoch.index}") as replaced,
+            self._transaction(f"the record of epoch {epoch.index}", durable=True) as db,
+        ):
             row = epoch_to_row(epoch)
+            _require_readable(row)
             index = row.pop("epoch")
             places = ", ".join(f"{name} = ?" for name in row)
             done = db.execute(
@@ -204,7 +247,7 @@ class RunStore(RunReader):
                 )
             _put_validations(db, epoch)
             db.execute("UPDATE run SET revision = revision + 1")
-        return self._adopt(epoch)
+        return self._adopt(epoch, as_it_was=not replaced)
 
     def copy_database(self, folder: Path, state: str) -> None:
         """run.db as it is, into a folder that has none, where the run is then in that state. It is on the disk when this
@@ -238,7 +281,8 @@ class RunStore(RunReader):
 
     def add_validation(self, validation: Validation, epoch: int | None = None) -> None:
         """A validation. epoch: the one that has begun, to which it belongs; None: it was asked for by hand."""
-        row = validation_to_row(validation, epoch)
+        with self._naming("a validation" if epoch is None else f"epoch {epoch}"):
+            row = validation_to_row(validation, epoch)
         with self._transaction("a validation") as db:
             if epoch is not None:
                 self._require_begun(db, epoch)
@@ -246,9 +290,10 @@ class RunStore(RunReader):
 
     def record_change(self, change: Change) -> int:
         """A change of the controls. Returns its place in the journal, from 0."""
-        with self._transaction(_A_CHANGE) as db:
+        with self._naming(_A_CHANGE), self._transaction(_A_CHANGE) as db:
             place = db.execute("SELECT count(*) FROM changes").fetchone()[0]
-            texts = readable(change.source), readable(change.field), encode(change.old), encode(change.new)
+            values = [encode(value, field=change.field) for value in (change.old, change.new)]
+            texts = readable(change.source), readable(change.field), *values
             db.execute(
                 "INSERT INTO changes (place, time, source, field, old, new, epoch) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (place, change.time, *texts, change.epoch),
@@ -267,6 +312,7 @@ class RunStore(RunReader):
         path = self.folder / LOG
         with self._turn, as_store_error(path, "The event is not recorded; everything else is kept."):
             append_line(path, encode({"time": time.time(), "kind": kind, **data}))
+            self.require_place()
 
     def set_state(self, state: str) -> None:
         """What the run is doing: "running", "paused", "failed", ..."""
@@ -278,7 +324,11 @@ class RunStore(RunReader):
         with self._turn:
             db, self._db = self._db, None
             if db is not None and os.getpid() == self._pid:
-                db.close()
+                if _identity(self.folder / DATABASE) in (self._file, None):
+                    db.close()
+                else:
+                    # SQLite removes its log by its path when it closes a file. This is another run's folder now.
+                    _not_closed.append(db)
             if self._lock is not None:
                 self._lock.release()
                 self._lock = None
@@ -300,6 +350,50 @@ class RunStore(RunReader):
                 "with write=False here."
             )
 
+        self.require_place()
+
+    def require_place(self) -> None:
+        """Raises FolderGone where `run.db` in the folder is not the file that is open here: what is written would be in
+        another place, or in none."""
+        if self._file is None or _identity(self.folder / DATABASE) == self._file:
+            return
+        now = _folder_of(self._lock)
+        if now is not None and _identity(now / DATABASE) == self._file:
+            what = (
+                f"it was moved to {now} while this run was writing it. Move it back, and run the epoch again; or close"
+            )
+            what += " this run and open the folder where it is now."
+        else:
+            what = (
+                f"{DATABASE} there is not the file that this run has open: the folder was moved, deleted or replaced. Move "
+                'it back, and run the epoch again. If it is deleted, save what is in memory: run.export("run.jsonl") '
+                'writes the rollouts, run.export("epochs.csv", "epochs") the numbers, and run.save_model("model") the '
+                "trained model; then close this run and begin a new one."
+            )
+        raise FolderGone(f"the run's folder {self.folder} is gone: {what} Nothing was recorded since.")
+
+    @contextmanager
+    def _naming(self, what: str) -> Iterator[dict[str, str]]:
+        """Says once which fields are stored as something less than they were. what: whose fields.
+
+        Yields:
+            Those that were so far, by name, with what they were.
+        """
+        with noting_replaced() as replaced:
+            yield replaced
+        new = replaced.keys() - self._told
+        self._told |= new
+        if not new:
+            return
+        named = [f"{one_line(field)} ({one_line(replaced[field])})" for field in sorted(new)[:20]]
+        if len(new) > 20:
+            named.append(f"and {len(new) - 20} more")
+        logger.warning(
+            "%s: stored as a short text or left out, as it is not what can be stored there: %s. Everything else is stored as "
+            "it is. This is said once for each field.",
+            what, ", ".join(named),
+        )  # fmt: skip
+
     @contextmanager
     def _transaction(self, what: str, durable: bool = False) -> Iterator[sqlite3.Connection]:
         """All that is done inside is written, or nothing. what: for the error. durable: a power failure does not undo it."""
@@ -315,17 +409,20 @@ class RunStore(RunReader):
                 db.execute("BEGIN IMMEDIATE")
                 yield db
                 db.execute("COMMIT")
+                self.require_place()
             except BaseException:
                 with suppress(sqlite3.Error):  # a full disk has rolled it back already
                     db.execute("ROLLBACK")
                 raise
 
-    def _adopt(self, epoch: Epoch) -> StoredEpoch:
-        """The record as it is read back; its trajectories need not be, as long as somebody holds them."""
+    def _adopt(self, epoch: Epoch, as_it_was: bool) -> StoredEpoch:
+        """The record as it is read back; its trajectories need not be, as long as somebody holds them and nothing of them
+        was replaced."""
         self.refresh()
         stored = self._epoch(epoch.index)
-        self._keep(epoch.collection)
-        vars(stored)["_collection"].remember(epoch.collection)
+        if as_it_was:
+            self._keep(epoch.collection)
+            vars(stored)["_collection"].remember(epoch.collection)
         return stored
 
     def _require_next(self, db: sqlite3.Connection, index: int) -> None:
@@ -360,6 +457,32 @@ def _opened(folder: Path, create: bool = False) -> Iterator[tuple[WriteLock, sql
             db.close()
         lock.release()
         raise
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file has that name; None where there is none."""
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _folder_of(lock: WriteLock | None) -> Path | None:
+    """Where the folder of that lock is now, if the system says so (Linux)."""
+    path = None if lock is None else lock.path_now()
+    return None if path is None else path.parent
+
+
+def _require_readable(row: Mapping[str, Any]) -> None:
+    """Raises UnreadableRecord."""
+    try:
+        epoch_from_row(row)
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, AttributeError) as error:
+        raise UnreadableRecord(
+            f"the record of epoch {row['epoch']} could not be read again ({type(error).__name__}: {one_line(error)}), so "
+            "it was not written. Everything before it is kept."
+        ) from error
 
 
 def _put_validations(db: sqlite3.Connection, epoch: Epoch) -> None:

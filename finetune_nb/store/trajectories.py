@@ -7,22 +7,21 @@ batch of rollouts of an unfinished epoch is the same table as an Arrow stream. E
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreError
-from ..redaction import redact_text, redact_texts
+from ..redaction import redact_texts, redacting_logger
 from ..types import (
     DPOItem,
     EpisodeItem,
-    EpisodeItemRole,
     MessageKey,
     RolloutFailure,
     Trajectory,
@@ -31,7 +30,28 @@ from ..types import (
 )
 from .durable import check_plain, write_durably
 from .folder import trajectory_file
-from .json import decode, decode_steps, encode, encode_all, encode_steps
+from .json import (
+    FAILED,
+    attempt,
+    decode,
+    decode_steps,
+    encode,
+    encode_all,
+    encode_steps,
+    note_replaced,
+    plain,
+)
+from .nearest import (
+    ROLES,
+    all_of,
+    is_whole,
+    known_item,
+    known_number,
+    known_numbers,
+    known_trajectory,
+    preference,
+    text_of,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,6 +71,8 @@ __all__ = [
     "to_python",
     "write_trajectories",
 ]
+
+logger = redacting_logger(__name__)
 
 PREFERENCE = "preference"
 """The role of a message that is a pair of responses."""
@@ -73,7 +95,7 @@ class _Rollouts:
 
     def __init__(self, groups: Sequence[Sequence[Trajectory]], failures: Sequence[RolloutFailure]) -> None:
         self._sizes = [len(group) for group in groups]
-        self._trajectories = list(chain.from_iterable(groups))
+        self._trajectories = [known_trajectory(trajectory) for trajectory in chain.from_iterable(groups)]
         self._failures = failures
         self._nothing = [None] * len(failures)
 
@@ -126,14 +148,14 @@ class _Rollouts:
         return _counts(self._of_metadata("generation") + [failure.generation for failure in self._failures])
 
     def reward(self) -> pa.Array:
-        return _array([float(trajectory.reward) for trajectory in self._trajectories] + self._nothing, "double")
+        return _array([known_number(each.reward, "reward") for each in self._trajectories] + self._nothing, "double")
 
     def shaped_rewards(self) -> pa.Array:
         rewards = [trajectory.shaped_rewards for trajectory in self._trajectories]
-        return _array(rewards + self._nothing, "list<double>")
+        return _array([known_numbers(each, "shaped_rewards") for each in rewards] + self._nothing, "list<double>")
 
     def error(self) -> pa.Array:
-        return _texts(self._of_metadata("reward_error") + [_text(failure.error) for failure in self._failures])
+        return _texts(self._of_metadata("reward_error") + [text_of(failure.error) for failure in self._failures])
 
     def turns(self) -> pa.Array:
         return _array(self._episodes[0] + self._nothing, "int32")
@@ -159,9 +181,12 @@ class _Rollouts:
         return turns, tokens, reasons
 
     def metadata(self) -> pa.Array:
-        known = [trajectory.metadata for trajectory in self._trajectories]
-        known += [{"id": f.example_id, "generation": f.generation, "error": f.error} for f in self._failures]
-        return _json(known)
+        known: list[dict[str, Any] | None] = [trajectory.metadata for trajectory in self._trajectories]
+        for failure in self._failures:
+            error = failure.error if isinstance(failure.error, str) else text_of(failure.error)
+            generation = int(failure.generation) if is_whole(failure.generation) else None
+            known.append({"id": failure.example_id, "generation": generation, "error": error})
+        return _json(known, "metadata")
 
     def steps(self) -> pa.Array:
         steps = [encode_steps(failure.steps) for failure in self._failures]
@@ -189,8 +214,8 @@ class _Messages:
     """
 
     def __init__(self, items: Sequence[EpisodeItem | DPOItem]) -> None:
-        self._items = items
-        self._single = [item if isinstance(item, EpisodeItem) else None for item in items]
+        self._items = [known_item(item) for item in items]
+        self._single = [item if isinstance(item, EpisodeItem) else None for item in self._items]
 
     def roles(self) -> pa.Array:
         return _array([PREFERENCE if item is None else str(item.role) for item in self._single], "string")
@@ -223,7 +248,7 @@ class _Messages:
                 if self._texts[place] != self._contents[place]:
                     metadata.pop(MessageKey.TOKENS, None)
             rest.append(metadata)
-        return _json(rest)
+        return _json(rest, "item_metadata")
 
     def others(self) -> pa.Array:
         """What fits into no column: pairs of responses, logprobs of another form, text that UTF-8 cannot say."""
@@ -231,14 +256,14 @@ class _Messages:
         for item, logprobs, content in zip(self._items, self._logprobs[0], self._contents, strict=True):
             other: dict[str, Any] = {}
             if not isinstance(item, EpisodeItem):
-                other[PREFERENCE] = item.model_dump()
+                other[PREFERENCE] = preference(item)
             else:
                 if logprobs is None and item.logprobs is not None:
                     other["logprobs"] = item.logprobs
                 if not _is_utf8(content):
                     other["content"] = content
             others.append(other or None)
-        return _json(others)
+        return _json(others, "messages")
 
     @cached_property
     def _metadata(self) -> list[dict[str, Any] | None]:
@@ -308,7 +333,7 @@ COLUMNS: dict[str, FileColumn] = {
     "tokens": FileColumn("int32", _Rollouts.tokens),
     "policy_version": FileColumn("int64", lambda rollouts: _counts(rollouts.of_metadata("policy_version"))),
     "finish_reason": FileColumn("string", _Rollouts.finish_reason),
-    "scores": FileColumn("string", lambda rollouts: _json(rollouts.of_metadata("scores"))),
+    "scores": FileColumn("string", lambda rollouts: _json(rollouts.of_metadata("scores"), "metadata.scores")),
     "metadata": FileColumn("string", _Rollouts.metadata, required=True),
     "steps": FileColumn("string", _Rollouts.steps),
     "roles": MessageColumn("list<string>", _Messages.roles, required=True),
@@ -429,36 +454,28 @@ def _offsets(sizes: Sequence[int]) -> pa.Array:
 def _counts(values: Sequence[Any]) -> pa.Array:
     """Whole numbers; None for what is none, or does not fit into 64 bits."""
     known = values
-    if not {int, type(None)}.issuperset(map(type, values)):
-        known = [int(value) if _is_whole(value) else None for value in values]
+    if not all_of({int, type(None)}, values):
+        known = [int(value) if is_whole(value) else None for value in values]
     try:
         return _array(known, "int64")
     except OverflowError:
         return _array([None if value is None or abs(value) >= 2**63 else value for value in known], "int64")
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _json(values: Sequence[Any]) -> pa.Array:
-    return _array(encode_all(values), "string")
+def _json(values: Sequence[Any], field: str) -> pa.Array:
+    return _array(encode_all(values, field), "string")
 
 
 def _texts(values: Sequence[Any]) -> pa.Array:
     """Texts to read and to group by. What UTF-8 cannot say is written as an escape."""
-    if {str, type(None)}.issuperset(map(type, values)):
+    if all_of({str, type(None)}, values):
         texts = redact_texts(values)
     else:
-        texts = [None if value is None else _text(value) for value in values]
+        texts = [None if value is None else text_of(value) for value in values]
     try:
         return _array(texts, "string")
     except UnicodeError:
         return _array([text and text.encode("utf-8", "backslashreplace").decode() for text in texts], "string")
-
-
-def _text(value: Any) -> str:
-    return redact_text(value if isinstance(value, str) else str(value))
 
 
 def _is_utf8(text: str) -> bool:
@@ -473,9 +490,12 @@ def _is_utf8(text: str) -> bool:
 
 # ── table -> trajectories ────────────────────────────────────────────────────────────────────────────────────────────
 
+_VALUES_AT_LEAST = 20_000_000
+_VALUES_PER_BYTE = 1000
+"""A file may claim that many values in a column, and that many for each of its bytes: a column of one value that is
+repeated takes almost no bytes, and any memory."""
 _EMPTY_GROUPS = 100_000
 """More of them than that are no record but an attack on the memory."""
-_ROLES = {str(role): role for role in EpisodeItemRole}
 
 
 def collection_of(table: pa.Table, run_id: str, groups: int | None) -> TrajectoryCollection:
@@ -498,25 +518,29 @@ def collection_of(table: pa.Table, run_id: str, groups: int | None) -> Trajector
     by_number: list[list[Trajectory]] = [[] for _ in range(groups or 0)]
     by_example: dict[str, list[Trajectory]] = {}
     failures: list[RolloutFailure] = []
-    for (kind, group, reward, shaped, metadata, steps), lists in zip(of_rows, of_messages, strict=True):
-        if kind == "failure":
-            failures.append(_failure(metadata, steps))
-            continue
-        if kind != "trajectory" or reward is None or None in lists or len({len(values) for values in lists}) != 1:
-            raise ValueError("a row that is neither a trajectory nor a failure")
-        known = None if metadata is None else decode(metadata, dict)
-        trajectory = Trajectory.model_construct(
-            episode=[_item(*values) for values in zip(*lists, strict=True)],
-            reward=reward,
-            shaped_rewards=shaped,
-            metadata=known,
-        )
-        if groups is None:
-            by_example.setdefault(encode((known or {}).get("id")), []).append(trajectory)
-        elif group is None or not 0 <= group < groups:
-            raise ValueError(f"group {group} of {groups}")
-        else:
-            by_number[group].append(trajectory)
+    for row, (values, lists) in enumerate(zip(of_rows, of_messages, strict=True)):
+        try:
+            kind, group, reward, shaped, metadata, steps = values
+            if kind == "failure":
+                failures.append(_failure(metadata, steps))
+                continue
+            if kind != "trajectory" or reward is None or None in lists or len({len(each) for each in lists}) != 1:
+                raise ValueError("neither a trajectory nor a failure")
+            known = None if metadata is None else decode(metadata, dict)
+            trajectory = Trajectory.model_construct(
+                episode=[_item(*each) for each in zip(*lists, strict=True)],
+                reward=reward,
+                shaped_rewards=shaped,
+                metadata=known,
+            )
+            if groups is None:
+                by_example.setdefault(encode((known or {}).get("id")), []).append(trajectory)
+            elif group is None or not 0 <= group < groups:
+                raise ValueError(f"group {group} of {groups}")
+            else:
+                by_number[group].append(trajectory)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            raise ValueError(f"row {row}: {type(error).__name__}: {error}") from error
     trajectories = list(by_example.values()) if groups is None else by_number
     return TrajectoryCollection.model_construct(trajectories=trajectories, run_id=run_id, failures=failures)
 
@@ -530,9 +554,10 @@ def _values(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
 def _failure(metadata: Any, steps: Any) -> RolloutFailure:
     known = decode(metadata, dict)
     example, generation, error = known["id"], known["generation"], known["error"]
-    if type(generation) is not int or not isinstance(error, str):
+    if not (generation is None or type(generation) is int) or not isinstance(error, str):
         raise ValueError("a failure without generation or error")
-    return RolloutFailure(example, generation, error, [] if steps is None else decode_steps(steps))
+    # A generation that was none is missing, not 0.
+    return RolloutFailure(example, generation, error, [] if steps is None else decode_steps(steps))  # type: ignore[arg-type]
 
 
 def _item(
@@ -542,7 +567,7 @@ def _item(
     if role == PREFERENCE:
         return DPOItem.model_validate(other.get(PREFERENCE))
     content = other.get("content", content)
-    if role not in _ROLES or not isinstance(content, str):
+    if role not in ROLES or not isinstance(content, str):
         raise ValueError(f"a message of role {role!r}")
     known = None if metadata is None else decode(metadata, dict)
     for (key, _), value in zip(LISTED.values(), (ids, texts, prompt_ids), strict=True):
@@ -550,7 +575,7 @@ def _item(
             known = {} if known is None else known
             known[key] = value
     logprobs = other.get("logprobs") if logprobs is None else logprobs
-    return EpisodeItem.model_construct(role=_ROLES[role], content=content, logprobs=logprobs, metadata=known)
+    return EpisodeItem.model_construct(role=ROLES[role], content=content, logprobs=logprobs, metadata=known)
 
 
 def to_python(array: pa.Array) -> list[Any]:
@@ -592,6 +617,38 @@ turn before it, which zstd finds where bytes are aligned."""
 _SPLIT = {_leaf("logprobs"): "BYTE_STREAM_SPLIT"}
 
 
+def _storable(collection: TrajectoryCollection) -> pa.Table:
+    """The table of a collection. A rollout that cannot be written is written with less: a failed one without its steps, then
+    with its example and reward alone; no other rollout loses anything by it. What was left out is noted."""
+    table = attempt(lambda rollouts: table_of(rollouts.trajectories, rollouts.failures), collection)
+    if table is not FAILED:
+        return table
+    groups: list[list[Trajectory]] = []
+    for group in collection.trajectories:
+        groups.append([_with_less(trajectory) for trajectory in group])
+    failures = [_failure_with_less(failure) for failure in collection.failures]
+    return table_of(groups, failures)
+
+
+def _with_less(trajectory: Trajectory) -> Trajectory:
+    if attempt(lambda each: table_of([[each]], ()), trajectory) is not FAILED:
+        return trajectory
+    note_replaced("trajectory", "one that cannot be written: its messages are left out")
+    metadata = attempt(lambda each: {name: each.metadata.get(name) for name in ("id", "generation")}, trajectory)
+    known = {} if metadata is FAILED else plain(metadata, "metadata")
+    reward = attempt(lambda each: known_number(each.reward, "reward"), trajectory)
+    return Trajectory.model_construct(
+        episode=[], reward=math.nan if reward is FAILED else reward, shaped_rewards=None, metadata=known
+    )
+
+
+def _failure_with_less(failure: RolloutFailure) -> RolloutFailure:
+    if attempt(lambda each: table_of((), [each]), failure) is not FAILED:
+        return failure
+    note_replaced("steps", "those of a failed rollout that cannot be written")
+    return RolloutFailure(plain(failure.example_id, "id"), failure.generation, text_of(failure.error))
+
+
 def write_trajectories(folder: Path, epoch: int, run_id: str, collection: TrajectoryCollection) -> int:
     """Writes an epoch's file. One that an earlier attempt left is replaced.
 
@@ -606,7 +663,7 @@ def write_trajectories(folder: Path, epoch: int, run_id: str, collection: Trajec
 
     path = trajectory_file(folder, epoch)
     try:
-        table = table_of(collection.trajectories, collection.failures)
+        table = _storable(collection)
         about = {
             "format": FORMAT,
             "reader": OLDEST_READER,
@@ -737,6 +794,7 @@ def _reading(folder: Path, epoch: int, run_id: str, rows: int, groups: int) -> I
                     "run, epoch, groups and rows are {!r}, {!r}, {!r}, {!r}".format(*found)
                     + f"; run.db says {run_id!r}, {epoch}, {groups}, {rows}"
                 )
+            _check_claims(file.metadata, path.stat().st_size)
             yield file, about
     except StoreError:
         raise
@@ -750,6 +808,15 @@ def _reading(folder: Path, epoch: int, run_id: str, rows: int, groups: int) -> I
         f"{path}: {problem}. The trajectories of epoch {epoch} are lost unless you have a copy of that file; its "
         "numbers and all other epochs can be read."
     ) from cause
+
+
+def _check_claims(about: Any, size: int) -> None:
+    """Raises ValueError where reading the file would take more memory than an epoch can need."""
+    most = _VALUES_AT_LEAST + _VALUES_PER_BYTE * size
+    for column in range(about.num_columns):
+        found = sum(about.row_group(group).column(column).num_values for group in range(about.num_row_groups))
+        if found > most:
+            raise ValueError(f"{found:,} values in a column of a file of {size:,} bytes; expected at most {most:,}")
 
 
 def _about(file: Any) -> dict[str, Any]:
@@ -785,7 +852,7 @@ def batch_of(collection: TrajectoryCollection, whole: bool) -> bytes:
     import pyarrow as pa
 
     try:
-        table = table_of(collection.trajectories, collection.failures)
+        table = _storable(collection)
         if whole:
             table = table.replace_schema_metadata({KEY: encode({"groups": len(collection.trajectories)})})
         sink = pa.BufferOutputStream()
@@ -806,21 +873,36 @@ def collection_of_batches(batches: Sequence[bytes], run_id: str) -> TrajectoryCo
 
     groups: dict[Any, list[Trajectory]] = {}
     failures: list[RolloutFailure] = []
-    try:
-        for batch in batches:
-            with pa.ipc.open_stream(pa.BufferReader(batch)) as reader:
-                table = _checked(reader.read_all())
-            # A batch does not say its format: a column that came later than the first one may be missing from any.
-            _check_columns(table.schema, format=1)
-            if about := (table.schema.metadata or {}).get(KEY):
-                return collection_of(table, run_id, int(decode(about.decode("ascii", "replace"), dict)["groups"]))
-            found = collection_of(table, run_id, None)
-            for group in found.trajectories:
-                groups.setdefault(encode((group[0].metadata or {}).get("id")), []).extend(group)
-            failures += found.failures
-    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise StoreError(
-            f"the rollouts of the unfinished epoch cannot be read: {type(error).__name__}: {str(error)[:500]}. "
-            "Completed epochs are not touched by that."
-        ) from error
+    errors: list[StoreError] = []
+    for number, batch in enumerate(batches):
+        try:
+            found, whole = _of_batch(batch, run_id)
+        except (OSError, pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            problem = f"{type(error).__name__}: {str(error)[:500]}"
+            what = f"batch {number} of the rollouts of the unfinished epoch cannot be read: {problem}."
+            errors.append(StoreError(f"{what} Completed epochs are not touched by that."))
+            continue
+        if whole:
+            return found
+        for group in found.trajectories:
+            groups.setdefault(encode((group[0].metadata or {}).get("id")), []).extend(group)
+        failures += found.failures
+    if errors and len(errors) == len(batches):
+        raise errors[0]
+    for each in errors:
+        logger.warning("%s The other batches are shown.", each)
     return TrajectoryCollection.model_construct(trajectories=list(groups.values()), run_id=run_id, failures=failures)
+
+
+def _of_batch(batch: bytes, run_id: str) -> tuple[TrajectoryCollection, bool]:
+    """The rollouts of a batch, and whether they are all of the epoch's."""
+    import pyarrow as pa
+
+    with pa.ipc.open_stream(pa.BufferReader(batch)) as reader:
+        table = _checked(reader.read_all())
+    # A batch does not say its format: a column that came later than the first one may be missing from any.
+    _check_columns(table.schema, format=1)
+    about = (table.schema.metadata or {}).get(KEY)
+    if about is None:
+        return collection_of(table, run_id, None), False
+    return collection_of(table, run_id, int(decode(about.decode("ascii", "replace"), dict)["groups"])), True

@@ -21,6 +21,7 @@ from ..types import (
     Selection,
     Trajectory,
     TrajectoryCollection,
+    as_float,
     sampled_tokens,
 )
 
@@ -152,6 +153,6 @@ def _tokens_and_scores(trajectories: Iterable[Trajectory]) -> tuple[int, dict[st
         if isinstance(scores, dict):
             for name, score in scores.items():
                 values = found.setdefault(name, [])
-                if isinstance(score, int | float) and math.isfinite(score):
+                if isinstance(score, int | float) and math.isfinite(as_float(score)):
                     values.append(score)
     return tokens, {name: mean(values) for name, values in found.items()}

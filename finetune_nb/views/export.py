@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import ConfigError, StoreError, did_you_mean
-from ..redaction import error_text, redact_texts
+from ..redaction import error_text, redact_texts, redacting_logger
 from ..rollouts.episodes import chat_fields
 from ..store.durable import write_durably
 from ..store.json import encode, finite
@@ -35,6 +35,8 @@ __all__ = [
     "FRAMES",
     "export",
 ]
+
+logger = redacting_logger(__name__)
 
 FRAMES = ("trajectories", "messages", "tokens", "groups", "epochs", "journal")
 
@@ -103,7 +105,7 @@ def _parquet(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, 
 def _jsonl(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any]) -> None:
     if frame is None and "columns" not in filters:
         # One epoch at a time: a long run has many conversations.
-        epochs = run.chosen(filters.get("epoch"))
+        epochs = _with_rollouts(run, filters.get("epoch"))
         lines = chain.from_iterable(_conversations(run, epoch, filters) for epoch in epochs)
     else:
         rows = _rows(run, frame, filters)
@@ -111,6 +113,24 @@ def _jsonl(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, An
         lines = (dict(zip(rows.columns, row, strict=True)) for row in zip(*columns, strict=True))
     for line in lines:
         file.write(encode(finite(line)).encode("utf-8") + b"\n")
+
+
+def _with_rollouts(run: Any, epoch: Any) -> list[Epoch]:
+    """Those epochs whose rollouts can be read; of the others a warning says so. Raises StoreError where there is none: a
+    file whose folder was deleted is gone, and what is still in memory is worth writing."""
+    found: list[Epoch] = []
+    missing: list[StoreError] = []
+    for each in run.chosen(epoch):
+        try:
+            each.collection  # noqa: B018
+        except StoreError as error:
+            missing.append(error)
+            logger.warning("epoch %d is left out of the export: %s", each.index, error)
+        else:
+            found.append(each)
+    if missing and not found:
+        raise missing[0]
+    return found
 
 
 def _conversations(run: Any, epoch: Epoch, filters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -165,7 +185,11 @@ EXPORTS: dict[str, Callable[[Any, BinaryIO, str | None, Mapping[str, Any]], None
 
 def _rows(run: Any, frame: str | None, filters: Mapping[str, Any]) -> pd.DataFrame:
     """The frame, with known secrets masked, and object columns converted to one plain type each."""
-    rows = getattr(run, frame or "trajectories")(**filters)
+    try:
+        rows = getattr(run, frame or "trajectories")(**filters)
+    except StoreError:
+        there = [epoch.index for epoch in _with_rollouts(run, filters.get("epoch"))]
+        rows = getattr(run, frame or "trajectories")(**{**filters, "epoch": there})
     for name in rows.columns:
         column = rows[name]
         kind = str(column.dtype)

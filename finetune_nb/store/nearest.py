@@ -1,0 +1,108 @@
+"""Rollouts that were made without pydantic's checks, as the nearest to them that can be stored and read again.
+
+What is lost by it is noted by the name of the field.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
+
+from ..redaction import redact_text
+from ..types import DPOItem, EpisodeItem, EpisodeItemRole, Trajectory
+from .json import FAILED, attempt, note_replaced, plain, short_text, type_name
+
+__all__ = [
+    "ROLES",
+    "all_of",
+    "is_whole",
+    "known_item",
+    "known_trajectory",
+    "known_number",
+    "known_numbers",
+    "preference",
+    "text_of",
+]
+
+ROLES = {str(role): role for role in EpisodeItemRole}
+
+
+def known_trajectory(trajectory: Trajectory) -> Trajectory:
+    """The trajectory; where it was made without pydantic's checks and is not what it should be, the nearest to it that can
+    be stored."""
+    metadata, episode = trajectory.metadata, trajectory.episode
+    if (metadata is None or type(metadata) is dict) and type(episode) is list:
+        return trajectory
+    found = plain(metadata, "metadata")
+    if not isinstance(found, dict):
+        note_replaced("metadata", type_name(metadata))
+        found = {"metadata": found}
+    messages = list(episode) if isinstance(episode, list | tuple) else [episode]
+    return Trajectory.model_construct(
+        episode=messages, reward=trajectory.reward, shaped_rewards=trajectory.shaped_rewards, metadata=found
+    )
+
+
+def known_item(item: Any) -> EpisodeItem | DPOItem:
+    """The same of a message."""
+    if isinstance(item, EpisodeItem):
+        metadata = item.metadata
+        is_metadata = metadata is None or type(metadata) is dict
+        if is_metadata and isinstance(item.content, str) and isinstance(item.role, str) and item.role in ROLES:
+            return item
+    elif isinstance(item, DPOItem):
+        if attempt(preference, item) is not FAILED:
+            return item
+    note_replaced("messages", type_name(item))
+    content, metadata = getattr(item, "content", item), plain(getattr(item, "metadata", None), "item_metadata")
+    role = getattr(item, "role", None)
+    return EpisodeItem.model_construct(
+        role=ROLES[role] if isinstance(role, str) and role in ROLES else EpisodeItemRole.OTHER,
+        content=content if isinstance(content, str) else text_of(content),
+        logprobs=getattr(item, "logprobs", None),
+        metadata=metadata if metadata is None or isinstance(metadata, dict) else {"metadata": metadata},
+    )
+
+
+def preference(item: DPOItem) -> dict[str, Any]:
+    """A preference as plain data that can be read again; else raises anything."""
+    found = plain(item, "messages")
+    DPOItem.model_validate(found)
+    return found
+
+
+def known_number(value: Any, field: str) -> float:
+    """NaN for what is no number, which is noted."""
+    found = attempt(float, value)
+    if found is FAILED:
+        note_replaced(field, type_name(value))
+        return math.nan
+    return found
+
+
+def known_numbers(values: Any, field: str) -> list[float] | None:
+    if values is None:
+        return None
+    found = attempt(list, values)
+    if found is FAILED:
+        note_replaced(field, type_name(values))
+        return None
+    return [known_number(each, field) for each in found]
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, Python's or numpy's. Never raises."""
+    return attempt(lambda value: isinstance(value, Integral) and not isinstance(value, bool), value) is True
+
+
+def all_of(kinds: set[type], values: Iterable[Any]) -> bool:
+    """Whether the values are of these very types. Never raises."""
+    return attempt(lambda values: kinds.issuperset(map(type, values)), values) is True
+
+
+def text_of(value: Any) -> str:
+    """A value as a text to read and to group by, without secrets. Never raises."""
+    text = value if isinstance(value, str) else attempt(str, value)
+    return redact_text(short_text(value) if text is FAILED else str.__str__(text))
