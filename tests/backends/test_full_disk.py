@@ -158,7 +158,7 @@ def test_a_report_that_does_not_fit_is_an_error_and_an_older_one_stays(run, tmp_
     if older:
         path.write_text("older")
     if name == "r.yaml":
-        run.live["curriculum.percentile"] = 0.5
+        run.live["llm.temperature"] = 0.5
     with full_after(10), pytest.raises(StoreError, match="could not be written.*Make room"):
         run.export(path)
     assert contents(tmp_path) == ({name: b"older"} if older else {})
