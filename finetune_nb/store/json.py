@@ -356,8 +356,8 @@ def plain(value: Any, field: str = "") -> Any:
 
     Args:
         value: Anything. What JSON does not know becomes its nearest form (a set a list, an array its numbers, a model its
-            fields), and what has none a short text in its place; see `noting_replaced`.
-        field: The name of the field, for whoever is told.
+            fields), and what has none a short text; see `noting_replaced`.
+        field: The name of the field, for the note.
     """
     return value if is_plain(value) else _Walk().plain(value, field)
 
