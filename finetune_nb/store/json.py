@@ -91,7 +91,7 @@ DEEPEST = 100
 """Lists and mappings inside each other; Python's own JSON reader ends at a few hundred more."""
 _LARGEST_INT = 10**600
 """Python refuses to read longer numbers where `sys.set_int_max_str_digits` is at its minimum, 640."""
-_MOST_VALUES = 5_000_000
+_MOST_VALUES = 2_000_000
 """In one value. A list that holds another one twice, and so on sixty times, would fill any memory."""
 _MOST_CONVERTED = 200_000
 """Of those that JSON does not know, which take longer."""
@@ -101,6 +101,8 @@ _SHORT = 200
 """Characters of the text that is stored in place of a value."""
 
 _SIMPLE = frozenset({str, float, bool, type(None)})
+_TEXT = frozenset({str})
+_WHOLE = frozenset({int})
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -159,26 +161,22 @@ def _is_plain(value: Any, depth: int = 0, left: list[int] | None = None) -> bool
     if depth == DEEPEST or left[0] < 0:
         return False
     if kind is dict:
-        for key, child in value.items():
-            if type(key) is not str:
-                return False
-            if type(child) not in _SIMPLE and not _is_plain(child, depth + 1, left):
-                return False
+        if not _TEXT.issuperset(map(type, value)):
+            return False
+        value = value.values()
+    kinds = set(map(type, value))
+    if kinds <= _SIMPLE:
         return True
-    if _is_flat(value):
-        return True
-    return all(_is_plain(child, depth + 1, left) for child in value)
-
-
-def _is_flat(values: Sequence[Any]) -> bool:
-    """Whether all values are texts or numbers, or all are whole numbers; not of a mixture, which takes longer to see."""
-    try:
-        kinds = set(map(type, values))
-    except Exception:  # a type of a type that cannot be compared
-        return False
-    if kinds == {int}:
-        return min(values) > -_LARGEST_INT and max(values) < _LARGEST_INT
-    return kinds <= _SIMPLE
+    if kinds == _WHOLE:
+        return min(value) > -_LARGEST_INT and max(value) < _LARGEST_INT
+    for child in value:
+        kind = type(child)
+        if kind is int:
+            if not -_LARGEST_INT < child < _LARGEST_INT:
+                return False
+        elif kind not in _SIMPLE and not _is_plain(child, depth + 1, left):
+            return False
+    return True
 
 
 def is_plain(value: Any) -> bool:
@@ -214,6 +212,11 @@ def type_name(value: Any) -> str:
     """The name of the value's type. Never raises."""
     name = attempt(lambda value: type(value).__name__, value)
     return name if type(name) is str else "object"
+
+
+def _holds_others(value: Any) -> bool:
+    kind = type(value)
+    return kind is list or kind is tuple or kind is dict
 
 
 class _Walk:
@@ -287,7 +290,7 @@ class _Walk:
 
     def _items(self, values: Iterable[Any], field: str, depth: int) -> list[Any]:
         items = list(islice(values, _MOST_VALUES + 1))
-        if len(items) <= _MOST_VALUES and _is_flat(items):
+        if len(items) <= _MOST_VALUES and not any(map(_holds_others, items)) and is_plain(items):
             return items
         if len(items) > self._left:
             return [self._shorter(values, field, "of too many values")]
@@ -353,8 +356,8 @@ def plain(value: Any, field: str = "") -> Any:
 
     Args:
         value: Anything. What JSON does not know becomes its nearest form (a set a list, an array its numbers, a model its
-            fields), and what has none a short text in its place; see `noting_replaced`.
-        field: The name of the field, for whoever is told.
+            fields), and what has none a short text; see `noting_replaced`.
+        field: The name of the field, for the note.
     """
     return value if is_plain(value) else _Walk().plain(value, field)
 
@@ -385,14 +388,17 @@ def encode(value: Any, strict: bool = False, field: str = "") -> str:
 
 def encode_all(values: Sequence[Any], field: str = "") -> Sequence[str | bytes | None]:
     """The JSON text of each value, as text or as ASCII bytes; None for None. Of many small values several times as fast."""
-    texts: list[str | bytes | None] = []
-    for value in values:
-        quick = _quickly(value) if value is not None and is_plain(value) else None
-        texts.append(encode(value, field=field) if quick is None and value is not None else quick)
-    together = b"\n".join(text for text in texts if isinstance(text, bytes))
-    if redact_text(whole := together.decode("ascii")) != whole:
-        return [None if value is None else encode(value, field=field) for value in values]
-    return texts
+    try:
+        texts = None
+        if all(value is None or _is_plain(value) for value in values):
+            texts = [None if value is None else to_json(value, inf_nan_mode="constants") for value in values]
+    except Exception:  # as in is_plain and _quickly
+        texts = None
+    if texts is not None:
+        together = b"\n".join(filter(None, texts))
+        if together.isascii() and redact_text(whole := together.decode()) == whole:
+            return texts
+    return [None if value is None else encode(value, field=field) for value in values]
 
 
 def masked(value: Any) -> Any:

@@ -6,7 +6,7 @@ What is lost by it is noted by the name of the field.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -18,7 +18,7 @@ __all__ = [
     "ROLES",
     "all_of",
     "is_whole",
-    "known_item",
+    "known_items",
     "known_trajectory",
     "known_number",
     "known_numbers",
@@ -45,8 +45,18 @@ def known_trajectory(trajectory: Trajectory) -> Trajectory:
     )
 
 
-def known_item(item: Any) -> EpisodeItem | DPOItem:
-    """The same of a message."""
+def known_items(items: Sequence[Any]) -> Sequence[EpisodeItem | DPOItem]:
+    """The same of messages."""
+    # Nearly always they are what they should be, which takes a fraction of the time to see in columns.
+    if all_of({EpisodeItem}, items):
+        roles, contents = [item.role for item in items], [item.content for item in items]
+        metadata = [item.metadata for item in items]
+        if all_of({EpisodeItemRole}, roles) and all_of({str}, contents) and all_of({dict, type(None)}, metadata):
+            return items
+    return [_known_item(item) for item in items]
+
+
+def _known_item(item: Any) -> EpisodeItem | DPOItem:
     if isinstance(item, EpisodeItem):
         metadata = item.metadata
         is_metadata = metadata is None or type(metadata) is dict

@@ -212,7 +212,6 @@ class RunStore(RunReader):
                     f"the state of epoch {epoch.index} cannot be stored: {error}. Make it lists, dicts, numbers."
                 ) from None
             row = epoch_to_row(epoch)
-            _require_readable(row)
             write_trajectories(self.folder, epoch.index, self.run_id, epoch.collection)
             with self._transaction(f"epoch {epoch.index}", durable=True) as db:
                 self._require_next(db, epoch.index)

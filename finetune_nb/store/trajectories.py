@@ -45,7 +45,7 @@ from .nearest import (
     ROLES,
     all_of,
     is_whole,
-    known_item,
+    known_items,
     known_number,
     known_numbers,
     known_trajectory,
@@ -214,7 +214,7 @@ class _Messages:
     """
 
     def __init__(self, items: Sequence[EpisodeItem | DPOItem]) -> None:
-        self._items = [known_item(item) for item in items]
+        self._items = known_items(items)
         self._single = [item if isinstance(item, EpisodeItem) else None for item in self._items]
 
     def roles(self) -> pa.Array:

@@ -353,6 +353,13 @@ def odd_of(name):
     return ODD[name]
 
 
+def array_of(found):
+    array = np.empty(len(found), object)
+    for place, value in enumerate(found):  # numpy would look into the values if it were given all of them
+        array[place] = value
+    return array
+
+
 texts = st.text(st.characters(codec=None), max_size=8)
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.complex_numbers() | texts | st.binary(max_size=8)
@@ -368,7 +375,7 @@ anything = st.recursive(
         | st.dictionaries(keys, children, max_size=3)
         | st.lists(children, max_size=2).map(lambda found: Point(*found[:2]))
         | st.lists(children, max_size=2).map(lambda found: types.SimpleNamespace(found=found))
-        | st.lists(children, max_size=2).map(lambda found: np.array([*found, None], dtype=object))
+        | st.lists(children, max_size=2).map(array_of)
         | st.lists(st.integers() | texts | st.binary(max_size=4), max_size=3).map(frozenset)
     ),
     max_leaves=6,
