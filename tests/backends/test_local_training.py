@@ -376,6 +376,8 @@ async def test_bfloat16_weights_beside_an_adapter_are_sampled_and_trained_alike(
     assert status.metadata["metrics"]["logprob_gap"] < 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_lora_without_peft_names_the_extra():
     script = (
         "import sys; sys.modules['peft'] = None\n"

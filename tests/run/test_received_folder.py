@@ -130,6 +130,8 @@ async def test_a_run_that_was_made_here_continues_with_nothing_extra_wherever_it
     assert (await opened(fork.folder, closing).next_epoch()).index == 2
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_the_next_process_of_the_same_user_continues_the_run(own):
     code = """
 import sys
