@@ -349,6 +349,9 @@ def test_an_odd_value_in_every_place_of_a_run_costs_nothing_else(folder, name):
     read_everywhere(folder)
 
 
+FOR_HYPOTHESIS = sorted(ODD.keys() - {"of a class that cannot be compared"})  # hypothesis compares classes itself
+
+
 def odd_of(name):
     return ODD[name]
 
@@ -364,7 +367,7 @@ texts = st.text(st.characters(codec=None), max_size=8)
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.complex_numbers() | texts | st.binary(max_size=8)
     | st.datetimes() | st.dates() | st.times() | st.timedeltas() | st.decimals() | st.fractions() | st.uuids()
-    | st.sampled_from(sorted(ODD)).map(odd_of) | st.sampled_from([10**599, 1e300])
+    | st.sampled_from(FOR_HYPOTHESIS).map(odd_of) | st.sampled_from([10**599, 1e300])
 )  # fmt: skip
 keys = st.none() | st.booleans() | st.integers() | st.floats() | texts | st.binary(max_size=4) | st.tuples(texts, texts)
 anything = st.recursive(
