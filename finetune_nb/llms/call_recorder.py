@@ -1,4 +1,4 @@
-"""The recorder: an CallRecorder holds one LLMCall for every call of a language model that one rollout makes.
+"""The recorder: a CallRecorder holds one LLMCall for every call of a language model that one rollout makes.
 
 The rollout's context names its episode, so that concurrent agents, their tasks and their threads each write into their
 own.
@@ -30,7 +30,6 @@ from ..types import (
     StreamEventData,
     same_message,
 )
-from .proxies import bypass_proxies
 
 __all__ = [
     "Address",
@@ -169,7 +168,6 @@ class CallRecorder:
     @contextmanager
     def recording(self, policies: Sequence[Policy] = ()) -> Iterator[CallRecorder]:
         """The rollout, from its start to its end: its policies wait for it when they form batches."""
-        bypass_proxies()  # clients read the environment when they are made, which may be before they are given an address
         with self.current(), ExitStack() as stack:
             for policy in policies:
                 stack.enter_context(policy.episode(self.key))

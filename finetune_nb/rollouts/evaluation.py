@@ -19,6 +19,7 @@ from ..components.loading import load_config
 from ..config.sections import Config
 from ..interfaces import RolloutExecutor
 from ..llms.client import LLM
+from ..llms.proxies import bypass_proxies
 from ..redaction import redact_text, redacting_logger
 from ..rewards.evaluators import evaluate_items
 from ..text import told_once
@@ -163,6 +164,8 @@ class EvaluationRun:
         executor = own or await builder.get_executor() or _executor_of(builder, general.max_concurrency)
         # A pause would change which rollouts share a batch, and with it the last digit.
         gate = meter.gate if meter is not None and not config.run.deterministic else None
+        # Clients read the environment when they are made, which may be before they are given an address.
+        bypass_proxies()
         rollout = Rollout(workflow, config.run.seed, policies, general.item_timeout, general.retries, gate)
         if meter is not None:
             meter.total += len(requests)

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ... import __version__
+from ...llms.proxies import bypass_proxies
 from ...redaction import remember_secret
 from ...threads import in_daemon_thread
 from ...types import RolloutRequest
@@ -97,6 +98,7 @@ class RolloutWorker:
             for policy in parcel.policies:
                 await self._replica(policy)
             if parcel.key not in self._rollouts:
+                bypass_proxies()  # of this process; see EvaluationRun
                 content = await parcel.content
                 self._rollouts[parcel.key] = unpacked(content, self._replicas)
                 while len(self._rollouts) > KEPT:
