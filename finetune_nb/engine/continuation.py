@@ -20,6 +20,7 @@ __all__ = [
     "class_name",
     "fingerprints",
     "given_components",
+    "recorded_components",
     "require_components",
 ]
 
@@ -41,12 +42,24 @@ def class_name(component: Any) -> str:
     return f"{type(component).__module__}.{type(component).__qualname__}"
 
 
+def recorded_components(state: Mapping[str, Any]) -> dict[str, str]:
+    """The classes of the components that a run was given as objects, by kind, as its record has them.
+
+    Args:
+        state: What resuming after an epoch needs. It may be of somebody else's folder.
+    """
+    found = state.get("components")
+    if not isinstance(found, Mapping):
+        return {}
+    return {kind: str(name) for kind, name in found.items() if kind in ARGUMENTS}
+
+
 def given_components(components: Builder) -> dict[str, str]:
     """The classes of the components that a run was given as objects, by kind."""
     return {kind: class_name(component) for kind, _, component in components.added() if kind in ARGUMENTS}
 
 
-def require_components(recorded: Mapping[str, str] | None, components: Builder, run_id: str) -> None:
+def require_components(recorded: Mapping[str, str], components: Builder, run_id: str) -> None:
     """Check that a run is continued with components of the classes that it had.
 
     Args:
@@ -58,13 +71,12 @@ def require_components(recorded: Mapping[str, str] | None, components: Builder, 
         RunError: One is missing, or of another class.
     """
     given = {kind: component for kind, _, component in components.added()}
-    for kind, name in (recorded or {}).items():
-        argument = ARGUMENTS.get(kind)
+    for kind, name in recorded.items():
+        component = given.get(kind)
         # A class of a notebook is in `__main__`, and may have moved into a module since: its name decides.
-        names = [each.__name__ for each in type(given[kind]).__mro__] if kind in given else []
-        if argument is None or name.rpartition(".")[2] in names:
+        if component is not None and name.rpartition(".")[2] in [each.__name__ for each in type(component).__mro__]:
             continue
-        found = class_name(given[kind]) if kind in given else None
+        argument, found = ARGUMENTS[kind], None if component is None else class_name(component)
         raise RunError(
             f"run {run_id!r} was made with a {argument} of its own, a {name}; found {found or 'none'}. Another one would "
             f"change what is collected or trained without a word. Pass {argument}=... of that class to Run(...), Run.open or "
@@ -106,19 +118,16 @@ def changes_since(
     Returns:
         A Change for each difference, with the source "resume".
     """
-    known = dict(_leaves(written))
+    known = {**dict(_leaves(written)), **before}
     for change in journal:
         if change.source == RESUME and change.field in known:
             known[change.field] = change.new
     found = []
-    for field, value in _leaves(now):
+    for field, value in {**dict(_leaves(now)), **digests}.items():
         # A field that the folder does not have is newer than the folder, and has its default.
         if field in known and known[field] != value and field not in _ELSEWHERE:
-            found.append((field, known[field], value))
-    for field, digest in digests.items():
-        if field in before and before[field] != digest:
-            found.append((field, before[field], digest))
-    return [Change(time.time(), RESUME, field, old, new, epoch) for field, old, new in found]
+            found.append(Change(time.time(), RESUME, field, known[field], value, epoch))
+    return found
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

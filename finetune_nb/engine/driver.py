@@ -37,7 +37,7 @@ from ..types import (
     Validation,
 )
 from ..user_code import contained
-from .continuation import changes_since, fingerprints, given_components, require_components
+from .continuation import changes_since, fingerprints, given_components, recorded_components, require_components
 from .epoch_record import EpochInProgress, log_what_was_left
 from .live_settings import LiveSettings, write_live_values
 from .observer import TrainerObserver, set_curriculum
@@ -85,11 +85,11 @@ class Driver:
         self.adapter: TrainerAdapter = None  # type: ignore[assignment]
         self._observer: TrainerObserver = None  # type: ignore[assignment]  # set by open
         self._left: PartialEpoch | None = None  # begun by a process that has ended
-        self._trial = Playground(config, components, run_id)
+        self._playground = Playground(config, components, run_id)
         self._claimed: list[Any] = []
         self._given: dict[str, Any] = {}  # what the run was given, for whoever continues it
         self.sinks: list[MetricsSink] = []
-        self._outlets = SinkDispatcher(self.sinks, run_id, config.stored)
+        self._sink_dispatcher = SinkDispatcher(self.sinks, run_id, config.stored)
 
     # ── opening and closing ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -107,7 +107,7 @@ class Driver:
         self._claim(trainer, self.trajectory_builder, self.adapter)
         await trainer.bind_components(self.trajectory_builder, self.adapter)
         await trainer.initialize(names)
-        await self._trial.preflight(reads_rows=getattr(self.trajectory_builder, "reads_our_rows", False))
+        await self._playground.preflight(reads_rows=getattr(self.trajectory_builder, "reads_our_rows", False))
         if not await self.adapter.is_healthy():
             name = type(self.adapter).__name__
             raise BackendError(
@@ -115,7 +115,7 @@ class Driver:
                 "Start or repair the backend, then run the epoch again."
             )
         if self.writer is None:
-            await _to_its_end(self._open_recorder())
+            await _to_its_end(self._open_writer())
         await self._take_up(trainer)
         self._observer = TrainerObserver(
             trainer, self.run_id, self.live_settings, self.state, self.writer, self.components
@@ -143,7 +143,7 @@ class Driver:
         while self._claimed:
             _owners.pop(id(self._claimed.pop()), None)
 
-    async def _open_recorder(self) -> None:
+    async def _open_writer(self) -> None:
         run = self.config.run
         self.writer = await RunWriter.open(
             self.folder, self.run_id, self.config.stored(), run.checkpoint_every, run.keep_checkpoints
@@ -153,7 +153,7 @@ class Driver:
         """Puts everything where the record ends."""
         store = self.writer.store
         recorded = store.state() or {}
-        require_components(recorded.get("components"), self.components, self.run_id)
+        require_components(recorded_components(recorded), self.components, self.run_id)
         self.epochs = list(store.epochs)
         self._first = store.next_index
         state = await self.writer.weights.restore(self.adapter)
@@ -173,18 +173,18 @@ class Driver:
         }
         if not self.epochs:
             return
+        resume_epoch = self.writer.weights.resume_epoch
+        epoch = store.next_index if resume_epoch is None else resume_epoch + 1
         changes = changes_since(
             store.config(),
             self.config.stored(),
             recorded.get("functions") or {},
             self._given["functions"],
-            store.journal(),
-            store.next_index,
+            self.live_settings.journal,  # with what was found a moment ago, if the run went back since
+            epoch,
         )
         for change in changes:
-            said = (
-                f"from epoch {store.next_index} on, {change.field} is {short(change.new)}; it was {short(change.old)}"
-            )
+            said = f"from epoch {epoch} on, {change.field} is {short(change.new)}; it was {short(change.old)}"
             logger.warning("%s", said)
             self.writer.event("changed", text=said)
         self.live_settings.note_resume(changes)
@@ -232,7 +232,7 @@ class Driver:
                 await contained("cleanup", self.trainer.cleanup(), PATIENCE)
         finally:
             try:
-                await in_daemon_thread(self._outlets.close)
+                await in_daemon_thread(self._sink_dispatcher.close)
                 if self.writer is not None:
                     self.writer.journal(self.live_settings)
                     await self.writer.close(self.adapter)
@@ -354,7 +354,7 @@ class Driver:
             self.epochs.append(epoch)  # in memory it can still be looked at, and exported
             raise
         self.epochs.append(epoch)
-        self._outlets.recorded(epoch)
+        self._sink_dispatcher.recorded(epoch)
         return epoch
 
     async def trains_in_run(self) -> bool:
@@ -385,12 +385,12 @@ class Driver:
     async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
         """One rollout of one example: its position in the dataset, or its id. It is not recorded in any epoch."""
         await self.open()
-        return await self._trial.rollout(example, self.trajectory_builder)
+        return await self._playground.rollout(example, self.trajectory_builder)
 
     async def chat(self, messages: Any, **options: Any) -> ChatReply:
         """One reply of the policy to a text or to OpenAI messages."""
         await self.open()
-        return await self._trial.chat(messages, self.adapter, **options)
+        return await self._playground.chat(messages, self.adapter, **options)
 
     async def save_model(self, directory: str, **options: Any) -> str:
         """Writes the trained model by the adapter's `save`; returns where. Raises RunError for an adapter that has none."""

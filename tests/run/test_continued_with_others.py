@@ -1,5 +1,7 @@
 """A run is continued with other settings, functions, rows or components than it had: said in the journal, or refused."""
 
+import shutil
+
 import pytest
 
 import finetune_nb as ft
@@ -93,3 +95,39 @@ def test_a_fork_needs_a_builder_too_and_may_be_given_another_one(tmp_path):
     ft.run_sync(fork.next_epoch())
     assert fork.epochs().mean_reward.tolist()[-1] == 1.0
     fork.close()
+
+
+def test_what_differs_is_noted_once_where_the_run_goes_back_to_an_older_checkpoint(tmp_path):
+    """The record is taken up twice then: when the run is opened, and once more without its newest epochs."""
+
+    def opened(temperature):
+        run = ft.Run(
+            solve,
+            lambda item: float(len(item.output_obj)),
+            sums(2),
+            generations=2,
+            name="r",
+            output_dir=tmp_path,
+            resume="auto",
+            sampling={"temperature": temperature, "max_tokens": 4},
+        )
+        run.config.run.checkpoint_every = 2
+        return run
+
+    run = opened(1.0)
+    for _ in range(2):
+        ft.run_sync(run.next_epoch())
+    shutil.copytree(
+        run.folder, tmp_path / "killed"
+    )  # as a process that was killed leaves it: epoch 1 has no checkpoint
+    run.close()
+    shutil.rmtree(tmp_path / "r")
+    (tmp_path / "killed").rename(tmp_path / "r")
+    (tmp_path / "r" / "lock").unlink()
+
+    again = opened(0.5)
+    ft.run_sync(again.next_epoch())
+    assert [epoch.index for epoch in again] == [0, 1]  # it went back
+    noted = [(c.field.rpartition(".")[2], c.old, c.new, c.epoch) for c in again.changes if c.source == "resume"]
+    assert noted.count(("temperature", 1.0, 0.5, 1)) == len([each for each in noted if each[0] == "temperature"]) == 1
+    again.close()
