@@ -18,6 +18,7 @@ __all__ = [
     "as_exception",
     "contained",
     "contained_call",
+    "raised_text",
 ]
 
 T = TypeVar("T")
@@ -37,13 +38,26 @@ def as_exception(error: BaseException, what: str) -> Exception:
     if isinstance(error, Exception):
         return error
     if isinstance(error, asyncio.CancelledError):
-        said = f"CancelledError: {what} was cancelled from inside"
+        said = message = f"CancelledError: {what} was cancelled from inside"
     else:
         said = error_text(error)
-    replaced = UserCodeError(f"{what} raised {said}" if not said.startswith("CancelledError") else said)
+        message = f"{what} raised {said}"
+    replaced = UserCodeError(message)
     replaced.said = said
     replaced.__cause__ = error
     return replaced
+
+
+def raised_text(error: Exception) -> str:
+    """What user code raised, as `error_text` has it: that of the cause, if `as_exception` replaced it.
+
+    Args:
+        error: What `contained` or `contained_call` raised.
+
+    Returns:
+        Its type and message, without secrets: "SystemExit: 2".
+    """
+    return error.said if isinstance(error, UserCodeError) else error_text(error)
 
 
 def contained_call(what: str, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:

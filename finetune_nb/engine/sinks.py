@@ -16,11 +16,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..errors import ConfigError, UserCodeError
-from ..redaction import error_text, redacting_logger
+from ..errors import ConfigError
+from ..redaction import redacting_logger
 from ..store.json import append_jsonl
 from ..types import Epoch, EpochMetrics
-from ..user_code import contained_call
+from ..user_code import contained_call, raised_text
 
 __all__ = [
     "JsonlSink",
@@ -212,7 +212,7 @@ class _SinkThread:
         try:
             contained_call("it", work, *args)
         except Exception as error:
-            said = error.said if isinstance(error, UserCodeError) else error_text(error)
+            said = raised_text(error)
             level = logger.debug if said == self._said else logger.warning  # a tracker that is down is down every epoch
             level("sink %s failed (%s): %s; the run continues", type(self._sink).__name__, said, lost)
             self._said = said

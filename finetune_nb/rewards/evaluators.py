@@ -18,12 +18,11 @@ from pydantic import Field, field_validator
 from ..components.builder import Builder
 from ..components.registry import register_evaluator
 from ..config.base import EvaluatorBaseConfig
-from ..errors import ConfigError, UserCodeError
-from ..redaction import error_text
+from ..errors import ConfigError
 from ..text import text_of
 from ..threads import in_daemon_thread
 from ..types import EvalInput, EvalInputItem, EvalOutput, EvalOutputItem
-from ..user_code import contained, contained_call
+from ..user_code import contained, contained_call, raised_text
 
 __all__ = [
     "ContainsConfig",
@@ -128,10 +127,7 @@ def verdict(item_id: Any, value: Any) -> EvalOutputItem:
 
 
 def no_score(item_id: Any, error: Exception | str, reasoning: Any = None) -> EvalOutputItem:
-    if isinstance(error, UserCodeError):
-        text = error.said
-    else:
-        text = error if isinstance(error, str) else error_text(error)
+    text = error if isinstance(error, str) else raised_text(error)
     return EvalOutputItem(id=item_id, score=None, reasoning=reasoning or {}, error=text)
 
 

@@ -11,13 +11,12 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from ..errors import RolloutTimeout, UserCodeError, WorkflowError
+from ..errors import RolloutTimeout, WorkflowError
 from ..interfaces import Policy
 from ..llms.call_recorder import CallRecorder
-from ..redaction import error_text
 from ..text import text_of
 from ..types import RolloutRequest, RolloutResult
-from ..user_code import contained
+from ..user_code import contained, raised_text
 from .workflow import Workflow
 
 __all__ = [
@@ -65,10 +64,8 @@ class Rollout:
             error = None
             if output is None:
                 error = f"WorkflowError: workflow {self.workflow.name!r} returned nothing"
-        except UserCodeError as caught:  # SystemExit, say: an agent must not take the run down
-            output, error = None, caught.said
         except Exception as caught:
-            output, error = None, error_text(caught) + _loop_hint(caught)
+            output, error = None, raised_text(caught) + _loop_hint(caught)
         return RolloutResult(request, output, episode.steps(), time.perf_counter() - started, error)
 
     async def _timed(self, request: RolloutRequest, episode: CallRecorder, seconds: float) -> Any:

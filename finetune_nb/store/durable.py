@@ -188,7 +188,7 @@ class FileDigest(BaseModel):
 
 
 def digest_of(path: Path) -> FileDigest:
-    """The seal of a file as it is now; reads all of it."""
+    """The size and the digest of a file as it is now; reads all of it."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileDigest(bytes=file.tell(), sha256=digest)

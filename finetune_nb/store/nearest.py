@@ -23,7 +23,7 @@ __all__ = [
     "known_number",
     "known_numbers",
     "preference",
-    "text_of",
+    "stored_text",
 ]
 
 ROLES = {str(role): role for role in EpisodeItemRole}
@@ -70,7 +70,7 @@ def _known_item(item: Any) -> EpisodeItem | DPOItem:
     role = getattr(item, "role", None)
     return EpisodeItem.model_construct(
         role=ROLES[role] if isinstance(role, str) and role in ROLES else EpisodeItemRole.OTHER,
-        content=content if isinstance(content, str) else text_of(content),
+        content=content if isinstance(content, str) else stored_text(content),
         logprobs=getattr(item, "logprobs", None),
         metadata=metadata if metadata is None or isinstance(metadata, dict) else {"metadata": metadata},
     )
@@ -112,7 +112,7 @@ def all_of(kinds: set[type], values: Iterable[Any]) -> bool:
     return attempt(lambda values: kinds.issuperset(map(type, values)), values) is True
 
 
-def text_of(value: Any) -> str:
+def stored_text(value: Any) -> str:
     """A value as a text to read and to group by, without secrets. Never raises."""
     text = value if isinstance(value, str) else attempt(str, value)
     return redact_text(short_text(value) if text is FAILED else str.__str__(text))

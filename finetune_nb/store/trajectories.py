@@ -50,7 +50,7 @@ from .nearest import (
     known_numbers,
     known_trajectory,
     preference,
-    text_of,
+    stored_text,
 )
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class _Rollouts:
         return _array([known_numbers(each, "shaped_rewards") for each in rewards] + self._nothing, "list<double>")
 
     def error(self) -> pa.Array:
-        return _texts(self._of_metadata("reward_error") + [text_of(failure.error) for failure in self._failures])
+        return _texts(self._of_metadata("reward_error") + [stored_text(failure.error) for failure in self._failures])
 
     def turns(self) -> pa.Array:
         return _array(self._episodes[0] + self._nothing, "int32")
@@ -183,7 +183,7 @@ class _Rollouts:
     def metadata(self) -> pa.Array:
         known: list[dict[str, Any] | None] = [trajectory.metadata for trajectory in self._trajectories]
         for failure in self._failures:
-            error = failure.error if isinstance(failure.error, str) else text_of(failure.error)
+            error = failure.error if isinstance(failure.error, str) else stored_text(failure.error)
             generation = int(failure.generation) if is_whole(failure.generation) else None
             known.append({"id": failure.example_id, "generation": generation, "error": error})
         return _json(known, "metadata")
@@ -471,7 +471,7 @@ def _texts(values: Sequence[Any]) -> pa.Array:
     if all_of({str, type(None)}, values):
         texts = redact_texts(values)
     else:
-        texts = [None if value is None else text_of(value) for value in values]
+        texts = [None if value is None else stored_text(value) for value in values]
     try:
         return _array(texts, "string")
     except UnicodeError:
@@ -646,7 +646,7 @@ def _failure_with_less(failure: RolloutFailure) -> RolloutFailure:
     if attempt(lambda each: table_of((), [each]), failure) is not FAILED:
         return failure
     note_replaced("steps", "those of a failed rollout that cannot be written")
-    return RolloutFailure(plain(failure.example_id, "id"), failure.generation, text_of(failure.error))
+    return RolloutFailure(plain(failure.example_id, "id"), failure.generation, stored_text(failure.error))
 
 
 def write_trajectories(folder: Path, epoch: int, run_id: str, collection: TrajectoryCollection) -> int:
