@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 
 from .errors import ConfigError, did_you_mean
 from .hooks import resolve, shown_by
-from .text import as_json, plain
+from .text import as_json, plain, text_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,6 +85,7 @@ __all__ = [
     "logprob_values",
     "plain_content",
     "readable_logprobs",
+    "same_id",
     "same_message",
     "sampled_outcome",
     "sampled_tokens",
@@ -1085,6 +1086,12 @@ _THINKING_TAG = re.compile(r"(</?think(?:ing)?>)\s*")
 def field_of(value: Any, name: str) -> Any:
     """A key of a mapping, an attribute of anything else; None where it is not there."""
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def same_id(one: Any, other: Any) -> bool:
+    """Whether two ids name the same example: their texts are equal. 7 and "7", which a person typed, are; 1, 1.0 and True,
+    which Python holds for equal, are not."""
+    return text_of(one) == text_of(other)
 
 
 def as_float(value: Any) -> float:

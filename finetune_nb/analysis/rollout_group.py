@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RunError
-from ..text import short, text_of
+from ..text import short
 from ..training.metrics import advantages
-from ..types import Epoch, GroupReason, RolloutFailure, Trajectory
+from ..types import Epoch, GroupReason, RolloutFailure, Trajectory, same_id
 
 __all__ = [
     "RolloutGroup",
@@ -65,11 +65,11 @@ class RolloutGroup:
         known = []
         for place in range(len(self.trajectories)):
             known.append(self.generation(place))
-            if _same(known[-1], generation):
+            if same_id(known[-1], generation):
                 return place
         for failure in self.failures:
             known.append(failure.generation)
-            if _same(failure.generation, generation):
+            if same_id(failure.generation, generation):
                 return failure
         raise RunError(
             f"found generation={generation!r}; example {short(self.example, 80)} has the generations "
@@ -100,7 +100,7 @@ def rollout_group(epoch: Epoch, example: Any = None) -> RolloutGroup:
         example = statistics.example_ids[position]
     elif example is None:
         example = failures[0].example_id
-    failures_of_it = [failure for failure in failures if _same(failure.example_id, example)]
+    failures_of_it = [failure for failure in failures if same_id(failure.example_id, example)]
 
     if position is None:
         # Every rollout of the example failed, so the epoch has no group of it.
@@ -136,7 +136,7 @@ def _widest_group(epoch: Epoch) -> int | None:
 def _position_of(epoch: Epoch, example: Any) -> int | None:
     """The position of the example's group; None if it has none."""
     for position, known in enumerate(epoch.statistics.example_ids):
-        if _same(known, example):
+        if same_id(known, example):
             return position
     return None
 
@@ -149,11 +149,6 @@ def _unknown_example(epoch: Epoch, example: Any) -> str:
     if near:
         message += f" Did you mean {short(near[0], 80)!r}?"
     return message
-
-
-def _same(known: Any, wanted: Any) -> bool:
-    """Whether two ids are the same. One may have been typed by a person, so 7 and "7" are."""
-    return text_of(known) == text_of(wanted)
 
 
 def _some(values: Iterable[Any], most: int = 12) -> str:

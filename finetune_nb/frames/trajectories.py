@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..store.json import decode, decode_steps
 from ..store.trajectories import table_of, to_python
-from ..text import text_of
 from ..training.metrics import advantages
-from ..types import GROUP_REASONS, Epoch, IntermediateStep
+from ..types import GROUP_REASONS, Epoch, IntermediateStep, same_id
 from .columns import (
     Column,
     asked_for,
@@ -196,7 +195,7 @@ def is_example(found: Any, asked: Any) -> bool:
     """
     if isinstance(asked, list | set | frozenset) and type(found) is not type(asked):
         return any(is_example(found, each) for each in asked)
-    return text_of(found) == text_of(asked)
+    return same_id(found, asked)
 
 
 # ── the columns of one epoch ─────────────────────────────────────────────────────────────────────────────────────────

@@ -65,7 +65,7 @@ def print_line(line: str) -> None:
     if sys.stderr is None:
         return
     with contextlib.suppress(OSError, ValueError):  # a closed pipe or file must not end a run
-        sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"{plain(line)}\n")
         sys.stderr.flush()
 
 
