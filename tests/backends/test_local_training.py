@@ -299,6 +299,8 @@ async def test_out_of_memory_says_which_micro_batch_would_fit(monkeypatch):
     assert (await train(a, trajectories)).status == "completed"
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_where_not_even_one_sequence_fits_other_ways_out_are_named(monkeypatch):
     a = adapter(optimizer_steps=1)
     trajectories = await rollouts(a, by_first_token)

@@ -72,6 +72,8 @@ def test_a_slider_moved_by_keyboard_reaches_the_draft_while_the_run_goes_on(lab,
     assert found < max(NOTICED, 5 * quiet)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_what_is_applied_while_a_cell_waits_is_used_by_that_epoch(lab, runs_folder):
     cell = (
         f"{NEXT_EPOCH}\nprobe.note('used', percentile=epoch.curriculum.percentile, schedule=epoch.curriculum.schedule)"

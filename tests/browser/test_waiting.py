@@ -88,6 +88,8 @@ def test_a_slider_that_was_never_touched_is_heard_while_a_cell_waits(lab, runs_f
     assert left["epochs"] == 2
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_the_cell_that_started_a_run_shows_each_epoch_and_is_saved_with_the_last(lab, runs_folder):
     notebook = lab.open(
         [SETUP.format(folder=str(runs_folder)), 'run = new_run("record"); run.start(epochs=2)', "run.wait()"]

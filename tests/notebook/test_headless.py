@@ -38,6 +38,8 @@ def displays(cell):
     return [output.data for output in cell.outputs if "data" in output]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_the_cell_that_started_a_run_is_saved_with_its_last_state(tmp_path):
     cells = execute_cells(
         tmp_path,

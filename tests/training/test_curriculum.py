@@ -122,6 +122,8 @@ def drawn_decimal(rng):
     return groups, numbers, lambda number: Fraction(round(number * 20), 20)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("draw", [drawn_dyadic, drawn_decimal])
 def test_selection_equals_the_reference_but_for_the_intended_differences(draw):
     """11,000 calls each. The intended differences, and how each is taken into account:
