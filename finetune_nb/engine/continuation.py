@@ -59,28 +59,27 @@ def given_components(components: Builder) -> dict[str, str]:
     return {kind: class_name(component) for kind, _, component in components.added() if kind in ARGUMENTS}
 
 
-def require_components(recorded: Mapping[str, str], components: Builder, run_id: str) -> None:
+def require_components(recorded: Mapping[str, str], found: Mapping[str, Any], run_id: str) -> None:
     """Check that a run is continued with components of the classes that it had.
 
     Args:
         recorded: The classes of those that it was given as objects, by kind.
-        components: What it has now.
+        found: The components that it has now, by kind, given or made from its config.
         run_id: The run's id.
 
     Raises:
-        RunError: One is missing, or of another class.
+        RunError: One is of another class.
     """
-    given = {kind: component for kind, _, component in components.added()}
     for kind, name in recorded.items():
-        component = given.get(kind)
         # A class of a notebook is in `__main__`, and may have moved into a module since: its name decides.
-        if component is not None and name.rpartition(".")[2] in [each.__name__ for each in type(component).__mro__]:
+        if name.rpartition(".")[2] in [each.__name__ for each in type(found[kind]).__mro__]:
             continue
-        argument, found = ARGUMENTS[kind], None if component is None else class_name(component)
+        argument = ARGUMENTS[kind]
+        article = "an" if argument == "adapter" else "a"
         raise RunError(
-            f"run {run_id!r} was made with a {argument} of its own, a {name}; found {found or 'none'}. Another one would "
-            f"change what is collected or trained without a word. Pass {argument}=... of that class to Run(...), Run.open or "
-            "fork; the run can be read as it is."
+            f"run {run_id!r} was made with {article} {argument} of its own, a {name}; found {class_name(found[kind])}. Another "
+            f"one would change what is collected or trained without a word. Pass {argument}=... of that class to Run(...), "
+            "Run.open or fork; the run can be read as it is."
         )
 
 

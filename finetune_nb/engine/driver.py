@@ -153,7 +153,8 @@ class Driver:
         """Puts everything where the record ends."""
         store = self.writer.store
         recorded = store.state() or {}
-        require_components(recorded_components(recorded), self.components, self.run_id)
+        found = {"trainer": trainer, "trajectory_builder": self.trajectory_builder, "trainer_adapter": self.adapter}
+        require_components(recorded_components(recorded), found, self.run_id)
         self.epochs = list(store.epochs)
         self._first = store.next_index
         state = await self.writer.weights.restore(self.adapter)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..components.builder import Builder
 from ..components.loading import load_config
 from ..config.sections import Config, FinetuneRunConfig
-from ..engine.continuation import given_components, recorded_components, require_components
+from ..engine.continuation import given_components, recorded_components
 from ..engine.driver import Driver
 from ..engine.epoch_record import partial_record, require_rewards
 from ..engine.live_settings import LiveField, LiveSettings, LiveValues, live_fields, read_journal
@@ -935,9 +935,8 @@ class Run(RunHistory):
         ready = {"trajectory_builder": builder, "trainer_adapter": adapter, "trainer": trainer}
         config, components = copy_for_fork(self.config, self._driver.components, training, ready)
         branch = branch_of(store, epoch, curriculum, training)
-        recorded = recorded_components(branch.state)  # a fork may be given others, by name
-        require_components({kind: name for kind, name in recorded.items() if ready[kind] is None}, components, self.id)
-        branch.state["components"] = given_components(components)
+        # The fork may be given components of other classes; for the rest it needs what this run has.
+        branch.state["components"] = {**recorded_components(branch.state), **given_components(components)}
         run_id = free_id(name or f"{self.id[:90]}-fork", self.folder.parent)
         if writer is not None and not self._closed:
             writer.on_fork(branch.epoch, run_id, branch.checkpoint)

@@ -131,3 +131,22 @@ def test_what_differs_is_noted_once_where_the_run_goes_back_to_an_older_checkpoi
     noted = [(c.field.rpartition(".")[2], c.old, c.new, c.epoch) for c in again.changes if c.source == "resume"]
     assert noted.count(("temperature", 1.0, 0.5, 1)) == len([each for each in noted if each[0] == "temperature"]) == 1
     again.close()
+
+
+def test_a_component_that_the_config_makes_of_the_same_class_is_the_same(tmp_path):
+    plain = ft.EvalTrajectoryBuilder(ft.EvalTrajectoryBuilderConfig(num_generations=2))
+    epoch_of(tmp_path, builder=plain)
+    opened = ft.Run.open(tmp_path / "r", solve, ones, dataset=sums(2), adapter=FakeAdapter())
+    ft.run_sync(opened.next_epoch())
+    assert len(opened) == 2
+    opened.close()
+
+
+def test_a_fork_of_a_run_that_was_opened_without_its_builder_is_refused_before_its_first_epoch(tmp_path):
+    epoch_of(tmp_path, builder=shaping())
+    opened = ft.Run.open(tmp_path / "r", solve, ones, dataset=sums(2), adapter=FakeAdapter())
+    fork = opened.fork(adapter=FakeAdapter(), name="other")
+    with pytest.raises(ft.RunError, match="made with a builder of its own"):
+        ft.run_sync(fork.next_epoch())
+    fork.close()
+    opened.close()
