@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .config.base import TrainerAdapterConfig, TrajectoryBuilderConfig
+from .errors import UnknownJob, did_you_mean
 from .interfaces import Policy, TrainerAdapter, TrajectoryBuilder
 from .types import (
     EpisodeItem,
@@ -138,7 +139,7 @@ class FakeAdapter(TrainerAdapter):
             self.policy.version += 1
 
     async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
-        job = self._jobs[(ref.metadata or {})["job_id"]]
+        job = self._job(ref)
         state = self.outcome if job.done() else TrainingStatusEnum.RUNNING
         if job.cancelled():
             state = TrainingStatusEnum.CANCELED
@@ -148,7 +149,7 @@ class FakeAdapter(TrainerAdapter):
         )
 
     async def wait_until_complete(self, ref: TrainingJobRef, poll_interval: float = 10.0) -> TrainingJobStatus:
-        await asyncio.wait([self._jobs[(ref.metadata or {})["job_id"]]])
+        await asyncio.wait([self._job(ref)])
         return await self.status(ref)
 
     async def cancel(self, ref: TrainingJobRef) -> None:
@@ -156,8 +157,17 @@ class FakeAdapter(TrainerAdapter):
 
         Args:
             ref: What `submit` returned.
+
+        Raises:
+            UnknownJob: There is no such job.
         """
-        self._jobs[(ref.metadata or {})["job_id"]].cancel()
+        self._job(ref).cancel()
+
+    def _job(self, ref: TrainingJobRef) -> asyncio.Task[None]:
+        job_id = str((ref.metadata or {}).get("job_id"))
+        if job_id not in self._jobs:
+            raise UnknownJob(f"this adapter has no training job {job_id!r}. {did_you_mean(job_id, self._jobs)}")
+        return self._jobs[job_id]
 
     def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
         self.progress.append(metrics)

@@ -114,6 +114,14 @@ async def test_closing_cancels_what_runs_and_leaves_what_has_ended():
     assert (await adapter.status(ended)).status == "completed"
 
 
+async def test_a_job_that_is_not_there_is_an_error_of_its_kind():
+    adapter = FakeAdapter()
+    ref = ft.TrainingJobRef(run_id="run", backend="fake", metadata={"job_id": "elsewhere"})
+    for ask in (adapter.status, adapter.wait_until_complete, adapter.cancel):
+        with pytest.raises(ft.UnknownJob, match="elsewhere"):
+            await ask(ref)
+
+
 async def test_an_unhealthy_adapter_says_so():
     assert await FakeAdapter().is_healthy()
     assert not await FakeAdapter(healthy=False).is_healthy()

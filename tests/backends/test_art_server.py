@@ -8,11 +8,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
-from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
+from finetune_nb.backends.art_server import server as server_module
 from finetune_nb.backends.art_server.payload import AnsweredCalls, SentGroup, collection_of
-from finetune_nb.backends.art_server.routes import application
 from finetune_nb.backends.art_server.server import ArtServer, serve
 from finetune_nb.backends.local.adapter import LocalGRPOAdapter
 from finetune_nb.backends.local.config import LocalGRPOConfig
@@ -83,7 +82,7 @@ class Client:
 async def serving(**options):
     adapter = LocalGRPOAdapter(LocalGRPOConfig(threads=1))
     server = ArtServer(adapter, **options)
-    http = HTTPServer(application(server))
+    http = server_module.http_server(server)
     sockets = bind_sockets(0, "127.0.0.1")
     http.add_sockets(sockets)
     try:
@@ -239,3 +238,15 @@ async def test_a_port_that_is_taken_is_named():
     with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1 cannot be had"):
         await asyncio.wait_for(serve(port=port), 120)
     sockets[0].close()
+
+
+async def test_a_connection_that_sends_nothing_is_closed_after_a_time(monkeypatch):
+    monkeypatch.setattr(server_module, "IDLE_SECONDS", 0.3)
+    monkeypatch.setattr(server_module, "BATCH_SECONDS", 0.3)
+    async with serving() as client:
+        host, port = client.url.removeprefix("http://").split(":")
+        for sent in (b"", b"POST /train HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nab"):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(sent)
+            assert await asyncio.wait_for(reader.read(), 30) == b""
+            writer.close()

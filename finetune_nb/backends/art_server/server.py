@@ -19,7 +19,7 @@ from tornado.netutil import bind_sockets
 from ...errors import BackendError, ConfigError
 from ...llms.call_recorder import CallRecorder
 from ...llms.client import PolicyLLM
-from ...llms.gateway import Endpoint, Gateway, sample
+from ...llms.gateway import IDLE_SECONDS, Endpoint, Gateway, sample
 from ...llms.openai_wire import Refused, WireRequest
 from ...redaction import redacting_logger
 from ...threads import in_daemon_thread
@@ -39,6 +39,8 @@ HEALTH_PORT = 8000
 """The Toolkit's plugin asks this port whether the backend is healthy, whatever its config says."""
 LARGEST_REQUEST = 2**30
 """Bytes of a training request: every sampled token is some 100 of them."""
+BATCH_SECONDS = 600.0
+"""How long the body of a request may take: a batch can be long, and the line slow."""
 CALLS_AN_EPISODE, EPISODES = 10_000, 10
 """Bounds of what is kept of calls that nobody trains on."""
 _METRICS = {
@@ -219,6 +221,16 @@ def _remove(folder: Path) -> None:
 # ── starting ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def http_server(server: ArtServer) -> HTTPServer:
+    """An HTTP server of the protocol's paths, to be started on the running event loop."""
+    return HTTPServer(
+        application(server),
+        max_body_size=LARGEST_REQUEST,
+        idle_connection_timeout=IDLE_SECONDS,
+        body_timeout=BATCH_SECONDS,
+    )
+
+
 async def serve(
     model: str = "embedded",
     *,
@@ -249,7 +261,7 @@ async def serve(
     await in_daemon_thread(lambda: adapter.policy)
     server = ArtServer(adapter, folder, learning_rate, SamplingParams(max_tokens=max_tokens), allow_inexact)
     server.address = (host, HEALTH_PORT)
-    http = HTTPServer(application(server), max_body_size=LARGEST_REQUEST)
+    http = http_server(server)
     try:
         for each in dict.fromkeys((port, HEALTH_PORT)):
             try:
