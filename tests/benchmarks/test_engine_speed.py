@@ -119,3 +119,47 @@ def test_the_cost_of_an_epoch_does_not_grow_with_the_number_of_epochs_before(ben
         f"\n200 epochs x 100 groups x 8: {total:.2f} s CPU; an epoch {early * 1e3:.1f} ms first, {late * 1e3:.1f} ms later"
     )
     assert found.ratio("late", "early") < 1.5
+
+
+MEMORY = """
+import collections, gc, resource, sys
+import finetune_nb as ft
+from finetune_nb.testing import FakeAdapter, sums
+
+async def agent(question, llm):
+    reply = await llm.chat([{"role": "user", "content": question}])
+    if question.startswith("9"):
+        raise ValueError(f"no answer to {question}")
+    return reply.content
+
+def resident():
+    gc.collect()
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1e6
+
+adapter = FakeAdapter()
+adapter.submitted = collections.deque(maxlen=1)  # the fake itself keeps what it is given
+options = {"adapter": adapter, "generations": 4, "output_dir": sys.argv[1]}
+run = ft.Run(agent, lambda item: item.id.count("1"), sums(50), **options)
+run.start(100)
+run.wait()
+warm = resident()
+run.start(300)
+run.wait()
+assert len(run) == 400
+print(resident() - warm)
+run.close()
+"""
+
+
+@pytest.mark.benchmark(group="memory")
+def test_three_hundred_epochs_in_the_background_keep_little_in_memory(benchmark, tmp_path):
+    """Rollouts that call the model, failing ones among them, scored and stored: what they leave in a process of its own."""
+
+    def work():
+        command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+    grown = benchmark.pedantic(work, rounds=1)
+    benchmark.extra_info |= {"grown_mb": grown, "target_mb": 10}
+    print(f"\n300 epochs of 50 x 4 rollouts: the process grows by {grown:+.1f} MB")
+    assert grown < 10
