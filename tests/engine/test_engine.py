@@ -247,8 +247,9 @@ def test_run_sync_of_several_threads_at_once():
 def test_interrupting_run_sync_cancels_the_coroutine():
     done = script(
         """
-        import asyncio, _thread, threading, time
+        import asyncio, signal, _thread, threading, time
         import finetune_nb as ft
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
         ended = threading.Event()
         async def work():
             threading.Timer(0.3, _thread.interrupt_main).start()
