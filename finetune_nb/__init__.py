@@ -20,6 +20,8 @@ _NAMES = {
     "run.run": ("Run",),
     "analysis.run_comparison": ("compare",),
     "store.runs": ("runs",),
+    "rewards.from_trl": ("from_trl",),
+    "rewards.functions": ("group_reward",),
     "engine.sinks": ("JsonlSink", "MetricsSink", "WandbSink"),
     "threads": ("enable_nested_asyncio", "run_sync"),
     "components.loading": ("load_config",),
@@ -125,6 +127,8 @@ if TYPE_CHECKING:
     from .interfaces import Trainer as Trainer
     from .interfaces import TrainerAdapter as TrainerAdapter
     from .interfaces import TrajectoryBuilder as TrajectoryBuilder
+    from .rewards.from_trl import from_trl as from_trl
+    from .rewards.functions import group_reward as group_reward
     from .rollouts.evaluation import EvaluationRun as EvaluationRun
     from .rollouts.trajectory_builder import EvalTrajectoryBuilder as EvalTrajectoryBuilder
     from .rollouts.trajectory_builder import EvalTrajectoryBuilderConfig as EvalTrajectoryBuilderConfig

@@ -79,6 +79,7 @@ __all__ = [
     "content_text",
     "field_of",
     "finish_reason",
+    "chat_fields",
     "is_sampled",
     "logprob_count",
     "logprob_entries",
@@ -348,6 +349,8 @@ class EvaluationRunOutput(BaseModel):
     config_metadata_file: Path | None = None
     failures: SkipValidation[list[RolloutFailure]] = Field(default_factory=list, exclude=True)
     """Items whose workflow raised, hung or returned nothing; no evaluator saw them."""
+    unfinished: SkipValidation[dict[str, Any]] = Field(default_factory=dict, exclude=True)
+    """Evaluators by name that compare all rollouts of an example, and wait for those that are run elsewhere."""
 
 
 # The curriculum's fields: type, limits and text of each. Two classes have them: CurriculumSettings, which is the curriculum
@@ -996,6 +999,19 @@ class Epoch:
 
 
 _ASSISTANT = EpisodeItemRole.ASSISTANT  # looking it up in the enum takes as long as the comparison
+
+
+def chat_fields(known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a chat message says besides its role and text: tool calls, which call it answers, its name; only those there.
+
+    Args:
+        known: The metadata of a message, or a message as OpenAI has it: the keys are the same.
+    """
+    fields = {}
+    for key in (MessageKey.TOOL_CALLS, MessageKey.TOOL_CALL_ID, MessageKey.NAME):
+        if known and known.get(key):
+            fields[key] = known[key]
+    return fields
 
 
 def is_sampled(item: EpisodeItem | DPOItem) -> bool:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from .errors import UserCodeError
 from .redaction import error_text, redacting_logger
 
 __all__ = [
+    "LEFT_OUT",
+    "Parameters",
     "as_exception",
     "contained",
     "contained_call",
@@ -22,6 +24,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+LEFT_OUT: Any = object()
+"""In place of an argument: the parameter keeps its default."""
 logger = redacting_logger(__name__)
 
 
@@ -81,6 +85,61 @@ def contained_call(what: str, function: Callable[..., T], /, *args: Any, **kwarg
         raise
     except BaseException as error:
         raise as_exception(error, what) from error
+
+
+class Parameters:
+    """The parameters of a function of the user's, which are filled by name.
+
+    Args:
+        function: Any callable. One whose signature cannot be read, as of some built-in ones, has a single parameter.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        kinds = inspect.Parameter
+        try:
+            found = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):
+            found = [kinds("value", kinds.POSITIONAL_ONLY)]
+        self.takes_all = any(parameter.kind == kinds.VAR_KEYWORD for parameter in found)
+        """Whether it takes keywords that it does not name."""
+        variadic = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+        self.each = [parameter for parameter in found if parameter.kind not in variadic]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all parameters, in order."""
+        return [parameter.name for parameter in self.each]
+
+    @property
+    def single(self) -> str | None:
+        """The name of the only parameter; None if there are more, or none."""
+        return self.each[0].name if len(self.each) == 1 else None
+
+    def arguments(
+        self, find: Callable[[inspect.Parameter], Any], others: Mapping[Any, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Fill the parameters.
+
+        Args:
+            find: Returns the argument of a parameter, or LEFT_OUT.
+            others: What a function that takes all keywords gets besides.
+
+        Returns:
+            Positional and keyword arguments.
+        """
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for parameter in self.each:
+            value = find(parameter)
+            if value is LEFT_OUT:
+                continue
+            if parameter.kind == inspect.Parameter.POSITIONAL_ONLY:
+                args.append(value)
+            else:
+                kwargs[parameter.name] = value
+        if self.takes_all:
+            kwargs = {**{str(name): value for name, value in others.items()}, **kwargs}
+        return args, kwargs
 
 
 async def contained(what: str, work: Awaitable[T], patience: float | None = None) -> T:

@@ -19,6 +19,8 @@ from ..interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from ..llms.call_recorder import CallRecorder
 from ..llms.client import LLM, ChatReply, PolicyLLM
 from ..redaction import error_text, redacting_logger
+from ..rewards.functions import needs_group
+from ..rewards.scoring import check_evaluator
 from ..rollouts.evaluation import EvaluationContext, Progress, dataset_of, evaluation_context, workflow_of
 from ..rollouts.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from ..store.reader import PartialEpoch
@@ -433,7 +435,10 @@ class Playground:
         reads_rows: whether the datasets are ours to read; somebody's own builder may have its rows from elsewhere."""
         if not reads_rows:
             return
-        (await workflow_of(self.config, self.components)).check(self._rows())
+        rows = self._rows()
+        (await workflow_of(self.config, self.components)).check(rows)
+        for name in self.config.eval.evaluators:
+            check_evaluator(await self.components.get_evaluator(name), rows)
         run = self.config.finetuning.run_configuration
         if run and run.validation_dataset:
             dataset_of(self.config, self.components, str(run.validation_dataset))
@@ -457,7 +462,13 @@ class Playground:
         await builder.initialize(self.config.finetuning)
         with self._trying(lambda rows: [position]):
             collection = await builder.collect([await builder.run_eval()], self.run_id)
-        return collection.trajectories[0][0] if collection.trajectories else collection.failures[0]
+        if not collection.trajectories:
+            return collection.failures[0]
+        trajectory = collection.trajectories[0][0]
+        evaluators = [await self.components.get_evaluator(name) for name in self.config.eval.evaluators]
+        if trajectory.metadata is not None and any(map(needs_group, evaluators)):
+            trajectory.metadata["group_size"] = 1
+        return trajectory
 
     def _position_of(self, example: Any) -> int:
         ids = [item.id for item in self._rows()]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -24,6 +25,7 @@ from ..config.base import changed
 from ..config.sections import Config
 from ..config.yaml import dump_yaml, read_yaml
 from ..errors import ConfigError, did_you_mean
+from ..rewards.evaluators import weighted_reward
 from ..types import Change, CurriculumSettings
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
 ]
 
 SAFE_POINTS = ("rollouts", "training")
+REWARD = "reward"
+"""The part that the weights of the reward belong to."""
 
 
 def live_names(section: BaseModel) -> list[str]:
@@ -75,7 +79,26 @@ def live_fields(config: Config) -> list[LiveField]:
                     ),
                 )
             )
-    return found
+    return found + _weight_fields(config)
+
+
+def _weight_fields(config: Config) -> list[LiveField]:
+    """The weights of the reward, if it is a weighted sum: "reward.format"."""
+    section = weighted_reward(config)
+    if section is None:
+        return []
+
+    def checked(part: str, value: Any) -> float:
+        return changed(section, {"weights": {**section.weights, part: value}}, REWARD).weights[part]
+
+    fields = []
+    for part, weight in section.weights.items():
+        doc = f"Weight of the score {part} in the reward."
+        field = LiveField(
+            f"{REWARD}.{part}", weight, "rollouts", f"weight of {part}", doc, check=partial(checked, part)
+        )
+        fields.append(field)
+    return fields
 
 
 def write_live_values(config: Config, builder: Builder, values: Mapping[str, Any]) -> None:
@@ -83,6 +106,11 @@ def write_live_values(config: Config, builder: Builder, values: Mapping[str, Any
     sections = _sections(config)
     for name, value in values.items():
         part, _, field = name.partition(".")
+        if part == REWARD:
+            weighted = weighted_reward(config)
+            assert weighted is not None
+            weighted.weights = {**weighted.weights, field: value}
+            continue
         kind, component, section = sections[part]
         setattr(section, field, value)
         configured = getattr(builder.ready(kind, component), "configured", None) if kind else None

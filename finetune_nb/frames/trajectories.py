@@ -67,6 +67,7 @@ COLUMNS = (
     Column("tokens", "Int64", source="tokens"),
     Column("policy_version", "Int64", source="policy_version"),
     Column("finish_reason", "category", source="finish_reason"),
+    Column("output", "str", source="output"),
     Column("score_<name>", "float64", source="scores"),
 )
 """Columns of `trajectories`. Those without a source come from the epoch's statistics and selection."""
@@ -91,6 +92,7 @@ def trajectories(
     tokens           Int64      tokens that the policy sampled
     policy_version   Int64      the weights that it was sampled from
     finish_reason    category   of the last turn that has one: "stop", "length", ...
+    output           str        what the workflow returned: a text as it is, any other value as JSON
     score_<name>     float64    score from evaluator <name>; NaN if it is not a number
     ================ ========== =============================================================================
 
@@ -112,6 +114,8 @@ def trajectories(
     found: dict[str, Any] = {}
     for column in wanted:
         values = [part[column.name] for part in parts]
+        if column.name == "output":
+            values = [_plain_outputs(flatten(values))]
         if column.prefix is None:
             found[column.name] = column_of(column, values)
         else:
@@ -127,6 +131,16 @@ def _scores(texts: list[str | None]) -> dict[str, np.ndarray]:
     records = [decode(text) for text in distinct]
     records.append(None)  # at index -1, the code of missing values
     return {name: column[places] for name, column in wide(records).items()}
+
+
+def _plain_outputs(texts: list[str | None]) -> list[str | None]:
+    """Outputs as JSON -> a text as it is, any other value as the JSON is."""
+    plain: list[str | None] = []
+    for text in texts:
+        if text is not None and text.startswith('"'):
+            text = decode(text, str)
+        plain.append(text)
+    return plain
 
 
 def _is_wanted(column: Column, names: Sequence[str]) -> bool:

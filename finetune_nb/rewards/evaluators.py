@@ -1,28 +1,18 @@
-"""Evaluators: what scores a finished rollout. A plain function of the item, sync or async, is one; so is an object with
-`evaluate(EvalInput) -> EvalOutput`. The built-in ones compare the output with the expected one, or combine others.
-
-A score that is no number (None, NaN, a text, an exception) is no score: the item then carries an error, never 0.
-"""
+"""The built-in evaluators: they compare the output with the expected one, or combine others."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import math
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, FiniteFloat, field_validator
 
 from ..components.builder import Builder
 from ..components.registry import register_evaluator
 from ..config.base import EvaluatorBaseConfig
-from ..errors import ConfigError
-from ..text import text_of
-from ..threads import in_daemon_thread
-from ..types import EvalInput, EvalInputItem, EvalOutput, EvalOutputItem
-from ..user_code import contained, contained_call, raised_text
+from ..config.sections import Config
+from ..types import EvalInputItem
+from .scoring import WeightedSum
 
 __all__ = [
     "ContainsConfig",
@@ -30,113 +20,8 @@ __all__ = [
     "NumericClosenessConfig",
     "RegexConfig",
     "WeightedConfig",
-    "evaluate_items",
+    "weighted_reward",
 ]
-
-
-PATIENCE = 1.0
-"""Seconds that a reward gets to clean up after the epoch was aborted."""
-
-
-async def evaluate_items(evaluator: Any, items: Sequence[EvalInputItem], max_concurrency: int = 8) -> EvalOutput:
-    """Scores every item. One that cannot be scored has score None and an error; an evaluator that scores all items in one
-    call and raises leaves each of them with that error."""
-    batch = getattr(evaluator, "evaluate_fn", None) or getattr(evaluator, "evaluate", None)
-    if batch is not None:
-        return await _batched(batch, items)
-    if not callable(evaluator):
-        raise ConfigError(
-            f"an evaluator is a function of the item, or has evaluate(EvalInput); got {type(evaluator).__name__}."
-        )
-    if inspect.iscoroutinefunction(evaluator) or inspect.iscoroutinefunction(type(evaluator).__call__):
-        gate, ask = asyncio.Semaphore(max_concurrency), cast(Callable[[EvalInputItem], Awaitable[Any]], evaluator)
-
-        async def score(item: EvalInputItem) -> EvalOutputItem:
-            async with gate:
-                return await _asked(item.id, ask(item))
-
-        verdicts = await asyncio.gather(*map(score, items))
-    else:
-        verdicts = await in_daemon_thread(_score_all, evaluator, items)  # one thread: a slow reward blocks nobody
-        verdicts = [await _asked(*v) if isinstance(v, tuple) else v for v in verdicts]
-    return _output(verdicts)
-
-
-async def _asked(item_id: Any, value: Awaitable[Any]) -> EvalOutputItem:
-    """The verdict of a function that returned something to await."""
-    try:
-        return _verdict(item_id, await contained("the reward", value, PATIENCE))
-    except Exception as error:
-        return no_score(item_id, error)
-
-
-def _score_all(evaluator: Callable[[EvalInputItem], Any], items: Sequence[EvalInputItem]) -> list[Any]:
-    verdicts: list[Any] = []
-    for item in items:
-        try:
-            value = contained_call("the reward", evaluator, item)
-        except Exception as error:
-            verdicts.append(no_score(item.id, error))
-        else:
-            verdicts.append((item.id, value) if inspect.isawaitable(value) else _verdict(item.id, value))
-    return verdicts
-
-
-async def _batched(batch: Callable[[EvalInput], Awaitable[EvalOutput]], items: Sequence[EvalInputItem]) -> EvalOutput:
-    try:
-        asked = batch(EvalInput.model_construct(eval_input_items=list(items)))
-        output = await contained("the evaluator", asked, PATIENCE)
-        by_id = {text_of(item.id): item for item in output.eval_output_items}
-    except Exception as error:
-        return _output([no_score(item.id, error) for item in items])
-    verdicts = []
-    for item in items:
-        given = by_id.get(text_of(item.id), no_score(item.id, "the evaluator returned nothing for this item"))
-        verdicts.append(_verdict(item.id, given))
-    return _output(verdicts)
-
-
-def _verdict(item_id: Any, value: Any) -> EvalOutputItem:
-    """`verdict` for any value: reading it may run code of its class."""
-    try:
-        return contained_call("the reward", verdict, item_id, value)
-    except Exception as error:
-        return no_score(item_id, error)
-
-
-def verdict(item_id: Any, value: Any) -> EvalOutputItem:
-    """What an evaluator returned, as a score with its reasoning. inf stays inf: the curriculum leaves its group out."""
-    reasoning: Any = {}
-    if isinstance(value, EvalOutputItem):
-        if value.error is not None:
-            return no_score(item_id, value.error, value.reasoning)
-        value, reasoning = value.score, value.reasoning
-    elif isinstance(value, Mapping):
-        value, reasoning = value.get("score"), value.get("reasoning", {})
-    if value is None or isinstance(value, str | bytes):
-        return no_score(item_id, f"the reward is {value!r:.60}; expected a number", reasoning)
-    try:
-        score = float(value)
-    except OverflowError:
-        return no_score(item_id, "the reward is an integer too large for a float", reasoning)
-    except (TypeError, ValueError):
-        return no_score(item_id, f"the reward is of type {type(value).__name__}; expected a number", reasoning)
-    if math.isnan(score):
-        return no_score(item_id, "the reward is NaN; expected a number", reasoning)
-    return EvalOutputItem(id=item_id, score=score, reasoning=reasoning, error=None)
-
-
-def no_score(item_id: Any, error: Exception | str, reasoning: Any = None) -> EvalOutputItem:
-    text = error if isinstance(error, str) else raised_text(error)
-    return EvalOutputItem(id=item_id, score=None, reasoning=reasoning or {}, error=text)
-
-
-def _output(verdicts: list[EvalOutputItem]) -> EvalOutput:
-    from .numbers import mean  # numpy, which `import finetune_nb` does not load
-
-    scores = [v.score for v in verdicts if isinstance(v.score, int | float) and math.isfinite(v.score)]
-    average = mean(scores) if scores else None
-    return EvalOutput.model_construct(average_score=average, eval_output_items=verdicts)
 
 
 class ExactMatchConfig(EvaluatorBaseConfig, name="exact_match"):
@@ -225,30 +110,35 @@ async def regex(config: RegexConfig, builder: Builder):
 class WeightedConfig(EvaluatorBaseConfig, name="weighted"):
     """The weighted sum of other evaluators; their scores are its reasoning. No sum where one of them has no score."""
 
-    weights: dict[str, float] = Field(min_length=1)
-    """Evaluator name -> weight. Weights that add up to 1 keep the sum in the range of the parts."""
+    weights: dict[str, FiniteFloat] = Field(min_length=1)
+    """Evaluator name -> weight. Weights that add up to 1 keep the sum in the range of the parts. They may be changed while the
+    run continues, as reward.<name>."""
 
 
 @register_evaluator(config_type=WeightedConfig)
 async def weighted(config: WeightedConfig, builder: Builder):
-    parts = {name: await builder.get_evaluator(name) for name in config.weights}
-    yield _Weighted(config.weights, parts)
+    for name in config.weights:
+        await builder.get_evaluator(name)  # one that is not there is an error before the first rollout
+    yield WeightedSum(config)
 
 
-class _Weighted:
-    def __init__(self, weights: Mapping[str, float], parts: Mapping[str, Any]) -> None:
-        self._weights, self._parts = weights, parts
+def weighted_reward(config: Config) -> WeightedConfig | None:
+    """The section of a run's reward if it is a weighted sum.
 
-    async def evaluate(self, eval_input: EvalInput) -> EvalOutput:
-        items = eval_input.eval_input_items
-        outputs = [await evaluate_items(part, items) for part in self._parts.values()]
-        verdicts = []
-        for item, *found in zip(items, *(output.eval_output_items for output in outputs), strict=True):
-            scores = dict(zip(self._parts, (v.score for v in found), strict=True))
-            missing = [f"{name}: {v.error}" for name, v in zip(self._parts, found, strict=True) if v.score is None]
-            if missing:
-                verdicts.append(no_score(item.id, "; ".join(missing), scores))
-            else:
-                total = sum(weight * scores[name] for name, weight in self._weights.items())
-                verdicts.append(verdict(item.id, {"score": total, "reasoning": scores}))
-        return _output(verdicts)
+    Args:
+        config: The run's config.
+
+    Returns:
+        The section; None if the reward is something else.
+    """
+    tuning = config.finetuning
+    named = (
+        getattr(config.trajectory_builders.get(tuning.trajectory_builder or ""), "reward", None)
+        or tuning.reward_function
+    )
+    if named is not None:
+        section = config.eval.evaluators.get(named.name)
+    else:
+        evaluators = list(config.eval.evaluators.values())
+        section = evaluators[0] if len(evaluators) == 1 else None
+    return section if isinstance(section, WeightedConfig) else None

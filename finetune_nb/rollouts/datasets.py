@@ -43,7 +43,7 @@ def load_dataset(source: Any, config: EvalDatasetBaseConfig | None = None) -> Se
         raise DatasetError(
             f"dataset file {str(path)!r} cannot be read: {error.strerror}. Looked in {Path.cwd()}."
         ) from error
-    return _cached(path, stat.st_mtime_ns, stat.st_size, config.model_dump_json(), type(config))
+    return _cached(path, stat.st_mtime_ns, stat.st_size, config.model_dump_json(exclude_unset=True), type(config))
 
 
 @functools.lru_cache(maxsize=8)
@@ -123,18 +123,26 @@ logger = redacting_logger(__name__)
 def to_items(
     rows: Iterable[dict[str, Any]], config: EvalDatasetBaseConfig | None = None, where: str = "the dataset"
 ) -> list[EvalInputItem]:
-    """Rows as items: `structure` names the columns of question and answer (with `disable`, the whole row is the input)."""
+    """Rows as items: `structure` names the columns of question and answer (with `disable`, the whole row is the input).
+
+    A column that the config does not name itself may be missing: agent and reward may take others by their names.
+    """
     config = config or EvalDatasetBaseConfig()
     rows = [row for row in rows if _passes(row, config.filter)]
     if not rows:
         raise DatasetError(f"{where} is empty. At least one row is needed (after its filters).")
     structure, columns = config.structure, list(dict.fromkeys(key for row in rows for key in row))
     question = structure.question_key
-    if not structure.disable and question not in columns:
-        raise DatasetError(
-            f"{where} has no column {question!r} for the question. {did_you_mean(question, columns)} "
-            "Name it in eval.general.dataset.structure.question_key."
-        )
+    named = {
+        key: getattr(structure, key) for key in ("question_key", "answer_key") if key in structure.model_fields_set
+    }
+    for key, column in named.items():
+        if column not in columns and not structure.disable:
+            what = key.removesuffix("_key")
+            raise DatasetError(
+                f"{where} has no column {column!r} for the {what}. {did_you_mean(column, columns)} "
+                f"Name it: {what}=... of Run, eval.general.dataset.structure.{key} in a config."
+            )
     ids = _ids([row.get(config.id_key) for row in rows], where)
     return [
         EvalInputItem(

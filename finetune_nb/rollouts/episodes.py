@@ -23,6 +23,7 @@ from ..types import (
     MessageKey,
     SamplingParams,
     Trajectory,
+    chat_fields,
     content_text,
     field_of,
     is_sampled,
@@ -33,7 +34,6 @@ from ..types import (
 
 __all__ = [
     "SampledTurn",
-    "chat_fields",
     "drift",
     "episode_from_calls",
     "is_sampled",
@@ -263,16 +263,3 @@ class SampledTurn:
             tool_calls=get(MessageKey.TOOL_CALLS) or [],
             reasoning=get(MessageKey.REASONING_CONTENT),
         )
-
-
-def chat_fields(known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a chat message says besides its role and text: tool calls, which call it answers, its name; only those there.
-
-    Args:
-        known: The metadata of a message, or a message as OpenAI has it: the keys are the same.
-    """
-    fields = {}
-    for key in (MessageKey.TOOL_CALLS, MessageKey.TOOL_CALL_ID, MessageKey.NAME):
-        if known and known.get(key):
-            fields[key] = known[key]
-    return fields

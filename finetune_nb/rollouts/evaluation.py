@@ -7,6 +7,7 @@ where rollouts run; without one the whole dataset is run on a fresh executor.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
@@ -21,7 +22,7 @@ from ..interfaces import RolloutExecutor
 from ..llms.client import LLM
 from ..llms.proxies import bypass_proxies
 from ..redaction import redact_text, redacting_logger
-from ..rewards.evaluators import evaluate_items
+from ..rewards.scoring import score
 from ..text import told_once
 from ..types import (
     EpisodeKey,
@@ -32,9 +33,11 @@ from ..types import (
     RolloutFailure,
     RolloutRequest,
     RolloutResult,
+    Trajectory,
     UsageStats,
 )
 from .datasets import load_dataset
+from .episodes import episode_from_calls
 from .executor import LocalExecutor
 from .rollout import Rollout
 from .workflow import Workflow
@@ -45,6 +48,7 @@ __all__ = [
     "Progress",
     "evaluation_context",
     "progress",
+    "whole_trajectory",
 ]
 
 logger = redacting_logger(__name__)
@@ -60,6 +64,10 @@ class EvaluationContext:
     draw: Callable[[int], Sequence[int]] | None = None
     """Dataset size -> positions of the rows to run; None = all."""
     executor: RolloutExecutor | None = None
+    trajectory_of: Callable[[EvalInputItem], Trajectory] | None = None
+    """Makes the trajectory of a finished rollout, for rewards that ask for it. None: all model calls are in it."""
+    is_part: bool = False
+    """Whether there are further rollouts of each example elsewhere. Rewards that compare them are then left to the caller."""
 
 
 @dataclass
@@ -136,21 +144,22 @@ class EvaluationRun:
         workflow.check(items)
         results = await self._roll_out(config, builder, workflow, requests)
         done, failures = _outcome(results, context.generation)
-        verdicts = []
-        for name in config.eval.evaluators:
-            evaluator = await builder.get_evaluator(name)
-            verdicts.append((name, await evaluate_items(evaluator, done, general.max_concurrency)))
+        evaluators = {name: await builder.get_evaluator(name) for name in config.eval.evaluators}
+        groups = None if context.is_part else [[place] for place in range(len(done))]
+        trajectory_of = context.trajectory_of or whole_trajectory
+        found = await score(evaluators, done, groups, None, general.max_concurrency, trajectory_of)
         return EvaluationRunOutput.model_construct(
             workflow_output_file=None,
             evaluator_output_files=[],
             workflow_interrupted=False,
             eval_input=EvalInput.model_construct(eval_input_items=[r.request.item for r in results]),
-            evaluation_results=verdicts,
+            evaluation_results=list(found.items()),
             usage_stats=UsageStats(
                 min_timestamp=started, max_timestamp=time.time(), total_runtime=time.time() - started
             ),
             profiler_results=None,
             failures=failures,
+            unfinished={name: each for name, each in evaluators.items() if name not in found},
         )
 
     async def _roll_out(
@@ -170,6 +179,13 @@ class EvaluationRun:
         if meter is not None:
             meter.total += len(requests)
         return await executor.map(rollout, requests, None if meter is None else meter.ended)
+
+
+def whole_trajectory(item: EvalInputItem) -> Trajectory:
+    """The trajectory of a finished rollout with all its model calls, before it is scored. Raises ValueError where there are
+    none."""
+    episode, _ = episode_from_calls(item)
+    return Trajectory(episode=episode, reward=math.nan, metadata={"id": item.id})
 
 
 _executors: WeakKeyDictionary[Builder, LocalExecutor] = WeakKeyDictionary()

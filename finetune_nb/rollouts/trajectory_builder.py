@@ -10,6 +10,7 @@ import asyncio
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -22,7 +23,9 @@ from ..config.base import TrajectoryBuilderConfig
 from ..errors import ConfigError, did_you_mean
 from ..interfaces import RolloutExecutor, TrajectoryBuilder
 from ..redaction import error_text, redact_text, redacting_logger
-from ..store.json import append_jsonl
+from ..rewards.scoring import score
+from ..rewards.verdicts import no_score, scores_of
+from ..store.json import append_jsonl, plain
 from ..text import text_of, told_once
 from ..types import (
     EpisodeItem,
@@ -33,6 +36,7 @@ from ..types import (
     RolloutResult,
     Trajectory,
     TrajectoryCollection,
+    is_sampled,
 )
 from ..user_code import contained
 from .episodes import drift, episode_from_calls, tools_from_calls
@@ -59,6 +63,19 @@ class EvalTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="eval_traj_build
     """Whether the episode contains tool messages. What is trained on is the same either way: the sampled tokens."""
     min_episode_length: int = Field(default=2, ge=1)
     """Messages that an episode must have; a shorter one is a failure."""
+
+
+@dataclass
+class _Finished:
+    """A rollout that ended well, on its way to become a trajectory."""
+
+    item: EvalInputItem
+    generation: int
+    episode: list[EpisodeItem]
+    version: int | None
+    """The oldest policy version that sampled in it."""
+    verdicts: dict[str, EvalOutputItem]
+    """By evaluator."""
 
 
 class EvalTrajectoryBuilder(TrajectoryBuilder):
@@ -103,11 +120,16 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         executor = self._executor or LocalExecutor(bound if isinstance(bound, int) else bound())
         self.evaluation_runs[run_id] = [
             asyncio.create_task(
-                self._generation(EvaluationContext("train", epoch, generation, draw, executor)),
+                self._generation(self._context(epoch, generation, draw, executor)),
                 name=f"{run_id}-epoch-{epoch}-generation-{generation}",
             )
             for generation in range(self.num_generations)
         ]
+
+    def _context(
+        self, epoch: int, generation: int, draw: Callable[[int], Sequence[int]] | None, executor: RolloutExecutor
+    ) -> EvaluationContext:
+        return EvaluationContext("train", epoch, generation, draw, executor, self._unscored, is_part=True)
 
     async def _generation(self, context: EvaluationContext) -> EvaluationRunOutput:
         evaluation_context.set(context)
@@ -158,6 +180,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         except ValueError as error:
             return RolloutFailure(item.id, key.generation, error_text(error), result.steps)
         metadata = {"id": item.id, "generation": key.generation, "run_id": run_id, "policy_version": version}
+        metadata["output"] = plain(item.output_obj, "output")
         metadata["reward_error"] = "it was not scored before the epoch ended"
         return Trajectory(episode=episode, reward=math.nan, metadata=metadata)
 
@@ -181,8 +204,10 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         errors = [output for output in outputs if isinstance(output, BaseException)]
         if errors and len(errors) == len(outputs):
             raise errors[0]
-        groups: dict[str, list[Trajectory]] = {}  # by the text of the id: 1, 1.0 and True are equal, and three examples
+        finished: list[_Finished] = []
         failures: list[RolloutFailure] = []
+        unfinished: dict[str, Any] = {}
+        reward_names: list[str] = []
         for generation, output in enumerate(outputs):
             if isinstance(output, BaseException):
                 logger.error("generation %d failed:\n%s", generation, redact_text("".join(format_exception(output))))
@@ -193,7 +218,16 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
                 failures.append(
                     RolloutFailure(None, generation, "the evaluation was interrupted before all items were done")
                 )
-            await self._collect(output, generation, run_id, meta, groups, failures)
+            finished += self._finished(output, generation, failures)
+            unfinished |= output.unfinished
+            reward_names = reward_names or [*(name for name, _ in output.evaluation_results), *output.unfinished]
+        if unfinished and finished:
+            await self._score_groups(finished, unfinished)
+        reward_name = self._reward_name(reward_names) if reward_names or not finished else None
+        groups: dict[str, list[Trajectory]] = {}  # by the text of the id: 1, 1.0 and True are equal, and three examples
+        for each in finished:
+            trajectory = await self._trajectory(each, reward_name, run_id, meta)
+            groups.setdefault(text_of(each.item.id), []).append(trajectory)
         if failures:
             logger.warning("%d rollouts failed; %s", len(failures), told_once(failure.error for failure in failures))
         carried, drifted = drift(trajectory for group in groups.values() for trajectory in group)
@@ -205,61 +239,78 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
             )  # fmt: skip
         return TrajectoryCollection(trajectories=list(groups.values()), run_id=run_id, failures=failures)
 
-    async def _collect(
-        self,
-        output: EvaluationRunOutput,
-        generation: int,
-        run_id: str,
-        meta: dict | None,
-        groups: dict[str, list[Trajectory]],
-        failures: list[RolloutFailure],
-    ) -> None:
+    def _finished(
+        self, output: EvaluationRunOutput, generation: int, failures: list[RolloutFailure]
+    ) -> list[_Finished]:
+        """The rollouts of one evaluation that have an episode. The others are added to the failures."""
         failed = {text_of(failure.example_id) for failure in output.failures}
         verdicts = {
             name: {text_of(verdict.id): verdict for verdict in result.eval_output_items}
             for name, result in output.evaluation_results
         }
-        reward_name = self._reward_name(list(verdicts))
+        found = []
         for item in output.eval_input.eval_input_items:
             example = text_of(item.id)
             if example in failed:
                 continue
-            found = {name: by_id[example] for name, by_id in verdicts.items() if example in by_id}
             try:
-                groups.setdefault(example, []).append(
-                    await self._trajectory(item, found, reward_name, generation, run_id, meta)
-                )
+                episode, version = self._episode(item)
             except ValueError as error:
                 failures.append(RolloutFailure(item.id, generation, error_text(error), item.trajectory))
-        for empty in [example for example, group in groups.items() if not group]:
-            del groups[empty]
+                continue
+            of_item = {name: by_id[example] for name, by_id in verdicts.items() if example in by_id}
+            found.append(_Finished(item, generation, episode, version, of_item))
+        return found
+
+    async def _score_groups(self, finished: Sequence[_Finished], evaluators: Mapping[str, Any]) -> None:
+        """Adds the verdicts of evaluators that compare all rollouts of an example."""
+        groups: dict[str, list[int]] = {}
+        for place, each in enumerate(finished):
+            groups.setdefault(text_of(each.item.id), []).append(place)
+        names = dict.fromkeys(name for each in finished for name in each.verdicts)
+        known = {}
+        for name in names:
+            none = f"evaluator {name!r} has no verdict on it"
+            known[name] = [each.verdicts.get(name) or no_score(each.item.id, none) for each in finished]
+        bound = self._max_concurrency
+        limit = bound if isinstance(bound, int) else bound()
+        items = [each.item for each in finished]
+        found = await score(evaluators, items, list(groups.values()), known, limit, self._unscored)
+        for name, output in found.items():
+            for each, verdict in zip(finished, output.eval_output_items, strict=True):
+                each.verdicts[name] = verdict
+
+    def _unscored(self, item: EvalInputItem) -> Trajectory:
+        """The trajectory of a finished rollout before it is scored, as rewards get it. Raises ValueError where it has none."""
+        episode, version = self._episode(item)
+        return Trajectory(episode=episode, reward=math.nan, metadata={"id": item.id, "policy_version": version})
 
     async def _trajectory(
-        self,
-        item: EvalInputItem,
-        verdicts: Mapping[str, EvalOutputItem],
-        reward_name: str | None,
-        generation: int,
-        run_id: str,
-        meta: dict | None,
+        self, finished: _Finished, reward_name: str | None, run_id: str, meta: dict | None
     ) -> Trajectory:
-        episode, version = self._episode(item)
+        item, verdicts = finished.item, finished.verdicts
         verdict = verdicts.get(reward_name) if reward_name else None
         reward, error = await self._reward(verdict, reward_name, meta)
+        shaped = getattr(verdict, "turns", None) if error is None else None
+        turns = sum(map(is_sampled, finished.episode))
+        if shaped is not None and len(shaped) != turns:
+            error = f"the reward has {len(shaped)} rewards of turns; the policy sampled {turns} turns"
+            reward, shaped = math.nan, None
         metadata: dict[str, Any] = {
             "id": item.id,
-            "generation": generation,
+            "generation": finished.generation,
             "run_id": run_id,
+            "output": plain(item.output_obj, "output"),
             "reasoning": verdict.reasoning if verdict else None,
-            "policy_version": version,
-            "scores": {name: v.score for name, v in verdicts.items()},
+            "policy_version": finished.version,
+            "scores": scores_of(verdicts, reward_name),
         }
         tools = tools_from_calls(item)
         if tools is not None:
             metadata["tools"] = tools
         if error:
             metadata["reward_error"] = redact_text(error)
-        return Trajectory(episode=episode, reward=reward, metadata=metadata)
+        return Trajectory(episode=finished.episode, reward=reward, shaped_rewards=shaped, metadata=metadata)
 
     def _episode(self, item: EvalInputItem) -> tuple[list[EpisodeItem], int | None]:
         config, run_config = self.trajectory_builder_config, self.run_config

@@ -16,6 +16,7 @@ from ..llms.call_recorder import current_episode
 from ..llms.client import LLM, RolloutLLM, SyncLLM
 from ..threads import in_daemon_thread
 from ..types import EvalInputItem
+from ..user_code import LEFT_OUT, Parameters
 
 __all__ = [
     "Workflow",
@@ -30,13 +31,10 @@ class Workflow:
             raise WorkflowError(f"a workflow is a function; got {type(function).__name__}.")
         self.function, self.llm = function, llm
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-        kinds = inspect.Parameter
-        parameters = [p for p in inspect.signature(function).parameters.values() if p.kind != kinds.VAR_POSITIONAL]
-        self._takes_all = any(p.kind == kinds.VAR_KEYWORD for p in parameters)
-        self._parameters = [p for p in parameters if p.kind != kinds.VAR_KEYWORD]
+        self._parameters = Parameters(function)
         self._inputs = {"question", question_key}
-        if len(self._parameters) == 1 and self._parameters[0].name not in ("item", "llm"):
-            self._inputs.add(self._parameters[0].name)
+        if self._parameters.single not in (None, "item", "llm"):
+            self._inputs.add(self._parameters.single)
 
     @property
     def name(self) -> str:
@@ -62,41 +60,40 @@ class Workflow:
 
     def _arguments(self, item: EvalInputItem, llm: Any) -> tuple[list[Any], dict[str, Any]]:
         row = item.full_dataset_entry if isinstance(item.full_dataset_entry, dict) else {}
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        for parameter in self._parameters:
-            name = parameter.name
-            if name in self._inputs:
-                if item.input_obj is None:
-                    raise WorkflowError(
-                        f"row {item.id!r} has no question. Its columns: {', '.join(map(str, row)) or 'none'}."
-                    )
-                value = item.input_obj
-            elif name == "item":
-                value = item
-            elif name == "llm":
-                if llm is None and parameter.default is inspect.Parameter.empty:
+
+        def find(parameter: inspect.Parameter) -> Any:
+            name, optional = parameter.name, parameter.default is not inspect.Parameter.empty
+            if name in self._inputs and item.input_obj is not None:
+                return item.input_obj
+            if name == "item":
+                return item
+            if name == "llm":
+                if llm is None and not optional:
                     raise WorkflowError(f"workflow {self.name!r} wants `llm`, but the config names no llm for it.")
-                value = llm
-            elif name in row:
-                value = row[name]
-            elif parameter.default is not inspect.Parameter.empty:
-                continue
-            else:
-                known = ["question", "item", "llm", *map(str, row)]
+                return llm
+            if name in row and (name not in self._inputs or row[name] is not None):
+                return row[name]
+            if optional:
+                return LEFT_OUT
+            if name in self._inputs:
+                columns = ", ".join(map(str, row)) or "none"
+                if name in row:
+                    raise WorkflowError(f"row {item.id!r} has no question. Its columns: {columns}.")
                 raise WorkflowError(
-                    f"workflow {self.name!r} wants {name!r}, which row {item.id!r} does not have. {did_you_mean(name, known)}"
+                    f"workflow {self.name!r} wants {name!r}, and there is no such column for the question. "
+                    f"{did_you_mean(name, row)} Name it: question=... of Run, "
+                    "eval.general.dataset.structure.question_key in a config."
                 )
-            if parameter.kind == inspect.Parameter.POSITIONAL_ONLY:
-                args.append(value)
-            else:
-                kwargs[name] = value
-        if self._takes_all:
-            kwargs = {**{str(k): v for k, v in row.items()}, **kwargs}
-        return args, kwargs
+            known = ["question", "item", "llm", *map(str, row)]
+            raise WorkflowError(
+                f"workflow {self.name!r} wants {name!r}, which row {item.id!r} does not have. {did_you_mean(name, known)}"
+            )
+
+        return self._parameters.arguments(find, row)
 
     def check(self, items: Sequence[EvalInputItem]) -> None:
         """Raises WorkflowError if the workflow cannot be called with rows like these (the first hundred are looked at)."""
         rows = [item.full_dataset_entry for item in items[:100] if isinstance(item.full_dataset_entry, dict)]
         row = {column: value for row in rows for column, value in row.items()}
-        self._arguments(items[0].model_copy(update={"input_obj": "", "full_dataset_entry": row}), self.llm)
+        question = next((item.input_obj for item in items[:100] if item.input_obj is not None), None)
+        self._arguments(items[0].model_copy(update={"input_obj": question, "full_dataset_entry": row}), self.llm)

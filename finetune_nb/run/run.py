@@ -23,6 +23,7 @@ from ..interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from ..notebook.display import CellRecord, ProgressLine
 from ..notebook.kernel import in_notebook
 from ..redaction import error_text, redacting_logger
+from ..rewards.functions import Rewards, evaluators_from
 from ..store.durable import size_of
 from ..store.folder import checkpoints
 from ..store.reader import RunReader
@@ -61,9 +62,13 @@ class Run(RunHistory):
     Args:
         workflow: Your agent, `async def solve(question, llm)` or a sync function; parameters are filled by name
             (`question`, `llm`, `item`, or a column of the dataset).
-        reward: `def correct(item) -> float`, sync or async; `item` carries input_obj, expected_output_obj, output_obj,
-            trajectory.
+        reward: `def correct(output, answer) -> float`, sync or async; parameters are filled by name (`question`, `output`,
+            `item`, `trajectory`, `group`, or a column of the dataset). It returns a number, None where there is no reward, a
+            dict of scores that are added up, or a list with one number a sampled turn. Several rewards are a list, or a dict
+            of functions or (function, weight): the weighted sum is the reward. See also `group_reward` and `from_trl`.
         dataset: A JSON, JSONL, CSV or Parquet file, a list of dicts, or a DataFrame.
+        question: The column that is the agent's `question`. Default: "question", if there is one.
+        answer: The column that is the item's expected output. Default: "answer", if there is one.
         model: "embedded" (a tiny transformer that learns on a CPU), or the directory or name of a Hugging Face causal LM.
         generations: Rollouts of each example, the size of a group.
         examples_per_epoch: Examples drawn for an epoch; None: all.
@@ -103,9 +108,11 @@ class Run(RunHistory):
     def __init__(
         self,
         workflow: Callable[..., Any] | None = None,
-        reward: Callable[..., Any] | None = None,
+        reward: Rewards | None = None,
         dataset: Any = None,
         *,
+        question: str | None = None,
+        answer: str | None = None,
         model: str = "embedded",
         generations: int = 8,
         examples_per_epoch: int | None = None,
@@ -138,14 +145,12 @@ class Run(RunHistory):
             )
         if adapter is not None and (training or model != "embedded"):
             raise ConfigError("adapter= brings its own model and settings: leave model= and training= out.")
-        scores = dict(evaluators or {})
-        if reward is not None:
-            scores = {"reward": reward, **scores}
+        scores, sections = evaluators_from(reward, evaluators)
         settings: dict[str, Any] = {
             "llms": {"policy": {"_type": "policy", "adapter": "adapter", **(sampling or {})}},
             "eval": {
                 "general": {"max_concurrency": max_concurrency, "item_timeout": item_timeout, "retries": retries},
-                "evaluators": {key: {"_type": "python_function"} for key in scores},
+                "evaluators": sections,
             },
             "trajectory_builders": {
                 "builder": {
@@ -170,6 +175,10 @@ class Run(RunHistory):
         }
         if workflow is not None:
             settings["workflow"] = {"_type": "python_function"}
+        columns = {"question_key": question, "answer_key": answer}
+        columns = {key: column for key, column in columns.items() if column is not None}
+        if columns:
+            settings["eval"]["general"]["dataset"] = {"_type": "json", "structure": columns}
         if reward is not None:
             settings["finetuning"]["reward_function"] = {"name": "reward"}
         config, components = components_from(
@@ -268,7 +277,7 @@ class Run(RunHistory):
         cls,
         path: str | Path,
         workflow: Callable[..., Any] | None = None,
-        reward: Callable[..., Any] | None = None,
+        reward: Rewards | None = None,
         *,
         dataset: Any = None,
         validation: Any = None,
@@ -316,9 +325,7 @@ class Run(RunHistory):
             if run._driver.writer is not None or not (functions_given or trusted_now):
                 run.refresh()
                 return run
-        scores = dict(evaluators or {})
-        if reward is not None:
-            scores = {"reward": reward, **scores}
+        scores, _ = evaluators_from(reward, evaluators)
         store = RunStore.open(folder)
         datasets = {"train": dataset, "validation": validation}
         ready = {"trajectory_builder": builder, "trainer_adapter": adapter, "trainer": trainer}

@@ -181,12 +181,15 @@ class _Rollouts:
         return turns, tokens, reasons
 
     def metadata(self) -> pa.Array:
-        known: list[dict[str, Any] | None] = [trajectory.metadata for trajectory in self._trajectories]
+        known = [_without_output(trajectory.metadata) for trajectory in self._trajectories]
         for failure in self._failures:
             error = failure.error if isinstance(failure.error, str) else stored_text(failure.error)
             generation = int(failure.generation) if is_whole(failure.generation) else None
             known.append({"id": failure.example_id, "generation": generation, "error": error})
         return _json(known, "metadata")
+
+    def output(self) -> pa.Array:
+        return _json(self.of_metadata("output"), "metadata.output")
 
     def steps(self) -> pa.Array:
         steps = [encode_steps(failure.steps) for failure in self._failures]
@@ -205,6 +208,13 @@ class _Rollouts:
         sizes = [len(trajectory.episode) for trajectory in self._trajectories] + [0] * len(self._failures)
         failed = [False] * len(self._trajectories) + [True] * len(self._failures)
         return pa.ListArray.from_arrays(_offsets(sizes), of_messages, mask=_array(failed, "bool"))
+
+
+def _without_output(metadata: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The metadata without what has a column of its own and can be long."""
+    if not metadata or "output" not in metadata:
+        return metadata
+    return {name: value for name, value in metadata.items() if name != "output"}
 
 
 class _Messages:
@@ -334,6 +344,7 @@ COLUMNS: dict[str, FileColumn] = {
     "policy_version": FileColumn("int64", lambda rollouts: _counts(rollouts.of_metadata("policy_version"))),
     "finish_reason": FileColumn("string", _Rollouts.finish_reason),
     "scores": FileColumn("string", lambda rollouts: _json(rollouts.of_metadata("scores"), "metadata.scores")),
+    "output": FileColumn("string", _Rollouts.output, since=2),
     "metadata": FileColumn("string", _Rollouts.metadata, required=True),
     "steps": FileColumn("string", _Rollouts.steps),
     "roles": MessageColumn("list<string>", _Messages.roles, required=True),
@@ -512,7 +523,7 @@ def collection_of(table: pa.Table, run_id: str, groups: int | None) -> Trajector
     if groups is not None and not 0 <= groups <= len(table) + _EMPTY_GROUPS:
         raise ValueError(f"{groups} groups for {len(table)} rows")
     table = _completed(table, COLUMNS)
-    of_rows = _values(table, ("kind", "group", "reward", "shaped_rewards", "metadata", "steps"))
+    of_rows = _values(table, ("kind", "group", "reward", "shaped_rewards", "output", "metadata", "steps"))
     of_messages = _values(table, ("roles", "contents", "logprobs", *LISTED, "item_metadata", "others"))
 
     by_number: list[list[Trajectory]] = [[] for _ in range(groups or 0)]
@@ -520,13 +531,15 @@ def collection_of(table: pa.Table, run_id: str, groups: int | None) -> Trajector
     failures: list[RolloutFailure] = []
     for row, (values, lists) in enumerate(zip(of_rows, of_messages, strict=True)):
         try:
-            kind, group, reward, shaped, metadata, steps = values
+            kind, group, reward, shaped, output, metadata, steps = values
             if kind == "failure":
                 failures.append(_failure(metadata, steps))
                 continue
             if kind != "trajectory" or reward is None or None in lists or len({len(each) for each in lists}) != 1:
                 raise ValueError("neither a trajectory nor a failure")
             known = None if metadata is None else decode(metadata, dict)
+            if output is not None:
+                known = {**(known or {}), "output": decode(output)}
             trajectory = Trajectory.model_construct(
                 episode=[_item(*each) for each in zip(*lists, strict=True)],
                 reward=reward,

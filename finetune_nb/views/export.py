@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import ConfigError, StoreError, did_you_mean
 from ..redaction import error_text, redact_texts, redacting_logger
-from ..rollouts.episodes import chat_fields
 from ..store.durable import write_durably
 from ..store.json import encode, finite
 from ..text import plain
-from ..types import EpisodeItem, Epoch
+from ..types import EpisodeItem, Epoch, chat_fields
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,7 +6,7 @@ Each view is self-contained HTML of at most 200 kB: long texts are cut, and omis
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -84,6 +84,7 @@ def _head(trajectory: Trajectory, more: Sequence[tuple[str, Any]] = ()) -> list[
             [
                 ("scores", scores(metadata.get("scores"))),
                 ("shaped rewards", shown),
+                ("scored as", _group_size(metadata)),
                 ("reasoning", metadata.get("reasoning") and cut(metadata["reasoning"], SHORT)),
                 *more,
                 ("model time", _model_time(trajectory)),
@@ -91,6 +92,12 @@ def _head(trajectory: Trajectory, more: Sequence[tuple[str, Any]] = ()) -> list[
             ]
         ),
     ]
+
+
+def _group_size(metadata: Mapping[str, Any]) -> str | None:
+    """Of a rollout that was tried by itself although a reward compares those of a group."""
+    size = metadata.get("group_size")
+    return f"a group of {count(size, 'rollout')}: a reward compares all rollouts of an example" if size == 1 else None
 
 
 def _turns(trajectory: Trajectory) -> list[Turn]:

@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 
 from finetune_nb.config import EvalDatasetBaseConfig, EvalDatasetStructureConfig
-from finetune_nb.errors import DatasetError
+from finetune_nb.errors import DatasetError, WorkflowError
 from finetune_nb.rollouts.datasets import load_dataset, to_items
+from finetune_nb.rollouts.workflow import Workflow
 
 ROWS = [{"id": "007", "question": "3+4", "answer": "7"}, {"id": "b", "question": "1+1", "answer": "2"}]
 
@@ -59,7 +60,6 @@ def test_an_empty_cell_of_a_table_is_missing_not_nan(tmp_path):
         ("{}", "expected a list"),
         ("[1]", "row 0"),
         ("[", "not readable as json"),
-        ('[{"qestion": "a"}]', "Did you mean 'qestion'"),
         ('[{"id": ["a"], "question": "a"}]', "expected a text or a number"),
     ],
 )
@@ -68,6 +68,27 @@ def test_a_bad_file_is_a_clear_error(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(DatasetError, match=message):
         load_dataset(path)
+
+
+def test_a_column_that_nothing_names_may_be_missing():
+    rows = [{"prompt": "1+1", "solution": "2"}]
+    item = to_items(rows)[0]
+    assert (item.input_obj, item.expected_output_obj, item.full_dataset_entry) == (None, None, rows[0])
+
+
+@pytest.mark.parametrize(("key", "what"), [("question_key", "question"), ("answer_key", "answer")])
+def test_a_column_that_the_config_names_must_be_there(tmp_path, key, what):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"prompts": "a", "solution": "b"}]')
+    config = EvalDatasetBaseConfig(structure=EvalDatasetStructureConfig(**{key: "prompt"}))
+    with pytest.raises(DatasetError, match=f"no column 'prompt' for the {what}. Did you mean 'prompts'"):
+        load_dataset(path, config)
+
+
+def test_a_workflow_whose_question_is_no_column_is_refused():
+    items = to_items([{"qestion": "a"}])
+    with pytest.raises(WorkflowError, match="no such column for the question. Did you mean 'qestion'"):
+        Workflow(lambda question, llm: "", object()).check(items)
 
 
 def test_a_missing_file_says_where_it_was_looked_for(tmp_path):

@@ -219,7 +219,10 @@ def raises(item):
         (lambda item: None, "the reward is None"),
         (lambda item: "good", "the reward is 'good'"),
         (lambda item: float("nan"), "the reward is NaN"),
-        (lambda item: [1.0], "of type list"),
+        (lambda item: {1.0}, "of type set"),
+        (lambda item: [1.0, None], "turn 1: the reward is None"),
+        (lambda item: {"a": 1.0, "b": None}, "b: the reward is None"),
+        (lambda item: {}, "an empty dict"),
     ],
 )
 @pytest.mark.parametrize("asynchronous", [False, True])

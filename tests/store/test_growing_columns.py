@@ -21,7 +21,7 @@ import pytest
 import finetune_nb as ft
 from finetune_nb.errors import StoreError
 from finetune_nb.store.store import RunStore
-from finetune_nb.store.trajectories import COLUMNS, FORMAT, MessageColumn
+from finetune_nb.store.trajectories import COLUMNS, FORMAT, OLDEST_READER, MessageColumn
 from finetune_nb.types import EpisodeItem, Trajectory, TrajectoryCollection
 
 DATA = Path(__file__).parents[1] / "data"
@@ -29,7 +29,9 @@ EPOCH = 3
 """Of the run in the zip: 30 trajectories, 2 of them without a reward, and 6 failures with their model calls."""
 FRAMES = ("trajectories", "messages", "tokens", "groups", "epochs")
 REQUIRED = [name for name, column in COLUMNS.items() if column.required]
-OPTIONAL = [name for name in COLUMNS if name not in REQUIRED]
+LATER = {"output"}
+"""Columns that the run in the zip does not have: a later format brought them."""
+OPTIONAL = [name for name in COLUMNS if name not in REQUIRED and name not in LATER]
 MADE_OF = {
     "generation": {"trajectories": ["generation"], "messages": [], "tokens": []},
     "error": {"trajectories": ["error"]},
@@ -258,17 +260,17 @@ def test_columns_of_a_later_release_are_passed_over(folder, words):
 @pytest.mark.parametrize("words", [{"format": FORMAT + 1}, {"format": 9, "reader": FORMAT + 1}, {"reader": "1"}])
 def test_a_file_that_this_release_would_misread_is_refused(folder, words):
     change_file(folder, saying(**words))
-    with pytest.raises(StoreError, match=r"format \d, expected 1; update finetune_nb"):
+    with pytest.raises(StoreError, match=rf"format \d, expected {FORMAT}; update finetune_nb"):
         trajectories_of(folder)
 
 
 # ── a release with one column more ───────────────────────────────────────────────────────────────────────────────────
 
-NEW_COLUMNS = """
-    "seed": FileColumn("int64", lambda rollouts: _counts(rollouts.of_metadata("seed")), since=2, required=True),
-    "thoughts": MessageColumn("list<string>", lambda messages: messages.contents(), since=3),
+NEW_COLUMNS = f"""
+    "seed": FileColumn("int64", lambda rollouts: _counts(rollouts.of_metadata("seed")), since={FORMAT + 1}, required=True),
+    "thoughts": MessageColumn("list<string>", lambda messages: messages.contents(), since={FORMAT + 2}),
 """
-LATER = """
+LATER_RELEASE = f"""
 import sys
 from pathlib import Path
 
@@ -278,18 +280,18 @@ from finetune_nb.store.store import RunStore
 from finetune_nb.types import EpisodeItem, Trajectory, TrajectoryCollection
 
 old, new = map(Path, sys.argv[1:])
-assert trajectories.FORMAT == 3, trajectories.FORMAT
+assert trajectories.FORMAT == {FORMAT + 2}, trajectories.FORMAT
 store = RunStore.open(old)
 table = store.columns(3, ["seed", "thoughts", "reward"])
 assert table["seed"].null_count == 36
-assert {each for said in table["thoughts"].to_pylist() for each in said or ()} == {None}
+assert {{each for said in table["thoughts"].to_pylist() for each in said or ()}} == {{None}}
 assert len(store.epochs[3].collection.trajectories) == 6 and len(ft.Run.open(old).messages()) == 412
 
 items = [EpisodeItem(role="user", content="2+2"), EpisodeItem(role="assistant", content="4", logprobs=[-0.5])]
-trajectory = Trajectory(episode=items, reward=1.0, metadata={"id": "q", "generation": 0, "seed": 7})
+trajectory = Trajectory(episode=items, reward=1.0, metadata={{"id": "q", "generation": 0, "seed": 7}})
 trajectories.write_trajectories(new, 0, "later", TrajectoryCollection(trajectories=[[trajectory]], run_id="later"))
 table = trajectories.read_columns(new, 0, "later", 1, 1, ["seed", "thoughts"])
-assert table.to_pydict() == {"seed": [7], "thoughts": [["2+2", "4"]]}
+assert table.to_pydict() == {{"seed": [7], "thoughts": [["2+2", "4"]]}}
 """
 
 
@@ -303,7 +305,7 @@ def test_a_new_column_is_one_line_and_older_and_newer_releases_read_each_others_
 
     new = tmp_path / "new"
     new.mkdir()
-    (tmp_path / "check.py").write_text(LATER, encoding="utf-8")
+    (tmp_path / "check.py").write_text(LATER_RELEASE, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, tmp_path / "check.py", folder, new],
         capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(later)}, cwd=tmp_path,
@@ -314,7 +316,7 @@ def test_a_new_column_is_one_line_and_older_and_newer_releases_read_each_others_
     from finetune_nb.store.trajectories import read_columns, read_trajectories
 
     schema = pq.read_schema(new / "trajectories" / "epoch-000000.parquet")
-    assert json.loads(schema.metadata[b"finetune_nb"])["format"] == 3
+    assert json.loads(schema.metadata[b"finetune_nb"])["format"] == FORMAT + 2
     assert {"seed", "thoughts"} < set(schema.names)
     found = read_trajectories(new, 0, "later", 1, 1)
     assert isinstance(found, TrajectoryCollection)
@@ -322,7 +324,8 @@ def test_a_new_column_is_one_line_and_older_and_newer_releases_read_each_others_
     assert read_columns(new, 0, "later", 1, 1, ["turns"]).to_pydict() == {"turns": [2]}
 
 
-def test_what_is_written_today_is_still_format_1():
-    assert FORMAT == 1
-    assert {column.since for column in COLUMNS.values()} == {1}
+def test_releases_that_know_no_more_than_the_first_columns_can_read_what_is_written_today():
+    assert OLDEST_READER == 1
+    assert {name for name, column in COLUMNS.items() if column.since > 1} == LATER
+    assert not any(COLUMNS[name].required for name in LATER)
     assert isinstance(COLUMNS["roles"], MessageColumn) and not isinstance(COLUMNS["steps"], MessageColumn)

@@ -10,9 +10,9 @@ from typing import Any
 
 from ...errors import BackendError, MissingLogprobs
 from ...hooks import resolve
-from ...rollouts.episodes import SampledTurn, chat_fields
+from ...rollouts.episodes import SampledTurn
 from ...training.batch import LARGEST_ADVANTAGE
-from ...types import DPOItem, EpisodeItem, EpisodeItemRole, MessageKey, Trajectory, TrajectoryCollection
+from ...types import DPOItem, EpisodeItem, EpisodeItemRole, MessageKey, Trajectory, TrajectoryCollection, chat_fields
 from .job import is_number
 
 __all__ = [
