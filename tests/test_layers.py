@@ -46,6 +46,7 @@ NAMED_BY_STRING = {
     ("training.preview", "finetune_nb.views.*"): "how a noun shows itself",
     ("analysis.group_comparison", "finetune_nb.views.*"): "how a noun shows itself",
     ("analysis.learning_signal", "finetune_nb.views.*"): "how a noun shows itself",
+    ("analysis.rescoring", "finetune_nb.views.*"): "how a noun shows itself",
     ("analysis.run_comparison", "finetune_nb.views.*"): "how a noun shows itself",
 }
 """Objects of a higher row, resolved when they are used. components/registry, whose strings are what a config can name, apart."""

@@ -11,6 +11,7 @@ from ..components.builder import Builder
 from ..components.registry import register_evaluator
 from ..config.base import EvaluatorBaseConfig
 from ..config.sections import Config
+from ..errors import ConfigError
 from ..types import EvalInputItem
 from .scoring import WeightedSum
 
@@ -20,6 +21,7 @@ __all__ = [
     "NumericClosenessConfig",
     "RegexConfig",
     "WeightedConfig",
+    "reward_name_of",
     "weighted_reward",
 ]
 
@@ -122,6 +124,31 @@ async def weighted(config: WeightedConfig, builder: Builder):
     yield WeightedSum(config)
 
 
+def reward_name_of(config: Config) -> str:
+    """The evaluator whose score is a run's reward.
+
+    Args:
+        config: The run's config.
+
+    Returns:
+        Its name.
+
+    Raises:
+        ConfigError: The config names none, and there are several or none.
+    """
+    tuning = config.finetuning
+    builder = config.trajectory_builders.get(tuning.trajectory_builder or "")
+    named = getattr(builder, "reward", None) or tuning.reward_function
+    if named is not None:
+        return named.name
+    evaluators = list(config.eval.evaluators)
+    if len(evaluators) != 1:
+        raise ConfigError(
+            f"which of {len(evaluators)} evaluators is the reward is not said. Name it in finetuning.reward_function."
+        )
+    return evaluators[0]
+
+
 def weighted_reward(config: Config) -> WeightedConfig | None:
     """The section of a run's reward if it is a weighted sum.
 
@@ -131,14 +158,8 @@ def weighted_reward(config: Config) -> WeightedConfig | None:
     Returns:
         The section; None if the reward is something else.
     """
-    tuning = config.finetuning
-    named = (
-        getattr(config.trajectory_builders.get(tuning.trajectory_builder or ""), "reward", None)
-        or tuning.reward_function
-    )
-    if named is not None:
-        section = config.eval.evaluators.get(named.name)
-    else:
-        evaluators = list(config.eval.evaluators.values())
-        section = evaluators[0] if len(evaluators) == 1 else None
+    try:
+        section = config.eval.evaluators.get(reward_name_of(config))
+    except ConfigError:
+        return None
     return section if isinstance(section, WeightedConfig) else None

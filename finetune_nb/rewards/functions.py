@@ -178,6 +178,7 @@ class RewardFunction:
         self._parameters = Parameters(self.function)
         self.wants_group = self.of_group or "group" in self._parameters.names
         """Whether it can only be called once all rollouts of the example have ended."""
+        self.wants_trajectory = not {"trajectory", "trajectories"}.isdisjoint(self._parameters.names)
 
     @property
     def name(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..text import text_of
@@ -204,49 +206,82 @@ async def _evaluate_groups(
 ) -> EvalOutput:
     """One verdict a rollout, of a function that needs all rollouts of the example."""
     function = RewardFunction(evaluator, trajectory_of)
-    gate = asyncio.Semaphore(max_concurrency)
-    verdicts: list[Any] = [None] * len(items)
-
-    async def of_group(places: Sequence[int]) -> None:
+    calls: list[_Call] = []
+    for places in groups:
         group = [items[place] for place in places]
-        async with gate:
-            for place, verdict in zip(places, await _group_verdicts(function, group), strict=True):
-                verdicts[place] = verdict
+        if function.of_group:
+            calls.append(_Call(places, partial(function.of_rollouts, group)))
+        else:
+            calls += [_Call([place], partial(function.of_rollout, items[place], group)) for place in places]
 
-    async def of_rollout(place: int, places: Sequence[int]) -> None:
-        group = [items[each] for each in places]
-        async with gate:
-            verdicts[place] = await _called(function, items[place].id, function.of_rollout, items[place], group)
+    if function.is_async:
+        gate = asyncio.Semaphore(max_concurrency)
 
-    if function.of_group:
-        await asyncio.gather(*(of_group(places) for places in groups))
+        async def ask(call: _Call) -> Any:
+            async with gate:
+                return await _returned(call.run())
+
+        values = await asyncio.gather(*map(ask, calls))
     else:
-        await asyncio.gather(*(of_rollout(place, places) for places in groups for place in places))
+        called = await in_daemon_thread(_run_all, calls)
+        values = [await _returned(value) if inspect.isawaitable(value) else value for value in called]
+
+    verdicts: list[Any] = [None] * len(items)
+    for call, value in zip(calls, values, strict=True):
+        group = [items[place] for place in call.places]
+        found = _group_verdicts(function, group, value) if function.of_group else [_verdict(group[0], value)]
+        for place, verdict in zip(call.places, found, strict=True):
+            verdicts[place] = verdict
     return output_of(verdicts)
 
 
-async def _group_verdicts(function: RewardFunction, group: Sequence[EvalInputItem]) -> list[EvalOutputItem]:
+@dataclass(frozen=True)
+class _Call:
+    """A call of a reward function, and the rollouts that it scores."""
+
+    places: Sequence[int]
+    run: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """In place of what a call returns."""
+
+    error: Exception
+
+
+def _run_all(calls: Sequence[_Call]) -> list[Any]:
+    """What sync calls return, or something to await."""
+    values: list[Any] = []
+    for call in calls:
+        try:
+            values.append(contained_call("the reward", call.run))
+        except Exception as error:
+            values.append(_Raised(error))
+    return values
+
+
+async def _returned(value: Awaitable[Any]) -> Any:
     try:
-        values = await _value_of(function, function.of_rollouts, group)
-        values = contained_call("the reward", list, values)
+        return await contained("the reward", value, PATIENCE)
     except Exception as error:
+        return _Raised(error)
+
+
+def _verdict(item: EvalInputItem, value: Any) -> EvalOutputItem:
+    return no_score(item.id, value.error) if isinstance(value, _Raised) else verdict_of(item.id, value)
+
+
+def _group_verdicts(function: RewardFunction, group: Sequence[EvalInputItem], value: Any) -> list[EvalOutputItem]:
+    """The verdicts of a function that returns one reward for each rollout of a group."""
+    if not isinstance(value, _Raised):
+        try:
+            value = contained_call("the reward", list, value)
+        except Exception as error:
+            value = _Raised(error)
+    if isinstance(value, _Raised):
+        return [no_score(item.id, value.error) for item in group]
+    if len(value) != len(group):
+        error = f"group reward {function.name!r} returned {len(value)} rewards; expected one for each of {len(group)} rollouts"
         return [no_score(item.id, error) for item in group]
-    if len(values) != len(group):
-        error = f"group reward {function.name!r} returned {len(values)} rewards; expected one for each of {len(group)} rollouts"
-        return [no_score(item.id, error) for item in group]
-    return [verdict_of(item.id, value) for item, value in zip(group, values, strict=True)]
-
-
-async def _called(function: RewardFunction, item_id: Any, call: Callable[..., Any], *args: Any) -> EvalOutputItem:
-    try:
-        return verdict_of(item_id, await _value_of(function, call, *args))
-    except Exception as error:
-        return no_score(item_id, error)
-
-
-async def _value_of(function: RewardFunction, call: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns. Sync code runs in a thread, so that a slow reward blocks nobody."""
-    if function.is_async:
-        return await contained("the reward", call(*args), PATIENCE)
-    value = await in_daemon_thread(contained_call, "the reward", call, *args)
-    return await contained("the reward", value, PATIENCE) if inspect.isawaitable(value) else value
+    return [verdict_of(item.id, each) for item, each in zip(group, value, strict=True)]

@@ -30,7 +30,7 @@ from ..store.reader import RunReader
 from ..store.runs import archive_run, delete_run, free_id
 from ..store.store import RunStore
 from ..text import cut, duration, plain
-from ..threads import before_exit, in_daemon_thread
+from ..threads import before_exit, in_daemon_thread, run_sync
 from ..tripwires import Tripwire, tripped
 from ..types import Change, CurriculumSettings, Epoch, RolloutFailure, Trajectory, Validation
 from ..views.summary import epoch_text
@@ -39,6 +39,7 @@ from .opening import Obstacle, branch_of, components_from, config_of, copy_for_f
 from .session import EpochLines, Session
 
 if TYPE_CHECKING:
+    from ..analysis.rescoring import Rescoring
     from ..llms.client import ChatReply
     from ..rollouts.evaluation import Progress
     from ..training.preview import Preview, PreviewInput
@@ -864,6 +865,47 @@ class Run(RunHistory):
         if basis is None or basis.statistics is not records[-1].statistics:
             self._preview_basis = basis = preview_input(records[-1])
         return preview(basis, self._settings.applied, asked, settings, self.config.run.seed)
+
+    def rescore(
+        self,
+        reward: Rewards | None = None,
+        epochs: Any = None,
+        *,
+        weights: Mapping[str, float] | None = None,
+        only: str | None = None,
+        dataset: Any = None,
+        max_concurrency: int = 64,
+    ) -> Rescoring:
+        """Score recorded rollouts with another reward, and see what it changes. No rollout is run, nothing is changed.
+
+        Args:
+            reward: As in Run. Default: the run's own reward.
+            epochs: A number, several, or a slice of them; negative counts from the newest. Default: all.
+            weights: Other weights of the reward's parts: the recorded scores are added up anew, and no function is called.
+            only: "failed": only rollouts without a reward, such as those whose judge was not reachable.
+            dataset: The rows, if the run was opened without them.
+            max_concurrency: How many calls of an async reward run at once.
+
+        Returns:
+            Old and new rewards side by side. It displays itself; it has frames, and a preview of the curriculum.
+
+        Raises:
+            RunError: No epoch has ended yet, or the run itself called this.
+            ConfigError: The reward cannot be called with the dataset's rows, or `weights` and `reward` do not go together.
+        """
+        from .rescoring import rescore, rescoring, reweight
+
+        records = self.chosen(epochs)
+        if not records:
+            raise RunError("there is nothing to score anew: no epoch has ended yet. Run one, then ask again.")
+        if weights is not None:
+            if reward is not None or only is not None:
+                raise ConfigError("weights= adds up recorded scores: leave reward= and only= out.")
+            return rescoring(self.config, self.id, reweight(self.config, records, weights), self.records)
+        self._session.require_outside("rescore")
+        work = rescore(self.config, self.config.builder, records, reward, only, dataset, max_concurrency)
+        found = run_sync(work if self._closed else self._session.engine.run(work))
+        return rescoring(self.config, self.id, found, self.records)
 
     def panel(self) -> Any:
         """The control panel: state and progress, buttons, the live settings with what they would do, the reward curve, the

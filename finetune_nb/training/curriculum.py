@@ -31,6 +31,7 @@ __all__ = [
     "select",
     "state_from_dict",
     "state_to_dict",
+    "statistics_of",
     "steer",
 ]
 
@@ -60,7 +61,18 @@ def group_statistics(groups: Sequence[Sequence[Trajectory]]) -> GroupStatistics:
     sizes = np.fromiter(map(len, groups), np.int64, len(groups))
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     rewards = np.fromiter(map(attrgetter("reward"), chain.from_iterable(noted())), np.float64)
+    return statistics_of(example_ids, rewards, offsets)
 
+
+def statistics_of(example_ids: Sequence[Any], rewards: np.ndarray, offsets: np.ndarray) -> GroupStatistics:
+    """The statistics of G groups whose N rewards are known.
+
+    Args:
+        example_ids: (G,) the example of each group.
+        rewards: (N,) float64, NaN where there is none.
+        offsets: (G+1,) group g is `rewards[offsets[g]:offsets[g + 1]]`.
+    """
+    sizes = np.diff(offsets)
     filled = sizes > 0
 
     def by_group(operation: np.ufunc, values: np.ndarray, of_nothing: float) -> np.ndarray:

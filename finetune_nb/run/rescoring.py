@@ -1,0 +1,119 @@
+"""What `Run.rescore` does: finds the reward and the dataset's rows, and scores recorded rollouts with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..analysis.rescoring import RescoredEpoch, Rescoring, rescore_epochs, reweighted_epochs
+from ..components.builder import Builder
+from ..config.sections import Config
+from ..errors import ConfigError, DatasetError, RunError, did_you_mean
+from ..rewards.evaluators import WeightedConfig, reward_name_of, weighted_reward
+from ..rewards.functions import Rewards, evaluators_from
+from ..rewards.scoring import WeightedSum, check_evaluator
+from ..rollouts.datasets import load_dataset
+from ..rollouts.evaluation import dataset_of
+from ..text import text_of
+from ..types import CurriculumState, Epoch, EvalInputItem
+
+__all__ = [
+    "reweight",
+    "rescore",
+]
+
+
+def reweight(config: Config, records: Sequence[Epoch], weights: Mapping[str, float]) -> list[RescoredEpoch]:
+    """Add up recorded scores with other weights.
+
+    Args:
+        config: The run's, which says what the other weights are.
+        records: The epochs.
+        weights: The weights that change.
+
+    Returns:
+        The epochs with their new rewards.
+
+    Raises:
+        ConfigError: The run's reward is no weighted sum, or has no such part.
+    """
+    section = weighted_reward(config)
+    if section is None:
+        raise ConfigError(
+            "this run's reward is not a weighted sum, so there are no weights to change. Give Run several rewards: "
+            'reward={"format": (tags, 0.2), "correct": right}.'
+        )
+    if unknown := [name for name in weights if name not in section.weights]:
+        raise ConfigError(f"the reward has no part {unknown[0]!r}. {did_you_mean(unknown[0], section.weights)}")
+    checked = WeightedConfig(weights={**section.weights, **weights})
+    return reweighted_epochs(records, checked.weights)
+
+
+async def rescore(
+    config: Config,
+    components: Builder | None,
+    records: Sequence[Epoch],
+    reward: Rewards | None,
+    only: str | None,
+    dataset: Any,
+    max_concurrency: int,
+) -> list[RescoredEpoch]:
+    """Score recorded rollouts.
+
+    Args:
+        config: The run's.
+        components: What makes the run's evaluators. None: the run is closed.
+        records: The epochs.
+        reward: As in Run. None: the run's own.
+        only: As in `rescore_epochs`.
+        dataset: The rows. None: the run's own, if they are known.
+        max_concurrency: How many calls of an async function run at once.
+
+    Returns:
+        The epochs with their new rewards.
+
+    Raises:
+        ConfigError: The reward cannot be called with the rows, or is not known.
+    """
+    if reward is None:
+        if components is None:
+            raise RunError("this run is closed, and its own reward with it: pass reward=, or open the run again.")
+        name = reward_name_of(config)
+        evaluators = {each: await components.get_evaluator(each) for each in config.eval.evaluators}
+    else:
+        name = "reward"
+        evaluators, sections = evaluators_from(reward, None)
+        if name not in evaluators:
+            evaluators[name] = WeightedSum(WeightedConfig(weights=sections[name]["weights"]))
+    rows = _rows(config, components, dataset)
+    for evaluator in evaluators.values():
+        try:
+            check_evaluator(evaluator, rows)
+        except ConfigError as error:
+            if rows:
+                raise
+            raise ConfigError(f"{error} The run's dataset is not known here: pass dataset=.") from error
+    by_id = {text_of(row.id): row for row in rows}
+    return await rescore_epochs(records, evaluators, name, lambda: by_id, only, max_concurrency)
+
+
+def _rows(config: Config, components: Builder | None, dataset: Any) -> Sequence[EvalInputItem]:
+    """The dataset's rows; none if they are not known here."""
+    if dataset is not None:
+        return load_dataset(dataset, config.eval.general.dataset)
+    if components is None:
+        return ()
+    run = config.finetuning.run_configuration
+    try:
+        return dataset_of(config, components, str(run.dataset) if run and run.dataset else None)
+    except (ConfigError, DatasetError):
+        return ()
+
+
+def rescoring(config: Config, run_id: str, epochs: Sequence[RescoredEpoch], records: Sequence[Epoch]) -> Rescoring:
+    """Put the epochs together with what a selection needs."""
+    percentile = config.finetuning.curriculum_learning.initial_percentile
+    if records and records[0].selection.state.last_expansion_epoch < 0:
+        percentile = records[0].selection.state.percentile  # also where the config cannot be read here
+    started_at = CurriculumState(percentile=percentile)
+    return Rescoring(run_id, tuple(epochs), config.run.seed, started_at, records)
