@@ -22,6 +22,8 @@ _NAMES = {
     "store.runs": ("runs",),
     "rewards.from_trl": ("from_trl",),
     "rewards.functions": ("group_reward",),
+    "rewards.judge": ("judge",),
+    "rewards.retrying": ("retrying",),
     "engine.sinks": ("JsonlSink", "MetricsSink", "WandbSink"),
     "threads": ("enable_nested_asyncio", "run_sync"),
     "components.loading": ("load_config",),
@@ -129,6 +131,8 @@ if TYPE_CHECKING:
     from .interfaces import TrajectoryBuilder as TrajectoryBuilder
     from .rewards.from_trl import from_trl as from_trl
     from .rewards.functions import group_reward as group_reward
+    from .rewards.judge import judge as judge
+    from .rewards.retrying import retrying as retrying
     from .rollouts.evaluation import EvaluationRun as EvaluationRun
     from .rollouts.trajectory_builder import EvalTrajectoryBuilder as EvalTrajectoryBuilder
     from .rollouts.trajectory_builder import EvalTrajectoryBuilderConfig as EvalTrajectoryBuilderConfig

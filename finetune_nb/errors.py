@@ -44,6 +44,7 @@ __all__ = [
     "UserCodeError",
     "WorkflowError",
     "did_you_mean",
+    "is_transient",
 ]
 
 
@@ -126,6 +127,22 @@ class MissingExtra(FinetuneError, ImportError):
 
     def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
         return type(self), (self.what, self.extra)  # so that it can come from another process
+
+
+_TRANSIENT_STATUS = {408, 409, 429, 500, 502, 503, 504}
+_TRANSIENT_NAMES = {"APIConnectionError", "APITimeoutError", "ConnectError", "ReadTimeout", "ReadError"}
+"""Errors of client libraries, which are not imported for that."""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: a lost connection, a time-out, a server that is busy."""
+    if isinstance(error, RolloutTimeout):
+        return False
+    return (
+        isinstance(error, ConnectionError | TimeoutError)
+        or getattr(error, "status_code", None) in _TRANSIENT_STATUS
+        or type(error).__name__ in _TRANSIENT_NAMES
+    )
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:

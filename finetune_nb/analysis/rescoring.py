@@ -6,7 +6,7 @@ Nothing is run but the reward. Epochs are read one after the other, so memory do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RescoredEpoch",
     "Rescoring",
+    "recorded_outputs",
     "rescore_epochs",
     "reweighted_epochs",
 ]
@@ -66,12 +67,7 @@ class RescoredEpoch:
 
     def name_of(self, place: int) -> str:
         """The name of a trajectory, such as "e3/q17/2"."""
-        import numpy as np
-
-        group = int(np.searchsorted(self.before.offsets, place, side="right")) - 1
-        generation = self.generations[place]
-        of = f"#{place - int(self.before.offsets[group])}" if generation is None else generation
-        return f"e{self.index}/{self.before.example_ids[group]}/{of}"
+        return trajectory_name(self.record, self.generations, place)
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -337,7 +333,7 @@ async def rescore_epochs(
     evaluators: Mapping[str, Any],
     reward_name: str,
     rows: Callable[[], Mapping[str, EvalInputItem]],
-    only: str | None = None,
+    only: str | Collection[str] | None = None,
     max_concurrency: int = 64,
     done: Callable[[int], None] | None = None,
 ) -> list[RescoredEpoch]:
@@ -348,8 +344,8 @@ async def rescore_epochs(
         evaluators: Evaluators by name.
         reward_name: The one whose score is the reward.
         rows: Returns the dataset's rows by the text of their ids.
-        only: "failed": rollouts without a reward, and with a reward that compares a group, groups that have one; the others keep
-            what they have. None: all.
+        only: "failed": rollouts without a reward; or the names of some ("e3/q17/2"). With a reward that compares a group, whole
+            groups that have one of them. The others keep what they have. None: all.
         max_concurrency: How many calls of an async function run at once.
         done: Called after each epoch with its number.
 
@@ -361,8 +357,10 @@ async def rescore_epochs(
     """
     from ..rewards.recorded import needs_trajectories
 
-    if only not in (None, "failed"):
-        raise ConfigError(f"only is {only!r}; expected 'failed', or None for all rollouts.")
+    if isinstance(only, str) and only != "failed":
+        raise ConfigError(
+            f"only is {only!r}; expected 'failed', a list of names of trajectories, or None for all rollouts."
+        )
     known = rows()
     with_trajectories = needs_trajectories(evaluators)
     found = []
@@ -378,7 +376,7 @@ async def _rescored(
     evaluators: Mapping[str, Any],
     reward_name: str,
     rows: Mapping[str, EvalInputItem],
-    only: str | None,
+    only: str | Collection[str] | None,
     with_trajectories: bool,
     max_concurrency: int,
 ) -> RescoredEpoch:
@@ -389,9 +387,10 @@ async def _rescored(
 
     statistics = record.statistics
     columns = _columns(record, ["generation", "output", "scores", "error", "shaped_rewards"])
-    wanted = np.ones(len(statistics.rewards), dtype=bool)
-    if only == "failed":
-        wanted = np.isnan(statistics.rewards)
+    if only is None:
+        wanted = np.ones(len(statistics.rewards), dtype=bool)
+    else:
+        wanted = _those(record, columns["generation"], only)
         if any(map(needs_group, evaluators.values())):
             group_of = np.repeat(np.arange(len(statistics)), np.diff(statistics.offsets))
             wanted = np.isin(group_of, group_of[wanted])
@@ -415,6 +414,34 @@ async def _rescored(
         trajectories = [_unscored(every[row]) for row in chosen]
     scored = await score_recorded(evaluators, reward_name, items, groups, trajectories, max_concurrency)
     return _put_together(record, columns, scored, wanted)
+
+
+def _those(record: Epoch, generations: Sequence[Any], only: str | Collection[str]) -> np.ndarray:
+    """(N,) bool: which trajectories are to be scored."""
+    import numpy as np
+
+    statistics = record.statistics
+    if only == "failed":
+        return np.isnan(statistics.rewards)
+    names = [trajectory_name(record, generations, place) for place in range(len(statistics.rewards))]
+    return np.array([name in only for name in names], dtype=bool)
+
+
+def trajectory_name(record: Epoch, generations: Sequence[Any], place: int) -> str:
+    """The name of a trajectory, such as "e3/q17/2", as the frames have it.
+
+    Args:
+        record: Its epoch.
+        generations: (N,) the generation of each trajectory, None where it is not known.
+        place: Which of the N.
+    """
+    import numpy as np
+
+    offsets = record.statistics.offsets
+    group = int(np.searchsorted(offsets, place, side="right")) - 1
+    generation = generations[place]
+    of = f"#{place - int(offsets[group])}" if generation is None else generation
+    return f"e{record.index}/{record.statistics.example_ids[group]}/{of}"
 
 
 def _put_together(
@@ -473,6 +500,11 @@ def reweighted_epochs(records: Iterable[Epoch], weights: Mapping[str, float]) ->
         turns: list[list[float] | None] = [None] * len(rewards)
         found.append(RescoredEpoch(record, columns["generation"], after, scores, errors, turns, everything))
     return found
+
+
+def recorded_outputs(record: Epoch) -> list[Any]:
+    """(N,) what the workflow returned in each rollout, None where that was not recorded."""
+    return [None if text is None else decode(text) for text in _columns(record, ["output"])["output"]]
 
 
 def _columns(record: Epoch, names: Sequence[str]) -> dict[str, list[Any]]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from ..errors import RolloutTimeout, WorkflowError
+from ..errors import RolloutTimeout, WorkflowError, is_transient
 from ..interfaces import Policy
 from ..llms.call_recorder import CallRecorder
 from ..text import text_of
@@ -89,7 +89,7 @@ class Rollout:
         async for attempt in AsyncRetrying(
             stop=stop_after_attempt(self.retries + 1),
             wait=wait_random_exponential(multiplier=0.2, max=10),
-            retry=retry_if_exception(_is_transient),
+            retry=retry_if_exception(is_transient),
             reraise=True,
         ):
             with attempt:
@@ -117,15 +117,3 @@ def _loop_hint(error: BaseException | None) -> str:
 
 
 _OTHER_LOOP = re.compile(r"different (event )?loop|Event loop is closed|non-thread-safe operation")
-_TRANSIENT_STATUS = {408, 409, 429, 500, 502, 503, 504}
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: a lost connection, a time-out, a server that is busy."""
-    if isinstance(error, RolloutTimeout):
-        return False
-    return (
-        isinstance(error, ConnectionError | TimeoutError)
-        or getattr(error, "status_code", None) in _TRANSIENT_STATUS
-        or type(error).__name__ in ("APIConnectionError", "APITimeoutError", "ConnectError", "ReadTimeout", "ReadError")
-    )

@@ -305,6 +305,9 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
             "policy_version": finished.version,
             "scores": scores_of(verdicts, reward_name),
         }
+        words = {name: each.reasoning for name, each in verdicts.items() if each.reasoning and name != reward_name}
+        if words:
+            metadata["reasonings"] = words
         tools = tools_from_calls(item)
         if tools is not None:
             metadata["tools"] = tools

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ..analysis.rescoring import RescoredEpoch, Rescoring, rescore_epochs, reweighted_epochs
+from ..analysis.agreement import Agreement, agreement
+from ..analysis.rescoring import RescoredEpoch, Rescoring, recorded_outputs, rescore_epochs, reweighted_epochs
 from ..components.builder import Builder
 from ..config.sections import Config
 from ..errors import ConfigError, DatasetError, RunError, did_you_mean
@@ -18,8 +20,11 @@ from ..text import text_of
 from ..types import CurriculumState, Epoch, EvalInputItem
 
 __all__ = [
+    "agreement_with",
+    "labelled_epochs",
     "reweight",
     "rescore",
+    "rescoring",
 ]
 
 
@@ -54,7 +59,7 @@ async def rescore(
     components: Builder | None,
     records: Sequence[Epoch],
     reward: Rewards | None,
-    only: str | None,
+    only: str | Collection[str] | None,
     dataset: Any,
     max_concurrency: int,
 ) -> list[RescoredEpoch]:
@@ -117,3 +122,42 @@ def rescoring(config: Config, run_id: str, epochs: Sequence[RescoredEpoch], reco
         percentile = records[0].selection.state.percentile  # also where the config cannot be read here
     started_at = CurriculumState(percentile=percentile)
     return Rescoring(run_id, tuple(epochs), config.run.seed, started_at, records)
+
+
+def labelled_epochs(labels: Mapping[str, float], records: Sequence[Epoch]) -> list[int]:
+    """The recorded epochs that labels belong to, by the names of the trajectories."""
+    found = {int(match[1]) for match in (re.match(r"e(\d+)/", name) for name in labels) if match}
+    return [record.index for record in records if record.index in found]
+
+
+def agreement_with(labels: Mapping[str, float], rescored: Rescoring, scale: tuple[float, float]) -> Agreement:
+    """Compare new rewards with labels.
+
+    Args:
+        labels: By the names of the trajectories.
+        rescored: Has the rewards.
+        scale: Lowest and highest value of both.
+
+    Returns:
+        The agreement.
+
+    Raises:
+        ConfigError: A label is of a rollout that is not recorded.
+    """
+    names: list[str] = []
+    scores: list[float] = []
+    lengths: list[int] = []
+    for epoch in rescored.epochs:
+        outputs = recorded_outputs(epoch.record)
+        for place in range(len(epoch.after.rewards)):
+            name = epoch.name_of(place)
+            if name in labels:
+                names.append(name)
+                scores.append(float(epoch.after.rewards[place]))
+                lengths.append(len(text_of(outputs[place])))
+    if unknown := labels.keys() - set(names):
+        raise ConfigError(
+            f"{len(unknown)} of {len(labels)} labels are of no recorded rollout, such as {sorted(unknown)[0]!r}. Expected names "
+            "as in the column `trajectory` of run.trajectories()."
+        )
+    return agreement(names, [labels[name] for name in names], scores, lengths, scale)

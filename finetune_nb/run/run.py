@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,6 +39,7 @@ from .opening import Obstacle, branch_of, components_from, config_of, copy_for_f
 from .session import EpochLines, Session
 
 if TYPE_CHECKING:
+    from ..analysis.agreement import Agreement
     from ..analysis.rescoring import Rescoring
     from ..llms.client import ChatReply
     from ..rollouts.evaluation import Progress
@@ -872,7 +873,7 @@ class Run(RunHistory):
         epochs: Any = None,
         *,
         weights: Mapping[str, float] | None = None,
-        only: str | None = None,
+        only: str | Collection[str] | None = None,
         dataset: Any = None,
         max_concurrency: int = 64,
     ) -> Rescoring:
@@ -882,7 +883,8 @@ class Run(RunHistory):
             reward: As in Run. Default: the run's own reward.
             epochs: A number, several, or a slice of them; negative counts from the newest. Default: all.
             weights: Other weights of the reward's parts: the recorded scores are added up anew, and no function is called.
-            only: "failed": only rollouts without a reward, such as those whose judge was not reachable.
+            only: "failed": only rollouts without a reward, such as those whose judge was not reachable; or the names of some, as
+                in the column `trajectory` of `trajectories()`.
             dataset: The rows, if the run was opened without them.
             max_concurrency: How many calls of an async reward run at once.
 
@@ -906,6 +908,44 @@ class Run(RunHistory):
         work = rescore(self.config, self.config.builder, records, reward, only, dataset, max_concurrency)
         found = run_sync(work if self._closed else self._session.engine.run(work))
         return rescoring(self.config, self.id, found, self.records)
+
+    def agreement(
+        self,
+        reward: Rewards,
+        labels: Any,
+        *,
+        scale: tuple[float, float] = (0.0, 1.0),
+        dataset: Any = None,
+        max_concurrency: int = 64,
+    ) -> Agreement:
+        """Score labelled rollouts, and say how far the scores agree with the labels.
+
+        Args:
+            reward: A judge, or any other reward.
+            labels: What a person says: a mapping from names of trajectories ("e3/q17/2", the column `trajectory` of
+                `trajectories()`) to numbers, or a frame with the columns `trajectory` and `label`.
+            scale: Lowest and highest value of both; its middle separates good from bad for Cohen's kappa.
+            dataset: The rows, if the run was opened without them.
+            max_concurrency: How many calls of an async reward run at once.
+
+        Returns:
+            Cohen's kappa, correlations, bias, and the rollouts that differ most. It displays itself.
+
+        Raises:
+            RunError: No epoch has ended yet, or the run itself called this.
+            ConfigError: A label is of no recorded rollout, or the reward cannot be called with the dataset's rows.
+        """
+        from ..analysis.agreement import labels_of
+        from .rescoring import agreement_with, labelled_epochs
+
+        known = labels_of(labels)
+        epochs = labelled_epochs(known, self.records)
+        if not epochs:
+            raise ConfigError(
+                f"no label is of a recorded epoch. Expected names such as 'e0/q17/2'; found {next(iter(known))!r}."
+            )
+        rescored = self.rescore(reward, epochs, only=list(known), dataset=dataset, max_concurrency=max_concurrency)
+        return agreement_with(known, rescored, scale)
 
     def panel(self) -> Any:
         """The control panel: state and progress, buttons, the live settings with what they would do, the reward curve, the

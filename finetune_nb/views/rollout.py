@@ -86,12 +86,21 @@ def _head(trajectory: Trajectory, more: Sequence[tuple[str, Any]] = ()) -> list[
                 ("shaped rewards", shown),
                 ("scored as", _group_size(metadata)),
                 ("reasoning", metadata.get("reasoning") and cut(metadata["reasoning"], SHORT)),
+                *_reasonings(metadata),
                 *more,
                 ("model time", _model_time(trajectory)),
                 ("policy version", _plain_version(metadata.get("policy_version"))),
             ]
         ),
     ]
+
+
+def _reasonings(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the other evaluators said besides their scores."""
+    found = metadata.get("reasonings")
+    if not isinstance(found, Mapping):
+        return []
+    return [(f"reasoning of {short(name, 40)}", cut(said, SHORT)) for name, said in list(found.items())[:8] if said]
 
 
 def _group_size(metadata: Mapping[str, Any]) -> str | None:

@@ -125,6 +125,9 @@ class LoopbackServer:
             "model": request.body["model"],
             "choices": [choice],
         }
+        prompt = sum(len(m.get("content") or "") for m in request.body["messages"])
+        sizes = {"prompt_tokens": prompt, "completion_tokens": len(sampled), "total_tokens": prompt + len(sampled)}
+        completion["usage"] = sizes
         if self.logprobs and request.body.get("logprobs"):
             top = request.body.get("top_logprobs", 0)
             choice["logprobs"] = {"content": [_token(position, c, top) for position, c in enumerate(sampled)]}
