@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..components.builder import Builder
-from ..errors import RunError
+from ..config.sections import Config
+from ..errors import ConfigError, RunError
+from ..rewards.evaluators import reward_name_of, weighted_reward
 from ..text import as_json, text_of
 from ..types import Change
 
@@ -22,6 +24,7 @@ __all__ = [
     "given_components",
     "recorded_components",
     "require_components",
+    "reward_digest",
 ]
 
 ARGUMENTS = {"trajectory_builder": "builder", "trainer_adapter": "adapter", "trainer": "trainer"}
@@ -96,6 +99,30 @@ def fingerprints(components: Builder) -> dict[str, str]:
     return found
 
 
+def reward_digest(config: Config, components: Builder) -> str | None:
+    """A digest of what a run's reward is made of: its functions and the weights in its config.
+
+    Args:
+        config: The run's config.
+        components: Has its functions.
+
+    Returns:
+        None where the reward has no source that could be compared.
+    """
+    try:
+        name = reward_name_of(config)
+    except ConfigError:
+        return None
+    weighted = weighted_reward(config)
+    known = fingerprints(components)
+    if weighted is None:
+        return known.get(f"evaluator.{name}") or _digest(
+            [as_json(config.eval.evaluators[name].model_dump(mode="json"))]
+        )
+    parts = [f"{part} {weight} {known.get(f'evaluator.{part}')}" for part, weight in weighted.weights.items()]
+    return _digest(parts)
+
+
 def changes_since(
     written: Mapping[str, Any],
     now: Mapping[str, Any],
@@ -139,6 +166,10 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _source_of(function: Callable[..., Any]) -> str | None:
+    function = inspect.unwrap(function)
+    fingerprint = getattr(function, "fingerprint", None)
+    if isinstance(fingerprint, str):
+        return fingerprint
     try:
         return inspect.getsource(function if inspect.isroutine(function) else type(function))
     except Exception:  # made by exec, or by C: then by its code, if it has any

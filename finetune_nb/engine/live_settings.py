@@ -150,6 +150,11 @@ class LiveField:
     """The value as the component takes it. Raises ConfigError for one that does not fit."""
 
 
+def _is_setting(change: Change) -> bool:
+    """Whether a change can be made again: not what was found when a run was continued, and no function that a fork was given."""
+    return change.source != "resume" and not change.field.startswith("evaluator.")
+
+
 class UnknownSetting(ConfigError, KeyError):
     """A name that is no live setting."""
 
@@ -390,7 +395,7 @@ class LiveSettings:
         there; those that no epoch used are left out. Raises ConfigError where one of them cannot be made here."""
         with self._lock:
             # What was found when a run was continued was never asked for.
-            used = [change for change in changes if change.epoch is not None and change.source != "resume"]
+            used = [change for change in changes if change.epoch is not None and _is_setting(change)]
             settings = CurriculumSettings()
             for change in used:
                 label = f"replay: {change.field} of epoch {change.epoch}: "

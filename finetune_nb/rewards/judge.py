@@ -96,6 +96,11 @@ class Judge:
         self._cache: OrderedDict[str, _Vote] = OrderedDict()
         self.__name__ = "judge"
 
+    @property
+    def fingerprint(self) -> str:
+        """What decides its verdicts: by this a run that is continued knows whether its judge is another one."""
+        return json.dumps([self.criterion, self._model, self.scale, self.votes])
+
     async def __call__(self, item: EvalInputItem) -> Verdict:
         """Judge one rollout.
 

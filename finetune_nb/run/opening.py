@@ -16,10 +16,12 @@ from typing import Any
 from ..components.builder import Builder
 from ..components.loading import load_config, load_received
 from ..config.base import changed
-from ..config.sections import Config
+from ..config.sections import Config, RewardFunctionConfig
 from ..engine.continuation import ARGUMENTS
 from ..engine.run_writer import settings_in
 from ..errors import ConfigError, RunError, StoreError
+from ..rewards.evaluators import reward_name_of, weighted_reward
+from ..rewards.functions import Rewards, evaluators_from
 from ..rollouts.datasets import read_rows
 from ..store.checkpoints import has_weights, newest_checkpoint
 from ..store.durable import check_tree
@@ -140,9 +142,14 @@ class Branch:
 
 
 def branch_of(
-    store: RunReader, epoch: int | None, curriculum: Mapping[str, Any] | None, training: Mapping[str, Any] | None
+    store: RunReader,
+    epoch: int | None,
+    curriculum: Mapping[str, Any] | None,
+    training: Mapping[str, Any] | None,
+    reward: tuple[str | None, str | None] | None = None,
 ) -> Branch:
-    """epoch: None = the last one. training: what the fork's adapter is given anew. Raises RunError where that epoch is not
+    """epoch: None = the last one. training: what the fork's adapter is given anew. reward: digests of the old and the new one,
+    if there is a new one. Raises RunError where that epoch is not
     there or its weights are gone, ConfigError for settings that do not fit."""
     indices = [each.index for each in store.epochs]
     if not indices:
@@ -170,6 +177,9 @@ def branch_of(
     )
     live = state.get("live") or {}
     state["live"] = {name: value for name, value in live.items() if name.partition(".")[2] not in (training or {})}
+    if reward is not None:
+        changes += (Change(time.time(), "fork", "evaluator.reward", *reward, epoch + 1),)
+        state["live"] = {name: value for name, value in state["live"].items() if not name.startswith("reward.")}
     state["settings"] = {f.name: getattr(after, f.name) for f in fields(after)}
     if state.get("curriculum") and after.percentile != before.percentile:
         state["curriculum"]["current_percentile"] = after.percentile
@@ -195,17 +205,24 @@ def make_fork(parent: Path, branch: Branch, folder: Path, run_id: str, config: M
 
 
 def copy_for_fork(
-    config: Config, builder: Builder, training: Mapping[str, Any] | None, components: Mapping[str, Any]
+    config: Config,
+    builder: Builder,
+    training: Mapping[str, Any] | None,
+    components: Mapping[str, Any],
+    reward: Rewards | None = None,
 ) -> tuple[Config, Builder]:
     """A config and a builder that share nothing with the given ones but functions and rows.
 
-    training: other fields of the adapter's config. components: ready ones in place of the run's, by kind. Raises
-    ConfigError for a ready component that is not replaced: it has state, and cannot belong to two runs.
+    training: other fields of the adapter's config. components: ready ones in place of the run's, by kind. reward: another one,
+    as in Run. Raises ConfigError for a ready component that is not replaced: it has state, and cannot belong to two runs.
     """
     # The builder belongs to the run; what points at it points at the fork's own later.
     config = copy.deepcopy(config, {id(config.builder): None} if config.builder is not None else {})
     again = Builder(config)
+    replaced = set() if reward is None else _replace_reward(config, again, reward)
     for kind, name, component in builder.added():
+        if kind == "evaluator" and name in replaced:
+            continue
         if kind not in ARGUMENTS:
             again.add(kind, name, component)
         elif components.get(kind) is None:
@@ -221,6 +238,24 @@ def copy_for_fork(
         name = config.finetuning.trainer_adapter or ""
         config.trainer_adapters[name] = changed(config.trainer_adapters[name], training, "training")
     return config, again
+
+
+def _replace_reward(config: Config, builder: Builder, reward: Rewards) -> set[str]:
+    """Puts another reward into a config and its builder. Returns the names of the evaluators that were the old one, or are the
+    new one."""
+    old = reward_name_of(config)
+    weighted = weighted_reward(config)
+    gone = {old, *(weighted.weights if weighted is not None else ())}
+    functions, sections = evaluators_from(reward, None)
+    evaluators = {name: section for name, section in config.eval.evaluators.items() if name not in gone}
+    if taken := [name for name in sections if name in evaluators]:
+        raise ConfigError(f"evaluator {taken[0]!r} has the name of a part of the new reward. Choose another one.")
+    added = load_config({"eval": {"evaluators": sections}}).eval.evaluators
+    config.eval.evaluators = {**added, **evaluators}
+    config.finetuning.reward_function = RewardFunctionConfig(name="reward")
+    for name, function in functions.items():
+        builder.add("evaluator", name, function)
+    return gone | set(functions)
 
 
 def components_from(

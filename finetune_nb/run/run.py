@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..components.builder import Builder
 from ..components.loading import load_config
 from ..config.sections import Config, FinetuneRunConfig
-from ..engine.continuation import given_components, recorded_components
+from ..engine.continuation import given_components, recorded_components, reward_digest
 from ..engine.driver import Driver
 from ..engine.epoch_record import partial_record, require_rewards
 from ..engine.live_settings import LiveField, LiveSettings, LiveValues, live_fields, read_journal
@@ -977,6 +977,7 @@ class Run(RunHistory):
         *,
         curriculum: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
+        reward: Rewards | None = None,
         name: str | None = None,
         builder: TrajectoryBuilder | None = None,
         adapter: TrainerAdapter | None = None,
@@ -994,6 +995,7 @@ class Run(RunHistory):
             curriculum: Changes of the settings that were in force then; giving some switches the curriculum on unless they
                 say `enabled`.
             training: Other fields of the adapter's config.
+            reward: Another reward, as in Run; the epochs before the fork keep theirs.
             name: As in Run; None: this run's, with "-fork".
             builder: A new trajectory builder, where this run was given one as an object.
             adapter: A new trainer adapter, where this run was given one as an object.
@@ -1011,6 +1013,7 @@ class Run(RunHistory):
                 epoch,
                 curriculum=curriculum,
                 training=training,
+                reward=reward,
                 name=name,
                 builder=builder,
                 adapter=adapter,
@@ -1022,8 +1025,11 @@ class Run(RunHistory):
         if store is None:
             raise RunError(f"run {self.id!r} has no epoch to continue from. Run one first, or make a new Run.")
         ready = {"trajectory_builder": builder, "trainer_adapter": adapter, "trainer": trainer}
-        config, components = copy_for_fork(self.config, self._driver.components, training, ready)
-        branch = branch_of(store, epoch, curriculum, training)
+        config, components = copy_for_fork(self.config, self._driver.components, training, ready, reward)
+        digests = None
+        if reward is not None:
+            digests = (reward_digest(self.config, self._driver.components), reward_digest(config, components))
+        branch = branch_of(store, epoch, curriculum, training, digests)
         # The fork may be given components of other classes; for the rest it needs what this run has.
         branch.state["components"] = {**recorded_components(branch.state), **given_components(components)}
         run_id = free_id(name or f"{self.id[:90]}-fork", self.folder.parent)

@@ -279,3 +279,48 @@ def test_flips_are_the_pairs_that_a_plain_loop_counts(tmp_path, closing):
             old, new = epoch.before.rewards, epoch.after.rewards
             count = sum((old[a] - old[b]) * (new[a] - new[b]) < 0 for a in rows for b in rows if a < b)
             assert found == count
+
+
+# ── going on with it ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_fork_continues_with_another_reward_and_the_epochs_before_keep_theirs(tmp_path, closing):
+    run = closing(epochs(make_run({"odd": lambda output: int(output["value"]) % 2, "close": close_to}, tmp_path), 2))
+    other = {"close": (close_to, 3.0), "ranked": ranked}
+    fork = closing(
+        run.fork(0, reward=other, adapter=FakeAdapter(policy=ScriptedPolicy(lambda messages, seed: str(seed % 40))))
+    )
+    ft.run_sync(fork.next_epoch())
+    frame = fork.trajectories(epoch=1)
+    assert (frame.reward == 3 * frame.score_close + frame.score_ranked).all()
+    assert "score_odd" not in frame
+    assert dict(fork.live)["reward.close"] == 3.0
+    expected = run.rescore(other, 1)[1].after.rewards
+    assert frame.reward.tolist() == expected.tolist()
+    change = next(change for change in fork.changes if change.field == "evaluator.reward")
+    assert (change.source, change.epoch) == ("fork", 1)
+    assert change.old != change.new
+    assert "score_odd" in run.trajectories(epoch=1)
+
+
+def test_a_fork_of_a_plain_reward_may_have_several(tmp_path, closing):
+    run = closing(epochs(make_run(close_to, tmp_path, evaluators={"other": lambda output: 0.0}), 1))
+    adapter = FakeAdapter(policy=ScriptedPolicy(lambda messages, seed: str(seed % 40)))
+    with pytest.raises(ConfigError, match="evaluator 'other' has the name of a part of the new reward"):
+        run.fork(reward={"other": close_to}, adapter=adapter)
+    fork = closing(run.fork(reward=[close_to, ranked], adapter=adapter))
+    ft.run_sync(fork.next_epoch())
+    assert {"score_reward", "score_close_to", "score_ranked", "score_other"} <= set(fork.trajectories())
+
+
+def test_a_group_reward_with_another_source_is_noted_when_the_run_is_resumed(tmp_path, closing):
+    run = epochs(make_run(ranked, tmp_path, name="r"), 1)
+    run.close()
+
+    @ft.group_reward
+    def other(outputs):
+        return [0.0 for _ in outputs]
+
+    run = closing(make_run(other, tmp_path, name="r", resume="auto"))
+    epochs(run, 1)
+    assert [change.field for change in run.changes if change.source == "resume"] == ["evaluator.reward"]
