@@ -61,6 +61,7 @@ __all__ = [
     "LLMCall",
     "MessageKey",
     "OpenAIMessage",
+    "ReplyFormat",
     "RolloutFailure",
     "RolloutRequest",
     "RolloutResult",
@@ -581,6 +582,20 @@ class EpisodeKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class ReplyFormat:
+    """The form that a reply is held to. Schemas are kept as JSON texts, so that equal formats are equal."""
+
+    schema: str | None = None
+    """JSON schema of the reply's text; None: any text."""
+    tools: str | None = None
+    """The tools that it may call, as a JSON list of OpenAI schemas; None: none."""
+    required: bool = False
+    """Whether it must call one. Otherwise a call and a text that fits `schema` are both taken."""
+    parallel: bool = True
+    """Whether it may call several at once."""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How a reply is sampled."""
 
@@ -590,6 +605,13 @@ class SamplingParams:
     """Longest reply, in tokens; a longer one is cut and its finish reason is "length"."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply. The token that completed one is kept, so that training sees what was sampled."""
+    top_logprobs: int = 0
+    """Likeliest tokens that are recorded in each place beside the sampled one, where the policy gives them."""
+    reply_format: ReplyFormat | None = None
+    """The form that the reply must have; None: any. Tokens that do not fit are not drawn, and the others are drawn in their
+    own proportions. Logprobs stay those of the model, without the form: what is trained is how likely the model itself
+    makes the tokens, and the importance ratio is one of the model's own probabilities. Such a reply is off-policy by as
+    much as the form forbids."""
 
 
 class Sample(NamedTuple):
@@ -600,6 +622,8 @@ class Sample(NamedTuple):
     """One natural logarithm a token, of the distribution that it was drawn from."""
     finish_reason: str
     """"stop" (the model ended its turn, or a stop text came) or "length"."""
+    likeliest: list[dict[int, float]] | None = None
+    """Of each place the likeliest tokens, id -> natural logarithm, where `top_logprobs` asked for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -630,6 +654,8 @@ class LLMCall:
     """The ids are those that the model really saw and sampled, not a re-tokenized text."""
     top_logprobs: list[dict[str, float]] | None = None
     """Of each response token the likeliest tokens in its place, text -> natural logprob, where they were asked for."""
+    ignored: tuple[str, ...] = ()
+    """What the request asked for and was not honoured, because the run says so or because it is only wished for."""
 
 
 # ── episodes and trajectories ─────────────────────────────────────────────────────────────────────────────────────────
@@ -681,6 +707,8 @@ class MessageKey:
     """Of the tool, or of the person, that speaks."""
     REASONING_CONTENT = "reasoning_content"
     """What an assistant thought before its answer."""
+    IGNORED = "ignored"
+    """Names of the request's parameters that were not honoured in sampling the turn; only where there are any."""
 
 
 class EpisodeItem(BaseModel):
@@ -690,7 +718,8 @@ class EpisodeItem(BaseModel):
     training). `metadata` keys: token_ids, tokens (their text), prompt_token_ids, exact (the ids are those that the model saw
     and sampled), drifted (True: its prompt does not begin with the ids of the turn before), temperature, finish_reason,
     seconds (that the model call took), conversation (counts from 0), tool_calls, tool_call_id, name, reasoning_content (what
-    the model thought), top_logprobs (of each token the likeliest in its place, text -> logprob).
+    the model thought), top_logprobs (of each token the likeliest in its place, text -> logprob), ignored (names of the
+    request's parameters that were not honoured).
     """
 
     role: EpisodeItemRole

@@ -57,6 +57,7 @@ __all__ = [
     "EvalGeneralConfig",
     "FinetuneConfig",
     "FinetuneRunConfig",
+    "GatewaySettings",
     "Placeholder",
     "RaySettings",
     "RunSettings",
@@ -129,6 +130,28 @@ class RaySettings(BaseModel):
     have."""
 
 
+class GatewaySettings(BaseModel):
+    """The `run.gateway` section: how requests of client libraries are answered."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ignore: list[str] = []
+    """Parameters of requests that are left out of account, by the names that the client's API has for them, such as "verbosity"
+    or "reasoning". Each turn's record names what was ignored."""
+
+    @field_validator("ignore")
+    @classmethod
+    def check_ignore(cls, names: list[str]) -> list[str]:
+        needed = sorted(NEEDED_IN_REQUESTS & set(names))
+        if needed:
+            raise ValueError(f"found {', '.join(needed)} in ignore; a request without it is none. Name options alone")
+        return names
+
+
+NEEDED_IN_REQUESTS = frozenset({"input", "messages", "previous_response_id", "prompt", "stream", "system", "tools"})
+"""What no run can ignore."""
+
+
 class RunSettings(BaseModel):
     """The `run` section. Ours alone."""
 
@@ -139,6 +162,8 @@ class RunSettings(BaseModel):
     none runs in this process yet; "ray:auto": on the cluster that this machine belongs to; "ray:HOST:PORT": on that one."""
     ray: RaySettings = RaySettings()
     """What it takes of a Ray cluster."""
+    gateway: GatewaySettings = GatewaySettings()
+    """How requests of client libraries are answered."""
     seed: int = Field(default=0, ge=0)
     """Of every draw and every sampled token."""
     deterministic: bool = False

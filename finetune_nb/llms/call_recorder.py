@@ -76,6 +76,8 @@ class CallRecorder:
     """The addresses at which the gateway serves it, one a model."""
     llm: Any = field(default=None, repr=False)
     """The model that the rollout's workflow got, if it got one."""
+    ignore: frozenset[str] = frozenset()
+    """Parameters of requests that the run says to ignore."""
     number: int = field(default_factory=_numbers.__next__, repr=False)
     """Of this recorder among all of this process."""
     ended: bool = False
@@ -211,12 +213,17 @@ def arguments_of(function: Mapping[str, Any]) -> Any:
 
 def _step(call: LLMCall) -> IntermediateStep:
     data = StreamEventData(input=call.messages, output=call.reply.get("content"), payload=call)
+    metadata: dict[str, Any] = {}
+    if call.tools:
+        metadata["tools"] = call.tools
+    if call.ignored:
+        metadata["ignored"] = list(call.ignored)
     payload = IntermediateStepPayload(
         event_type=IntermediateStepType.LLM_END,
         event_timestamp=time.time(),
         name=call.model,
         data=data,
-        metadata={"tools": call.tools} if call.tools else None,
+        metadata=metadata or None,
         UUID=f"{'/'.join(map(str, call.episode or ()))}/{call.sequence}",
     )
     return IntermediateStep(parent_id="root", function_ancestry=_WORKFLOW, payload=payload)

@@ -204,6 +204,9 @@ class PolicyLLM(LLM):
         assert policy is not None
         version = policy.version
         sample = await policy.sample(ids, params, seed)
+        likeliest = None
+        if sample.likeliest is not None:
+            likeliest = [dict(zip(policy.tokens(list(top)), top.values(), strict=True)) for top in sample.likeliest]
         return LLMCall(
             episode=episode.key,
             sequence=sequence,
@@ -220,6 +223,7 @@ class PolicyLLM(LLM):
             sampling=params,
             seconds=float("nan"),
             exact=True,
+            top_logprobs=likeliest,
         )
 
 
@@ -397,9 +401,11 @@ class PolicyLLMConfig(LLMBaseConfig, name="policy"):
     max_tokens: int = Field(default=256, ge=1, json_schema_extra={"live": "rollouts"})
     stop: list[str] = []
     """Texts that end a reply."""
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    """Likeliest tokens that are recorded in each place beside the sampled one; the views then show entropies."""
 
     def sampling(self) -> SamplingParams:
-        return SamplingParams(self.temperature, self.max_tokens, tuple(self.stop))
+        return SamplingParams(self.temperature, self.max_tokens, tuple(self.stop), self.top_logprobs)
 
 
 @register_llm_provider(config_type=PolicyLLMConfig)

@@ -1,4 +1,5 @@
-"""The gateway: an OpenAI-compatible server on 127.0.0.1, so that agents written with any client library are recorded.
+"""The gateway: a server on 127.0.0.1 that speaks the APIs of OpenAI and Anthropic, so that agents written with any client
+library are recorded.
 
 Every rollout has an address of its own for every model that it asks (`/e/{episode}/v1`): which rollout a request belongs
 to does not depend on threads, tasks or libraries. Its key is the rollout's too, so that a client that was made in one
@@ -21,7 +22,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -35,9 +36,12 @@ from tornado.web import Application, HTTPError, RequestHandler, stream_request_b
 from ..errors import BackendError, ConfigError, FinetuneError, MissingExtra
 from ..redaction import redact_text, redacting_logger, remember_secret
 from ..types import LLMCall, SamplingParams
+from . import messages_wire, responses_wire
+from .call_options import Abilities
 from .call_recorder import CallRecorder
 from .openai_wire import Refused, WireRequest, answer_of, error_body, events_of, read_request
 from .proxies import bypass_proxies
+from .responses_wire import ResponseStore
 from .rollout_keys import RolloutKey, rollouts_of, secret_of
 from .senders import sender_on, watch_connections
 
@@ -48,7 +52,9 @@ __all__ = [
     "Endpoint",
     "Gateway",
     "LARGEST_REQUEST",
+    "Messages",
     "Models",
+    "Responses",
     "gateway",
     "http_server",
     "running_gateway",
@@ -89,10 +95,23 @@ class Endpoint:
     """Requests that are being answered. Touched on the gateway's loop alone."""
     answered: dict[str, tuple[WireRequest, list[LLMCall]]] = field(default_factory=dict, repr=False)
     """What was answered, by request: one that comes again because its answer got lost is not sampled again."""
+    responses: ResponseStore = field(default_factory=ResponseStore, repr=False)
+    """What clients of the Responses API may refer to."""
+
+    def abilities(self, library: str = "") -> Abilities:
+        """What can be done for a request of that client library."""
+        policy = getattr(self.llm, "policy", None)
+        return Abilities(
+            self.llm.sampling,
+            self.llm.takes_options,
+            getattr(policy, "constrains", False),
+            self.episode.ignore,
+            library,
+        )
 
     @property
     def base_url(self) -> str:
-        """For any OpenAI client."""
+        """For any client of OpenAI's API, and of Anthropic's."""
         return f"{self.gateway.url}/e/{self.id}/v1"
 
     @property
@@ -291,10 +310,41 @@ async def sample(endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
 
     with episode.current():
         if request.choices == 1:
-            return [_without_stop(await ask())]
+            return [_as_asked(await ask(), request, llm)]
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(ask()) for _ in range(request.choices)]
-    return [_without_stop(task.result()) for task in tasks]
+    return [_as_asked(task.result(), request, llm) for task in tasks]
+
+
+def _as_asked(call: LLMCall, request: WireRequest, llm: AskedModel) -> LLMCall:
+    """The call with its reply as the request wants it. The ids stay those that were sampled."""
+    if request.ignored:
+        _say_once(request.ignored)
+        call = replace(call, ignored=request.ignored)
+    tool_calls = call.reply.get("tool_calls")
+    policy = getattr(llm, "policy", None)
+    if tool_calls and policy is not None:
+        if not request.calls_tools:
+            text = policy.decode(call.response_ids or ())
+            call = replace(call, reply={"role": "assistant", "content": text})
+        elif not request.parallel:
+            call = replace(call, reply={**call.reply, "tool_calls": tool_calls[:1]})
+    return _without_stop(call)
+
+
+_said: set[str] = set()
+
+
+def _say_once(ignored: tuple[str, ...]) -> None:
+    """Says which parameters are not honoured, each one once a process."""
+    new = [name for name in ignored if name not in _said]
+    _said.update(new)
+    if new:
+        logger.warning(
+            "client libraries ask for %s, which is ignored in sampling. Each turn's record names what was (metadata "
+            '"ignored").',
+            ", ".join(new),
+        )
 
 
 def _without_stop(call: LLMCall) -> LLMCall:
@@ -367,6 +417,11 @@ def http_server(server: Addresses) -> HTTPServer:
     routes = [
         (r"/e/([\w-]+)/v1/chat/completions", Completions, {"server": server, "chat": True}),
         (r"/e/([\w-]+)/v1/completions", Completions, {"server": server, "chat": False}),
+        (r"/e/([\w-]+)/v1/responses", Responses, {"server": server}),
+        (r"/e/([\w-]+)/v1/responses/([\w-]+)", StoredResponse, {"server": server}),
+        # Anthropic's client adds the version to its base_url.
+        (r"/e/([\w-]+)/v1(?:/v1)?/messages", Messages, {"server": server}),
+        (r"/e/([\w-]+)/v1(?:/v1)?/messages/count_tokens", CountTokens, {"server": server}),
         (r"/e/([\w-]+)/v1/models(?:/(.+))?", Models, {"server": server}),
         (r".*", _Nothing, {"server": server}),
     ]
@@ -401,9 +456,17 @@ class _Api(RequestHandler):
 
     def refusal(self, length: int | None) -> Refused | None:
         """Why a request is refused by its headers alone. length: of its body in bytes; None = sent in chunks."""
-        if not self.server.authorized(self.request.headers.get("Authorization")):
+        if not self.server.authorized(self.key()):
             return Refused(401, "the key is wrong or missing. Take llm.api_key.", "invalid_api_key")
         return None
+
+    def key(self) -> str | None:
+        """The Authorization header; where there is none, what it would be with Anthropic's."""
+        headers = self.request.headers
+        header = headers.get("Authorization")
+        if header is None and (key := headers.get("x-api-key")) is not None:
+            return f"Bearer {key}"
+        return header
 
     def _refuse(self, *path: Any) -> None:
         assert self.refused is not None
@@ -415,7 +478,7 @@ class _Api(RequestHandler):
     def endpoint(self, name: str) -> Endpoint:
         """The address of that name. Raises Refused where there is none for this request."""
         client: Any = self.request.connection
-        return self.server.find(name, self.request.headers.get("Authorization"), client.context.address[1])
+        return self.server.find(name, self.key(), client.context.address[1])
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -432,7 +495,11 @@ class _Api(RequestHandler):
         self.set_status(refused.status)
         # The model has been asked as often as it makes sense; a client that asks again would only multiply that.
         self.set_header("x-should-retry", "false")
-        self.finish(error_body(redact_text(str(refused)), refused.status, refused.code, refused.param))
+        self.finish(self.error_of(redact_text(str(refused)), refused))
+
+    def error_of(self, message: str, refused: Refused) -> dict[str, Any]:
+        """The body of an error, as clients of the API read it."""
+        return error_body(message, refused.status, refused.code, refused.param)
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
         if not isinstance(value, Refused | HTTPError | FinetuneError):
@@ -469,7 +536,7 @@ class Completions(_Api):
         if self._finished:
             return
         endpoint = self.endpoint(name)
-        request = self.read(b"".join(self.parts), endpoint.llm)
+        request = self.read(b"".join(self.parts), endpoint)
         again, key = _identity(self.request, self.parts)
         self.parts = []
         if again and key in endpoint.answered:
@@ -483,16 +550,28 @@ class Completions(_Api):
                     410, "the rollout ended, or was begun again, before there was an answer.", "episode_closed"
                 )
             endpoint.answered[key] = request, calls
-        name, created = f"{endpoint.id}-{calls[0].sequence}", int(time.time())
-        if request.stream:
-            self.set_header("Content-Type", "text/event-stream; charset=utf-8")
-            self.set_header("Cache-Control", "no-cache")
-            self.finish(b"".join(events_of(request, calls, name, created)))
-        else:
-            self.finish(json.dumps(answer_of(request, calls, name, created), ensure_ascii=False).encode())
+        self.answer(endpoint, request, calls, f"{endpoint.id}-{calls[0].sequence}", int(time.time()))
 
-    def read(self, body: bytes, llm: AskedModel) -> WireRequest:
-        return read_request(body, self.chat, llm.sampling, llm.takes_options)
+    def read(self, body: bytes, endpoint: Endpoint) -> WireRequest:
+        return read_request(body, self.chat, endpoint.abilities(self.library()))
+
+    def library(self) -> str:
+        return self.request.headers.get("User-Agent", "")
+
+    def answer(self, endpoint: Endpoint, request: WireRequest, calls: list[LLMCall], name: str, created: int) -> None:
+        """Sends what was sampled. name: unique among answers."""
+        if request.stream:
+            self.finish_stream(events_of(request, calls, name, created))
+        else:
+            self.finish_json(answer_of(request, calls, name, created))
+
+    def finish_stream(self, events: Iterator[bytes]) -> None:
+        self.set_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.set_header("Cache-Control", "no-cache")
+        self.finish(b"".join(events))
+
+    def finish_json(self, answer: dict[str, Any]) -> None:
+        self.finish(json.dumps(answer, ensure_ascii=False).encode())
 
     async def _sampled(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
         self.task = asyncio.create_task(self.server.sample(endpoint, request))
@@ -509,6 +588,75 @@ class Completions(_Api):
             self.task.cancel()
 
 
+class Responses(Completions):
+    """OpenAI's Responses API."""
+
+    def initialize(self, server: Addresses) -> None:
+        super().initialize(server)
+
+    def read(self, body: bytes, endpoint: Endpoint) -> WireRequest:
+        return responses_wire.read(body, endpoint.abilities(self.library()), endpoint.responses, endpoint.episode)
+
+    def answer(self, endpoint: Endpoint, request: WireRequest, calls: list[LLMCall], name: str, created: int) -> None:
+        answer = responses_wire.answer_of(request, calls[0], name, created)
+        endpoint.responses.keep(request, calls[0], answer)
+        if request.stream:
+            self.finish_stream(responses_wire.events_of(request, answer))
+        else:
+            self.finish_json(answer)
+
+
+class StoredResponse(_Api):
+    """A response that was given before."""
+
+    def get(self, name: str, response: str) -> None:
+        self.finish(self.endpoint(name).responses.find(response).answer)
+
+    def delete(self, name: str, response: str) -> None:
+        self.endpoint(name).responses.forget(response)
+        self.finish({"id": response, "object": "response", "deleted": True})
+
+
+class _Anthropic:
+    """Errors as Anthropic's clients read them."""
+
+    def error_of(self, message: str, refused: Refused) -> dict[str, Any]:
+        return messages_wire.error_body(message, refused.status)
+
+
+class Messages(_Anthropic, Completions):
+    """Anthropic's Messages API."""
+
+    def initialize(self, server: Addresses) -> None:
+        super().initialize(server)
+
+    def read(self, body: bytes, endpoint: Endpoint) -> WireRequest:
+        return messages_wire.read(body, endpoint.abilities(self.library()))
+
+    def answer(self, endpoint: Endpoint, request: WireRequest, calls: list[LLMCall], name: str, created: int) -> None:
+        answer = messages_wire.answer_of(request, calls[0], name)
+        if request.stream:
+            self.finish_stream(messages_wire.events_of(answer))
+        else:
+            self.finish_json(answer)
+
+
+class CountTokens(Messages):
+    """How many tokens a request's prompt has. Nothing is sampled."""
+
+    async def post(self, name: str) -> None:
+        if self._finished:
+            return
+        endpoint = self.endpoint(name)
+        request = self.read(b"".join(self.parts), endpoint)
+        policy = getattr(endpoint.llm, "policy", None)
+        if policy is None or request.messages is None:
+            raise Refused(501, "the model's tokenizer is not known here, so tokens cannot be counted.")
+        messages, tools = request.messages, request.tools
+        ids = policy.render(messages, tools, endpoint.episode.previous_ids(messages, tools))
+        self.finish_json({"input_tokens": len(ids)})
+
+
 class Models(_Api):
     """The one model that an address has."""
 
@@ -520,7 +668,7 @@ class Models(_Api):
 
 class _Nothing(_Api):
     def refusal(self, length: int | None) -> Refused | None:
-        known = "chat/completions, completions and models under /e/{episode}/v1"
+        known = "chat/completions, completions and models, responses, and messages under /e/{episode}/v1"
         nothing = Refused(404, f"there is nothing at {self.request.path}; there are {known}.", "unknown_url")
         return super().refusal(length) or nothing
 
@@ -583,5 +731,7 @@ def _refusal(error: BaseException | None) -> Refused:
         return Refused(504, f"the model's server did not answer in time: {text}", "upstream_timeout")
     if type(error).__name__ == "APIConnectionError" or isinstance(error, ConnectionError):
         return Refused(502, f"the model's server cannot be reached: {text}", "upstream_error")
-    asked_wrongly = isinstance(error, ConfigError) or (isinstance(error, BackendError) and error.__cause__ is None)
+    asked_wrongly = isinstance(error, ConfigError | MissingExtra) or (
+        isinstance(error, BackendError) and error.__cause__ is None
+    )
     return Refused(400 if asked_wrongly else 500, text)

@@ -1,78 +1,48 @@
 """The wire format of the OpenAI API: requests read from JSON, recorded calls written as answers, whole or as a stream.
 
-Pure functions; who is asked and who asks is the gateway's affair. A request that cannot be honoured is refused, never
-half honoured: a parameter that changes what is sampled must not be dropped in silence, or training would not know of it.
+Pure functions. A request that cannot be honoured is refused, never half honoured.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import did_you_mean
 from ..types import LLMCall, SamplingParams, plain_content
+from .call_options import (
+    KNOWN_OPTIONS,
+    Abilities,
+    Options,
+    Refused,
+    how_to_ignore,
+    is_neutral,
+    plain_tools,
+    without_ignored,
+)
 
 __all__ = [
     "Refused",
     "WireRequest",
     "answer_of",
+    "chat_logprobs",
     "error_body",
+    "event",
     "events_of",
+    "json_object",
     "read_request",
+    "request_of",
+    "token_texts",
+    "usage_of",
 ]
 
 MOST_CHOICES = 128
 _ALIASES = {"max_completion_tokens": "max_tokens"}
-_IGNORED = {
-    "model",  # the address says which model
-    "seed",  # every call has one of its own; a fixed one would make all rollouts of a group alike
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "add_special_tokens",
-}
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_p": (1,),
-    "top_k": (-1, 0),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "tool_choice": ("auto",),
-    "parallel_tool_calls": (True,),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "top_logprobs": (0,),
-    "echo": (False,),
-    "best_of": (1,),
-    "suffix": ("",),
-    "functions": ([],),
-}
-"""Parameters that change nothing at these values."""
-_KNOWN_OPTIONS = {
-    *_NEUTRAL,
-    "reasoning_effort",
-    "verbosity",
-    "prediction",
-    "web_search_options",
-    "function_call",
-    "audio",
-}
-
-
-class Refused(Exception):
-    """A request that is answered with an error. `code` and `param` as in the OpenAI API."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
+_SAMPLING = ("temperature", "max_tokens", "stop")
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -84,7 +54,7 @@ class WireRequest:
     tools: list[dict[str, Any]] | None
     params: SamplingParams
     options: dict[str, Any]
-    """Parameters that change what is sampled, but that SamplingParams does not have."""
+    """Parameters that change what is sampled, passed on to a model that takes them."""
     choices: int
     stream: bool
     usage: bool
@@ -92,65 +62,117 @@ class WireRequest:
     logprobs: bool
     token_ids: bool
     tokens_as_ids: bool
+    calls_tools: bool = True
+    """Whether what the policy writes as a tool call is one; otherwise it is text."""
+    parallel: bool = True
+    """Whether a reply of the policy may have more than one tool call."""
+    ignored: tuple[str, ...] = ()
+    """Names of what was asked for and is not honoured."""
+    shown: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the request that its answer repeats."""
 
 
-def read_request(body: bytes, chat: bool, defaults: SamplingParams, takes_options: bool) -> WireRequest:
-    """A request's JSON body. defaults: for parameters that it does not give. takes_options: whether parameters beyond
-    SamplingParams are passed on, and messages left as they are. Raises Refused with what is wrong."""
+def read_request(body: bytes, chat: bool, abilities: Abilities) -> WireRequest:
+    """A request's JSON body. Raises Refused with what is wrong."""
+    data, ignored = without_ignored(json_object(body), abilities)
+    return request_of(data, chat, abilities, ignored)
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """A request's body, without fields that are null. Raises Refused where it is no JSON object."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the request's body is no JSON: {error}") from None
     if not isinstance(data, dict):
         raise Refused(400, f"the request's body is a JSON {type(data).__name__}; expected an object.")
-    given: dict[str, Any] = {_ALIASES.get(str(key), str(key)): v for key, v in data.items() if v is not None}
-    take = given.pop
+    return {str(key): value for key, value in data.items() if value is not None}
+
+
+def request_of(
+    data: Mapping[str, Any],
+    chat: bool,
+    abilities: Abilities,
+    ignored: tuple[str, ...] = (),
+    names: Mapping[str, str] = NO_NAMES,
+) -> WireRequest:
+    """A request in the fields of chat completions (or of completions), checked.
+
+    Args:
+        data: Its fields.
+        chat: Whether it is a chat.
+        abilities: Of the model that is asked.
+        ignored: Names of fields that were left out, as the run says.
+        names: What the client calls a field where it has another name there.
+
+    Raises:
+        Refused: With what is wrong.
+    """
+    given = {_ALIASES.get(key, key): value for key, value in data.items()}
+    take, passed_on = given.pop, abilities.takes_options
     stream_options = take("stream_options", {})
+    logprobs = take("logprobs", False)
+    if not chat and type(logprobs) is int and logprobs > 1:
+        given["top_logprobs"] = logprobs
+    tools = _tools(take("tools", None)) if chat else None
+    strict = False
+    if not passed_on:
+        tools, strict = plain_tools(tools)
     request = WireRequest(
-        messages=_messages(take("messages", None), as_given=takes_options) if chat else None,
+        messages=_messages(take("messages", None), as_given=passed_on) if chat else None,
         prompt=None if chat else _prompt(take("prompt", None)),
-        tools=_tools(take("tools", None)) if chat else None,
-        params=_params(given, defaults),
+        tools=tools,
+        params=_params(given, abilities.sampling, names),
         options={},
         choices=_choices(take("n", 1)),
         stream=bool(take("stream", False)),
         usage=isinstance(stream_options, dict) and bool(stream_options.get("include_usage")),
-        logprobs=_logprobs(take("logprobs", False), chat),
+        logprobs=bool(logprobs) if chat else logprobs is not False,
         token_ids=bool(take("return_token_ids", False)),
         tokens_as_ids=bool(take("return_tokens_as_token_ids", False)),
+        ignored=ignored,
     )
-    options = {
-        key: value
-        for key, value in given.items()
-        if key not in _IGNORED and not any(value == neutral for neutral in _NEUTRAL.get(key, ()))
-    }
-    if options and not takes_options:
-        name = min(options)
-        known = {*_KNOWN_OPTIONS, *(f.name for f in fields(SamplingParams)), "messages", "tools", "stream", "n"}
-        problem = (
-            f"the policy cannot honour {name}={json.dumps(options[name])[:80]}. Leave it out."
-            if name in _KNOWN_OPTIONS
-            else f"there is no parameter {name!r}. {did_you_mean(name, known)}"
-        )
-        raise Refused(400, problem, "unsupported_parameter", name)
-    return replace(request, options=options)
+    options = {key: value for key, value in given.items() if not is_neutral(key, value)}
+    if passed_on:
+        return replace(request, options=options)
+    if unknown := options.keys() - KNOWN_OPTIONS:
+        name = min(unknown)
+        known = {*KNOWN_OPTIONS, *_SAMPLING, "messages", "tools", "stream", "n"}
+        problem = f"there is no parameter {names.get(name, name)!r}. {did_you_mean(name, known)}"
+        raise Refused(400, f"{problem} {how_to_ignore(name)}", "unsupported_parameter", name)
+    if not options and not strict:
+        return request
+    found = Options.of(options, tools, strict, abilities, names)
+    params = replace(request.params, reply_format=found.reply_format)
+    if found.top_logprobs:
+        params = replace(params, top_logprobs=found.top_logprobs)
+    return replace(
+        request,
+        params=params,
+        calls_tools=found.calls_tools,
+        parallel=found.parallel,
+        ignored=(*ignored, *found.ignored),
+    )
 
 
-def _params(given: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
-    found = {f.name: given.pop(f.name) for f in fields(SamplingParams) if f.name in given}
+def _params(given: dict[str, Any], defaults: SamplingParams, names: Mapping[str, str]) -> SamplingParams:
+    found = {name: given.pop(name) for name in _SAMPLING if name in given}
+    if not found:
+        return defaults
     if "stop" in found:
         stop = found["stop"]
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
-            raise Refused(400, "stop is neither a text nor a list of texts.", None, "stop")
+            shown = names.get("stop", "stop")
+            raise Refused(400, f"{shown} is neither a text nor a list of texts.", None, shown)
         found["stop"] = tuple(filter(None, stop))
     for name, value in found.items():
+        shown = names.get(name, name)
         if name != "stop" and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise Refused(400, f"{name} is {json.dumps(value)[:80]}; expected a number.", None, name)
+            raise Refused(400, f"{shown} is {json.dumps(value)[:80]}; expected a number.", None, shown)
     if "max_tokens" in found and (found["max_tokens"] < 1 or found["max_tokens"] != int(found["max_tokens"])):
-        raise Refused(
-            400, f"max_tokens is {found['max_tokens']}; expected a whole number from 1 up.", None, "max_tokens"
-        )
+        shown = names.get("max_tokens", "max_tokens")
+        raise Refused(400, f"{shown} is {found['max_tokens']}; expected a whole number from 1 up.", None, shown)
     if not 0 <= found.get("temperature", 0) < float("inf"):
         raise Refused(400, f"temperature is {found['temperature']}; expected 0 or more.", None, "temperature")
     return replace(defaults, **found)
@@ -215,14 +237,6 @@ def _choices(n: Any) -> int:
     return n
 
 
-def _logprobs(asked: Any, chat: bool) -> bool:
-    if chat or isinstance(asked, bool):
-        return bool(asked)
-    if type(asked) is not int or asked > 1:
-        raise Refused(400, "logprobs is above 1: only those of the sampled tokens are known.", None, "logprobs")
-    return True
-
-
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -236,7 +250,7 @@ def answer_of(request: WireRequest, calls: Sequence[LLMCall], name: str, created
         "model": calls[0].model,
         "choices": [_choice(request, call, i) for i, call in enumerate(calls)],
     }
-    if (usage := _usage(calls)) is not None:
+    if (usage := usage_of(calls)) is not None:
         answer["usage"] = usage
     if chat and request.token_ids:
         answer["prompt_token_ids"] = calls[0].prompt_ids
@@ -251,10 +265,10 @@ def events_of(request: WireRequest, calls: Sequence[LLMCall], name: str, created
         whole["object"] = "chat.completion.chunk"
         choices = [part for choice in choices for part in _deltas(choice)]
     for part in choices:
-        yield _event({**whole, "choices": [part]})
+        yield event({**whole, "choices": [part]})
         whole.pop("prompt_token_ids", None)  # in the first one only
     if request.usage and usage is not None:
-        yield _event({**whole, "choices": [], "usage": usage})
+        yield event({**whole, "choices": [], "usage": usage})
     yield b"data: [DONE]\n\n"
 
 
@@ -267,7 +281,7 @@ def _deltas(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"index": choice["index"], "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
 
 
-def _event(chunk: dict[str, Any]) -> bytes:
+def event(chunk: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n"
 
 
@@ -284,24 +298,34 @@ def _choice(request: WireRequest, call: LLMCall, index: int) -> dict[str, Any]:
     if request.token_ids:
         choice["token_ids"] = call.response_ids
     if request.logprobs and call.logprobs is not None:
-        texts = call.tokens or [""] * len(call.logprobs)
-        if request.tokens_as_ids and call.response_ids is not None:
-            texts = [f"token_id:{i}" for i in call.response_ids]
         if request.messages is None:
-            choice["logprobs"] = _text_logprobs(texts, call.logprobs)
+            choice["logprobs"] = _text_logprobs(token_texts(request, call), call.logprobs)
+            if _wants_alternatives(request):
+                choice["logprobs"]["top_logprobs"] = call.top_logprobs
         else:
-            likeliest = call.top_logprobs if request.options.get("top_logprobs") else None
-            choice["logprobs"] = _chat_logprobs(texts, call.logprobs, likeliest)
+            choice["logprobs"] = {"content": chat_logprobs(request, call), "refusal": None}
     return choice
 
 
-def _chat_logprobs(
-    texts: Sequence[str], logprobs: Sequence[float], likeliest: Sequence[dict[str, float]] | None
-) -> dict[str, Any]:
+def token_texts(request: WireRequest, call: LLMCall) -> list[str]:
+    """What the answer calls each sampled token."""
+    if request.tokens_as_ids and call.response_ids is not None:
+        return [f"token_id:{i}" for i in call.response_ids]
+    return call.tokens or [""] * len(call.logprobs or ())
+
+
+def chat_logprobs(request: WireRequest, call: LLMCall) -> list[dict[str, Any]]:
+    """One entry a sampled token, with the likeliest ones in its place where they were asked for and are known."""
+    texts, logprobs = token_texts(request, call), call.logprobs or ()
     content = [_token(text, value) | {"top_logprobs": []} for text, value in zip(texts, logprobs, strict=True)]
-    for entry, top in zip(content, likeliest or (), strict=False):
-        entry["top_logprobs"] = [_token(text, value) for text, value in top.items()]
-    return {"content": content, "refusal": None}
+    if _wants_alternatives(request):
+        for entry, top in zip(content, call.top_logprobs or (), strict=False):
+            entry["top_logprobs"] = [_token(text, value) for text, value in top.items()]
+    return content
+
+
+def _wants_alternatives(request: WireRequest) -> bool:
+    return bool(request.options.get("top_logprobs") or request.params.top_logprobs)
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:
@@ -318,7 +342,7 @@ def _text_logprobs(texts: Sequence[str], logprobs: Sequence[float]) -> dict[str,
     return {"tokens": list(texts), "token_logprobs": list(logprobs), "top_logprobs": None, "text_offset": offsets}
 
 
-def _usage(calls: Sequence[LLMCall]) -> dict[str, int] | None:
+def usage_of(calls: Sequence[LLMCall]) -> dict[str, int] | None:
     """Numbers of tokens; None where they are not known."""
     if any(call.prompt_ids is None or call.response_ids is None for call in calls):
         return None

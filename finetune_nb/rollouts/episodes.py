@@ -188,6 +188,8 @@ def _sampled(call: LLMCall, conversation: int) -> EpisodeItem:
         metadata[MessageKey.TOKENS] = call.tokens
     if call.top_logprobs is not None:
         metadata[MessageKey.TOP_LOGPROBS] = call.top_logprobs
+    if call.ignored:
+        metadata[MessageKey.IGNORED] = list(call.ignored)
     for key in (MessageKey.TOOL_CALLS, MessageKey.REASONING_CONTENT):
         if call.reply.get(key):
             metadata[key] = call.reply[key]

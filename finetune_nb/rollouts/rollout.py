@@ -32,7 +32,8 @@ class Rollout:
     """One run of the workflow on one row. Never raises: what goes wrong is the result's error.
 
     seed: the run's. policies: they wait for the rollout when they form batches. timeout: seconds for all attempts
-    together; None: as long as it likes. retries: attempts after a transient failure. gate: awaited before it begins.
+    together; None: as long as it likes. retries: attempts after a transient failure. gate: awaited before it begins. ignore:
+    parameters of requests to the gateway that are left out of account.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class Rollout:
         timeout: float | None = None,
         retries: int = 0,
         gate: Callable[[], Awaitable[float]] | None = None,
+        ignore: Sequence[str] = (),
     ) -> None:
         self.workflow, self.seed, self.policies, self.timeout, self.retries = workflow, seed, policies, timeout, retries
         self.gate = gate
+        self.ignore = frozenset(ignore)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "gate": None}  # a run is paused where it is driven, not where its rollouts run
@@ -54,7 +57,7 @@ class Rollout:
         if self.gate is not None:
             await self.gate()
         started = time.perf_counter()
-        episode = CallRecorder(request.key, self.seed)
+        episode = CallRecorder(request.key, self.seed, ignore=self.ignore)
         try:
             with episode.recording(self.policies):
                 if self.timeout is None:

@@ -88,6 +88,7 @@ class Run(RunHistory):
         deterministic: Whether a repeat is equal to the last digit.
         engine: "local" (this process), "ray" (a Ray cluster of this machine), "ray:auto" or "ray:HOST:PORT" (one that runs).
         ray: Fields of RaySettings (workers, worker_gpus, runtime_env, ...).
+        gateway: Fields of GatewaySettings: ignore=["verbosity"] takes requests with options that sampling cannot honour.
         name: The run's id and the name of its folder in `output_dir`; a number is added where that exists. None: the time.
         resume: "auto" continues the run of that name where its record ends, if there is one; "never": a new one.
         replay: A journal that `export("journal.yaml")` wrote: its changes are made again, each in the epoch that used it.
@@ -132,6 +133,7 @@ class Run(RunHistory):
         deterministic: bool = False,
         engine: str = "local",
         ray: Mapping[str, Any] | None = None,
+        gateway: Mapping[str, Any] | None = None,
         name: str | None = None,
         resume: str = "never",
         replay: str | Path | None = None,
@@ -173,7 +175,13 @@ class Run(RunHistory):
                 "curriculum_learning": {"enabled": True, **curriculum} if curriculum is not None else {},
                 "run_configuration": {"validation_interval": validation_interval},
             },
-            "run": {"seed": seed, "deterministic": deterministic, "engine": engine, "ray": dict(ray or {})},
+            "run": {
+                "seed": seed,
+                "deterministic": deterministic,
+                "engine": engine,
+                "ray": dict(ray or {}),
+                "gateway": dict(gateway or {}),
+            },
         }
         if workflow is not None:
             settings["workflow"] = {"_type": "python_function"}

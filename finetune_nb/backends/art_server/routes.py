@@ -16,7 +16,7 @@ from tornado.ioloop import IOLoop
 from tornado.web import Application, RequestHandler, stream_request_body
 
 from ...errors import FinetuneError
-from ...llms.gateway import Addresses, AskedModel, Completions, Models
+from ...llms.gateway import Addresses, Completions, Endpoint, Models
 from ...llms.openai_wire import Refused, WireRequest
 from ...redaction import redact_text, redacting_logger
 from ...types import TrainingJobRef
@@ -66,9 +66,9 @@ class _FromHere(RequestHandler):
 
 @stream_request_body
 class _Chat(_FromHere, Completions):
-    def read(self, body: bytes, llm: AskedModel) -> WireRequest:
+    def read(self, body: bytes, endpoint: Endpoint) -> WireRequest:
         """Log probabilities and ids come unasked, as from ART's server: without them nothing could be trained on."""
-        return replace(super().read(body, llm), logprobs=True, tokens_as_ids=True)
+        return replace(super().read(body, endpoint), logprobs=True, tokens_as_ids=True)
 
 
 class _OneModel(_FromHere, Models):

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ...llms.chat_tokenizer import ChatTokenizer, check_prompt
+from ...llms.constrained import ReplyGuides
 from ...store.durable import model_directory
-from ...threads import interpreter_exiting
+from ...threads import in_daemon_thread, interpreter_exiting
 from ...types import EpisodeKey, Sample, SamplingParams
 from . import models
 from .batching import Batcher, Request
@@ -75,6 +76,9 @@ class LocalPolicy(ChatTokenizer):
     what torch is set to where not.
     """
 
+    constrains = True
+    """Replies are held to `SamplingParams.reply_format`."""
+
     def __init__(
         self,
         model: Any,
@@ -102,6 +106,7 @@ class LocalPolicy(ChatTokenizer):
             threads = 1 if model.num_parameters() < SMALL else 2 if deterministic else None
         self.exclusive = Exclusive(threads)
         self._batcher = Batcher(self._sample_batch, deterministic)
+        self._guides = ReplyGuides(self, self.vocabulary, self._end_ids)
 
     @classmethod
     def load(
@@ -150,14 +155,20 @@ class LocalPolicy(ChatTokenizer):
         the batch, too, unless the policy is deterministic.
 
         A reply is cut, with "length", where the model holds no more tokens. Raises BackendError for a prompt that is
-        empty, too long or of unknown tokens, and where the model fails.
+        empty, too long or of unknown tokens, and where the model fails; ConfigError for a reply format that cannot be kept,
+        and MissingExtra where the package for it is not installed.
         """
         ids = list(ids)
         params = check_prompt(ids, params, self.longest, self.vocabulary)
+        if params.reply_format is not None:
+            await in_daemon_thread(self._guides.prepare, params.reply_format)
         return await self._batcher.submit(ids, params, seed)
 
     def _sample_batch(self, batch: list[Request]) -> None:
-        rows = [SampleRequest(r.ids, r.params, r.seed, r.future.cancelled) for r in batch]
+        rows = [
+            SampleRequest(r.ids, r.params, r.seed, r.future.cancelled, self._guides.guide(r.params.reply_format))
+            for r in batch
+        ]
         with self.exclusive.hold(
             lambda: interpreter_exiting.is_set() or all(r.future.cancelled() for r in batch)
         ) as alone:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
+from ...llms.constrained import Guide
 from ...types import Sample, SamplingParams
 from .prefill import forward_of, prefill
 
@@ -41,14 +42,19 @@ class SampleRequest:
     """Any integer; taken modulo 2**128."""
     gone: Callable[[], bool] = lambda: False
     """True once nobody waits any more: the row then ends early, with whatever it has."""
+    guide: Guide | None = None
+    """Which tokens fit the form that the reply must have; None: any."""
     reply: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    likeliest: list[dict[int, float]] = field(default_factory=list)
     ended: str | None = None
 
     def take(self, token: int, logprob: float, end_ids: frozenset[int], text: Callable[[list[int]], str]) -> None:
         """Adds a sampled token and sees whether the reply ends with it."""
         self.reply.append(token)
         self.logprobs.append(logprob)
+        if self.guide is not None and token not in end_ids:
+            self.guide.take(token)
         if token in end_ids or (self.params.stop and self._stops(text)):
             self.ended = "stop"
         elif len(self.reply) >= self.params.max_tokens:
@@ -63,7 +69,8 @@ class SampleRequest:
         return any(stop in tail for stop in self.params.stop)
 
     def sample(self) -> Sample:
-        return Sample(self.reply, self.logprobs, "length" if self.ended == "length" else "stop")
+        reason = "length" if self.ended == "length" else "stop"
+        return Sample(self.reply, self.logprobs, reason, self.likeliest if self.params.top_logprobs else None)
 
 
 def sample_batch(
@@ -124,7 +131,9 @@ def _sample_chunk(
 
     live = rows
     for step in range(steps):
-        chosen_B, logprobs_B = _choose(logits_BV, draws_BT[:, step], heat_B)
+        fitting_BV = _fitting(live, logits_BV)
+        chosen_B, logprobs_B, logprobs_BV = _choose(logits_BV, draws_BT[:, step], heat_B, fitting_BV)
+        _note_likeliest(live, logprobs_BV)
         for row, token, logprob in zip(live, chosen_B.tolist(), logprobs_B.tolist(), strict=True):
             if row.ended is None:
                 row.take(token, logprob, end_ids, text)
@@ -150,17 +159,47 @@ def _uniforms(rows: list[SampleRequest], steps: int) -> Tensor:
     return torch.from_numpy(draws_BT)
 
 
-def _choose(logits_BV: Tensor, draws_B: Tensor, heat_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) token ids and (B,) their log probabilities. Temperature 0 takes the likeliest token, with its log
-    probability at temperature 1; others invert the cumulative distribution at `draws_B`."""
+def _choose(
+    logits_BV: Tensor, draws_B: Tensor, heat_B: Tensor, fitting_BV: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) token ids, (B,) their log probabilities and (B, V) those of all tokens. Temperature 0 takes the likeliest token,
+    with its log probability at temperature 1; others invert the cumulative distribution at `draws_B`.
+
+    fitting_BV: tokens that may be drawn; None: all. Log probabilities are those of the model, whatever may be drawn."""
     greedy_B = heat_B == 0
     logprobs_BV = (logits_BV / torch.where(greedy_B, 1.0, heat_B)[:, None]).log_softmax(1)
-    cumulative_BV = logprobs_BV.exp().cumsum(1)
+    drawn_BV = logprobs_BV
+    if fitting_BV is not None:
+        drawn_BV = logprobs_BV.masked_fill(~fitting_BV, -torch.inf).log_softmax(1)
+    cumulative_BV = drawn_BV.exp().cumsum(1)
     total_B1 = cumulative_BV[:, -1:]
     if not total_B1.isfinite().all():
         raise BackendError("the model's logits are not finite: its weights have diverged. Start from saved ones.")
     # Strictly below the total, whatever rounding did: the found token then has a probability above 0.
     target_B1 = torch.minimum(draws_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     chosen_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
-    chosen_B = torch.where(greedy_B, logprobs_BV.argmax(1), chosen_B)
-    return chosen_B, logprobs_BV.gather(1, chosen_B[:, None]).squeeze(1)
+    chosen_B = torch.where(greedy_B, drawn_BV.argmax(1), chosen_B)
+    return chosen_B, logprobs_BV.gather(1, chosen_B[:, None]).squeeze(1), logprobs_BV
+
+
+def _fitting(rows: list[SampleRequest], logits_BV: Tensor) -> Tensor | None:
+    """(B, V) the tokens that each row may take next; None where every row may take any."""
+    if all(row.guide is None or row.ended is not None for row in rows):
+        return None
+    fitting_BV = np.ones(tuple(logits_BV.shape), dtype=bool)
+    for fitting_V, row in zip(fitting_BV, rows, strict=True):
+        if row.guide is not None and row.ended is None:
+            row.guide.mark(fitting_V)
+    return torch.from_numpy(fitting_BV).to(logits_BV.device)
+
+
+def _note_likeliest(rows: list[SampleRequest], logprobs_BV: Tensor) -> None:
+    """Writes down the likeliest tokens for those rows that want them."""
+    most = max(row.params.top_logprobs for row in rows)
+    if not most:
+        return
+    values_BK, ids_BK = logprobs_BV.topk(min(most, logprobs_BV.shape[1]), dim=1)
+    for row, values, ids in zip(rows, values_BK.tolist(), ids_BK.tolist(), strict=True):
+        wanted = row.params.top_logprobs
+        if wanted and row.ended is None:
+            row.likeliest.append(dict(zip(ids[:wanted], values[:wanted], strict=True)))
