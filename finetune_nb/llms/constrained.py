@@ -307,10 +307,7 @@ def _between_calls(tokenizer: ChatTokenizer, first: dict[str, Any], second: dict
     """What is between the arguments of two calls in one turn, the second one's name included; None where there are not two."""
     names = [tool["function"]["name"] for tool in (first, second)]
     calls = [(name, _MARKS) for name in names]
-    try:
-        text = _written(tokenizer, [first, second], calls)
-    except (BackendError, ConfigError):  # a template may refuse two
-        return None
+    text = _written(tokenizer, [first, second], calls)
     places = list(_JSON_MARKS.finditer(text))
     if len(places) != 2 or not _is_read(tokenizer, text, calls):
         return None
@@ -318,14 +315,18 @@ def _between_calls(tokenizer: ChatTokenizer, first: dict[str, Any], second: dict
 
 
 def _written(tokenizer: ChatTokenizer, tools: list[Any], calls: Sequence[tuple[str, Mapping[str, str]]]) -> str:
-    """A turn with these calls as the template writes it: from the end of the prompt to the end of the turn, without thoughts."""
+    """A turn with these calls as the template writes it: from the end of the prompt to the end of the turn, without thoughts.
+    Empty where the template refuses them, as it may refuse two, or other arguments than it knows."""
     made = [
         {"id": _ID, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
         for name, arguments in calls
     ]
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": made}]
-    prompt = tokenizer.render_text(messages[:1], tools, add_generation_prompt=True)
-    whole = tokenizer.render_text(messages, tools, add_generation_prompt=False)
+    try:
+        prompt = tokenizer.render_text(messages[:1], tools, add_generation_prompt=True)
+        whole = tokenizer.render_text(messages, tools, add_generation_prompt=False)
+    except BackendError:
+        return ""
     common = 0
     while common < min(len(prompt), len(whole)) and prompt[common] == whole[common]:
         common += 1
