@@ -52,7 +52,8 @@ logger = redacting_logger(__name__)
 
 class Policy(Protocol):
     """A model that is sampled and trained: one set of weights. Built by a TrainerAdapter as `adapter.policy`. A run shows
-    the `description` of one that has it: a line about model, device and dtype."""
+    the `description` of one that has it: a line about model, device and dtype. One with `constrains = True` holds replies to
+    `SamplingParams.reply_format`; others are never asked to."""
 
     version: int
     """Counts the weight updates, from 0. Every trajectory carries the version that sampled it."""

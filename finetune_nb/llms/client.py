@@ -80,6 +80,11 @@ class LLM:
             for name in sampling.keys() - set(known):
                 raise ConfigError(f"chat() has no sampling parameter {name!r}. {did_you_mean(name, known)}")
             params = replace(params, **sampling)
+        if params.reply_format is not None and not getattr(self.policy, "constrains", False):
+            raise ConfigError(
+                f"llm {self.name!r} holds no reply to a form, so reply_format cannot be kept. Leave it out, or sample with the "
+                "policy of local_grpo."
+            )
         prompt = [_message(m) for m in messages]
         episode = current_episode() or CallRecorder(EpisodeKey("try", 0, 0, 0), seed=time.time_ns())
         episode.require_running()

@@ -202,7 +202,9 @@ class _GrammarWriter:
     def calls(self, tools: Sequence[dict[str, Any]], parallel: bool) -> str:
         """A call of one of the tools; parallel: or of several."""
         syntaxes = [_syntax_of(self._tokenizer, tool) for tool in tools]
-        arguments = [self.arguments(i, tool, syntax) for i, (tool, syntax) in enumerate(zip(tools, syntaxes, strict=True))]
+        arguments = [
+            self.arguments(i, tool, syntax) for i, (tool, syntax) in enumerate(zip(tools, syntaxes, strict=True))
+        ]
         calls = [
             self.add(f"call_{i}", f"{self.literal(syntax.before)} {body}")
             for i, (syntax, body) in enumerate(zip(syntaxes, arguments, strict=True))
@@ -273,8 +275,8 @@ def _syntax_of(tokenizer: ChatTokenizer, tool: dict[str, Any]) -> _CallSyntax:
     syntax = _written_one_by_one(tokenizer, tool)
     if syntax is None:
         raise ConfigError(
-            f"the chat template of {tokenizer.model_name!r} writes no call of the tool {name!r} that could be read again, so the model "
-            'cannot be held to one. Use tool_choice "auto" and no response_format beside tools, or name the format of its '
+            f"the chat template of {tokenizer.model_name!r} writes no call of the tool {name!r} that could be read again, so the "
+            'model cannot be held to one. Use tool_choice "auto" and no response_format beside tools, or name the format of its '
             "calls with tool_parser."
         )
     return syntax

@@ -591,9 +591,6 @@ class Completions(_Api):
 class Responses(Completions):
     """OpenAI's Responses API."""
 
-    def initialize(self, server: Addresses) -> None:
-        super().initialize(server)
-
     def read(self, body: bytes, endpoint: Endpoint) -> WireRequest:
         return responses_wire.read(body, endpoint.abilities(self.library()), endpoint.responses, endpoint.episode)
 
@@ -626,9 +623,6 @@ class _Anthropic:
 
 class Messages(_Anthropic, Completions):
     """Anthropic's Messages API."""
-
-    def initialize(self, server: Addresses) -> None:
-        super().initialize(server)
 
     def read(self, body: bytes, endpoint: Endpoint) -> WireRequest:
         return messages_wire.read(body, endpoint.abilities(self.library()))

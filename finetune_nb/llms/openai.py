@@ -277,7 +277,7 @@ class OpenAILLM(LLM):
         if params.stop:
             asked["stop"] = list(params.stop)
         extra = dict(options)
-        top = extra.pop("top_logprobs", None) or config.top_logprobs
+        top = extra.pop("top_logprobs", None) or params.top_logprobs or config.top_logprobs
         if config.base_url is not None if config.return_token_ids is None else config.return_token_ids:
             extra["return_token_ids"] = True
         if extra:

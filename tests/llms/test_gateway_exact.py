@@ -71,6 +71,70 @@ async def by_langchain(question, llm):
             messages.append(HumanMessage("again"))
 
 
+def answered(expression, remaining):
+    """What the tool says to an expression that a model wrote."""
+    return calculate(expression if isinstance(expression, str) else str(expression), remaining) or "no"
+
+
+def expression_of(arguments):
+    try:
+        return str(json.loads(arguments).get("expression"))
+    except (ValueError, AttributeError):
+        return ""
+
+
+FLAT_TOOLS = [{"type": "function", **tool["function"]} for tool in TOOLS]
+
+
+async def final_response(client, stream, **asked):
+    if not stream:
+        return await client.responses.create(model="x", tools=FLAT_TOOLS, **asked)
+    async with client.responses.stream(model="x", tools=FLAT_TOOLS, **asked) as events:
+        async for _ in events:
+            pass
+        return await events.get_final_response()
+
+
+async def by_responses(question, llm):
+    """Streams every other turn; refers to what is stored, or sends the whole conversation with the items as they came."""
+    client, remaining, stored = llm.openai(), question, len(question) % 2 == 0
+    given, previous, whole = [{"role": "user", "content": question}], None, []
+    for turn in range(5):
+        whole += given
+        asked = {"input": given, "previous_response_id": previous} if stored and previous else {"input": whole}
+        answer = await final_response(client, turn % 2 == 1, store=stored, **asked)
+        given, previous = [], answer.id
+        if not stored:
+            whole += [item.model_dump(exclude_none=True) for item in answer.output]
+        for item in answer.output:
+            if item.type == "function_call":
+                remaining = answered(expression_of(item.arguments), remaining)
+                given.append({"type": "function_call_output", "call_id": item.call_id, "output": remaining})
+        given = given or [{"role": "user", "content": "again"}]
+
+
+async def by_messages(question, llm):
+    anthropic = pytest.importorskip("anthropic")
+    tools = [{"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in TOOLS]
+    remaining, messages = question, [{"role": "user", "content": question}]
+    http = anthropic.DefaultAsyncHttpxClient(trust_env=False)
+    async with anthropic.AsyncAnthropic(base_url=llm.base_url, api_key=llm.api_key, http_client=http) as client:
+        for turn in range(5):
+            asked = {"model": "x", "max_tokens": 24, "tools": tools, "messages": messages}
+            if turn % 2:
+                async with client.messages.stream(**asked) as events:
+                    answer = await events.get_final_message()
+            else:
+                answer = await client.messages.create(**asked)
+            results = []
+            for block in answer.content:
+                if block.type == "tool_use":
+                    remaining = answered(block.input.get("expression"), remaining)
+                    results.append({"type": "tool_result", "tool_use_id": block.id, "content": remaining})
+            messages.append({"role": "assistant", "content": answer.content})
+            messages.append({"role": "user", "content": results or "again"})
+
+
 async def rollouts(llm, workflow, count, at_once=16):
     rng, gate = random.Random(3), asyncio.Semaphore(at_once)
 
@@ -121,7 +185,10 @@ def check(llm, episodes):
     return len(calls), sum(len(call.reply.get("tool_calls") or ()) for call in calls), worst
 
 
-@pytest.mark.parametrize("workflow", [by_openai, pytest.param(by_langchain, marks=pytest.mark.slow)])
+PROTOCOLS = [by_openai, by_responses, by_messages]
+
+
+@pytest.mark.parametrize("workflow", [*PROTOCOLS, pytest.param(by_langchain, marks=pytest.mark.slow)])
 async def test_ids_and_logprobs_of_multi_turn_episodes_with_tools_are_those_of_the_model(llm, workflow):
     turns, tools, _ = check(llm, await rollouts(llm, workflow, 12))
     assert turns == 5 * 12
@@ -129,6 +196,10 @@ async def test_ids_and_logprobs_of_multi_turn_episodes_with_tools_are_those_of_t
 
 
 @pytest.mark.slow
-async def test_thousand_episodes_are_recorded_exactly(llm):
-    turns, tools, worst = check(llm, await rollouts(llm, by_openai, 1000, at_once=64))
-    print(f"\n1,000 episodes, {turns:,} turns, {tools:,} tool calls: all ids as sampled, logprobs within {worst:.1e}")
+@pytest.mark.parametrize("workflow", PROTOCOLS)
+async def test_thousand_episodes_are_recorded_exactly(llm, workflow):
+    turns, tools, worst = check(llm, await rollouts(llm, workflow, 1000, at_once=64))
+    print(
+        f"\n{workflow.__name__}: 1,000 episodes, {turns:,} turns, {tools:,} tool calls: all ids as sampled, logprobs within "
+        f"{worst:.1e}"
+    )

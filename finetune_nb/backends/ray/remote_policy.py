@@ -24,6 +24,9 @@ class RemotePolicy(ChatTokenizer):
     wait, with the RunState that came with it. in_doubt: whether the weights may be others than those that the last answer
     spoke of."""
 
+    constrains = True
+    """Replies are held to `SamplingParams.reply_format`."""
+
     def __init__(
         self,
         face: Face,
