@@ -151,20 +151,6 @@ class ChatTokenizer:
                 f"the model's chat template refuses messages with the roles {roles}: {type(error).__name__}: {error}"
             ) from error
 
-    @property
-    def model_name(self) -> str:
-        """What messages call the model."""
-        return self._name
-
-    @property
-    def ends(self) -> list[str]:
-        """The texts of the tokens that end a turn."""
-        return [self.tokenizer.decode([token]) for token in sorted(self._end_ids)]
-
-    def render_text(self, messages: Sequence[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> str:
-        """A conversation as the chat template writes it. Raises as `render` does."""
-        return self._render_text(messages, tools, add_generation_prompt)
-
     def parse(self, ids: Sequence[int]) -> dict[str, Any]:
         """Reply ids -> OpenAI assistant message. Tool calls are recognised where the tokenizer has a response template;
         a reply that it cannot read is plain content. Never raises, whatever the model wrote."""

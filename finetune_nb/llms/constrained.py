@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
-from ..errors import BackendError, ConfigError, MissingExtra
+from ..errors import ConfigError, MissingExtra
 from ..redaction import redacting_logger
 from ..types import ReplyFormat
 from .call_recorder import arguments_of
@@ -115,7 +116,9 @@ class ReplyGuides:
                     f"replies cannot be held to a form (response_format, tool_choice) with a {type(tokenizer).__name__}: "
                     f"{error}. Use a model whose tokenizer has a tokenizer.json."
                 ) from error
-        grammar = LLMatcher.grammar_from_lark(grammar_of(wanted, self._tokenizer, self._tokens.is_special_token))
+        grammar = LLMatcher.grammar_from_lark(
+            grammar_of(wanted, self._tokenizer, self._end_ids, self._tokens.is_special_token)
+        )
         problem = LLMatcher.validate_grammar(grammar, self._tokens)
         if problem:
             raise ConfigError(
@@ -128,12 +131,18 @@ class ReplyGuides:
 # ── grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def grammar_of(wanted: ReplyFormat, tokenizer: ChatTokenizer, is_special: Any = lambda token: False) -> str:
+def grammar_of(
+    wanted: ReplyFormat,
+    tokenizer: ChatTokenizer,
+    end_ids: Collection[int],
+    is_special: Callable[[int], bool] = lambda token: False,
+) -> str:
     """A format as a grammar of llguidance.
 
     Args:
         wanted: The format.
         tokenizer: Of the model, with its chat template.
+        end_ids: The tokens that end a turn.
         is_special: Whether a token is one that no text has.
 
     Returns:
@@ -142,7 +151,7 @@ def grammar_of(wanted: ReplyFormat, tokenizer: ChatTokenizer, is_special: Any = 
     Raises:
         ConfigError: The chat template writes no tool calls that can be recognised.
     """
-    writer = _GrammarWriter(tokenizer, is_special)
+    writer = _GrammarWriter(_ChatTemplate(tokenizer, end_ids), is_special)
     choices = []
     if wanted.tools is not None:
         choices.append(writer.calls(json.loads(wanted.tools), wanted.parallel))
@@ -153,10 +162,10 @@ def grammar_of(wanted: ReplyFormat, tokenizer: ChatTokenizer, is_special: Any = 
 
 
 class _GrammarWriter:
-    def __init__(self, tokenizer: ChatTokenizer, is_special: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, template: _ChatTemplate, is_special: Callable[[int], bool]) -> None:
+        self._template = template
         self._rules: dict[str, str] = {}
-        added = getattr(tokenizer.tokenizer, "added_tokens_decoder", None) or {}
+        added = getattr(template.tokenizer.tokenizer, "added_tokens_decoder", None) or {}
         self._special = {str(token): i for i, token in added.items() if is_special(i)}
 
     def text(self) -> str:
@@ -195,13 +204,13 @@ class _GrammarWriter:
 
     def thought(self) -> str:
         """What comes before the reply: where the prompt opens a thought, its end."""
-        if not _opens_thought(self._tokenizer):
+        if not self._template.opens_thought():
             return ""
         return self.any_text("thought", "</think>") + r" /[ \n]*/"
 
     def calls(self, tools: Sequence[dict[str, Any]], parallel: bool) -> str:
         """A call of one of the tools; parallel: or of several."""
-        syntaxes = [_syntax_of(self._tokenizer, tool) for tool in tools]
+        syntaxes = [self._template.syntax_of(tool) for tool in tools]
         arguments = [
             self.arguments(i, tool, syntax) for i, (tool, syntax) in enumerate(zip(tools, syntaxes, strict=True))
         ]
@@ -210,7 +219,7 @@ class _GrammarWriter:
             for i, (syntax, body) in enumerate(zip(syntaxes, arguments, strict=True))
         ]
         ends = {syntax.after for syntax in syntaxes}
-        between = [_between_calls(self._tokenizer, tools[0], tool) for tool in tools] if parallel else [None]
+        between = [self._template.between_calls(tools[0], tool) for tool in tools] if parallel else [None]
         if len(ends) > 1 or None in between:
             each = [f"{call} {self.literal(syntax.after)}" for call, syntax in zip(calls, syntaxes, strict=True)]
             return self.add("calls", " | ".join(each))
@@ -264,96 +273,95 @@ class _CallSyntax:
     """Of arguments that are written one by one: which of them there may be, each with the text after it."""
 
 
-def _syntax_of(tokenizer: ChatTokenizer, tool: dict[str, Any]) -> _CallSyntax:
-    """Raises ConfigError where calls of the tool cannot be recognised in what the template writes."""
-    name = tool["function"]["name"]
-    text = _written(tokenizer, [tool], [(name, _MARKS)])
-    found = _JSON_MARKS.search(text)
-    if found is not None and _is_read(tokenizer, text, [(name, _MARKS)]):
-        spacing = {"whitespace_flexible": False, "key_separator": found[1], "item_separator": found[2]}
-        return _CallSyntax(text[: found.start()], text[found.end() :], spacing)
-    syntax = _written_one_by_one(tokenizer, tool)
-    if syntax is None:
-        raise ConfigError(
-            f"the chat template of {tokenizer.model_name!r} writes no call of the tool {name!r} that could be read again, so the "
-            'model cannot be held to one. Use tool_choice "auto" and no response_format beside tools, or name the format of its '
-            "calls with tool_parser."
-        )
-    return syntax
+class _ChatTemplate:
+    """What a chat template is found to write."""
 
+    def __init__(self, tokenizer: ChatTokenizer, end_ids: Collection[int]) -> None:
+        self.tokenizer = tokenizer
+        self._ends = [text for end in sorted(end_ids) if (text := tokenizer.tokenizer.decode([end]))]
 
-def _written_one_by_one(tokenizer: ChatTokenizer, tool: dict[str, Any]) -> _CallSyntax | None:
-    """The syntax of a template that writes each argument as it is; None where it does not."""
-    name, schema = tool["function"]["name"], _parameters(tool)
-    every = list(schema["properties"])
-    required = [each for each in every if each in schema.get("required", ())]
-    forms, before, after = [], "", ""
-    for names in (every, required) if required and required != every else (every,):
-        marks = {each: f"fnb_value_{i}_" for i, each in enumerate(names)}
-        text = _written(tokenizer, [tool], [(name, marks)])
-        places = [text.find(mark) for mark in marks.values()]
-        if -1 in places or places != sorted(places) or not _is_read(tokenizer, text, [(name, marks)]):
+    def syntax_of(self, tool: dict[str, Any]) -> _CallSyntax:
+        """How a call of that tool is written. Raises ConfigError where none is written that could be read again."""
+        name = tool["function"]["name"]
+        text = self._written([tool], [(name, _MARKS)])
+        found = _JSON_MARKS.search(text)
+        if found is not None and self._is_read(text, [(name, _MARKS)]):
+            spacing = {"whitespace_flexible": False, "key_separator": found[1], "item_separator": found[2]}
+            return _CallSyntax(text[: found.start()], text[found.end() :], spacing)
+        syntax = self._written_one_by_one(tool)
+        if syntax is None:
+            raise ConfigError(
+                f"the model's chat template writes no call of the tool {name!r} that could be read again, so the model cannot be "
+                'held to one. Use tool_choice "auto", and no response_format beside tools.'
+            )
+        return syntax
+
+    def _written_one_by_one(self, tool: dict[str, Any]) -> _CallSyntax | None:
+        """The syntax of a template that writes each argument as it is; None where it does not."""
+        name, schema = tool["function"]["name"], _parameters(tool)
+        every = list(schema["properties"])
+        required = [each for each in every if each in schema.get("required", ())]
+        if not every:
+            text = self._written([tool], [(name, {})])
+            return _CallSyntax(text, "", None, ((),)) if text and self._is_read(text, [(name, {})]) else None
+        before, forms = None, []
+        for names in (every, required) if required and required != every else (every,):
+            marks = {each: f"fnb_value_{i}_" for i, each in enumerate(names)}
+            text = self._written([tool], [(name, marks)])
+            places = [text.find(mark) for mark in marks.values()]
+            if -1 in places or places != sorted(places) or not self._is_read(text, [(name, marks)]):
+                return None
+            if before is not None and text[: places[0]] != before:
+                continue
+            before = text[: places[0]]
+            ends = [place + len(mark) for place, mark in zip(places, marks.values(), strict=True)]
+            # The text after the last argument is part of the form: it ends what is written as it is.
+            untils = [text[end:start] for end, start in zip(ends, [*places[1:], len(text)], strict=True)]
+            forms.append(tuple(zip(names, untils, strict=True)))
+        return _CallSyntax(before or "", "", None, tuple(forms))
+
+    def between_calls(self, first: dict[str, Any], second: dict[str, Any]) -> str | None:
+        """What is between the arguments of two calls in one turn, the second one's name included; None where there are not
+        two."""
+        calls = [(tool["function"]["name"], _MARKS) for tool in (first, second)]
+        text = self._written([first, second], calls)
+        places = list(_JSON_MARKS.finditer(text))
+        if len(places) != 2 or not self._is_read(text, calls):
             return None
-        ends = [place + len(mark) for place, mark in zip(places, marks.values(), strict=True)]
-        untils = [text[end:start] for end, start in zip(ends, places[1:], strict=False)]
-        if names is every:
-            before, after = (text[: places[0]], text[ends[-1] :]) if names else (text, "")
-        elif text[: places[0]] != before:
-            continue
-        # The text after the last one is part of its form: it ends what is written as it is.
-        forms.append(tuple(zip(names, [*untils, text[ends[-1] :]] if names else [], strict=True)))
-    return _CallSyntax(before, "" if every else after, None, tuple(forms))
+        return text[places[0].end() : places[1].start()]
 
+    def opens_thought(self) -> bool:
+        """Whether the prompt ends within a thought."""
+        return self._render([{"role": "user", "content": "x"}], None, True).rstrip().endswith("<think>")
 
-def _between_calls(tokenizer: ChatTokenizer, first: dict[str, Any], second: dict[str, Any]) -> str | None:
-    """What is between the arguments of two calls in one turn, the second one's name included; None where there are not two."""
-    names = [tool["function"]["name"] for tool in (first, second)]
-    calls = [(name, _MARKS) for name in names]
-    text = _written(tokenizer, [first, second], calls)
-    places = list(_JSON_MARKS.finditer(text))
-    if len(places) != 2 or not _is_read(tokenizer, text, calls):
-        return None
-    return text[places[0].end() : places[1].start()]
+    def _written(self, tools: list[Any], calls: Sequence[tuple[str, Mapping[str, str]]]) -> str:
+        """A turn with these calls: from the end of the prompt to the end of the turn, without thoughts. Empty where the
+        template refuses them, as it may refuse two, or other arguments than it knows."""
+        made = [
+            {"id": _ID, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+            for name, arguments in calls
+        ]
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": made}]
+        prompt, whole = self._render(messages[:1], tools, True), self._render(messages, tools, False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
+        text = _THOUGHT.sub("", whole[common:])
+        last = max((text.rfind(mark) for _, marks in calls for mark in marks.values()), default=0)
+        ends = [place for end in self._ends if (place := text.find(end, max(last, 0))) >= 0]
+        return text[: min(ends, default=len(text.rstrip()))]
 
+    def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> str:
+        """A conversation as text, with the beginning of a reply where it is a prompt; empty where the template refuses it."""
+        tokenizer = self.tokenizer.tokenizer
+        try:
+            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        except Exception:  # a template is a program that comes with the model
+            return ""
 
-def _written(tokenizer: ChatTokenizer, tools: list[Any], calls: Sequence[tuple[str, Mapping[str, str]]]) -> str:
-    """A turn with these calls as the template writes it: from the end of the prompt to the end of the turn, without thoughts.
-    Empty where the template refuses them, as it may refuse two, or other arguments than it knows."""
-    made = [
-        {"id": _ID, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
-        for name, arguments in calls
-    ]
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": made}]
-    try:
-        prompt = tokenizer.render_text(messages[:1], tools, add_generation_prompt=True)
-        whole = tokenizer.render_text(messages, tools, add_generation_prompt=False)
-    except BackendError:
-        return ""
-    common = 0
-    while common < min(len(prompt), len(whole)) and prompt[common] == whole[common]:
-        common += 1
-    text = _THOUGHT.sub("", whole[common:])
-    last = max((text.rfind(mark) for _, marks in calls for mark in marks.values()), default=0)
-    ends = [text.find(end, last) for end in tokenizer.ends if end]
-    end = min((place for place in ends if place >= 0), default=len(text.rstrip()))
-    return text[:end]
-
-
-def _is_read(tokenizer: ChatTokenizer, text: str, calls: Sequence[tuple[str, Mapping[str, str]]]) -> bool:
-    """Whether the calls in a turn are read as those that were written."""
-    ids = tokenizer.encode(text)
-    reply = tokenizer.parse([*ids, *tokenizer.encode(tokenizer.ends[0])] if tokenizer.ends else ids)
-    read = [(made["function"]["name"], arguments_of(made["function"])) for made in reply.get("tool_calls") or ()]
-    return read == [(name, dict(arguments)) for name, arguments in calls]
-
-
-def _opens_thought(tokenizer: ChatTokenizer) -> bool:
-    """Whether the prompt ends within a thought."""
-    try:
-        prompt = tokenizer.render_text([{"role": "user", "content": "x"}], None, add_generation_prompt=True)
-    except (BackendError, ConfigError):  # it may want other messages; plain prompts need no template at all
-        return False
-    return prompt.rstrip().endswith("<think>")
+    def _is_read(self, text: str, calls: Sequence[tuple[str, Mapping[str, str]]]) -> bool:
+        """Whether the calls in a turn are read as those that were written."""
+        reply = self.tokenizer.parse(self.tokenizer.encode(text + "".join(self._ends[:1])))
+        read = [(made["function"]["name"], arguments_of(made["function"])) for made in reply.get("tool_calls") or ()]
+        return read == [(name, dict(arguments)) for name, arguments in calls]
 
 
 def _parameters(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,12 +36,12 @@ from tornado.web import Application, HTTPError, RequestHandler, stream_request_b
 from ..errors import BackendError, ConfigError, FinetuneError, MissingExtra
 from ..redaction import redact_text, redacting_logger, remember_secret
 from ..types import LLMCall, SamplingParams
-from . import messages_wire, responses_wire
-from .call_options import Abilities
 from .call_recorder import CallRecorder
 from .openai_wire import Refused, WireRequest, answer_of, error_body, events_of, read_request
+from .protocols import messages, responses
+from .protocols.options import Abilities
+from .protocols.responses import ResponseStore
 from .proxies import bypass_proxies
-from .responses_wire import ResponseStore
 from .rollout_keys import RolloutKey, rollouts_of, secret_of
 from .senders import sender_on, watch_connections
 
@@ -592,13 +592,13 @@ class Responses(Completions):
     """OpenAI's Responses API."""
 
     def read(self, body: bytes, endpoint: Endpoint) -> WireRequest:
-        return responses_wire.read(body, endpoint.abilities(self.library()), endpoint.responses, endpoint.episode)
+        return responses.read(body, endpoint.abilities(self.library()), endpoint.responses, endpoint.episode)
 
     def answer(self, endpoint: Endpoint, request: WireRequest, calls: list[LLMCall], name: str, created: int) -> None:
-        answer = responses_wire.answer_of(request, calls[0], name, created)
+        answer = responses.answer_of(request, calls[0], name, created)
         endpoint.responses.keep(request, calls[0], answer)
         if request.stream:
-            self.finish_stream(responses_wire.events_of(request, answer))
+            self.finish_stream(responses.events_of(request, answer))
         else:
             self.finish_json(answer)
 
@@ -618,19 +618,19 @@ class _Anthropic:
     """Errors as Anthropic's clients read them."""
 
     def error_of(self, message: str, refused: Refused) -> dict[str, Any]:
-        return messages_wire.error_body(message, refused.status)
+        return messages.error_body(message, refused.status)
 
 
 class Messages(_Anthropic, Completions):
     """Anthropic's Messages API."""
 
     def read(self, body: bytes, endpoint: Endpoint) -> WireRequest:
-        return messages_wire.read(body, endpoint.abilities(self.library()))
+        return messages.read(body, endpoint.abilities(self.library()))
 
     def answer(self, endpoint: Endpoint, request: WireRequest, calls: list[LLMCall], name: str, created: int) -> None:
-        answer = messages_wire.answer_of(request, calls[0], name)
+        answer = messages.answer_of(request, calls[0], name)
         if request.stream:
-            self.finish_stream(messages_wire.events_of(answer))
+            self.finish_stream(messages.events_of(answer))
         else:
             self.finish_json(answer)
 

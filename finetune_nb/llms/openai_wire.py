@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import did_you_mean
 from ..types import LLMCall, SamplingParams, plain_content
-from .call_options import (
+from .protocols.options import (
     KNOWN_OPTIONS,
     Abilities,
     Options,

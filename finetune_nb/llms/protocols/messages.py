@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..types import LLMCall, plain_content
-from .call_options import Abilities, Refused, how_to_ignore, without_ignored
-from .call_recorder import arguments_of
-from .openai_wire import WireRequest, json_object, request_of, usage_of
+from ...types import LLMCall, plain_content
+from ..call_recorder import arguments_of
+from ..openai_wire import WireRequest, json_object, request_of, usage_of
+from .options import Abilities, Refused, how_to_ignore, without_ignored
 
 __all__ = [
     "answer_of",

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..types import LLMCall, plain_content
-from .call_options import Abilities, Refused, how_to_ignore, without_ignored
-from .call_recorder import CallRecorder
-from .openai_wire import WireRequest, chat_logprobs, json_object, request_of, usage_of
+from ...types import LLMCall, plain_content
+from ..call_recorder import CallRecorder
+from ..openai_wire import WireRequest, chat_logprobs, json_object, request_of, usage_of
+from .options import Abilities, Refused, how_to_ignore, without_ignored
 
 __all__ = [
     "ResponseStore",

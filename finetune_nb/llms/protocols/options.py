@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..types import ReplyFormat, SamplingParams
+from ...types import ReplyFormat, SamplingParams
 
 __all__ = [
     "KNOWN_OPTIONS",
@@ -232,6 +232,8 @@ class _Reader:
             reply_format = ReplyFormat(schema, callable_now, parallel=parallel)
         if reply_format is not None:
             self.require_forms("response_format", given)
+            if reply_format.tools and not all(isinstance(name_of(tool), str) for tool in tools or ()):
+                raise Refused(400, "a tool has no name; expected a function with its name.", None, "tools")
         # Where any reply is taken, a call may have other arguments than its schema says.
         ignored = ("strict",) if strict and (reply_format is None or not reply_format.tools) else ()
         return Options(reply_format, self.alternatives(given), mode != "none", parallel, ignored)
