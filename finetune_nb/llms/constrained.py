@@ -246,7 +246,7 @@ class _GrammarWriter:
         choices = schema.get("enum") if isinstance(schema, dict) else None
         if kind == "string" and choices and all(isinstance(choice, str) for choice in choices):
             return f"({' | '.join(map(self.literal, choices))}) {self.literal(until)}"
-        if kind in ("integer", "number", "boolean", "array", "object", "null"):
+        if kind in _JSON_KINDS:
             return f"{self.add(name, self.json(schema, TEXT_SPACING))} {self.literal(until)}"
         return self.any_text(name, until)
 
@@ -255,6 +255,8 @@ class _GrammarWriter:
 
 _MARKS = {"fnb_first": "fnb_one", "fnb_second": "fnb_two"}
 _JSON_MARKS = re.compile(r'\{\s*"fnb_first"(\s*:\s*)"fnb_one"(\s*,\s*)"fnb_second"\s*:\s*"fnb_two"\s*\}')
+_JSON_KINDS = ("integer", "number", "boolean", "array", "object", "null")
+"""Types of arguments that are written as JSON, also where each argument is written by itself."""
 _ID = "fnb000000"
 _THOUGHT = re.compile(r"(?s)\A.*</think>\s*")
 
@@ -279,6 +281,8 @@ class _ChatTemplate:
     def __init__(self, tokenizer: ChatTokenizer, end_ids: Collection[int]) -> None:
         self.tokenizer = tokenizer
         self._ends = [text for end in sorted(end_ids) if (text := tokenizer.tokenizer.decode([end]))]
+        self._end = ""
+        """How the turn that was written last ends."""
 
     def syntax_of(self, tool: dict[str, Any]) -> _CallSyntax:
         """How a call of that tool is written. Raises ConfigError where none is written that could be read again."""
@@ -306,15 +310,15 @@ class _ChatTemplate:
             return _CallSyntax(text, "", None, ((),)) if text and self._is_read(text, [(name, {})]) else None
         before, forms = None, []
         for names in (every, required) if required and required != every else (every,):
-            marks = {each: f"fnb_value_{i}_" for i, each in enumerate(names)}
+            marks = {each: _mark(i, schema["properties"][each]) for i, each in enumerate(names)}
             text = self._written([tool], [(name, marks)])
-            places = [text.find(mark) for mark in marks.values()]
+            places = [text.find(str(mark)) for mark in marks.values()]
             if -1 in places or places != sorted(places) or not self._is_read(text, [(name, marks)]):
                 return None
             if before is not None and text[: places[0]] != before:
                 continue
             before = text[: places[0]]
-            ends = [place + len(mark) for place, mark in zip(places, marks.values(), strict=True)]
+            ends = [place + len(str(mark)) for place, mark in zip(places, marks.values(), strict=True)]
             # The text after the last argument is part of the form: it ends what is written as it is.
             untils = [text[end:start] for end, start in zip(ends, [*places[1:], len(text)], strict=True)]
             forms.append(tuple(zip(names, untils, strict=True)))
@@ -334,7 +338,7 @@ class _ChatTemplate:
         """Whether the prompt ends within a thought."""
         return self._render([{"role": "user", "content": "x"}], None, True).rstrip().endswith("<think>")
 
-    def _written(self, tools: list[Any], calls: Sequence[tuple[str, Mapping[str, str]]]) -> str:
+    def _written(self, tools: list[Any], calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         """A turn with these calls: from the end of the prompt to the end of the turn, without thoughts. Empty where the
         template refuses them, as it may refuse two, or other arguments than it knows."""
         made = [
@@ -345,9 +349,10 @@ class _ChatTemplate:
         prompt, whole = self._render(messages[:1], tools, True), self._render(messages, tools, False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
         text = _THOUGHT.sub("", whole[common:])
-        last = max((text.rfind(mark) for _, marks in calls for mark in marks.values()), default=0)
-        ends = [place for end in self._ends if (place := text.find(end, max(last, 0))) >= 0]
-        return text[: min(ends, default=len(text.rstrip()))]
+        last = max((text.rfind(str(mark)) for _, marks in calls for mark in marks.values()), default=0)
+        ends = [(place, end) for end in self._ends if (place := text.find(end, max(last, 0))) >= 0]
+        place, self._end = min(ends, default=(len(text.rstrip()), ""))
+        return text[:place]
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> str:
         """A conversation as text, with the beginning of a reply where it is a prompt; empty where the template refuses it."""
@@ -357,11 +362,25 @@ class _ChatTemplate:
         except Exception:  # a template is a program that comes with the model
             return ""
 
-    def _is_read(self, text: str, calls: Sequence[tuple[str, Mapping[str, str]]]) -> bool:
+    def _is_read(self, text: str, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:
         """Whether the calls in a turn are read as those that were written."""
-        reply = self.tokenizer.parse(self.tokenizer.encode(text + "".join(self._ends[:1])))
-        read = [(made["function"]["name"], arguments_of(made["function"])) for made in reply.get("tool_calls") or ()]
-        return read == [(name, dict(arguments)) for name, arguments in calls]
+        reply = self.tokenizer.parse(self.tokenizer.encode(text + self._end))
+        made = [call["function"] for call in reply.get("tool_calls") or ()]
+        read = [(function["name"], _as_texts(arguments_of(function))) for function in made]
+        return read == [(name, _as_texts(arguments)) for name, arguments in calls]
+
+
+def _as_texts(arguments: Any) -> Any:
+    """Arguments without their types, which a reader that is not told of the tools may not know."""
+    if not isinstance(arguments, Mapping):
+        return arguments
+    return {name: str(value) for name, value in arguments.items()}
+
+
+def _mark(index: int, schema: Any) -> str | int:
+    """A value of an argument that is found again in a text. Templates quote texts, and nothing else."""
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    return 700_000_000 + 1_000_003 * index if kind in _JSON_KINDS else f"fnb_value_{index}_"
 
 
 def _parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
