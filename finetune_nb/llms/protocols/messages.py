@@ -79,17 +79,16 @@ def _chat_options(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chat_choice(choice: Any) -> dict[str, Any]:
-    kind = choice.get("type") if isinstance(choice, dict) else None
-    chosen: dict[str, Any] = {
-        "auto": {"tool_choice": "auto"},
-        "none": {"tool_choice": "none"},
-        "any": {"tool_choice": "required"},
-        "tool": {"tool_choice": {"type": "function", "function": {"name": (choice or {}).get("name")}}},
-    }.get(str(kind), {})
-    if not chosen:
+    asked = choice if isinstance(choice, dict) else {}
+    simple = {"auto": "auto", "none": "none", "any": "required"}
+    if asked.get("type") == "tool":
+        chosen: dict[str, Any] = {"tool_choice": {"type": "function", "function": {"name": asked.get("name")}}}
+    elif str(asked.get("type")) in simple:
+        chosen = {"tool_choice": simple[asked["type"]]}
+    else:
         expected = 'an object with the type "auto", "any", "tool" or "none"'
         raise Refused(400, f"tool_choice is {json.dumps(choice)[:80]}; expected {expected}.", None, "tool_choice")
-    if choice.get("disable_parallel_tool_use"):
+    if asked.get("disable_parallel_tool_use"):
         chosen["parallel_tool_calls"] = False
     return chosen
 

@@ -8,6 +8,7 @@ training would not know of it. A run may say that some are to be ignored; those 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,14 +133,13 @@ _CURES: dict[str, dict[str, str]] = {
 }
 """How a parameter is switched off, in the words of each library."""
 _USER_AGENTS = {
-    "pydantic-ai": "pydantic-ai",
-    "agents/": "openai-agents",
-    "langchain": "LangChain",
-    "ai-sdk": "Vercel AI SDK",
-    "ai/": "Vercel AI SDK",
-    "anthropic": "anthropic",
+    "pydantic-ai": re.compile(r"pydantic-ai"),
+    "openai-agents": re.compile(r"agents/"),
+    "LangChain": re.compile(r"langchain"),
+    "Vercel AI SDK": re.compile(r"\bai-sdk/|^ai/"),
+    "anthropic": re.compile(r"anthropic/"),
 }
-"""What the User-Agent of a library has in it. Others, such as LangChain's, are those of the OpenAI client."""
+"""How a library names itself. Others, such as LangChain's models, name the OpenAI client."""
 
 
 def without_ignored(given: dict[str, Any], abilities: Abilities) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -306,8 +306,8 @@ class _Reader:
         """How it is left out in the client's library, or in each where it cannot be told which one asks."""
         cures = _CURES.get(name, {})
         agent = self.abilities.library.lower()
-        for part, library in _USER_AGENTS.items():
-            if part in agent and library in cures:
+        for library, pattern in _USER_AGENTS.items():
+            if library in cures and pattern.search(agent):
                 return f" ({library}: {cures[library]})"
         each = "; ".join(f"{library}: {cure}" for library, cure in cures.items())
         return f" ({each})" if each else ""
