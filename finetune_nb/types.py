@@ -593,6 +593,8 @@ class ReplyFormat:
     """Whether it must call one. Otherwise a call and a text that fits `schema` are both taken."""
     parallel: bool = True
     """Whether it may call several at once."""
+    tool_parser: str | None = None
+    """The format of tool calls, where the run names one; None: the tokenizer's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ logger = redacting_logger(__name__)
 
 MOST_FORMATS = 256
 """Compiled reply formats that are kept."""
+LONGEST_OPENING = 16
+"""Tokens at a prompt's end among which the beginning of a thought is."""
 TEXT_SPACING = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 """White space in JSON that is a text: models write it in one line or in many. Without a bound, a model that knows no better
 writes nothing else."""
@@ -75,32 +77,43 @@ class ReplyGuides:
         self._tokenizer, self._vocabulary, self._end_ids = tokenizer, vocabulary, frozenset(end_ids)
         self._lock = threading.Lock()
         self._tokens: Any = None
-        self._compiled: dict[ReplyFormat, Any] = {}
+        self._compiled: dict[tuple[ReplyFormat, bool], Any] = {}
 
-    def prepare(self, wanted: ReplyFormat) -> None:
+    def prepare(self, wanted: ReplyFormat, prompt: Sequence[int]) -> None:
         """Compiles a format.
+
+        Args:
+            wanted: The format.
+            prompt: Token ids of the prompt: a thought that it opens comes before the form.
 
         Raises:
             MissingExtra: llguidance is not installed.
             ConfigError: The format cannot be kept: the schema has something that is not known, or the chat template writes
                 no tool calls that can be recognised.
         """
+        key = (wanted, self._opens_thought(prompt))
         with self._lock:
-            if wanted not in self._compiled:
-                matcher = self._matcher(wanted)
+            if key not in self._compiled:
+                matcher = self._matcher(*key)
                 if len(self._compiled) >= MOST_FORMATS:
                     self._compiled.clear()
-                self._compiled[wanted] = matcher
+                self._compiled[key] = matcher
 
-    def guide(self, wanted: ReplyFormat | None) -> Guide | None:
-        """A guide for a reply of that format; None for any reply."""
+    def guide(self, wanted: ReplyFormat | None, prompt: Sequence[int]) -> Guide | None:
+        """A guide for a reply of that format to that prompt; None for any reply."""
         if wanted is None:
             return None
-        self.prepare(wanted)
+        self.prepare(wanted, prompt)
         with self._lock:
-            return Guide(self._compiled[wanted].deep_copy(), self._end_ids)
+            matcher = self._compiled[wanted, self._opens_thought(prompt)].deep_copy()
+        return Guide(matcher, self._end_ids)
 
-    def _matcher(self, wanted: ReplyFormat) -> Any:
+    def _opens_thought(self, prompt: Sequence[int]) -> bool:
+        """Whether the prompt ends within a thought."""
+        end = self._tokenizer.tokenizer.decode(list(prompt[-LONGEST_OPENING:]), skip_special_tokens=False)
+        return end.rstrip().endswith("<think>")
+
+    def _matcher(self, wanted: ReplyFormat, thinking: bool) -> Any:
         try:
             from llguidance import LLMatcher
             from llguidance.hf import from_tokenizer
@@ -117,7 +130,7 @@ class ReplyGuides:
                     f"{error}. Use a model whose tokenizer has a tokenizer.json."
                 ) from error
         grammar = LLMatcher.grammar_from_lark(
-            grammar_of(wanted, self._tokenizer, self._end_ids, self._tokens.is_special_token)
+            grammar_of(wanted, self._tokenizer, self._end_ids, thinking, self._tokens.is_special_token)
         )
         problem = LLMatcher.validate_grammar(grammar, self._tokens)
         if problem:
@@ -135,6 +148,7 @@ def grammar_of(
     wanted: ReplyFormat,
     tokenizer: ChatTokenizer,
     end_ids: Collection[int],
+    thinking: bool = False,
     is_special: Callable[[int], bool] = lambda token: False,
 ) -> str:
     """A format as a grammar of llguidance.
@@ -143,6 +157,7 @@ def grammar_of(
         wanted: The format.
         tokenizer: Of the model, with its chat template.
         end_ids: The tokens that end a turn.
+        thinking: Whether the reply begins within a thought.
         is_special: Whether a token is one that no text has.
 
     Returns:
@@ -151,13 +166,14 @@ def grammar_of(
     Raises:
         ConfigError: The chat template writes no tool calls that can be recognised.
     """
-    writer = _GrammarWriter(_ChatTemplate(tokenizer, end_ids), is_special)
+    writer = _GrammarWriter(_ChatTemplate(tokenizer, end_ids, wanted.tool_parser), is_special)
     choices = []
     if wanted.tools is not None:
         choices.append(writer.calls(json.loads(wanted.tools), wanted.parallel))
     if wanted.schema is not None and not wanted.required:
         choices.append(writer.add("text", writer.json(json.loads(wanted.schema), TEXT_SPACING)))
-    writer.add("start", f"{writer.thought()} ({' | '.join(choices)})")
+    thought = writer.any_text("thought", "</think>") + r" /[ \n]*/" if thinking else ""
+    writer.add("start", f"{thought} ({' | '.join(choices)})")
     return writer.text()
 
 
@@ -201,12 +217,6 @@ class _GrammarWriter:
         if not end or end[0].startswith("<["):
             return " ".join(["ANY_TEXT", *end, *rest])
         return " ".join([self.add(f"{name}[lazy]", f"ANY_TEXT {end[0]}"), *rest])
-
-    def thought(self) -> str:
-        """What comes before the reply: where the prompt opens a thought, its end."""
-        if not self._template.opens_thought():
-            return ""
-        return self.any_text("thought", "</think>") + r" /[ \n]*/"
 
     def calls(self, tools: Sequence[dict[str, Any]], parallel: bool) -> str:
         """A call of one of the tools; parallel: or of several."""
@@ -278,8 +288,9 @@ class _CallSyntax:
 class _ChatTemplate:
     """What a chat template is found to write."""
 
-    def __init__(self, tokenizer: ChatTokenizer, end_ids: Collection[int]) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, end_ids: Collection[int], tool_parser: str | None = None) -> None:
         self.tokenizer = tokenizer
+        self._reading: dict[str, Any] = {} if tool_parser is None else {"tool_parser": tool_parser}
         self._ends = [text for end in sorted(end_ids) if (text := tokenizer.tokenizer.decode([end]))]
         self._end = ""
         """How the turn that was written last ends."""
@@ -334,10 +345,6 @@ class _ChatTemplate:
             return None
         return text[places[0].end() : places[1].start()]
 
-    def opens_thought(self) -> bool:
-        """Whether the prompt ends within a thought."""
-        return self._render([{"role": "user", "content": "x"}], None, True).rstrip().endswith("<think>")
-
     def _written(self, tools: list[Any], calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         """A turn with these calls: from the end of the prompt to the end of the turn, without thoughts. Empty where the
         template refuses them, as it may refuse two, or other arguments than it knows."""
@@ -364,7 +371,7 @@ class _ChatTemplate:
 
     def _is_read(self, text: str, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:
         """Whether the calls in a turn are read as those that were written."""
-        reply = self.tokenizer.parse(self.tokenizer.encode(text + self._end))
+        reply = self.tokenizer.parse(self.tokenizer.encode(text + self._end), **self._reading)
         made = [call["function"] for call in reply.get("tool_calls") or ()]
         read = [(function["name"], _as_texts(arguments_of(function))) for function in made]
         return read == [(name, _as_texts(arguments)) for name, arguments in calls]

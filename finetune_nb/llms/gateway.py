@@ -106,6 +106,7 @@ class Endpoint:
             self.llm.takes_options,
             getattr(policy, "constrains", False),
             self.episode.ignore,
+            getattr(self.llm, "tool_parser", None),
             library,
         )
 

@@ -299,8 +299,8 @@ async def test_a_run_takes_what_it_is_told_to_ignore_and_its_record_names_it(tmp
     assert [sorted(turn.metadata["ignored"]) for turn in turns] == [["top_p", "verbosity"]] * 4
     assert sum("is ignored in sampling" in record.getMessage() for record in caplog.records) == 1
     reopened = ft.Run.open(run.folder)
-    (first, *_) = reopened.epoch(0).collection.trajectories[0]
-    assert sorted(first.episode[-1].metadata["ignored"]) == ["top_p", "verbosity"]
+    turn = reopened.show(0).trajectory.episode[-1]
+    assert sorted(turn.metadata["ignored"]) == ["top_p", "verbosity"]
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_arguments_that_a_template_writes_one_by_one_are_held_to_their_schemas()
 
 def fits(policy, wanted, text):
     """Whether each token of the text fits in its place, and the reply may end after it."""
-    guide = ReplyGuides(policy, policy.vocabulary, [1]).guide(wanted)
+    guide = ReplyGuides(policy, policy.vocabulary, [1]).guide(wanted, policy.render(QUESTION))
     for token in [*policy.encode(text), 1]:
         fitting = np.ones(policy.vocabulary, dtype=bool)
         guide.mark(fitting)

@@ -161,12 +161,12 @@ class LocalPolicy(ChatTokenizer):
         ids = list(ids)
         params = check_prompt(ids, params, self.longest, self.vocabulary)
         if params.reply_format is not None:
-            await in_daemon_thread(self._guides.prepare, params.reply_format)
+            await in_daemon_thread(self._guides.prepare, params.reply_format, ids)
         return await self._batcher.submit(ids, params, seed)
 
     def _sample_batch(self, batch: list[Request]) -> None:
         rows = [
-            SampleRequest(r.ids, r.params, r.seed, r.future.cancelled, self._guides.guide(r.params.reply_format))
+            SampleRequest(r.ids, r.params, r.seed, r.future.cancelled, self._guides.guide(r.params.reply_format, r.ids))
             for r in batch
         ]
         with self.exclusive.hold(

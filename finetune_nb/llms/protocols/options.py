@@ -47,6 +47,8 @@ class Abilities:
     """Whether replies can be held to a form."""
     ignore: frozenset[str] = frozenset()
     """Parameters that the run says to ignore."""
+    tool_parser: str | None = None
+    """The format of tool calls, where the run names one."""
     library: str = ""
     """The client library, as its User-Agent names it."""
 
@@ -226,10 +228,10 @@ class _Reader:
         reply_format = None
         if mode == "required":
             parallel = parallel and choice in ("required", "any")  # a named tool is called once
-            reply_format = ReplyFormat(None, as_json(callable_tools), required=True, parallel=parallel)
+            reply_format = ReplyFormat(None, as_json(callable_tools), True, parallel, self.abilities.tool_parser)
         elif schema is not None:
             callable_now = as_json(tools) if tools and mode == "auto" else None
-            reply_format = ReplyFormat(schema, callable_now, parallel=parallel)
+            reply_format = ReplyFormat(schema, callable_now, False, parallel, self.abilities.tool_parser)
         if reply_format is not None:
             self.require_forms("response_format", given)
             if reply_format.tools and not all(isinstance(name_of(tool), str) for tool in tools or ()):
