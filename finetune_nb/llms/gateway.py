@@ -101,12 +101,16 @@ class Endpoint:
     def abilities(self, library: str = "") -> Abilities:
         """What can be done for a request of that client library."""
         policy = getattr(self.llm, "policy", None)
+        template = None
+        if hasattr(self.llm, "chat_template_kwargs"):
+            template = getattr(getattr(policy, "tokenizer", None), "chat_template", None)
         return Abilities(
             self.llm.sampling,
             self.llm.takes_options,
             getattr(policy, "constrains", False),
             self.episode.ignore,
             getattr(self.llm, "tool_parser", None),
+            template if isinstance(template, str) else "",
             library,
         )
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 from ..errors import did_you_mean
 from ..types import LLMCall, SamplingParams, plain_content
 from .protocols.options import (
     KNOWN_OPTIONS,
+    NO_NAMES,
     Abilities,
     Options,
     Refused,
@@ -42,7 +42,6 @@ __all__ = [
 MOST_CHOICES = 128
 _ALIASES = {"max_completion_tokens": "max_tokens"}
 _SAMPLING = ("temperature", "max_tokens", "stop")
-NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -149,6 +148,7 @@ def request_of(
     return replace(
         request,
         params=params,
+        options={"chat_template_kwargs": dict(found.template_kwargs)} if found.template_kwargs else {},
         calls_tools=found.calls_tools,
         parallel=found.parallel,
         ignored=(*ignored, *found.ignored),

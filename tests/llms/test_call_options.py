@@ -153,6 +153,25 @@ def test_options_that_change_nothing_are_taken_by_every_policy(options):
         assert (request.params, request.options, request.ignored) == (SamplingParams(), {}, ())
 
 
+@pytest.mark.parametrize(
+    ("template", "effort", "expected"),
+    [
+        ("{{ reasoning_effort }}", "high", {"reasoning_effort": "high"}),
+        ("{% if enable_thinking %}", "none", {"enable_thinking": False}),
+        ("{{ messages }}", "none", {}),
+        ("<think>", "none", None),
+        ("{% if enable_thinking %}", "high", None),
+    ],
+)
+def test_an_effort_is_a_variable_of_a_chat_template_that_has_one_for_it(template, effort, expected):
+    abilities = Abilities(SamplingParams(), template=template)
+    if expected is None:
+        with pytest.raises(Refused, match="cannot honour reasoning_effort"):
+            chat(abilities, reasoning_effort=effort)
+    else:
+        assert chat(abilities, reasoning_effort=effort).options.get("chat_template_kwargs", {}) == expected
+
+
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -42,7 +42,7 @@ _ERRORS |= {413: "request_too_large", 429: "rate_limit_error", 504: "timeout_err
 def read(body: bytes, abilities: Abilities) -> WireRequest:
     """A request's JSON body, as one of chat completions. Raises Refused with what is wrong."""
     data, ignored = without_ignored(json_object(body), abilities)
-    chat = _chat_options(data)
+    chat = _chat_options(data, abilities)
     chat["messages"] = [*_system(data.get("system")), *_messages(data.get("messages"))]
     if data.get("tools"):
         chat["tools"] = [_chat_tool(tool) for tool in _objects(data["tools"], "tools")]
@@ -53,7 +53,7 @@ def read(body: bytes, abilities: Abilities) -> WireRequest:
     return request_of(chat, True, abilities, ignored, _NAMES)
 
 
-def _chat_options(data: Mapping[str, Any]) -> dict[str, Any]:
+def _chat_options(data: Mapping[str, Any], abilities: Abilities) -> dict[str, Any]:
     """All fields but the conversation and the tools, in those of chat completions."""
     chat: dict[str, Any] = {}
     for name, value in data.items():
@@ -64,7 +64,7 @@ def _chat_options(data: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "tool_choice":
             chat |= _chat_choice(value)
         elif name == "thinking":
-            chat |= _chat_thinking(value)
+            chat |= _chat_thinking(value, abilities)
         elif name in ("output_config", "output_format"):
             config = {"format": value} if name == "output_format" else value
             chat |= _chat_output(config)
@@ -93,8 +93,10 @@ def _chat_choice(choice: Any) -> dict[str, Any]:
     return chosen
 
 
-def _chat_thinking(thinking: Any) -> dict[str, Any]:
+def _chat_thinking(thinking: Any, abilities: Abilities) -> dict[str, Any]:
     kind = thinking.get("type") if isinstance(thinking, dict) else None
+    if kind == "disabled" and "enable_thinking" in abilities.template:
+        return {"reasoning_effort": "none"}
     if kind in ("disabled", "adaptive"):
         return {}  # the model does as its chat template has it
     problem = (

@@ -11,12 +11,14 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from ...types import ReplyFormat, SamplingParams
 
 __all__ = [
     "KNOWN_OPTIONS",
+    "NO_NAMES",
     "Abilities",
     "Options",
     "Refused",
@@ -49,10 +51,13 @@ class Abilities:
     """Parameters that the run says to ignore."""
     tool_parser: str | None = None
     """The format of tool calls, where the run names one."""
+    template: str = ""
+    """The source of the chat template, where a call may set its variables."""
     library: str = ""
     """The client library, as its User-Agent names it."""
 
 
+NO_NAMES: Mapping[str, Any] = MappingProxyType({})
 _WITHOUT_EFFECT = {
     "model",  # the address says which model
     "seed",  # every call has one of its own; a fixed one would make all rollouts of a group alike
@@ -176,6 +181,8 @@ class Options:
     """Whether what the model writes as a tool call is one; otherwise it is text."""
     parallel: bool = True
     """Whether a reply may have more than one tool call."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template by which the prompt says how much is to be thought."""
     ignored: tuple[str, ...] = ()
 
     @classmethod
@@ -214,7 +221,10 @@ class _Reader:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, given: Mapping[str, Any], tools: list[dict[str, Any]] | None, strict: bool) -> Options:
+        template_kwargs = self.thinking(given.get("reasoning_effort"))
         for name, value in given.items():
+            if name == "reasoning_effort" and template_kwargs is not None:
+                continue
             if name not in _HONOURED and not any(value == neutral for neutral in _NEUTRAL_HERE.get(name, ())):
                 raise self.refusal(name, value)
         parallel = given.get("parallel_tool_calls", True)
@@ -238,7 +248,20 @@ class _Reader:
                 raise Refused(400, "a tool has no name; expected a function with its name.", None, "tools")
         # Where any reply is taken, a call may have other arguments than its schema says.
         ignored = ("strict",) if strict and (reply_format is None or not reply_format.tools) else ()
-        return Options(reply_format, self.alternatives(given), mode != "none", parallel, ignored)
+        return Options(reply_format, self.alternatives(given), mode != "none", parallel, template_kwargs or {}, ignored)
+
+    def thinking(self, effort: Any) -> dict[str, Any] | None:
+        """Variables of the chat template that say an effort; None where the template has none for it."""
+        template = self.abilities.template
+        if not isinstance(effort, str) or not template:
+            return None
+        if "reasoning_effort" in template:
+            return {"reasoning_effort": effort}
+        if effort == "none" and "enable_thinking" in template:
+            return {"enable_thinking": False}
+        if effort == "none" and "think" not in template:
+            return {}  # it does not think anyway
+        return None
 
     def require_forms(self, name: str, given: Mapping[str, Any]) -> None:
         """Raises Refused where the policy holds no reply to a form."""
