@@ -36,6 +36,7 @@ SECTIONS = {
     "eval.general.dataset.structure": config.EvalDatasetStructureConfig,
     "run": config.RunSettings,
     "run.ray": config.RaySettings,
+    "run.gateway": config.GatewaySettings,
 }
 PLACES = {
     "llm_provider": "llms",

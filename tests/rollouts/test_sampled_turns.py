@@ -156,7 +156,7 @@ def test_fields_of_a_chat_message_are_those_that_are_there():
 
 def test_each_key_of_a_message_is_a_key_of_its_own():
     keys = [value for name, value in vars(MessageKey).items() if name.isupper()]
-    assert len(keys) == len(set(keys)) == 14
+    assert len(keys) == len(set(keys)) == 15
 
 
 # ── a trajectory ─────────────────────────────────────────────────────────────────────────────────────────────────────
