@@ -15,11 +15,12 @@ pytest.importorskip("llguidance")
 
 from tiny_models import byte_tokenizer, random_model  # noqa: E402
 
+import finetune_nb as ft  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.errors import ConfigError, MissingExtra  # noqa: E402
 from finetune_nb.llms.client import PolicyLLM  # noqa: E402
 from finetune_nb.llms.constrained import ReplyGuides  # noqa: E402
-from finetune_nb.testing import ScriptedPolicy  # noqa: E402
+from finetune_nb.testing import ScriptedPolicy, sums  # noqa: E402
 from finetune_nb.types import ReplyFormat, SamplingParams  # noqa: E402
 
 HEAD = "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
@@ -257,3 +258,25 @@ async def test_a_policy_that_holds_no_reply_to_a_form_is_not_asked_to():
     llm = PolicyLLM(ScriptedPolicy())
     with pytest.raises(ConfigError, match="reply_format cannot be kept"):
         await llm.chat(QUESTION, reply_format=ReplyFormat(json.dumps(SCHEMA)))
+
+
+@pytest.mark.slow
+async def test_a_run_trains_on_replies_that_were_held_to_a_form(tmp_path, closing):
+    """The job compares the recorded log probabilities with those of its own forward pass."""
+    pytest.importorskip("openai")
+    from finetune_nb.examples.calculator.task import TOOLS as CALCULATOR
+
+    async def solve(question, llm):
+        create = llm.openai().chat.completions.create
+        messages = [{"role": "user", "content": question}]
+        turn = await create(model="x", messages=messages, tools=CALCULATOR, tool_choice="required", temperature=2.0)
+        answer = await create(model="x", messages=messages, response_format={"type": "json_object"}, max_tokens=12)
+        return turn.choices[0].message.tool_calls[0].function.name + answer.choices[0].message.content[:1]
+
+    rewards = iter(range(100))
+    run = closing(ft.Run(solve, lambda item: next(rewards), sums(2), generations=3, output_dir=tmp_path))
+    epoch = await run.next_epoch()
+    assert epoch.metrics.failures == 0
+    assert (epoch.job.status, epoch.train_metrics["logprob_gap"] < 1e-4) == ("completed", True)
+    outputs = [output for _, output in run.trajectories()[["example", "output"]].itertuples(index=False)]
+    assert outputs == ["calculator{"] * 6
