@@ -12,6 +12,7 @@ import pytest
 from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.client import PolicyLLM
 from finetune_nb.llms.gateway import gateway
+from finetune_nb.llms.rollout_transport import RolloutTransport
 from finetune_nb.testing import ScriptedPolicy
 from finetune_nb.types import EpisodeKey
 
@@ -233,3 +234,16 @@ async def test_what_changes_nothing_is_taken(client_of):
     assert answer.content[0].text == "seven"
     assert (one.calls[0].messages, one.calls[0].tools) == (QUESTION, [CHAT_TOOL])
     assert one.calls[0].ignored == ()
+
+
+@pytest.mark.parametrize("base_url", [RolloutTransport.base_url, RolloutTransport.base_url.removesuffix("/v1")])
+async def test_a_client_that_is_made_once_asks_the_rollout_that_uses_it(base_url):
+    llm = says("seven")
+    http = anthropic.DefaultAsyncHttpxClient(transport=RolloutTransport())
+    async with anthropic.AsyncAnthropic(base_url=base_url, api_key="none", http_client=http, max_retries=0) as client:
+        for n in range(2):
+            with (one := episode(n)).recording():
+                one.begin_workflow(llm)
+                await client.messages.create(model="x", max_tokens=9, messages=QUESTION)
+            assert len(one.calls) == 1
+    await gateway().close_clients()
