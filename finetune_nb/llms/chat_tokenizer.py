@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..errors import BackendError, ConfigError
 from ..redaction import redacting_logger
 from ..types import SamplingParams
+from .chat_templates import ChatTemplate
+from .kept_ids import continued
+from .tool_parsers import TOOL_PARSERS, ToolParser, parser_named
 
 __all__ = [
     "ChatTokenizer",
@@ -65,105 +70,197 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: Any, end_ids: Collection[int], name: str) -> None:
         self.tokenizer = tokenizer
-        self._end_ids = frozenset(end_ids)
         self._name = name
+        self._end_ids = frozenset(end_ids)
+        self._template = ChatTemplate(tokenizer, self._end_ids, name)
         self._response_template = _response_template(tokenizer)
+        self._typed_by_tools = "tools" in inspect.signature(type(tokenizer).parse_response).parameters
         self._token_text: dict[int, str] = {}
         self._openings: dict[tuple[str, str], list[int]] = {}
+        self._checked_tools = self._warned_of_tools = False
+        self._end_turns()
+
+    def _end_turns(self) -> None:
+        """Makes the token at which the chat template ends turns one of those that end a reply."""
+        missing = self._template.missing_end if self._template.source else None
+        if missing is None:
+            return
+        token, text = missing
+        known = ", ".join(map(repr, self._template.end_texts)) or "nothing"
+        if token is None:
+            logger.warning(
+                "the chat template of %r ends turns with %r, which is no token of its tokenizer: replies end at %s alone, and "
+                "one that passes its turn's end runs on to max_tokens. Add the token to the tokenizer, or give it in `stop`.",
+                self._name, text, known,
+            )  # fmt: skip
+            return
+        self._end_ids |= {token}
+        self._template = ChatTemplate(self.tokenizer, self._end_ids, self._name)
+        logger.warning(
+            "the chat template of %r ends turns with %r, but its tokenizer and generation config end replies at %s alone: %r "
+            "ends them here, too. Add its id, %d, to eos_token_id of the model's generation_config.json, for other servers.",
+            self._name, text, known, text, token,
+        )  # fmt: skip
 
     @property
     def reads_tool_calls(self) -> bool:
-        """Whether `parse` finds tool calls: the tokenizer has a response template."""
-        return self._response_template is not None
+        """Whether `parse` finds tool calls by itself: the tokenizer has a response template, or its chat template writes them
+        in a format that is known."""
+        return self._response_template is not None or self.template.tool_parser is not None
 
     def render(
         self,
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
         previous_ids: Sequence[int] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        previous_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Prompt ids for the next assistant turn. With `previous_ids` only what follows the last assistant message is
-        rendered, after them; the whole conversation is rendered where the chat template rewrites what came before.
+        """Prompt ids for the next assistant turn.
 
-        Raises ConfigError without a chat template, BackendError where the template refuses the messages.
+        Args:
+            messages: OpenAI chat messages.
+            tools: OpenAI tool schemas.
+            previous_ids: Prompt and reply of the turn before, exactly as sampled. If given, only what follows the last
+                assistant message is rendered, after them; the whole conversation is rendered where the chat template leaves
+                out something that was sampled.
+            chat_template_kwargs: Variables of the chat template, such as enable_thinking.
+            previous_template_kwargs: Those of the turn before.
+
+        Returns:
+            The ids.
+
+        Raises:
+            ConfigError: There is no chat template.
+            BackendError: The template refuses the messages.
         """
         messages = [_with_parsed_arguments(message) for message in messages]
+        options, before = chat_template_kwargs or {}, previous_template_kwargs or {}
+        if tools and not self._checked_tools:
+            self._check_tools(messages, tools)
         if previous_ids is None:
-            return self._opening(messages, tools)
-        text = self._render_text(messages, tools, add_generation_prompt=True)
-        continued = self._continue(messages, tools, text, list(previous_ids))
-        return self.encode(text) if continued is None else continued
+            return self._opening(messages, tools, options)
+        continued = self._continue(messages, tools, list(previous_ids), options, before)
+        return self.encode(self._render_text(messages, tools, options)) if continued is None else continued
 
-    def _opening(self, messages: list[dict[str, Any]], tools: Any) -> list[int]:
+    def _opening(self, messages: list[dict[str, Any]], tools: Any, options: Mapping[str, Any]) -> list[int]:
         """Prompt ids without earlier ones. The rollouts of a group begin alike: one is rendered for all of them."""
         template = str(self.tokenizer.chat_template)
         try:
-            key = (template, json.dumps((messages, tools)))
+            key = (template, json.dumps((messages, tools, options)))
         except (TypeError, ValueError, RecursionError):  # no JSON, which a template may yet take
             key = None
         if key is None or "strftime_now" in template:  # it shows the time, which changes
-            return self.encode(self._render_text(messages, tools, add_generation_prompt=True))
+            return self.encode(self._render_text(messages, tools, options))
         ids = self._openings.get(key)
         if ids is None:
-            ids = self.encode(self._render_text(messages, tools, add_generation_prompt=True))
+            ids = self.encode(self._render_text(messages, tools, options))
             if len(self._openings) >= OPENINGS:
                 self._openings.clear()
             self._openings[key] = ids
         return list(ids)
 
     def _continue(
-        self, messages: list[dict[str, Any]], tools: Any, text: str, previous_ids: list[int]
+        self,
+        messages: list[dict[str, Any]],
+        tools: Any,
+        previous_ids: list[int],
+        options: Mapping[str, Any],
+        options_before: Mapping[str, Any],
     ) -> list[int] | None:
-        """`previous_ids` and what the template puts after the last assistant message; None where it rewrites more."""
-        last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=None)
-        if last is None or not previous_ids:
+        """`previous_ids` and what the template puts after the last assistant message; None where it leaves out something that
+        was sampled."""
+        if not previous_ids or not any(message.get("role") == "assistant" for message in messages):
             return None
-        until_reply = self._render_text(messages[: last + 1], tools, add_generation_prompt=False)
-        if not text.startswith(until_reply):
-            return None
-        # The reply's end token is the last one in the text, with at most whitespace after it that the policy, having
-        # ended its turn, never sampled: a newline, say, which has to stand between the turns all the same.
-        for end_id in self._end_ids:
-            end = self.tokenizer.decode([end_id])
-            at = until_reply.rfind(end) if end else -1
-            if at < 0 or until_reply[at + len(end) :].strip():
-                continue
-            # Tokenized together with the end token: some tokenizers treat the beginning of a text specially.
-            ids = self.tokenizer(text[at:], add_special_tokens=False)["input_ids"]
-            if ids[:1] != [end_id]:
-                return None
-            return previous_ids + (ids[1:] if previous_ids[-1] in self._end_ids else ids)
-        return None
+        return continued(self.template, messages, tools, previous_ids, options, options_before)
 
-    def _render_text(self, messages: Sequence[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> str:
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                f"the tokenizer of {self._name!r} has no chat template, so messages "
-                "cannot become a prompt. Use a chat (instruct) model, or put a chat_template.jinja into its directory."
+    @property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's chat template, as it is now."""
+        if self._template.source != self.tokenizer.chat_template:
+            self._template = ChatTemplate(self.tokenizer, self._end_ids, self._name)
+        return self._template
+
+    def _render_text(self, messages: Sequence[dict[str, Any]], tools: Any, options: Mapping[str, Any]) -> str:
+        return self.template.render(messages, tools, True, options)
+
+    def parse(
+        self, ids: Sequence[int], tools: Sequence[dict[str, Any]] | None = None, tool_parser: str | None = None
+    ) -> dict[str, Any]:
+        """The message that a reply is. Never raises for what the model wrote.
+
+        Args:
+            ids: Token ids of the reply.
+            tools: The tools that were offered; without any, a reply is taken as it is. None: not known.
+            tool_parser: The format of tool calls. None: that of the tokenizer's response template, else the one in which the
+                chat template writes them.
+
+        Returns:
+            An OpenAI assistant message. A reply whose calls cannot be read is plain content.
+
+        Raises:
+            ConfigError: There is no such format.
+        """
+        parser = self.template.tool_parser if tool_parser is None else parser_named(tool_parser)
+        by_template = tool_parser is None and self._response_template is not None
+        if tools and parser is None and not by_template:
+            self._warn_of_tools(
+                "does not say in which format the model calls tools, so what it calls stays plain text. Name the format"
             )
+        read = self._read_by_template if by_template else self._read_by_parser
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools or None, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template is a program that comes with the model
-            roles = ", ".join(str(message.get("role")) for message in messages)
-            raise BackendError(
-                f"the model's chat template refuses messages with the roles {roles}: {type(error).__name__}: {error}"
-            ) from error
-
-    def parse(self, ids: Sequence[int]) -> dict[str, Any]:
-        """Reply ids -> OpenAI assistant message. Tool calls are recognised where the tokenizer has a response template;
-        a reply that it cannot read is plain content. Never raises, whatever the model wrote."""
-        if self.reads_tool_calls:
-            try:
-                raw = self.tokenizer.decode(list(ids), skip_special_tokens=False)
-                parsed = self.tokenizer.parse_response(raw, schema=self._response_template, prefix="")
-                message = _openai_message(parsed, ids)
-                if message is not None:
-                    return message
-            except Exception as error:
-                logger.debug("the response template cannot read a reply: %s: %s", type(error).__name__, error)
+            message = read(ids, tools, parser)
+            if message is not None:
+                return message
+        except Exception as error:
+            logger.debug("a reply's tool calls cannot be read: %s: %s", type(error).__name__, error)
         return {"role": "assistant", "content": self.tokenizer.decode(list(ids), skip_special_tokens=True)}
+
+    def _read_by_template(
+        self, ids: Sequence[int], tools: Sequence[dict[str, Any]] | None, parser: ToolParser | None
+    ) -> dict[str, Any] | None:
+        """The message, read by the tokenizer's response template; None where it is none."""
+        raw = self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        typed = {"tools": list(tools)} if tools and self._typed_by_tools else {}
+        parsed = self.tokenizer.parse_response(raw, schema=self._response_template, prefix="", **typed)
+        return _openai_message(parsed, ids)
+
+    def _read_by_parser(
+        self, ids: Sequence[int], tools: Sequence[dict[str, Any]] | None, parser: ToolParser | None
+    ) -> dict[str, Any] | None:
+        """The message, read in a format of tool calls; None for a reply that is taken as it is."""
+        if parser is None or not (tools is None or tools or parser.whole_reply):
+            return None
+        said = list(ids[:-1] if ids and ids[-1] in self._end_ids else ids)
+        parsed = parser.read(self.tokenizer.decode(said, skip_special_tokens=False), tools or ())
+        if not parsed.calls and not parser.whole_reply:
+            return None
+        content = parsed.content
+        for special in self.tokenizer.all_special_tokens:
+            content = content.replace(special, "")
+        calls = [{"function": {"name": name, "arguments": arguments}} for name, arguments in parsed.calls]
+        content = content.strip() or (None if calls else "")
+        return _openai_message({"content": content, "tool_calls": calls, "reasoning_content": parsed.thought}, ids)
+
+    def _check_tools(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> None:
+        """Says so, once, if the model is not told of its tools."""
+        self._checked_tools = True
+        if self.template.shows_tools(messages, tools):
+            return
+        names = [str((tool.get("function") or tool).get("name")) for tool in tools]
+        text = self.template.render(messages, tools)
+        if not all(re.search(rf"\b{re.escape(name)}\b", text) for name in names):
+            self._warn_of_tools(
+                f"leaves tools out, and the messages do not name them, so the model is not told of {', '.join(names)}. Use a "
+                "model whose template takes tools; or tell of them in the system message, with how they are called, and name "
+                "that format"
+            )
+
+    def _warn_of_tools(self, problem: str) -> None:
+        if not self._warned_of_tools:
+            self._warned_of_tools = True
+            known = ", ".join(sorted(TOOL_PARSERS))
+            logger.warning("the chat template of %r %s: tool_parser = one of %s.", self._name, problem, known)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The text of each token; a token that is part of a character only shows as U+FFFD."""
@@ -172,9 +269,14 @@ class ChatTokenizer:
             known[token] = self.tokenizer.decode([token])
         return [known[token] for token in ids]
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a plain text: no chat template, no token at its beginning that is not in it."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of a plain text, without a chat template.
+
+        Args:
+            text: The text.
+            add_special_tokens: Whether the tokenizer adds what it begins, or ends, a text with.
+        """
+        return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
