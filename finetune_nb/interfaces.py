@@ -53,7 +53,12 @@ logger = redacting_logger(__name__)
 class Policy(Protocol):
     """A model that is sampled and trained: one set of weights. Built by a TrainerAdapter as `adapter.policy`. A run shows
     the `description` of one that has it: a line about model, device and dtype. One with `constrains = True` holds replies to
-    `SamplingParams.reply_format`; others are never asked to."""
+    `SamplingParams.reply_format`; others are never asked to.
+
+    A policy that renders a chat template may take more, by name: `render` takes `chat_template_kwargs` and
+    `previous_template_kwargs` (variables of the template now and in the turn before), `parse` takes `tools` and `tool_parser`,
+    `encode` takes `add_special_tokens`. They are given to a policy whose methods have them.
+    """
 
     version: int
     """Counts the weight updates, from 0. Every trajectory carries the version that sampled it."""

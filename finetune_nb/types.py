@@ -658,6 +658,8 @@ class LLMCall:
     """Of each response token the likeliest tokens in its place, text -> natural logprob, where they were asked for."""
     ignored: tuple[str, ...] = ()
     """What the request asked for and was not honoured, because the run says so or because it is only wished for."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template with which the prompt was rendered; None: none, or not rendered here."""
 
 
 # ── episodes and trajectories ─────────────────────────────────────────────────────────────────────────────────────────

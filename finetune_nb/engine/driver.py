@@ -43,7 +43,7 @@ from .continuation import changes_since, fingerprints, given_components, recorde
 from .epoch_record import EpochInProgress, log_what_was_left
 from .live_settings import LiveSettings, write_live_values
 from .observer import TrainerObserver, set_curriculum
-from .run_writer import RunWriter, logging_to, restore_settings
+from .run_writer import HeldLog, RunWriter, logging_to, restore_settings
 from .sinks import MetricsSink, SinkDispatcher
 from .state import RunState
 
@@ -103,12 +103,14 @@ class Driver:
         names = self.config.finetuning
         if names.trainer is None or names.trajectory_builder is None or names.trainer_adapter is None:
             raise ConfigError("finetuning needs trainer, trajectory_builder and trainer_adapter. Name all three.")
-        trainer = await self.components.get_trainer(names.trainer)
-        self.trajectory_builder = await self.components.get_trajectory_builder(names.trajectory_builder)
-        self.adapter = await self.components.get_trainer_adapter(names.trainer_adapter)
-        self._claim(trainer, self.trajectory_builder, self.adapter)
-        await trainer.bind_components(self.trajectory_builder, self.adapter)
-        await trainer.initialize(names)
+        said = HeldLog()
+        with logging_to(said):
+            trainer = await self.components.get_trainer(names.trainer)
+            self.trajectory_builder = await self.components.get_trajectory_builder(names.trajectory_builder)
+            self.adapter = await self.components.get_trainer_adapter(names.trainer_adapter)
+            self._claim(trainer, self.trajectory_builder, self.adapter)
+            await trainer.bind_components(self.trajectory_builder, self.adapter)
+            await trainer.initialize(names)
         await self._playground.preflight(reads_rows=getattr(self.trajectory_builder, "reads_our_rows", False))
         if not await self.adapter.is_healthy():
             name = type(self.adapter).__name__
@@ -123,6 +125,7 @@ class Driver:
             trainer, self.run_id, self.live_settings, self.state, self.writer, self.components
         )
         self.trainer = trainer
+        said.pass_on(self.writer)
         if self.policy_told is not None:
             self.writer.event("policy", text=self.policy_told)
 

@@ -42,6 +42,7 @@ from .epoch_record import EpochInProgress, recounted
 from .live_settings import LiveSettings
 
 __all__ = [
+    "HeldLog",
     "RunWriter",
     "logging_to",
     "settings_in",
@@ -330,6 +331,23 @@ class EventLog(Protocol):
     def event(self, kind: str, **data: object) -> None:
         """Takes one line."""
         ...
+
+
+class HeldLog:
+    """Keeps lines until there is a log to take them: what is said while a model is loaded, before the run's folder is open."""
+
+    def __init__(self) -> None:
+        self._lines: list[tuple[str, dict[str, object]]] = []
+
+    def event(self, kind: str, **data: object) -> None:
+        """Takes one line."""
+        self._lines.append((kind, data))
+
+    def pass_on(self, log: EventLog) -> None:
+        """Gives the lines to that log."""
+        for kind, data in self._lines:
+            log.event(kind, **data)
+        self._lines.clear()
 
 
 _current: contextvars.ContextVar[EventLog | None] = contextvars.ContextVar("finetune_nb_run_log", default=None)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ..errors import RunError
@@ -37,6 +37,8 @@ __all__ = [
     "TEXT_PROMPT",
     "arguments_of",
     "current_episode",
+    "ids_of",
+    "without_stop",
 ]
 
 _WORKFLOW = InvocationNode(function_id="<workflow>", function_name="<workflow>")
@@ -129,8 +131,8 @@ class CallRecorder:
             self._restarted = self._begun
             self.attempt += 1
 
-    def previous_ids(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[int] | None:
-        """Ids of the turn that `messages` carries on from, exactly as they were seen and sampled; None at a start."""
+    def previous(self, messages: Sequence[dict[str, Any]], tools: Any) -> LLMCall | None:
+        """The call that `messages` carries on from, with its ids; None at a start."""
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
         for call in reversed(self.calls):
             if (
@@ -140,8 +142,24 @@ class CallRecorder:
                 and call.tools == tools
                 and all(same_message(a, b) for a, b in zip((*call.messages, call.reply), messages, strict=False))
             ):
-                return [*call.prompt_ids, *call.response_ids]
+                return call
         return None
+
+    def previous_ids(self, messages: Sequence[dict[str, Any]], tools: Any) -> list[int] | None:
+        """Ids of the turn that `messages` carries on from, exactly as they were seen and sampled; None at a start."""
+        call = self.previous(messages, tools)
+        return None if call is None else ids_of(call)
+
+    def with_thoughts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages with what was thought in the replies among them: most client libraries do not send it back."""
+        restored = messages
+        for call in self.calls:
+            thought, at = call.reply.get("reasoning_content"), len(call.messages)
+            if not thought or at >= len(messages) or messages[at].get("reasoning_content"):
+                continue
+            if all(same_message(a, b) for a, b in zip((*call.messages, call.reply), messages, strict=False)):
+                restored = [*restored[:at], {**messages[at], "reasoning_content": thought}, *restored[at + 1 :]]
+        return restored
 
     def previous_text(self, prompt: str) -> tuple[list[int], str] | None:
         """The same for a text prompt that begins with an earlier one and all that was sampled after it: its ids, and
@@ -198,6 +216,20 @@ def _current_task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:  # no event loop runs in this thread
         return None
+
+
+def ids_of(call: LLMCall) -> list[int]:
+    """The ids of a call's prompt and reply."""
+    return [*(call.prompt_ids or ()), *(call.response_ids or ())]
+
+
+def without_stop(call: LLMCall) -> LLMCall:
+    """The call with its text cut before a stop text, as the OpenAI API has it. The ids stay those that were sampled."""
+    content = call.reply.get("content")
+    if not call.sampling.stop or not content:
+        return call
+    end = min((at for text in call.sampling.stop if (at := content.find(text)) >= 0), default=len(content))
+    return replace(call, reply={**call.reply, "content": content[:end]})
 
 
 def arguments_of(function: Mapping[str, Any]) -> Any:

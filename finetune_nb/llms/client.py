@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..components.builder import Builder
 from ..components.registry import register_llm_provider
@@ -19,7 +22,8 @@ from ..config.base import LLMBaseConfig
 from ..errors import ConfigError, RunError, did_you_mean
 from ..interfaces import Policy
 from ..types import EpisodeKey, LLMCall, SamplingParams
-from .call_recorder import TEXT_PROMPT, CallRecorder, arguments_of, current_episode
+from .call_recorder import TEXT_PROMPT, CallRecorder, arguments_of, current_episode, ids_of, without_stop
+from .tool_parsers import checked_name
 
 if TYPE_CHECKING:
     from .gateway import Endpoint
@@ -66,13 +70,28 @@ class LLM:
     """Whether `call` passes on options of the OpenAI API that SamplingParams does not have."""
 
     async def chat(
-        self, messages: Sequence[Any], tools: Sequence[dict[str, Any]] | None = None, **sampling: Any
+        self,
+        messages: Sequence[Any],
+        tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
     ) -> ChatReply:
-        """One turn.
+        """Ask for one turn.
 
-        messages: OpenAI messages, and replies as they came. tools: OpenAI tool schemas. sampling: fields of
-        SamplingParams for this call alone. Raises ConfigError for an unknown one, RunError where the rollout has ended, or
-        was begun again, before the answer came.
+        Args:
+            messages: OpenAI messages, and replies as they came.
+            tools: OpenAI tool schemas.
+            chat_template_kwargs: Variables of the model's chat template for this call, such as enable_thinking=False, added to
+                those of the run.
+            **sampling: Fields of SamplingParams for this call alone. A text of `stop` is not part of the reply.
+
+        Returns:
+            The reply.
+
+        Raises:
+            ConfigError: There is no such sampling parameter, or the model's prompts are not rendered from a chat template.
+            RunError: The rollout ended, or was begun again, before the answer came.
         """
         params = self.sampling
         if sampling:
@@ -88,7 +107,11 @@ class LLM:
         prompt = [_message(m) for m in messages]
         episode = current_episode() or CallRecorder(EpisodeKey("try", 0, 0, 0), seed=time.time_ns())
         episode.require_running()
-        call = await self.call(episode, prompt, list(tools) if tools else None, params)
+        options: dict[str, Any] = {}
+        if chat_template_kwargs:
+            _require(self._call, "chat_template_kwargs", f"llm {self.name!r}")
+            options["chat_template_kwargs"] = dict(chat_template_kwargs)
+        call = without_stop(await self.call(episode, prompt, list(tools) if tools else None, params, **options))
         if not episode.record(call):
             episode.require_running()
             raise _given_up(episode)
@@ -158,6 +181,11 @@ class LLM:
 class PolicyLLM(LLM):
     """A client of a policy in this process."""
 
+    tool_parser: str | None = None
+    """The format of tool calls; None: the tokenizer's own."""
+    chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})
+    """Variables of the chat template in every call."""
+
     def __init__(self, policy: Policy, name: str = "policy", sampling: SamplingParams = SamplingParams()) -> None:
         self.policy, self.name, self.sampling = policy, name, sampling
         self.config: PolicyLLMConfig | None = None
@@ -166,6 +194,7 @@ class PolicyLLM(LLM):
         """Its config has been changed while it is in use."""
         if self.config is not None:
             self.sampling = self.config.sampling()
+            self.tool_parser, self.chat_template_kwargs = self.config.tool_parser, self.config.chat_template_kwargs
 
     async def _call(
         self,
@@ -173,26 +202,46 @@ class PolicyLLM(LLM):
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         params: SamplingParams,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> LLMCall:
-        assert self.policy is not None
+        policy: Any = self.policy
         sequence, seed = episode.next_call()
-        ids = self.policy.render(messages, tools, episode.previous_ids(messages, tools))
+        previous = episode.previous(messages, tools)
+        variables = {**self.chat_template_kwargs, **(chat_template_kwargs or {})}
+        before = None if previous is None else previous.chat_template_kwargs
+        options: dict[str, Any] = {}
+        if variables or before:
+            _require(policy.render, "chat_template_kwargs", f"the policy of llm {self.name!r}")
+            options = {"chat_template_kwargs": variables, "previous_template_kwargs": before}
+        previous_ids = None if previous is None else ids_of(previous)
+        ids = policy.render(episode.with_thoughts(messages), tools, previous_ids, **options)
         sampled = await self._sample(episode, sequence, seed, messages, list(ids), params)
-        reply = self.policy.parse(sampled.response_ids or ())
+        reply = self._parse(sampled.response_ids or (), tools)
         for i, tool_call in enumerate(reply.get("tool_calls") or ()):
             tool_call["id"] = f"call_{sequence}_{i}"  # repeatable, unlike a random id
-        return replace(sampled, tools=tools, reply=reply)
+        return replace(sampled, tools=tools, reply=reply, chat_template_kwargs=variables or None)
 
-    async def _complete(self, episode: CallRecorder, prompt: str | list[int], params: SamplingParams) -> LLMCall:
-        assert self.policy is not None
+    def _parse(self, ids: Sequence[int], tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+        """The message that a reply is."""
+        policy: Any = self.policy
+        if self.tool_parser is not None:
+            _require(policy.parse, "tool_parser", f"the policy of llm {self.name!r}")
+            return policy.parse(ids, tools or (), tool_parser=self.tool_parser)
+        return policy.parse(ids, tools or ()) if _takes(policy.parse, "tools") else policy.parse(ids)
+
+    async def _complete(
+        self, episode: CallRecorder, prompt: str | list[int], params: SamplingParams, add_special_tokens: bool = True
+    ) -> LLMCall:
+        policy: Any = self.policy
         sequence, seed = episode.next_call()
         if isinstance(prompt, str):
             known, new = episode.previous_text(prompt) or ([], prompt)
-            text, ids = prompt, known + self.policy.encode(new)
+            begins = add_special_tokens and not known and _takes(policy.encode, "add_special_tokens")
+            text, ids = prompt, known + (policy.encode(new, add_special_tokens=True) if begins else policy.encode(new))
         else:
-            text, ids = "".join(self.policy.tokens(prompt)), prompt
+            text, ids = "".join(policy.tokens(prompt)), prompt
         sampled = await self._sample(episode, sequence, seed, [{"role": TEXT_PROMPT, "content": text}], ids, params)
-        reply = {"role": "assistant", "content": self.policy.decode(sampled.response_ids or ())}
+        reply = {"role": "assistant", "content": policy.decode(sampled.response_ids or ())}
         return replace(sampled, reply=reply)
 
     async def _sample(
@@ -383,6 +432,25 @@ class SyncLLM:
         return self._bound.endpoint().sync_openai(**options)
 
 
+@functools.cache
+def _parameters_of(function: Any) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return frozenset({"*"})
+    return frozenset(parameter.name for parameter in parameters)
+
+
+def _takes(method: Any, name: str) -> bool:
+    """Whether a method has that parameter: policies of other people may have those of the protocol alone."""
+    known = _parameters_of(getattr(method, "__func__", method))
+    return name in known or "*" in known
+
+
+def _require(method: Any, name: str, owner: str) -> None:
+    if not _takes(method, name):
+        raise ConfigError(f"{owner} takes no {name}. Leave it out, or use a policy that renders a chat template.")
+
+
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
         return asyncio.get_running_loop()
@@ -408,6 +476,16 @@ class PolicyLLMConfig(LLMBaseConfig, name="policy"):
     """Texts that end a reply."""
     top_logprobs: int = Field(default=0, ge=0, le=20)
     """Likeliest tokens that are recorded in each place beside the sampled one; the views then show entropies."""
+    tool_parser: str | None = None
+    """The format in which the model calls tools, by the name that vLLM gives it: "hermes", "llama3_json", "mistral",
+    "pythonic", "qwen3_coder", ... None: the tokenizer's response template, else as the chat template writes calls."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, such as {"enable_thinking": False}. A call may add its own."""
+
+    @field_validator("tool_parser")
+    @classmethod
+    def check_tool_parser(cls, name: str | None) -> str | None:
+        return checked_name(name)
 
     def sampling(self) -> SamplingParams:
         return SamplingParams(self.temperature, self.max_tokens, tuple(self.stop), self.top_logprobs)
@@ -421,8 +499,9 @@ async def policy_llm(config: PolicyLLMConfig, builder: Builder):
             f"llm of type 'policy' names the trainer adapter {config.adapter!r}, which offers no policy to sample from. "
             "Use an adapter that does (local_grpo), or an llm of type 'openai'."
         )
-    llm = PolicyLLM(adapter.policy, config.adapter, config.sampling())
+    llm = PolicyLLM(adapter.policy, config.adapter)
     llm.config = config
+    llm.configured()
     yield llm
     await close_clients()
 

@@ -36,7 +36,7 @@ from tornado.web import Application, HTTPError, RequestHandler, stream_request_b
 from ..errors import BackendError, ConfigError, FinetuneError, MissingExtra
 from ..redaction import redact_text, redacting_logger, remember_secret
 from ..types import LLMCall, SamplingParams
-from .call_recorder import CallRecorder
+from .call_recorder import CallRecorder, without_stop
 from .openai_wire import Refused, WireRequest, answer_of, error_body, events_of, read_request
 from .protocols import messages, responses
 from .protocols.options import Abilities
@@ -334,7 +334,7 @@ def _as_asked(call: LLMCall, request: WireRequest, llm: AskedModel) -> LLMCall:
             call = replace(call, reply={"role": "assistant", "content": text})
         elif not request.parallel:
             call = replace(call, reply={**call.reply, "tool_calls": tool_calls[:1]})
-    return _without_stop(call)
+    return without_stop(call)
 
 
 _said: set[str] = set()
@@ -350,15 +350,6 @@ def _say_once(ignored: tuple[str, ...]) -> None:
             '"ignored").',
             ", ".join(new),
         )
-
-
-def _without_stop(call: LLMCall) -> LLMCall:
-    """The call with its text cut before a stop text, as the OpenAI API has it. The ids stay those that were sampled."""
-    content = call.reply.get("content")
-    if not call.sampling.stop or not content:
-        return call
-    end = min((at for text in call.sampling.stop if (at := content.find(text)) >= 0), default=len(content))
-    return replace(call, reply={**call.reply, "content": content[:end]})
 
 
 _gateway: Gateway | None = None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pydantic import AliasChoices, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from ..components.builder import Builder
 from ..components.registry import register_llm_provider
@@ -21,9 +21,10 @@ from ..errors import MissingExtra
 from ..redaction import redacting_logger
 from ..threads import in_daemon_thread
 from ..types import LLMCall, SamplingParams, logprob_values
-from .call_recorder import TEXT_PROMPT, CallRecorder
+from .call_recorder import TEXT_PROMPT, CallRecorder, ids_of
 from .chat_tokenizer import ChatTokenizer, load_tokenizer
 from .client import LLM, close_clients
+from .tool_parsers import checked_name
 
 __all__ = [
     "OpenAILLM",
@@ -65,6 +66,16 @@ class OpenAIModelConfig(LLMBaseConfig, name="openai"):
     """Hugging Face directory or hub name of the model's tokenizer. With it conversations are rendered here and carried on
     after the very ids that were sampled; the server gets token ids (`prompt` of /completions, as vLLM takes them). None =
     the server renders every turn anew."""
+    tool_parser: str | None = None
+    """With `tokenizer`: the format in which the model calls tools, such as "hermes". None: the tokenizer's response template,
+    else as the chat template writes calls."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, such as {"enable_thinking": False}. Sent to the server where it renders."""
+
+    @field_validator("tool_parser")
+    @classmethod
+    def check_tool_parser(cls, name: str | None) -> str | None:
+        return checked_name(name)
 
     @model_validator(mode="after")
     def check_top_logprobs(self) -> OpenAIModelConfig:
@@ -98,17 +109,18 @@ _NOT_TAKEN = (400, 404, 405, 415, 422, 501)
 
 
 class TokenPrompts:
-    """tokenizer: of the server's model. name: of the llm, for messages."""
+    """tokenizer: of the server's model. name: of the llm, for messages. tool_parser: the format of tool calls; None: the
+    tokenizer's own."""
 
-    def __init__(self, tokenizer: ChatTokenizer, name: str) -> None:
-        self.tokenizer, self._name = tokenizer, name
+    def __init__(self, tokenizer: ChatTokenizer, name: str, tool_parser: str | None = None) -> None:
+        self.tokenizer, self._name, self._tool_parser = tokenizer, name, tool_parser
         self._taken: bool | None = None
 
     def fit(self, messages: Sequence[Mapping[str, Any]], tools: Any, options: Mapping[str, Any]) -> bool:
         """Whether such a call can be made with token ids."""
         return (
             self._taken is not False
-            and (not tools or self.tokenizer.reads_tool_calls)
+            and (not tools or self._tool_parser is not None or self.tokenizer.reads_tool_calls)
             and options.keys() <= _SAMPLING
             and all(isinstance(message.get("content"), str | None) for message in messages)
         )
@@ -131,11 +143,11 @@ class TokenPrompts:
             self._name, type(error).__name__, error,
         )  # fmt: skip
 
-    def reply(self, ids: Sequence[int] | None, text: str, sequence: int) -> dict[str, Any]:
+    def reply(self, ids: Sequence[int] | None, text: str, sequence: int, tools: Any) -> dict[str, Any]:
         """The assistant message of what was sampled; without ids, of its text."""
         if ids is None:
             return {"role": "assistant", "content": text}
-        reply = self.tokenizer.parse(ids)
+        reply = self.tokenizer.parse(ids, tools or (), self._tool_parser)
         for i, tool_call in enumerate(reply.get("tool_calls") or ()):
             tool_call["id"] = f"call_{sequence}_{i}"  # that of the parser comes again with the same reply
         return reply
@@ -156,7 +168,7 @@ class OpenAILLM(LLM):
         self.name = config.model_name
         self.sampling = SamplingParams(1.0 if config.temperature is None else config.temperature, config.max_tokens)
         self._config, self._connect = config, connect
-        self._prompts = None if tokenizer is None else TokenPrompts(tokenizer, self.name)
+        self._prompts = None if tokenizer is None else TokenPrompts(tokenizer, self.name, config.tool_parser)
         self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
         self._warned = False
         self._warned_of_alternatives = False
@@ -173,17 +185,22 @@ class OpenAILLM(LLM):
         **options: Any,
     ) -> LLMCall:
         sequence, seed = episode.next_call()
+        variables = {**self._config.chat_template_kwargs, **options.pop("chat_template_kwargs", {})}
         asked, top = self._options(sequence, seed, params, options)
         prompts, refusal = self._prompts, None
         if prompts is not None and prompts.fit(messages, tools, options):
             try:
-                call = await self._call_with_ids(prompts, episode, sequence, messages, tools, params, asked, top)
+                call = await self._call_with_ids(
+                    prompts, episode, sequence, messages, tools, params, asked, top, variables
+                )
                 prompts.taken()
                 return call
             except Exception as error:
                 if not prompts.may_be_refused(error):
                     raise
                 refusal = error
+        if variables:
+            asked["extra_body"] = {**asked.get("extra_body", {}), "chat_template_kwargs": variables}
         if self._config.logprobs:
             asked |= {"logprobs": True, **({"top_logprobs": top} if top else {})}
         if tools:
@@ -210,11 +227,20 @@ class OpenAILLM(LLM):
         params: SamplingParams,
         asked: dict[str, Any],
         top: int,
+        variables: dict[str, Any],
     ) -> LLMCall:
         """The same turn, asked for with token ids that follow those of the turn before."""
-        ids = prompts.tokenizer.render(messages, tools, episode.previous_ids(messages, tools))
+        previous = episode.previous(messages, tools)
+        ids = prompts.tokenizer.render(
+            episode.with_thoughts(messages),
+            tools,
+            None if previous is None else ids_of(previous),
+            variables,
+            None if previous is None else previous.chat_template_kwargs,
+        )
         choice, call = await self._completed(episode, sequence, ids, messages, params, asked, top)
-        return replace(call, tools=tools, reply=prompts.reply(call.response_ids, choice.text, sequence))
+        reply = prompts.reply(call.response_ids, choice.text, sequence, tools)
+        return replace(call, tools=tools, reply=reply, chat_template_kwargs=variables or None)
 
     async def _complete(
         self, episode: CallRecorder, prompt: str | list[int], params: SamplingParams, **options: Any

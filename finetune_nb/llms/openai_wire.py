@@ -53,7 +53,7 @@ class WireRequest:
     tools: list[dict[str, Any]] | None
     params: SamplingParams
     options: dict[str, Any]
-    """Parameters that change what is sampled, passed on to a model that takes them."""
+    """Parameters that change the prompt, or what is sampled, but that SamplingParams does not have."""
     choices: int
     stream: bool
     usage: bool
@@ -131,28 +131,45 @@ def request_of(
         tokens_as_ids=bool(take("return_tokens_as_token_ids", False)),
         ignored=ignored,
     )
+    rendering = rendering_options(given, chat)
     options = {key: value for key, value in given.items() if not is_neutral(key, value)}
     if passed_on:
-        return replace(request, options=options)
+        return replace(request, options={**options, **rendering})
     if unknown := options.keys() - KNOWN_OPTIONS:
         name = min(unknown)
         known = {*KNOWN_OPTIONS, *_SAMPLING, "messages", "tools", "stream", "n"}
         problem = f"there is no parameter {names.get(name, name)!r}. {did_you_mean(name, known)}"
         raise Refused(400, f"{problem} {how_to_ignore(name)}", "unsupported_parameter", name)
     if not options and not strict:
-        return request
+        return replace(request, options=rendering) if rendering else request
     found = Options.of(options, tools, strict, abilities, names)
+    if found.template_kwargs:
+        rendering["chat_template_kwargs"] = {**found.template_kwargs, **rendering.get("chat_template_kwargs", {})}
     params = replace(request.params, reply_format=found.reply_format)
     if found.top_logprobs:
         params = replace(params, top_logprobs=found.top_logprobs)
     return replace(
         request,
         params=params,
-        options={"chat_template_kwargs": dict(found.template_kwargs)} if found.template_kwargs else {},
+        options=rendering,
         calls_tools=found.calls_tools,
         parallel=found.parallel,
         ignored=(*ignored, *found.ignored),
     )
+
+
+def rendering_options(given: dict[str, Any], chat: bool) -> dict[str, Any]:
+    """Takes from a request's fields those that say how its prompt becomes tokens. Raises Refused for a malformed one."""
+    name, kind, expected = ("chat_template_kwargs", dict, "an object") if chat else _SPECIAL_TOKENS
+    if name not in given:
+        return {}
+    value = given.pop(name)
+    if not isinstance(value, kind):
+        raise Refused(400, f"{name} is {json.dumps(value)[:80]}; expected {expected}.", None, name)
+    return {name: value}
+
+
+_SPECIAL_TOKENS = ("add_special_tokens", bool, "true or false")
 
 
 def _params(given: dict[str, Any], defaults: SamplingParams, names: Mapping[str, str]) -> SamplingParams:

@@ -19,6 +19,7 @@ __all__ = [
     "TOOL_PARSERS",
     "ParsedReply",
     "ToolParser",
+    "checked_name",
     "parser_named",
     "recognized",
 ]
@@ -374,7 +375,13 @@ _PARSERS = (
     ToolParser("lfm2", _lfm2, r"<\|tool_call_start\|>\[NAME\(", "<|tool_call_end|>", r"<\|tool_call_start\|>"),
     ToolParser("qwen3_coder", _qwen3_coder, "<function=NAME>", "</tool_call>", r"<function=\w+>\s*<parameter="),
     ToolParser("glm45", _glm45, r"<tool_call>NAME\s*<arg_key>", "</tool_call>", r"<arg_key>"),
-    ToolParser("granite", _marked_json(r"<\|tool_call\|>"), r"<\|tool_call\|>\s*\[", "", r"<\|tool_call\|>"),
+    ToolParser(
+        "granite",
+        _marked_json(r"<\|tool_call\|>", r"<\|/tool_call\|>"),
+        r"<\|tool_call\|>\s*\[",
+        "",
+        r"<\|tool_call\|>",
+    ),
     ToolParser("jamba", _marked_json("<tool_calls>", "</tool_calls>"), "<tool_calls>", "</tool_calls>", "<tool_calls>"),
     ToolParser("hermes", _hermes, r"<tool_call>\s*\[?\s*\{", "</tool_call>", r"<tool_call>\s*\[?\s*\{"),
     ToolParser("mistral", _mistral, r"\[TOOL_CALLS\]", "", r"\[TOOL_CALLS\]"),
@@ -406,10 +413,18 @@ def parser_named(name: str) -> ToolParser:
     Raises:
         ConfigError: There is no such format.
     """
-    parser = TOOL_PARSERS.get(name)
-    if parser is None:
-        raise ConfigError(f"there is no tool_parser {name!r}. {did_you_mean(name, TOOL_PARSERS)}")
-    return parser
+    try:
+        checked_name(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return TOOL_PARSERS[name]
+
+
+def checked_name(name: str | None) -> str | None:
+    """The name of a format, for a config. Raises ValueError where there is no such format."""
+    if name is not None and name not in TOOL_PARSERS:
+        raise ValueError(f"there is no tool_parser {name!r}. {did_you_mean(name, TOOL_PARSERS)}")
+    return name
 
 
 def recognized(turn: str, name: str, value: str, instructions: str) -> ToolParser | None:

@@ -79,6 +79,9 @@ class Run(RunHistory):
         evaluators: More functions of the item, by name; their means are shown beside the reward.
         curriculum: Fields of CurriculumLearningConfig; giving it switches the curriculum on unless it says `enabled`.
         sampling: Sampling parameters: temperature, max_tokens, stop.
+        tool_parser: The format in which the model calls tools, by the name that vLLM gives it ("hermes", "llama3_json",
+            "mistral", ...). Default: the one that its tokenizer or its chat template shows.
+        chat_template_kwargs: Variables of the model's chat template, such as {"enable_thinking": False}.
         training: Fields of the trainer adapter's config (learning_rate, ...).
         num_epochs: How many epochs are planned; you may run fewer or more.
         max_concurrency: Rollouts at once.
@@ -124,6 +127,8 @@ class Run(RunHistory):
         evaluators: Mapping[str, Callable[..., Any]] | None = None,
         curriculum: Mapping[str, Any] | None = None,
         sampling: Mapping[str, Any] | None = None,
+        tool_parser: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
         num_epochs: int = 20,
         max_concurrency: int = 64,
@@ -150,8 +155,13 @@ class Run(RunHistory):
         if adapter is not None and (training or model != "embedded"):
             raise ConfigError("adapter= brings its own model and settings: leave model= and training= out.")
         scores, sections = evaluators_from(reward, evaluators)
+        asking: dict[str, Any] = dict(sampling or {})
+        if tool_parser is not None:
+            asking["tool_parser"] = tool_parser
+        if chat_template_kwargs is not None:
+            asking["chat_template_kwargs"] = dict(chat_template_kwargs)
         settings: dict[str, Any] = {
-            "llms": {"policy": {"_type": "policy", "adapter": "adapter", **(sampling or {})}},
+            "llms": {"policy": {"_type": "policy", "adapter": "adapter", **asking}},
             "eval": {
                 "general": {"max_concurrency": max_concurrency, "item_timeout": item_timeout, "retries": retries},
                 "evaluators": sections,
