@@ -13,8 +13,8 @@ from typing import Any
 from ..errors import BackendError, ConfigError
 from ..redaction import redacting_logger
 from ..types import SamplingParams
-from .chat_templates import ChatTemplate
-from .kept_ids import continued
+from .chat_templates.kept_ids import continued
+from .chat_templates.template import ChatTemplate
 from .tool_parsers import TOOL_PARSERS, ToolParser, parser_named
 
 __all__ = [
@@ -66,21 +66,28 @@ OPENINGS = 1024
 
 
 class ChatTokenizer:
-    """tokenizer: a transformers tokenizer. end_ids: the tokens that end a turn. name: of the model, for messages."""
+    """Renders conversations as token ids, and reads replies.
 
-    def __init__(self, tokenizer: Any, end_ids: Collection[int], name: str) -> None:
+    Args:
+        tokenizer: A transformers tokenizer.
+        end_ids: The tokens that end a turn. The one at which the chat template ends turns is added.
+        name: Of the model, for messages.
+        samples: Whether replies end at these tokens; False where a server decides where they end.
+    """
+
+    def __init__(self, tokenizer: Any, end_ids: Collection[int], name: str, samples: bool = True) -> None:
         self.tokenizer = tokenizer
         self._name = name
         self._end_ids = frozenset(end_ids)
         self._template = ChatTemplate(tokenizer, self._end_ids, name)
         self._response_template = _response_template(tokenizer)
-        self._typed_by_tools = "tools" in inspect.signature(type(tokenizer).parse_response).parameters
+        self._typed_by_tools = _reads_types(type(tokenizer))
         self._token_text: dict[int, str] = {}
         self._openings: dict[tuple[str, str], list[int]] = {}
         self._checked_tools = self._warned_of_tools = False
-        self._end_turns()
+        self._end_turns(samples)
 
-    def _end_turns(self) -> None:
+    def _end_turns(self, samples: bool) -> None:
         """Makes the token at which the chat template ends turns one of those that end a reply."""
         missing = self._template.missing_end if self._template.source else None
         if missing is None:
@@ -96,10 +103,11 @@ class ChatTokenizer:
             return
         self._end_ids |= {token}
         self._template = ChatTemplate(self.tokenizer, self._end_ids, self._name)
+        cure = f"Add its id, {token}, to eos_token_id in the model's generation_config.json"
         logger.warning(
-            "the chat template of %r ends turns with %r, but its tokenizer and generation config end replies at %s alone: %r "
-            "ends them here, too. Add its id, %d, to eos_token_id of the model's generation_config.json, for other servers.",
-            self._name, text, known, text, token,
+            "the chat template of %r ends turns with %r, but its tokenizer and generation config end replies at %s alone. %s",
+            self._name, text, known,
+            f"Here {text!r} ends them, too. {cure}, for whoever else serves it." if samples else f"{cure} of the server.",
         )  # fmt: skip
 
     @property
@@ -243,17 +251,21 @@ class ChatTokenizer:
         return _openai_message({"content": content, "tool_calls": calls, "reasoning_content": parsed.thought}, ids)
 
     def _check_tools(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> None:
-        """Says so, once, if the model is not told of its tools."""
+        """Says so, once, if the model hears nothing of its tools, or of what they return."""
         self._checked_tools = True
-        if self.template.shows_tools(messages, tools):
-            return
-        names = [str((tool.get("function") or tool).get("name")) for tool in tools]
-        text = self.template.render(messages, tools)
-        if not all(re.search(rf"\b{re.escape(name)}\b", text) for name in names):
+        if not self.template.shows_tools(messages, tools):
+            names = [str((tool.get("function") or tool).get("name")) for tool in tools]
+            text = self.template.render(messages, tools)
+            if not all(re.search(rf"\b{re.escape(name)}\b", text) for name in names):
+                self._warn_of_tools(
+                    f"leaves tools out, and the messages do not name them, so the model is not told of {', '.join(names)}. Use "
+                    "a model whose template takes tools; or tell of them in the system message, with how they are called, and "
+                    "name that format"
+                )
+        elif not self.template.shows_results:
             self._warn_of_tools(
-                f"leaves tools out, and the messages do not name them, so the model is not told of {', '.join(names)}. Use a "
-                "model whose template takes tools; or tell of them in the system message, with how they are called, and name "
-                "that format"
+                "leaves out what tools return, or refuses it. Use a model whose template takes messages of tools; or send the "
+                "results as messages of the user, and name the format in which tools are called"
             )
 
     def _warn_of_tools(self, problem: str) -> None:
@@ -320,6 +332,12 @@ def _response_template(tokenizer: Any) -> Any:
         logger.warning("the tokenizer's response template does not work, so no tool calls will be seen: %s", error)
         return None
     return template
+
+
+def _reads_types(tokenizer: type) -> bool:
+    """Whether `parse_response` gives arguments the types that the tools' schemas say."""
+    parse = getattr(tokenizer, "parse_response", None)
+    return parse is not None and "tools" in inspect.signature(parse).parameters
 
 
 def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:

@@ -374,7 +374,7 @@ def _tokenizer(config: OpenAIModelConfig) -> ChatTokenizer | None:
         tokenizer, end_ids = load_tokenizer(config.tokenizer)
     except ImportError as error:
         raise MissingExtra("`tokenizer` of an llm of type 'openai'", "local") from error
-    return ChatTokenizer(tokenizer, end_ids, config.tokenizer)
+    return ChatTokenizer(tokenizer, end_ids, config.tokenizer, samples=False)
 
 
 def _message(message: Any) -> dict[str, Any]:

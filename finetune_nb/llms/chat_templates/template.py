@@ -4,21 +4,24 @@ with a turn, by rendering small conversations with it.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
+import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from ..errors import BackendError, ConfigError
-from .tool_parsers import ToolParser, recognized
+from ...errors import BackendError, ConfigError
+from ...redaction import redacting_logger
+from ..tool_parsers import ToolParser, recognized
+from .shapes import CALL_SHAPES, MessageShape, with_mappings
 
 __all__ = [
     "ChatTemplate",
-    "MessageShape",
 ]
+
+logger = redacting_logger(__name__)
 
 PROBE = "finetunenbprobe"
 """A text that no template and no tokenizer treats specially."""
@@ -40,34 +43,6 @@ _PROBE_TOOLS = [
 ]
 
 
-@dataclass(frozen=True)
-class MessageShape:
-    """In which form a template takes what the OpenAI format leaves open."""
-
-    content_is_text: bool = False
-    """Content that is missing or null is given as an empty text: some templates join it to other texts."""
-    content_in_parts: bool = False
-    """Content is given as a list of parts: templates of models that see pictures read nothing else."""
-    arguments_are_text: bool = False
-    """The arguments of a call stay the JSON text that they are."""
-    ids_are_short: bool = False
-    """The ids of calls have nine letters and digits, as Mistral's templates demand."""
-    one_call_a_turn: bool = False
-    """A turn with several calls is given as several turns."""
-
-
-_CALL_SHAPES = (
-    MessageShape(),
-    MessageShape(content_is_text=True),
-    MessageShape(ids_are_short=True),
-    MessageShape(arguments_are_text=True),
-    MessageShape(content_is_text=True, ids_are_short=True),
-    MessageShape(content_is_text=True, arguments_are_text=True),
-    MessageShape(ids_are_short=True, arguments_are_text=True),
-    MessageShape(content_is_text=True, ids_are_short=True, arguments_are_text=True),
-)
-
-
 class ChatTemplate:
     """The chat template of a tokenizer.
 
@@ -82,6 +57,7 @@ class ChatTemplate:
         """As the tokenizer has it: a text, or several by name."""
         self.end_ids = frozenset(end_ids)
         self._tokenizer, self._name = tokenizer, name
+        self._known_options: set[str] = set()
 
     # ── rendering ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -112,13 +88,39 @@ class ChatTemplate:
                 f"the tokenizer of {self._name!r} has no chat template, so messages "
                 "cannot become a prompt. Use a chat (instruct) model, or put a chat_template.jinja into its directory."
             )
+        self._check_options(options or {})
+        shape = self._shape_for(messages)
         try:
-            return self._render(self._shape_for(messages), messages, tools, add_generation_prompt, options)
+            return self._render(shape, messages, tools, add_generation_prompt, options)
         except Exception as error:  # a template is a program that comes with the model
+            # Arguments that are no JSON stay a text, which many templates cannot show.
+            readable = [with_mappings(message) for message in messages]
+            text = None
+            if readable != list(messages):
+                text = self._probed(shape, readable, tools, add_generation_prompt, options)
+            if text is not None:
+                return text
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise BackendError(
                 f"the model's chat template refuses messages with the roles {roles}: {type(error).__name__}: {error}"
             ) from error
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises ConfigError for a variable that is a parameter of apply_chat_template, and warns, once, of one that the
+        template does not use."""
+        for name in options:
+            if name in _parameters_of(type(self._tokenizer)):
+                raise ConfigError(
+                    f"chat_template_kwargs has {name!r}, which is no variable of the chat template but says how it is applied. "
+                    "Leave it out."
+                )
+            if name not in self._known_options:
+                self._known_options.add(name)
+                if not re.search(rf"\b{re.escape(name)}\b", str(self.source)):
+                    logger.warning(
+                        "the chat template of %r does not use %r of chat_template_kwargs, which changes nothing then. Look up "
+                        "its variables in tokenizer.chat_template.", self._name, name,
+                    )  # fmt: skip
 
     def _render(
         self,
@@ -129,7 +131,7 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
     ) -> str:
         return self._tokenizer.apply_chat_template(
-            self._shaped(messages, shape),
+            shape.of(messages),
             tools=tools or None,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -155,10 +157,11 @@ class ChatTemplate:
     def _plain_shape(self) -> MessageShape:
         """The shape of messages that all have content, and no calls."""
         asked = [{"role": "user", "content": PROBE}]
-        for shape in (MessageShape(), MessageShape(content_in_parts=True)):
+        usual = MessageShape(thought=self._name_of_thought)
+        for shape in (usual, replace(usual, content_in_parts=True)):
             if PROBE in (self._probed(shape, asked, add_generation_prompt=True) or ""):
                 return shape
-        return MessageShape()
+        return usual
 
     @cached_property
     def _shape_with_calls(self) -> MessageShape:
@@ -174,8 +177,8 @@ class ChatTemplate:
     def _best_shape(self, messages: Sequence[Mapping[str, Any]]) -> tuple[MessageShape, int]:
         """The shape in which most of the probes in these messages are shown, and how much that is; 0 where all are refused."""
         best, most = self._plain_shape, 0
-        for variant in _CALL_SHAPES:
-            shape = replace(variant, content_in_parts=self._plain_shape.content_in_parts)
+        for variant in CALL_SHAPES:
+            shape = replace(variant, content_in_parts=best.content_in_parts, thought=best.thought)
             text = self._probed(shape, messages, add_generation_prompt=True)
             if text is None:
                 continue
@@ -186,37 +189,6 @@ class ChatTemplate:
 
     def _probe_turn(self, *calls: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"role": "user", "content": PROBE}, {"role": "assistant", "content": None, "tool_calls": list(calls)}]
-
-    def _shaped(self, messages: Sequence[Mapping[str, Any]], shape: MessageShape) -> list[dict[str, Any]]:
-        shaped: list[dict[str, Any]] = []
-        for message in messages:
-            message = self._with_thought(dict(message))
-            if shape.content_is_text and message.get("content") is None:
-                message["content"] = ""
-            if shape.content_in_parts and isinstance(message.get("content"), str):
-                message["content"] = [{"type": "text", "text": message["content"]}]
-            if shape.ids_are_short and message.get("tool_call_id"):
-                message["tool_call_id"] = _short_id(message["tool_call_id"])
-            calls = message.get("tool_calls")
-            if isinstance(calls, list):
-                calls = [_shaped_call(call, shape) for call in calls]
-                message["tool_calls"] = calls
-                if shape.one_call_a_turn:
-                    for call in calls[:-1]:
-                        shaped.append({**message, "tool_calls": [call]})
-                        message = {**message, "content": "" if shape.content_is_text else None}
-                    message["tool_calls"] = calls[-1:]
-            shaped.append(message)
-        return shaped
-
-    def _with_thought(self, message: dict[str, Any]) -> dict[str, Any]:
-        """What was thought, under the name by which the template knows it."""
-        thought = message.get("reasoning_content")
-        name = self._name_of_thought
-        # gpt-oss's template refuses a turn that calls with both.
-        if thought and name and name not in message and not (message.get("content") and message.get("tool_calls")):
-            message[name] = thought
-        return message
 
     @cached_property
     def _name_of_thought(self) -> str | None:
@@ -351,6 +323,12 @@ class ChatTemplate:
         """Whether a token that ends a reply comes between a reply and the next user's turn."""
         return any(end in (self._turns[1] or "") for end in (*self.closers, *self.end_texts))
 
+    @cached_property
+    def shows_results(self) -> bool:
+        """Whether the results of calls are in a prompt."""
+        turn = [*self._probe_turn(_probe_call(0)), _PROBE_RESULT]
+        return _PROBE_RESULT["content"] in (self._probed(self._shape_with_calls, turn, None, True) or "")
+
     def shows_tools(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> bool:
         """Whether a prompt is another one with these tools than without."""
         return self.render(messages, tools) != self.render(messages)
@@ -378,22 +356,8 @@ def _probe_call(number: int) -> dict[str, Any]:
     return {"id": f"call_0_{number}", "type": "function", "function": function}
 
 
-def _shaped_call(call: Any, shape: MessageShape) -> Any:
-    """A call of a turn as the template takes it."""
-    if not isinstance(call, Mapping):
-        return call
-    call = dict(call)
-    if shape.ids_are_short and call.get("id"):
-        call["id"] = _short_id(call["id"])
-    function = call.get("function")
-    if shape.arguments_are_text and isinstance(function, Mapping) and not isinstance(function.get("arguments"), str):
-        call["function"] = {**function, "arguments": json.dumps(function.get("arguments") or {}, ensure_ascii=False)}
-    return call
-
-
-def _short_id(name: Any) -> str:
-    """Nine letters and digits for the id of a call, always the same."""
-    text = str(name)
-    if len(text) == 9 and text.isalnum():
-        return text
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=5).hexdigest()[:9]
+@functools.cache
+def _parameters_of(tokenizer: type) -> frozenset[str]:
+    """What apply_chat_template takes for itself."""
+    parameters = inspect.signature(tokenizer.apply_chat_template).parameters.values()
+    return frozenset(each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD)

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import BackendError
-from ..types import plain_content
-from .chat_templates import ChatTemplate
+from ...errors import BackendError
+from ...types import plain_content
+from .template import ChatTemplate
 
 __all__ = [
     "continued",
@@ -71,8 +71,9 @@ class _Marker:
             marked["content"] = self._marked_text(content if isinstance(content, str) else "", closed)
         elif not with_content:
             marked["content"] = None
-        if message.get("tool_calls"):
-            marked["tool_calls"] = [self._marked_call(call) for call in message["tool_calls"]]
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            marked["tool_calls"] = [self._marked_call(call) for call in calls]
         return marked
 
     def _marked_text(self, text: str, closed: bool) -> str:
@@ -89,9 +90,11 @@ class _Marker:
                 pieces[i] = before + mark + ("" if closed and is_last else after)
         return "".join(pieces)
 
-    def _marked_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        function = {**call.get("function", {}), "arguments": {"x": self._new("call")}}
-        return {**call, "function": function}
+    def _marked_call(self, call: Any) -> Any:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            return call
+        return {**call, "function": {**function, "arguments": {"x": self._new("call")}}}
 
 
 def continued(
