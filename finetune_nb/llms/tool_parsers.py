@@ -81,7 +81,7 @@ def _call(value: Any) -> tuple[str, Any]:
     """A call that was written as {"name": ..., "arguments": ...}."""
     if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
         value = value["function"]
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or not value["name"]:
         raise ValueError("a call has no name")
     arguments = value.get("arguments", value.get("parameters", {}))
     return value["name"], {} if arguments is None else arguments
@@ -183,6 +183,15 @@ def _python_value(node: ast.expr) -> Any:
     return value
 
 
+def _dotted(node: ast.expr) -> str:
+    """A name, perhaps with dots in it."""
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    if not isinstance(node, ast.Name):
+        raise ValueError("something else than a name is called")
+    return node.id
+
+
 def _python_calls(written: str) -> list[tuple[str, Any]]:
     """[name(key=value), ...]"""
     try:
@@ -194,7 +203,7 @@ def _python_calls(written: str) -> list[tuple[str, Any]]:
             if not isinstance(call, ast.Call) or call.args or not all(word.arg for word in call.keywords):
                 raise ValueError("a call without names of arguments")
             arguments = {str(word.arg): _python_value(word.value) for word in call.keywords}
-            calls.append((ast.unparse(call.func), arguments))
+            calls.append((_dotted(call.func), arguments))
         return calls
     except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(f"no list of calls: {error}") from error

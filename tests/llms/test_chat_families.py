@@ -24,9 +24,10 @@ TOOLS = [{"type": "function", "function": {"name": "calc", "description": "compu
 NO_TOOL_TURNS = {"cohere", "cohere2", "gemma", "gemma3", "llava_next"}
 """Templates that refuse messages of tools."""
 STRIPS_THOUGHTS = {
-    "deepseek_r1_distill", "deepseekv3", "glm4moe", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl", "nemotron_3_nano", "nemotron_3_super",
-    "nemotron_3_ultra", "nemotron_3_5_lightning", "qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6",
-}  # fmt: skip
+    *("deepseek_r1_distill", "deepseekv3", "glm4moe", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl"),
+    *("nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "nemotron_3_5_lightning"),
+    *("qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6"),
+}
 """Templates that leave the thoughts of earlier turns out."""
 DECORATING = ["qwen3", "glm4moe", "phi3_5", "qwen3_5_nothink", "gptoss", "gemma4_v5", "llama3_2", "qwen2_5"]
 """Those that are tested each time; the others are slow."""

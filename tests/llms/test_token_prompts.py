@@ -98,6 +98,51 @@ async def test_tool_calls_are_read_from_the_ids_and_answered(remote):
     assert drift_of(episode) == (1, 0)
 
 
+SWITCH = "{% if brief is defined %}brief{% endif %}"
+SWITCHED = TRIMMING.replace("<|assistant|>{% endif %}", f"<|assistant|>{SWITCH}{{% endif %}}")
+
+
+async def test_variables_of_the_chat_template_are_those_of_the_run_and_of_the_call(remote, tmp_path):
+    with LoopbackServer(lambda request: "7", ids_of=ids_of) as server:
+        byte_tokenizer(SWITCHED, CALLS).save_pretrained(tmp_path)
+        llm, episode = await remote(server, chat_template_kwargs={"brief": True})
+        with episode.recording():
+            reply = await llm.chat(QUESTION)
+            await llm.chat([*QUESTION, reply, *QUESTION], chat_template_kwargs={"other": 1})
+    prompts = [TOKENIZER.decode(request.body["prompt"]) for request in server.requests]
+    assert [text.endswith("<|assistant|>brief") for text in prompts] == [True, True]
+    assert [call.chat_template_kwargs for call in episode.calls] == [{"brief": True}, {"brief": True, "other": 1}]
+    assert drift_of(episode) == (1, 0)
+
+
+async def test_a_server_that_renders_gets_the_variables_of_the_chat_template():
+    settings = {"model_name": "m", "chat_template_kwargs": {"enable_thinking": False}}
+    with LoopbackServer() as server:
+        config = {"llms": {"m": {"_type": "openai", "base_url": server.base_url, **settings}}}
+        async with ft.Builder(ft.load_config(config)) as builder:
+            llm, episode = await builder.get_llm("m"), CallRecorder(EpisodeKey("train", 0, 0, 0))
+            with episode.recording():
+                await llm.chat(QUESTION)
+                await llm.chat(QUESTION, chat_template_kwargs={"enable_thinking": True})
+                create = llm.openai().completions.create
+                await create(model="x", prompt="3+4", extra_body={"add_special_tokens": False})
+    given = [request.body.get("chat_template_kwargs") for request in server.requests]
+    assert given == [{"enable_thinking": False}, {"enable_thinking": True}, None]
+    assert server.requests[2].body["add_special_tokens"] is False
+
+
+async def test_the_format_of_tool_calls_can_be_named(remote, tmp_path):
+    def agent(request):
+        return '<tool_call>{"name": "calc", "arguments": {"expression": "3+4"}}</tool_call>'
+
+    with LoopbackServer(agent, ids_of=ids_of) as server:
+        llm, episode = await remote(server, tool_parser="hermes")
+        with episode.recording():
+            reply = await llm.chat(QUESTION, tools=[CALC])
+    assert [(call.name, call.arguments) for call in reply.tool_calls] == [("calc", {"expression": "3+4"})]
+    assert [request.path for request in server.requests] == ["/v1/completions"]
+
+
 async def test_a_server_that_takes_no_ids_gets_messages_and_is_asked_with_ids_once(remote, caplog):
     with LoopbackServer(takes_ids=False) as server:
         llm, episode = await remote(server)

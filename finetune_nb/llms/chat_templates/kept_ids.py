@@ -174,11 +174,14 @@ def _what_follows(
 
     try:
         text, marker, marked = rendered(closed=not has_calls, with_content=True)
-        if options != options_before or any(mark.text not in text for mark in marker.marks):
-            head = template.render(marked, tools, False, options)
-            if options != options_before and head != template.render(marked, tools, False, options_before):
+        if options != options_before:
+            so_far = template.render(marked, tools, False, options)
+            if so_far != template.render(marked, tools, False, options_before):
                 return None
-            if _left_out(marker, head, text):
+        if any(mark.text not in text for mark in marker.marks):
+            prompt = template.render(marked[:last], tools, True, options) if last else ""
+            reply = template.render(marked, tools, False, options)
+            if _left_out(marker, prompt, reply, text):
                 return None
         calls_end, others_end = marker.ends(text)
         if has_calls and calls_end is None:
@@ -200,18 +203,20 @@ def _marked(marker: _Marker, message: Mapping[str, Any], closed: bool, with_cont
     return marker.marked(message, closed, with_content) if message.get("role") == "assistant" else dict(message)
 
 
-def _left_out(marker: _Marker, head: str, text: str) -> bool:
+def _left_out(marker: _Marker, prompt: str, reply: str, text: str) -> bool:
     """Whether something that was sampled is in the conversation no more.
 
     Args:
         marker: The marks of the replies.
-        head: The conversation up to the last reply, which is the newest turn there.
+        prompt: The conversation that the last reply was sampled after.
+        reply: The same with the last reply, the newest turn there.
         text: The whole conversation.
     """
     for number, mark in enumerate(marker.marks):
         if mark.text in text:
             continue
         # What the template never showed is not lost now. But the thoughts of the last reply have been sampled.
-        if mark.text in head or (mark.kind == "thought" and number >= marker.earlier):
+        is_last = number >= marker.earlier
+        if mark.text in (reply if is_last else prompt) or (is_last and mark.kind == "thought"):
             return True
     return False
