@@ -254,7 +254,7 @@ class ChatTokenizer:
         """Says so, once, if the model hears nothing of its tools, or of what they return."""
         self._checked_tools = True
         if not self.template.shows_tools(messages, tools):
-            names = [str((tool.get("function") or tool).get("name")) for tool in tools]
+            names = [str(_function_of(tool).get("name")) for tool in tools]
             text = self.template.render(messages, tools)
             if not all(re.search(rf"\b{re.escape(name)}\b", text) for name in names):
                 self._warn_of_tools(
@@ -332,6 +332,11 @@ def _response_template(tokenizer: Any) -> Any:
         logger.warning("the tokenizer's response template does not work, so no tool calls will be seen: %s", error)
         return None
     return template
+
+
+def _function_of(tool: dict[str, Any]) -> Mapping[str, Any]:
+    function = tool.get("function")
+    return function if isinstance(function, Mapping) else tool
 
 
 def _reads_types(tokenizer: type) -> bool:

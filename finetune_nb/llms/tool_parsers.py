@@ -7,6 +7,7 @@ writes a turn that calls a tool.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -111,11 +112,7 @@ def _between(text: str, opening: str, closing: str) -> tuple[list[str], str]:
 
 def _hermes(text: str, tools: Tools) -> ParsedReply:
     """<tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number of them."""
-    bodies, said = _between(text, "<tool_call>", "</tool_call>")
-    calls: list[tuple[str, Any]] = []
-    for body in bodies:
-        calls += _calls(_json(body))
-    return ParsedReply(said, calls)
+    return _marked_json("<tool_call>", "</tool_call>", text, tools)
 
 
 def _llama3_json(text: str, tools: Tools) -> ParsedReply:
@@ -148,17 +145,13 @@ def _mistral(text: str, tools: Tools) -> ParsedReply:
     return ParsedReply(said.strip(), calls)
 
 
-def _marked_json(opening: str, closing: str = r"\Z") -> Callable[[str, Tools], ParsedReply]:
-    """A list of calls, or one, after a mark."""
-
-    def read(text: str, tools: Tools) -> ParsedReply:
-        bodies, said = _between(text, opening, closing)
-        calls: list[tuple[str, Any]] = []
-        for body in bodies:
-            calls += _calls(_json(body))
-        return ParsedReply(said, calls)
-
-    return read
+def _marked_json(opening: str, closing: str, text: str, tools: Tools) -> ParsedReply:
+    """A list of calls, or one, between two marks."""
+    bodies, said = _between(text, opening, closing)
+    calls: list[tuple[str, Any]] = []
+    for body in bodies:
+        calls += _calls(_json(body))
+    return ParsedReply(said, calls)
 
 
 # ── Python ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -375,6 +368,9 @@ def _harmony(text: str, tools: Tools) -> ParsedReply:
 
 # ── by name ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+_GRANITE = functools.partial(_marked_json, r"<\|tool_call\|>", r"<\|/tool_call\|>")
+_JAMBA = functools.partial(_marked_json, "<tool_calls>", "</tool_calls>")
+_PHI4_MINI = functools.partial(_marked_json, "functools", r"\Z")
 _JSON_CALL = r'\{\s*"name":\s*"NAME",\s*"(?:parameters|arguments)"'
 _PARSERS = (
     ToolParser("openai", _harmony, r"to=functions\.NAME", "<|call|>", whole_reply=True),
@@ -386,15 +382,15 @@ _PARSERS = (
     ToolParser("glm45", _glm45, r"<tool_call>NAME\s*<arg_key>", "</tool_call>", r"<arg_key>"),
     ToolParser(
         "granite",
-        _marked_json(r"<\|tool_call\|>", r"<\|/tool_call\|>"),
+        _GRANITE,
         r"<\|tool_call\|>\s*\[",
         "",
         r"<\|tool_call\|>",
     ),
-    ToolParser("jamba", _marked_json("<tool_calls>", "</tool_calls>"), "<tool_calls>", "</tool_calls>", "<tool_calls>"),
+    ToolParser("jamba", _JAMBA, "<tool_calls>", "</tool_calls>", "<tool_calls>"),
     ToolParser("hermes", _hermes, r"<tool_call>\s*\[?\s*\{", "</tool_call>", r"<tool_call>\s*\[?\s*\{"),
     ToolParser("mistral", _mistral, r"\[TOOL_CALLS\]", "", r"\[TOOL_CALLS\]"),
-    ToolParser("phi4_mini_json", _marked_json("functools"), r"functools\s*\[", "", r"functools\s*\["),
+    ToolParser("phi4_mini_json", _PHI4_MINI, r"functools\s*\[", "", r"functools\s*\["),
     ToolParser("llama3_json", _llama3_json, _JSON_CALL, "", r'\{"name": function name, "parameters"'),
     ToolParser("pythonic", _pythonic, r"\[NAME\(", "", r"\[func_name1\("),
 )

@@ -142,6 +142,11 @@ ALPACA = (
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
+GLM = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}{# <|user|><|assistant|> #}"
+)
+"""Nothing but the beginning of the next turn ends a turn, as in GLM-4.5's template."""
 STRIPPING = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
 FORGETTING = CHATML.replace("in messages", "in messages[-2:]")
 
@@ -183,6 +188,20 @@ def test_a_template_that_leaves_out_what_was_sampled_is_rendered_anew(template):
     if template == FORGETTING:
         messages += [{"role": "assistant", "content": "8"}, NEXT]
     assert shown(model_of(template), messages, said + "<|im_end|>") is None
+
+
+@pytest.mark.parametrize(
+    ("sampled", "role", "added"),
+    [
+        ("7<|user|>", "user", "\nand <|user|>?"),
+        ("7<|endoftext|>", "user", "<|user|>\nand <|user|>?"),
+        ("7", "user", "<|user|>\nand <|user|>?"),
+        ("7<|user|>", "system", "<|system|>\nand <|user|>?"),
+    ],
+)
+def test_where_the_next_turn_ends_a_turn_its_beginning_is_added_unless_it_was_sampled(sampled, role, added):
+    messages = [ASKED, SAID, {"role": role, "content": "and <|user|>?"}]
+    assert shown(model_of(GLM, ["<|endoftext|>", "<|user|>"]), messages, sampled) == f"{added}<|assistant|>\n"
 
 
 def test_thoughts_that_were_not_sampled_may_be_left_out():
@@ -263,11 +282,6 @@ async def test_a_policy_without_a_chat_template_takes_no_variables_and_no_tool_p
 
 
 # ── ends of turns ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-GLM = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}{# <|user|><|assistant|> #}"
-)
 
 
 @pytest.mark.parametrize(

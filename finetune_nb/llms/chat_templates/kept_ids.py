@@ -143,12 +143,17 @@ def continued(
 def _end_of_turn(template: ChatTemplate, text: str, after_content: bool) -> tuple[int, str] | None:
     """Where the last reply's turn ends in the text that follows it, and the token that ends it: "" for a turn that ends with
     its last call. None where nothing ends it."""
-    # Without an end of its own, that of a later turn would be found, or what somebody says.
-    if template.ends_content if after_content else template.ends_calls:
-        found = [(at, end) for end in (*template.closers, *template.end_texts) if (at := text.find(end)) >= 0]
+    endings = (*template.closers, *template.end_texts)
+    if after_content and not template.closers:
+        # Nothing but the next turn's beginning ends a turn, and that may be no end of replies.
+        start = len(text) - len(text.lstrip())
+        return next(((start, ending) for ending in endings if text.startswith(ending, start)), None)
+    if after_content or template.ends_calls:
+        found = [(text.find(ending), ending) for ending in endings if ending in text]
         return min(found, default=None)
+    # Without an end of its own, that of a later turn would be found, or what somebody says.
     closing = template.tool_parser.closing if template.tool_parser is not None else ""
-    if after_content or not closing or closing not in text:
+    if not closing or closing not in text:
         return None
     return text.index(closing) + len(closing), ""
 

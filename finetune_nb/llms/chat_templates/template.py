@@ -319,11 +319,6 @@ class ChatTemplate:
         return any(end in between for end in (*self.closers, *self.end_texts))
 
     @cached_property
-    def ends_content(self) -> bool:
-        """Whether a token that ends a reply comes between a reply and the next user's turn."""
-        return any(end in (self._turns[1] or "") for end in (*self.closers, *self.end_texts))
-
-    @cached_property
     def shows_results(self) -> bool:
         """Whether the results of calls are in a prompt."""
         turn = [*self._probe_turn(_probe_call(0)), _PROBE_RESULT]
