@@ -69,7 +69,6 @@ _WITHOUT_EFFECT = {
     "prompt_cache_retention",
     "prompt_cache_options",
     "safety_identifier",
-    "add_special_tokens",
 }
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_p": (1,),
@@ -88,6 +87,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True,),
     "response_format": ({"type": "text"},),
     "top_logprobs": (0,),
+    "add_special_tokens": (False,),
+    "chat_template_kwargs": ({},),
 }
 """Parameters that change nothing at these values, whoever is asked."""
 _NEUTRAL_HERE: dict[str, tuple[Any, ...]] = {
