@@ -1,7 +1,8 @@
 """Checkpoints of the local backend: all that training on needs, in a directory that is complete or is not there.
 
     manifest.json           a Manifest: what this is, where training stood, size and SHA-256 of the other files
-    weights.safetensors     the trained weights in float32 (float64 stays), and the model's persistent buffers
+    weights.safetensors     the trained weights in float32 (float64 stays), as the optimizer steps on them, and the
+                            model's persistent buffers
     optimizer.safetensors   AdamW's step, exp_avg and exp_avg_sq of every weight that has taken a step
     reference.safetensors   the weights that KL is measured from, unless the model's name gives them again
 
@@ -130,11 +131,8 @@ class Checkpoints:
         linked = 0
         with atomic_directory(directory, MANIFEST) as unfinished:
             seals: dict[FileName, FileDigest] = {
-                WEIGHTS: _write(unfinished / WEIGHTS, trained_tensors(model), widen=True),
-                OPTIMIZER: _write(
-                    unfinished / OPTIMIZER,
-                    optimizer_tensors(learner.optimizer, learner.parameters, learner.policy.model),
-                ),
+                WEIGHTS: _write(unfinished / WEIGHTS, self._trained(), widen=True),
+                OPTIMIZER: _write(unfinished / OPTIMIZER, optimizer_tensors(learner.optimizer, learner.trained)),
             }
             reference = self._reference()
             if reference is not None and reference.found == "in_file":
@@ -161,6 +159,13 @@ class Checkpoints:
         if REFERENCE in seals:
             self._stored_reference = (directory / REFERENCE, seals[REFERENCE])
         return written
+
+    def _trained(self) -> dict[str, Tensor]:
+        """What the optimizer steps on, which is more exact than a model in bfloat16, and the model's buffers."""
+        trained = self.learner.trained
+        trained.follow()
+        own = {name: parameter.detach() for name, parameter in trained.by_name.items()}
+        return trained_tensors(self.learner.policy.model) | own
 
     def _reference(self) -> Reference | None:
         learner, policy = self.learner, self.learner.policy
@@ -216,11 +221,11 @@ class Checkpoints:
                 f"the weights that are not trained differ from those that {directory / MANIFEST} was saved with. Load "
                 f"{_named(manifest)}, which the run began with."
             )
-        targets = trained_tensors(model)
+        targets = self._trained()
         weights = _read(directory, WEIGHTS, manifest)
         check_like(weights, targets, directory / WEIGHTS)
         tensors = _read(directory, OPTIMIZER, manifest)
-        state = parameter_states(tensors, learner.parameters, learner.policy.model, directory / OPTIMIZER)
+        state = parameter_states(tensors, learner.trained, directory / OPTIMIZER)
         reference = self._read_reference(directory, manifest)
 
         groups = learner.optimizer.state_dict()["param_groups"]  # ours: another learning rate may have been asked for
@@ -229,6 +234,7 @@ class Checkpoints:
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(weights[name])
+            learner.trained.put()
             for name, target in all_tensors(learner.reference).items() if reference else ():
                 target.copy_(reference[name])
         if reference:
