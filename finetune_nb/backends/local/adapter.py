@@ -147,7 +147,7 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
             ConfigError: There is no such dtype.
         """
         # Where the model is sampled in bfloat16, training has its weights in float32.
-        values = dict if self._learner is None else self._learner.trained.copies
+        values = dict if self._learner is None else self._learner.trained.exact
         return await in_daemon_thread(lambda: self.policy.save(directory, merge, dtype, values))
 
     async def save_checkpoint(self, directory: str | Path) -> int:

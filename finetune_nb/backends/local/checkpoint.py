@@ -1,9 +1,9 @@
 """Checkpoints of the local backend: all that training on needs, in a directory that is complete or is not there.
 
     manifest.json           a Manifest: what this is, where training stood, size and SHA-256 of the other files
-    weights.safetensors     the trained weights in float32 (float64 stays), as the optimizer steps on them, and the
-                            model's persistent buffers
-    optimizer.safetensors   AdamW's step, exp_avg and exp_avg_sq of every weight that has taken a step
+    weights.safetensors     the trained weights in float32 (float64 stays), and the model's persistent buffers
+    optimizer.safetensors   AdamW's step, exp_avg and exp_avg_sq of every weight that has taken a step, and the master that
+                            takes the steps in place of a weight in half precision
     reference.safetensors   the weights that KL is measured from, unless the model's name gives them again
 
 The reference never changes, so all checkpoints of a run share one copy of it by hard links, and each is still whole on
@@ -131,7 +131,7 @@ class Checkpoints:
         linked = 0
         with atomic_directory(directory, MANIFEST) as unfinished:
             seals: dict[FileName, FileDigest] = {
-                WEIGHTS: _write(unfinished / WEIGHTS, self._trained(), widen=True),
+                WEIGHTS: _write(unfinished / WEIGHTS, trained_tensors(model), widen=True),
                 OPTIMIZER: _write(unfinished / OPTIMIZER, optimizer_tensors(learner.optimizer, learner.trained)),
             }
             reference = self._reference()
@@ -159,13 +159,6 @@ class Checkpoints:
         if REFERENCE in seals:
             self._stored_reference = (directory / REFERENCE, seals[REFERENCE])
         return written
-
-    def _trained(self) -> dict[str, Tensor]:
-        """What the optimizer steps on, which is more exact than a model in bfloat16, and the model's buffers."""
-        trained = self.learner.trained
-        trained.follow()
-        own = {name: parameter.detach() for name, parameter in trained.by_name.items()}
-        return trained_tensors(self.learner.policy.model) | own
 
     def _reference(self) -> Reference | None:
         learner, policy = self.learner, self.learner.policy
@@ -221,7 +214,7 @@ class Checkpoints:
                 f"the weights that are not trained differ from those that {directory / MANIFEST} was saved with. Load "
                 f"{_named(manifest)}, which the run began with."
             )
-        targets = self._trained()
+        targets = trained_tensors(model)
         weights = _read(directory, WEIGHTS, manifest)
         check_like(weights, targets, directory / WEIGHTS)
         tensors = _read(directory, OPTIMIZER, manifest)
@@ -234,7 +227,7 @@ class Checkpoints:
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(weights[name])
-            learner.trained.put()
+            learner.trained.take_masters(tensors, weights)
             for name, target in all_tensors(learner.reference).items() if reference else ():
                 target.copy_(reference[name])
         if reference:

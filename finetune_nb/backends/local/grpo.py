@@ -28,13 +28,8 @@ __all__ = [
 
 Loss = Literal["dapo", "grpo"]
 
-LOGITS_ONLY = {
-    "output_router_logits": False,
-    "output_hidden_states": False,
-    "output_attentions": False,
-    "return_dict": True,
-}
-"""Settings of a model's config that make its forward pass return something else than logits, and their usual values."""
+BESIDE_LOGITS = ("output_router_logits", "output_hidden_states", "output_attentions")
+"""Settings of a model's config that make its forward pass return more than logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +74,13 @@ def logits_only(model: Any) -> dict[str, bool]:
     load-balancing loss. It is no part of the GRPO loss, and counting experts over cached tokens makes it fail. So it is
     never computed: routers learn by the gradient of the sampled tokens alone. Saved models keep their config's setting.
     """
-    config, parameters = model.config, inspect.signature(_inside(model).forward).parameters
+    parameters = inspect.signature(_inside(model).forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     told = {}
-    for name, usual in LOGITS_ONLY.items():
-        said = (getattr(part, name, None) for part in (config, config.get_text_config()))
-        if any(value not in (None, usual) for value in said) and (takes_any or name in parameters):
-            told[name] = usual
+    for name in BESIDE_LOGITS:
+        asked_for = any(getattr(config, name, None) for config in (model.config, model.config.get_text_config()))
+        if asked_for and (takes_any or name in parameters):
+            told[name] = False
     return told
 
 

@@ -193,12 +193,21 @@ def _targets(model: Any, target: str | list[str]) -> tuple[list[str], list[str]]
         layers = [name for name, module in modules.items() if wanted(name) and not _holds_experts(module)]
         wanted_experts = [name for name in experts if any(map(wanted, _names_of_experts(name)))]
     kinds = {name: _kind(modules[name]) for name in layers}
-    if not experts and set(kinds.values()) <= {"layer"}:
-        return None
     if target == ALL_LINEAR:
         layers = [name for name in layers if kinds[name] != "router"]
-    by_weight = {name for name in layers if kinds[name] != "layer"} | _taken_for_experts(model, layers)
+    by_weight = {name for name in layers if kinds[name] != "layer"}
+    if experts:
+        by_weight |= _taken_for_experts(model, layers)
     parameters = wanted_experts + [f"{name}.weight" for name in layers if name in by_weight]
+    # Of a regular expression peft keeps only the ends of the names where a model has experts.
+    by_itself = not experts or isinstance(target, list)
+    if by_itself and not parameters and len(layers) == len(kinds):
+        return None
+    if not layers and not parameters:
+        raise ConfigError(
+            f"lora.target is {target!r}, which names nothing in {type(model).__name__}. Expected "
+            '"all-linear", or names of linear layers or of experts such as ["q_proj", "v_proj", "experts"].'
+        )
     return [name for name in layers if name not in by_weight], parameters
 
 

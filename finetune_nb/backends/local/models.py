@@ -117,7 +117,8 @@ def write(
         model.save_pretrained(directory, save_embedding_layers=False)
         return
     tensors = dict(merged_tensors(model)) if is_lora(model) else dict(inside.state_dict())
-    tensors |= values
+    for group in _tied_names(inside):
+        tensors |= {name: values[exact] for name in group for exact in group if exact in values}
     if getattr(inside, "hf_quantizer", None) is None:
         tensors = _in_dtype(tensors, dtype, _kept_in_float32(inside, dtype))
     tied = _are_tied(inside, tensors)
@@ -158,6 +159,14 @@ def _in_dtype(tensors: dict[str, Tensor], dtype: torch.dtype, kept: Sequence[str
     return result
 
 
+def _tied_names(model: Any) -> list[list[str]]:
+    """The names of each weight, of which tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name.replace(".base_layer", ""))
+    return list(names.values())
+
+
 def _are_tied(model: Any, tensors: Mapping[str, Tensor]) -> bool | None:
     """Whether `tensors` has one weight for embeddings and output layer; None where the model has no such pair.
 
@@ -165,10 +174,7 @@ def _are_tied(model: Any, tensors: Mapping[str, Tensor]) -> bool | None:
     """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [f"{name.replace('.base_layer', '')}.weight" for name, module in model.named_modules() if module in ends]
-    same: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        same.setdefault(id(tensor), []).append(name.replace(".base_layer", ""))
-    for group in same.values():
+    for group in _tied_names(model):
         written = {tensors[name].data_ptr() for name in group if name in tensors}
         if len(written) > 1 and not set(group) <= set(names):
             raise BackendError(
@@ -209,8 +215,9 @@ def chosen_device(device: str) -> str:
 
 
 def chosen_dtype(dtype: str, device: str, trains_all: bool) -> torch.dtype:
-    """ "auto": float32 for weights that are trained, because small steps vanish in bfloat16; bfloat16 for those beside an
-    adapter, which stays in float32, on a GPU that computes with it. Raises ConfigError for what is no such dtype."""
+    """ "auto": float32 for weights that are trained, as bfloat16 takes more memory with the masters that it needs; bfloat16
+    for those beside an adapter, which stays in float32, on a GPU that computes with it. Raises ConfigError for what is no
+    such dtype."""
     if dtype == "auto":
         halves = not trains_all and device.startswith("cuda") and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if halves else torch.float32
