@@ -69,14 +69,26 @@ def with_adapter(model: Any, config: LoRAConfig, seed: int = 0) -> Any:
                 'Expected "all-linear", or names of linear layers such as ["q_proj", "v_proj"].'
             ) from error
     if named is not None:
-        left_out = {*named[0], *named[1]} - {name for name, _, _ in _adapted(adapted)}
-        if left_out:
-            raise ConfigError(
-                f"peft has left out {len(left_out)} of the weights that lora.target {config.target!r} names in "
-                f"{type(model).__name__}, {min(left_out)!r} for example. Expected all of them: name other layers in "
-                "lora.target, or train all weights (lora=None)."
-            )
+        _check_adapted(adapted, config.target, {*named[0], *named[1]})
     return adapted
+
+
+def _check_adapted(adapted: Any, target: str | list[str], names: set[str]) -> None:
+    """Raises ConfigError where peft has left something out, or the model does not run with what it has put around it."""
+    kind = type(as_trained(adapted)).__name__
+    left_out = names - {name for name, _, _ in _adapted(adapted)}
+    reason = f"peft leaves out {min(left_out)!r}, for example" if left_out else None
+    if reason is None:
+        try:
+            with torch.no_grad():
+                adapted(input_ids=torch.zeros((1, 2), dtype=torch.long, device=adapted.device))
+        except Exception as error:  # whatever the model's own code raises where it finds a wrapper
+            reason = f"the model does not run with it ({type(error).__name__}: {error})"
+    if reason is not None:
+        raise ConfigError(
+            f"lora.target is {target!r}, and peft cannot adapt all that it names in {kind}: {reason}. Expected layers that it "
+            'can adapt: name those of the attention, such as ["q_proj", "v_proj"], or train all weights (lora=None).'
+        )
 
 
 def with_saved_adapter(model: Any, directory: str | Path) -> Any:
@@ -89,7 +101,9 @@ def with_saved_adapter(model: Any, directory: str | Path) -> Any:
         from peft import PeftModel
     except ImportError as error:
         raise MissingExtra("LoRA", "local") from error
-    adapted = PeftModel.from_pretrained(model, str(directory), use_safetensors=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights, which is seen to below
+        adapted = PeftModel.from_pretrained(model, str(directory), use_safetensors=True)
     with torch.no_grad():
         for _, layer, parameter in _adapted(adapted):
             base = layer.get_base_layer()
