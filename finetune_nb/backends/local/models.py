@@ -34,6 +34,8 @@ __all__ = [
 EMBEDDED = Path(__file__).parent / "tiny" / "model"
 """The model that ships with finetune_nb: a quarter of a million weights, enough for the calculator example."""
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+WRITTEN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes that weights are saved in. Fewer bits need scales, which quantized models have."""
 
 
 def load(
@@ -76,13 +78,14 @@ def _stored_dtype(config: Any, source: str) -> torch.dtype | None:
     """What a model's config says that its weights are stored in, or what those in its directory are; None: unknown."""
     said = config.dtype or config.get_text_config().dtype
     if said is not None:
-        return said if isinstance(said, torch.dtype) else getattr(torch, str(said).removeprefix("torch."))
+        dtype = said if isinstance(said, torch.dtype) else getattr(torch, str(said).removeprefix("torch."), None)
+        return dtype if dtype in WRITTEN else None
     for path in sorted(Path(source).glob("*.safetensors")):
         with safetensors.safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a dict
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point():
-                    return tensor.dtype
+                dtype = file.get_tensor(name).dtype
+                if dtype in WRITTEN:
+                    return dtype
     return None
 
 

@@ -220,7 +220,7 @@ class LocalPolicy(ChatTokenizer):
             ConfigError: There is no such dtype.
         """
         directory = Path(directory)
-        stored = self.stored_dtype if dtype is None else models.chosen_dtype(dtype, "cpu", trains_all=True)
+        stored = self.stored_dtype if dtype in (None, "auto") else models.chosen_dtype(dtype, "cpu", trains_all=True)
         models.check_place(self.model, directory, merge)
         with self.exclusive.hold(), model_directory(directory) as unfinished:
             with models.no_progress_bars():

@@ -88,8 +88,8 @@ class TrainingReport:
         trained_tokens: counted once in every pass. learning_rate: of the last step.
         logprob_gap: mean difference of training's and the sampler's log probabilities in the first optimizer batch,
         whose weights are those that sampled: a large one means that other weights or another temperature did.
-        weights_moved: share of the trained weights that the job has changed, as they are sampled from. In bfloat16 a
-        small learning rate changes a few percent: the rest of its steps is kept in float32, and shows after later jobs.
+        weights_moved: share of the trained weights that the job has changed; near 0, its steps are lost in rounding. Of
+        weights in half precision the float32 masters count: what is sampled follows as steps add up to its spacing.
         """
         statistics = self.statistics
         return {

@@ -127,15 +127,15 @@ class TrainedWeights:
                 self.weights[name].grad = None
 
     def sample(self) -> list[Tensor]:
-        """Copies of the model's weights: all of a small one, evenly spaced values of a large one."""
-        return [_few(weight).clone() for weight in self.weights.values()]
+        """Copies of what the optimizer steps on: all of a small weight, evenly spaced values of a large one."""
+        return [_few(weight).clone() for weight in self.parameters]
 
     def share_changed(self, since: Sequence[Tensor]) -> float:
-        """The share of the model's weights that differ from an earlier `sample`; NaN without weights."""
-        sizes = [weight.numel() for weight in self.weights.values()]
+        """The share of the weights that differ from an earlier `sample`; NaN without weights."""
+        sizes = [weight.numel() for weight in self.parameters]
         if not sum(sizes):
             return math.nan
-        now = map(_few, self.weights.values())
+        now = map(_few, self.parameters)
         different = [(value != before).float().mean() for value, before in zip(now, since, strict=True)]
         shares = torch.stack(different).nan_to_num().tolist()  # at once: on a GPU each number is a wait
         return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
