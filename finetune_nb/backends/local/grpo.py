@@ -68,7 +68,7 @@ def _inside(model: Any) -> Any:
 
 
 def logits_only(model: Any) -> dict[str, bool]:
-    """What the forward pass is told so that it computes logits and nothing beside them, whatever the model's config says.
+    """Arguments with which the forward pass computes logits and nothing beside them, whatever the model's config says.
 
     With `output_router_logits: true`, as many finetuned mixtures of experts have it, the forward pass also computes the
     load-balancing loss. It is no part of the GRPO loss, and counting experts over cached tokens makes it fail. So it is
@@ -76,12 +76,12 @@ def logits_only(model: Any) -> dict[str, bool]:
     """
     parameters = inspect.signature(_inside(model).forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    told = {}
+    arguments = {}
     for name in BESIDE_LOGITS:
         asked_for = any(getattr(config, name, None) for config in (model.config, model.config.get_text_config()))
         if asked_for and (takes_any or name in parameters):
-            told[name] = False
-    return told
+            arguments[name] = False
+    return arguments
 
 
 def token_logprobs(

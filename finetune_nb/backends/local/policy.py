@@ -19,6 +19,7 @@ from .config import LoRAConfig
 from .lora import as_trained
 from .replica import Replica, trained_weights, with_weights
 from .sampling import SampleRequest, sample_batch
+from .weights import dtype_name
 
 __all__ = [
     "Exclusive",
@@ -135,6 +136,11 @@ class LocalPolicy(ChatTokenizer):
     def version(self, version: int) -> None:
         self._version = version
         self.weights_id += 1
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights in memory, such as "float32"; `save` writes them exactly in it."""
+        return dtype_name(self.model)
 
     @property
     def description(self) -> str:

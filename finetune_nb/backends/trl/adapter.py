@@ -21,7 +21,7 @@ from ...threads import in_daemon_thread
 from ...training.jobs import PolicyAdapter, plain_name
 from ...types import TrainingJobRef, TrajectoryCollection
 from .config import TRLConfig, TRLDPOConfig, TRLSFTConfig
-from .job import TRLJob, save_exactly
+from .job import TRLJob
 from .rows import best_of_groups, preference_rows, supervised_rows
 
 __all__ = ["TRLAdapter", "TRLConfig", "TRLDPOConfig", "TRLSFTConfig"]
@@ -114,7 +114,7 @@ class TRLAdapter(PolicyAdapter[TRLJob]):
         def save() -> int:
             place = Path(directory).absolute()
             with atomic_directory(place, MANIFEST) as unfinished:
-                save_exactly(self.policy, unfinished)
+                self.policy.save(unfinished, dtype=self.policy.dtype)
                 said = {"version": self.policy.version, "jobs": self._submitted}
                 (unfinished / MANIFEST).write_text(json.dumps(said), encoding="utf-8")
             return size_of(place)

@@ -27,7 +27,6 @@ from ...types import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 __all__ = [
     "TRLJob",
     "load_weights",
-    "save_exactly",
 ]
 
 
@@ -62,11 +61,6 @@ def load_weights(policy: Any, directory: Path, version: int) -> None:
         for name, tensor in own.items():
             tensor.copy_(found[name])
         policy.version = version
-
-
-def save_exactly(policy: Any, directory: Path) -> None:
-    """Writes the policy's model in the dtype that it has in memory: in a narrower one small steps would be lost."""
-    policy.save(directory, dtype=str(policy.model.dtype).removeprefix("torch."))
 
 
 logger = redacting_logger(__name__)
@@ -105,7 +99,8 @@ class TRLJob:
             (self.folder / "job.json").write_text(json.dumps(settings), encoding="utf-8")
             with (self.folder / "data.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-            save_exactly(self._policy, self.folder / "model")
+            # In a narrower dtype the steps of earlier jobs would be lost.
+            self._policy.save(self.folder / "model", dtype=self._policy.dtype)
         except (OSError, BackendError) as error:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise BackendError(
