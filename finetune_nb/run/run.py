@@ -679,7 +679,7 @@ class Run(RunHistory):
         Args:
             directory: Where to.
             **options: Of the adapter's `save`; `merge=True` adds a LoRA adapter to the model's weights, which otherwise is
-                written alone.
+                written alone. `dtype="float32"` writes another dtype than the one that the model was stored in.
 
         Returns:
             The directory.

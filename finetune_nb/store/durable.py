@@ -288,6 +288,7 @@ def model_directory(directory: Path) -> Iterator[Path]:
 
 
 UNFINISHED_MODEL = ".unfinished"
+_ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
@@ -301,11 +302,15 @@ def _move_files(unfinished: Path, directory: Path) -> None:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(unfinished / name, directory / name)
 
-    # Weights of the older model that are cut into other files would be read in place of the new ones.
+    # Weights of the older model that are cut into other files would be read in place of the new ones, and an older adapter
+    # would be added to them.
     written = {match[1] for name in names if (match := _WEIGHTS.fullmatch(name.name))}
+    adapter_is_old = bool(written) and "adapter_model" not in written
     for path in directory.iterdir():
         match = _WEIGHTS.fullmatch(path.name)
-        if match and match[1] in written and Path(path.name) not in names and path.is_file():
+        of_adapter = path.name == _ADAPTER_CONFIG or (match is not None and match[1] == "adapter_model")
+        in_other_files = match is not None and match[1] in written
+        if (in_other_files or (of_adapter and adapter_is_old)) and Path(path.name) not in names and path.is_file():
             path.unlink()
     sync_folder(directory)
 

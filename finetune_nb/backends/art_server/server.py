@@ -171,7 +171,7 @@ class ArtServer:
         self._next_episode()
         if self.folder is not None:
             step = self.policy.version
-            await self.adapter.save(self._place(step))
+            await self.adapter.save(self._place(step), dtype=self.policy.dtype)
             self._written.add(step)
 
     def _place(self, step: int) -> Path:

@@ -129,13 +129,26 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
             )
         return 1
 
-    async def save(self, directory: str | Path, merge: bool = False) -> Path:
+    async def save(self, directory: str | Path, merge: bool = False, dtype: str | None = None) -> Path:
         """Writes model and tokenizer to `directory`; from_pretrained, and `model` in the config, read them.
 
-        merge: a LoRA adapter is added to the model's weights, so that nobody who loads it needs peft. Otherwise only
-        the adapter is written, which names its model.
+        Args:
+            directory: Where to. An older model there is replaced.
+            merge: Add a LoRA adapter to the model's weights, so that nobody who loads it needs peft. Otherwise only the
+                adapter is written, which names its model.
+            dtype: Of the weights, such as "float32". Default: the one that the model was stored in. Weights that were
+                trained in float32 lose steps below its spacing where that is bfloat16.
+
+        Returns:
+            The directory.
+
+        Raises:
+            BackendError: It cannot be written, or an adapter alone would not be the model.
+            ConfigError: There is no such dtype.
         """
-        return await in_daemon_thread(self.policy.save, directory, merge)
+        # Where the model is sampled in bfloat16, training has its weights in float32.
+        values = dict if self._learner is None else self._learner.trained.exact
+        return await in_daemon_thread(lambda: self.policy.save(directory, merge, dtype, values))
 
     async def save_checkpoint(self, directory: str | Path) -> int:
         """Writes what training on needs to `directory`, at once or not at all; returns the bytes written.

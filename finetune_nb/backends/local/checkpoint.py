@@ -2,7 +2,8 @@
 
     manifest.json           a Manifest: what this is, where training stood, size and SHA-256 of the other files
     weights.safetensors     the trained weights in float32 (float64 stays), and the model's persistent buffers
-    optimizer.safetensors   AdamW's step, exp_avg and exp_avg_sq of every weight that has taken a step
+    optimizer.safetensors   AdamW's step, exp_avg and exp_avg_sq of every weight that has taken a step, and the master that
+                            takes the steps in place of a weight in half precision
     reference.safetensors   the weights that KL is measured from, unless the model's name gives them again
 
 The reference never changes, so all checkpoints of a run share one copy of it by hard links, and each is still whole on
@@ -131,10 +132,7 @@ class Checkpoints:
         with atomic_directory(directory, MANIFEST) as unfinished:
             seals: dict[FileName, FileDigest] = {
                 WEIGHTS: _write(unfinished / WEIGHTS, trained_tensors(model), widen=True),
-                OPTIMIZER: _write(
-                    unfinished / OPTIMIZER,
-                    optimizer_tensors(learner.optimizer, learner.parameters, learner.policy.model),
-                ),
+                OPTIMIZER: _write(unfinished / OPTIMIZER, optimizer_tensors(learner.optimizer, learner.trained)),
             }
             reference = self._reference()
             if reference is not None and reference.found == "in_file":
@@ -220,7 +218,7 @@ class Checkpoints:
         weights = _read(directory, WEIGHTS, manifest)
         check_like(weights, targets, directory / WEIGHTS)
         tensors = _read(directory, OPTIMIZER, manifest)
-        state = parameter_states(tensors, learner.parameters, learner.policy.model, directory / OPTIMIZER)
+        state = parameter_states(tensors, learner.trained, directory / OPTIMIZER)
         reference = self._read_reference(directory, manifest)
 
         groups = learner.optimizer.state_dict()["param_groups"]  # ours: another learning rate may have been asked for
@@ -229,6 +227,7 @@ class Checkpoints:
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(weights[name])
+            learner.trained.take_masters(tensors, weights)
             for name, target in all_tensors(learner.reference).items() if reference else ():
                 target.copy_(reference[name])
         if reference:

@@ -24,7 +24,10 @@ class LoRAConfig(BaseModel):
     alpha: int | None = Field(default=None, ge=1)
     """The adapter's output is scaled by alpha / rank. None: 2 * rank."""
     target: str | list[str] = "all-linear"
-    """Layers that get an adapter: "all-linear" (all but the output layer), a regular expression, or ends of names."""
+    """Layers that get an adapter: "all-linear" (all but the output layer), a regular expression, or ends of names. The
+    experts of a mixture are among them, also where they are one parameter; routers only where they are linear layers. Such
+    experts are added up with their adapter in every pass, and training holds the sums of all layers at once, unless
+    gradient_checkpointing is on."""
 
 
 class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
@@ -83,6 +86,8 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     device: str = "auto"
     """A torch device; "auto": cuda, else mps, else cpu."""
     dtype: str = "auto"
-    """A torch dtype; "auto": float32, and with LoRA on a GPU that has it bfloat16 for what is not trained."""
+    """A torch dtype; "auto": float32, and with LoRA on a GPU that has it bfloat16 for what is not trained. Weights in
+    bfloat16 or float16 are trained by float32 masters, so that no step is lost: 18 bytes a weight, where float32 takes 16.
+    Models are saved in the dtype that they were stored in."""
     threads: int | None = Field(default=None, ge=1)
     """Torch threads; None: 1 for a small model, else torch's own setting (2 in a deterministic run)."""

@@ -21,11 +21,15 @@ from torch import Tensor
 __all__ = [
     "LossStatistics",
     "forward_parameters",
+    "logits_only",
     "policy_loss",
     "token_logprobs",
 ]
 
 Loss = Literal["dapo", "grpo"]
+
+BESIDE_LOGITS = ("output_router_logits", "output_hidden_states", "output_attentions")
+"""Settings of a model's config that make its forward pass return more than logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +60,28 @@ class LossStatistics:
 
 def forward_parameters(model: Any) -> Collection[str]:
     """Names of what the model's forward pass takes; of the model inside, where PEFT adapters are wrapped around it."""
-    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inspect.signature(inside.forward).parameters
+    return inspect.signature(_inside(model).forward).parameters
+
+
+def _inside(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def logits_only(model: Any) -> dict[str, bool]:
+    """Arguments with which the forward pass computes logits and nothing beside them, whatever the model's config says.
+
+    With `output_router_logits: true`, as many finetuned mixtures of experts have it, the forward pass also computes the
+    load-balancing loss. It is no part of the GRPO loss, and counting experts over cached tokens makes it fail. So it is
+    never computed: routers learn by the gradient of the sampled tokens alone. Saved models keep their config's setting.
+    """
+    parameters = inspect.signature(_inside(model).forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    arguments = {}
+    for name in BESIDE_LOGITS:
+        asked_for = any(getattr(config, name, None) for config in (model.config, model.config.get_text_config()))
+        if asked_for and (takes_any or name in parameters):
+            arguments[name] = False
+    return arguments
 
 
 def token_logprobs(
@@ -79,11 +103,12 @@ def token_logprobs(
     if columns_K.numel() and columns_K[0] == 0:
         raise ValueError("mask_BT trains on column 0, but nothing predicts a first token: put the prompt before it")
     before_K = columns_K - 1  # the logits at t - 1 speak of token t
-    inputs = {"input_ids": ids_BT, "attention_mask": attention_BT, "use_cache": False, **before}
+    inputs = {"input_ids": ids_BT, "attention_mask": attention_BT, "use_cache": False, **logits_only(model), **before}
     if "logits_to_keep" in forward_parameters(model):
-        logits_BKV = model(**inputs, logits_to_keep=before_K).logits
-    else:
-        logits_BKV = model(**inputs).logits[:, before_K]
+        inputs["logits_to_keep"] = before_K
+    logits_BKV = model(**inputs).logits
+    if logits_BKV.shape[1] == ids_BT.shape[1]:  # all columns: more than those asked for, as column 0 has none before it
+        logits_BKV = logits_BKV[:, before_K]
     temperature_B11 = torch.as_tensor(temperature_B, dtype=torch.float32, device=ids_BT.device).reshape(-1, 1, 1)
     logits_BKV = logits_BKV.float() / temperature_B11
     chosen_BK = logits_BKV.gather(2, ids_BT[:, columns_K, None]).squeeze(2) - logits_BKV.logsumexp(2)

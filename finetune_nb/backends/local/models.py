@@ -1,43 +1,52 @@
 """A model by its name or directory: loaded, with an adapter where one is asked for, on the device and in the dtype that
-suit what is there. Only safetensors are read, and no code that comes with a model is run.
+suit what is there, and written again. Only safetensors are read, and no code that comes with a model is run.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
+from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import BackendError, ConfigError
 from .config import LoRAConfig
-from .lora import is_lora, settings_of, with_adapter, with_saved_adapter
+from .lora import as_trained, is_lora, merged_tensors, settings_of, with_adapter, with_saved_adapter
+from .weights import shortened
 
 __all__ = [
     "EMBEDDED",
+    "check_place",
     "chosen_device",
     "chosen_dtype",
     "described",
     "load",
     "no_progress_bars",
+    "write",
 ]
 
 EMBEDDED = Path(__file__).parent / "tiny" / "model"
 """The model that ships with finetune_nb: a quarter of a million weights, enough for the calculator example."""
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+WRITTEN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes that weights are saved in. Fewer bits need scales, which quantized models have."""
 
 
 def load(
     name_or_dir: str | Path, device: str, dtype: str, lora: LoRAConfig | None = None, seed: int = 0
-) -> tuple[Any, Any]:
-    """Model and tokenizer. A directory that holds a saved LoRA adapter gives its model with the adapter merged.
+) -> tuple[Any, Any, torch.dtype]:
+    """Model, tokenizer, and the dtype that the model is stored in. A directory that holds a saved LoRA adapter gives its
+    model with the adapter merged.
 
     Raises ConfigError where there is no such model, device or dtype, or no layer for the adapter.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = str(EMBEDDED if name_or_dir == "embedded" else name_or_dir)
     on = chosen_device(device)
@@ -46,9 +55,11 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source)
         with no_progress_bars():
             base = _model_of_adapter(source)
+            stored = _stored_dtype(AutoConfig.from_pretrained(base or source), base or source)
             model: Any = AutoModelForCausalLM.from_pretrained(base or source, dtype=in_dtype, use_safetensors=True)
             if base is not None:
                 model = with_saved_adapter(model, source)
+                model.name_or_path = model.config.name_or_path = source
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model {str(name_or_dir)!r} cannot be loaded: {error} Expected 'embedded', a directory that "
@@ -60,7 +71,141 @@ def load(
         raise ConfigError(
             f"device {device!r} cannot be used: {error} Expected 'auto', 'cpu', 'cuda' or 'mps'."
         ) from error
-    return (model if lora is None else with_adapter(model, lora, seed)), tokenizer
+    return (model if lora is None else with_adapter(model, lora, seed)), tokenizer, stored or in_dtype
+
+
+def _stored_dtype(config: Any, source: str) -> torch.dtype | None:
+    """What a model's config says that its weights are stored in, or what those in its directory are; None: unknown."""
+    said = config.dtype or config.get_text_config().dtype
+    if said is not None:
+        dtype = said if isinstance(said, torch.dtype) else getattr(torch, str(said).removeprefix("torch."), None)
+        return dtype if dtype in WRITTEN else None
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with safetensors.safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                dtype = file.get_tensor(name).dtype
+                if dtype in WRITTEN:
+                    return dtype
+    return None
+
+
+def write(
+    model: Any,
+    directory: Path,
+    dtype: torch.dtype,
+    merge: bool,
+    values: Mapping[str, Tensor],
+) -> None:
+    """Writes the model to `directory` so that `from_pretrained` gives the model that is sampled.
+
+    Args:
+        model: With or without an adapter. It stays as it is.
+        directory: Where to.
+        dtype: Of the weights in the files. Those that the model keeps in float32 in this dtype, too, stay in float32.
+        merge: Add an adapter to the weights. Otherwise it is written alone, in its own dtype.
+        values: Weights by name, to write in place of the model's own.
+
+    Raises:
+        BackendError: An adapter alone would not be the model.
+    """
+    inside = as_trained(model)
+    if is_lora(model) and not merge:
+        base = Path(inside.config.name_or_path or ".")
+        if (base / ADAPTER_CONFIG).is_file():
+            raise BackendError(
+                f"the model was loaded from {str(base)!r}, an adapter that was added to its model's weights. Expected a whole "
+                "model below an adapter that is saved alone: it would be loaded without the first one. Save with merge=True."
+            )
+        # The embeddings are the base model's, also where they have an adapter.
+        model.save_pretrained(directory, save_embedding_layers=False)
+        return
+    tensors = dict(merged_tensors(model)) if is_lora(model) else dict(inside.state_dict())
+    for group in _tied_names(inside):
+        tensors |= {name: values[exact] for name in group for exact in group if exact in values}
+    if getattr(inside, "hf_quantizer", None) is None:
+        tensors = _in_dtype(tensors, dtype, _kept_in_float32(inside, dtype))
+    tied = _are_tied(inside, tensors)
+    inside.save_pretrained(directory, state_dict=tensors)
+    _correct_config(directory / MODEL_CONFIG, dtype, tied)
+
+
+def check_place(model: Any, directory: Path, merge: bool) -> None:
+    """Raises BackendError where an adapter alone would be written beside a whole model, which is taken for its base."""
+    if is_lora(model) and not merge and (directory / MODEL_CONFIG).exists():
+        raise BackendError(
+            f"{directory} holds a whole model, and the adapter's model is {as_trained(model).config.name_or_path!r}. Expected "
+            "another folder for an adapter alone: from_pretrained would add it to the model beside it. Choose another one, or "
+            "save with merge=True."
+        )
+
+
+def _kept_in_float32(model: Any, dtype: torch.dtype) -> list[str]:
+    """Regular expressions for the names of weights that transformers loads in float32 whatever dtype it is asked for."""
+    kept: list[str] = []
+    if dtype in (torch.bfloat16, torch.float16):
+        kept += getattr(model, "_keep_in_fp32_modules_strict", None) or []
+    if dtype == torch.float16:
+        kept += getattr(model, "_keep_in_fp32_modules", None) or []
+    return [pattern.replace("*", ".*") for pattern in kept]
+
+
+def _in_dtype(tensors: dict[str, Tensor], dtype: torch.dtype, kept: Sequence[str]) -> dict[str, Tensor]:
+    """Tied weights stay one tensor: only so does transformers see that they are tied."""
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in cast:
+            wanted = torch.float32 if any(re.search(pattern, name) for pattern in kept) else dtype
+            cast[place] = tensor.detach().to("cpu", wanted if tensor.is_floating_point() else None)
+        result[name] = cast[place]
+    return result
+
+
+def _tied_names(model: Any) -> list[list[str]]:
+    """The names of each weight, of which tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name.replace(".base_layer", ""))
+    return list(names.values())
+
+
+def _are_tied(model: Any, tensors: Mapping[str, Tensor]) -> bool | None:
+    """Whether `tensors` has one weight for embeddings and output layer; None where the model has no such pair.
+
+    Raises BackendError where other weights were tied and no longer are: no config can say that.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [f"{name.replace('.base_layer', '')}.weight" for name, module in model.named_modules() if module in ends]
+    for group in _tied_names(model):
+        written = {tensors[name].data_ptr() for name in group if name in tensors}
+        if len(written) > 1 and not set(group) <= set(names):
+            raise BackendError(
+                f"the weights {shortened(group)} are one in the model, and the adapter changes only some of them. Expected an "
+                "adapter that leaves such layers out: name others in lora.target. Save without merge to keep this one."
+            )
+    if len(names) < 2 or not all(name in tensors for name in names):
+        return None
+    return tensors[names[0]].data_ptr() == tensors[names[1]].data_ptr()
+
+
+def _correct_config(path: Path, dtype: torch.dtype, tied: bool | None) -> None:
+    """Puts what is true of the written weights into a config, which save_pretrained wrote for those in memory."""
+
+    def correct(settings: dict[str, Any]) -> None:
+        for name, value in settings.items():
+            if name in ("dtype", "torch_dtype") and value is not None:
+                settings[name] = str(dtype).removeprefix("torch.")
+            elif name == "tie_word_embeddings" and tied is not None:
+                settings[name] = tied
+            elif isinstance(value, dict):
+                correct(value)
+
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if tied is not None:
+        settings.setdefault("tie_word_embeddings", tied)
+    correct(settings)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def chosen_device(device: str) -> str:
@@ -73,8 +218,9 @@ def chosen_device(device: str) -> str:
 
 
 def chosen_dtype(dtype: str, device: str, trains_all: bool) -> torch.dtype:
-    """ "auto": float32 for weights that are trained, because small steps vanish in bfloat16; bfloat16 for those beside an
-    adapter, which stays in float32, on a GPU that computes with it. Raises ConfigError for what is no such dtype."""
+    """ "auto": float32 for weights that are trained, as bfloat16 takes more memory with the masters that it needs; bfloat16
+    for those beside an adapter, which stays in float32, on a GPU that computes with it. Raises ConfigError for what is no
+    such dtype."""
     if dtype == "auto":
         halves = not trains_all and device.startswith("cuda") and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if halves else torch.float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from ...types import EpisodeKey, Sample, SamplingParams
 from . import models
 from .batching import Batcher, Request
 from .config import LoRAConfig
-from .lora import as_trained, is_lora, merged_tensors
+from .lora import as_trained
 from .replica import Replica, trained_weights, with_weights
 from .sampling import SampleRequest, sample_batch
+from .weights import dtype_name
 
 __all__ = [
     "Exclusive",
@@ -94,6 +95,8 @@ class LocalPolicy(ChatTokenizer):
         self.version = 0
         self.device = device
         """As it was asked for: replicas look for theirs by it."""
+        self.stored_dtype: Any = model.dtype
+        """Of the model's files, and of those that `save` writes."""
         self.source: str | None = None
         """The name or directory that `load` was given; None for a model that was handed over."""
         text_config = model.config.get_text_config()
@@ -125,9 +128,9 @@ class LocalPolicy(ChatTokenizer):
         `models.chosen_dtype`. lora: a fresh adapter, drawn by `seed`, is what is trained. Raises ConfigError where there
         is no such model, device or dtype.
         """
-        model, tokenizer = models.load(name_or_dir, device, dtype, lora, seed)
+        model, tokenizer, stored_dtype = models.load(name_or_dir, device, dtype, lora, seed)
         policy = cls(model, tokenizer, deterministic=deterministic, threads=threads, device=device)
-        policy.source = str(name_or_dir)
+        policy.source, policy.stored_dtype = str(name_or_dir), stored_dtype
         return policy
 
     @property
@@ -138,6 +141,11 @@ class LocalPolicy(ChatTokenizer):
     def version(self, version: int) -> None:
         self._version = version
         self.weights_id += 1
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights in memory, such as "float32"; `save` writes them exactly in it."""
+        return dtype_name(self.model)
 
     @property
     def description(self) -> str:
@@ -205,26 +213,35 @@ class LocalPolicy(ChatTokenizer):
             with_weights(self.model, weights)
             self.version = version
 
-    def save(self, directory: str | Path, merge: bool = False) -> Path:
+    def save(
+        self,
+        directory: str | Path,
+        merge: bool = False,
+        dtype: str | None = None,
+        values: Callable[[], Mapping[str, Any]] = dict,
+    ) -> Path:
         """Writes model and tokenizer; `from_pretrained` and `LocalPolicy.load` read them. Waits for a batch at work.
 
         Args:
             directory: Where to. An older model there is replaced once all of this one is written.
             merge: Add an adapter to the model's weights; otherwise it is written alone, with its model's name.
+            dtype: Of the weights in the files, such as "float32". Default: the one that the model was stored in.
+            values: Gives weights by name that are written in place of the model's own, such as more exact ones.
 
         Returns:
             The directory.
 
         Raises:
-            BackendError: It cannot be written, because the disk is full for example. What was there is then as it was.
+            BackendError: It cannot be written, because the disk is full for example, or what would be written is not the
+                model. What was there is then as it was.
+            ConfigError: There is no such dtype.
         """
         directory = Path(directory)
+        stored = self.stored_dtype if dtype in (None, "auto") else models.chosen_dtype(dtype, "cpu", trains_all=True)
+        models.check_place(self.model, directory, merge)
         with self.exclusive.hold(), model_directory(directory) as unfinished:
             with models.no_progress_bars():
-                if merge and is_lora(self.model):
-                    as_trained(self.model).save_pretrained(unfinished, state_dict=merged_tensors(self.model))
-                else:
-                    self.model.save_pretrained(unfinished)
+                models.write(self.model, unfinished, stored, merge, values())
             self.tokenizer.save_pretrained(unfinished)
         return directory
 

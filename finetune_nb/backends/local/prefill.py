@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .grpo import forward_parameters
+from .grpo import forward_parameters, logits_only
 
 __all__ = [
     "Forward",
@@ -30,10 +30,10 @@ WORTH_SHARING = 32
 
 def forward_of(model: Any) -> Forward:
     """The model's forward pass with a cache, told what it can be told."""
-    accepted = forward_parameters(model)
+    accepted, fixed = forward_parameters(model), logits_only(model)
 
     def forward(ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "past_key_values": cache, "use_cache": True}
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "past_key_values": cache, "use_cache": True, **fixed}
         if "position_ids" in accepted:
             inputs["position_ids"] = positions_BT
         if "logits_to_keep" in accepted:

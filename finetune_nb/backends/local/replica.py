@@ -37,28 +37,33 @@ class Replica:
     tokenizer: Any = field(repr=False)
     adapters: Any = field(repr=False)
     """peft's settings; None where all weights are trained."""
-    dtype: torch.dtype
+    dtypes: dict[str, torch.dtype] = field(repr=False)
+    """Of each weight: adapters are float32 beside a model in bfloat16."""
     device: str
     """As in the config: each process looks for itself what it has."""
     threads: int | None
     frozen: dict[str, Packed] = field(repr=False)
+    buffers: dict[str, Packed] = field(repr=False)
+    """Those that are computed and not saved, such as the frequencies of positions: casting them would change them."""
 
     @classmethod
     def of(cls, policy: Any) -> Replica:
         """A replica of a `LocalPolicy`. The caller holds `policy.exclusive`."""
         model = policy.model
         inside = as_trained(model)
-        trained = trained_tensors(model).keys()
-        frozen = {name: tensor for name, tensor in all_tensors(model).items() if name not in trained}
+        trained, tensors = trained_tensors(model).keys(), all_tensors(model)
+        frozen = {name: tensor for name, tensor in tensors.items() if name not in trained}
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name not in tensors}
         return cls(
             type(inside),
             inside.config,
             policy.tokenizer,
             model.peft_config[model.active_adapter] if is_lora(model) else None,
-            model.dtype,
+            {name: tensor.dtype for name, tensor in tensors.items()},
             policy.device,
             policy.exclusive.threads,
             {name: _packed(tensor) for name, tensor in frozen.items()},
+            {name: _packed(tensor) for name, tensor in buffers.items()},
         )
 
     def model(self) -> Any:
@@ -68,7 +73,11 @@ class Replica:
             from peft import get_peft_model
 
             model = get_peft_model(model, self.adapters)
-        model.to(self.dtype)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in self.dtypes:
+                tensor.data = tensor.data.to(self.dtypes[name])
+            elif name in self.buffers:
+                tensor.data = _unpacked(*self.buffers[name])
         with_weights(model, self.frozen)
         return model.to(models.chosen_device(self.device))
 

@@ -26,6 +26,7 @@ from .lora import as_trained, is_lora, switched_off
 from .memory import largest_that_fits, ran_out
 from .policy import LocalPolicy
 from .prefill import can_share
+from .weights import TrainedWeights
 
 __all__ = [
     "Learner",
@@ -35,6 +36,9 @@ __all__ = [
 ]
 
 Schedule = Literal["constant", "linear", "cosine"]
+
+FLOAT16_SCALE = 2.0**16
+"""The loss is multiplied with this where a model computes in float16, so that small gradients are not rounded to 0."""
 
 
 def rate(
@@ -71,6 +75,7 @@ class TrainingReport:
     """Before clipping, one an optimizer step."""
     statistics: LossStatistics = field(default_factory=LossStatistics)
     logprob_gap: float = math.nan
+    weights_moved: float = math.nan
 
     @property
     def steps(self) -> int:
@@ -83,6 +88,8 @@ class TrainingReport:
         trained_tokens: counted once in every pass. learning_rate: of the last step.
         logprob_gap: mean difference of training's and the sampler's log probabilities in the first optimizer batch,
         whose weights are those that sampled: a large one means that other weights or another temperature did.
+        weights_moved: share of the trained weights that the job has changed; near 0, its steps are lost in rounding. Of
+        weights in half precision the float32 masters count: what is sampled follows as steps add up to its spacing.
         """
         statistics = self.statistics
         return {
@@ -93,6 +100,7 @@ class TrainingReport:
             "grad_norm": mean(self.grad_norms),
             "logprob_gap": self.logprob_gap,
             "learning_rate": self.learning_rate,
+            "weights_moved": self.weights_moved,
             "trained_tokens": int(statistics.tokens),
             "optimizer_steps": self.steps,
         }
@@ -103,10 +111,11 @@ class Learner:
 
     def __init__(self, policy: LocalPolicy, config: LocalGRPOConfig) -> None:
         self.policy, self.config = policy, config
-        self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self.trained = TrainedWeights(policy.model)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+            self.trained.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
+        self._scale = 1.0
         self.reference = None
         """A copy of the initial weights, where KL is asked for and no adapter can be switched off."""
         if config.kl_coef and not is_lora(policy.model):
@@ -152,31 +161,39 @@ class Learner:
         parts = min(config.optimizer_steps, len(trajectories))
         report.steps_planned = steps = parts * config.inner_epochs
         report.has_reference = config.kl_coef > 0
-        for _ in range(config.inner_epochs):
-            for part in np.array_split(rng.permutation(len(trajectories)), parts):
-                factor = rate(config.lr_schedule, done + report.steps / steps, planned, 1 / steps, config.warmup)
-                report.learning_rate = config.learning_rate * factor
-                for group in self.optimizer.param_groups:  # it may also have been changed since the last job
-                    group["lr"] = report.learning_rate
-                sequences = [sequence for i in part for sequence in trajectories[i]]
-                with _checkpointing(self.policy.model, config.gradient_checkpointing):
-                    if not self._step(sequences, report, stopped):
-                        return
-                stepped()
+        self.trained.follow()
+        self._scale = FLOAT16_SCALE if self.policy.model.dtype == torch.float16 else 1.0
+        before = self.trained.sample()
+        try:
+            for _ in range(config.inner_epochs):
+                for part in np.array_split(rng.permutation(len(trajectories)), parts):
+                    factor = rate(config.lr_schedule, done + report.steps / steps, planned, 1 / steps, config.warmup)
+                    report.learning_rate = config.learning_rate * factor
+                    for group in self.optimizer.param_groups:  # it may also have been changed since the last job
+                        group["lr"] = report.learning_rate
+                    sequences = [sequence for i in part for sequence in trajectories[i]]
+                    with _checkpointing(self.policy.model, config.gradient_checkpointing), self.trained.gathering():
+                        if not self._step(sequences, report, stopped):
+                            return
+                    stepped()
+        finally:
+            report.weights_moved = self.trained.share_changed(before)
 
     def _step(self, sequences: Sequence[TokenSequence], report: TrainingReport, stopped: Callable[[], bool]) -> bool:
         """One optimizer step; False if it was stopped before it changed anything."""
         config = self.config
-        tokens = sum(sum(sequence.sampled) for sequence in sequences)
-        loss, statistics = 0.0, LossStatistics()
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            for batch, shared in micro_batches(sequences, config.micro_batch_tokens, self._shares):
-                if stopped():
+            while True:
+                computed = self._gradient(sequences, stopped)
+                if computed is None:
                     return False
-                of_batch = self._backward(batch, shared, tokens, len(sequences))
-                loss, statistics = loss + of_batch[0], statistics + of_batch[1]
-            grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm).item()
+                loss, statistics, grad_norm = computed
+                if math.isfinite(grad_norm) or self._scale == 1 or not math.isfinite(loss):
+                    break
+                # Scaled by so much the gradient is beyond float16: once more, with less.
+                self._scale = max(self._scale / 16, 1.0)
+                self.optimizer.zero_grad(set_to_none=True)
             if not report.steps:
                 report.logprob_gap = statistics.mean("gap")
                 self._check_gap(report.logprob_gap)
@@ -188,12 +205,33 @@ class Learner:
                     "optimizer_steps, keep the policy closer to what was sampled."
                 )
             self.optimizer.step()
+            self.trained.put()
         finally:
             self.optimizer.zero_grad(set_to_none=True)  # sampling needs the memory more
         report.losses.append(loss)
         report.grad_norms.append(grad_norm)
         report.statistics += statistics
         return True
+
+    def _gradient(
+        self, sequences: Sequence[TokenSequence], stopped: Callable[[], bool]
+    ) -> tuple[float, LossStatistics, float] | None:
+        """The loss, its statistics, and the norm of its gradient, which is clipped; None if it was stopped before."""
+        config = self.config
+        tokens = sum(sum(sequence.sampled) for sequence in sequences)
+        loss, statistics = 0.0, LossStatistics()
+        for batch, shared in micro_batches(sequences, config.micro_batch_tokens, self._shares):
+            if stopped():
+                return None
+            of_batch = self._backward(batch, shared, tokens, len(sequences))
+            loss, statistics = loss + of_batch[0], statistics + of_batch[1]
+        parameters = self.trained.parameters
+        if self._scale != 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= self._scale
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+        return loss, statistics, grad_norm
 
     def _check_gap(self, gap: float) -> None:
         """Before the first step the weights are those that sampled: whatever differs by more than rounding is a mistake
@@ -215,7 +253,7 @@ class Learner:
         """Adds the gradient of a micro-batch; its part of the loss, and its statistics."""
         try:
             value, statistics = self._loss(collate(batch, self.policy.model.device, shared), tokens, sequences)
-            value.backward()
+            (value * self._scale).backward()
             return value.item(), statistics
         except Exception as error:
             if not ran_out(error):

@@ -165,10 +165,11 @@ class RayTrainerAdapter(TrainerAdapter):
         with suppress(TrainerLost):
             await self._link.ask("cancel", ref)
 
-    async def save(self, directory: str | Path, merge: bool = False) -> Path:
+    async def save(self, directory: str | Path, merge: bool = False, dtype: str | None = None) -> Path:
         """As the adapter in the actor does it. Raises BackendError where that was on a disk that is not here."""
         place = _absolute(directory)
-        await self._link.ask("save", place, merge)
+        options = (merge,) if dtype is None else (merge, dtype)  # an adapter of somebody else may know no dtype
+        await self._link.ask("save", place, *options)
         if not await in_daemon_thread(place.is_dir):
             raise BackendError(
                 f"the model was saved to {place} on the trainer's node, which is not here; expected a directory on a disk that "

@@ -114,7 +114,7 @@ class TRLAdapter(PolicyAdapter[TRLJob]):
         def save() -> int:
             place = Path(directory).absolute()
             with atomic_directory(place, MANIFEST) as unfinished:
-                self.policy.save(unfinished)
+                self.policy.save(unfinished, dtype=self.policy.dtype)
                 said = {"version": self.policy.version, "jobs": self._submitted}
                 (unfinished / MANIFEST).write_text(json.dumps(said), encoding="utf-8")
             return size_of(place)

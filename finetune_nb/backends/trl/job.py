@@ -99,7 +99,8 @@ class TRLJob:
             (self.folder / "job.json").write_text(json.dumps(settings), encoding="utf-8")
             with (self.folder / "data.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-            self._policy.save(self.folder / "model")
+            # In a narrower dtype the steps of earlier jobs would be lost.
+            self._policy.save(self.folder / "model", dtype=self._policy.dtype)
         except (OSError, BackendError) as error:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise BackendError(
