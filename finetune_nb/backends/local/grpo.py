@@ -66,20 +66,22 @@ def token_logprobs(
     attention_BT: Tensor,
     mask_BT: Tensor,
     temperature_B: Tensor | float = 1.0,
+    fed: int | None = None,
     **before: Any,
 ) -> Tensor:
     """(B, T) float32 log probability of each masked token given those before it, at the temperature at which it was
     sampled (> 0); 0 where `mask_BT` is False.
 
     `model` is any Hugging Face causal language model. Its output layer runs only at columns that some row trains on:
-    with a large vocabulary that layer is most of the cost. before: what the forward pass is to know of tokens before
+    with a large vocabulary that layer is most of the cost. fed: the model sees this many columns alone, all but the last
+    where that is what the last one's probability is to be computed from; None: all. before: what the forward pass is to know of tokens before
     these (`past_key_values`, `position_ids`); `attention_BT` then covers them too.
     """
     columns_K = mask_BT.any(0).nonzero().squeeze(1)
     if columns_K.numel() and columns_K[0] == 0:
         raise ValueError("mask_BT trains on column 0, but nothing predicts a first token: put the prompt before it")
     before_K = columns_K - 1  # the logits at t - 1 speak of token t
-    inputs = {"input_ids": ids_BT, "attention_mask": attention_BT, "use_cache": False, **before}
+    inputs = {"input_ids": ids_BT[:, :fed], "attention_mask": attention_BT[:, :fed], "use_cache": False, **before}
     if "logits_to_keep" in forward_parameters(model):
         logits_BKV = model(**inputs, logits_to_keep=before_K).logits
     else:

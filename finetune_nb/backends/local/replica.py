@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import BackendError
 from . import models
+from .families.passes import Batching
 from .lora import as_trained, is_lora
 from .weights import all_tensors, trained_tensors
 
@@ -41,6 +42,7 @@ class Replica:
     device: str
     """As in the config: each process looks for itself what it has."""
     threads: int | None
+    batching: Batching
     frozen: dict[str, Packed] = field(repr=False)
 
     @classmethod
@@ -58,6 +60,7 @@ class Replica:
             model.dtype,
             policy.device,
             policy.exclusive.threads,
+            policy.batching,
             {name: _packed(tensor) for name, tensor in frozen.items()},
         )
 
