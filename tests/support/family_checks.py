@@ -29,7 +29,7 @@ __all__ = [
     "trained_gradient",
 ]
 
-LENGTHS = (3, 9, 9, 20, 5)
+LENGTHS = (3, 9, 9, 20, 5, 30)
 """Tokens of the prompts that are sampled together."""
 
 
@@ -48,7 +48,7 @@ class Turn:
 
 
 def made_policy(model: Any, lora: str | None = None) -> LocalPolicy:
-    """A policy of that model; with an adapter of these layers, whose weights are all drawn, so that it changes what is computed."""
+    """A policy of that model; with an adapter of these layers, all of whose weights are drawn, so that it changes something."""
     if lora is not None:
         model = with_adapter(model, LoRAConfig(rank=4, target=lora), seed=0)
         generator = torch.Generator().manual_seed(1)
@@ -59,7 +59,7 @@ def made_policy(model: Any, lora: str | None = None) -> LocalPolicy:
 
 
 async def sampled_episodes(policy: LocalPolicy, turns: int = 2) -> list[list[Turn]]:
-    """Episodes that are sampled together, of different lengths; the longest has one turn."""
+    """Episodes that are sampled together, of different lengths; the longest have one turn."""
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 262, (length,), generator=generator).tolist() for length in LENGTHS]
 
@@ -67,7 +67,7 @@ async def sampled_episodes(policy: LocalPolicy, turns: int = 2) -> list[list[Tur
         made = []
         params = SamplingParams(1.0, 5 + 2 * number)
         with policy.episode(EpisodeKey("train", 0, number, 0)):
-            for turn in range(1 if len(ids) == max(LENGTHS) else turns):
+            for turn in range(1 if len(ids) >= 20 else turns):
                 seed = 10 * number + turn
                 made.append(Turn(ids, params, seed, await policy.sample(ids, params, seed)))
                 ids = [*made[-1].ids, 3, 7]  # what the environment says
@@ -86,19 +86,21 @@ async def logprobs_alone(policy: LocalPolicy, turn: Turn) -> list[float]:
 def plain_logprobs(model: Any, ids: list[int], begin: int) -> Tensor:
     """Of the tokens from `begin` on: a plain pass over the sequence alone.
 
-    Where positions change with the length of a sequence, a plain pass over the tokens before each of them.
+    Where positions change with the length of a sequence, the tokens that come before the change are those of a plain pass over
+    what comes before it.
     """
-    if _changes(model, ids):
-        return torch.cat([_of_pass(model, ids[: end + 1], end, ids[:end]) for end in range(begin, len(ids))])
-    return _of_pass(model, ids, begin, ids)
-
-
-def _changes(model: Any, ids: list[int]) -> bool:
-    return any(border < len(ids) for border in borders_of(model))
+    parts = []
+    for border in borders_of(model):
+        if begin <= border < len(ids):
+            parts.append(_of_pass(model, ids[: border + 1], begin, ids[:border]))
+            begin = border + 1
+    if begin < len(ids):
+        parts.append(_of_pass(model, ids, begin, ids))
+    return torch.cat(parts)
 
 
 def _of_pass(model: Any, ids: list[int], begin: int, given: list[int]) -> Tensor:
-    logprobs_TV = model(torch.tensor([given])).logits[0].float().log_softmax(-1)
+    logprobs_TV = model(torch.tensor([given]), use_cache=False).logits[0].float().log_softmax(-1)
     return logprobs_TV[begin - 1 : len(ids) - 1].gather(1, torch.tensor(ids[begin:])[:, None]).squeeze(1)
 
 

@@ -56,7 +56,7 @@ class TokenBatch:
 
     def logprobs(self, model: Any) -> Tensor:
         """(B, T) as `token_logprobs`."""
-        if not self.prompts:
+        if self.prompt_of_row_B is None:
             return self._of_whole_sequences(model)
         _, cache, mask_UP = prefill(model, self.prompts)
         cache = select_rows(cache, self.prompt_of_row_B)

@@ -73,9 +73,9 @@ def token_logprobs(
     sampled (> 0); 0 where `mask_BT` is False.
 
     `model` is any Hugging Face causal language model. Its output layer runs only at columns that some row trains on:
-    with a large vocabulary that layer is most of the cost. fed: the model sees this many columns alone, all but the last
-    where that is what the last one's probability is to be computed from; None: all. before: what the forward pass is to know of tokens before
-    these (`past_key_values`, `position_ids`); `attention_BT` then covers them too.
+    with a large vocabulary that layer is most of the cost. fed: columns that the model is given; the last one, of which
+    nothing is predicted here, may be left out. None: all. before: what the forward pass is to know of tokens before these
+    (`past_key_values`, `position_ids`); `attention_BT` then covers them too.
     """
     columns_K = mask_BT.any(0).nonzero().squeeze(1)
     if columns_K.numel() and columns_K[0] == 0:

@@ -95,10 +95,12 @@ def _join_layers(layers: Sequence[Any]) -> None:
     """Puts the rows of all into the first."""
     from transformers import cache_utils
 
-    first = layers[0]
+    first: Any = layers[0]
+    recurrent = isinstance(first, cache_utils.LinearAttentionCacheLayerMixin)
+    sliding = isinstance(first, cache_utils.DynamicSlidingWindowLayer)
     if type(first) not in _joinable():
         raise BackendError(f"layers of {type(first).__name__} cannot be joined")
-    if isinstance(first, cache_utils.LinearAttentionCacheLayerMixin):
+    if recurrent:
         first.conv_states = join([layer.conv_states for layer in layers])
         first.recurrent_states = join([layer.recurrent_states for layer in layers])
     if getattr(first, "keys", None) is not None:
@@ -106,7 +108,7 @@ def _join_layers(layers: Sequence[Any]) -> None:
         first.values = _padded_and_joined([layer.values for layer in layers], dim=-2)
     if getattr(first, "indexer_keys", None) is not None:
         first.indexer_keys = _padded_and_joined([layer.indexer_keys for layer in layers], dim=1)
-    if isinstance(first, cache_utils.DynamicSlidingWindowLayer):
+    if sliding:
         first.cumulative_length = max(layer.cumulative_length for layer in layers)
 
 

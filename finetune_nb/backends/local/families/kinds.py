@@ -19,6 +19,7 @@ from ....types import SamplingParams
 from ..grpo import forward_parameters
 from ..memory import ran_out
 from ..sampling import SampleRequest, sample_batch
+from ..weights import dtype_name
 from .passes import Batching, cache_name
 
 __all__ = ["batching_of"]
@@ -29,10 +30,9 @@ LENGTHS = (3, 7, 7, 12)
 """Of the prompts with which a model is tried out: two of one length, and one that fills no convolution."""
 REPLIES = (9, 2, 6, 3)
 """Tokens of their replies: those that end leave the batch, as they do in earnest."""
-NOISE = {torch.float64: (1e-9, 1e-3), torch.float32: (2e-5, 1e-3)}
-NOISE_OF_HALVES = (0.02, 0.2)
-"""Nats by which two ways to compute a log probability may differ in the mean over what was tried: always, and at most. In between, by
-ten times what company in a batch was seen to change."""
+NOISE, NOISE_OF_HALVES = (2e-5, 1e-3), (0.02, 0.2)
+"""Nats by which two ways to compute a log probability may differ, in the mean over what was tried: in any case, and at most.
+In between, by ten times what a batch was seen to change. Of weights in 32 bits or more, and in 16."""
 
 T = TypeVar("T")
 
@@ -65,7 +65,9 @@ def batching_of(model: Any) -> Batching:
             "the same. It cannot be trained exactly here: take another model."
         )
     if way == "alone":
-        logger.warning("%s is sampled one reply at a time: its batches do not give what each sequence gives.", _name(model))
+        logger.warning(
+            "%s is sampled one reply at a time: its batches do not give what each sequence gives.", _name(model)
+        )
     if way == "whole":
         logger.warning(
             "%s keeps nothing that can be used from one token to the next, so each token takes a pass over all tokens before it. "
@@ -95,7 +97,8 @@ def _is_usual(model: Any) -> bool:
 def _keeps_keys_only(model: Any) -> bool:
     from transformers import DynamicCache, cache_utils
 
-    if getattr(_inside(model), "_is_stateful", False):
+    # A convolution over tokens is a state, too.
+    if getattr(_inside(model), "_is_stateful", False) or any(isinstance(m, torch.nn.Conv1d) for m in model.modules()):
         return False
     known = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", None)}
     return all(type(layer) in known for layer in DynamicCache(config=model.config).layers)
@@ -111,7 +114,7 @@ def _ways(model: Any) -> list[Batching]:
 
 def _check_plain_passes(model: Any) -> float:
     """Nats that are noise. Raises BackendError where a token's probability depends on more than the tokens before it."""
-    least, most = NOISE.get(model.dtype, NOISE_OF_HALVES)
+    least, most = NOISE if torch.finfo(model.dtype).bits > 16 else NOISE_OF_HALVES
     rows = [prompt + [prompt[0]] * 4 for prompt in _prompts(model)]
 
     def passes() -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -124,8 +127,8 @@ def _check_plain_passes(model: Any) -> float:
     tried = _tried(passes)
     if isinstance(tried, Exception):
         raise BackendError(
-            f"{_name(model)} cannot compute the log probabilities of token ids ({type(tried).__name__}: {tried}); expected a "
-            "causal language model. Take another model."
+            f"{_name(model)} cannot compute log probabilities from token ids alone, in {dtype_name(model)} on {model.device} "
+            f"({type(tried).__name__}: {tried}). Expected a causal language model: take another one, or another dtype."
         ) from tried
     alone, shorter, together = tried
     by_later_tokens = max(_difference(a, b[: len(a)]) for a, b in zip(shorter, alone, strict=True))
@@ -138,8 +141,8 @@ def _check_plain_passes(model: Any) -> float:
     by_company = max(_difference(a, b[: len(a)]) for a, b in zip(alone, together, strict=True))
     if not by_company <= most:
         raise BackendError(
-            f"{_name(model)} gives log probabilities that change by {by_company:.2g} nats with what else is in a batch; expected the "
-            "same as alone. It cannot be trained exactly here: take another model."
+            f"{_name(model)} gives log probabilities that change by {by_company:.2g} nats with what else is in a batch; expected "
+            "the same as alone. It cannot be trained exactly here: take another model."
         )
     return min(max(least, 10 * by_company), most)
 
@@ -206,4 +209,3 @@ def _of_reply(model: Any, request: SampleRequest) -> Tensor:
 def _difference(found: Tensor, expected: Tensor) -> float:
     """Nats, in the mean; NaN where one of the two is not a number."""
     return (found - expected).abs().mean().item()
-

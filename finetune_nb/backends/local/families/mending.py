@@ -1,4 +1,4 @@
-"""Models that compute one thing in a whole sequence and another token by token, or that change their weights meanwhile: mended."""
+"""Mends models that compute one thing in a whole sequence and another token by token, or that change their own weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["mend"]
 def mend(model: Any) -> None:
     """Changes what has to be changed before the model's first pass; nothing in most models, and never a weight's meaning."""
     for module in list(model.modules()):
-        if hasattr(module, "time_step_limit") and hasattr(module, "dt_bias") and hasattr(module, "in_proj"):
+        if getattr(module, "time_step_limit", None) and hasattr(module, "dt_bias") and hasattr(module, "in_proj"):
             _limit_time_steps(module)
         if hasattr(module, "_rescale_layers"):
             _keep_scale(module)

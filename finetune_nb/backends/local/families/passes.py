@@ -45,7 +45,7 @@ def forward_of(model: Any, batching: Batching = "padded") -> Forward:
     if batching == "whole":
         return _whole_forward_of(model)
     accepted, cached = forward_parameters(model), cache_name(model) or CACHE_NAMES[0]
-    # Where nothing is padded there is nothing to tell, and a model may count positions in a way of its own. A state has no columns.
+    # Where nothing is padded there is nothing to tell, and the model may count positions in its own way. States have no columns.
     told = batching in ("padded", "joined") and cached == CACHE_NAMES[0]
 
     def forward(ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
