@@ -22,7 +22,7 @@ from model_families import FAMILIES, family, names  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.errors import BackendError  # noqa: E402
 
-FAST = ["llama", "qwen3_5_text", "mamba2", "phi3_longrope"]
+FAST = ["llama", "lfm2", "mamba2", "phi3_longrope"]
 """One of each kind; the others are slow together."""
 KINDS = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 REFUSED = [made.name for made in FAMILIES if made.refused is not None]
