@@ -64,7 +64,7 @@ async def test_a_family_is_sampled_and_trained_as_plain_passes_say(name, lora, r
 
 @each_family
 @KINDS
-async def test_a_trained_family_is_saved_and_loaded_as_it_is(name, lora, tmp_path):
+async def test_a_trained_family_is_saved_and_loaded_as_it_is(name, lora, tmp_path, record_property):
     base = made_policy(family(name).model())
     base.save(tmp_path / "base")
     policy = LocalPolicy.load(tmp_path / "base", deterministic=True)
@@ -72,19 +72,14 @@ async def test_a_trained_family_is_saved_and_loaded_as_it_is(name, lora, tmp_pat
         policy = made_policy(policy.model, family(name).lora)
     trained_gradient(policy, await sampled_episodes(policy, turns=1))
     policy.save(tmp_path / "trained")
-    if lora:
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(LocalPolicy.load(tmp_path / "base").model, str(tmp_path / "trained")).eval()
-    else:
-        loaded = LocalPolicy.load(tmp_path / "trained").model
+    loaded = LocalPolicy.load(tmp_path / "trained").model  # an adapter is added to the weights
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        before = base.model(ids, use_cache=False).logits
-        expected = policy.model(ids, use_cache=False).logits
-        found = loaded(ids, use_cache=False).logits
+        before, expected, found = (m(ids, use_cache=False).logits for m in (base.model, policy.model, loaded))
     assert not torch.equal(before, expected)
-    assert torch.equal(found, expected)
+    off = (found - expected).abs().max().item()
+    record_property("figures", f"{name} {off:.1e}")
+    assert off <= (1e-5 if lora else 0)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -103,11 +103,12 @@ class LocalPolicy(ChatTokenizer):
         """Tokens that the model knows; ids are below it."""
         self.model = model.eval()  # training too: dropout would make it see another policy than was sampled
         mend(self.model)
-        self.batching: Batching = batching or batching_of(self.model)
-        """How prompts of different lengths are sampled together; it depends on what the model's layers keep."""
         if threads is None:
             threads = 1 if model.num_parameters() < SMALL else 2 if deterministic else None
         self.exclusive = Exclusive(threads)
+        with self.exclusive.hold():
+            self.batching: Batching = batching or batching_of(self.model)
+            """How prompts of different lengths are sampled together; it depends on what the model's layers keep."""
         self._batcher = Batcher(self._sample_batch, deterministic)
 
     @classmethod

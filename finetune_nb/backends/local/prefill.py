@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .families.caches import join, select_rows
+from .families.caches import join, kinds_of_layers, select_rows
 from .families.passes import Batching, Forward, forward_of
 from .families.positions import borders_of, last_length
 from .grpo import forward_parameters
@@ -101,10 +101,8 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
 def can_share(model: Any) -> bool:
     """Whether keys and values can be copied for what comes after them: not where layers keep only a window of them, or
     something else."""
-    from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     if not {"position_ids", "past_key_values"} <= set(forward_parameters(model)):
         return False
-    layers = DynamicCache(config=model.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    return kinds_of_layers(model) == {DynamicLayer}

@@ -18,6 +18,7 @@ from ....errors import BackendError
 __all__ = [
     "Tokens",
     "join",
+    "kinds_of_layers",
     "select_rows",
 ]
 
@@ -27,6 +28,16 @@ class Tokens:
 
     def __init__(self, rows: Sequence[Sequence[int]] = ()) -> None:
         self.rows = [list(row) for row in rows]
+
+
+def kinds_of_layers(model: Any) -> set[type]:
+    """What transformers makes to keep what the model's layers keep; empty where the model's config does not say."""
+    from transformers import DynamicCache
+
+    try:
+        return {type(layer) for layer in DynamicCache(config=model.config).layers}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return set()
 
 
 def select_rows(cache: Any, rows_R: Tensor) -> Any:

@@ -20,6 +20,7 @@ from ..grpo import forward_parameters
 from ..memory import ran_out
 from ..sampling import SampleRequest, sample_batch
 from ..weights import dtype_name
+from .caches import kinds_of_layers
 from .passes import Batching, cache_name
 
 __all__ = ["batching_of"]
@@ -95,13 +96,14 @@ def _is_usual(model: Any) -> bool:
 
 
 def _keeps_keys_only(model: Any) -> bool:
-    from transformers import DynamicCache, cache_utils
+    from transformers import cache_utils
 
     # A convolution over tokens is a state, too.
     if getattr(_inside(model), "_is_stateful", False) or any(isinstance(m, torch.nn.Conv1d) for m in model.modules()):
         return False
     known = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", None)}
-    return all(type(layer) in known for layer in DynamicCache(config=model.config).layers)
+    kinds = kinds_of_layers(model)
+    return bool(kinds) and kinds <= known
 
 
 def _ways(model: Any) -> list[Batching]:
@@ -131,6 +133,11 @@ def _check_plain_passes(model: Any) -> float:
             f"({type(tried).__name__}: {tried}). Expected a causal language model: take another one, or another dtype."
         ) from tried
     alone, shorter, together = tried
+    if not all(logprobs.isfinite().all() for logprobs in alone):
+        raise BackendError(
+            f"{_name(model)} gives log probabilities that are not finite: its weights have diverged, or {dtype_name(model)} does "
+            "not hold what it computes. Start from saved weights, or take another dtype."
+        )
     by_later_tokens = max(_difference(a, b[: len(a)]) for a, b in zip(shorter, alone, strict=True))
     if not by_later_tokens <= most:
         raise BackendError(
