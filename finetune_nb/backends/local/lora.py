@@ -112,9 +112,11 @@ def with_saved_adapter(model: Any, directory: str | Path) -> Any:
             setattr(base, parameter, torch.nn.Parameter(_merged(adapted, layer, parameter).to(weight.dtype)))
     merged: Any = adapted.unload()  # type: ignore[operator]
     merged.requires_grad_(True)  # as from_pretrained gives it: peft has frozen it
+    configs = (merged.config, merged.config.get_text_config())
     outputs = merged.get_output_embeddings()
-    if outputs is not None and outputs.weight is not merged.get_input_embeddings().weight:
-        for config in (merged.config, merged.config.get_text_config()):
+    were_tied = any(config.tie_word_embeddings for config in configs)
+    if were_tied and outputs is not None and outputs.weight is not merged.get_input_embeddings().weight:
+        for config in configs:
             config.tie_word_embeddings = False
         merged.tie_weights()  # reads the config again
     return merged
@@ -270,10 +272,10 @@ def _kind(module: Any) -> Kind:
         matrix = module._parameters.get("weight")
         known = _is_linear(module) or isinstance(module, torch.nn.Embedding)
         return "weight" if matrix is not None and matrix.dim() == 2 and not known else "layer"
-    if type(module).forward is torch.nn.Linear.forward:
+    weight = module.weight
+    if type(module).forward is torch.nn.Linear.forward or not _is_plain(weight):
         return "layer"
     # A class of its own: what it computes is found out with one row.
-    weight = module.weight
     row_1I = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         try:
@@ -287,6 +289,11 @@ def _kind(module: Any) -> Kind:
     return "layer" if same else "weight"
 
 
+def _is_plain(weight: Tensor) -> bool:
+    """Whether it is numbers that can be added to, and not quantized, which peft has layers of its own for."""
+    return weight.is_floating_point() and weight.element_size() > 1
+
+
 def _holds_experts(module: Any) -> bool:
     return "Expert" in type(module).__name__ and any(map(_is_of_experts, module._parameters.items()))
 
@@ -294,7 +301,7 @@ def _holds_experts(module: Any) -> bool:
 def _is_of_experts(named: tuple[str, Tensor | None]) -> bool:
     """Whether it holds the matrices of all experts, and not their biases: of three dimensions, or of two as Dbrx has them."""
     name, parameter = named
-    return parameter is not None and parameter.dim() in (2, 3) and "bias" not in name
+    return parameter is not None and parameter.dim() in (2, 3) and _is_plain(parameter) and "bias" not in name
 
 
 def _parameters_of_experts(modules: dict[str, Any]) -> list[str]:

@@ -167,20 +167,18 @@ class Learner:
         self.trained.follow()
         self._scale = FLOAT16_SCALE if self.policy.model.dtype == torch.float16 else 1.0
         before = self.trained.sample()
-        try:
-            for _ in range(config.inner_epochs):
-                for part in np.array_split(rng.permutation(len(trajectories)), parts):
-                    factor = rate(config.lr_schedule, done + report.steps / steps, planned, 1 / steps, config.warmup)
-                    report.learning_rate = config.learning_rate * factor
-                    for group in self.optimizer.param_groups:  # it may also have been changed since the last job
-                        group["lr"] = report.learning_rate
-                    sequences = [sequence for i in part for sequence in trajectories[i]]
-                    with _checkpointing(self.policy.model, config.gradient_checkpointing), self.trained.gathering():
-                        if not self._step(sequences, report, stopped):
-                            return
-                    stepped()
-        finally:
-            report.weights_moved = self.trained.share_changed(before)
+        for _ in range(config.inner_epochs):
+            for part in np.array_split(rng.permutation(len(trajectories)), parts):
+                factor = rate(config.lr_schedule, done + report.steps / steps, planned, 1 / steps, config.warmup)
+                report.learning_rate = config.learning_rate * factor
+                for group in self.optimizer.param_groups:  # it may also have been changed since the last job
+                    group["lr"] = report.learning_rate
+                sequences = [sequence for i in part for sequence in trajectories[i]]
+                with _checkpointing(self.policy.model, config.gradient_checkpointing), self.trained.gathering():
+                    if not self._step(sequences, report, stopped):
+                        return
+                report.weights_moved = self.trained.share_changed(before)
+                stepped()
 
     def _step(self, sequences: Sequence[TokenSequence], report: TrainingReport, stopped: Callable[[], bool]) -> bool:
         """One optimizer step; False if it was stopped before it changed anything."""
