@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...training.batch import TokenSequence
+from .families.caches import select_rows
+from .families.positions import borders_of
 from .grpo import token_logprobs
 from .prefill import prefill
 
@@ -53,16 +56,38 @@ class TokenBatch:
 
     def logprobs(self, model: Any) -> Tensor:
         """(B, T) as `token_logprobs`."""
-        if not self.prompts:
-            return token_logprobs(model, self.ids_BT, self.attention_BT, self.mask_BT, self.temperature_B)
+        if self.prompt_of_row_B is None:
+            return self._of_whole_sequences(model)
         _, cache, mask_UP = prefill(model, self.prompts)
-        cache.batch_select_indices(self.prompt_of_row_B)
+        cache = select_rows(cache, self.prompt_of_row_B)
         attention = torch.cat([mask_UP[self.prompt_of_row_B], self.attention_BT], 1)
         positions_BT = (attention.cumsum(1) - 1)[:, mask_UP.shape[1] :]
         return token_logprobs(
             model, self.ids_BT, attention, self.mask_BT, self.temperature_B,
             past_key_values=cache, position_ids=positions_BT, use_cache=True,
         )  # fmt: skip
+
+    def _of_whole_sequences(self, model: Any) -> Tensor:
+        """One pass; where positions change with the length of a sequence, one more for the tokens before each change."""
+        last = self.ids_BT.shape[1] - 1
+        borders = [border for border in borders_of(model) if border <= last]
+        if not borders:
+            return token_logprobs(model, self.ids_BT, self.attention_BT, self.mask_BT, self.temperature_B)
+        columns_T = torch.arange(last + 1, device=self.ids_BT.device)
+        logprobs_BT, begin = torch.zeros_like(self.old_logprobs_BT), 1
+        for known in sorted({*borders, last}):
+            # Tokens that come after `begin` to `known` others.
+            mask_BT = self.mask_BT & (columns_T >= begin) & (columns_T <= known)
+            if mask_BT.any():
+                logprobs_BT = logprobs_BT + pad(
+                    token_logprobs(
+                        model, self.ids_BT[:, : known + 1], self.attention_BT[:, : known + 1], mask_BT[:, : known + 1],
+                        self.temperature_B, fed=known,
+                    ),
+                    (0, last - known),
+                )  # fmt: skip
+            begin = known + 1
+        return logprobs_BT
 
 
 def micro_batches(

@@ -90,24 +90,28 @@ def token_logprobs(
     attention_BT: Tensor,
     mask_BT: Tensor,
     temperature_B: Tensor | float = 1.0,
+    fed: int | None = None,
     **before: Any,
 ) -> Tensor:
     """(B, T) float32 log probability of each masked token given those before it, at the temperature at which it was
     sampled (> 0); 0 where `mask_BT` is False.
 
     `model` is any Hugging Face causal language model. Its output layer runs only at columns that some row trains on:
-    with a large vocabulary that layer is most of the cost. before: what the forward pass is to know of tokens before
-    these (`past_key_values`, `position_ids`); `attention_BT` then covers them too.
+    with a large vocabulary that layer is most of the cost. fed: columns that the model is given; the last one, of which
+    nothing is predicted here, may be left out. None: all. before: what the forward pass is to know of tokens before these
+    (`past_key_values`, `position_ids`); `attention_BT` then covers them too.
     """
     columns_K = mask_BT.any(0).nonzero().squeeze(1)
     if columns_K.numel() and columns_K[0] == 0:
         raise ValueError("mask_BT trains on column 0, but nothing predicts a first token: put the prompt before it")
     before_K = columns_K - 1  # the logits at t - 1 speak of token t
-    inputs = {"input_ids": ids_BT, "attention_mask": attention_BT, "use_cache": False, **logits_only(model), **before}
+    ids_BF = ids_BT[:, :fed]
+    inputs = {"input_ids": ids_BF, "attention_mask": attention_BT[:, :fed], "use_cache": False, **before}
+    inputs |= logits_only(model)
     if "logits_to_keep" in forward_parameters(model):
         inputs["logits_to_keep"] = before_K
     logits_BKV = model(**inputs).logits
-    if logits_BKV.shape[1] == ids_BT.shape[1]:  # all columns: more than those asked for, as column 0 has none before it
+    if logits_BKV.shape[1] == ids_BF.shape[1]:  # all columns: more than those asked for, as column 0 has none before it
         logits_BKV = logits_BKV[:, before_K]
     temperature_B11 = torch.as_tensor(temperature_B, dtype=torch.float32, device=ids_BT.device).reshape(-1, 1, 1)
     logits_BKV = logits_BKV.float() / temperature_B11

@@ -17,6 +17,9 @@ from ...types import EpisodeKey, Sample, SamplingParams
 from . import models
 from .batching import Batcher, Request
 from .config import LoRAConfig
+from .families.kinds import batching_of
+from .families.mending import mend
+from .families.passes import Batching
 from .lora import as_trained
 from .replica import Replica, trained_weights, with_weights
 from .sampling import SampleRequest, sample_batch
@@ -88,6 +91,7 @@ class LocalPolicy(ChatTokenizer):
         deterministic: bool = False,
         threads: int | None = None,
         device: str = "auto",
+        batching: Batching | None = None,
     ) -> None:
         super().__init__(tokenizer, _end_ids(model, tokenizer), model.config.name_or_path or "the model")
         self.weights_id = 0
@@ -105,9 +109,13 @@ class LocalPolicy(ChatTokenizer):
         self.vocabulary: int = text_config.vocab_size
         """Tokens that the model knows; ids are below it."""
         self.model = model.eval()  # training too: dropout would make it see another policy than was sampled
+        mend(self.model)
         if threads is None:
             threads = 1 if model.num_parameters() < SMALL else 2 if deterministic else None
         self.exclusive = Exclusive(threads)
+        with self.exclusive.hold():
+            self.batching: Batching = batching or batching_of(self.model)
+            """How prompts of different lengths are sampled together; it depends on what the model's layers keep."""
         self._batcher = Batcher(self._sample_batch, deterministic)
         self._guides = ReplyGuides(self, self.vocabulary, self._end_ids)
 
@@ -190,6 +198,7 @@ class LocalPolicy(ChatTokenizer):
                 pad_id=self.tokenizer.pad_token_id or 0,
                 text=functools.partial(self.tokenizer.decode, skip_special_tokens=False),
                 stopped=interpreter_exiting.is_set,
+                batching=self.batching,
             )
         for request, row in zip(batch, rows, strict=True):
             if row.ended is not None:
@@ -247,7 +256,8 @@ class LocalPolicy(ChatTokenizer):
 
 
 def _from_parts(parts: Replica) -> LocalPolicy:
-    policy = LocalPolicy(parts.model(), parts.tokenizer, threads=parts.threads, device=parts.device)
+    model = parts.model()
+    policy = LocalPolicy(model, parts.tokenizer, threads=parts.threads, device=parts.device, batching=parts.batching)
     policy.source = f"a replica of {parts.config.name_or_path or parts.kind.__name__}"
     return policy
 

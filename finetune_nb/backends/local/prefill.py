@@ -5,58 +5,47 @@ the left of what is a prompt's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .grpo import forward_parameters, logits_only
+from .families.caches import join, kinds_of_layers, select_rows
+from .families.passes import Batching, Forward, forward_of
+from .families.positions import borders_of, last_length
+from .grpo import forward_parameters
 
 __all__ = [
-    "Forward",
     "can_share",
-    "forward_of",
     "prefill",
 ]
-
-Forward = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Any]]
-"""ids (B, T), attention mask (B, cached + T), positions (B, T), cache -> float32 logits of the last column (B, V), cache."""
 
 WORTH_SHARING = 32
 """Tokens that all prompts must have in common to get a pass of their own."""
 
 
-def forward_of(model: Any) -> Forward:
-    """The model's forward pass with a cache, told what it can be told."""
-    accepted, fixed = forward_parameters(model), logits_only(model)
-
-    def forward(ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "past_key_values": cache, "use_cache": True, **fixed}
-        if "position_ids" in accepted:
-            inputs["position_ids"] = positions_BT
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = 1
-        out = model(**inputs)
-        return out.logits[:, -1].float(), out.past_key_values
-
-    return forward
-
-
 def prefill(
-    model: Any, prompts: Sequence[Sequence[int]], pad_id: int = 0, forward: Forward | None = None
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    pad_id: int = 0,
+    forward: Forward | None = None,
+    batching: Batching = "padded",
 ) -> tuple[Tensor, Any, Tensor]:
     """Logits after each prompt (U, V), the cache of all, and its mask (U, P) of 0 and 1. Differentiable."""
     forward, device, cache = forward or forward_of(model), model.device, None
+    if batching != "padded":
+        return _by_length(prompts, device, forward)
     common = _common(prompts)
-    if common < WORTH_SHARING or not can_share(model):
+    if common < WORTH_SHARING or not can_share(model) or not _of_one_kind(model, common, prompts):
         common = 0
     if common:
         ids_1C = torch.tensor([prompts[0][:common]], device=device)
         positions_1C = torch.arange(common, device=device)[None]
         _, cache = forward(ids_1C, torch.ones_like(ids_1C), positions_1C, None)
-        cache.batch_select_indices(torch.zeros(len(prompts), dtype=torch.long, device=device))
+        cache = select_rows(cache, torch.zeros(len(prompts), dtype=torch.long, device=device))
     width = max(map(len, prompts)) - common
     ids_UT, mask_UP = np.full((len(prompts), width), pad_id), np.ones((len(prompts), common + width), np.int64)
     for row, prompt in enumerate(prompts):
@@ -67,6 +56,36 @@ def prefill(
     positions_UT = (mask.cumsum(1) - 1).clamp(min=0)[:, common:]
     logits_UV, cache = forward(torch.from_numpy(ids_UT).to(device), mask, positions_UT, cache)
     return logits_UV, cache, mask
+
+
+def _by_length(
+    prompts: Sequence[Sequence[int]], device: torch.device | str, forward: Forward
+) -> tuple[Tensor, Any, Tensor]:
+    """The same without padding: prompts of one length at a time, and then what is kept of all of them is joined."""
+    of_length: dict[int, list[int]] = defaultdict(list)
+    for row, prompt in enumerate(prompts):
+        of_length[len(prompt)].append(row)
+    mask_UP = torch.zeros((len(prompts), max(of_length)), dtype=torch.long, device=device)
+    parts, caches, order = [], [], []
+    for length, rows in of_length.items():
+        ids_GT = torch.tensor([prompts[row] for row in rows], device=device)
+        positions_GT = torch.arange(length, device=device).expand_as(ids_GT)
+        logits_GV, cache = forward(ids_GT, torch.ones_like(ids_GT), positions_GT, None)
+        mask_UP[rows, mask_UP.shape[1] - length :] = 1
+        parts.append(logits_GV)
+        caches.append(cache)
+        order += rows
+    logits_UV, cache = torch.cat(parts), join(caches)
+    if order != sorted(order):
+        place_U = torch.tensor(order, device=device).argsort()
+        logits_UV, cache = logits_UV[place_U], select_rows(cache, place_U)
+    return logits_UV, cache, mask_UP
+
+
+def _of_one_kind(model: Any, common: int, prompts: Sequence[Sequence[int]]) -> bool:
+    """Whether what all begin with has the positions in a pass of its own that it has in each whole prompt."""
+    borders = borders_of(model)
+    return last_length(common, borders) == last_length(max(map(len, prompts)), borders)
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:
@@ -82,10 +101,8 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
 def can_share(model: Any) -> bool:
     """Whether keys and values can be copied for what comes after them: not where layers keep only a window of them, or
     something else."""
-    from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    if "position_ids" not in forward_parameters(model):
+    if not {"position_ids", "past_key_values"} <= set(forward_parameters(model)):
         return False
-    layers = DynamicCache(config=model.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    return kinds_of_layers(model) == {DynamicLayer}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import BackendError
 from . import models
+from .families.passes import Batching
 from .lora import as_trained, is_lora
 from .weights import all_tensors, trained_tensors
 
@@ -42,6 +43,7 @@ class Replica:
     device: str
     """As in the config: each process looks for itself what it has."""
     threads: int | None
+    batching: Batching
     frozen: dict[str, Packed] = field(repr=False)
     buffers: dict[str, Packed] = field(repr=False)
     """Those that are computed and not saved, such as the frequencies of positions: casting them would change them."""
@@ -62,6 +64,7 @@ class Replica:
             {name: tensor.dtype for name, tensor in tensors.items()},
             policy.device,
             policy.exclusive.threads,
+            policy.batching,
             {name: _packed(tensor) for name, tensor in frozen.items()},
             {name: _packed(tensor) for name, tensor in buffers.items()},
         )

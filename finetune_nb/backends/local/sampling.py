@@ -19,7 +19,10 @@ from torch import Tensor
 from ...errors import BackendError
 from ...llms.constrained import Guide
 from ...types import Sample, SamplingParams
-from .prefill import forward_of, prefill
+from .families.caches import select_rows
+from .families.passes import Batching, forward_of
+from .families.positions import borders_of, last_length
+from .prefill import prefill
 
 __all__ = [
     "SampleRequest",
@@ -48,6 +51,11 @@ class SampleRequest:
     logprobs: list[float] = field(default_factory=list)
     likeliest: list[dict[int, float]] = field(default_factory=list)
     ended: str | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt and what has been sampled."""
+        return [*self.ids, *self.reply]
 
     def take(self, token: int, logprob: float, end_ids: frozenset[int], text: Callable[[list[int]], str]) -> None:
         """Adds a sampled token and sees whether the reply ends with it."""
@@ -82,46 +90,72 @@ def sample_batch(
     text: Callable[[list[int]], str],
     stopped: Callable[[], bool] = lambda: False,
     max_tokens: int = 131_072,
+    batching: Batching = "padded",
 ) -> None:
     """Fills in every request's reply.
 
     model: a Hugging Face causal language model in eval mode. end_ids: tokens that end a turn. text: ids -> text, for
     stop texts. stopped: asked before each token; True ends the batch early. max_tokens: rows times their longest
-    possible length that one cache may hold; more requests are sampled in several goes.
+    possible length that one cache may hold; more requests are sampled in several goes. batching: how prompts of
+    different lengths share one.
     """
-    for chunk in _chunks(requests, max_tokens):
-        _sample_chunk(model, chunk, end_ids, pad_id, text, stopped)
+    run = _Run(model, end_ids, pad_id, text, stopped, batching, borders_of(model))
+    while requests:
+        crossed: list[SampleRequest] = []
+        for chunk in _chunks(requests, max_tokens, batching, run.borders):
+            crossed += _sample_chunk(run, chunk)
+        requests = crossed
 
 
-def _chunks(requests: Sequence[SampleRequest], max_tokens: int) -> list[list[SampleRequest]]:
-    """Requests of like length together, so that little is padded; within one length their order stays."""
-    chunks: list[list[SampleRequest]] = []
-    longest = 0
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What all chunks have in common."""
+
+    model: Any
+    end_ids: frozenset[int]
+    pad_id: int
+    text: Callable[[list[int]], str]
+    stopped: Callable[[], bool]
+    batching: Batching
+    borders: tuple[int, ...]
+
+
+def _chunks(
+    requests: Sequence[SampleRequest], max_tokens: int, batching: Batching = "padded", borders: tuple[int, ...] = ()
+) -> list[list[SampleRequest]]:
+    """Requests of like length together, so that little is padded; within one length their order stays.
+
+    Only of one length where batching is "equal", one alone where it is "alone", and never across a border of positions.
+    """
+    companies: dict[Any, list[SampleRequest]] = {}
     for request in sorted(requests, key=lambda r: len(r.ids) + r.params.max_tokens):
-        longest = max(longest, len(request.ids) + request.params.max_tokens)
-        if not chunks or longest * (len(chunks[-1]) + 1) > max_tokens:
-            chunks.append([])
-        chunks[-1].append(request)
+        length = len(request.tokens)
+        company = {"equal": length, "alone": id(request)}.get(batching, last_length(length, borders))
+        companies.setdefault(company, []).append(request)
+    chunks: list[list[SampleRequest]] = []
+    for company in companies.values():
+        longest = 0
+        chunks.append([])
+        for request in company:
+            longest = max(longest, len(request.ids) + request.params.max_tokens)
+            if chunks[-1] and longest * (len(chunks[-1]) + 1) > max_tokens:
+                chunks.append([])
+            chunks[-1].append(request)
     return chunks
 
 
 @torch.inference_mode()
-def _sample_chunk(
-    model: Any,
-    rows: list[SampleRequest],
-    end_ids: frozenset[int],
-    pad_id: int,
-    text: Callable[[list[int]], str],
-    stopped: Callable[[], bool],
-) -> None:
-    device, forward = model.device, forward_of(model)
+def _sample_chunk(run: _Run, rows: list[SampleRequest]) -> list[SampleRequest]:
+    """Samples on until every row has ended; those whose positions changed before are returned, to be begun anew."""
+    device, forward = run.model.device, forward_of(run.model, run.batching)
     unique: dict[tuple[int, ...], int] = {}
-    prompt_of_row = torch.tensor([unique.setdefault(tuple(row.ids), len(unique)) for row in rows], device=device)
-    logits_BV, cache, mask_UP = prefill(model, list(unique), pad_id, forward)
-    width, steps = mask_UP.shape[1], max(row.params.max_tokens for row in rows)
+    prompt_of_row = torch.tensor([unique.setdefault(tuple(row.tokens), len(unique)) for row in rows], device=device)
+    logits_BV, cache, mask_UP = prefill(run.model, list(unique), run.pad_id, forward, run.batching)
+    width, steps = mask_UP.shape[1], max(row.params.max_tokens - len(row.reply) for row in rows)
+    until = last_length(width, run.borders)
     if len(unique) < len(rows):
         logits_BV = logits_BV[prompt_of_row]
-        cache.batch_select_indices(prompt_of_row)
+        cache = select_rows(cache, prompt_of_row)
     # The mask of the longest possible reply at once; each step looks at its beginning.
     prompt_mask_BT = mask_UP[prompt_of_row]
     mask_BT = torch.cat([prompt_mask_BT, torch.ones((len(rows), steps), dtype=torch.long, device=device)], 1)
@@ -129,33 +163,41 @@ def _sample_chunk(
     draws_BT = _uniforms(rows, steps).to(device)
     heat_B = torch.tensor([row.params.temperature for row in rows], device=device)
 
-    live = rows
+    live, crossed = rows, []
     for step in range(steps):
         fitting_BV = _fitting(live, logits_BV)
         chosen_B, logprobs_B, logprobs_BV = _choose(logits_BV, draws_BT[:, step], heat_B, fitting_BV)
         _note_likeliest(live, logprobs_BV)
         for row, token, logprob in zip(live, chosen_B.tolist(), logprobs_B.tolist(), strict=True):
             if row.ended is None:
-                row.take(token, logprob, end_ids, text)
+                row.take(token, logprob, run.end_ids, run.text)
         running = [i for i, row in enumerate(live) if row.ended is None]
-        if not running or stopped():
-            return
-        if len(running) <= COMPACT_BELOW * len(live):
+        most = COMPACT_BELOW * len(live)
+        if until is not None and width + step + 1 > until:
+            # The longest row, which may have ended, would decide on the positions of all.
+            most = len(live) - 1
+            crossed += [live[i] for i in running if len(live[i].tokens) > until]
+            running = [i for i in running if len(live[i].tokens) <= until]
+        if not running or run.stopped():
+            break
+        if len(running) <= most:
             keep = torch.tensor(running, device=device)
             live = [live[i] for i in running]
-            cache.batch_select_indices(keep)
+            cache = select_rows(cache, keep)
             chosen_B, mask_BT, next_position_B = chosen_B[keep], mask_BT[keep], next_position_B[keep]
             draws_BT, heat_B = draws_BT[keep], heat_B[keep]
         logits_BV, cache = forward(chosen_B[:, None], mask_BT[:, : width + step + 1], next_position_B[:, None], cache)
         next_position_B = next_position_B + 1
+    return [] if run.stopped() else crossed
 
 
 def _uniforms(rows: list[SampleRequest], steps: int) -> Tensor:
     """(B, steps) in [0, 1): row b's numbers come from its seed alone (Philox, a counter-based generator)."""
     draws_BT = np.zeros((len(rows), steps), dtype=np.float32)
     for draws_T, row in zip(draws_BT, rows, strict=True):
-        count = row.params.max_tokens
-        draws_T[:count] = np.random.Generator(np.random.Philox(key=row.seed % 2**128)).random(count, dtype=np.float32)
+        count, begun = row.params.max_tokens, len(row.reply)
+        of_reply = np.random.Generator(np.random.Philox(key=row.seed % 2**128)).random(count, dtype=np.float32)
+        draws_T[: count - begun] = of_reply[begun:]
     return torch.from_numpy(draws_BT)
 
 

@@ -20,6 +20,7 @@ from ...rewards.numbers import mean
 from ...training.batch import TokenSequence, TrainingBatch
 from ...types import MessageKey
 from .config import LocalGRPOConfig
+from .families.positions import borders_of
 from .forward import TokenBatch, collate, micro_batches
 from .grpo import LossStatistics, policy_loss
 from .lora import as_trained, is_lora, switched_off
@@ -124,6 +125,8 @@ class Learner:
             _checkpoint_gradients(as_trained(policy.model))
         # Layers that compute their activations again let go of the keys and values that sharing needs.
         self._shares = can_share(policy.model) and not config.gradient_checkpointing
+        self._unchanged = min(borders_of(policy.model), default=math.inf)
+        """Tokens up to which a sequence's positions are those of its beginning."""
 
     def check(self, experience: TrainingBatch) -> None:
         """Raises BackendError for sequences that this model cannot hold."""
@@ -220,7 +223,9 @@ class Learner:
         config = self.config
         tokens = sum(sum(sequence.sampled) for sequence in sequences)
         loss, statistics = 0.0, LossStatistics()
-        for batch, shared in micro_batches(sequences, config.micro_batch_tokens, self._shares):
+        # The positions of a prompt must not change with the reply that comes after it.
+        sharing = self._shares and max(map(len, sequences)) <= self._unchanged
+        for batch, shared in micro_batches(sequences, config.micro_batch_tokens, sharing):
             if stopped():
                 return None
             of_batch = self._backward(batch, shared, tokens, len(sequences))
