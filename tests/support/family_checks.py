@@ -47,10 +47,10 @@ class Turn:
         return [*self.prompt, *self.sample.ids]
 
 
-def made_policy(model: Any, lora: str | None = None) -> LocalPolicy:
-    """A policy of that model; with an adapter of these layers, whose weights are drawn, so that it changes something."""
-    if lora is not None:
-        model = with_adapter(model, LoRAConfig(rank=4, target=lora), seed=0)
+def made_policy(model: Any, lora: bool = False) -> LocalPolicy:
+    """A policy of that model; with an adapter whose weights are drawn, all that matter, so that it changes something."""
+    if lora:
+        model = with_adapter(model, LoRAConfig(rank=4), seed=0)
         generator = torch.Generator().manual_seed(1)
         for weight in _used(model, "lora_B"):
             weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
