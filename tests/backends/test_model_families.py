@@ -37,7 +37,7 @@ def each_family(test):
 @KINDS
 async def test_a_family_is_sampled_and_trained_as_plain_passes_say(name, lora, record_property):
     plain_model = family(name).model()
-    policy = made_policy(family(name).model(), family(name).lora if lora else None)
+    policy = made_policy(family(name).model(), lora)
     episodes = await sampled_episodes(policy)
     turns = [turn for episode in episodes for turn in episode]
 
@@ -69,7 +69,7 @@ async def test_a_trained_family_is_saved_and_loaded_as_it_is(name, lora, tmp_pat
     base.save(tmp_path / "base")
     policy = LocalPolicy.load(tmp_path / "base", deterministic=True)
     if lora:
-        policy = made_policy(policy.model, family(name).lora)
+        policy = made_policy(policy.model, lora=True)
     trained_gradient(policy, await sampled_episodes(policy, turns=1))
     policy.save(tmp_path / "trained")
     loaded = LocalPolicy.load(tmp_path / "trained").model  # an adapter is added to the weights

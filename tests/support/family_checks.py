@@ -47,16 +47,23 @@ class Turn:
         return [*self.prompt, *self.sample.ids]
 
 
-def made_policy(model: Any, lora: str | None = None) -> LocalPolicy:
-    """A policy of that model; with an adapter of these layers, all of whose weights are drawn, so that it changes something."""
-    if lora is not None:
-        model = with_adapter(model, LoRAConfig(rank=4, target=lora), seed=0)
+def made_policy(model: Any, lora: bool = False) -> LocalPolicy:
+    """A policy of that model; with an adapter whose weights are drawn, all that matter, so that it changes something."""
+    if lora:
+        model = with_adapter(model, LoRAConfig(rank=4), seed=0)
         generator = torch.Generator().manual_seed(1)
-        for name, weight in model.named_parameters():
-            # Mamba layers read the weight of this one and never call it, so that its adapter does nothing.
-            if "lora_B" in name and "dt_proj" not in name:
-                weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
+        for weight in _used(model, "lora_B"):
+            weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
     return LocalPolicy(model, byte_tokenizer(), deterministic=True)
+
+
+def _used(model: Any, kind: str) -> list[Tensor]:
+    """Weights of that kind which logits depend on. Of some layers a model reads the weight and never calls the layer: their
+    adapters learn nothing, and stay 0."""
+    weights = [weight for name, weight in model.named_parameters() if kind in name]
+    logits = model(torch.arange(3, 12)[None], use_cache=False).logits
+    gradients = torch.autograd.grad(logits.square().sum(), weights, allow_unused=True)
+    return [w for w, gradient in zip(weights, gradients, strict=True) if gradient is not None and bool(gradient.any())]
 
 
 async def sampled_episodes(policy: LocalPolicy, turns: int = 2) -> list[list[Turn]]:

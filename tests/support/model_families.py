@@ -37,8 +37,6 @@ class Family:
     """Of its config, beside or in place of SIZES; None leaves one of those out, but for `pad_token_id`."""
     model_type: str = ""
     """As transformers calls it; "": as `name`."""
-    lora: str = "all-linear"
-    """Layers that get an adapter, where peft does not take all linear ones."""
     refused: str | None = None
     """Words of the error with which it is refused when it is loaded; None: it is sampled and trained."""
 
@@ -61,12 +59,12 @@ def attention(name: str, model_type: str = "", **settings: Any) -> Family:
     return Family(name, "attention", settings, model_type)
 
 
-def hybrid(name: str, lora: str = "all-linear", **settings: Any) -> Family:
-    return Family(name, "hybrid", settings, lora=lora)
+def hybrid(name: str, **settings: Any) -> Family:
+    return Family(name, "hybrid", settings)
 
 
-def recurrent(name: str, lora: str = "all-linear", **settings: Any) -> Family:
-    return Family(name, "recurrent", settings, lora=lora)
+def recurrent(name: str, **settings: Any) -> Family:
+    return Family(name, "recurrent", settings)
 
 
 def bidirectional(name: str, **settings: Any) -> Family:
@@ -143,8 +141,6 @@ INKLING = HEADS | {
     "rel_extent": 16,
     "layer_types": ["hybrid_sliding", "hybrid"],
 }
-# peft refuses the output projection of Mamba layers.
-NOT_OUT_PROJ = r".*\.(in|x|q|k|v|o|gate|up|down)_proj"
 ZAMBA = {
     "mamba_d_state": 8,
     "num_hidden_layers": 5,
@@ -291,7 +287,7 @@ FAMILIES = [
     attention("youtu", **LATENT, pad_token_id=None),
     hybrid("bailing_hybrid", **GROUPS, **LATENT, **LINEAR, **HEADS),
     hybrid("bamba", **SSM, attn_layer_indices=[1]),
-    hybrid("falcon_h1", NOT_OUT_PROJ, **SSM, mamba_d_ssm=64),
+    hybrid("falcon_h1", **SSM, mamba_d_ssm=64),
     hybrid("granitemoehybrid", **EXPERTS, **SSM, **LINEAR, shared_intermediate_size=32),
     hybrid("inkling_text", **EXPERTS, **INKLING, n_shared_experts=1),
     hybrid("inkling2_text", **EXPERTS, **INKLING, unpadded_vocab_size=262, n_layers_per_attn_res_block=1),
@@ -302,7 +298,7 @@ FAMILIES = [
     hybrid("lfm3", **HEADS, sliding_window=8, num_hidden_layers=3, layer_types=["conv", *WINDOW["layer_types"]]),
     hybrid("minimax", **EXPERTS, **HEADS, block_size=8),
     hybrid(
-        "nemotron_h", NOT_OUT_PROJ, **EXPERTS, **HEADS, num_hidden_layers=3, layers_block_type=["mamba", "attention", "moe"],
+        "nemotron_h", **EXPERTS, **HEADS, num_hidden_layers=3, layers_block_type=["mamba", "attention", "moe"],
         mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=1, chunk_size=8,
     ),
     hybrid("olmo_hybrid", **LINEAR, num_key_value_heads=4),
@@ -318,9 +314,9 @@ FAMILIES = [
     hybrid("zamba", **ZAMBA, n_mamba_heads=2, use_mamba_kernels=False),
     hybrid("zamba2", **ZAMBA, n_mamba_heads=8, mamba_headdim=8, mamba_ngroups=1, chunk_size=8, num_mem_blocks=1),
     hybrid("zaya", **(EXPERTS | {"num_experts_per_tok": 1}), **HEADS, router_hidden_size=16),
-    recurrent("falcon_mamba", NOT_OUT_PROJ, state_size=8),
-    recurrent("mamba", NOT_OUT_PROJ, state_size=8),
-    recurrent("mamba2", NOT_OUT_PROJ, num_heads=8, head_dim=8, n_groups=1, state_size=8, chunk_size=8),
+    recurrent("falcon_mamba", state_size=8),
+    recurrent("mamba", state_size=8),
+    recurrent("mamba2", num_heads=8, head_dim=8, n_groups=1, state_size=8, chunk_size=8),
     recurrent("rwkv", attention_hidden_size=32),
     recurrent("xlstm", hidden_size=128, num_heads=4),
     bidirectional("bert"),

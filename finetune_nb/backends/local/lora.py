@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 ALL_LINEAR = "all-linear"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PARTS_OF_EXPERTS = {
     "gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"),
     "down_proj": ("w2",),
@@ -104,6 +105,7 @@ def with_saved_adapter(model: Any, directory: str | Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights, which is seen to below
         adapted = PeftModel.from_pretrained(model, str(directory), use_safetensors=True)
+        _load_by_name(adapted, Path(directory) / ADAPTER_WEIGHTS)
     with torch.no_grad():
         for _, layer, parameter in _adapted(adapted):
             base = layer.get_base_layer()
@@ -120,6 +122,24 @@ def with_saved_adapter(model: Any, directory: str | Path) -> Any:
             config.tie_word_embeddings = False
         merged.tie_weights()  # reads the config again
     return merged
+
+
+@torch.no_grad()
+def _load_by_name(adapted: Any, path: Path) -> None:
+    """Puts what was saved under a weight's name into that weight: peft takes some names for those of an older checkpoint, and
+    leaves their weights as they were drawn. Raises ValueError where a weight is missing, or belongs to nothing."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved, own = load_file(path), get_peft_model_state_dict(adapted)
+    wrong = sorted(saved.keys() ^ own.keys())
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit {type(as_trained(adapted)).__name__}: weight {wrong[0]!r} is in one of the two alone. Expected "
+            "the adapter of that model."
+        )
+    for name, weight in own.items():
+        weight.copy_(saved[name])
 
 
 @contextmanager
@@ -196,16 +216,18 @@ def _targets(model: Any, target: str | list[str]) -> tuple[list[str], list[str]]
 
     Parameters are named where peft cannot add to what a layer returns: fused experts, layers that return something else
     than a product, and layers whose names peft takes for those of experts. "all-linear" is every linear layer and every
-    expert, but neither the output layer nor a router that returns a choice of experts.
+    expert, but neither the output layer, nor a router that returns a choice of experts, nor a layer that peft refuses.
     """
     modules = dict(model.named_modules())
     experts = _parameters_of_experts(modules)
     if target == ALL_LINEAR:
         output = model.get_output_embeddings()
         layers = [name for name, module in modules.items() if _is_linear(module) and module is not output]
+        refused = _refused_by_peft(model, layers)
+        layers = [name for name in layers if name not in refused]
         wanted_experts = experts
     else:
-        wanted = _matcher(target)
+        wanted, refused = _matcher(target), set()
         layers = [name for name, module in modules.items() if wanted(name) and not _holds_experts(module)]
         wanted_experts = [name for name in experts if any(map(wanted, _names_of_experts(name)))]
     kinds = {name: _kind(modules[name]) for name in layers}
@@ -217,7 +239,7 @@ def _targets(model: Any, target: str | list[str]) -> tuple[list[str], list[str]]
     parameters = wanted_experts + [f"{name}.weight" for name in layers if name in by_weight]
     # Of a regular expression peft keeps only the ends of the names where a model has experts.
     by_itself = not experts or isinstance(target, list)
-    if by_itself and not parameters and len(layers) == len(kinds):
+    if by_itself and not refused and not parameters and len(layers) == len(kinds):
         return None
     if not layers and not parameters:
         raise ConfigError(
@@ -225,6 +247,23 @@ def _targets(model: Any, target: str | list[str]) -> tuple[list[str], list[str]]
             '"all-linear", or names of linear layers or of experts such as ["q_proj", "v_proj", "experts"].'
         )
     return [name for name in layers if name not in by_weight], parameters
+
+
+def _refused_by_peft(model: Any, layers: list[str]) -> set[str]:
+    """Those that peft adapts in no model of this kind: the output projections of Mamba layers, whose kernels read the weight."""
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    if check is None:  # an older peft, which refuses nothing
+        return set()
+    refused = set()
+    for own in {name.rpartition(".")[2] for name in layers}:
+        try:
+            check(LoraConfig(), model, own)
+        except ValueError:
+            refused.add(own)
+    return {name for name in layers if name.rpartition(".")[2] in refused}
 
 
 def _as_peft_has_it(model: Any, target: str | list[str], named: tuple[list[str], list[str]] | None) -> dict[str, Any]:

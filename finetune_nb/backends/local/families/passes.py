@@ -44,8 +44,8 @@ def forward_of(model: Any, batching: Batching = "padded") -> Forward:
     """The model's forward pass with what it keeps, told what it can be told."""
     if batching == "whole":
         return _whole_forward_of(model)
-    accepted, cached = forward_parameters(model), cache_name(model) or CACHE_NAMES[0]
-    fixed = logits_only(model)
+    accepted, fixed = forward_parameters(model), logits_only(model)
+    cached = cache_name(model) or CACHE_NAMES[0]
     # Where nothing is padded there is nothing to tell, and the model may count positions in its own way. States have no columns.
     told = batching in ("padded", "joined") and cached == CACHE_NAMES[0]
 
@@ -77,13 +77,13 @@ def _whole_forward_of(model: Any) -> Forward:
             ids[row, : len(known)] = known
             mask[row, : len(known)] = 1
         inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        inputs = {name: tensor.to(ids_BT.device) for name, tensor in inputs.items()}
+        inputs = {name: tensor.to(ids_BT.device) for name, tensor in inputs.items()} | fixed
         last_B = torch.tensor(lengths, device=ids_BT.device) - 1
         columns_K, column_of_row_B = last_B.unique(return_inverse=True)
         if "logits_to_keep" in accepted:
-            logits_BKV = model(**inputs, **fixed, use_cache=False, logits_to_keep=columns_K).logits
+            logits_BKV = model(**inputs, use_cache=False, logits_to_keep=columns_K).logits
         else:
-            logits_BKV = model(**inputs, **fixed, use_cache=False).logits[:, columns_K]
+            logits_BKV = model(**inputs, use_cache=False).logits[:, columns_K]
         return logits_BKV[torch.arange(len(lengths)), column_of_row_B].float(), tokens
 
     return forward
