@@ -44,7 +44,7 @@ def closing():
 def make_run(tmp_path, closing):
     """Makes a run whose agent is right or wrong by the seed, and whose adapter trains nothing."""
     # Imported here, so that numpy is not loaded before the environment above is set.
-    from agents import coin, guess, right
+    from small_agents import coin, guess, right
 
     import finetune_nb as ft
     from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums

@@ -10,7 +10,7 @@ import ipywidgets
 import finetune_nb as ft
 from browser import probe
 from finetune_nb.testing import sums
-from agents import guess, right
+from small_agents import guess, right
 from detached import Weights
 
 async def slow(question, llm):

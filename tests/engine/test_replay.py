@@ -3,8 +3,8 @@
 import time
 
 import pytest
-from agents import guess, right
 from detached import Weights
+from small_agents import guess, right
 
 import finetune_nb as ft
 from finetune_nb.engine.live_settings import LiveSettings, journal_text, live_fields, read_journal

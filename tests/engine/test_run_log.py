@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 import pytest
-from agents import coin, guess, right
+from small_agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.redaction import remember_secret

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from agents import coin, guess, right
 from foreign_trainer import ForeignTrainer, ten_groups
+from small_agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.engine.observer import curriculum_of, set_curriculum

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from agents import right
+from small_agents import right
 
 import finetune_nb as ft
 from finetune_nb.llms import gateway as gateway_module

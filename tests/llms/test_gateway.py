@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
-from agents import coin, right
+from small_agents import coin, right
 
 import finetune_nb as ft
 from finetune_nb.errors import RunError

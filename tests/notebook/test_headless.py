@@ -17,7 +17,7 @@ import sys
 sys.path.insert(0, {support!r})
 import finetune_nb as ft
 from finetune_nb.testing import sums
-from agents import guess, right
+from small_agents import guess, right
 from detached import Weights
 run = ft.Run(guess, right, sums(6), adapter=Weights(), generations=4, output_dir={folder!r}, name="live")
 """

@@ -7,7 +7,7 @@ import weakref
 
 import ipywidgets
 import pytest
-from agents import coin, guess, right
+from small_agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.notebook import kernel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from agents import right
+from small_agents import right
 
 import finetune_nb as ft
 from finetune_nb.rollouts.preferences import PreferenceBuilder, PreferenceBuilderConfig, preference_pairs

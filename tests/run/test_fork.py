@@ -8,8 +8,8 @@ import threading
 import time
 
 import pytest
-from agents import guess, right
 from detached import Detached, Weights
+from small_agents import guess, right
 
 import finetune_nb as ft
 from finetune_nb.engine.observer import TrainerObserver

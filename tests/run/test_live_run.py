@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from agents import guess, right
 from detached import Weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_agents import guess, right
 
 import finetune_nb as ft
 from finetune_nb.engine.state import ACTIVE, MOVES, RunState
@@ -335,7 +335,7 @@ SCRIPT = textwrap.dedent(
     sys.path.insert(0, {support!r})
     import finetune_nb as ft
     from finetune_nb.testing import sums
-    from agents import guess, right
+    from small_agents import guess, right
     from detached import Weights
 
     async def slow(question, llm):
@@ -396,7 +396,7 @@ HANGING = textwrap.dedent(
     sys.path.insert(0, {support!r})
     import finetune_nb as ft
     from finetune_nb.testing import sums
-    from agents import right
+    from small_agents import right
     from detached import Weights
 
     waits = threading.Event()

@@ -10,8 +10,8 @@ import re
 import time
 
 import pytest
-from agents import coin, guess, right
 from factories import make_epoch
+from small_agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb import tripwires

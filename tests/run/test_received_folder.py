@@ -11,7 +11,7 @@ from threading import Thread
 
 import pytest
 import yaml
-from agents import coin, guess, right
+from small_agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.errors import StoreError
@@ -136,7 +136,7 @@ def test_the_next_process_of_the_same_user_continues_the_run(own):
     code = """
 import sys
 import finetune_nb as ft
-from agents import guess, right
+from small_agents import guess, right
 from finetune_nb.testing import sums
 run = ft.Run.open(sys.argv[1], guess, right, dataset=sums(3), validation=sums(2))
 print(ft.run_sync(run.next_epoch()).index)

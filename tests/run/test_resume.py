@@ -13,8 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from agents import coin, guess, right
 from detached import Weights
+from small_agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.errors import StoreError
@@ -273,7 +273,7 @@ SCRIPT = textwrap.dedent(
     sys.path.insert(0, {support!r})
     import finetune_nb as ft
     from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
-    from agents import coin, guess, right
+    from small_agents import coin, guess, right
 
     async def main():
         adapter = FakeAdapter(policy=ScriptedPolicy(coin), delay=0.01)

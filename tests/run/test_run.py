@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-from agents import coin, guess, right
 from foreign_trainer import ForeignTrainer, ten_groups
+from small_agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums

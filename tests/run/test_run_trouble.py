@@ -10,8 +10,8 @@ from contextlib import closing, suppress
 
 import pandas as pd
 import pytest
-from agents import guess, right
 from detached import Weights
+from small_agents import guess, right
 
 import finetune_nb as ft
 from finetune_nb import frames

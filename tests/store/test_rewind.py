@@ -9,9 +9,9 @@ from contextlib import closing as closed
 import killed
 import pandas as pd
 import pytest
-from agents import guess, right
 from detached import Weights
 from killed import record_of
+from small_agents import guess, right
 
 import finetune_nb as ft
 from finetune_nb.store import checkpoints as rewind

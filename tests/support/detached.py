@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-from agents import coin
+from small_agents import coin
 
 from finetune_nb.errors import BackendError, UnknownJob
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy

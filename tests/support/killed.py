@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy  # noqa: F401  # everything heavy is loaded before the fork
 import pyarrow.parquet  # noqa: F401
-from agents import guess, right
 from detached import Detached, Weights
+from small_agents import guess, right
 
 import finetune_nb as ft
 from finetune_nb.engine import run_writer as recorder

@@ -6,9 +6,9 @@ import dataclasses
 import json
 
 import pytest
-from agents import coin
 from factories import make_epoch
 from foreign_trainer import ten_groups
+from small_agents import coin
 
 import finetune_nb as ft
 from finetune_nb import frames

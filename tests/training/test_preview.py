@@ -4,9 +4,9 @@ import re
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from agents import coin, guess, right
 from factories import make_epoch
 from hypothesis import given, settings
+from small_agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.config import CurriculumSettings

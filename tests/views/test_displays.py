@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import coin, guess, right
+from small_agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.notebook.display import ProgressLine

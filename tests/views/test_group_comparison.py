@@ -7,9 +7,9 @@ import xml.etree.ElementTree as ElementTree
 from typing import Any
 
 import pytest
-from agents import coin, guess, right
 from factories import item, make_epoch, sampled
 from hostile import HOSTILE, text_of
+from small_agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.analysis.group_comparison import Divergence, GroupComparison, compare_group, first_divergence

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agents import coin, guess, right
 from factories import make_epoch
 from hostile import HOSTILE, text_of
+from small_agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.analysis.learning_signal import SIGNALS, LearningSignal, chance_of_spread, learning_signal

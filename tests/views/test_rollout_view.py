@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from agents import coin, guess, right
 from factories import item, make_epoch, sampled
 from hostile import HOSTILE, text_of
+from small_agents import coin, guess, right
 
 import finetune_nb as ft
 from finetune_nb.analysis.messages import Token, entropy_of, tokens_of
