@@ -37,6 +37,11 @@ install_ray() {
   echo 'raise ImportError("its grammar takes seconds to load")' >"$(packages_of "$making")/rfc3987_syntax.py"
 }
 
+# Agent libraries that do not go together: all of their packages are pinned.
+install_agents() { pip_install --no-deps -r tests/with_agents/agents.txt; }
+install_agents_strands() { pip_install --no-deps -r tests/with_agents/agents_strands.txt; }
+install_agents_inspect() { pip_install --no-deps -r tests/with_agents/agents_inspect.txt; }
+
 # ── how ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 pip_install() { "$making/bin/python" -m pip install --quiet "$@"; }
@@ -71,6 +76,7 @@ project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 print(project["dependencies"], project["optional-dependencies"])'
   cat constraints.txt
   find tests -path "*/with_$1/constraints.txt" -exec cat {} +
+  find tests/with_agents -name "$1.txt" -exec cat {} +
   find "$(packages_of .venv)" -maxdepth 1 -name '*.dist-info' ! -name 'finetune_nb-*' -printf '%f\n' | sort
 }
 

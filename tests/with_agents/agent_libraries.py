@@ -39,6 +39,8 @@ class Library:
 
     package = ""
     """The distribution whose version is pinned."""
+    environment: str = "agents"
+    """Not all libraries go together: the environment that has it."""
     without: tuple[str, ...] = ()
     """Tasks that the library has no words for."""
 
@@ -588,6 +590,7 @@ class Instructor(OpenAI):
 
 class Strands(Library):
     package = "strands-agents"
+    environment = "agents_strands"
 
     def agent(self, **options):
         from strands import Agent
@@ -618,6 +621,7 @@ class Strands(Library):
 
 class InspectAI(Library):
     package = "inspect-ai"
+    environment = "agents_inspect"
     without = ("stream",)
 
     def model(self):
@@ -673,6 +677,7 @@ class InspectAI(Library):
 
 class LlamaIndex(Library):
     package = "llama-index-core"
+    environment = "agents_strands"
 
     def model(self):
         from llama_index.llms.openai_like import OpenAILike

@@ -4,6 +4,7 @@ and a conversation that is carried on keeps them."""
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -103,16 +104,14 @@ async def close_clients():
     await gateway().close_clients()
 
 
-def is_installed(library):
-    try:
-        importlib.metadata.version(LIBRARIES[library].package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def environment():
+    """The one that these tests run in, by a library that only it has."""
+    if importlib.util.find_spec("strands"):
+        return "agents_strands"
+    return "agents_inspect" if importlib.util.find_spec("inspect_ai") else "agents"
 
 
-HERE = [library for library in LIBRARIES if is_installed(library)]
-"""There is more than one environment: not all of them go together."""
+HERE = [library for library, kind in LIBRARIES.items() if kind.environment == environment()]
 CASES = [(library, task) for library in HERE for task in TASKS if task not in LIBRARIES[library].without]
 
 
