@@ -50,7 +50,7 @@ class Helper(ScriptedPolicy):
         names = {tool["function"]["name"]: tool["function"] for tool in tools}
         answered = messages[-1]["role"] == "tool"
         adder = next((name for name in names if name.startswith("add")), None)
-        if params.reply_format is not None and "[[ ## " in said:
+        if "[[ ## " in said and (params.reply_format is not None or "JSON object" in said):
             return json.dumps({"answer": {"value": 7}})
         if "[[ ## " in said:  # DSPy's own form
             return dspy_reply(said, last)
