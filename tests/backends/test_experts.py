@@ -17,6 +17,8 @@ from finetune_nb.backends.local.lora import merged_tensors, settings_of, with_ad
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.errors import ConfigError  # noqa: E402
 
+pytestmark = [pytest.mark.slow, pytest.mark.proof]  # they are exact, and each takes seconds
+
 IDS = [*PROMPT, *range(30, 50)]
 
 

@@ -17,6 +17,8 @@ from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.backends.local.training import FLOAT16_SCALE  # noqa: E402
 from finetune_nb.store.durable import digest_of  # noqa: E402
 
+pytestmark = [pytest.mark.slow, pytest.mark.proof]  # they are exact, and each takes seconds
+
 HALF = ["bfloat16", "float16"]
 SMALL = {"learning_rate": 1e-6, "optimizer_steps": 4, "micro_batch_tokens": 64}
 """A learning rate usual for real models, of which bfloat16 rounds nearly every step away."""

@@ -23,6 +23,8 @@ from finetune_nb.llms.constrained import ReplyGuides  # noqa: E402
 from finetune_nb.testing import ScriptedPolicy, sums  # noqa: E402
 from finetune_nb.types import ReplyFormat, SamplingParams  # noqa: E402
 
+pytestmark = [pytest.mark.slow, pytest.mark.proof]  # they are exact, and each takes seconds
+
 HEAD = "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
 FOOT = "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 HERMES = (
