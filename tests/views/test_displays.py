@@ -12,6 +12,7 @@ import pytest
 from small_agents import coin, guess, right
 
 import finetune_nb as ft
+from finetune_nb.analysis.agreement import agreement
 from finetune_nb.notebook.display import ProgressLine
 from finetune_nb.notebook.panel import Panel, StaticPanel
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
@@ -77,6 +78,8 @@ def shown(tmp_path, closing, monkeypatch) -> list[Any]:
         first.compare_group(),
         first.preview(percentile=0.5, enabled=True),
         ft.compare([first, second]),
+        first.rescore(),
+        agreement(["e0/a/0", "e0/b/0"], [0.0, 1.0], [0.5, 1.0], [3, 4]),
         first.plot_rewards(),
         ProgressLine("rollouts", 1, 2),
         still,
