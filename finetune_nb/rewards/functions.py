@@ -16,6 +16,7 @@ __all__ = [
     "GroupReward",
     "RewardFunction",
     "Rewards",
+    "batch_method",
     "evaluators_from",
     "group_reward",
     "needs_group",
@@ -145,13 +146,21 @@ def needs_group(evaluator: Any) -> bool:
     """
     if isinstance(evaluator, GroupReward):
         return True
-    if _is_batched(evaluator) or not callable(evaluator):
+    if batch_method(evaluator) is not None or not callable(evaluator):
         return False
     return "group" in Parameters(evaluator).names
 
 
-def _is_batched(evaluator: Any) -> bool:
-    return hasattr(evaluator, "evaluate_fn") or hasattr(evaluator, "evaluate")
+def batch_method(evaluator: Any) -> Any:
+    """The method with which an evaluator scores all rollouts in one call, as those of the NeMo Agent Toolkit do.
+
+    Args:
+        evaluator: A function, or an object with `evaluate`.
+
+    Returns:
+        The method; None for a function.
+    """
+    return getattr(evaluator, "evaluate_fn", None) or getattr(evaluator, "evaluate", None)
 
 
 class RewardFunction:
@@ -176,8 +185,6 @@ class RewardFunction:
         self.is_async = any(map(inspect.iscoroutinefunction, (self.function, type(self.function).__call__)))
         self._trajectory_of = trajectory_of
         self._parameters = Parameters(self.function)
-        self.wants_group = self.of_group or "group" in self._parameters.names
-        """Whether it can only be called once all rollouts of the example have ended."""
         self.wants_trajectory = not {"trajectory", "trajectories"}.isdisjoint(self._parameters.names)
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import RunError
 from ..types import EvalInputItem, EvalOutputItem, Trajectory
-from .functions import RewardFunction, TrajectoryOf
+from .functions import RewardFunction, TrajectoryOf, batch_method
 from .scoring import WeightedSum, score
 from .verdicts import scores_of
 
@@ -26,6 +26,31 @@ __all__ = [
 
 class RecordedRollout(EvalInputItem):
     """A recorded rollout as a reward function gets it. What was not recorded is an error, not an empty value."""
+
+    @classmethod
+    def of(cls, example: Any, row: EvalInputItem | None, **output: Any) -> RecordedRollout:
+        """Make one.
+
+        Args:
+            example: Id of the example.
+            row: Its row of the dataset; None if that is not known.
+            **output: `output_obj`, what the workflow returned, if that was recorded.
+
+        Returns:
+            The rollout.
+        """
+        item = cls.model_construct(
+            id=example,
+            input_obj=row.input_obj if row else None,
+            expected_output_obj=row.expected_output_obj if row else None,
+            full_dataset_entry=row.full_dataset_entry if row else None,
+            **output,
+        )
+        # What has a default is missing all the same.
+        del item.trajectory
+        if not output:
+            del item.output_obj
+        return item
 
     def __getattr__(self, name: str) -> Any:
         if name == "output_obj":
@@ -97,7 +122,7 @@ async def score_recorded(
         trajectory_of = lambda item: by_item[id(item)]  # noqa: E731
 
     known: dict[str, list[EvalOutputItem]] = {}
-    batched = {name: each for name, each in evaluators.items() if _takes_all(each)}
+    batched = {name: each for name, each in evaluators.items() if batch_method(each) is not None}
     for wave in _waves(groups) if batched else ():
         # Such an evaluator tells rollouts apart by their example: it gets one of each at a time.
         found = await score(batched, [items[place] for place in wave], None, None, max_concurrency, trajectory_of)
@@ -108,12 +133,6 @@ async def score_recorded(
     found = await score(evaluators, items, groups, known, max_concurrency, trajectory_of)
     verdicts_of = known | {name: output.eval_output_items for name, output in found.items()}
     return _scores(verdicts_of, reward_name, len(items))
-
-
-def _takes_all(evaluator: Any) -> bool:
-    return not isinstance(evaluator, WeightedSum) and (
-        hasattr(evaluator, "evaluate_fn") or hasattr(evaluator, "evaluate")
-    )
 
 
 def _waves(groups: Sequence[Sequence[int]]) -> list[list[int]]:

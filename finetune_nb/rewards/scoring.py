@@ -13,7 +13,7 @@ from ..text import text_of
 from ..threads import in_daemon_thread
 from ..types import EvalInput, EvalInputItem, EvalOutput, EvalOutputItem
 from ..user_code import contained, contained_call
-from .functions import RewardFunction, TrajectoryOf, needs_group
+from .functions import RewardFunction, TrajectoryOf, batch_method, needs_group
 from .verdicts import no_score, output_of, verdict_of, weighted_sum
 
 __all__ = [
@@ -102,16 +102,11 @@ def check_evaluator(evaluator: Any, items: Sequence[EvalInputItem]) -> None:
     Raises:
         ConfigError: It is no evaluator, or a function with a parameter that nothing fills.
     """
-    if not isinstance(evaluator, WeightedSum) and _batch_of(evaluator) is None:
+    if not isinstance(evaluator, WeightedSum) and batch_method(evaluator) is None:
         RewardFunction(evaluator).check(items)
 
 
-def _batch_of(evaluator: Any) -> Any:
-    """The method that scores all items in one call; None for a function of one rollout."""
-    return getattr(evaluator, "evaluate_fn", None) or getattr(evaluator, "evaluate", None)
-
-
-# ── of one rollout ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── one evaluator ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def evaluate_items(
@@ -135,49 +130,32 @@ async def evaluate_items(
     Raises:
         ConfigError: It is no evaluator.
     """
-    batch = _batch_of(evaluator)
+    batch = batch_method(evaluator)
     if batch is not None:
         return await _batched(batch, items)
     function = RewardFunction(evaluator, trajectory_of)
-    if function.is_async:
-        gate = asyncio.Semaphore(max_concurrency)
-
-        async def ask(item: EvalInputItem) -> EvalOutputItem:
-            async with gate:
-                return await _asked(item.id, function.of_rollout, item)
-
-        return output_of(list(await asyncio.gather(*map(ask, items))))
-    called = await in_daemon_thread(_call_all, function.of_rollout, items)  # one thread: a slow reward blocks nobody
-    return output_of([await _awaited(item.id, value) for item, value in zip(items, called, strict=True)])
+    calls = [_Call(function, [place], [item], partial(function.of_rollout, item)) for place, item in enumerate(items)]
+    return await _made(function, calls, len(items), max_concurrency)
 
 
-async def _asked(item_id: Any, function: Callable[..., Any], *args: Any) -> EvalOutputItem:
-    """The verdict of an async function."""
-    try:
-        value = await contained("the reward", function(*args), PATIENCE)
-    except Exception as error:
-        return no_score(item_id, error)
-    return verdict_of(item_id, value)
-
-
-def _call_all(function: Callable[[EvalInputItem], Any], items: Sequence[EvalInputItem]) -> list[Any]:
-    """What a sync function returns for each rollout, as a verdict; or what is to be awaited."""
-    called: list[Any] = []
-    for item in items:
-        try:
-            value = contained_call("the reward", function, item)
-        except Exception as error:
-            called.append(no_score(item.id, error))
-        else:
-            called.append(value if inspect.isawaitable(value) else verdict_of(item.id, value))
-    return called
-
-
-async def _awaited(item_id: Any, value: Any) -> EvalOutputItem:
-    """The verdict of a sync function that returned something to await."""
-    if isinstance(value, EvalOutputItem):
-        return value
-    return await _asked(item_id, lambda: value)
+async def _evaluate_groups(
+    evaluator: Any,
+    items: Sequence[EvalInputItem],
+    groups: Sequence[Sequence[int]],
+    max_concurrency: int,
+    trajectory_of: TrajectoryOf | None,
+) -> EvalOutput:
+    """One verdict a rollout, of a function that needs all rollouts of the example."""
+    function = RewardFunction(evaluator, trajectory_of)
+    calls: list[_Call] = []
+    for places in groups:
+        group = [items[place] for place in places]
+        if function.of_group:
+            calls.append(_Call(function, places, group, partial(function.of_rollouts, group)))
+            continue
+        for place, item in zip(places, group, strict=True):
+            calls.append(_Call(function, [place], [item], partial(function.of_rollout, item, group)))
+    return await _made(function, calls, len(items), max_concurrency)
 
 
 async def _batched(batch: Callable[[EvalInput], Awaitable[EvalOutput]], items: Sequence[EvalInputItem]) -> EvalOutput:
@@ -194,94 +172,86 @@ async def _batched(batch: Callable[[EvalInput], Awaitable[EvalOutput]], items: S
     return output_of(verdicts)
 
 
-# ── of a group ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── calls of a function ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _evaluate_groups(
-    evaluator: Any,
-    items: Sequence[EvalInputItem],
-    groups: Sequence[Sequence[int]],
-    max_concurrency: int,
-    trajectory_of: TrajectoryOf | None,
-) -> EvalOutput:
-    """One verdict a rollout, of a function that needs all rollouts of the example."""
-    function = RewardFunction(evaluator, trajectory_of)
-    calls: list[_Call] = []
-    for places in groups:
-        group = [items[place] for place in places]
-        if function.of_group:
-            calls.append(_Call(places, partial(function.of_rollouts, group)))
-        else:
-            calls += [_Call([place], partial(function.of_rollout, items[place], group)) for place in places]
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call of a reward function."""
 
+    function: RewardFunction
+    places: Sequence[int]
+    """Which rollouts it scores."""
+    items: Sequence[EvalInputItem]
+    """The rollouts themselves."""
+    run: Callable[[], Any]
+
+    def verdicts(self, value: Any) -> list[EvalOutputItem]:
+        """One a rollout, of what was returned. Reading it may run code of its class."""
+        if not self.function.of_group:
+            return [verdict_of(self.items[0].id, value)]
+        try:
+            values = contained_call("the reward", list, value)
+        except Exception as error:
+            return self.none(error)
+        if len(values) != len(self.items):
+            return self.none(
+                f"group reward {self.function.name!r} returned {len(values)} rewards; expected one for each of "
+                f"{len(self.items)} rollouts"
+            )
+        return [verdict_of(item.id, each) for item, each in zip(self.items, values, strict=True)]
+
+    def none(self, error: Exception | str) -> list[EvalOutputItem]:
+        """The verdicts that there is no score."""
+        return [no_score(item.id, error) for item in self.items]
+
+
+async def _made(function: RewardFunction, calls: Sequence[_Call], count: int, max_concurrency: int) -> EvalOutput:
+    """Makes the calls, which together score `count` rollouts."""
     if function.is_async:
         gate = asyncio.Semaphore(max_concurrency)
 
-        async def ask(call: _Call) -> Any:
+        async def ask(call: _Call) -> list[EvalOutputItem]:
             async with gate:
-                return await _returned(call.run())
+                return await _awaited(call, call.run)
 
-        values = await asyncio.gather(*map(ask, calls))
+        found = await asyncio.gather(*map(ask, calls))
     else:
-        called = await in_daemon_thread(_run_all, calls)
-        values = [await _returned(value) if inspect.isawaitable(value) else value for value in called]
-
-    verdicts: list[Any] = [None] * len(items)
-    for call, value in zip(calls, values, strict=True):
-        group = [items[place] for place in call.places]
-        found = _group_verdicts(function, group, value) if function.of_group else [_verdict(group[0], value)]
-        for place, verdict in zip(call.places, found, strict=True):
+        made = await in_daemon_thread(_make_all, calls)  # one thread: a slow reward blocks nobody
+        found = [
+            each if isinstance(each, list) else await _awaited(call, lambda value=each: value.awaitable)
+            for call, each in zip(calls, made, strict=True)
+        ]
+    verdicts: list[Any] = [None] * count
+    for call, of_call in zip(calls, found, strict=True):
+        for place, verdict in zip(call.places, of_call, strict=True):
             verdicts[place] = verdict
     return output_of(verdicts)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call of a reward function, and the rollouts that it scores."""
+@dataclass(frozen=True, slots=True)
+class _Returned:
+    """What a sync function returned to be awaited."""
 
-    places: Sequence[int]
-    run: Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class _Raised:
-    """In place of what a call returns."""
-
-    error: Exception
+    awaitable: Awaitable[Any]
 
 
-def _run_all(calls: Sequence[_Call]) -> list[Any]:
-    """What sync calls return, or something to await."""
-    values: list[Any] = []
+def _make_all(calls: Sequence[_Call]) -> list[list[EvalOutputItem] | _Returned]:
+    """The verdicts of sync calls, or what is to be awaited for them."""
+    made: list[list[EvalOutputItem] | _Returned] = []
     for call in calls:
         try:
-            values.append(contained_call("the reward", call.run))
+            value = contained_call("the reward", call.run)
         except Exception as error:
-            values.append(_Raised(error))
-    return values
+            made.append(call.none(error))
+        else:
+            made.append(_Returned(value) if inspect.isawaitable(value) else call.verdicts(value))
+    return made
 
 
-async def _returned(value: Awaitable[Any]) -> Any:
+async def _awaited(call: _Call, work: Callable[[], Awaitable[Any]]) -> list[EvalOutputItem]:
     try:
-        return await contained("the reward", value, PATIENCE)
+        value = await contained("the reward", work(), PATIENCE)
     except Exception as error:
-        return _Raised(error)
-
-
-def _verdict(item: EvalInputItem, value: Any) -> EvalOutputItem:
-    return no_score(item.id, value.error) if isinstance(value, _Raised) else verdict_of(item.id, value)
-
-
-def _group_verdicts(function: RewardFunction, group: Sequence[EvalInputItem], value: Any) -> list[EvalOutputItem]:
-    """The verdicts of a function that returns one reward for each rollout of a group."""
-    if not isinstance(value, _Raised):
-        try:
-            value = contained_call("the reward", list, value)
-        except Exception as error:
-            value = _Raised(error)
-    if isinstance(value, _Raised):
-        return [no_score(item.id, value.error) for item in group]
-    if len(value) != len(group):
-        error = f"group reward {function.name!r} returned {len(value)} rewards; expected one for each of {len(group)} rollouts"
-        return [no_score(item.id, error) for item in group]
-    return [verdict_of(item.id, each) for item, each in zip(group, value, strict=True)]
+        return call.none(error)
+    return call.verdicts(value)
