@@ -6,7 +6,7 @@ Nothing is run but the reward. Epochs are read one after the other, so memory do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, did_you_mean
 from ..hooks import shown_by
 from ..store.json import decode
-from ..store.trajectories import table_of, to_python
+from ..store.reader import trajectory_columns
+from ..store.trajectories import to_python
 from ..text import text_of
 from ..types import CurriculumSettings, CurriculumState, Epoch, EvalInputItem, GroupStatistics, Selection, Trajectory
+from .trajectory_names import generations_of, trajectory_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,9 +67,10 @@ class RescoredEpoch:
         """The groups with the recorded rewards."""
         return self.record.statistics
 
-    def name_of(self, place: int) -> str:
-        """The name of a trajectory, such as "e3/q17/2"."""
-        return trajectory_name(self.record, self.generations, place)
+    @cached_property
+    def names(self) -> list[str]:
+        """(N,) the names of the trajectories, such as "e3/q17/2"."""
+        return _names(self.record, self.generations)
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -332,10 +335,9 @@ async def rescore_epochs(
     records: Iterable[Epoch],
     evaluators: Mapping[str, Any],
     reward_name: str,
-    rows: Callable[[], Mapping[str, EvalInputItem]],
+    rows: Mapping[str, EvalInputItem],
     only: str | Collection[str] | None = None,
     max_concurrency: int = 64,
-    done: Callable[[int], None] | None = None,
 ) -> list[RescoredEpoch]:
     """Score the trajectories of recorded epochs.
 
@@ -343,11 +345,10 @@ async def rescore_epochs(
         records: The epochs.
         evaluators: Evaluators by name.
         reward_name: The one whose score is the reward.
-        rows: Returns the dataset's rows by the text of their ids.
+        rows: The dataset's rows by the text of their ids.
         only: "failed": rollouts without a reward; or the names of some ("e3/q17/2"). With a reward that compares a group, whole
             groups that have one of them. The others keep what they have. None: all.
         max_concurrency: How many calls of an async function run at once.
-        done: Called after each epoch with its number.
 
     Returns:
         The epochs with their new rewards.
@@ -361,14 +362,11 @@ async def rescore_epochs(
         raise ConfigError(
             f"only is {only!r}; expected 'failed', a list of names of trajectories, or None for all rollouts."
         )
-    known = rows()
     with_trajectories = needs_trajectories(evaluators)
-    found = []
-    for record in records:
-        found.append(await _rescored(record, evaluators, reward_name, known, only, with_trajectories, max_concurrency))
-        if done is not None:
-            done(record.index)
-    return found
+    return [
+        await _rescored(record, evaluators, reward_name, rows, only, with_trajectories, max_concurrency)
+        for record in records
+    ]
 
 
 async def _rescored(
@@ -383,7 +381,7 @@ async def _rescored(
     import numpy as np
 
     from ..rewards.functions import needs_group
-    from ..rewards.recorded import score_recorded
+    from ..rewards.recorded import RecordedRollout, score_recorded
 
     statistics = record.statistics
     columns = _columns(record, ["generation", "output", "scores", "error", "shaped_rewards"])
@@ -405,7 +403,9 @@ async def _rescored(
     ):
         members = [row for row in range(begin, end) if row in place_of]
         row = rows.get(text_of(example))
-        items += [_item(example, columns["output"][each], row) for each in members]
+        for each in members:
+            output = columns["output"][each]
+            items.append(RecordedRollout.of(example, row, **({} if output is None else {"output_obj": decode(output)})))
         if members:
             groups.append([place_of[each] for each in members])
     trajectories = None
@@ -423,25 +423,19 @@ def _those(record: Epoch, generations: Sequence[Any], only: str | Collection[str
     statistics = record.statistics
     if only == "failed":
         return np.isnan(statistics.rewards)
-    names = [trajectory_name(record, generations, place) for place in range(len(statistics.rewards))]
-    return np.array([name in only for name in names], dtype=bool)
+    wanted = set(only)
+    return np.array([name in wanted for name in _names(record, generations)], dtype=bool)
 
 
-def trajectory_name(record: Epoch, generations: Sequence[Any], place: int) -> str:
-    """The name of a trajectory, such as "e3/q17/2", as the frames have it.
-
-    Args:
-        record: Its epoch.
-        generations: (N,) the generation of each trajectory, None where it is not known.
-        place: Which of the N.
-    """
-    import numpy as np
-
-    offsets = record.statistics.offsets
-    group = int(np.searchsorted(offsets, place, side="right")) - 1
-    generation = generations[place]
-    of = f"#{place - int(offsets[group])}" if generation is None else generation
-    return f"e{record.index}/{record.statistics.example_ids[group]}/{of}"
+def _names(record: Epoch, generations: Sequence[Any]) -> list[str]:
+    """(N,) the names of an epoch's trajectories, as the frames have them."""
+    examples: list[Any] = []
+    places: list[int] = []
+    sizes = (record.statistics.offsets[1:] - record.statistics.offsets[:-1]).tolist()
+    for example, size in zip(record.statistics.example_ids, sizes, strict=True):
+        examples += [example] * size
+        places += range(size)
+    return trajectory_names(record.index, examples, generations, places)
 
 
 def _put_together(
@@ -509,10 +503,11 @@ def recorded_outputs(record: Epoch) -> list[Any]:
 
 def _columns(record: Epoch, names: Sequence[str]) -> dict[str, list[Any]]:
     """Columns of an epoch's trajectories as Python values, N each."""
-    read = getattr(record, "columns", None)
-    table = table_of(record.collection.trajectories, (), names) if read is None else read(names)
-    rows = len(record.statistics.rewards)  # failures come after them
-    return {name: to_python(table.column(name).slice(0, rows).combine_chunks()) for name in names}
+    table = trajectory_columns(record, names)
+    found = {name: to_python(table.column(name).combine_chunks()) for name in names}
+    if "generation" in found:
+        found["generation"] = generations_of(record, found["generation"])
+    return found
 
 
 def _recorded_scores(texts: Sequence[str | None]) -> dict[str, np.ndarray]:
@@ -538,26 +533,6 @@ def _number_or_none(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _item(example: Any, output: str | None, row: EvalInputItem | None) -> EvalInputItem:
-    """A recorded rollout, as a reward function gets it."""
-    from ..rewards.recorded import RecordedRollout
-
-    values: dict[str, Any] = {
-        "id": example,
-        "input_obj": row.input_obj if row else None,
-        "expected_output_obj": row.expected_output_obj if row else None,
-        "full_dataset_entry": row.full_dataset_entry if row else None,
-    }
-    if output is not None:
-        values["output_obj"] = decode(output)
-    item = RecordedRollout.__new__(RecordedRollout)
-    object.__setattr__(item, "__dict__", values)
-    object.__setattr__(item, "__pydantic_fields_set__", set())
-    object.__setattr__(item, "__pydantic_extra__", None)
-    object.__setattr__(item, "__pydantic_private__", None)
-    return item
-
-
 def _unscored(trajectory: Trajectory) -> Trajectory:
     """A trajectory as a reward function gets it in an epoch: before it was scored."""
     known = trajectory.metadata or {}
@@ -581,7 +556,7 @@ def _rollouts(epoch: RescoredEpoch, places: Sequence[int] | None = None) -> pd.D
     group_of = np.repeat(np.arange(len(epoch.before)), epoch.sizes)
     examples = [epoch.before.example_ids[group] for group in group_of[rows].tolist()]
     generations = [epoch.generations[row] for row in rows.tolist()]
-    names = [epoch.name_of(row) for row in rows.tolist()]
+    names = [epoch.names[row] for row in rows.tolist()]
     found: dict[str, Any] = {
         "epoch": np.full(len(rows), epoch.index),
         "example": pd.Series(examples, dtype=object),

@@ -12,7 +12,9 @@ from functools import cached_property
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..analysis.trajectory_names import generations_of, trajectory_names
 from ..store.json import decode, decode_steps
+from ..store.reader import trajectory_columns
 from ..store.trajectories import table_of, to_python
 from ..training.metrics import advantages
 from ..types import GROUP_REASONS, Epoch, IntermediateStep, same_id
@@ -256,9 +258,7 @@ class EpochColumns:
 
     def trajectories(self, names: Sequence[str]) -> pa.Table:
         """(N) the named columns of the trajectories."""
-        if self._read is None:
-            return table_of(self._epoch.collection.trajectories, [], names)
-        return self._read(names).slice(0, self.rows)
+        return trajectory_columns(self._epoch, names)
 
     def values(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """(N) the named columns as Python values."""
@@ -278,18 +278,12 @@ class EpochColumns:
 
     def generations(self, known: list[Any]) -> list[Any]:
         """(N + F) the generation of each rollout. known: the column, which only holds integers."""
-        if None in known:
-            known = [metadata.get("generation") for metadata in self.metadata()]
-        return known + [failure["generation"] for failure in self.failures]
+        return generations_of(self._epoch, known) + [failure["generation"] for failure in self.failures]
 
     def named(self, generations: Sequence[Any]) -> list[str]:
         """(N + F) names such as "e3/q17/2"."""
-        if None in generations:
-            # Use the position in the group instead, so that names stay distinct.
-            places = [*positions(self.sizes).tolist(), *range(len(self.failures))]
-            generations = [f"#{at}" if of is None else of for of, at in zip(generations, places, strict=True)]
-        start = f"e{self._epoch.index}"
-        return [f"{start}/{example}/{of}" for example, of in zip(self.examples, generations, strict=True)]
+        places = [*positions(self.sizes).tolist(), *range(len(self.failures))]
+        return trajectory_names(self._epoch.index, self.examples, generations, places)
 
     def of_example(self, example: Any) -> np.ndarray:
         """(N + F) bool: whether a rollout belongs to that example, or to one in a list. None: all do."""

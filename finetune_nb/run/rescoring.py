@@ -99,7 +99,7 @@ async def rescore(
                 raise
             raise ConfigError(f"{error} The run's dataset is not known here: pass dataset=.") from error
     by_id = {text_of(row.id): row for row in rows}
-    return await rescore_epochs(records, evaluators, name, lambda: by_id, only, max_concurrency)
+    return await rescore_epochs(records, evaluators, name, by_id, only, max_concurrency)
 
 
 def _rows(config: Config, components: Builder | None, dataset: Any) -> Sequence[EvalInputItem]:
@@ -149,8 +149,7 @@ def agreement_with(labels: Mapping[str, float], rescored: Rescoring, scale: tupl
     lengths: list[int] = []
     for epoch in rescored.epochs:
         outputs = recorded_outputs(epoch.record)
-        for place in range(len(epoch.after.rewards)):
-            name = epoch.name_of(place)
+        for place, name in enumerate(epoch.names):
             if name in labels:
                 names.append(name)
                 scores.append(float(epoch.after.rewards[place]))

@@ -51,6 +51,7 @@ __all__ = [
     "RunReader",
     "StoredEpoch",
     "as_store_error",
+    "trajectory_columns",
 ]
 
 T = TypeVar("T")
@@ -96,6 +97,22 @@ class StoredEpoch(Epoch):
         """`columns(["generation", "reward"])`: those columns, by their names in store.trajectories.COLUMNS, straight from
         the file and without making the trajectories. None where the epoch has no file."""
         return self._columns
+
+
+def trajectory_columns(epoch: Epoch, names: Sequence[str]) -> pa.Table:
+    """Columns of an epoch's trajectories: those of its file or, if it has none, made from the rollouts in memory.
+
+    Args:
+        epoch: Its record.
+        names: The columns, by their names in store.trajectories.COLUMNS.
+
+    Returns:
+        (N) rows.
+    """
+    read = getattr(epoch, "columns", None)
+    if read is None:
+        return table_of(epoch.collection.trajectories, (), names)
+    return read(names).slice(0, len(epoch.statistics.rewards))  # failures come after them
 
 
 @dataclass(frozen=True)

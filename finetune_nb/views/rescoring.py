@@ -77,7 +77,7 @@ def _moved(rescoring: Rescoring) -> list[Html]:
         before, after = (float(each.rewards[place]) for each in (epoch.before, epoch.after))
         was, will_be = (float(advantages(each)[place]) for each in (epoch.before, epoch.after))
         summary = [
-            element("strong", one_line(epoch.name_of(place), 60)),
+            element("strong", one_line(epoch.names[place], 60)),
             f" reward {_reward(before)} → {_reward(after)}, advantage {_advantage(was)} → {_advantage(will_be)}",
         ]
         trajectory = rescoring.trajectory(epoch.index, place)
