@@ -11,12 +11,14 @@ clip bounds: DAPO, arXiv 2503.14476; the KL estimate: k3 of http://joschu.net/bl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from .lora import as_trained
 
 __all__ = [
     "LossStatistics",
@@ -58,13 +60,9 @@ class LossStatistics:
         return getattr(self, name) / self.tokens if self.tokens else float("nan")
 
 
-def forward_parameters(model: Any) -> Collection[str]:
-    """Names of what the model's forward pass takes; of the model inside, where PEFT adapters are wrapped around it."""
-    return inspect.signature(_inside(model).forward).parameters
-
-
-def _inside(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward pass takes, by name; of the model inside, where PEFT adapters are wrapped around it."""
+    return inspect.signature(as_trained(model).forward).parameters
 
 
 def logits_only(model: Any) -> dict[str, bool]:
@@ -74,7 +72,7 @@ def logits_only(model: Any) -> dict[str, bool]:
     load-balancing loss. It is no part of the GRPO loss, and counting experts over cached tokens makes it fail. So it is
     never computed: routers learn by the gradient of the sampled tokens alone. Saved models keep their config's setting.
     """
-    parameters = inspect.signature(_inside(model).forward).parameters
+    parameters = forward_parameters(model)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     arguments = {}
     for name in BESIDE_LOGITS:

@@ -17,6 +17,7 @@ from ....errors import BackendError
 from ....redaction import redacting_logger
 from ....types import SamplingParams
 from ..grpo import forward_parameters
+from ..lora import as_trained
 from ..memory import ran_out
 from ..sampling import SampleRequest, sample_batch
 from ..weights import dtype_name
@@ -78,13 +79,8 @@ def batching_of(model: Any) -> Batching:
     return way
 
 
-def _inside(model: Any) -> Any:
-    """The model of transformers, where an adapter is around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _name(model: Any) -> str:
-    return type(_inside(model)).__name__
+    return type(as_trained(model)).__name__
 
 
 def _is_usual(model: Any) -> bool:
@@ -99,7 +95,9 @@ def _keeps_keys_only(model: Any) -> bool:
     from transformers import cache_utils
 
     # A convolution over tokens is a state, too.
-    if getattr(_inside(model), "_is_stateful", False) or any(isinstance(m, torch.nn.Conv1d) for m in model.modules()):
+    if getattr(as_trained(model), "_is_stateful", False) or any(
+        isinstance(m, torch.nn.Conv1d) for m in model.modules()
+    ):
         return False
     known = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", None)}
     kinds = kinds_of_layers(model)
