@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, MissingExtra
+from ..errors import BackendError, ConfigError, MissingExtra
 from ..redaction import redacting_logger
 from ..types import ReplyFormat
 from .call_recorder import arguments_of
@@ -166,7 +166,7 @@ def grammar_of(
     Raises:
         ConfigError: The chat template writes no tool calls that can be recognised.
     """
-    writer = _GrammarWriter(_ChatTemplate(tokenizer, end_ids, wanted.tool_parser), is_special)
+    writer = _GrammarWriter(_CallSyntaxes(tokenizer, end_ids, wanted.tool_parser), is_special)
     choices = []
     if wanted.tools is not None:
         choices.append(writer.calls(json.loads(wanted.tools), wanted.parallel))
@@ -178,7 +178,7 @@ def grammar_of(
 
 
 class _GrammarWriter:
-    def __init__(self, template: _ChatTemplate, is_special: Callable[[int], bool]) -> None:
+    def __init__(self, template: _CallSyntaxes, is_special: Callable[[int], bool]) -> None:
         self._template = template
         self._rules: dict[str, str] = {}
         added = getattr(template.tokenizer.tokenizer, "added_tokens_decoder", None) or {}
@@ -285,7 +285,7 @@ class _CallSyntax:
     """Of arguments that are written one by one: which of them there may be, each with the text after it."""
 
 
-class _ChatTemplate:
+class _CallSyntaxes:
     """What a chat template is found to write."""
 
     def __init__(self, tokenizer: ChatTokenizer, end_ids: Collection[int], tool_parser: str | None = None) -> None:
@@ -363,10 +363,9 @@ class _ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> str:
         """A conversation as text, with the beginning of a reply where it is a prompt; empty where the template refuses it."""
-        tokenizer = self.tokenizer.tokenizer
         try:
-            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-        except Exception:  # a template is a program that comes with the model
+            return self.tokenizer.template.render(messages, tools, prompt)
+        except BackendError:
             return ""
 
     def _is_read(self, text: str, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:

@@ -150,12 +150,18 @@ _USER_AGENTS = {
 """How a library names itself. Others, such as LangChain's models, name the OpenAI client."""
 
 
-def without_ignored(given: dict[str, Any], abilities: Abilities) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What is left of a request's fields, and the names of those that the run says to ignore."""
+def without_ignored(
+    given: dict[str, Any], abilities: Abilities, names: Mapping[str, str] = NO_NAMES
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What is left of a request's fields, and the names of those that the run says to ignore.
+
+    names: what the client calls a field where it has another name there. Either name may be ignored; the client's is returned.
+    """
     if not abilities.ignore:
         return given, ()
-    ignored = tuple(name for name in given if name in abilities.ignore)
-    return {name: value for name, value in given.items() if name not in ignored}, ignored
+    ignored = {name for name in given if name in abilities.ignore or names.get(name) in abilities.ignore}
+    left = {name: value for name, value in given.items() if name not in ignored}
+    return left, tuple(names.get(name, name) for name in given if name in ignored)
 
 
 def plain_tools(tools: list[dict[str, Any]] | None) -> tuple[list[dict[str, Any]] | None, bool]:

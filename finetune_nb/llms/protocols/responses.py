@@ -122,10 +122,8 @@ def read(body: bytes, abilities: Abilities, store: ResponseStore, episode: CallR
     if "tools" in data:
         chat["tools"] = [_chat_tool(tool) for tool in _objects(data["tools"], "tools")]
     # What is ignored may be named as it is called here, or as in chat completions.
-    by_both = {name for name in chat if name in abilities.ignore or _NAMES.get(name) in abilities.ignore}
-    chat = {name: value for name, value in chat.items() if name not in by_both}
-    ignored = (*ignored, *sorted(_NAMES.get(name, name) for name in by_both))
-    return replace(request_of(chat, True, abilities, ignored, _NAMES), shown=shown)
+    chat, more = without_ignored(chat, abilities, _NAMES)
+    return replace(request_of(chat, True, abilities, (*ignored, *more), _NAMES), shown=shown)
 
 
 def _chat_options(data: Mapping[str, Any], passed_on: bool) -> dict[str, Any]:
