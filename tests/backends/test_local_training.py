@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from sampled_turns import PROMPT, by_first_token, rollouts, train, turn  # noqa: E402
-from tiny_models import byte_tokenizer, random_model, weights  # noqa: E402
+from tiny_models import byte_tokenizer, passes_of, random_model, weights  # noqa: E402
 
 from finetune_nb.backends.local import models  # noqa: E402
 from finetune_nb.backends.local.adapter import LocalGRPOAdapter  # noqa: E402
@@ -208,14 +208,7 @@ def test_what_all_prompts_begin_with_is_computed_once_with_the_same_gradient(kin
         sequence.logprobs = [0.0] * 40 + sequence.logprobs
         sequence.advantages = [0.0] * 40 + sequence.advantages
     whole, gradient, _ = value_and_gradient(model, sequences, 10_000, sharing=False)
-    shapes, forward = [], model.forward
-
-    def watched(input_ids, **inputs):
-        shapes.append(tuple(input_ids.shape))
-        return forward(input_ids=input_ids, **inputs)
-
-    watched.__signature__ = inspect.signature(forward)
-    monkeypatch.setattr(model, "forward", watched)
+    shapes = passes_of(model, monkeypatch)
     value, same_gradient, shared = value_and_gradient(model, sequences, 10_000, sharing=True)
     assert shared and shapes[:2] == [(1, 40), (3, 8)]
     assert value == pytest.approx(whole, rel=1e-5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 from byte_tokenizer import byte_tokenizer  # noqa: E402
 from model_families import LONGROPE, family  # noqa: E402
-from tiny_models import random_model  # noqa: E402
+from tiny_models import passes_of, random_model  # noqa: E402
 
 from finetune_nb.backends.local.families.caches import Tokens, join, select_rows  # noqa: E402
 from finetune_nb.backends.local.families.kinds import batching_of  # noqa: E402
@@ -26,19 +25,6 @@ from finetune_nb.training.batch import TokenSequence  # noqa: E402
 from finetune_nb.types import SamplingParams  # noqa: E402
 
 BORDER = LONGROPE["original_max_position_embeddings"]
-
-
-def passes_of(model, monkeypatch):
-    """The shapes of the ids of each pass, as they come."""
-    shapes, forward = [], model.forward
-
-    def watched(input_ids, **inputs):
-        shapes.append(tuple(input_ids.shape))
-        return forward(input_ids=input_ids, **inputs)
-
-    watched.__signature__ = inspect.signature(forward)
-    monkeypatch.setattr(model, "forward", watched)
-    return shapes
 
 
 def ids_of(length, seed=0):

@@ -1,10 +1,12 @@
 """Small true models for tests: random weights, and the tokenizer of byte_tokenizer.py."""
 
+import inspect
+
 import torch
 from byte_tokenizer import APPENDING, CALLS, SPECIAL, byte_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-__all__ = ["APPENDING", "CALLS", "SPECIAL", "byte_tokenizer", "random_model", "weights"]
+__all__ = ["APPENDING", "CALLS", "SPECIAL", "byte_tokenizer", "passes_of", "random_model", "weights"]
 
 
 def random_model(kind="llama", positions=128, seed=0):
@@ -23,3 +25,16 @@ def random_model(kind="llama", positions=128, seed=0):
 def weights(adapter):
     """All weights of an adapter's model, in one vector."""
     return torch.cat([p.detach().flatten() for p in adapter.policy.model.parameters()]).clone()
+
+
+def passes_of(model, monkeypatch):
+    """The shapes of the ids of each pass, as they come."""
+    shapes, forward = [], model.forward
+
+    def watched(input_ids, **inputs):
+        shapes.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, **inputs)
+
+    watched.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(model, "forward", watched)
+    return shapes
