@@ -27,8 +27,8 @@ def rescoring_text(rescoring: Rescoring) -> str:
     lines = [_headline(rescoring)]
     for epoch, before, after, gained, lost, flips in _numbers(rescoring):
         lines.append(
-            f"epoch {epoch}: mean reward {number(before)} -> {number(after)}, {gained} groups gain spread, {lost} lose it, "
-            f"{flips} pairs of rollouts change their order"
+            f"epoch {epoch}: mean reward {number(before)} -> {number(after)}, spread gained in {count(gained, 'group')}, lost in "
+            f"{lost:,}, {count(flips, 'pair')} of rollouts in another order"
         )
     return "\n".join(lines)
 
@@ -39,7 +39,7 @@ def rescoring_html(rescoring: Rescoring) -> str:
     rows = []
     for epoch, before, after, gained, lost, flips in found[-EPOCHS:]:
         rows.append((epoch, number(before), number(after), f"{gained:,}", f"{lost:,}", f"{flips:,}"))
-    head = ("epoch", "mean reward", "new", "groups gain spread", "lose it", "pairs change order")
+    head = ("epoch", "mean reward", "new", "groups that gain spread", "that lose it", "pairs in another order")
     body: list[Html] = [title(f"{one_line(rescoring.run, 60)}, scored anew", _headline(rescoring)), table(rows, head)]
     if len(found) > EPOCHS:
         body.append(element("div", f"{len(found) - EPOCHS:,} earlier epochs are not shown.", class_="ft-dim"))
@@ -50,7 +50,10 @@ def rescoring_html(rescoring: Rescoring) -> str:
 def _headline(rescoring: Rescoring) -> str:
     rollouts = sum(len(epoch.after.rewards) for epoch in rescoring.epochs)
     before, after = rescoring.rewards_missing
-    facts = [count(rollouts, "rollout"), f"{rescoring.gained:,} groups gain spread, {rescoring.lost:,} lose it"]
+    facts = [
+        count(rollouts, "rollout"),
+        f"spread gained in {count(rescoring.gained, 'group')}, lost in {rescoring.lost:,}",
+    ]
     if before or after:
         facts.append(f"rewards missing {before:,} -> {after:,}")
     return "; ".join(facts)
