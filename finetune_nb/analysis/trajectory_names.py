@@ -39,7 +39,7 @@ def trajectory_names(
     Args:
         epoch: Number of their epoch.
         examples: The example of each.
-        generations: The generation of each. None: its place stands in the name, so that names stay distinct.
+        generations: The generation of each. None where none was recorded: the place names that rollout.
         places: The place of each in its group.
 
     Returns:
