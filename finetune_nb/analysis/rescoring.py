@@ -31,8 +31,10 @@ __all__ = [
     "RescoredEpoch",
     "Rescoring",
     "recorded_outputs",
+    "recorded_scores",
     "rescore_epochs",
     "reweighted_epochs",
+    "reweighted_statistics",
 ]
 
 MOVED = 10
@@ -273,7 +275,7 @@ class Rescoring:
         wanted = applied.steered(settings) if settings else applied
         new = replace(basis, statistics=rescored.after, state=made.state, _made={})
         unchanged = basis.next_selection(record.curriculum, record.curriculum, self.seed)
-        return Preview(new, new.next_selection(applied, wanted, self.seed), unchanged)
+        return Preview(new, new.next_selection(applied, wanted, self.seed), unchanged, basis)
 
     def _rescored(self, epoch: int | None) -> RescoredEpoch:
         if epoch is None:
@@ -452,7 +454,7 @@ def _put_together(
     errors, turns = list(columns["error"]), list(columns["shaped_rewards"])
     for place, row in enumerate(np.flatnonzero(wanted).tolist()):
         errors[row], turns[row] = scored.errors[place], scored.turns[place]
-    scores = {} if wanted.all() else _recorded_scores(columns["scores"])
+    scores = {} if wanted.all() else _scores_in(columns["scores"])
     for name, values in scored.scores.items():
         if name not in scores:
             scores[name] = np.full(len(rewards), math.nan)
@@ -476,24 +478,47 @@ def reweighted_epochs(records: Iterable[Epoch], weights: Mapping[str, float]) ->
     """
     import numpy as np
 
+    found = []
+    for record in records:
+        columns = _columns(record, ["generation", "scores", "error"])
+        scores = _scores_in(columns["scores"])
+        after = reweighted_statistics(record, scores, weights)
+        missing = np.isnan(after.rewards)
+        errors = [error if gone else None for error, gone in zip(columns["error"], missing.tolist(), strict=True)]
+        everything = np.ones(len(after.rewards), dtype=bool)
+        turns: list[list[float] | None] = [None] * len(after.rewards)
+        found.append(RescoredEpoch(record, columns["generation"], after, scores, errors, turns, everything))
+    return found
+
+
+def reweighted_statistics(
+    record: Epoch, scores: Mapping[str, np.ndarray], weights: Mapping[str, float]
+) -> GroupStatistics:
+    """The groups of an epoch with rewards that are weighted sums of its recorded scores.
+
+    Args:
+        record: The epoch, of N trajectories.
+        scores: Score -> (N,) float64, as `recorded_scores` has them.
+        weights: Score -> weight.
+
+    Returns:
+        Its groups with the new rewards.
+
+    Raises:
+        ConfigError: There is no such score.
+    """
     from ..rewards.recorded import weighted_scores
     from ..training.curriculum import statistics_of
 
-    found = []
-    for record in records:
-        statistics = record.statistics
-        columns = _columns(record, ["generation", "scores", "error"])
-        scores = _recorded_scores(columns["scores"])
-        if unknown := [name for name in weights if name not in scores]:
-            raise ConfigError(f"epoch {record.index} has no score {unknown[0]!r}. {did_you_mean(unknown[0], scores)}")
-        rewards = weighted_scores(weights, scores)
-        missing = np.isnan(rewards)
-        errors = [error if gone else None for error, gone in zip(columns["error"], missing.tolist(), strict=True)]
-        after = statistics_of(statistics.example_ids, rewards, statistics.offsets)
-        everything = np.ones(len(rewards), dtype=bool)
-        turns: list[list[float] | None] = [None] * len(rewards)
-        found.append(RescoredEpoch(record, columns["generation"], after, scores, errors, turns, everything))
-    return found
+    if unknown := [name for name in weights if name not in scores]:
+        raise ConfigError(f"epoch {record.index} has no score {unknown[0]!r}. {did_you_mean(unknown[0], scores)}")
+    statistics = record.statistics
+    return statistics_of(statistics.example_ids, weighted_scores(weights, scores), statistics.offsets)
+
+
+def recorded_scores(record: Epoch) -> dict[str, np.ndarray]:
+    """Score -> (N,) float64: the scores of an epoch's trajectories, NaN where one is missing."""
+    return _scores_in(_columns(record, ["scores"])["scores"])
 
 
 def recorded_outputs(record: Epoch) -> list[Any]:
@@ -510,7 +535,7 @@ def _columns(record: Epoch, names: Sequence[str]) -> dict[str, list[Any]]:
     return found
 
 
-def _recorded_scores(texts: Sequence[str | None]) -> dict[str, np.ndarray]:
+def _scores_in(texts: Sequence[str | None]) -> dict[str, np.ndarray]:
     """Score -> (N,) float64, of scores as JSON. The same text recurs often, so each is parsed once."""
     import numpy as np
 

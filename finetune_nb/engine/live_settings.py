@@ -101,6 +101,11 @@ def _weight_fields(config: Config) -> list[LiveField]:
     return fields
 
 
+def _is_weight(name: str) -> bool:
+    """Whether a live setting is a weight of the reward's parts."""
+    return name.startswith(f"{REWARD}.")
+
+
 def write_live_values(config: Config, builder: Builder, values: Mapping[str, Any]) -> None:
     """Puts changed values into the configs that the components hold."""
     sections = _sections(config)
@@ -360,6 +365,16 @@ class LiveSettings:
         """The last change of each field that no epoch has used yet."""
         with self._lock:
             return tuple(self._journal[place] for place in self._waiting.values())
+
+    @property
+    def waiting_weights(self) -> dict[str, float]:
+        """Weights of the reward's parts that are asked for and that no epoch has used yet."""
+        return {change.field.partition(".")[2]: change.new for change in self.waiting if _is_weight(change.field)}
+
+    @property
+    def drafted_weights(self) -> dict[str, float]:
+        """Weights of the reward's parts that are tried out and not asked for."""
+        return {name.partition(".")[2]: value for name, value in self.draft.items() if _is_weight(name)}
 
     # ── whoever steers ───────────────────────────────────────────────────────────────────────────────────────────────
 

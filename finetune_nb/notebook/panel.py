@@ -11,7 +11,7 @@ import base64
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -63,7 +63,7 @@ class PanelRun(Protocol):
     @property
     def changes(self) -> Sequence[Change]: ...
     def log_lines(self, count: int = 20) -> list[str]: ...
-    def preview(self, changes: CurriculumSettings) -> Preview: ...
+    def preview(self, changes: CurriculumSettings, *, weights: Mapping[str, float]) -> Preview: ...
     def refresh(self) -> None: ...
     def start(self, epochs: int | None = None) -> None: ...
     def pause(self) -> None: ...
@@ -263,7 +263,7 @@ class Panel:
     def _answer_html(self) -> str:
         settings, preview = self.settings, None
         with suppress(FinetuneError):  # no epoch has ended yet, say
-            preview = self.run.preview(settings.drafted)
+            preview = self.run.preview(settings.drafted, weights=settings.drafted_weights)
         own = [each for each in self.run.tripwires if each not in self._panel_tripwires()]
         return asked_html(
             settings.applied,

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from ..analysis.agreement import Agreement, agreement
-from ..analysis.rescoring import RescoredEpoch, Rescoring, recorded_outputs, rescore_epochs, reweighted_epochs
+from ..analysis.rescoring import (
+    RescoredEpoch,
+    Rescoring,
+    recorded_outputs,
+    recorded_scores,
+    rescore_epochs,
+    reweighted_epochs,
+    reweighted_statistics,
+)
 from ..components.builder import Builder
 from ..config.sections import Config
 from ..errors import ConfigError, DatasetError, RunError, did_you_mean
@@ -17,9 +27,15 @@ from ..rewards.scoring import WeightedSum, check_evaluator
 from ..rollouts.datasets import load_dataset
 from ..rollouts.evaluation import dataset_of
 from ..text import text_of
+from ..training.preview import PreviewInput, preview_input
 from ..types import CurriculumState, Epoch, EvalInputItem
 
+if TYPE_CHECKING:
+    import numpy as np
+
 __all__ = [
+    "NewestEpoch",
+    "all_weights",
     "agreement_with",
     "labelled_epochs",
     "reweight",
@@ -42,16 +58,65 @@ def reweight(config: Config, records: Sequence[Epoch], weights: Mapping[str, flo
     Raises:
         ConfigError: The run's reward is no weighted sum, or has no such part.
     """
+    return reweighted_epochs(records, all_weights(config, weights))
+
+
+def all_weights(config: Config, changes: Mapping[str, float]) -> dict[str, float]:
+    """The weights of a run's reward, some of them changed.
+
+    Args:
+        config: The run's, which says what the other weights are.
+        changes: The weights that change.
+
+    Returns:
+        Part of the reward -> weight.
+
+    Raises:
+        ConfigError: The run's reward is no weighted sum, or has no such part, or a weight is no finite number.
+    """
     section = weighted_reward(config)
     if section is None:
         raise ConfigError(
             "this run's reward is not a weighted sum, so there are no weights to change. Give Run several rewards: "
             'reward={"format": (tags, 0.2), "correct": right}.'
         )
-    if unknown := [name for name in weights if name not in section.weights]:
+    if unknown := [name for name in changes if name not in section.weights]:
         raise ConfigError(f"the reward has no part {unknown[0]!r}. {did_you_mean(unknown[0], section.weights)}")
-    checked = WeightedConfig(weights={**section.weights, **weights})
-    return reweighted_epochs(records, checked.weights)
+    return WeightedConfig(weights={**section.weights, **changes}).weights
+
+
+class NewestEpoch:
+    """What previews of the newest epoch are made on, put together once an epoch."""
+
+    def __init__(self, record: Epoch) -> None:
+        self.record = record
+        self.basis = preview_input(record)
+        self._reweighted: dict[tuple[tuple[str, float], ...], PreviewInput] = {}
+
+    @cached_property
+    def _scores(self) -> dict[str, np.ndarray]:
+        return recorded_scores(self.record)
+
+    def with_weights(self, weights: Mapping[str, float]) -> PreviewInput:
+        """The same epoch with rewards that are other sums of its scores.
+
+        Args:
+            weights: Score -> weight.
+
+        Returns:
+            The epoch as previews need it.
+
+        Raises:
+            ConfigError: It has no such score.
+        """
+        key = tuple(weights.items())
+        made = self._reweighted.pop(key, None)
+        if made is None:
+            made = replace(self.basis, statistics=reweighted_statistics(self.record, self._scores, weights), _made={})
+        self._reweighted[key] = made
+        for old in list(self._reweighted)[:-4]:  # what a slider was moved over need not stay
+            self._reweighted.pop(old, None)
+        return made
 
 
 async def rescore(

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from ..analysis.rescoring import Rescoring
     from ..llms.client import ChatReply
     from ..rollouts.evaluation import Progress
-    from ..training.preview import Preview, PreviewInput
+    from ..training.preview import Preview
+    from .rescoring import NewestEpoch
 
 __all__ = [
     "Run",
@@ -413,7 +414,7 @@ class Run(RunHistory):
         self._closed = False
         self._planned: int | None = None  # the epoch before which `start` will end
         self._panel: Any = None
-        self._preview_basis: PreviewInput | None = None
+        self._newest: NewestEpoch | None = None
 
         self._settings = LiveSettings(
             CurriculumSettings.from_config(config.finetuning.curriculum_learning), live_fields(config)
@@ -853,13 +854,21 @@ class Run(RunHistory):
         """The same with limits and descriptions."""
         return self._settings.live_fields
 
-    def preview(self, changes: Mapping[str, Any] | CurriculumSettings | None = None, **more: Any) -> Preview:
+    def preview(
+        self,
+        changes: Mapping[str, Any] | CurriculumSettings | None = None,
+        *,
+        weights: Mapping[str, float] | None = None,
+        **more: Any,
+    ) -> Preview:
         """What other curriculum settings would do: `run.preview(percentile=0.5)`. Nothing is changed.
 
         The next selection is made on the newest epoch's rewards, with these settings and with those that are in force.
 
         Args:
             changes: Changes of the settings, or whole CurriculumSettings.
+            weights: Other weights of the reward's parts: `run.preview(weights={"format": 0.5})` adds up the recorded scores
+                anew.
             **more: More changes, by name.
 
         Returns:
@@ -867,9 +876,10 @@ class Run(RunHistory):
 
         Raises:
             RunError: No epoch has ended yet.
-            ConfigError: The settings do not fit.
+            ConfigError: The settings do not fit, or the reward has no such parts.
         """
-        from ..training.preview import preview, preview_input
+        from ..training.preview import preview
+        from .rescoring import NewestEpoch, all_weights
 
         self._driver.require_single_epochs()
         if not isinstance(changes, CurriculumSettings):
@@ -879,11 +889,17 @@ class Run(RunHistory):
         records = self.records
         if not records:
             raise RunError("there is nothing to preview on: no epoch has ended yet. Run one, then ask again.")
-        # What previews are made on is put together once an epoch.
-        basis = self._preview_basis
-        if basis is None or basis.statistics is not records[-1].statistics:
-            self._preview_basis = basis = preview_input(records[-1])
-        return preview(basis, self._settings.applied, asked, settings, self.config.run.seed)
+        newest = self._newest
+        if newest is None or newest.basis.statistics is not records[-1].statistics:
+            self._newest = newest = NewestEpoch(records[-1])
+        basis = unchanged = newest.basis
+        asked_weights = self._settings.waiting_weights
+        if asked_weights:
+            basis = unchanged = newest.with_weights(all_weights(self.config, asked_weights))
+        if weights:
+            weights = all_weights(self.config, {**asked_weights, **weights})
+            basis = newest.with_weights(weights)
+        return preview(basis, self._settings.applied, asked, settings, self.config.run.seed, unchanged, weights)
 
     def rescore(
         self,

@@ -8,6 +8,7 @@ once, in a PreviewInput; a preview on it then costs two selections.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -87,6 +88,10 @@ class Preview:
     """With the settings in question."""
     unchanged: Selection
     """With those that are in force, or asked for already."""
+    unchanged_basis: PreviewInput | None = None
+    """Where the rewards in question are others too: those that `unchanged` was selected by. None: `basis`."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """The weights in question of the reward's parts, if they are others than those in force."""
 
     @property
     def settings(self) -> CurriculumSettings:
@@ -96,17 +101,17 @@ class Preview:
     @property
     def enters(self) -> list[Any]:
         """Example ids of groups that would be trained on, and will not be if nothing is changed."""
-        return self._examples(self._trained & ~self._trained_unchanged)
+        return self._examples(self.trained & ~self.trained_unchanged)
 
     @property
     def leaves(self) -> list[Any]:
         """Example ids of groups that would not be trained on any more."""
-        return self._examples(self._trained_unchanged & ~self._trained)
+        return self._examples(self.trained_unchanged & ~self.trained)
 
     @property
     def moves(self) -> tuple[int, int]:
         """How many groups enter and leave."""
-        then, before = self._trained, self._trained_unchanged
+        then, before = self.trained, self.trained_unchanged
         return int(np.count_nonzero(then & ~before)), int(np.count_nonzero(before & ~then))
 
     @cached_property
@@ -122,7 +127,7 @@ class Preview:
     @property
     def groups(self) -> tuple[int, int]:
         """Groups trained on, in the same order: those that are kept and can teach."""
-        return self._sums(self.basis.teaches)
+        return int(np.count_nonzero(self.trained)), int(np.count_nonzero(self.trained_unchanged))
 
     @cached_property
     def trajectories(self) -> tuple[int, int]:
@@ -141,19 +146,21 @@ class Preview:
         return then * self.basis.seconds_per_token, now * self.basis.seconds_per_token
 
     @cached_property
-    def _trained(self) -> np.ndarray:
+    def trained(self) -> np.ndarray:
+        """(G,) bool, whether a group would be trained on."""
         return (self.selection.reasons == 0) & self.basis.teaches
 
     @cached_property
-    def _trained_unchanged(self) -> np.ndarray:
-        return (self.unchanged.reasons == 0) & self.basis.teaches
+    def trained_unchanged(self) -> np.ndarray:
+        """(G,) bool, whether it will be if nothing is changed."""
+        return (self.unchanged.reasons == 0) & (self.unchanged_basis or self.basis).teaches
 
     def _examples(self, which: np.ndarray) -> list[Any]:
         return [self.selection.example_ids[place] for place in np.flatnonzero(which).tolist()]
 
     def _sums(self, values: np.ndarray) -> tuple[int, int]:
         """Sums of a value of each group, over the groups trained on."""
-        return int(values[self._trained].sum()), int(values[self._trained_unchanged].sum())
+        return int(values[self.trained].sum()), int(values[self.trained_unchanged].sum())
 
     def __repr__(self) -> str:
         return shown_by("finetune_nb.views.preview_card:preview_text", self)
@@ -176,14 +183,31 @@ def preview_input(epoch: Epoch) -> PreviewInput:
 
 
 def preview(
-    basis: PreviewInput, applied: CurriculumSettings, asked: CurriculumSettings, settings: CurriculumSettings, seed: int
+    basis: PreviewInput,
+    applied: CurriculumSettings,
+    asked: CurriculumSettings,
+    settings: CurriculumSettings,
+    seed: int,
+    unchanged_basis: PreviewInput | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Preview:
-    """The next epoch's selection with `settings`, and with those that are `asked` for already.
+    """Preview the next epoch's selection with other settings, beside those that are asked for already.
 
-    applied: the settings of the last selection. seed: the run's, which decides a random subsample.
+    Args:
+        basis: The epoch whose rewards count.
+        applied: The settings of the last selection.
+        asked: Those that are asked for already.
+        settings: Those in question.
+        seed: The run's, which decides a random subsample.
+        unchanged_basis: The same epoch with the rewards that count if nothing is changed. Default: `basis`.
+        weights: The weights that made the rewards of `basis`, if they are in question too.
+
+    Returns:
+        Both selections.
     """
-    unchanged = basis.next_selection(applied, asked, seed)
-    return Preview(basis, basis.next_selection(applied, settings, seed), unchanged)
+    unchanged = (unchanged_basis or basis).next_selection(applied, asked, seed)
+    selection = basis.next_selection(applied, settings, seed)
+    return Preview(basis, selection, unchanged, unchanged_basis, weights or {})
 
 
 def _counts(selection: Selection) -> dict[GroupReason, int]:

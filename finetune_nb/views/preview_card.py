@@ -86,11 +86,9 @@ def preview_body(preview: Preview) -> Html:
     """The content of the card, without the outermost element."""
     # A group is drawn by its reason, unless only one of the two selections trains on it.
     codes = preview.selection.reasons.astype(np.int64)
-    is_kept, was_kept = codes == 0, preview.unchanged.reasons == 0
-    teaches = preview.basis.teaches
-    codes[is_kept & ~teaches] = IDLE
-    codes[is_kept & ~was_kept & teaches] = ENTER
-    codes[~is_kept & was_kept & teaches] = LEAVE
+    codes[(codes == 0) & ~preview.basis.teaches] = IDLE
+    codes[preview.trained & ~preview.trained_unchanged] = ENTER
+    codes[preview.trained_unchanged & ~preview.trained] = LEAVE
     counts = np.bincount(codes, minlength=IDLE + 1)
     question = "The next epoch " if preview.selection is preview.unchanged else "What if "
     return element(
@@ -108,7 +106,12 @@ def _settings(preview: Preview) -> Html:
     else:
         which = "worst" if settings.sort_ascending else "best"
         said = f"the {which} {settings.percentile:.0%} of the groups that can teach"
-    return element("span", said, element("span", f" · on the rewards of epoch {preview.basis.epoch}", class_="ft-dim"))
+    reweighted = ""
+    if preview.weights:
+        parts = " + ".join(f"{number(weight)} {name}" for name, weight in preview.weights.items())
+        reweighted = f", the reward being {parts}"
+    rewards = f" · on the rewards of epoch {preview.basis.epoch}{reweighted}"
+    return element("span", said, element("span", rewards, class_="ft-dim"))
 
 
 def _histogram(preview: Preview, codes: np.ndarray, counts: np.ndarray) -> Html:

@@ -12,6 +12,17 @@ from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Every test here is slow. One that does not say so itself is a proof as well."""
+    for item in items:
+        if HERE in item.path.parents and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.proof)
+
 
 @pytest.fixture(scope="package")
 def browser():
