@@ -677,6 +677,10 @@ class EpisodeItemRole(StrEnum):
     OTHER = "other"
 
 
+RESCORED = "rescored"
+"""Key of `Trajectory.metadata`, true where the epoch's own reward was replaced before anything was trained on."""
+
+
 class MessageKey:
     """The keys of `EpisodeItem.metadata`, each with its value. T is the number of sampled tokens.
 

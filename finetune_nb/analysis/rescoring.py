@@ -6,18 +6,28 @@ Nothing is run but the reward. Epochs are read one after the other, so memory do
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, RunError, did_you_mean
 from ..hooks import shown_by
 from ..store.json import decode
 from ..store.reader import trajectory_columns
 from ..store.trajectories import to_python
 from ..text import text_of
-from ..types import CurriculumSettings, CurriculumState, Epoch, EvalInputItem, GroupStatistics, Selection, Trajectory
+from ..types import (
+    RESCORED,
+    CurriculumSettings,
+    CurriculumState,
+    Epoch,
+    EvalInputItem,
+    GroupStatistics,
+    Selection,
+    Trajectory,
+    TrajectoryCollection,
+)
 from .trajectory_names import generations_of, trajectory_names
 
 if TYPE_CHECKING:
@@ -58,6 +68,8 @@ class RescoredEpoch:
     """(N,) a new reward for each sampled turn, where the function gave some."""
     changed: np.ndarray
     """(N,) bool: whether the rollout was scored anew."""
+    words: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Place of a rollout that was scored anew -> its `reasoning` and `reasonings`, as in the metadata of a trajectory."""
 
     @property
     def index(self) -> int:
@@ -106,6 +118,47 @@ class RescoredEpoch:
             flips[places] = (old_order * new_order == -1).sum((1, 2)) // 2
         return flips
 
+    def trajectory(self, recorded: Trajectory, place: int) -> Trajectory:
+        """A recorded trajectory with its new reward.
+
+        Args:
+            recorded: The trajectory.
+            place: Which of the N trajectories it is.
+
+        Returns:
+            A copy with the new reward, rewards of turns, scores, and words of judges.
+        """
+        scores = {name: _number_or_none(values[place]) for name, values in self.scores.items()}
+        metadata = {**(recorded.metadata or {}), "scores": scores}
+        if self.changed[place]:
+            metadata |= self.words.get(place, {})
+            if not metadata.get("reasonings", True):
+                del metadata["reasonings"]
+        metadata.pop("reward_error", None)
+        if self.errors[place] is not None:
+            metadata["reward_error"] = self.errors[place]
+        update = {
+            "reward": float(self.after.rewards[place]),
+            "shaped_rewards": self.turns[place],
+            "metadata": metadata,
+        }
+        return recorded.model_copy(update=update)
+
+    def collection(self) -> TrajectoryCollection:
+        """The recorded trajectories with their new rewards.
+
+        Returns:
+            Copies in the recorded groups, marked by `rescored` in their metadata; failed rollouts stay as they are.
+        """
+        recorded, groups, place = self.record.collection, [], 0
+        for group in recorded.trajectories:
+            groups.append([])
+            for trajectory in group:
+                made = self.trajectory(trajectory, place)
+                groups[-1].append(made.model_copy(update={"metadata": {**(made.metadata or {}), RESCORED: True}}))
+                place += 1
+        return recorded.model_copy(update={"trajectories": groups})
+
 
 @dataclass(frozen=True, eq=False)
 class Rescoring:
@@ -122,6 +175,8 @@ class Rescoring:
     """The state of the curriculum before the run's first epoch."""
     records: Sequence[Epoch]
     """All of the run's epochs."""
+    put_in_place: Callable[[RescoredEpoch], None] | None = field(default=None, repr=False)
+    """Puts the new rewards of an epoch into the run that it is of."""
 
     def __getitem__(self, epoch: int) -> RescoredEpoch:
         for each in self.epochs:
@@ -223,17 +278,7 @@ class Rescoring:
         """
         rescored = self[epoch]
         found = [trajectory for group in rescored.record.collection.trajectories for trajectory in group][place]
-        scores = {name: _number_or_none(values[place]) for name, values in rescored.scores.items()}
-        metadata = {**(found.metadata or {}), "scores": scores}
-        metadata.pop("reward_error", None)
-        if rescored.errors[place] is not None:
-            metadata["reward_error"] = rescored.errors[place]
-        update = {
-            "reward": float(rescored.after.rewards[place]),
-            "shaped_rewards": rescored.turns[place],
-            "metadata": metadata,
-        }
-        return found.model_copy(update=update)
+        return rescored.trajectory(found, place)
 
     def selection(self, epoch: int | None = None) -> Selection:
         """The selection that the run's own curriculum would have made under the new rewards.
@@ -276,6 +321,26 @@ class Rescoring:
         new = replace(basis, statistics=rescored.after, state=made.state, _made={})
         unchanged = basis.next_selection(record.curriculum, record.curriculum, self.seed)
         return Preview(new, new.next_selection(applied, wanted, self.seed), unchanged, basis)
+
+    def apply(self, epoch: int | None = None) -> None:
+        """Put the new rewards of an epoch that was not trained on in place: the next epoch of the run trains on its rollouts.
+
+        That is for an epoch whose rewards were missing, say because the judge could not be reached. The record as it was goes
+        to the archive beside the run.
+
+        Args:
+            epoch: Number of the epoch, the run's newest. Default: the last one that was scored anew.
+
+        Raises:
+            IndexError: The epoch was not scored anew.
+            RunError: It was trained on, or it is not the newest one, or the run is closed or at work.
+        """
+        rescored = self._rescored(epoch)
+        if self.put_in_place is None:
+            raise RunError(
+                f"these rewards are of no run that is open here: ask {self.run!r} again, by run.rescore(...)."
+            )
+        self.put_in_place(rescored)
 
     def _rescored(self, epoch: int | None) -> RescoredEpoch:
         if epoch is None:
@@ -452,15 +517,17 @@ def _put_together(
     rewards = statistics.rewards.copy()
     rewards[wanted] = scored.rewards
     errors, turns = list(columns["error"]), list(columns["shaped_rewards"])
+    words: dict[int, dict[str, Any]] = {}
     for place, row in enumerate(np.flatnonzero(wanted).tolist()):
         errors[row], turns[row] = scored.errors[place], scored.turns[place]
+        words[row] = {"reasoning": scored.reasoning[place], "reasonings": scored.words[place]}
     scores = {} if wanted.all() else _scores_in(columns["scores"])
     for name, values in scored.scores.items():
         if name not in scores:
             scores[name] = np.full(len(rewards), math.nan)
         scores[name][wanted] = values
     after = statistics_of(statistics.example_ids, rewards, statistics.offsets)
-    return RescoredEpoch(record, columns["generation"], after, scores, errors, turns, wanted)
+    return RescoredEpoch(record, columns["generation"], after, scores, errors, turns, wanted, words)
 
 
 def reweighted_epochs(records: Iterable[Epoch], weights: Mapping[str, float]) -> list[RescoredEpoch]:

@@ -29,6 +29,9 @@ from ..text import short, text_of
 from ..threads import in_daemon_thread
 from ..training.curriculum import state_from_dict
 from ..types import (
+    RESCORED,
+    CurriculumSettings,
+    CurriculumState,
     EpisodeKey,
     Epoch,
     EvalInputItem,
@@ -36,6 +39,7 @@ from ..types import (
     TrainingJobRef,
     TrainingStatusEnum,
     Trajectory,
+    TrajectoryCollection,
     Validation,
 )
 from ..user_code import contained
@@ -270,18 +274,29 @@ class Driver:
                 await self._take_up(self.trainer)
             await self._observer.settle_late_jobs(self.epochs)
             left, self._left = self._left, None
-            epoch = await self._end_left(left) if left is not None else None
-            epoch = epoch or await self._run_epoch(work)
+            if left is not None and _is_rescored(left.collection):
+                epoch = await self._run_epoch(work, EpochInProgress.rescored(left))
+            else:
+                epoch = await self._end_left(left) if left is not None else None
+                epoch = epoch or await self._run_epoch(work)
         if epoch.job is not None and epoch.job.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
             failure = JobFailed.of(epoch.index, epoch.job)
             failure.epoch = epoch
             raise failure
         return epoch
 
-    async def _run_epoch(self, work: Callable[[EpochInProgress], Awaitable[TrainingJobRef | None]]) -> Epoch:
-        in_progress = EpochInProgress(self.next_index, progress=Progress("rollouts"))
+    async def _run_epoch(
+        self,
+        work: Callable[[EpochInProgress], Awaitable[TrainingJobRef | None]],
+        given: EpochInProgress | None = None,
+    ) -> Epoch:
+        """given: an epoch that has begun, whose rollouts are there."""
+        in_progress = given or EpochInProgress(self.next_index, progress=Progress("rollouts"))
         self.writer.journal(self.live_settings)
-        await self.writer.on_epoch_begin(in_progress, self._observer.version)
+        if given is None:
+            await self.writer.on_epoch_begin(in_progress, self._observer.version)
+        else:
+            await self.writer.on_epoch_resumed(given.epoch)
         in_progress.begun, self.progress = True, in_progress.progress
         with self._observer.observing(in_progress):
             try:
@@ -363,6 +378,39 @@ class Driver:
         self._sink_dispatcher.recorded(epoch)
         return epoch
 
+    async def put_in_place(self, index: int, collection: TrajectoryCollection) -> None:
+        """Gives the newest epoch, which was not trained on, other rewards: the next epoch trains on its rollouts.
+
+        Args:
+            index: Number of the epoch.
+            collection: Its trajectories with their new rewards.
+
+        Raises:
+            RunError: It was trained on, or is not the newest one; or the trainer trains only in its run().
+        """
+        await self.open()
+        self.require_single_epochs()
+        if not self.epochs or self.epochs[-1].index != index:
+            raise RunError(
+                f"epoch {index} is not the newest of run {self.run_id!r}, so its rewards stay as they are. Continue from before "
+                f"it with the new reward: run.fork(epoch={index - 1}, reward=...)."
+            )
+        sampled_by, version = self.epochs[-1].policy_versions[0], self._observer.version
+        if self.epochs[-1].trained or version != sampled_by:
+            raise RunError(
+                f"epoch {index} was trained on with its own rewards, so they stay as they are. Continue from before it with the "
+                f"new reward: run.fork(epoch={index - 1}, reward=...)."
+            )
+        with logging_to(self.writer):
+            await self.writer.put_in_place(index, sampled_by, collection)
+            await self._take_up(self.trainer)
+            if self.writer.store.state() is None:  # it was the run's first epoch
+                curriculum = self.config.finetuning.curriculum_learning
+                set_curriculum(self.trainer, CurriculumState(percentile=curriculum.initial_percentile))
+                self.live_settings.restore(
+                    CurriculumSettings.from_config(curriculum), self.writer.store.journal(), index
+                )
+
     async def trains_in_run(self) -> bool:
         """Whether the Trainer is one that trains only in its run()."""
         await self.open()
@@ -412,6 +460,12 @@ class Driver:
                 f"{type(self.adapter).__name__} could not save its model to {directory}: {error_text(error)}. Expected a folder "
                 "that can be written, with room for the whole model. Make room, or choose another folder, then save again."
             ) from error
+
+
+def _is_rescored(collection: TrajectoryCollection) -> bool:
+    """Whether all of its trajectories have the rewards that `Rescoring.apply` gave them."""
+    trajectories = [trajectory for group in collection.trajectories for trajectory in group]
+    return bool(trajectories) and all((each.metadata or {}).get(RESCORED) is True for each in trajectories)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:

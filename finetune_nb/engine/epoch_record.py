@@ -97,6 +97,8 @@ class EpochInProgress:
     all_in: asyncio.Event = field(default_factory=asyncio.Event)
     keeping: asyncio.Task[None] | None = None
     """Puts rollouts into the folder until all are in."""
+    given: TrajectoryCollection | None = None
+    """What is trained on in place of new rollouts."""
 
     @classmethod
     def again(cls, left: PartialEpoch) -> EpochInProgress:
@@ -116,6 +118,18 @@ class EpochInProgress:
             report=TrainerReport(
                 left.selection, statistics, epoch_metrics(left.collection, statistics, left.selection)
             ),
+        )
+
+    @classmethod
+    def rescored(cls, left: PartialEpoch) -> EpochInProgress:
+        """An epoch whose rollouts are in the folder, with the rewards that `Rescoring.apply` gave them."""
+        return cls(
+            left.index,
+            progress=Progress("training"),
+            begun=True,
+            kept=True,
+            given=left.collection,
+            version=left.policy_version,
         )
 
     def collect(self, collection: TrajectoryCollection, joined: bool) -> TrajectoryCollection:

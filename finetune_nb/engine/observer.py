@@ -146,8 +146,10 @@ class TrainerObserver:
         if in_progress is not None:
             await self._pass_gate(in_progress)
             self._put("rollouts", in_progress)
-            in_progress.version = self.version
             in_progress.collected = time.perf_counter()
+            if in_progress.given is not None:
+                return
+            in_progress.version = self.version
             in_progress.progress.gate = self.state.wait_while_paused
             if hasattr(self.trajectory_builder, "unscored"):
                 in_progress.progress.on_result = in_progress.came_in.append
@@ -170,16 +172,18 @@ class TrainerObserver:
     async def _finalize(
         self, original: Callable[..., Awaitable[TrajectoryCollection]], *args: Any, **kwargs: Any
     ) -> TrajectoryCollection:
-        builder = self.trajectory_builder
-        collection = _expect(TrajectoryCollection, await original(*args, **kwargs), builder, "finalize")
-        in_progress = self.in_progress
+        builder, in_progress = self.trajectory_builder, self.in_progress
+        if in_progress is not None and in_progress.given is not None:
+            collection = in_progress.given
+        else:
+            collection = _expect(TrajectoryCollection, await original(*args, **kwargs), builder, "finalize")
         if in_progress is not None:
             await in_progress.end_keeping()
             in_progress.came_in.clear()
             everything = in_progress.collect(collection, joined=self.trainer.trains_in_run)
             in_progress.add_seconds("rollouts", in_progress.collected or in_progress.started)
             in_progress.collected = time.perf_counter()
-            in_progress.kept = await self.writer.on_collected(
+            in_progress.kept = in_progress.kept or await self.writer.on_collected(
                 in_progress.epoch, everything, in_progress.seconds["rollouts"], self.adapter.finds_jobs_again
             )
             await self._pass_gate(in_progress)

@@ -11,6 +11,7 @@ import contextvars
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -106,6 +107,21 @@ class RunWriter:
             self.weights.resume_epoch = resume_epoch
             raise
         return True
+
+    async def put_in_place(self, index: int, version: int | None, collection: TrajectoryCollection) -> None:
+        """Takes the newest epoch out of the record, which goes to the archive as it was, and puts trajectories with new rewards
+        in its place: those of an epoch that has begun. Raises StoreError where that cannot be."""
+
+        def work() -> None:
+            self._append_unsaved()
+            place = rewind(self.store, index - 1)
+            self._journaled = self.store.journal()
+            self.store.begin_epoch(index, time.time(), version)
+            self.store.add_rollouts(index, collection, True)
+            self.event("rescored", epoch=index, folder=str(place))
+
+        await in_daemon_thread(work)
+        self.weights.reload()
 
     # ── as it happens ────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -13,7 +13,7 @@ from ..errors import RunError
 from ..types import EvalInputItem, EvalOutputItem, Trajectory
 from .functions import RewardFunction, TrajectoryOf, batch_method
 from .scoring import WeightedSum, score
-from .verdicts import scores_of
+from .verdicts import scores_of, words_of
 
 __all__ = [
     "RecordedRollout",
@@ -80,6 +80,8 @@ class RecordedScores:
     """(N,) a reward for each sampled turn, where the function gave some."""
     reasoning: list[Any]
     """(N,) what the reward said besides the number."""
+    words: list[dict[str, Any]]
+    """(N,) what the other evaluators said, by name."""
 
 
 def needs_trajectories(evaluators: Mapping[str, Any]) -> bool:
@@ -147,6 +149,7 @@ def _scores(verdicts: Mapping[str, Sequence[EvalOutputItem]], reward_name: str, 
     errors: list[str | None] = []
     turns: list[list[float] | None] = []
     reasoning: list[Any] = []
+    words: list[dict[str, Any]] = []
     for place in range(count):
         of_rollout = {name: found[place] for name, found in verdicts.items()}
         for name, value in scores_of(of_rollout, reward_name).items():
@@ -160,7 +163,8 @@ def _scores(verdicts: Mapping[str, Sequence[EvalOutputItem]], reward_name: str, 
         errors.append(verdict.error)
         turns.append(getattr(verdict, "turns", None))
         reasoning.append(verdict.reasoning)
-    return RecordedScores(rewards, scores, errors, turns, reasoning)
+        words.append(words_of(of_rollout, reward_name))
+    return RecordedScores(rewards, scores, errors, turns, reasoning, words)
 
 
 def weighted_scores(weights: Mapping[str, float], scores: Mapping[str, np.ndarray]) -> np.ndarray:

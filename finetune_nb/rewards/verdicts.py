@@ -22,6 +22,7 @@ __all__ = [
     "verdict",
     "verdict_of",
     "weighted_sum",
+    "words_of",
 ]
 
 
@@ -201,6 +202,19 @@ def scores_of(verdicts: Mapping[str, EvalOutputItem], reward_name: str | None) -
             known = part if name == reward_name and part not in scores else f"{name}.{part}"
             scores[known] = score
     return scores
+
+
+def words_of(verdicts: Mapping[str, EvalOutputItem], reward_name: str | None) -> dict[str, Any]:
+    """What the evaluators said of a rollout besides their scores.
+
+    Args:
+        verdicts: By evaluator.
+        reward_name: The evaluator whose score is the reward; what it said is kept apart from the others.
+
+    Returns:
+        Evaluator -> its words, without those that said nothing.
+    """
+    return {name: each.reasoning for name, each in verdicts.items() if each.reasoning and name != reward_name}
 
 
 def output_of(verdicts: list[EvalOutputItem]) -> EvalOutput:

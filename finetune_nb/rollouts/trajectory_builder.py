@@ -24,7 +24,7 @@ from ..errors import ConfigError, did_you_mean
 from ..interfaces import RolloutExecutor, TrajectoryBuilder
 from ..redaction import error_text, redact_text, redacting_logger
 from ..rewards.scoring import score
-from ..rewards.verdicts import no_score, scores_of
+from ..rewards.verdicts import no_score, scores_of, words_of
 from ..store.json import append_jsonl, plain
 from ..text import text_of, told_once
 from ..types import (
@@ -305,7 +305,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
             "policy_version": finished.version,
             "scores": scores_of(verdicts, reward_name),
         }
-        words = {name: each.reasoning for name, each in verdicts.items() if each.reasoning and name != reward_name}
+        words = words_of(verdicts, reward_name)
         if words:
             metadata["reasonings"] = words
         tools = tools_from_calls(item)

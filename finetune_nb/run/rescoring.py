@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -180,13 +180,19 @@ def _rows(config: Config, components: Builder | None, dataset: Any) -> Sequence[
         return ()
 
 
-def rescoring(config: Config, run_id: str, epochs: Sequence[RescoredEpoch], records: Sequence[Epoch]) -> Rescoring:
+def rescoring(
+    config: Config,
+    run_id: str,
+    epochs: Sequence[RescoredEpoch],
+    records: Sequence[Epoch],
+    put_in_place: Callable[[RescoredEpoch], None],
+) -> Rescoring:
     """Put the epochs together with what a selection needs."""
     percentile = config.finetuning.curriculum_learning.initial_percentile
     if records and records[0].selection.state.last_expansion_epoch < 0:
         percentile = records[0].selection.state.percentile  # also where the config cannot be read here
     started_at = CurriculumState(percentile=percentile)
-    return Rescoring(run_id, tuple(epochs), config.run.seed, started_at, records)
+    return Rescoring(run_id, tuple(epochs), config.run.seed, started_at, records, put_in_place)
 
 
 def labelled_epochs(labels: Mapping[str, float], records: Sequence[Epoch]) -> list[int]:

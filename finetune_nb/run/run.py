@@ -40,7 +40,7 @@ from .session import EpochLines, Session
 
 if TYPE_CHECKING:
     from ..analysis.agreement import Agreement
-    from ..analysis.rescoring import Rescoring
+    from ..analysis.rescoring import RescoredEpoch, Rescoring
     from ..llms.client import ChatReply
     from ..rollouts.evaluation import Progress
     from ..training.preview import Preview
@@ -937,11 +937,20 @@ class Run(RunHistory):
         if weights is not None:
             if reward is not None or only is not None:
                 raise ConfigError("weights= adds up recorded scores: leave reward= and only= out.")
-            return rescoring(self.config, self.id, reweight(self.config, records, weights), self.records)
+            found = reweight(self.config, records, weights)
+            return rescoring(self.config, self.id, found, self.records, self._put_in_place)
         self._session.require_outside("rescore")
         work = rescore(self.config, self.config.builder, records, reward, only, dataset, max_concurrency)
         found = run_sync(work if self._closed else self._session.engine.run(work))
-        return rescoring(self.config, self.id, found, self.records)
+        return rescoring(self.config, self.id, found, self.records, self._put_in_place)
+
+    def _put_in_place(self, rescored: RescoredEpoch) -> None:
+        """Gives an epoch that was not trained on its new rewards."""
+        self._require_steerable()
+        self._session.require_outside("apply")
+        collection = rescored.collection()
+        work = self._session.begin(lambda: self._driver.put_in_place(rescored.index, collection), fails=False)
+        run_sync(self._session.join(work))
 
     def agreement(
         self,

@@ -207,6 +207,24 @@ def test_what_cannot_be_scored_anew_says_why(tmp_path, closing):
         run.rescore()[3]
 
 
+def test_a_moved_weight_is_previewed_beside_those_that_are_asked_for(tmp_path, closing):
+    parts = {"close": (close_to, 0.3), "ranked": (ranked, 1.0)}
+    run = closing(epochs(make_run(parts, tmp_path, name="old"), 1))
+    other = closing(epochs(make_run(parts | {"close": (close_to, 2.0)}, tmp_path, name="new"), 1))
+    preview = run.preview(weights={"close": 2.0}, percentile=0.5)
+    same(preview.basis.statistics.rewards, other[0].statistics.rewards)
+    same(preview.selection.kept, other.preview(percentile=0.5).selection.kept)
+    same(preview.unchanged.kept, run.preview().selection.kept)
+    assert dict(preview.weights) == {"close": 2.0, "ranked": 1.0} and "2 close + 1 ranked" in preview._repr_html_()
+    run.live["reward.close"] = 2.0
+    same(run.preview().basis.statistics.rewards, other[0].statistics.rewards)
+    back = run.preview(weights={"close": 0.3})
+    same(back.basis.statistics.rewards, run[0].statistics.rewards)
+    same(back.unchanged.kept, other.preview().selection.kept)
+    with pytest.raises(ConfigError, match="no part 'clos'"):
+        run.preview(weights={"clos": 1.0})
+
+
 def test_an_unknown_weight_is_refused(tmp_path, closing):
     run = closing(epochs(make_run({"close": close_to, "ranked": ranked}, tmp_path), 1))
     with pytest.raises(ConfigError, match="no part 'clos'. Did you mean 'close'"):
@@ -247,6 +265,61 @@ def test_a_closed_run_is_scored_anew_too(tmp_path):
 
 
 # ── what it shows ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("reopened", [False, True])
+def test_an_epoch_that_was_not_trained_on_is_given_the_rewards_that_were_missing(tmp_path, closing, index, reopened):
+    def everything_missing(output, answer):
+        raise ConnectionError("the judge cannot be reached")
+
+    judge = close_to
+
+    def reward(output, answer):
+        return judge(output, answer)
+
+    run = epochs(make_run(reward, tmp_path, name="late"), index)
+    judge = everything_missing
+    epochs(run, 1)
+    assert run[index].job is None and run[index].metrics.rewards_missing == 24
+    judge = close_to
+    rescored = run.rescore(epochs=index, only="failed")
+    rescored.apply()
+    assert len(run) == index
+    assert [each.reward for group in run.partial.collection.trajectories for each in group] == (
+        rescored[index].after.rewards.tolist()
+    )
+    if reopened:  # what was put in place is in the folder
+        run.close()
+        run = ft.Run.open(
+            run.folder,
+            solve,
+            reward,
+            dataset=ROWS,
+            adapter=FakeAdapter(policy=ScriptedPolicy(lambda _, seed: str(seed % 40))),
+        )
+    epochs(closing(run), 2)
+    real = closing(epochs(make_run(close_to, tmp_path, name="real"), index + 2))
+    for late, never in zip(run, real, strict=True):
+        same(late.statistics.rewards, never.statistics.rewards)
+        same(late.selection.kept, never.selection.kept)
+        assert late.selection.state == never.selection.state and late.curriculum == never.curriculum
+        assert late.trained == never.trained
+    found = [each.metadata.get("rescored") for each in run[index].collection.trajectories[0]]
+    assert found == [True] * 4 and run.trajectories(index).error.isna().all()
+    old = ft.Run.open(next((tmp_path / "archive").glob(f"late-until-{index}*")))
+    assert old[index].metrics.rewards_missing == 24
+
+
+def test_rewards_of_an_epoch_that_was_trained_on_stay(tmp_path, closing):
+    run = closing(epochs(make_run(close_to, tmp_path), 2))
+    with pytest.raises(RunError, match=r"epoch 1 was trained on .* run\.fork\(epoch=0, reward=\.\.\.\)"):
+        run.rescore(sometimes).apply()
+    with pytest.raises(RunError, match="epoch 0 is not the newest"):
+        run.rescore(sometimes).apply(0)
+    run.close()
+    with pytest.raises(RunError, match="closed"):
+        run.rescore(sometimes).apply()
 
 
 def test_it_shows_itself_with_the_rollouts_that_moved_most(tmp_path, closing):
