@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 
 _NAMES = {
     # the notebook
+    "run.comparison": ("compare",),
     "run.run": ("Run",),
-    "analysis.run_comparison": ("compare",),
     "store.runs": ("runs",),
     "rewards.from_trl": ("from_trl",),
     "rewards.functions": ("group_reward",),
@@ -100,7 +100,6 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from .analysis.run_comparison import compare as compare
     from .components.builder import Builder as Builder
     from .components.loading import load_config as load_config
     from .components.registry import register_evaluator as register_evaluator
@@ -136,6 +135,7 @@ if TYPE_CHECKING:
     from .rollouts.evaluation import EvaluationRun as EvaluationRun
     from .rollouts.trajectory_builder import EvalTrajectoryBuilder as EvalTrajectoryBuilder
     from .rollouts.trajectory_builder import EvalTrajectoryBuilderConfig as EvalTrajectoryBuilderConfig
+    from .run.comparison import compare as compare
     from .run.run import Run as Run
     from .store.runs import runs as runs
     from .threads import enable_nested_asyncio as enable_nested_asyncio

@@ -8,9 +8,9 @@ chapter 13: the percentile method). Examples are resampled, as the pairs of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..hooks import shown_by
@@ -25,24 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Comparison",
     "Difference",
-    "RecordedRun",
-    "compare",
     "compare_runs",
 ]
-
-
-class RecordedRun(Protocol):
-    """The part of a run that a comparison needs."""
-
-    @property
-    def id(self) -> str:
-        """The run's name."""
-        ...
-
-    @property
-    def records(self) -> Sequence[Epoch]:
-        """One Epoch for each epoch that has ended."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -71,9 +55,23 @@ class Comparison:
     `frame` has the pairs, `differences` one entry for every run but the first.
     """
 
-    runs: dict[str, Sequence[Epoch]]
+    runs: Mapping[str, Sequence[Epoch]]
     differences: tuple[Difference, ...]
+    """By the rewards that each run recorded."""
     confidence: float
+    under: Mapping[str, tuple[Difference, ...]] = field(default_factory=dict)
+    """Where the rewards differ: run -> the differences of all runs under its reward."""
+    notice: str | None = None
+    """Why there is nothing in `under`, where the rewards differ or may differ."""
+
+    def with_rewards(self, under: Mapping[str, tuple[Difference, ...]], notice: str | None) -> Comparison:
+        """The same comparison, with what is known of the runs' rewards.
+
+        Args:
+            under: As in `under`.
+            notice: As in `notice`.
+        """
+        return replace(self, under=under, notice=notice)
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -99,28 +97,8 @@ class Comparison:
         return shown_by("finetune_nb.views.run_comparison:comparison_html", self)
 
 
-def compare(runs: Sequence[RecordedRun], confidence: float = 0.95) -> Comparison:
-    """Compare runs with the first one, on the examples that they share in the same epoch.
-
-    Args:
-        runs: At least two different runs.
-        confidence: Confidence level of the intervals, between 0 and 1.
-
-    Returns:
-        A comparison that displays itself as a table. `.frame` has the pairs, `.differences` the numbers with their
-        bootstrap intervals, and `.plot()` draws the curves.
-
-    Raises:
-        ConfigError: There are fewer than two different runs, or `confidence` is out of range.
-    """
-    names = [run.id for run in runs]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"a run is compared against others, not against itself; found {', '.join(names)}.")
-    return compare_runs({run.id: run.records for run in runs}, confidence)
-
-
 def compare_runs(
-    runs: dict[str, Sequence[Epoch]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    runs: Mapping[str, Sequence[Epoch]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Comparison:
     """Compare records, given by the name of their run.
 
@@ -157,7 +135,7 @@ def compare_runs(
     return Comparison(runs, tuple(differences), confidence)
 
 
-def _pairs(runs: dict[str, Sequence[Epoch]]) -> pd.DataFrame:
+def _pairs(runs: Mapping[str, Sequence[Epoch]]) -> pd.DataFrame:
     """Mean reward of each group: one column per run, indexed by (epoch, example); NaN where a run has none."""
     import numpy as np
     import pandas as pd

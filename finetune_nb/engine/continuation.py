@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..components.builder import Builder
+from ..components.registry import PythonEvaluatorConfig
 from ..config.sections import Config
 from ..errors import ConfigError, RunError
 from ..rewards.evaluators import reward_name_of, weighted_reward
@@ -99,12 +100,12 @@ def fingerprints(components: Builder) -> dict[str, str]:
     return found
 
 
-def reward_digest(config: Config, components: Builder) -> str | None:
+def reward_digest(config: Config, known: Mapping[str, str]) -> str | None:
     """A digest of what a run's reward is made of: its functions and the weights in its config.
 
     Args:
         config: The run's config.
-        components: Has its functions.
+        known: The digests of its functions, as `fingerprints` makes them.
 
     Returns:
         None where the reward has no source that could be compared.
@@ -114,11 +115,11 @@ def reward_digest(config: Config, components: Builder) -> str | None:
     except ConfigError:
         return None
     weighted = weighted_reward(config)
-    known = fingerprints(components)
     if weighted is None:
-        return known.get(f"evaluator.{name}") or _digest(
-            [as_json(config.eval.evaluators[name].model_dump(mode="json"))]
-        )
+        section = config.eval.evaluators[name]
+        if isinstance(section, PythonEvaluatorConfig):
+            return known.get(f"evaluator.{name}")
+        return _digest([as_json(section.model_dump(mode="json"))])
     parts = [f"{part} {weight} {known.get(f'evaluator.{part}')}" for part, weight in weighted.weights.items()]
     return _digest(parts)
 

@@ -43,7 +43,14 @@ from ..types import (
     Validation,
 )
 from ..user_code import contained
-from .continuation import changes_since, fingerprints, given_components, recorded_components, require_components
+from .continuation import (
+    changes_since,
+    fingerprints,
+    given_components,
+    recorded_components,
+    require_components,
+    reward_digest,
+)
 from .epoch_record import EpochInProgress, log_what_was_left
 from .live_settings import LiveSettings, write_live_values
 from .observer import TrainerObserver, set_curriculum
@@ -369,8 +376,9 @@ class Driver:
         self._observer.remember(epoch)
         self.writer.journal(self.live_settings)
         state = self.trainer._curriculum_state
+        given = {**self._given, "reward": reward_digest(self.config, self._given["functions"])}
         try:
-            epoch = await self.writer.store_epoch(epoch, self.adapter, state, self.live_settings, self._given)
+            epoch = await self.writer.store_epoch(epoch, self.adapter, state, self.live_settings, given)
         except FolderGone:
             self.epochs.append(epoch)  # in memory it can still be looked at, and exported
             raise

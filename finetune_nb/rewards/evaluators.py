@@ -22,6 +22,7 @@ __all__ = [
     "RegexConfig",
     "WeightedConfig",
     "reward_name_of",
+    "reward_parts",
     "weighted_reward",
 ]
 
@@ -147,6 +148,22 @@ def reward_name_of(config: Config) -> str:
             f"which of {len(evaluators)} evaluators is the reward is not said. Name it in finetuning.reward_function."
         )
     return evaluators[0]
+
+
+def reward_parts(config: Config) -> list[str]:
+    """The evaluators that a run's reward is made of.
+
+    Args:
+        config: The run's config.
+
+    Returns:
+        The parts of a weighted sum and the sum itself; else the one evaluator.
+
+    Raises:
+        ConfigError: As in `reward_name_of`.
+    """
+    weighted = weighted_reward(config)
+    return [*(weighted.weights if weighted else ()), reward_name_of(config)]
 
 
 def weighted_reward(config: Config) -> WeightedConfig | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from ..analysis.rescoring import (
 from ..components.builder import Builder
 from ..config.sections import Config
 from ..errors import ConfigError, DatasetError, RunError, did_you_mean
-from ..rewards.evaluators import WeightedConfig, reward_name_of, weighted_reward
+from ..rewards.evaluators import WeightedConfig, reward_name_of, reward_parts, weighted_reward
 from ..rewards.functions import Rewards, evaluators_from
 from ..rewards.scoring import WeightedSum, check_evaluator
 from ..rollouts.datasets import load_dataset
@@ -41,6 +41,7 @@ __all__ = [
     "reweight",
     "rescore",
     "rescoring",
+    "score_by",
 ]
 
 
@@ -146,16 +147,54 @@ async def rescore(
         ConfigError: The reward cannot be called with the rows, or is not known.
     """
     if reward is None:
-        if components is None:
-            raise RunError("this run is closed, and its own reward with it: pass reward=, or open the run again.")
         name = reward_name_of(config)
-        evaluators = {each: await components.get_evaluator(each) for each in config.eval.evaluators}
+        evaluators = await _evaluators(components, config.eval.evaluators)
     else:
         name = "reward"
         evaluators, sections = evaluators_from(reward, None)
         if name not in evaluators:
             evaluators[name] = WeightedSum(WeightedConfig(weights=sections[name]["weights"]))
     rows = _rows(config, components, dataset)
+    return await _score(records, evaluators, name, rows, only, max_concurrency)
+
+
+async def score_by(
+    judge: Config, of_judge: Builder | None, config: Config, components: Builder | None, records: Sequence[Epoch]
+) -> list[RescoredEpoch]:
+    """Score recorded rollouts of one run with the reward of another one.
+
+    Args:
+        judge: The config of the run whose reward it is.
+        of_judge: What makes its evaluators. None: it is closed.
+        config: The config of the run whose rollouts these are.
+        components: Its components, which know its rows.
+        records: Its epochs.
+
+    Returns:
+        The epochs with their new rewards.
+
+    Raises:
+        ConfigError: The reward cannot be called with the rows, or is not known.
+    """
+    evaluators = await _evaluators(of_judge, reward_parts(judge))
+    return await _score(records, evaluators, reward_name_of(judge), _rows(config, components, None))
+
+
+async def _evaluators(components: Builder | None, names: Iterable[str]) -> dict[str, Any]:
+    """A run's own evaluators. Raises RunError if it is closed."""
+    if components is None:
+        raise RunError("this run is closed, and its own reward with it: pass reward=, or open the run again.")
+    return {name: await components.get_evaluator(name) for name in names}
+
+
+async def _score(
+    records: Sequence[Epoch],
+    evaluators: Mapping[str, Any],
+    reward_name: str,
+    rows: Sequence[EvalInputItem],
+    only: str | Collection[str] | None = None,
+    max_concurrency: int = 64,
+) -> list[RescoredEpoch]:
     for evaluator in evaluators.values():
         try:
             check_evaluator(evaluator, rows)
@@ -164,7 +203,7 @@ async def rescore(
                 raise
             raise ConfigError(f"{error} The run's dataset is not known here: pass dataset=.") from error
     by_id = {text_of(row.id): row for row in rows}
-    return await rescore_epochs(records, evaluators, name, by_id, only, max_concurrency)
+    return await rescore_epochs(records, evaluators, reward_name, by_id, only, max_concurrency)
 
 
 def _rows(config: Config, components: Builder | None, dataset: Any) -> Sequence[EvalInputItem]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..components.builder import Builder
 from ..components.loading import load_config
 from ..config.sections import Config, FinetuneRunConfig
-from ..engine.continuation import given_components, recorded_components, reward_digest
+from ..engine.continuation import fingerprints, given_components, recorded_components, reward_digest
 from ..engine.driver import Driver
 from ..engine.epoch_record import partial_record, require_rewards
 from ..engine.live_settings import LiveField, LiveSettings, LiveValues, live_fields, read_journal
@@ -944,6 +944,21 @@ class Run(RunHistory):
         found = run_sync(work if self._closed else self._session.engine.run(work))
         return rescoring(self.config, self.id, found, self.records, self._put_in_place)
 
+    def _reward_digest(self) -> str | None:
+        """A digest of what the reward is made of, by what the run was given or else by its record; None if neither knows."""
+        digest = reward_digest(self.config, fingerprints(self._driver.components))
+        if digest is None and self._store is not None:
+            digest = (self._store.state() or {}).get("reward")
+        return digest
+
+    def _scored_by(self, judge: Run, epochs: Sequence[int]) -> list[RescoredEpoch]:
+        """These epochs with the reward of another run, or of this one."""
+        from .rescoring import score_by
+
+        self._session.require_outside("compare")
+        work = score_by(judge.config, judge.config.builder, self.config, self.config.builder, self.chosen(epochs))
+        return run_sync(work if judge._closed else judge._session.engine.run(work))
+
     def _put_in_place(self, rescored: RescoredEpoch) -> None:
         """Gives an epoch that was not trained on its new rewards."""
         self._require_steerable()
@@ -1071,7 +1086,7 @@ class Run(RunHistory):
         config, components = copy_for_fork(self.config, self._driver.components, training, ready, reward)
         digests = None
         if reward is not None:
-            digests = (reward_digest(self.config, self._driver.components), reward_digest(config, components))
+            digests = self._reward_digest(), reward_digest(config, fingerprints(components))
         branch = branch_of(store, epoch, curriculum, training, digests)
         # The fork may be given components of other classes; for the rest it needs what this run has.
         branch.state["components"] = {**recorded_components(branch.state), **given_components(components)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..analysis.run_comparison import Comparison, Difference
 from ..plots.curves import plot_rewards
 from ..text import number
-from .html import table, view
+from .html import element, table, view
 
 __all__ = [
     "comparison_html",
@@ -19,26 +20,41 @@ __all__ = [
 def comparison_html(comparison: Comparison) -> str:
     """The comparison as HTML: a table with a row for every run but the first."""
     rows = []
-    for difference in comparison.differences:
-        interval = f"{number(difference.low)} to {number(difference.high)}"
-        counts = (difference.pairs, difference.examples)
-        rows.append((difference.run, number(difference.mean), interval, *counts, _verdict(difference)))
+    for reward, differences in _sections(comparison):
+        for difference in differences:
+            interval = f"{number(difference.low)} to {number(difference.high)}"
+            counts = (difference.pairs, difference.examples)
+            row = (difference.run, number(difference.mean), interval, *counts, _verdict(difference))
+            rows.append((reward, *row) if comparison.under else row)
     better, interval = f"better than {_first(comparison)} by", f"{comparison.confidence:.0%} interval"
-    return view(table(rows, ("run", better, interval, "pairs", "examples", "")))
+    headers = ["run", better, interval, "pairs", "examples", ""]
+    if comparison.under:
+        headers.insert(0, "by the reward of")
+    notice = element("div", comparison.notice, class_="ft-dim") if comparison.notice else None
+    return view(table(rows, headers), notice)
 
 
 def comparison_text(comparison: Comparison) -> str:
     """The comparison as text: one line for every run but the first."""
     sentences = []
-    for difference in comparison.differences:
-        against = f"{difference.run} against {_first(comparison)}"
-        if not difference.pairs:
-            sentences.append(f"{against}: no example in common")
-            continue
-        interval = f"{comparison.confidence:.0%} interval {number(difference.low)} to {number(difference.high)}"
-        where = f"{difference.pairs} pairs of {difference.examples} examples"
-        sentences.append(f"{against}: {difference.mean:+.3g} ({interval}; {where}): {_verdict(difference)}")
+    for reward, differences in _sections(comparison):
+        by = f"by the reward of {reward}, " if comparison.under else ""
+        for difference in differences:
+            against = f"{by}{difference.run} against {_first(comparison)}"
+            if not difference.pairs:
+                sentences.append(f"{against}: no example in common")
+                continue
+            interval = f"{comparison.confidence:.0%} interval {number(difference.low)} to {number(difference.high)}"
+            where = f"{difference.pairs} pairs of {difference.examples} examples"
+            sentences.append(f"{against}: {difference.mean:+.3g} ({interval}; {where}): {_verdict(difference)}")
+    if comparison.notice:
+        sentences.append(comparison.notice)
     return "\n".join(sentences)
+
+
+def _sections(comparison: Comparison) -> list[tuple[str, Sequence[Difference]]]:
+    """By whose reward -> the differences; only what was recorded, where the rewards are the same."""
+    return list(comparison.under.items()) or [("", comparison.differences)]
 
 
 def comparison_plot(comparison: Comparison, *, ax: Any = None, **options: Any) -> Any:
