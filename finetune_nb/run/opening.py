@@ -252,7 +252,15 @@ def _replace_reward(config: Config, builder: Builder, reward: Rewards) -> set[st
         raise ConfigError(f"evaluator {taken[0]!r} has the name of a part of the new reward. Choose another one.")
     added = load_config({"eval": {"evaluators": sections}}).eval.evaluators
     config.eval.evaluators = {**added, **evaluators}
-    config.finetuning.reward_function = RewardFunctionConfig(name="reward")
+    named = RewardFunctionConfig(name="reward")
+    config.finetuning.reward_function = named
+    for section in (
+        *config.trajectory_builders.values(),
+        *config.trainer_adapters.values(),
+        *config.trainers.values(),
+    ):
+        if getattr(section, "reward", None) is not None:  # of its own, or put there when the run was opened
+            section.reward = named  # type: ignore[attr-defined]
     for name, function in functions.items():
         builder.add("evaluator", name, function)
     return gone | set(functions)

@@ -149,6 +149,18 @@ def test_a_live_field_goes_the_same_way_and_a_value_that_does_not_fit_is_refused
     assert run._settings.draft == {} and widget(panel, "llm.temperature").value == 0.8
 
 
+def test_a_moved_weight_shows_which_groups_would_be_trained_on(make_run, monkeypatch):
+    monkeypatch.setattr("finetune_nb.notebook.panel.has_frontend", lambda: True)
+    run = make_run(reward={"right": right, "long": (lambda output: len(output) / 10, 0.0)}, curriculum={})
+    panel = run.panel()
+    ft.run_sync(run.next_epoch())
+    widget(panel, "reward.long").value = 2.0
+    assert shows(panel, "answer", "the reward being 1 right + 2 long") and run.live["reward.long"] == 0.0
+    panel.buttons["apply"].click()
+    assert shows(panel, "answer", "Asked for") and run.live["reward.long"] == 2.0
+    panel.close()
+
+
 def test_tripwires_are_set_beside_those_from_code(run, panel):
     own = lambda epoch: None  # noqa: E731
     run.tripwires.append(own)
