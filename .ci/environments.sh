@@ -42,7 +42,23 @@ install_agents() { pip_install --no-deps -r tests/with_agents/agents.txt; }
 install_agents_strands() { pip_install --no-deps -r tests/with_agents/agents_strands.txt; }
 install_agents_inspect() { pip_install --no-deps -r tests/with_agents/agents_inspect.txt; }
 
+install_agents_node() {
+  local folder
+  command -v npm >/dev/null || install_packages nodejs npm
+  folder=$(packages_of "$making")/agents_node
+  mkdir "$folder"
+  cp tests/with_agents/node/package*.json "$folder"
+  npm ci --prefix "$folder" --no-audit --no-fund
+}
+
 # ── how ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# install_packages NAME...: Debian's.
+install_packages() {
+  as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+  as_root apt-get update -q
+  as_root apt-get install -q -y --no-install-recommends "$@"
+}
 
 pip_install() { "$making/bin/python" -m pip install --quiet "$@"; }
 packages_of() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
@@ -77,6 +93,7 @@ print(project["dependencies"], project["optional-dependencies"])'
   cat constraints.txt
   find tests -path "*/with_$1/constraints.txt" -exec cat {} +
   find tests/with_agents -name "$1.txt" -exec cat {} +
+  [ "$1" != agents_node ] || cat tests/with_agents/node/package-lock.json
   find "$(packages_of .venv)" -maxdepth 1 -name '*.dist-info' ! -name 'finetune_nb-*' -printf '%f\n' | sort
 }
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
+import importlib.util
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -46,6 +50,10 @@ class Library:
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
+
+    @classmethod
+    def version(cls) -> str:
+        return importlib.metadata.version(cls.package)
 
     @property
     def url(self) -> str:
@@ -703,6 +711,50 @@ class LlamaIndex(Library):
         return messages[-1].content
 
 
+class VercelAI(Library):
+    """In TypeScript's world: node/tasks.mjs does the tasks in a process of its own."""
+
+    package = "ai"
+    environment = "agents_node"
+    provider = "openai"
+
+    @classmethod
+    def version(cls) -> str:
+        pinned = json.loads((Path(__file__).parent / "node/package.json").read_text(encoding="utf-8"))
+        return pinned["dependencies"][cls.package]
+
+    async def _do(self, task, question):
+        modules = importlib.util.find_spec("agents_node").submodule_search_locations[0]
+        script = Path(__file__).parent / "node/tasks.mjs"
+        own = {"OPENAI_BASE_URL": self.url, "OPENAI_API_KEY": self.key, "AI_SDK_LOG_WARNINGS": "false"}
+        process = await asyncio.create_subprocess_exec(
+            "node", script, modules, self.provider, task, question, AGAIN,
+            env={**os.environ, **own}, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        said, _ = await process.communicate()
+        assert process.returncode == 0
+        return json.loads(said)
+
+    async def plain(self):
+        return await self._do("plain", QUESTION)
+
+    async def tools(self):
+        return await self._do("tools", WITH_TOOL)
+
+    async def stream(self):
+        return await self._do("stream", QUESTION)
+
+    async def structured(self):
+        return Answer(**await self._do("structured", QUESTION))
+
+    async def turns(self):
+        return await self._do("turns", QUESTION)
+
+
+class VercelAICompatible(VercelAI):
+    provider = "compatible"
+
+
 LIBRARIES = {
     "openai": OpenAI,
     "openai, Responses": OpenAIResponses,
@@ -721,5 +773,7 @@ LIBRARIES = {
     "Strands": Strands,
     "Inspect": InspectAI,
     "LlamaIndex": LlamaIndex,
+    "Vercel AI SDK": VercelAI,
+    "Vercel AI SDK, compatible": VercelAICompatible,
 }
 TASKS = ("plain", "tools", "stream", "structured", "turns")

@@ -5,6 +5,6 @@
 
 import importlib.util
 
-ANY = ("dspy", "strands", "inspect_ai")
+ANY = ("dspy", "strands", "inspect_ai", "agents_node")
 """One library of each environment."""
 collect_ignore_glob = ["test_*.py"] if not any(map(importlib.util.find_spec, ANY)) else []

@@ -3,7 +3,6 @@ and a conversation that is carried on keeps them."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import re
@@ -106,9 +105,8 @@ async def close_clients():
 
 def environment():
     """The one that these tests run in, by a library that only it has."""
-    if importlib.util.find_spec("strands"):
-        return "agents_strands"
-    return "agents_inspect" if importlib.util.find_spec("inspect_ai") else "agents"
+    own = {"strands": "agents_strands", "inspect_ai": "agents_inspect", "agents_node": "agents_node"}
+    return next((name for library, name in own.items() if importlib.util.find_spec(library)), "agents")
 
 
 HERE = [library for library, kind in LIBRARIES.items() if kind.environment == environment()]
@@ -145,7 +143,7 @@ async def test_a_librarys_calls_are_recorded_as_sampled(library, task):
 
 @pytest.mark.parametrize("library", HERE)
 def test_the_readme_has_a_row_for_the_library_with_its_version(library):
-    version = importlib.metadata.version(LIBRARIES[library].package)
+    version = LIBRARIES[library].version()
     cells = ["" if task in LIBRARIES[library].without else "yes" for task in TASKS]
     row = f"| {library} | {version} | {' | '.join(cells)} |"
     assert row in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
