@@ -626,6 +626,9 @@ class Sample(NamedTuple):
     """"stop" (the model ended its turn, or a stop text came) or "length"."""
     likeliest: list[dict[int, float]] | None = None
     """Of each place the likeliest tokens, id -> natural logarithm, where `top_logprobs` asked for them."""
+    entropies: list[float] | None = None
+    """Entropy (nats) in each place, of the policy's own distribution over its whole vocabulary at temperature 1. None: the
+    policy does not measure it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -660,6 +663,8 @@ class LLMCall:
     """What the request asked for and was not honoured, because the run says so or because it is only wished for."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the chat template with which the prompt was rendered; None: none, or not rendered here."""
+    entropies: list[float] | None = None
+    """Of each response token the policy's entropy in its place, see `Sample`; None where it was not measured."""
 
 
 # ── episodes and trajectories ─────────────────────────────────────────────────────────────────────────────────────────
@@ -684,7 +689,7 @@ RESCORED = "rescored"
 class MessageKey:
     """The keys of `EpisodeItem.metadata`, each with its value. T is the number of sampled tokens.
 
-    Only a turn that the policy sampled has the first nine; `SampledTurn.of(item)` reads them all at once.
+    Only a turn that the policy sampled has the first ten; `SampledTurn.of(item)` reads them all at once.
     """
 
     TOKEN_IDS = "token_ids"
@@ -695,6 +700,8 @@ class MessageKey:
     """(T,) texts: what each sampled token says."""
     TOP_LOGPROBS = "top_logprobs"
     """(T,) mappings: the likeliest tokens in each place, text -> natural logprob."""
+    ENTROPIES = "entropies"
+    """(T,) floats: entropy (nats) in each place, of the policy's own distribution over its whole vocabulary at temperature 1."""
     TEMPERATURE = "temperature"
     """At which it was sampled; 0 is greedy."""
     FINISH_REASON = "finish_reason"
@@ -726,8 +733,8 @@ class EpisodeItem(BaseModel):
     training). `metadata` keys: token_ids, tokens (their text), prompt_token_ids, exact (the ids are those that the model saw
     and sampled), drifted (True: its prompt does not begin with the ids of the turn before), temperature, finish_reason,
     seconds (that the model call took), conversation (counts from 0), tool_calls, tool_call_id, name, reasoning_content (what
-    the model thought), top_logprobs (of each token the likeliest in its place, text -> logprob), ignored (names of the
-    request's parameters that were not honoured).
+    the model thought), top_logprobs (of each token the likeliest in its place, text -> logprob), entropies (nats, one a
+    sampled token, where the policy measures them), ignored (names of the request's parameters that were not honoured).
     """
 
     role: EpisodeItemRole
@@ -942,6 +949,8 @@ class EpochMetrics:
     failures: int = field(metadata={"log": "rollouts/failed"})
     sampled_tokens: int = field(metadata={"log": "rollouts/sampled_tokens"})
     """Tokens that the policy sampled, in all trajectories."""
+    mean_entropy: float | None = field(default=None, metadata={"log": "rollouts/entropy"})
+    """Of the policy at each sampled token, in nats, over all tokens where it was recorded. None where it was not."""
     continued_turns: int | None = None
     """Sampled turns that continue a conversation. None in records from before these were counted."""
     drifted_turns: int | None = field(default=None, metadata={"log": "rollouts/drifted_turns"})

@@ -68,7 +68,8 @@ class Token(NamedTuple):
     logprob: float
     """Natural logarithm of its probability under the sampling distribution; NaN if missing."""
     entropy: float = math.nan
-    """In nats, see `entropy_of`; NaN without alternatives."""
+    """Of the policy in its place, in nats: as it was recorded, over the whole vocabulary; else of the alternatives that were,
+    see `entropy_of`; NaN without either."""
     alternatives: tuple[tuple[str, float], ...] = ()
     """Other likely tokens at this position, with their logprobs; most likely first."""
 
@@ -89,7 +90,8 @@ def tokens_of(item: EpisodeItem | DPOItem) -> list[Token]:
         return []
     texts = _one_each(turn.tokens, len(entries))
     tops = _one_each(turn.alternatives, len(entries))
-    return [_token(entry, text, top) for entry, text, top in zip(entries, texts, tops, strict=True)]
+    entropies = _one_each(turn.entropies, len(entries))
+    return [_token(*each) for each in zip(entries, texts, tops, entropies, strict=True)]
 
 
 def entropy_of(logprobs: Iterable[float]) -> float:
@@ -119,13 +121,14 @@ def _one_each(found: Any, count: int) -> Sequence[Any]:
     return [None] * count
 
 
-def _token(entry: Any, text: Any, top: Any) -> Token:
+def _token(entry: Any, text: Any, top: Any, entropy: Any) -> Token:
     """Make one token.
 
     Args:
         entry: Its logprob, or the entry in OpenAI's format that holds it.
         text: Its text, if that was recorded alongside the logprobs.
         top: The most likely tokens at its position, if they were recorded alongside the logprobs.
+        entropy: The policy's entropy there, if it was recorded.
     """
     if isinstance(entry, Real):
         logprob = as_float(entry)
@@ -136,14 +139,17 @@ def _token(entry: Any, text: Any, top: Any) -> Token:
     if not isinstance(text, str):
         text = None
 
+    recorded = as_float(entropy)
     others = []
     for other, value in _likely(top):
         if isinstance(other, str) and other != text and not math.isnan(value):
             others.append((other, value))
     if not others:
-        return Token(text, logprob)
+        return Token(text, logprob, recorded)
     others.sort(key=lambda pair: -pair[1])
-    return Token(text, logprob, entropy_of([logprob, *(value for _, value in others)]), tuple(others))
+    if math.isnan(recorded):
+        recorded = entropy_of([logprob, *(value for _, value in others)])
+    return Token(text, logprob, recorded, tuple(others))
 
 
 def _likely(top: Any) -> list[tuple[Any, float]]:

@@ -64,7 +64,7 @@ def _status(job: Any) -> str | None:
     return None if job is None else str(job.status)
 
 
-_DTYPES = {"float": "float64", "int": "int64", "int | None": "Int64", "str | None": "str"}
+_DTYPES = {"float": "float64", "float | None": "float64", "int": "int64", "int | None": "Int64", "str | None": "str"}
 """The dtype of a field of EpochMetrics, by its annotation."""
 _QUANTILES = ("group_p10", "group_p50", "group_p90")
 
@@ -172,6 +172,7 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
     kept_groups             int64          groups that were kept: selected for training
     failures                int64          rollouts that failed
     sampled_tokens          int64          tokens that the policy sampled
+    mean_entropy            float64        mean entropy of the policy at those tokens (nats); NaN if it was not recorded
     continued_turns         Int64          sampled turns that continue a conversation
     drifted_turns           Int64          those of them that were rendered anew instead of continuing the sampled ids
     rewards_missing         Int64          trajectories without a reward

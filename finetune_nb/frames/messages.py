@@ -98,6 +98,7 @@ MESSAGES = (
     Column("prompt_tokens", "Int64", source="prompt_token_ids", make=_Lists.lengths),
     Column("tokens", "Int64", source="logprobs", make=_Lists.lengths, only="assistant"),
     Column("mean_logprob", "float64", source="logprobs", make=_Lists.means, only="assistant"),
+    Column("mean_entropy", "float64", source="entropies", make=_Lists.means, only="assistant"),
     Column("seconds", "float64", source="item_metadata", key="seconds"),
 )
 """Columns of `messages`."""
@@ -108,6 +109,7 @@ TOKENS = (
     Column("token_id", "Int64", source="token_ids"),
     Column("token", "str", source="token_texts"),
     Column("logprob", "float64", source="logprobs"),
+    Column("entropy", "float64", source="entropies"),
 )
 """Columns of `tokens`."""
 
@@ -132,6 +134,7 @@ def messages(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str
     prompt_tokens    Int64      tokens in the prompt of the sampled turn
     tokens           Int64      tokens that the policy sampled; 0 for an assistant turn that it did not sample
     mean_logprob     float64    mean logprob of those tokens (natural logarithm); NaN if there are none
+    mean_entropy     float64    mean entropy of the policy at those tokens (nats); NaN if it was not recorded
     seconds          float64    duration of the model call
     ================ ========== =============================================================================
 
@@ -167,6 +170,8 @@ def tokens(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] 
     token_id         Int64      id in the policy's vocabulary; <NA> if only its logprob is known
     token            str        its text
     logprob          float64    natural logarithm of the probability with which it was sampled
+    entropy          float64    entropy of the policy in its place (nats), over its whole vocabulary at temperature 1; NaN if
+                                it was not recorded
     ================ ========== =============================================================================
 
     To get the advantage of each token:

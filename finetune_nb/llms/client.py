@@ -278,6 +278,7 @@ class PolicyLLM(LLM):
             seconds=float("nan"),
             exact=True,
             top_logprobs=likeliest,
+            entropies=None if sample.entropies is None else list(sample.entropies),
         )
 
 

@@ -7,7 +7,7 @@ displays itself. No pyplot state, no backend call, no rcParams. Missing values a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, did_you_mean
@@ -172,6 +172,7 @@ TRAINING = {
     "grad_norm": "gradient norm (unclipped)",
     "logprob_gap": "logprob gap (training − sampling)",
     "learning_rate": "learning rate",
+    "entropy": "entropy (nats a token)",
 }
 """The metrics shown by default, in this order, with their labels."""
 
@@ -182,7 +183,8 @@ def plot_training(
     """Plot what the training backend measured, one small panel per metric.
 
     By default: loss, KL, clip fraction, gradient norm, the gap between the logprobs in training and in sampling (large: the
-    tokens were sampled with other weights or another temperature), and learning rate. An epoch that was not trained on, or
+    tokens were sampled with other weights or another temperature), learning rate, and, where it was recorded, the policy's
+    entropy in sampling ("entropy"). An epoch that was not trained on, or
     whose training job failed, is a gap.
 
     Args:
@@ -200,7 +202,7 @@ def plot_training(
     runs = series_of(epochs)
     several = len(runs) > 1
     records = [epoch for run in runs for epoch in run.epochs]
-    known = list(dict.fromkeys(name for epoch in records for name in epoch.train_metrics))
+    known = list(dict.fromkeys(name for epoch in records for name in _training_metrics(epoch)))
     for name in names or ():
         if records and name not in known:
             raise ConfigError(f"no epoch has a training metric {name!r}. {did_you_mean(name, known)}")
@@ -212,7 +214,7 @@ def plot_training(
         each.set_ylabel(axis_label(TRAINING.get(name, name)).replace(" (", "\n("), fontsize="small")
         for place, run in enumerate(runs):
             where = span(run.epochs)
-            values = at_their_places(where, run.epochs, [as_float(e.train_metrics.get(name)) for e in run.epochs])
+            values = at_their_places(where, run.epochs, [as_float(_training_metrics(e).get(name)) for e in run.epochs])
             label = axis_label(run.name) if several and is_first else "_"
             draw_line(each, where, values, look.colour(place), label, MARKERS[place % 8], LINES[place % 4])
             said.append(f"{f'{run.name} ' if several else ''}{plain(name)} {trend_text(values)}")
@@ -225,11 +227,17 @@ def plot_training(
     return figure
 
 
+def _training_metrics(epoch: Epoch) -> Mapping[str, Any]:
+    """What the backend measured and, unless it has its own, the entropy of what was sampled."""
+    entropy = epoch.metrics.mean_entropy
+    return epoch.train_metrics if entropy is None else {"entropy": entropy, **epoch.train_metrics}
+
+
 def _measured(epochs: Sequence[Epoch]) -> list[str]:
     """The metrics of TRAINING that were measured; else all that were; else one, for an empty panel."""
     found: list[str] = []
     for epoch in epochs:
-        for name, value in epoch.train_metrics.items():
+        for name, value in _training_metrics(epoch).items():
             if name not in found and math.isfinite(as_float(value)):
                 found.append(name)
     return [name for name in TRAINING if name in found] or found or ["loss"]

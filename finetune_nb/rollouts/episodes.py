@@ -7,7 +7,8 @@ whatever is around it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..types import (
     MessageKey,
     SamplingParams,
     Trajectory,
+    as_float,
     chat_fields,
     content_text,
     field_of,
@@ -37,6 +39,7 @@ __all__ = [
     "drift",
     "episode_from_calls",
     "is_sampled",
+    "recorded_entropies",
     "sampled_turns",
     "tools_from_calls",
 ]
@@ -188,6 +191,8 @@ def _sampled(call: LLMCall, conversation: int) -> EpisodeItem:
         metadata[MessageKey.TOKENS] = call.tokens
     if call.top_logprobs is not None:
         metadata[MessageKey.TOP_LOGPROBS] = call.top_logprobs
+    if call.entropies is not None:
+        metadata[MessageKey.ENTROPIES] = call.entropies
     if call.ignored:
         metadata[MessageKey.IGNORED] = list(call.ignored)
     for key in (MessageKey.TOOL_CALLS, MessageKey.REASONING_CONTENT):
@@ -201,6 +206,18 @@ def _sampled(call: LLMCall, conversation: int) -> EpisodeItem:
         logprobs=call.logprobs,
         metadata=metadata,
     )
+
+
+def recorded_entropies(trajectory: Trajectory) -> Iterator[list[float]]:
+    """The entropies of each turn that has them, see `MessageKey.ENTROPIES`. Of a record that somebody else made, only those
+    that are finite numbers; never raises."""
+    for item in trajectory.episode:
+        known = getattr(item, "metadata", None)  # a preference has none
+        found = known.get(MessageKey.ENTROPIES) if known else None
+        if type(found) is list and found:
+            if set(map(type, found)) != {float} or not math.isfinite(sum(found)):
+                found = [value for value in map(as_float, found) if math.isfinite(value)]
+            yield found
 
 
 def sampled_turns(trajectory: Trajectory) -> list[int]:
@@ -226,6 +243,8 @@ class SampledTurn:
     """(T,) natural logarithm of each token's probability at `temperature`; None also where nobody can read them."""
     alternatives: list[dict[str, float]] | None
     """(T,) the likeliest tokens in each place, text -> natural logprob."""
+    entropies: list[float] | None
+    """(T,) the policy's entropy in each place, in nats, at temperature 1."""
     temperature: float | None
     """At which it was sampled; 0 is greedy, with logprobs as at 1."""
     finish_reason: str | None
@@ -256,6 +275,7 @@ class SampledTurn:
             tokens=get(MessageKey.TOKENS),
             logprobs=readable_logprobs(item.logprobs),
             alternatives=get(MessageKey.TOP_LOGPROBS),
+            entropies=get(MessageKey.ENTROPIES),
             temperature=get(MessageKey.TEMPERATURE),
             finish_reason=get(MessageKey.FINISH_REASON),
             seconds=get(MessageKey.SECONDS),

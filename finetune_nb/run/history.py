@@ -308,8 +308,8 @@ class RunHistory(ABC):
             epoch: Its number; negative counts from the newest. Default: the newest.
             example: The example's id. Default: the one whose rewards differ most.
             generation: Which rollout of the group. Default: the best one.
-            heat: What colours the sampled tokens: their "probability", or the "entropy" of the choice, if alternatives were
-                recorded.
+            heat: What colours the sampled tokens: their "probability", or the "entropy" of the policy in their place, if that
+                or the likely alternatives were recorded.
 
         Returns:
             A view that displays itself; its `.trajectory` is the record.

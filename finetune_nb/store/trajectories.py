@@ -80,6 +80,7 @@ LISTED: dict[str, tuple[str, type]] = {
     "token_ids": (MessageKey.TOKEN_IDS, int),
     "token_texts": (MessageKey.TOKENS, str),
     "prompt_token_ids": (MessageKey.PROMPT_TOKEN_IDS, int),
+    "entropies": (MessageKey.ENTROPIES, float),
 }
 """The columns that hold a list out of a message's metadata: its key there, and the type of its entries."""
 
@@ -245,6 +246,9 @@ class _Messages:
     def prompt_token_ids(self) -> pa.Array:
         return self._listed["prompt_token_ids"][1]
 
+    def entropies(self) -> pa.Array:
+        return self._listed["entropies"][1]
+
     def item_metadata(self) -> pa.Array:
         """What of the metadata has no column of its own, or does not fit into it."""
         columns = [(key, self._listed[name][0]) for name, (key, _) in LISTED.items()]
@@ -303,7 +307,7 @@ class _Messages:
                 for place, (text, content) in enumerate(zip(self._texts, self._contents, strict=True)):
                     if text != content:
                         values[place] = None
-            found[name] = _lists(values, kind)
+            found[name] = _lists(values, kind, "float16" if name == "entropies" else "float32")
         return found
 
 
@@ -353,6 +357,7 @@ COLUMNS: dict[str, FileColumn] = {
     "token_ids": MessageColumn("list<list<int32>>", _Messages.token_ids, wider="list<list<int64>>"),
     "token_texts": MessageColumn("list<list<string>>", _Messages.token_texts),
     "prompt_token_ids": MessageColumn("list<list<int32>>", _Messages.prompt_token_ids, wider="list<list<int64>>"),
+    "entropies": MessageColumn("list<list<halffloat>>", _Messages.entropies, since=3, wider="list<list<double>>"),
     "item_metadata": MessageColumn("list<string>", _Messages.item_metadata),
     "others": MessageColumn("list<string>", _Messages.others),
 }
@@ -409,17 +414,18 @@ def _array(values: Sequence[Any], type: str) -> pa.Array:
     return pa.array(values, _arrow_type(type))
 
 
-def _lists(values: Sequence[Any], kind: type) -> tuple[list[Any], pa.Array]:
-    """The values that are lists of `kind` and nothing else (None for all others), and the column of them."""
+def _lists(values: Sequence[Any], kind: type, narrowest: str = "float32") -> tuple[list[Any], pa.Array]:
+    """The values that are lists of `kind` and nothing else (None for all others), and the column of them. narrowest: the type
+    for floats that it holds exactly."""
     import pyarrow as pa
 
     lists = [value if type(value) is list else None for value in values]
     try:
-        flat = _flat(lists, kind)
+        flat = _flat(lists, kind, narrowest)
     except (TypeError, OverflowError, UnicodeError):
         # Some list has an entry that does not fit: find out which ones.
         lists = [value if value is not None and _fits(value, kind) else None for value in lists]
-        flat = _flat(lists, kind)
+        flat = _flat(lists, kind, narrowest)
     absent = _array([value is None for value in lists], "bool")
     return lists, pa.ListArray.from_arrays(_offsets([len(value or ()) for value in lists]), flat, mask=absent)
 
@@ -432,7 +438,7 @@ def _fits(value: list[Any], kind: type) -> bool:
     return True
 
 
-def _flat(lists: Sequence[list[Any] | None], kind: type) -> pa.Array:
+def _flat(lists: Sequence[list[Any] | None], kind: type, narrowest: str = "float32") -> pa.Array:
     """All entries, one list after another, in the narrowest type that holds them exactly."""
     import numpy as np
     import pyarrow as pa
@@ -448,7 +454,7 @@ def _flat(lists: Sequence[list[Any] | None], kind: type) -> pa.Array:
     else:
         whole = np.array(entries, np.float64)
         with np.errstate(over="ignore"):
-            narrow = whole.astype(np.float32)
+            narrow = whole.astype(narrowest)
     exact = np.array_equal(narrow, whole, equal_nan=kind is float)
     return pa.array(narrow if exact else whole, from_pandas=False)
 
@@ -524,7 +530,7 @@ def collection_of(table: pa.Table, run_id: str, groups: int | None) -> Trajector
         raise ValueError(f"{groups} groups for {len(table)} rows")
     table = _completed(table, COLUMNS)
     of_rows = _values(table, ("kind", "group", "reward", "shaped_rewards", "output", "metadata", "steps"))
-    of_messages = _values(table, ("roles", "contents", "logprobs", *LISTED, "item_metadata", "others"))
+    of_messages = _values(table, ("roles", "contents", "logprobs", "item_metadata", "others", *LISTED))
 
     by_number: list[list[Trajectory]] = [[] for _ in range(groups or 0)]
     by_example: dict[str, list[Trajectory]] = {}
@@ -573,9 +579,7 @@ def _failure(metadata: Any, steps: Any) -> RolloutFailure:
     return RolloutFailure(example, generation, error, [] if steps is None else decode_steps(steps))  # type: ignore[arg-type]
 
 
-def _item(
-    role: Any, content: Any, logprobs: Any, ids: Any, texts: Any, prompt_ids: Any, metadata: Any, others: Any
-) -> EpisodeItem | DPOItem:
+def _item(role: Any, content: Any, logprobs: Any, metadata: Any, others: Any, *listed: Any) -> EpisodeItem | DPOItem:
     other = {} if others is None else decode(others, dict)
     if role == PREFERENCE:
         return DPOItem.model_validate(other.get(PREFERENCE))
@@ -583,7 +587,7 @@ def _item(
     if role not in ROLES or not isinstance(content, str):
         raise ValueError(f"a message of role {role!r}")
     known = None if metadata is None else decode(metadata, dict)
-    for (key, _), value in zip(LISTED.values(), (ids, texts, prompt_ids), strict=True):
+    for (key, _), value in zip(LISTED.values(), listed, strict=True):
         if value is not None:
             known = {} if known is None else known
             known[key] = value

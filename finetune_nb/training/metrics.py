@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..rewards.numbers import group_scales, mean, scale_of, within_floats
-from ..rollouts.episodes import drift
+from ..rollouts.episodes import drift, recorded_entropies
 from ..text import most_frequent_error
 from ..types import (
     EpochMetrics,
@@ -57,7 +57,9 @@ def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics,
         scale = scale_of(means)
         low, median, high = (np.quantile(means / scale, [0.1, 0.5, 0.9]) * scale).tolist()
     continued, drifted = drift(trajectory for group in collection.trajectories for trajectory in group)
-    tokens, scores = _tokens_and_scores(trajectory for group in collection.trajectories for trajectory in group)
+    tokens, entropy, scores = _tokens_and_scores(
+        trajectory for group in collection.trajectories for trajectory in group
+    )
     missing = int(np.isnan(statistics.rewards).sum())
     return EpochMetrics(
         mean_reward=mean(rewards),
@@ -72,6 +74,7 @@ def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics,
         kept_groups=int(kept.sum()),
         kept_mean_reward=mean(kept_rewards),
         sampled_tokens=tokens,
+        mean_entropy=entropy,
         continued_turns=continued,
         drifted_turns=drifted,
         rewards_missing=missing,
@@ -143,16 +146,20 @@ def _scaled(statistics: GroupStatistics) -> tuple[np.ndarray, np.ndarray, np.nda
     return scales, distances, np.sqrt(squares / np.maximum(statistics.counts - 1, 1))
 
 
-def _tokens_and_scores(trajectories: Iterable[Trajectory]) -> tuple[int, dict[str, float]]:
-    """Sampled tokens, and each evaluator's mean score, in one pass."""
-    tokens = 0
+def _tokens_and_scores(trajectories: Iterable[Trajectory]) -> tuple[int, float | None, dict[str, float]]:
+    """Sampled tokens, their mean entropy, and each evaluator's mean score, in one pass."""
+    tokens, measured = 0, 0
+    entropy = 0.0
     found: dict[str, list[float]] = {}
     for trajectory in trajectories:
         tokens += sampled_tokens(trajectory)
+        for entropies in recorded_entropies(trajectory):
+            entropy += sum(entropies)
+            measured += len(entropies)
         scores = (trajectory.metadata or {}).get("scores")
         if isinstance(scores, dict):
             for name, score in scores.items():
                 values = found.setdefault(name, [])
                 if isinstance(score, int | float) and math.isfinite(as_float(score)):
                     values.append(score)
-    return tokens, {name: mean(values) for name, values in found.items()}
+    return tokens, entropy / measured if measured else None, {name: mean(found[name]) for name in found}

@@ -179,8 +179,9 @@ def missing_entropy(turns: Sequence[Turn]) -> str:
     where = "no turn" if len(without) == len(sampled) else f"{len(without):,} of {len(sampled):,} sampled turns"
     has = "has an entropy" if where == "no turn" else "have no entropy"
     return (
-        f"{where} {has}: the likely alternatives of the tokens were not recorded. Sample with an llm that returns them, such as "
-        "one of type 'openai' with top_logprobs: 5."
+        f"{where} {has}: neither the entropy nor the likely alternatives of the tokens were recorded. Sample with local_grpo "
+        "(record_entropy: true, its default), or with an llm that returns alternatives, such as one of type 'openai' with "
+        "top_logprobs: 5."
     )
 
 

@@ -100,14 +100,17 @@ def _alternatives(token: Token, most: int) -> str:
 
 
 def token_table(tokens: Sequence[Token], room: int) -> Html:
-    """A fold with one row per token: index, text, probability, logprob, and, if alternatives were recorded, the entropy and
-    the likely alternatives. Of many tokens, the least likely that fit into `room` bytes."""
+    """A fold with one row per token: index, text, probability, logprob, and, if they were recorded, the entropy and the likely
+    alternatives. Of many tokens, the least likely that fit into `room` bytes."""
     has_entropy = any(not math.isnan(token.entropy) for token in tokens)
     headers = ["#", "token", "probability", "logprob"]
     if has_entropy:
-        headers += ["entropy", "instead"]
+        headers.append("entropy")
+    has_alternatives = any(token.alternatives for token in tokens)
+    if has_alternatives:
+        headers.append("instead")
     least_likely = sorted(range(len(tokens)), key=lambda place: _order(tokens[place].logprob))[:ROW_LIMIT]
-    rows = {place: _row(place, tokens[place], has_entropy) for place in least_likely}
+    rows = {place: _row(place, tokens[place], has_entropy, has_alternatives) for place in least_likely}
 
     # If the rows are too large, show as many as would fit if all had the same size.
     size = _bytes(table(rows.values(), headers))
@@ -122,10 +125,12 @@ def token_table(tokens: Sequence[Token], room: int) -> Html:
     return details(title, table([rows[place] for place in sorted(shown)], headers))
 
 
-def _row(place: int, token: Token, has_entropy: bool) -> list[Any]:
+def _row(place: int, token: Token, has_entropy: bool, has_alternatives: bool) -> list[Any]:
     row = [place, element("code", visible(token.text, 60)), token.probability, token.logprob]
     if has_entropy:
-        row += [token.entropy, _alternatives(token, 3)]
+        row.append(token.entropy)
+    if has_alternatives:
+        row.append(_alternatives(token, 3))
     return row
 
 

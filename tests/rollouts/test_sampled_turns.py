@@ -56,6 +56,7 @@ def call(**changes) -> LLMCall:
         "seconds": 1.5,
         "exact": True,
         "top_logprobs": [{"ad": -0.5}, {"d": -0.25}],
+        "entropies": [0.5, 0.75],
     }
     return LLMCall(**{**values, **changes})
 
@@ -75,6 +76,7 @@ def test_a_sampled_turn_says_all_that_the_recorded_call_said():
         tokens=["ad", "d"],
         logprobs=[-0.5, -0.25],
         alternatives=[{"ad": -0.5}, {"d": -0.25}],
+        entropies=[0.5, 0.75],
         temperature=0.7,
         finish_reason="length",
         seconds=1.5,
@@ -89,7 +91,7 @@ def test_a_sampled_turn_says_all_that_the_recorded_call_said():
 def test_what_a_record_does_not_say_is_none_and_never_zero():
     turn = SampledTurn.of(item("assistant", "4"))
     assert turn is not None
-    assert (turn.ids, turn.prompt_ids, turn.tokens, turn.alternatives) == (None,) * 4
+    assert (turn.ids, turn.prompt_ids, turn.tokens, turn.alternatives, turn.entropies) == (None,) * 5
     assert (turn.temperature, turn.finish_reason, turn.seconds, turn.exact, turn.reasoning) == (None,) * 5
     assert (turn.logprobs, turn.drifted, turn.conversation, turn.tool_calls) == ([-0.5], False, 0, [])
 
@@ -156,7 +158,7 @@ def test_fields_of_a_chat_message_are_those_that_are_there():
 
 def test_each_key_of_a_message_is_a_key_of_its_own():
     keys = [value for name, value in vars(MessageKey).items() if name.isupper()]
-    assert len(keys) == len(set(keys)) == 15
+    assert len(keys) == len(set(keys)) == 16
 
 
 # ── a trajectory ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -29,7 +29,7 @@ EPOCH = 3
 """Of the run in the zip: 30 trajectories, 2 of them without a reward, and 6 failures with their model calls."""
 FRAMES = ("trajectories", "messages", "tokens", "groups", "epochs")
 REQUIRED = [name for name, column in COLUMNS.items() if column.required]
-LATER = {"output"}
+LATER = {"output", "entropies"}
 """Columns that the run in the zip does not have: a later format brought them."""
 OPTIONAL = [name for name in COLUMNS if name not in REQUIRED and name not in LATER]
 MADE_OF = {

@@ -24,7 +24,10 @@ FULL = make_epoch(
     train={"kl": 0.1, "trained_groups": 1},
     scores={"tidy": 1.0},
 )
-NUMBERS = [field for field in dataclasses.fields(EpochMetrics) if field.type in ("float", "int", "int | None")]
+FULL = dataclasses.replace(FULL, metrics=dataclasses.replace(FULL.metrics, mean_entropy=0.75))
+NUMBERS = [
+    field for field in dataclasses.fields(EpochMetrics) if field.type in ("float", "int", "int | None", "float | None")
+]
 
 
 def test_sinks_get_these_names_in_this_order():
@@ -40,6 +43,7 @@ def test_sinks_get_these_names_in_this_order():
         "rollouts/finished",
         "rollouts/failed",
         "rollouts/sampled_tokens",
+        "rollouts/entropy",
         "rollouts/drifted_turns",
         "rollouts/rewards_missing",
         "curriculum/percentile",

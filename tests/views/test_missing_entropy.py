@@ -11,7 +11,7 @@ from finetune_nb.analysis.rollout_group import rollout_group
 from finetune_nb.views.rollout import RolloutView
 
 TOP = [{"7": -0.5, "8": -1.5}]
-SAID = "no turn has an entropy: the likely alternatives of the tokens were not recorded"
+SAID = "no turn has an entropy: neither the entropy nor the likely alternatives of the tokens were recorded"
 
 
 def shown(*episode, heat):
@@ -45,6 +45,7 @@ def test_where_some_turns_have_none_their_number_is_said():
         assert "1 of 2 sampled turns have no entropy" in text
 
 
-def test_where_every_turn_has_one_nothing_is_said():
-    for text in shown(item("user", "3+4"), sampled(("7", -0.5), top_logprobs=TOP), heat="entropy"):
+@pytest.mark.parametrize("recorded", [{"top_logprobs": TOP}, {"entropies": [0.75]}], ids=["alternatives", "entropies"])
+def test_where_every_turn_has_one_nothing_is_said(recorded):
+    for text in shown(item("user", "3+4"), sampled(("7", -0.5), **recorded), heat="entropy"):
         assert "no entropy" not in text and "an entropy" not in text

@@ -78,6 +78,7 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
             lora=config.lora,
             seed=self.seed,
         )
+        policy.record_entropy = config.record_entropy
         logger.info("local_grpo: %s", policy.description)
         if config.model != "embedded" and "learning_rate" not in config.model_fields_set:
             logger.warning(

@@ -92,6 +92,7 @@ class LocalPolicy(ChatTokenizer):
         threads: int | None = None,
         device: str = "auto",
         batching: Batching | None = None,
+        record_entropy: bool = False,
     ) -> None:
         super().__init__(tokenizer, _end_ids(model, tokenizer), model.config.name_or_path or "the model")
         self.weights_id = 0
@@ -116,6 +117,8 @@ class LocalPolicy(ChatTokenizer):
         with self.exclusive.hold():
             self.batching: Batching = batching or batching_of(self.model)
             """How prompts of different lengths are sampled together; it depends on what the model's layers keep."""
+        self.record_entropy = record_entropy
+        """Whether samples have the entropy in the place of each token."""
         self._batcher = Batcher(self._sample_batch, deterministic)
         self._guides = ReplyGuides(self, self.vocabulary, self._end_ids)
 
@@ -199,6 +202,7 @@ class LocalPolicy(ChatTokenizer):
                 text=functools.partial(self.tokenizer.decode, skip_special_tokens=False),
                 stopped=interpreter_exiting.is_set,
                 batching=self.batching,
+                entropy=self.record_entropy,
             )
         for request, row in zip(batch, rows, strict=True):
             if row.ended is not None:
@@ -257,7 +261,14 @@ class LocalPolicy(ChatTokenizer):
 
 def _from_parts(parts: Replica) -> LocalPolicy:
     model = parts.model()
-    policy = LocalPolicy(model, parts.tokenizer, threads=parts.threads, device=parts.device, batching=parts.batching)
+    policy = LocalPolicy(
+        model,
+        parts.tokenizer,
+        threads=parts.threads,
+        device=parts.device,
+        batching=parts.batching,
+        record_entropy=parts.record_entropy,
+    )
     policy.source = f"a replica of {parts.config.name_or_path or parts.kind.__name__}"
     return policy
 

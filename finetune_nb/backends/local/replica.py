@@ -44,6 +44,7 @@ class Replica:
     """As in the config: each process looks for itself what it has."""
     threads: int | None
     batching: Batching
+    record_entropy: bool
     frozen: dict[str, Packed] = field(repr=False)
     buffers: dict[str, Packed] = field(repr=False)
     """Those that are computed and not saved, such as the frequencies of positions: casting them would change them."""
@@ -65,6 +66,7 @@ class Replica:
             policy.device,
             policy.exclusive.threads,
             policy.batching,
+            policy.record_entropy,
             {name: _packed(tensor) for name, tensor in frozen.items()},
             {name: _packed(tensor) for name, tensor in buffers.items()},
         )

@@ -50,6 +50,7 @@ class SampleRequest:
     reply: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     likeliest: list[dict[int, float]] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
     ended: str | None = None
 
     @property
@@ -78,7 +79,10 @@ class SampleRequest:
 
     def sample(self) -> Sample:
         reason = "length" if self.ended == "length" else "stop"
-        return Sample(self.reply, self.logprobs, reason, self.likeliest if self.params.top_logprobs else None)
+        likeliest = self.likeliest if self.params.top_logprobs else None
+        # Of a row that was sampled with entropies there is one for each token.
+        entropies = self.entropies if len(self.entropies) == len(self.reply) else None
+        return Sample(self.reply, self.logprobs, reason, likeliest, entropies)
 
 
 def sample_batch(
@@ -91,15 +95,16 @@ def sample_batch(
     stopped: Callable[[], bool] = lambda: False,
     max_tokens: int = 131_072,
     batching: Batching = "padded",
+    entropy: bool = False,
 ) -> None:
     """Fills in every request's reply.
 
     model: a Hugging Face causal language model in eval mode. end_ids: tokens that end a turn. text: ids -> text, for
     stop texts. stopped: asked before each token; True ends the batch early. max_tokens: rows times their longest
     possible length that one cache may hold; more requests are sampled in several goes. batching: how prompts of
-    different lengths share one.
+    different lengths share one. entropy: note the entropy in the place of each token, see `_entropies`.
     """
-    run = _Run(model, end_ids, pad_id, text, stopped, batching, borders_of(model))
+    run = _Run(model, end_ids, pad_id, text, stopped, batching, borders_of(model), entropy)
     while requests:
         crossed: list[SampleRequest] = []
         for chunk in _chunks(requests, max_tokens, batching, run.borders):
@@ -118,6 +123,7 @@ class _Run:
     stopped: Callable[[], bool]
     batching: Batching
     borders: tuple[int, ...]
+    entropy: bool
 
 
 def _chunks(
@@ -162,12 +168,15 @@ def _sample_chunk(run: _Run, rows: list[SampleRequest]) -> list[SampleRequest]:
     next_position_B = prompt_mask_BT.sum(1)
     draws_BT = _uniforms(rows, steps).to(device)
     heat_B = torch.tensor([row.params.temperature for row in rows], device=device)
+    scaled = any(row.params.temperature not in (0, 1) for row in rows)
 
     live, crossed = rows, []
     for step in range(steps):
         fitting_BV = _fitting(live, logits_BV)
         chosen_B, logprobs_B, logprobs_BV = _choose(logits_BV, draws_BT[:, step], heat_B, fitting_BV)
         _note_likeliest(live, logprobs_BV)
+        if run.entropy:
+            _note_entropies(live, logits_BV.float().log_softmax(1) if scaled else logprobs_BV)
         for row, token, logprob in zip(live, chosen_B.tolist(), logprobs_B.tolist(), strict=True):
             if row.ended is None:
                 row.take(token, logprob, run.end_ids, run.text)
@@ -245,3 +254,16 @@ def _note_likeliest(rows: list[SampleRequest], logprobs_BV: Tensor) -> None:
         wanted = row.params.top_logprobs
         if wanted and row.ended is None:
             row.likeliest.append(dict(zip(ids[:wanted], values[:wanted], strict=True)))
+
+
+def _note_entropies(rows: list[SampleRequest], logprobs_BV: Tensor) -> None:
+    """Writes down for each row the entropy in nats of its next token.
+
+    logprobs_BV: those of the model itself, over its whole vocabulary, at temperature 1 and whatever form the reply is held
+    to: so entropies of different temperatures and formats can be compared. They are rounded to float16, as they are stored.
+    """
+    # A token of probability 0 adds nothing: 0 times minus infinity is NaN, which is left out of the sum.
+    entropies_B = logprobs_BV.exp().mul_(logprobs_BV).nansum(1).neg_().clamp_(min=0).half()
+    for row, entropy in zip(rows, entropies_B.tolist(), strict=True):
+        if row.ended is None:
+            row.entropies.append(entropy)
