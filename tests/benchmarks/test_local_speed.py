@@ -139,3 +139,18 @@ def test_training_step_costs_less_than_the_rollouts_that_it_learns_from(policy, 
     step, sampling = found["training"] / 8, found["sampling"]
     print(f"\n{step:.3f} s per optimizer step of {ROWS // 8} trajectories; rollouts {sampling:.3f} s")
     assert found.ratio("training", "sampling") < 8
+
+
+def test_recording_the_entropy_costs_little_of_the_sampling(policy, prompts):
+    def sampled(recording):
+        policy.record_entropy = recording
+        try:
+            samples = asyncio.run(rollouts(policy, prompts))
+        finally:
+            policy.record_entropy = False
+        assert all((sample.entropies is not None) is recording for sample in samples)
+
+    found = by_turns(9, recorded=lambda: sampled(True), plain=lambda: sampled(False))
+    more = found.ratio("recorded", "plain") - 1
+    print(f"\n{ROWS} concurrent requests: the entropies of all tokens take {more:.1%} more")
+    assert more < 0.05
