@@ -951,6 +951,11 @@ class EpochMetrics:
     """Tokens that the policy sampled, in all trajectories."""
     mean_entropy: float | None = field(default=None, metadata={"log": "rollouts/entropy"})
     """Of the policy at each sampled token, in nats, over all tokens where it was recorded. None where it was not."""
+    replies_cut: int | None = field(default=None, metadata={"log": "rollouts/replies_cut"})
+    """Trajectories whose last sampled turn was cut at the token limit. None in records from before these were counted."""
+    length_correlation: float | None = field(default=None, metadata={"log": "reward/length_correlation"})
+    """How the reward goes with the number of sampled tokens, from -1 to 1, see `training.metrics.length_correlation`. None where
+    lengths or rewards do not differ enough to say."""
     continued_turns: int | None = None
     """Sampled turns that continue a conversation. None in records from before these were counted."""
     drifted_turns: int | None = field(default=None, metadata={"log": "rollouts/drifted_turns"})

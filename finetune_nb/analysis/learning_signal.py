@@ -27,6 +27,7 @@ __all__ = [
     "LearningSignal",
     "SIGNALS",
     "chance_of_spread",
+    "group_signals",
     "learning_signal",
 ]
 
@@ -227,6 +228,26 @@ def _best_and_worst(epochs: Sequence[Epoch]) -> tuple[float, float]:
     highest = [epoch.metrics.max_reward for epoch in epochs if math.isfinite(epoch.metrics.max_reward)]
     lowest = [epoch.metrics.min_reward for epoch in epochs if math.isfinite(epoch.metrics.min_reward)]
     return max(highest, default=math.nan), min(lowest, default=math.nan)
+
+
+def group_signals(epochs: Sequence[Epoch], worst: float, best: float) -> list[str]:
+    """The signal of every group of some epochs.
+
+    Args:
+        epochs: Their records.
+        worst: The lowest reward there is.
+        best: The highest.
+
+    Returns:
+        A key of SIGNALS for each group, one epoch's after another's.
+    """
+    found = []
+    for epoch in epochs:
+        statistics = epoch.statistics
+        columns = (statistics.means.tolist(), statistics.spreads.tolist(), statistics.counts.tolist())
+        for place, (mean, spread, rewards) in enumerate(zip(*columns, strict=True)):
+            found.append(_signal(epoch.selection.reason_of(place), mean, spread, rewards, best, worst))
+    return found
 
 
 def _signal(reason: GroupReason, mean: float, spread: float, rewards: int, best: float, worst: float) -> str:

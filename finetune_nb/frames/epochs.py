@@ -173,6 +173,9 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
     failures                int64          rollouts that failed
     sampled_tokens          int64          tokens that the policy sampled
     mean_entropy            float64        mean entropy of the policy at those tokens (nats); NaN if it was not recorded
+    replies_cut             Int64          trajectories whose last reply was cut at the token limit
+    length_correlation      float64        how the reward goes with the number of sampled tokens, from -1 to 1, among whole
+                                           replies of one group with as many messages; NaN if too few differ
     continued_turns         Int64          sampled turns that continue a conversation
     drifted_turns           Int64          those of them that were rendered anew instead of continuing the sampled ids
     rewards_missing         Int64          trajectories without a reward

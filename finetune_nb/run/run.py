@@ -40,6 +40,7 @@ from .session import EpochLines, Session
 
 if TYPE_CHECKING:
     from ..analysis.agreement import Agreement
+    from ..analysis.diagnosis import Diagnosis
     from ..analysis.rescoring import RescoredEpoch, Rescoring
     from ..llms.client import ChatReply
     from ..rollouts.evaluation import Progress
@@ -1004,6 +1005,26 @@ class Run(RunHistory):
             )
         rescored = self.rescore(reward, epochs, only=list(known), dataset=dataset, max_concurrency=max_concurrency)
         return agreement_with(known, rescored, scale)
+
+    def diagnose(self, epochs: Any = None) -> Diagnosis:
+        """Say why the run does not learn. Nothing is run or changed; it works on a run that was opened from disk.
+
+        Args:
+            epochs: A number, several, or a slice of them; negative counts from the newest. Default: all. The newest three of them
+                count as the state of now.
+
+        Returns:
+            The findings, the worst first: each has its kind, its number, the rollouts that show it, and the next step. It
+            displays itself and is true where there are findings; `.findings` and `.frame()` give them as values.
+
+        Raises:
+            IndexError: There is no such epoch.
+        """
+        from ..analysis.diagnosis import diagnosis
+        from ..rewards.evaluators import weighted_reward
+
+        section = weighted_reward(self.config)
+        return diagnosis(self.id, self.chosen(epochs), section and section.weights)
 
     def panel(self) -> Any:
         """The control panel: state and progress, buttons, the live settings with what they would do, the reward curve, the

@@ -22,7 +22,7 @@ from ..types import (
     Trajectory,
     TrajectoryCollection,
     as_float,
-    sampled_tokens,
+    sampled_outcome,
 )
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "deviations",
     "epoch_metrics",
     "has_signal",
+    "length_correlation",
 ]
 
 NO_REASON = "no reason was recorded"
@@ -57,9 +58,12 @@ def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics,
         scale = scale_of(means)
         low, median, high = (np.quantile(means / scale, [0.1, 0.5, 0.9]) * scale).tolist()
     continued, drifted = drift(trajectory for group in collection.trajectories for trajectory in group)
-    tokens, entropy, scores = _tokens_and_scores(
-        trajectory for group in collection.trajectories for trajectory in group
-    )
+    everyone = [trajectory for group in collection.trajectories for trajectory in group]
+    entropy, scores = _entropy_and_scores(everyone)
+    outcomes = [sampled_outcome(trajectory) for trajectory in everyone]
+    tokens = np.array([count for count, _ in outcomes], dtype=np.int64)
+    cut = np.array([reason == "length" for _, reason in outcomes], dtype=bool)
+    messages = np.array([len(trajectory.episode) for trajectory in everyone], dtype=np.int64)
     missing = int(np.isnan(statistics.rewards).sum())
     return EpochMetrics(
         mean_reward=mean(rewards),
@@ -73,8 +77,10 @@ def epoch_metrics(collection: TrajectoryCollection, statistics: GroupStatistics,
         kept_trajectories=int(sizes[kept].sum()),
         kept_groups=int(kept.sum()),
         kept_mean_reward=mean(kept_rewards),
-        sampled_tokens=tokens,
+        sampled_tokens=int(tokens.sum()),
         mean_entropy=entropy,
+        replies_cut=int(cut.sum()),
+        length_correlation=length_correlation(statistics, tokens, messages, cut),
         continued_turns=continued,
         drifted_turns=drifted,
         rewards_missing=missing,
@@ -130,6 +136,50 @@ def deviations(statistics: GroupStatistics) -> np.ndarray:
         return np.where(several, within_floats(scaled * scales), math.nan)
 
 
+LENGTHS_COMPARED = 16
+"""Fewest rollouts whose length and whose group's rewards differ: among fewer, chance alone correlates anything."""
+
+
+def length_correlation(
+    statistics: GroupStatistics, tokens: np.ndarray, messages: np.ndarray, cut: np.ndarray
+) -> float | None:
+    """How the reward goes with the number of sampled tokens; its square is the share of the rewards' spread inside groups that
+    the length explains, in a straight line.
+
+    Only whole replies are compared, and lengths only within one group and among rollouts of as many messages: a tool call more
+    is no longer reply, and a reply that was cut has another fault.
+
+    Args:
+        statistics: Rewards of N trajectories, by group.
+        tokens: (N,) sampled tokens of each.
+        messages: (N,) messages of each episode.
+        cut: (N,) bool: whether the last reply was cut at the token limit.
+
+    Returns:
+        From -1 (shorter is better) to 1 (longer is better); None where fewer than LENGTHS_COMPARED rollouts differ in both.
+    """
+    group_of = np.repeat(np.arange(len(statistics)), np.diff(statistics.offsets))
+    there = np.isfinite(statistics.rewards) & ~cut
+    if there.sum() < LENGTHS_COMPARED:
+        return None
+    group_of, messages = group_of[there], messages[there]
+    rewards = statistics.rewards[there] / scale_of(statistics.rewards[there])
+    rewards = rewards - _means_of(group_of, rewards)
+    kind_of = np.unique(group_of * (messages.max() + 1) + messages, return_inverse=True)[1]
+    lengths = tokens[there] - _means_of(kind_of, tokens[there])
+    compared = (np.abs(lengths) > 0) & (np.bincount(group_of, weights=np.abs(rewards))[group_of] > NO_SPREAD)
+    if compared.sum() < LENGTHS_COMPARED:
+        return None
+    scale = math.sqrt((lengths**2).sum() * (rewards**2).sum())
+    return float(np.clip((lengths * rewards).sum() / scale, -1.0, 1.0))
+
+
+def _means_of(place_of: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(N,) of each value, the mean of all in the same place."""
+    sums, sizes = np.bincount(place_of, weights=values), np.bincount(place_of)
+    return (sums / np.maximum(sizes, 1))[place_of]
+
+
 def _scaled(statistics: GroupStatistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What each group is divided by, and in that unit each reward's distance to its group's mean (0 where it is not a
     finite number) and each group's sample standard deviation."""
@@ -146,13 +196,12 @@ def _scaled(statistics: GroupStatistics) -> tuple[np.ndarray, np.ndarray, np.nda
     return scales, distances, np.sqrt(squares / np.maximum(statistics.counts - 1, 1))
 
 
-def _tokens_and_scores(trajectories: Iterable[Trajectory]) -> tuple[int, float | None, dict[str, float]]:
-    """Sampled tokens, their mean entropy, and each evaluator's mean score, in one pass."""
-    tokens, measured = 0, 0
+def _entropy_and_scores(trajectories: Iterable[Trajectory]) -> tuple[float | None, dict[str, float]]:
+    """The mean entropy of the sampled tokens, and each evaluator's mean score, in one pass."""
+    measured = 0
     entropy = 0.0
     found: dict[str, list[float]] = {}
     for trajectory in trajectories:
-        tokens += sampled_tokens(trajectory)
         for entropies in recorded_entropies(trajectory):
             entropy += sum(entropies)
             measured += len(entropies)
@@ -162,4 +211,4 @@ def _tokens_and_scores(trajectories: Iterable[Trajectory]) -> tuple[int, float |
                 values = found.setdefault(name, [])
                 if isinstance(score, int | float) and math.isfinite(as_float(score)):
                     values.append(score)
-    return tokens, entropy / measured if measured else None, {name: mean(found[name]) for name in found}
+    return entropy / measured if measured else None, {name: mean(found[name]) for name in found}

@@ -1,0 +1,890 @@
+"""Says why a run does not learn: each finding with its number, the rollouts that show it, and the next step.
+
+Numbers of whole epochs come from the epochs' records. Rollouts are read for the newest epochs only, and of those no more than
+a few columns. The limits are measured: no healthy run of `tests/analysis/test_diagnosis.py` reaches one, and the planted faults
+do.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..hooks import shown_by
+from ..store.json import decode
+from ..store.reader import trajectory_columns
+from ..store.trajectories import to_python
+from ..text import count, number, one_line
+from ..training.metrics import NO_SPREAD, has_signal, length_correlation
+from ..types import Epoch, EpochMetrics, TrainingStatusEnum, as_float
+from .learning_signal import chance_of_spread, group_signals
+from .trajectory_names import generations_of, trajectory_names
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+__all__ = [
+    "Diagnosis",
+    "Finding",
+    "SEVERITIES",
+    "diagnosis",
+    "epoch_warnings",
+]
+
+Severity = Literal["critical", "warning", "info"]
+SEVERITIES: tuple[Severity, ...] = ("critical", "warning", "info")
+"""From the worst on. "critical": nothing can be learned like this. "info": worth knowing, and no fault."""
+
+NEWEST = 3
+"""Epochs, from the newest, whose rollouts are read and whose numbers count as those of now."""
+EVIDENCE = 10
+"""Most rollouts that a finding names."""
+FEW = 16
+"""Rollouts below which a share of them says nothing."""
+
+MISSING = 0.05
+"""Share of rewards missing, or of rollouts failed, from which on it is a finding ..."""
+MANY_MISSING = 0.5
+"""... and a critical one."""
+TEACHING = 0.25
+"""Share of groups whose rewards differ, below which too little is taught."""
+SMALL_GROUP, MORE_WITH_SIZE = 4, 1.5
+"""Generations up to which a group can be too small, and how many times as many groups would teach with FULL_GROUP of them."""
+FULL_GROUP = 8
+LENGTH_EXPLAINS = 0.8
+"""Share of the rewards' spread inside groups that the reply's length explains."""
+DOMINATES, VARIES = 20.0, 0.5
+"""How many times the spread of another component a dominating one has, where the other one differs in at least this part of
+the groups in which the dominating one does."""
+CUT, MANY_CUT = 0.2, 0.5
+"""Share of rollouts whose last reply was cut."""
+ENTROPY_LOW, ENTROPY_FALL = 0.05, 0.25
+"""Nats a token below which a policy hardly explores, and the part of its first entropy to which it has then fallen."""
+ENTROPY_HIGH, ENTROPY_RISE = 1.0, 2.0
+"""The same for one that grows: nats, and times the lowest of the run."""
+MASTERED = 0.9
+"""Mean reward, as a part of the run's range, from which on a policy may be sure of itself."""
+DRIFTED = 0.1
+"""Share of continued turns."""
+GAP = 0.02
+"""Nats a token between training's and sampling's log probabilities before the first step."""
+CLIPPED, KL_LARGE = 0.2, 0.1
+"""Share of trained tokens that were clipped, and KL from the policy that sampled, of a learning rate that is too large."""
+KL_SMALL, MOVED = 1e-7, 0.05
+"""KL, and the share of weights that a job changed, of one that is too small."""
+REPEATED, LOOPS = 0.8, 0.2
+"""Share of rollouts with the same reply to different questions, or with a reply that repeats itself."""
+LOOP_LENGTH, LOOP_RATIO = 100, 0.2
+"""Characters from which on a reply can repeat itself, and the part of its length to which zlib then packs it."""
+LEARNED, FOLLOWED = 0.2, 0.25
+"""What the reward gained in training, as a part of its range, and the part of that which validation has to gain as well."""
+UNPARSED = 0.05
+"""Share of rollouts with something that looks like a tool call and was not parsed as one."""
+
+_LOOKS_LIKE_CALL = re.compile(
+    r"<tool_call|<\|tool_call|\[TOOL_CALLS\]|<function[=_]|<\|python_tag\|>"
+    r"|\{\s*\"name\"\s*:\s*\"[^\"\n]{1,80}\"\s*,\s*\"(?:arguments|parameters)\""
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One reason why a run may not learn."""
+
+    kind: str
+    """A name that stays the same between releases, such as "replies_cut"."""
+    severity: Severity
+    sentence: str
+    """What was found, with its number. It may quote errors of user code as they are."""
+    number: float
+    """The number of the sentence: a share, a correlation, nats, ..."""
+    next_step: str
+    """One line: code to run or a setting to change, where there is one."""
+    evidence: tuple[str, ...] = ()
+    """Names of rollouts that show it, such as "e3/q17/2", or of epochs ("e3")."""
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """Why a run does not learn; displays itself in a cell. True where there are findings, also if they are mere information."""
+
+    run_id: str
+    epochs: tuple[int, ...]
+    """Numbers of the epochs that were looked at."""
+    findings: tuple[Finding, ...]
+    """The worst ones first."""
+    unchecked: tuple[str, ...] = ()
+    """What could not be looked at, and why."""
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self.findings)
+
+    def __len__(self) -> int:
+        return len(self.findings)
+
+    def __getitem__(self, kind: str) -> Finding:
+        """The finding of that kind; KeyError where there is none."""
+        for finding in self.findings:
+            if finding.kind == kind:
+                return finding
+        raise KeyError(kind)
+
+    def frame(self) -> pd.DataFrame:
+        """One row = one finding, the worst ones first: kind, severity, sentence, number, next_step, evidence (names of rollouts,
+        separated by spaces)."""
+        import pandas as pd
+
+        rows = [(f.kind, f.severity, f.sentence, f.number, f.next_step, " ".join(f.evidence)) for f in self.findings]
+        frame = pd.DataFrame(rows, columns=["kind", "severity", "sentence", "number", "next_step", "evidence"])
+        return frame.astype({"number": "float64"})
+
+    def __repr__(self) -> str:
+        return shown_by("finetune_nb.views.diagnosis:diagnosis_text", self)
+
+    def _repr_html_(self) -> str:
+        return shown_by("finetune_nb.views.diagnosis:diagnosis_html", self)
+
+
+def diagnosis(run_id: str, epochs: Sequence[Epoch], weights: Mapping[str, float] | None = None) -> Diagnosis:
+    """Find out why a run does not learn.
+
+    Args:
+        run_id: Of the run.
+        epochs: Its records, oldest first. Those without a finished rollout say nothing of rewards.
+        weights: Component of the reward -> weight, if the reward is a weighted sum.
+
+    Returns:
+        The findings, the worst ones first.
+    """
+    seen = _Seen(epochs, weights or {})
+    found: list[Finding] = []
+    for check in CHECKS:
+        found += check(seen)
+    found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    return Diagnosis(run_id, tuple(epoch.index for epoch in epochs), tuple(found), tuple(seen.unchecked()))
+
+
+def epoch_warnings(metrics: EpochMetrics) -> list[str]:
+    """What of an epoch's numbers is a warning by itself, in words. Takes no rollout, so it can be asked after every epoch.
+
+    Rewards that are missing and turns that drifted have places of their own.
+    """
+    warnings = []
+    cut = metrics.replies_cut or 0
+    if metrics.trajectories >= FEW and cut >= CUT * metrics.trajectories:
+        warnings.append(f"{cut:,} of {count(metrics.trajectories, 'reply')} cut at the token limit")
+    correlation = metrics.length_correlation
+    if correlation is not None and correlation**2 >= LENGTH_EXPLAINS:
+        warnings.append(_length_sentence(correlation))
+    entropy = metrics.mean_entropy
+    if entropy is not None and entropy < ENTROPY_LOW and metrics.groups_with_spread < TEACHING * metrics.groups:
+        if not math.isclose(metrics.mean_reward, metrics.max_reward, rel_tol=1 - MASTERED):
+            warnings.append(f"entropy {number(entropy)} nats a token: the policy hardly explores")
+    return warnings
+
+
+# ── what the checks look at ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Seen:
+    """The epochs of a run, and the rollouts of the newest ones. What takes reading is read when a check asks for it."""
+
+    def __init__(self, epochs: Sequence[Epoch], weights: Mapping[str, float]) -> None:
+        self.epochs = [epoch for epoch in epochs if len(epoch.statistics.rewards)]
+        """Those with rollouts that finished."""
+        self.newest = self.epochs[-NEWEST:]
+        self.last = list(epochs[-NEWEST:])
+        """The newest ones, also those without rollouts."""
+        self.weights = weights
+
+    def unchecked(self) -> Iterator[str]:
+        if not self.epochs:
+            yield "nothing: no epoch has a rollout that finished"
+            return
+        if all(epoch.metrics.mean_entropy is None for epoch in self.newest):
+            yield "entropy: it was not recorded (local_grpo records it)"
+        if not any(epoch.train_metrics.get("kl") is not None for epoch in self.newest):
+            yield "learning rate, clipping and gap: the training backend measured none of them"
+        if sum(len(epoch.validations) for epoch in self.epochs) < 2:
+            yield "validation: fewer than two (give Run validation= and validation_interval=)"
+
+    # ── of rewards ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest finite reward of all epochs; NaN without one."""
+        lows = [epoch.metrics.min_reward for epoch in self.epochs if math.isfinite(epoch.metrics.min_reward)]
+        highs = [epoch.metrics.max_reward for epoch in self.epochs if math.isfinite(epoch.metrics.max_reward)]
+        return min(lows, default=math.nan), max(highs, default=math.nan)
+
+    @property
+    def span(self) -> float:
+        """How far apart the lowest and the highest reward of all epochs are."""
+        low, high = self.bounds
+        return high - low
+
+    def level(self, epochs: Sequence[Epoch]) -> float:
+        """Mean reward as a part of the run's range, from 0 to 1; NaN without rewards that differ."""
+        means = [epoch.metrics.mean_reward for epoch in epochs if math.isfinite(epoch.metrics.mean_reward)]
+        if not means or not self.span > NO_SPREAD:
+            return math.nan
+        return (sum(means) / len(means) - self.bounds[0]) / self.span
+
+    @cached_property
+    def mastered(self) -> bool:
+        """Whether nearly every rollout now has the best reward, and that was learned: the first epoch was below it."""
+        return self.level(self.newest) >= MASTERED and self.level(self.epochs[:1]) < MASTERED
+
+    @cached_property
+    def group_sizes(self) -> list[int]:
+        return [int(size) for epoch in self.newest for size in epoch.statistics.counts]
+
+    @cached_property
+    def teaching(self) -> float:
+        """Share of the newest epochs' groups whose rewards differ."""
+        import numpy as np
+
+        return float(np.concatenate([has_signal(epoch.statistics) for epoch in self.newest]).mean())
+
+    # ── of training ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def trained_with(self, name: str) -> list[float]:
+        """A training metric of the newest epochs that trained."""
+        values = [as_float(epoch.train_metrics.get(name)) for epoch in self.newest if epoch.trained]
+        return [value for value in values if math.isfinite(value)]
+
+    # ── of rollouts ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def rollouts(self) -> _Rollouts:
+        return _Rollouts(self.newest)
+
+
+class _Rollouts:
+    """The N finished rollouts of some epochs, by column."""
+
+    def __init__(self, epochs: Sequence[Epoch]) -> None:
+        import numpy as np
+
+        self._epochs = epochs
+        self.rewards = np.concatenate([epoch.statistics.rewards for epoch in epochs])
+        """(N,) float64, NaN where missing."""
+        self.sizes = [int(size) for epoch in epochs for size in np.diff(epoch.statistics.offsets)]
+        """Of each group, one epoch's after another's."""
+        self.group_of = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        """(N,)"""
+        self._columns: dict[str, list[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    def column(self, name: str) -> list[Any]:
+        """(N,) a column of the trajectories' files."""
+        if name not in self._columns:
+            found: list[Any] = []
+            for epoch in self._epochs:
+                found += to_python(trajectory_columns(epoch, [name]).column(name).combine_chunks())
+            self._columns[name] = found
+        return self._columns[name]
+
+    @cached_property
+    def examples(self) -> list[str]:
+        """(N,) the example of each, as text."""
+        ids = [str(example) for epoch in self._epochs for example in epoch.statistics.example_ids]
+        return [ids[group] for group in self.group_of.tolist()]
+
+    @cached_property
+    def cut(self) -> np.ndarray:
+        """(N,) bool: whether the last reply was cut at the token limit."""
+        import numpy as np
+
+        return np.array([reason == "length" for reason in self.column("finish_reason")], dtype=bool)
+
+    @cached_property
+    def scores(self) -> dict[str, np.ndarray]:
+        """Evaluator -> (N,) float64, NaN where it has no number."""
+        import numpy as np
+
+        parsed: dict[str | None, Mapping[str, Any]] = {None: {}}  # the same text comes again and again
+        records = []
+        for text in self.column("scores"):
+            if text not in parsed:
+                known = decode(text)
+                parsed[text] = known if isinstance(known, dict) else {}
+            records.append(parsed[text])
+        names = dict.fromkeys(name for record in parsed.values() for name in record)
+        return {name: np.array([as_float(record.get(name)) for record in records]) for name in names}
+
+    @cached_property
+    def replies(self) -> list[str]:
+        """(N,) the text of the last message of the policy, "" without one."""
+        found = []
+        for roles, contents in zip(self.column("roles"), self.column("contents"), strict=True):
+            said = [text for role, text in zip(roles, contents, strict=True) if role == "assistant"]
+            found.append(said[-1] if said else "")
+        return found
+
+    @cached_property
+    def offered(self) -> np.ndarray:
+        """(N,) bool: whether the model was told of tools."""
+        import numpy as np
+
+        return np.array(['"tools":[{' in (text or "").replace(" ", "") for text in self.column("metadata")], dtype=bool)
+
+    @cached_property
+    def called(self) -> np.ndarray:
+        """(N,) bool: whether a tool was called."""
+        import numpy as np
+
+        found = [any('"tool_calls":' in (text or "") for text in texts) for texts in self.column("item_metadata")]
+        return np.array(found, dtype=bool)
+
+    @cached_property
+    def looks_like_call(self) -> np.ndarray:
+        """(N,) bool: whether a text of the policy looks like a tool call."""
+        import numpy as np
+
+        found = []
+        for roles, contents in zip(self.column("roles"), self.column("contents"), strict=True):
+            texts = [text for role, text in zip(roles, contents, strict=True) if role == "assistant" and text]
+            found.append(any(_LOOKS_LIKE_CALL.search(text) for text in texts))
+        return np.array(found, dtype=bool)
+
+    def inside_groups(self, values: np.ndarray) -> np.ndarray:
+        """(N,) the distance of each value to the mean of its group; NaN where one is missing."""
+        import numpy as np
+
+        there = np.isfinite(values)
+        groups = len(self.sizes)
+        sums = np.bincount(self.group_of[there], weights=values[there], minlength=groups)
+        known = np.bincount(self.group_of[there], minlength=groups)
+        return values - (sums / np.maximum(known, 1))[self.group_of]
+
+    def names(self, those: np.ndarray) -> tuple[str, ...]:
+        """Names of the first EVIDENCE of the chosen rollouts. those: (N,) bool."""
+        import numpy as np
+
+        found: list[str] = []
+        begin = 0
+        for epoch in self._epochs:
+            sizes = np.diff(epoch.statistics.offsets)
+            end = begin + int(sizes.sum())
+            chosen = np.flatnonzero(those[begin:end])[: EVIDENCE - len(found)].tolist()
+            if chosen:
+                places = np.concatenate([np.arange(size) for size in sizes])
+                generations = generations_of(epoch, self.column("generation")[begin:end])
+                found += trajectory_names(
+                    epoch.index,
+                    [self.examples[begin + place] for place in chosen],
+                    [generations[place] for place in chosen],
+                    [int(places[place]) for place in chosen],
+                )
+            begin = end
+        return tuple(found)
+
+
+def _percent(share: float) -> str:
+    """ "12 %"; one digit more where that would be 0 or 100 and is not."""
+    percent = 100 * share
+    return f"{percent:.1f} %" if 0 < percent < 1 or 99 < percent < 100 else f"{percent:.0f} %"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+# ── rewards ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _rewards_missing(seen: _Seen) -> Iterator[Finding]:
+    import numpy as np
+
+    if not seen.newest:
+        return
+    missing = np.isnan(seen.rollouts.rewards)
+    share = float(missing.mean())
+    if share < MISSING:
+        return
+    error = next((e.metrics.reward_error for e in reversed(seen.newest) if e.metrics.reward_error), None)
+    yield Finding(
+        "rewards_missing",
+        "critical" if share >= MANY_MISSING else "warning",
+        f"{int(missing.sum()):,} of {len(missing):,} rewards are missing ({_percent(share)}), and such rollouts are not trained on"
+        + (f": {one_line(error, 160)}" if error else ""),
+        share,
+        'run.rescore(only="failed") scores them again; mend the reward if it raises: run.trajectories().error says where',
+        seen.rollouts.names(missing),
+    )
+
+
+def _rollouts_failed(seen: _Seen) -> Iterator[Finding]:
+    failed = sum(epoch.metrics.failures for epoch in seen.last)
+    asked = failed + sum(epoch.metrics.trajectories for epoch in seen.last)
+    if not failed or failed < MISSING * asked:
+        return
+    share = failed / asked
+    failures = [(epoch.index, failure) for epoch in seen.last for failure in epoch.collection.failures]
+    errors = Counter(one_line(failure.error, 160) for _, failure in failures)
+    names = []
+    for index, failure in failures[:EVIDENCE]:
+        names += trajectory_names(index, [failure.example_id], [failure.generation], [0])
+    yield Finding(
+        "rollouts_failed",
+        "critical" if share >= MANY_MISSING else "warning",
+        f"{failed:,} of {asked:,} rollouts failed ({_percent(share)}), most often with {errors.most_common(1)[0][0]}",
+        share,
+        "await run.rollout(example=...) shows one alone; retries= and item_timeout= of Run are for what passes by itself",
+        tuple(names),
+    )
+
+
+def _no_spread(seen: _Seen) -> Iterator[Finding]:
+    """Groups whose rewards do not differ teach nothing. Which advice helps depends on why."""
+    if not seen.newest or not math.isfinite(seen.span):
+        return
+    rollouts = seen.rollouts
+    if seen.span <= NO_SPREAD:
+        yield Finding(
+            "reward_constant",
+            "critical",
+            f"every reward of {count(len(seen.epochs), 'epoch')} is {number(seen.bounds[0])}: nothing can be learned from that",
+            seen.bounds[0],
+            "run.show() shows what was scored; give partial credit, and try it: run.rescore(new_reward)",
+            rollouts.names(rollouts.group_of >= 0),
+        )
+        return
+    sizes = sorted(seen.group_sizes)
+    size = sizes[len(sizes) // 2] if sizes else 0
+    if size == 1:
+        yield Finding(
+            "too_few_generations",
+            "critical",
+            "a group has 1 rollout with a reward, so there is nothing to compare it with",
+            1,
+            f"generations={FULL_GROUP} of Run",
+            rollouts.names(rollouts.group_of >= 0),
+        )
+        return
+    if 1 < size <= SMALL_GROUP:
+        share = _expected_share(seen)
+        if seen.teaching < 2 * TEACHING and share >= MORE_WITH_SIZE * max(
+            seen.teaching, 1 / max(len(seen.group_sizes), 1)
+        ):
+            yield Finding(
+                "too_few_generations",
+                "warning",
+                f"{_percent(seen.teaching)} of the groups teach with {size} generations; with {FULL_GROUP} about {_percent(share)} would",
+                seen.teaching,
+                f"generations={FULL_GROUP} of Run; run.signal() has the forecast for other sizes",
+                rollouts.names(_without_spread(seen)),
+            )
+            return
+    if seen.teaching >= TEACHING:
+        return
+
+    signals = group_signals(seen.newest, *seen.bounds)
+    most = Counter(signal for signal in signals if signal in _SPREADLESS).most_common(1)
+    if not most:
+        return
+    signal, groups = most[0]
+    kind, what, step = _SPREADLESS[signal]
+    chosen = [found == signal for found in signals]
+    severity: Severity = "critical" if seen.teaching < TEACHING / 10 else "warning"
+    if kind == "too_easy" and seen.mastered:
+        severity, step = "info", "the run has learned what these examples teach: stop here, or go on with harder ones"
+    yield Finding(
+        kind,
+        severity,
+        f"{_percent(seen.teaching)} of the groups teach: in {groups:,} of {len(signals):,} {what}",
+        groups / len(signals),
+        step,
+        rollouts.names(_in_groups(rollouts, chosen)),
+    )
+
+
+_SPREADLESS = {
+    "all_best": (
+        "too_easy",
+        "every rollout has the best reward",
+        "take harder examples, or a stricter reward: run.rescore(new_reward)",
+    ),
+    "all_worst": (
+        "too_hard",
+        "every rollout has the worst reward",
+        "start with easier examples (curriculum={}), give partial credit, or use more generations",
+    ),
+    "all_equal": (
+        "too_coarse",
+        "all rollouts have one and the same reward between best and worst",
+        "a finer-grained reward tells them apart; try it: run.rescore(new_reward)",
+    ),
+}
+"""Signal of a group without spread -> kind of finding, what is so, and what can be done."""
+
+
+def _expected_share(seen: _Seen) -> float:
+    """Share of groups that would teach with FULL_GROUP generations."""
+    import numpy as np
+
+    groups = []
+    for epoch in seen.newest:
+        rewards, offsets = epoch.statistics.rewards, epoch.statistics.offsets
+        for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            finite = rewards[start:stop][np.isfinite(rewards[start:stop])]
+            if len(finite):
+                groups.append(finite)
+    return float(chance_of_spread(groups, [FULL_GROUP]).mean()) if groups else 0.0
+
+
+def _without_spread(seen: _Seen) -> np.ndarray:
+    import numpy as np
+
+    spread = np.concatenate([has_signal(epoch.statistics) for epoch in seen.newest])
+    return ~spread[seen.rollouts.group_of]
+
+
+def _in_groups(rollouts: _Rollouts, groups: Sequence[bool]) -> np.ndarray:
+    import numpy as np
+
+    return np.array(groups, dtype=bool)[rollouts.group_of]
+
+
+def _components(seen: _Seen) -> Iterator[Finding]:
+    """Components of a weighted reward: one that outweighs another, and one that is never reached."""
+    import numpy as np
+
+    if not seen.newest or len(seen.weights) < 2:
+        return
+    rollouts = seen.rollouts
+    spreads: dict[str, float] = {}
+    differs: dict[str, int] = {}
+    for name, weight in seen.weights.items():
+        values = rollouts.scores.get(name)
+        if values is None or np.isfinite(values).sum() < FEW:
+            continue
+        known = values[np.isfinite(values)]
+        if np.ptp(known) <= NO_SPREAD:
+            if known[0] == 0 and all(epoch.metrics.scores.get(name) == 0 for epoch in seen.epochs):
+                yield Finding(
+                    "score_constant",
+                    "warning",
+                    f"the score {one_line(name, 60)!r} is 0 for all rollouts: what it rewards was never sampled, so it teaches nothing",
+                    0.0,
+                    "show the format in the prompt, give partial credit for it, or warm up on examples of it first",
+                    rollouts.names(values == 0),
+                )
+            continue
+        inside = np.nan_to_num(rollouts.inside_groups(values))
+        spreads[name] = abs(weight) * float(np.sqrt((inside**2).mean()))
+        differs[name] = len(np.unique(rollouts.group_of[np.abs(inside) > NO_SPREAD]))
+    if len(spreads) < 2:
+        return
+    largest = max(spreads, key=spreads.__getitem__)
+    others = [name for name in spreads if name != largest and differs[name] >= VARIES * max(differs[largest], 1)]
+    small = [name for name in others if spreads[largest] >= DOMINATES * spreads[name]]
+    if not small:
+        return
+    name = min(small, key=spreads.__getitem__)
+    share = spreads[largest] ** 2 / sum(spread**2 for spread in spreads.values())
+    if spreads[name] > 0:
+        times = f"{number(spreads[largest] / spreads[name])} times that of"
+    else:
+        times = "and none is left of"
+    shown = np.abs(np.nan_to_num(rollouts.inside_groups(rollouts.scores[name]))) > NO_SPREAD
+    yield Finding(
+        "component_dominates",
+        "warning",
+        f"{one_line(largest, 60)!r} decides the reward: {_percent(share)} of its spread inside groups, {times} {one_line(name, 60)!r}",
+        share,
+        f"bring them to one scale, and look first: run.rescore(weights={{{largest!r}: {seen.weights[largest] / DOMINATES:g}}})",
+        rollouts.names(shown),
+    )
+
+
+def _length(seen: _Seen) -> Iterator[Finding]:
+    import numpy as np
+
+    found: list[float] = []
+    for epoch in seen.newest:
+        table = trajectory_columns(epoch, ["tokens", "turns", "finish_reason"])
+        tokens, messages = (table.column(name).fill_null(0).to_numpy() for name in ("tokens", "turns"))
+        cut = np.array([reason == "length" for reason in table.column("finish_reason").to_pylist()], dtype=bool)
+        correlation = length_correlation(epoch.statistics, tokens, messages, cut)
+        if correlation is not None:
+            found.append(correlation)
+    if not found:
+        return
+    correlation = _mean(found)
+    if min(each**2 for each in found) < LENGTH_EXPLAINS or abs(correlation) ** 2 < LENGTH_EXPLAINS:
+        return
+    rollouts = seen.rollouts
+    order = np.argsort(-np.nan_to_num(rollouts.rewards, nan=-math.inf), kind="stable")
+    best = np.zeros(len(rollouts), dtype=bool)
+    best[order[:EVIDENCE]] = True
+    yield Finding(
+        "length_explains_reward",
+        "warning",
+        _length_sentence(correlation),
+        correlation**2,
+        "read the best rollouts (run.show()), and score what they say, not how long it takes: run.rescore(new_reward)",
+        rollouts.names(best),
+    )
+
+
+def _length_sentence(correlation: float) -> str:
+    which = "longer" if correlation > 0 else "shorter"
+    share = _percent(correlation**2)
+    return f"the reply's length explains {share} of what the rewards differ by inside groups: {which} is better"
+
+
+# ── replies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _cut(seen: _Seen) -> Iterator[Finding]:
+    if not seen.newest or len(seen.rollouts) < FEW:
+        return
+    cut = seen.rollouts.cut
+    share = float(cut.mean())
+    if share < CUT:
+        return
+    if share == 1.0:
+        yield Finding(
+            "end_token_never_sampled",
+            "critical",
+            f"all {len(cut):,} replies were cut at the token limit: the model never ends its turn",
+            share,
+            "raise max_tokens; if they still do not end, the end token of tokenizer and chat template is not the model's, or give stop=",
+            seen.rollouts.names(cut),
+        )
+        return
+    yield Finding(
+        "replies_cut",
+        "critical" if share >= MANY_CUT else "warning",
+        f"{int(cut.sum()):,} of {len(cut):,} replies were cut at the token limit ({_percent(share)}), and scored as they are",
+        share,
+        'raise max_tokens (sampling={"max_tokens": ...}), or leave them out of training: training={"truncated": "mask"}',
+        seen.rollouts.names(cut),
+    )
+
+
+def _tools(seen: _Seen) -> Iterator[Finding]:
+    if not seen.newest:
+        return
+    rollouts = seen.rollouts
+    offered = rollouts.offered
+    if offered.sum() < FEW:
+        return
+    lost = offered & ~rollouts.called & rollouts.looks_like_call
+    share = float(lost.sum() / offered.sum())
+    if share >= UNPARSED:
+        yield Finding(
+            "tool_calls_not_parsed",
+            "critical" if share >= MANY_MISSING else "warning",
+            f"{int(lost.sum()):,} of {int(offered.sum()):,} rollouts have a text that looks like a tool call and was not parsed as one",
+            share,
+            'name the format in which the model calls tools: tool_parser="hermes" of Run, for example',
+            rollouts.names(lost),
+        )
+    elif not (offered & rollouts.called).any():
+        yield Finding(
+            "tools_never_called",
+            "warning",
+            f"tools were offered in {int(offered.sum()):,} rollouts, and called in none",
+            0.0,
+            "show a call in the prompt, or warm up on conversations with calls: what is never sampled is never rewarded",
+            rollouts.names(offered),
+        )
+
+
+def _repeated(seen: _Seen) -> Iterator[Finding]:
+    import numpy as np
+
+    if not seen.newest or len(seen.rollouts) < FEW:
+        return
+    rollouts = seen.rollouts
+    replies = rollouts.replies
+    reply, times = Counter(replies).most_common(1)[0]
+    same = np.array([each == reply for each in replies], dtype=bool)
+    questions = {example for example, is_same in zip(rollouts.examples, same.tolist(), strict=True) if is_same}
+    share = times / len(replies)
+    if share >= REPEATED and len(questions) > 3 and not seen.level(seen.newest) >= MASTERED:
+        yield Finding(
+            "replies_all_alike",
+            "critical",
+            f"{times:,} of {len(replies):,} replies are the same, to {len(questions):,} questions: {one_line(reply, 60)!r}",
+            share,
+            "go back to an epoch before that (run.fork(epoch=...)), with a smaller learning_rate or a kl_coef above 0",
+            rollouts.names(same),
+        )
+    looping = np.array([_repeats_itself(each) for each in replies], dtype=bool)
+    share = float(looping.mean())
+    if share >= LOOPS:
+        yield Finding(
+            "replies_repeat_themselves",
+            "warning",
+            f"{int(looping.sum()):,} of {len(replies):,} replies say the same again and again ({_percent(share)})",
+            share,
+            "see what it earns them (run.show()); a smaller learning_rate or a kl_coef above 0 keeps the language of the start",
+            rollouts.names(looping),
+        )
+
+
+def _repeats_itself(text: str) -> bool:
+    raw = text.encode("utf-8", "backslashreplace")
+    return len(raw) >= LOOP_LENGTH and len(zlib.compress(raw, 1)) < LOOP_RATIO * len(raw)
+
+
+# ── the policy and its training ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _entropy(seen: _Seen) -> Iterator[Finding]:
+    known = [(epoch, epoch.metrics.mean_entropy) for epoch in seen.epochs if epoch.metrics.mean_entropy is not None]
+    if not known or not seen.newest:
+        return
+    last, now = known[-1]
+    first, lowest = known[0][1], min(entropy for _, entropy in known)
+    fell = len(known) == 1 or now < ENTROPY_FALL * first
+    if now < ENTROPY_LOW and fell and seen.teaching < 2 * TEACHING and not seen.level(seen.newest) >= MASTERED:
+        yield Finding(
+            "entropy_collapsed",
+            "critical" if seen.teaching < TEACHING / 10 else "warning",
+            f"the policy's entropy is {number(now)} nats a token"
+            + (f", from {number(first)} in epoch {known[0][0].index}" if len(known) > 1 else "")
+            + ": it says the same each time, so groups do not differ",
+            now,
+            'sample with temperature above 1, and train with a smaller learning_rate; run.show(heat="entropy") shows where it chooses',
+            (f"e{last.index}",),
+        )
+    if now > ENTROPY_HIGH and len(known) > 1 and now > ENTROPY_RISE * lowest:
+        yield Finding(
+            "entropy_exploded",
+            "warning",
+            f"the policy's entropy is {number(now)} nats a token, {number(now / max(lowest, 1e-9))} times its lowest: it unlearns its language",
+            now,
+            "go back to an epoch before that (run.fork(epoch=...)), with a smaller learning_rate or a kl_coef above 0",
+            (f"e{last.index}",),
+        )
+
+
+def _training(seen: _Seen) -> Iterator[Finding]:
+    failed = [epoch for epoch in seen.last if epoch.job and epoch.job.status == TrainingStatusEnum.FAILED]
+    if failed:
+        yield Finding(
+            "training_failed",
+            "critical",
+            f"{count(len(failed), 'training job')} of the newest {count(len(seen.last), 'epoch')} failed: "
+            + one_line(failed[-1].job.message or "no reason was given", 240),  # type: ignore[union-attr]
+            len(failed),
+            "run[-1].job.message is the whole error",
+            tuple(f"e{epoch.index}" for epoch in failed),
+        )
+    where = tuple(f"e{epoch.index}" for epoch in seen.newest if epoch.trained)
+    gap = _mean(seen.trained_with("logprob_gap"))
+    if gap > GAP:
+        yield Finding(
+            "logprob_gap",
+            "warning",
+            f"before the first step, training's log probabilities differ from those recorded in sampling by {number(gap)} nats a token",
+            gap,
+            "sample with the adapter's own policy, at the temperature that is recorded; see run.plot_training()",
+            where,
+        )
+    kl, clipped = _mean(seen.trained_with("kl")), _mean(seen.trained_with("clip_fraction"))
+    rate = _mean(seen.trained_with("learning_rate"))
+    if clipped > CLIPPED or kl > KL_LARGE:
+        yield Finding(
+            "learning_rate_too_large",
+            "warning",
+            f"a training job moves the policy by {number(kl)} nats a token (KL), and {_percent(clipped)} of the tokens are clipped",
+            max(clipped, kl),
+            f"{_rate(rate / 5)}: a fifth of what it is; or fewer optimizer_steps and inner_epochs",
+            where,
+        )
+    moved = seen.trained_with("weights_moved")
+    enough = len(seen.trained_with("kl")) > 1 or len(moved) > 1
+    if enough and (kl < KL_SMALL or (moved and max(moved) < MOVED)):
+        what = f"moves the policy by {number(kl)} nats a token (KL)"
+        if moved:
+            what += f" and changes {_percent(max(moved))} of the weights"
+        yield Finding(
+            "learning_rate_too_small",
+            "warning",
+            f"a training job {what}: it hardly changes anything",
+            kl,
+            f"{_rate(10 * rate)}: ten times what it is",
+            where,
+        )
+
+
+def _rate(rate: float) -> str:
+    return f'run.live["adapter.learning_rate"] = {rate:.1g}' if math.isfinite(rate) else "change learning_rate"
+
+
+def _drift(seen: _Seen) -> Iterator[Finding]:
+    continued = sum(epoch.metrics.continued_turns or 0 for epoch in seen.newest)
+    drifted = sum(epoch.metrics.drifted_turns or 0 for epoch in seen.newest)
+    if continued < FEW or drifted < DRIFTED * continued:
+        return
+    yield Finding(
+        "drift",
+        "warning",
+        f"{drifted:,} of {continued:,} turns that continue a conversation were rendered anew ({_percent(drifted / continued)}): each is "
+        "trained on by itself",
+        drifted / continued,
+        "send the messages back as they came: await llm.chat([*messages, reply, ...]) with the reply itself",
+        seen.rollouts.names(_drifted(seen.rollouts)),
+    )
+
+
+def _drifted(rollouts: _Rollouts) -> np.ndarray:
+    import numpy as np
+
+    texts = rollouts.column("item_metadata")
+    return np.array(
+        [any('"drifted":true' in (text or "").replace(" ", "") for text in each) for each in texts], dtype=bool
+    )
+
+
+def _memorised(seen: _Seen) -> Iterator[Finding]:
+    if len(seen.epochs) < 2 or not seen.span > NO_SPREAD:
+        return
+    checks = [check for epoch in seen.epochs for check in epoch.validations if math.isfinite(check.mean_reward)]
+    if len(checks) < 2:
+        return
+    gained = (seen.level(seen.newest) - seen.level(seen.epochs[:1])) * seen.span
+    followed = checks[-1].mean_reward - checks[0].mean_reward
+    if not gained >= LEARNED * seen.span or followed >= FOLLOWED * gained:
+        return
+    yield Finding(
+        "memorised",
+        "warning",
+        f"the reward in training rose by {number(gained)}, the one in validation by {number(followed)} "
+        f"(now {number(checks[-1].mean_reward)}): it learns the examples, not the task",
+        gained - followed,
+        "take more or other training examples; run.fork(epoch=...) goes back to where validation was best",
+        tuple(f"e{check.epoch}" for check in (checks[0], checks[-1])),
+    )
+
+
+CHECKS: tuple[Callable[[_Seen], Iterator[Finding]], ...] = (
+    _training,
+    _rollouts_failed,
+    _rewards_missing,
+    _no_spread,
+    _cut,
+    _tools,
+    _components,
+    _length,
+    _repeated,
+    _entropy,
+    _drift,
+    _memorised,
+)
+"""In this order findings of one severity are shown: what hinders all else comes first."""
