@@ -19,10 +19,16 @@ from .types import Epoch
 from .user_code import contained_call
 
 __all__ = [
+    "EntropyBelow",
+    "LengthExplainsReward",
+    "RepliesCut",
     "RewardsMissing",
     "SpreadBelow",
     "Tripwire",
     "ValidationFalls",
+    "entropy_below",
+    "length_explains_reward",
+    "replies_cut",
     "rewards_missing",
     "spread_below",
     "tripped",
@@ -112,6 +118,116 @@ class RewardsMissing:
         if missing <= self.share * found.trajectories:
             return None
         return f"{found.rewards_missing_text}; more than {100 * self.share:g} %"
+
+
+@dataclass(frozen=True)
+class EntropyBelow:
+    """Pauses where the policy's entropy is too low. nats: least mean entropy a sampled token, above 0."""
+
+    nats: float
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.nats) and self.nats > 0):
+            raise ConfigError(f"entropy_below: nats is {self.nats!r}; expected a number above 0.")
+
+    def __call__(self, epoch: Epoch) -> str | None:
+        entropy = epoch.metrics.mean_entropy
+        if entropy is None or entropy >= self.nats:
+            return None
+        return f"the policy's entropy is {entropy:.3g} nats a token, less than {self.nats:g}"
+
+
+@dataclass(frozen=True)
+class LengthExplainsReward:
+    """Pauses where the reward follows the reply's length. share: of the rewards' spread inside groups, in (0, 1]."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.share) and 0 < self.share <= 1):
+            raise ConfigError(
+                f"length_explains_reward: share is {self.share!r}; expected a number above 0 and at most 1."
+            )
+
+    def __call__(self, epoch: Epoch) -> str | None:
+        correlation = epoch.metrics.length_correlation
+        if correlation is None or correlation**2 < self.share:
+            return None
+        which = "longer" if correlation > 0 else "shorter"
+        return (
+            f"the reply's length explains {correlation**2:.0%} of what rewards differ by inside groups ({which} is better), "
+            f"at least {self.share:.0%}"
+        )
+
+
+@dataclass(frozen=True)
+class RepliesCut:
+    """Pauses where too many replies are cut at the token limit. share: of an epoch's trajectories, in [0, 1)."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.share) and 0 <= self.share < 1):
+            raise ConfigError(f"replies_cut: share is {self.share!r}; expected a number from 0 to below 1.")
+
+    def __call__(self, epoch: Epoch) -> str | None:
+        cut, trajectories = epoch.metrics.replies_cut or 0, epoch.metrics.trajectories
+        if cut <= self.share * trajectories:
+            return None
+        return f"{cut:,} of {trajectories:,} replies were cut at the token limit; more than {100 * self.share:g} %"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def entropy_below(nats: float) -> EntropyBelow:
+    """Make a tripwire that pauses when the policy hardly explores any more.
+
+    It never pauses a run whose backend records no entropy. `local_grpo` does.
+
+    Args:
+        nats: Least mean entropy at a sampled token, above 0. A policy that is sure of itself has less than 0.05; of one that has
+            learned its task that is no fault.
+
+    Returns:
+        The tripwire.
+
+    Raises:
+        ConfigError: `nats` is no number above 0.
+    """
+    return EntropyBelow(nats)
+
+
+def length_explains_reward(share: float) -> LengthExplainsReward:
+    """Make a tripwire that pauses when the reward is decided by how long a reply is.
+
+    Args:
+        share: How much of what rewards differ by inside groups the length of whole replies may explain, above 0 and at most 1: the
+            square of the epoch's `length_correlation`. Tasks that are learned as they should be stay below 0.8.
+
+    Returns:
+        The tripwire.
+
+    Raises:
+        ConfigError: The share is out of that range.
+    """
+    return LengthExplainsReward(share)
+
+
+def replies_cut(share: float) -> RepliesCut:
+    """Make a tripwire that pauses when too many replies are cut at the token limit.
+
+    Args:
+        share: Largest share of trajectories whose last reply was cut, from 0 to below 1. At 0 a single one pauses the run.
+
+    Returns:
+        The tripwire.
+
+    Raises:
+        ConfigError: The share is out of that range.
+    """
+    return RepliesCut(share)
 
 
 def rewards_missing(share: float) -> RewardsMissing:

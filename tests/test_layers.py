@@ -45,6 +45,7 @@ NAMED_BY_STRING = {
     ("types", "finetune_nb.config.sections:*"): "CurriculumSettings.from_config and to_config, which are public",
     ("training.preview", "finetune_nb.views.*"): "how a noun shows itself",
     ("analysis.agreement", "finetune_nb.views.*"): "how a noun shows itself",
+    ("analysis.diagnosis", "finetune_nb.views.*"): "how a noun shows itself",
     ("analysis.group_comparison", "finetune_nb.views.*"): "how a noun shows itself",
     ("analysis.learning_signal", "finetune_nb.views.*"): "how a noun shows itself",
     ("analysis.rescoring", "finetune_nb.views.*"): "how a noun shows itself",

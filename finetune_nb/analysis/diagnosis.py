@@ -75,9 +75,10 @@ DRIFTED = 0.1
 """Share of continued turns."""
 GAP = 0.02
 """Nats a token between training's and sampling's log probabilities before the first step."""
-CLIPPED, KL_LARGE = 0.2, 0.1
-"""Share of trained tokens that were clipped, and KL from the policy that sampled, of a learning rate that is too large."""
-KL_SMALL, MOVED = 1e-7, 0.05
+CLIPPED, KL_LARGE, KL_FIRST = 0.3, 0.2, 0.5
+"""Share of trained tokens that were clipped, and KL from the policy that sampled, of a learning rate that is too large. The first
+job of a run may move further, as AdamW's first steps are its largest."""
+KL_SMALL, MOVED = 1e-6, 0.05
 """KL, and the share of weights that a job changed, of one that is too small."""
 REPEATED, LOOPS = 0.8, 0.2
 """Share of rollouts with the same reply to different questions, or with a reply that repeats itself."""
@@ -183,9 +184,9 @@ def epoch_warnings(metrics: EpochMetrics) -> list[str]:
     correlation = metrics.length_correlation
     if correlation is not None and correlation**2 >= LENGTH_EXPLAINS:
         warnings.append(_length_sentence(correlation))
-    entropy = metrics.mean_entropy
-    if entropy is not None and entropy < ENTROPY_LOW and metrics.groups_with_spread < TEACHING * metrics.groups:
-        if not math.isclose(metrics.mean_reward, metrics.max_reward, rel_tol=1 - MASTERED):
+    entropy, span = metrics.mean_entropy, metrics.max_reward - metrics.min_reward
+    if entropy is not None and entropy < ENTROPY_LOW and metrics.groups_with_spread < 2 * TEACHING * metrics.groups:
+        if metrics.mean_reward - metrics.min_reward < MASTERED * span:
             warnings.append(f"entropy {number(entropy)} nats a token: the policy hardly explores")
     return warnings
 
@@ -416,8 +417,8 @@ def _rewards_missing(seen: _Seen) -> Iterator[Finding]:
     yield Finding(
         "rewards_missing",
         "critical" if share >= MANY_MISSING else "warning",
-        f"{int(missing.sum()):,} of {len(missing):,} rewards are missing ({_percent(share)}), and such rollouts are not trained on"
-        + (f": {one_line(error, 160)}" if error else ""),
+        f"{int(missing.sum()):,} of {len(missing):,} rewards are missing ({_percent(share)})"
+        + (f": {one_line(error, 160)}" if error else "; such rollouts are not trained on"),
         share,
         'run.rescore(only="failed") scores them again; mend the reward if it raises: run.trajectories().error says where',
         seen.rollouts.names(missing),
@@ -480,7 +481,8 @@ def _no_spread(seen: _Seen) -> Iterator[Finding]:
             yield Finding(
                 "too_few_generations",
                 "warning",
-                f"{_percent(seen.teaching)} of the groups teach with {size} generations; with {FULL_GROUP} about {_percent(share)} would",
+                f"{_percent(seen.teaching)} of the groups teach with {size} generations, and about {_percent(share)} would with "
+                f"{FULL_GROUP}",
                 seen.teaching,
                 f"generations={FULL_GROUP} of Run; run.signal() has the forecast for other sizes",
                 rollouts.names(_without_spread(seen)),
@@ -575,7 +577,8 @@ def _components(seen: _Seen) -> Iterator[Finding]:
                 yield Finding(
                     "score_constant",
                     "warning",
-                    f"the score {one_line(name, 60)!r} is 0 for all rollouts: what it rewards was never sampled, so it teaches nothing",
+                    f"the score {one_line(name, 60)!r} is 0 for all rollouts: what it rewards was never sampled, "
+                    "so it teaches nothing",
                     0.0,
                     "show the format in the prompt, give partial credit for it, or warm up on examples of it first",
                     rollouts.names(values == 0),
@@ -601,7 +604,8 @@ def _components(seen: _Seen) -> Iterator[Finding]:
     yield Finding(
         "component_dominates",
         "warning",
-        f"{one_line(largest, 60)!r} decides the reward: {_percent(share)} of its spread inside groups, {times} {one_line(name, 60)!r}",
+        f"{one_line(largest, 60)!r} decides the reward: {_percent(share)} of its spread inside groups, {times} "
+        f"{one_line(name, 60)!r}",
         share,
         f"bring them to one scale, and look first: run.rescore(weights={{{largest!r}: {seen.weights[largest] / DOMINATES:g}}})",
         rollouts.names(shown),
@@ -660,7 +664,7 @@ def _cut(seen: _Seen) -> Iterator[Finding]:
             "critical",
             f"all {len(cut):,} replies were cut at the token limit: the model never ends its turn",
             share,
-            "raise max_tokens; if they still do not end, the end token of tokenizer and chat template is not the model's, or give stop=",
+            "raise max_tokens; if that ends none, tokenizer and chat template have another end token than the model: give stop=",
             seen.rollouts.names(cut),
         )
         return
@@ -687,7 +691,8 @@ def _tools(seen: _Seen) -> Iterator[Finding]:
         yield Finding(
             "tool_calls_not_parsed",
             "critical" if share >= MANY_MISSING else "warning",
-            f"{int(lost.sum()):,} of {int(offered.sum()):,} rollouts have a text that looks like a tool call and was not parsed as one",
+            f"{int(lost.sum()):,} of {int(offered.sum()):,} rollouts have a text that looks like a tool call and "
+            "was not parsed as one",
             share,
             'name the format in which the model calls tools: tool_parser="hermes" of Run, for example',
             rollouts.names(lost),
@@ -750,23 +755,24 @@ def _entropy(seen: _Seen) -> Iterator[Finding]:
         return
     last, now = known[-1]
     first, lowest = known[0][1], min(entropy for _, entropy in known)
-    fell = len(known) == 1 or now < ENTROPY_FALL * first
+    fell = first < ENTROPY_LOW or now < ENTROPY_FALL * first
     if now < ENTROPY_LOW and fell and seen.teaching < 2 * TEACHING and not seen.level(seen.newest) >= MASTERED:
         yield Finding(
             "entropy_collapsed",
             "critical" if seen.teaching < TEACHING / 10 else "warning",
             f"the policy's entropy is {number(now)} nats a token"
-            + (f", from {number(first)} in epoch {known[0][0].index}" if len(known) > 1 else "")
+            + (f", from {number(first)} in epoch {known[0][0].index}" if first > now else "")
             + ": it says the same each time, so groups do not differ",
             now,
-            'sample with temperature above 1, and train with a smaller learning_rate; run.show(heat="entropy") shows where it chooses',
+            'raise the temperature and lower learning_rate; run.show(heat="entropy") shows where there is still a choice',
             (f"e{last.index}",),
         )
     if now > ENTROPY_HIGH and len(known) > 1 and now > ENTROPY_RISE * lowest:
         yield Finding(
             "entropy_exploded",
             "warning",
-            f"the policy's entropy is {number(now)} nats a token, {number(now / max(lowest, 1e-9))} times its lowest: it unlearns its language",
+            f"the policy's entropy is {number(now)} nats a token, {number(now / max(lowest, 1e-9))} times its lowest: it "
+            "unlearns its language",
             now,
             "go back to an epoch before that (run.fork(epoch=...)), with a smaller learning_rate or a kl_coef above 0",
             (f"e{last.index}",),
@@ -791,18 +797,20 @@ def _training(seen: _Seen) -> Iterator[Finding]:
         yield Finding(
             "logprob_gap",
             "warning",
-            f"before the first step, training's log probabilities differ from those recorded in sampling by {number(gap)} nats a token",
+            f"before the first step, training's log probabilities differ from the recorded ones by {number(gap)} nats a token",
             gap,
             "sample with the adapter's own policy, at the temperature that is recorded; see run.plot_training()",
             where,
         )
     kl, clipped = _mean(seen.trained_with("kl")), _mean(seen.trained_with("clip_fraction"))
     rate = _mean(seen.trained_with("learning_rate"))
-    if clipped > CLIPPED or kl > KL_LARGE:
+    first = next((epoch.index for epoch in seen.epochs if epoch.trained), None)
+    later = [as_float(epoch.train_metrics.get("kl")) for epoch in seen.newest if epoch.trained and epoch.index != first]
+    if clipped > CLIPPED or (_mean(later) > KL_LARGE if later else kl > KL_FIRST):
         yield Finding(
             "learning_rate_too_large",
             "warning",
-            f"a training job moves the policy by {number(kl)} nats a token (KL), and {_percent(clipped)} of the tokens are clipped",
+            f"a training job moves the policy by {number(kl)} nats a token (KL); {_percent(clipped)} of the tokens are clipped",
             max(clipped, kl),
             f"{_rate(rate / 5)}: a fifth of what it is; or fewer optimizer_steps and inner_epochs",
             where,
@@ -835,8 +843,8 @@ def _drift(seen: _Seen) -> Iterator[Finding]:
     yield Finding(
         "drift",
         "warning",
-        f"{drifted:,} of {continued:,} turns that continue a conversation were rendered anew ({_percent(drifted / continued)}): each is "
-        "trained on by itself",
+        f"{drifted:,} of {continued:,} turns that continue a conversation were rendered anew ({_percent(drifted / continued)}), "
+        "and each is trained on by itself",
         drifted / continued,
         "send the messages back as they came: await llm.chat([*messages, reply, ...]) with the reply itself",
         seen.rollouts.names(_drifted(seen.rollouts)),

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..analysis.diagnosis import epoch_warnings
 from ..engine.live_settings import LiveField
 from ..engine.state import RunStatus, State
 from ..text import cut, duration, number, plain
@@ -190,6 +191,8 @@ def _newest(epochs: Sequence[Epoch]) -> Html:
     if newest.metrics.rewards_missing:
         missing = cut(newest.metrics.rewards_missing_text, 400)
         warnings.append(element("div", f"▲ epoch {newest.index}: {missing}", class_="ft-banner ft-broken"))
+    for warning in epoch_warnings(newest.metrics):
+        warnings.append(element("div", f"▲ epoch {newest.index}: {warning}", class_="ft-banner"))
     drift = drifted(newest.metrics)
     if drift:
         warnings.append(element("div", f"drift in epoch {newest.index}: {drift}", class_="ft-banner"))

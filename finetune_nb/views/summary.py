@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..analysis.diagnosis import epoch_warnings
 from ..analysis.reasons import REASONS
 from ..text import SHORT, count, cut, duration, kinds_of_errors, number, one_line, plain, short, trend
 from ..types import Epoch, EpochMetrics, GroupReason, RolloutFailure, TrainingStatusEnum, Validation
@@ -58,6 +59,7 @@ def epoch_html(epoch: Epoch) -> str:
         ("drift", drifted(metrics)),
         ("failures", _failures(epoch.collection.failures if metrics.failures else ())),
         ("rewards missing", _missing(metrics)),
+        ("warnings", [row(element("strong", warning, class_="ft-bad")) for warning in epoch_warnings(metrics)]),
         ("scores (mean)", scores(metrics.scores)),
         ("training", _training(epoch)),
         ("validation", [row(_validation(each)) for each in epoch.validations]),
@@ -102,6 +104,7 @@ def epoch_text(epoch: Epoch) -> str:
     missing = metrics.rewards_missing_text
     if missing and missing not in (epoch.reason or ""):
         parts.append(one_line(missing, LINE_LIMIT))
+    parts += epoch_warnings(metrics)
     parts.append(_job(epoch))
     if epoch.validations:
         newest = epoch.validations[-1]

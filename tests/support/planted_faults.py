@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import finetune_nb as ft
 from finetune_nb.backends.local.adapter import LocalGRPOAdapter
 from finetune_nb.backends.local.config import LocalGRPOConfig
 from finetune_nb.backends.local.policy import LocalPolicy
+from finetune_nb.errors import JobFailed
 from finetune_nb.examples import calculator, json_tools
 from finetune_nb.examples.calculator.agent import correct, kind_of, solve
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
-from finetune_nb.types import Sample
 
 Make = Callable[[Path], ft.Run]
 HEALTHY: dict[str, tuple[int, Make]] = {}
@@ -91,7 +94,12 @@ def demo_in_the_middle(folder):
 @healthy(14)
 def demo_that_has_learned_everything(folder):
     return demo(
-        folder, seed=2, examples_per_epoch=40, validation=questions("held_out")[:40], validation_interval=7, num_epochs=14
+        folder,
+        seed=2,
+        examples_per_epoch=40,
+        validation=questions("held_out")[:40],
+        validation_interval=7,
+        num_epochs=14,
     )
 
 
@@ -103,6 +111,11 @@ def demo_with_a_curriculum(folder):
 @healthy(5)
 def demo_with_two_scores(folder):
     return demo(folder, {"tool": (used_tool, 0.2), "correct": correct}, seed=4, evaluators={"malformed": malformed})
+
+
+@healthy(3)
+def demo_in_bfloat16(folder):
+    return demo(folder, seed=7, training={"dtype": "bfloat16"})
 
 
 def malformed(item: Any) -> float:
@@ -130,7 +143,7 @@ def digits_in_one_turn(folder):
 class Learner(ScriptedPolicy):
     """A policy whose script also gets its version, and a random number generator of the request."""
 
-    def __init__(self, script: Callable[[list[dict[str, Any]], int, random.Random], str], entropy: float = 0.5) -> None:
+    def __init__(self, script: Callable[[list[dict[str, Any]], int, random.Random], str]) -> None:
         super().__init__(lambda messages, seed: script(messages, self.version, random.Random(seed)))
 
 
@@ -164,7 +177,24 @@ def json_tools_with_partial_credit(folder):
     return scripted(folder, call_json, json_tools.reward, json_tools.rows(24, seed=1), json_tools.solve)
 
 
-REASONS = ["so", "first", "then", "add", "the", "numbers", "up", "to", "get", "a", "sum", "of", "both", "which", "is", "it"]
+REASONS = [
+    "so",
+    "first",
+    "then",
+    "add",
+    "the",
+    "numbers",
+    "up",
+    "to",
+    "get",
+    "a",
+    "sum",
+    "of",
+    "both",
+    "which",
+    "is",
+    "it",
+]
 
 
 def think(messages, version, rng):
@@ -200,7 +230,11 @@ class Caller(Learner):
         if not text.startswith("call "):
             return {"role": "assistant", "content": text}
         function = {"name": "add", "arguments": json.dumps({"sum": text.removeprefix("call ")})}
-        return {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": function}]}
+        return {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "c", "type": "function", "function": function}],
+        }
 
 
 async def with_a_tool(question: str, llm: Any) -> str:
@@ -261,7 +295,7 @@ def reward_that_raises_for_some(folder):
 
 @planted("reward_constant")
 def reward_that_compares_the_wrong_things(folder):
-    return demo(folder, lambda output, answer: float(output is answer))
+    return demo(folder, lambda output, answer: float(output == int(answer)))
 
 
 @planted("too_hard")
@@ -292,7 +326,10 @@ def two_scores_of_different_scale(folder):
 
 @planted("length_explains_reward")
 def reward_for_long_replies(folder):
-    return demo(folder, lambda output: len(output) / 24 + 0.01 * output.count("1"), say, sampling={"max_tokens": 24})
+    def reward(item: Any) -> float:
+        return len(item.trajectory[-1].data.payload.response_ids) / 24 + 0.02 * str(item.output_obj).count("1")
+
+    return demo(folder, reward, say, sampling={"max_tokens": 24})
 
 
 @planted("length_explains_reward", 5)
@@ -310,7 +347,7 @@ def format_that_is_never_sampled(folder):
 
 @planted("replies_cut")
 def too_few_tokens(folder):
-    return demo(folder, sampling={"max_tokens": 5})
+    return demo(folder, sampling={"max_tokens": 4})
 
 
 @planted("end_token_never_sampled")
@@ -325,7 +362,7 @@ class WrongLogprobs(LocalPolicy):
 
     async def sample(self, ids, params, seed):
         sample = await super().sample(ids, params, seed)
-        return sample._replace(logprobs=[round(value / 0.2) * 0.2 for value in sample.logprobs])
+        return sample._replace(logprobs=[float(round(value)) for value in sample.logprobs])
 
 
 @planted("logprob_gap")
@@ -374,16 +411,18 @@ def learning_rate_that_is_ten_times_too_large(folder):
     return demo(folder, training={"learning_rate": 1e-2})
 
 
-@planted("entropy_collapsed", 6)
-def reward_that_is_gamed_until_nothing_differs(folder):
-    """The first character decides; a score that nothing reaches keeps the reward from its best."""
-    reward = lambda output, answer: 0.5 * output.startswith("=") + (len(output) > 40)  # noqa: E731
-    return demo(folder, reward, say, training={"learning_rate": 3e-3}, sampling={"max_tokens": 6})
+@planted("entropy_collapsed")
+def policy_that_is_too_sure_of_itself(folder):
+    policy = LocalPolicy.load("embedded", deterministic=True)
+    with torch.no_grad():
+        policy.model.model.norm.weight.mul_(40)  # logits forty times as far apart
+    config = LocalGRPOConfig(learning_rate=1e-5)
+    return demo(folder, adapter=LocalGRPOAdapter(config, deterministic=True, policy=policy))
 
 
-@planted("entropy_exploded", 5)
-def everything_that_it_can_is_punished(folder):
-    return demo(folder, lambda output: -float(sum(each.isdigit() or each == "=" for each in output)), say, training={"learning_rate": 3e-3})
+@planted("entropy_exploded", 4)
+def weights_that_decay_far_too_fast(folder):
+    return demo(folder, training={"weight_decay": 100})
 
 
 @planted("training_failed", 2)
@@ -447,7 +486,7 @@ def replies_that_go_in_circles(folder):
 def rollouts_that_fail(folder):
     async def fragile(question: str, llm: Any) -> str:
         said = await say(question, llm)
-        return str(int(said) + 100 // (int(said) % 3))
+        return said if 100 // (int(said) % 3) else ""
 
     return scripted(folder, guess, exactly, sums(24), fragile)
 
@@ -456,8 +495,6 @@ def diagnosed(folder: Path, make: Make, epochs: int) -> ft.Run:
     """The run after so many epochs."""
     run = make(folder)
     for _ in range(epochs):
-        ft.run_sync(run.next_epoch())
+        with suppress(JobFailed):  # that is one of the faults
+            ft.run_sync(run.next_epoch())
     return run
-
-
-__all__ = ["HEALTHY", "PLANTED", "Mapping", "Sample", "diagnosed"]

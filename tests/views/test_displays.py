@@ -79,6 +79,7 @@ def shown(tmp_path, closing, monkeypatch) -> list[Any]:
         first.preview(percentile=0.5, enabled=True),
         ft.compare([first, second]),
         first.rescore(),
+        first.diagnose(),
         agreement(["e0/a/0", "e0/b/0"], [0.0, 1.0], [0.5, 1.0], [3, 4]),
         first.plot_rewards(),
         ProgressLine("rollouts", 1, 2),
