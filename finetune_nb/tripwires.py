@@ -203,8 +203,8 @@ def length_explains_reward(share: float) -> LengthExplainsReward:
     """Make a tripwire that pauses when the reward is decided by how long a reply is.
 
     Args:
-        share: How much of what rewards differ by inside groups the length of whole replies may explain, above 0 and at most 1: the
-            square of the epoch's `length_correlation`. Tasks that are learned as they should be stay below 0.8.
+        share: How much of what rewards differ by inside groups the length of whole replies may explain, above 0 and at most 1:
+            the square of the epoch's `length_correlation`. Tasks that are learned as they should be stay below 0.8.
 
     Returns:
         The tripwire.

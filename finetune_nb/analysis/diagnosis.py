@@ -180,7 +180,7 @@ def epoch_warnings(metrics: EpochMetrics) -> list[str]:
     warnings = []
     cut = metrics.replies_cut or 0
     if metrics.trajectories >= FEW and cut >= CUT * metrics.trajectories:
-        warnings.append(f"{cut:,} of {count(metrics.trajectories, 'reply')} cut at the token limit")
+        warnings.append(f"{cut:,} of {metrics.trajectories:,} replies cut at the token limit")
     correlation = metrics.length_correlation
     if correlation is not None and correlation**2 >= LENGTH_EXPLAINS:
         warnings.append(_length_sentence(correlation))

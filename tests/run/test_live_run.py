@@ -1,6 +1,7 @@
 """A run in the background: started, paused, stopped, aborted, waited for and steered; interrupts; tripwires."""
 
 import asyncio
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -19,7 +20,14 @@ import finetune_nb as ft
 from finetune_nb.engine.state import ACTIVE, MOVES, RunState
 from finetune_nb.errors import RunError
 from finetune_nb.testing import sums
-from finetune_nb.tripwires import spread_below, tripped, validation_falls
+from finetune_nb.tripwires import (
+    entropy_below,
+    length_explains_reward,
+    replies_cut,
+    spread_below,
+    tripped,
+    validation_falls,
+)
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -325,6 +333,43 @@ def test_tripwires_say_what_they_found():
     for wrong in (lambda: spread_below(0), lambda: validation_falls(0)):
         with pytest.raises(ft.ConfigError):
             wrong()
+
+
+def test_tripwires_of_entropy_length_and_cut_replies_say_what_they_found():
+    from factories import make_epoch
+
+    epoch = make_epoch([[1.0, 0.0]] * 4)  # 8 rollouts
+
+    def with_metrics(**metrics):
+        return [dataclasses.replace(epoch, metrics=dataclasses.replace(epoch.metrics, **metrics))]
+
+    low = with_metrics(mean_entropy=0.02)
+    assert tripped([entropy_below(0.05)], low) == "the policy's entropy is 0.02 nats a token, less than 0.05"
+    assert tripped([entropy_below(0.02)], low) is None
+    assert tripped([entropy_below(9)], [epoch]) is None  # none was recorded
+    longer = with_metrics(length_correlation=0.9)
+    assert "explains 81% of what rewards differ by" in tripped([length_explains_reward(0.8)], longer)
+    assert "(longer is better)" in tripped([length_explains_reward(0.8)], longer)
+    assert "(shorter is better)" in tripped([length_explains_reward(0.8)], with_metrics(length_correlation=-0.9))
+    assert tripped([length_explains_reward(0.82)], longer) is None
+    assert tripped([length_explains_reward(0.1)], [epoch]) is None  # too few lengths differ
+    cut = with_metrics(replies_cut=2)
+    assert tripped([replies_cut(0.2)], cut) == "2 of 8 replies were cut at the token limit; more than 20 %"
+    assert tripped([replies_cut(0.25)], cut) is None
+    assert tripped([replies_cut(0)], with_metrics(replies_cut=None)) is None  # an older record
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [
+        *((entropy_below, wrong) for wrong in (0, -1, float("nan"), "0.1", True, None)),
+        *((length_explains_reward, wrong) for wrong in (0, 1.5, float("nan"), "0.1", None)),
+        *((replies_cut, wrong) for wrong in (-0.1, 1, float("nan"), "0.1", None)),
+    ],
+)
+def test_a_tripwire_refuses_what_is_no_limit(make, wrong):
+    with pytest.raises(ft.ConfigError, match=f"{make.__name__}: .* is {wrong!r}; expected a number"):
+        make(wrong)
 
 
 # ── interrupts, in a script ──────────────────────────────────────────────────────────────────────────────────────────

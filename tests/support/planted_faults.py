@@ -491,7 +491,7 @@ def rollouts_that_fail(folder):
     return scripted(folder, guess, exactly, sums(24), fragile)
 
 
-def diagnosed(folder: Path, make: Make, epochs: int) -> ft.Run:
+def after_epochs(folder: Path, make: Make, epochs: int) -> ft.Run:
     """The run after so many epochs."""
     run = make(folder)
     for _ in range(epochs):
