@@ -8,23 +8,21 @@ do.
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..hooks import shown_by
-from ..store.json import decode
 from ..store.reader import trajectory_columns
-from ..store.trajectories import to_python
 from ..text import count, number, one_line
 from ..training.metrics import NO_SPREAD, has_signal, length_correlation
 from ..types import Epoch, EpochMetrics, TrainingStatusEnum, as_float
 from .learning_signal import chance_of_spread, group_signals
-from .trajectory_names import generations_of, trajectory_names
+from .rollout_columns import RolloutColumns
+from .trajectory_names import trajectory_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,11 +87,6 @@ LEARNED, FOLLOWED = 0.2, 0.25
 UNPARSED = 0.05
 """Share of rollouts with something that looks like a tool call and was not parsed as one."""
 
-_LOOKS_LIKE_CALL = re.compile(
-    r"<tool_call|<\|tool_call|\[TOOL_CALLS\]|<function[=_]|<\|python_tag\|>"
-    r"|\{\s*\"name\"\s*:\s*\"[^\"\n]{1,80}\"\s*,\s*\"(?:arguments|parameters)\""
-)
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -153,18 +146,24 @@ class Diagnosis:
         return shown_by("finetune_nb.views.diagnosis:diagnosis_html", self)
 
 
-def diagnosis(run_id: str, epochs: Sequence[Epoch], weights: Mapping[str, float] | None = None) -> Diagnosis:
+def diagnosis(
+    run_id: str,
+    epochs: Sequence[Epoch],
+    weights: Mapping[str, float] | None = None,
+    records: Sequence[Epoch] | None = None,
+) -> Diagnosis:
     """Find out why a run does not learn.
 
     Args:
         run_id: Of the run.
         epochs: Its records, oldest first. Those without a finished rollout say nothing of rewards.
         weights: Component of the reward -> weight, if the reward is a weighted sum.
+        records: All epochs of the run, which say what rewards there are and where it began. Default: `epochs`.
 
     Returns:
         The findings, the worst ones first.
     """
-    seen = _Seen(epochs, weights or {})
+    seen = _Seen(epochs, weights or {}, epochs if records is None else records)
     found: list[Finding] = []
     for check in CHECKS:
         found += check(seen)
@@ -197,13 +196,14 @@ def epoch_warnings(metrics: EpochMetrics) -> list[str]:
 class _Seen:
     """The epochs of a run, and the rollouts of the newest ones. What takes reading is read when a check asks for it."""
 
-    def __init__(self, epochs: Sequence[Epoch], weights: Mapping[str, float]) -> None:
+    def __init__(self, epochs: Sequence[Epoch], weights: Mapping[str, float], records: Sequence[Epoch]) -> None:
         self.epochs = [epoch for epoch in epochs if len(epoch.statistics.rewards)]
         """Those with rollouts that finished."""
         self.newest = self.epochs[-NEWEST:]
         self.last = list(epochs[-NEWEST:])
         """The newest ones, also those without rollouts."""
         self.weights = weights
+        self._records = [epoch for epoch in records if len(epoch.statistics.rewards)]
 
     def unchecked(self) -> Iterator[str]:
         if not self.epochs:
@@ -220,9 +220,9 @@ class _Seen:
 
     @cached_property
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest finite reward of all epochs; NaN without one."""
-        lows = [epoch.metrics.min_reward for epoch in self.epochs if math.isfinite(epoch.metrics.min_reward)]
-        highs = [epoch.metrics.max_reward for epoch in self.epochs if math.isfinite(epoch.metrics.max_reward)]
+        """Lowest and highest finite reward of the whole run; NaN without one."""
+        lows = [epoch.metrics.min_reward for epoch in self._records if math.isfinite(epoch.metrics.min_reward)]
+        highs = [epoch.metrics.max_reward for epoch in self._records if math.isfinite(epoch.metrics.max_reward)]
         return min(lows, default=math.nan), max(highs, default=math.nan)
 
     @property
@@ -241,7 +241,7 @@ class _Seen:
     @cached_property
     def mastered(self) -> bool:
         """Whether nearly every rollout now has the best reward, and that was learned: the first epoch was below it."""
-        return self.level(self.newest) >= MASTERED and self.level(self.epochs[:1]) < MASTERED
+        return self.level(self.newest) >= MASTERED and self.level(self._records[:1]) < MASTERED
 
     @cached_property
     def group_sizes(self) -> list[int]:
@@ -254,6 +254,11 @@ class _Seen:
 
         return float(np.concatenate([has_signal(epoch.statistics) for epoch in self.newest]).mean())
 
+    @cached_property
+    def first_trained(self) -> int | None:
+        """The first epoch of the run that trained."""
+        return next((epoch.index for epoch in self._records if epoch.trained), None)
+
     # ── of training ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def trained_with(self, name: str) -> list[float]:
@@ -264,131 +269,8 @@ class _Seen:
     # ── of rollouts ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     @cached_property
-    def rollouts(self) -> _Rollouts:
-        return _Rollouts(self.newest)
-
-
-class _Rollouts:
-    """The N finished rollouts of some epochs, by column."""
-
-    def __init__(self, epochs: Sequence[Epoch]) -> None:
-        import numpy as np
-
-        self._epochs = epochs
-        self.rewards = np.concatenate([epoch.statistics.rewards for epoch in epochs])
-        """(N,) float64, NaN where missing."""
-        self.sizes = [int(size) for epoch in epochs for size in np.diff(epoch.statistics.offsets)]
-        """Of each group, one epoch's after another's."""
-        self.group_of = np.repeat(np.arange(len(self.sizes)), self.sizes)
-        """(N,)"""
-        self._columns: dict[str, list[Any]] = {}
-
-    def __len__(self) -> int:
-        return len(self.rewards)
-
-    def column(self, name: str) -> list[Any]:
-        """(N,) a column of the trajectories' files."""
-        if name not in self._columns:
-            found: list[Any] = []
-            for epoch in self._epochs:
-                found += to_python(trajectory_columns(epoch, [name]).column(name).combine_chunks())
-            self._columns[name] = found
-        return self._columns[name]
-
-    @cached_property
-    def examples(self) -> list[str]:
-        """(N,) the example of each, as text."""
-        ids = [str(example) for epoch in self._epochs for example in epoch.statistics.example_ids]
-        return [ids[group] for group in self.group_of.tolist()]
-
-    @cached_property
-    def cut(self) -> np.ndarray:
-        """(N,) bool: whether the last reply was cut at the token limit."""
-        import numpy as np
-
-        return np.array([reason == "length" for reason in self.column("finish_reason")], dtype=bool)
-
-    @cached_property
-    def scores(self) -> dict[str, np.ndarray]:
-        """Evaluator -> (N,) float64, NaN where it has no number."""
-        import numpy as np
-
-        parsed: dict[str | None, Mapping[str, Any]] = {None: {}}  # the same text comes again and again
-        records = []
-        for text in self.column("scores"):
-            if text not in parsed:
-                known = decode(text)
-                parsed[text] = known if isinstance(known, dict) else {}
-            records.append(parsed[text])
-        names = dict.fromkeys(name for record in parsed.values() for name in record)
-        return {name: np.array([as_float(record.get(name)) for record in records]) for name in names}
-
-    @cached_property
-    def replies(self) -> list[str]:
-        """(N,) the text of the last message of the policy, "" without one."""
-        found = []
-        for roles, contents in zip(self.column("roles"), self.column("contents"), strict=True):
-            said = [text for role, text in zip(roles, contents, strict=True) if role == "assistant"]
-            found.append(said[-1] if said else "")
-        return found
-
-    @cached_property
-    def offered(self) -> np.ndarray:
-        """(N,) bool: whether the model was told of tools."""
-        import numpy as np
-
-        return np.array(['"tools":[{' in (text or "").replace(" ", "") for text in self.column("metadata")], dtype=bool)
-
-    @cached_property
-    def called(self) -> np.ndarray:
-        """(N,) bool: whether a tool was called."""
-        import numpy as np
-
-        found = [any('"tool_calls":' in (text or "") for text in texts) for texts in self.column("item_metadata")]
-        return np.array(found, dtype=bool)
-
-    @cached_property
-    def looks_like_call(self) -> np.ndarray:
-        """(N,) bool: whether a text of the policy looks like a tool call."""
-        import numpy as np
-
-        found = []
-        for roles, contents in zip(self.column("roles"), self.column("contents"), strict=True):
-            texts = [text for role, text in zip(roles, contents, strict=True) if role == "assistant" and text]
-            found.append(any(_LOOKS_LIKE_CALL.search(text) for text in texts))
-        return np.array(found, dtype=bool)
-
-    def inside_groups(self, values: np.ndarray) -> np.ndarray:
-        """(N,) the distance of each value to the mean of its group; NaN where one is missing."""
-        import numpy as np
-
-        there = np.isfinite(values)
-        groups = len(self.sizes)
-        sums = np.bincount(self.group_of[there], weights=values[there], minlength=groups)
-        known = np.bincount(self.group_of[there], minlength=groups)
-        return values - (sums / np.maximum(known, 1))[self.group_of]
-
-    def names(self, those: np.ndarray) -> tuple[str, ...]:
-        """Names of the first EVIDENCE of the chosen rollouts. those: (N,) bool."""
-        import numpy as np
-
-        found: list[str] = []
-        begin = 0
-        for epoch in self._epochs:
-            sizes = np.diff(epoch.statistics.offsets)
-            end = begin + int(sizes.sum())
-            chosen = np.flatnonzero(those[begin:end])[: EVIDENCE - len(found)].tolist()
-            if chosen:
-                places = np.concatenate([np.arange(size) for size in sizes])
-                generations = generations_of(epoch, self.column("generation")[begin:end])
-                found += trajectory_names(
-                    epoch.index,
-                    [self.examples[begin + place] for place in chosen],
-                    [generations[place] for place in chosen],
-                    [int(places[place]) for place in chosen],
-                )
-            begin = end
-        return tuple(found)
+    def rollouts(self) -> RolloutColumns:
+        return RolloutColumns(self.newest)
 
 
 def _percent(share: float) -> str:
@@ -455,7 +337,7 @@ def _no_spread(seen: _Seen) -> Iterator[Finding]:
         yield Finding(
             "reward_constant",
             "critical",
-            f"every reward of {count(len(seen.epochs), 'epoch')} is {number(seen.bounds[0])}: nothing can be learned from that",
+            f"every reward so far is {number(seen.bounds[0])}: nothing can be learned from that",
             seen.bounds[0],
             "run.show() shows what was scored; give partial credit, and try it: run.rescore(new_reward)",
             rollouts.names(rollouts.group_of >= 0),
@@ -500,7 +382,10 @@ def _no_spread(seen: _Seen) -> Iterator[Finding]:
     chosen = [found == signal for found in signals]
     severity: Severity = "critical" if seen.teaching < TEACHING / 10 else "warning"
     if kind == "too_easy" and seen.mastered:
-        severity, step = "info", "the run has learned what these examples teach: stop here, or go on with harder ones"
+        severity, step = (
+            "info",
+            "the run has learned what these examples teach: stop here, or continue with harder ones",
+        )
     yield Finding(
         kind,
         severity,
@@ -552,7 +437,7 @@ def _without_spread(seen: _Seen) -> np.ndarray:
     return ~spread[seen.rollouts.group_of]
 
 
-def _in_groups(rollouts: _Rollouts, groups: Sequence[bool]) -> np.ndarray:
+def _in_groups(rollouts: RolloutColumns, groups: Sequence[bool]) -> np.ndarray:
     import numpy as np
 
     return np.array(groups, dtype=bool)[rollouts.group_of]
@@ -804,7 +689,7 @@ def _training(seen: _Seen) -> Iterator[Finding]:
         )
     kl, clipped = _mean(seen.trained_with("kl")), _mean(seen.trained_with("clip_fraction"))
     rate = _mean(seen.trained_with("learning_rate"))
-    first = next((epoch.index for epoch in seen.epochs if epoch.trained), None)
+    first = seen.first_trained
     later = [as_float(epoch.train_metrics.get("kl")) for epoch in seen.newest if epoch.trained and epoch.index != first]
     if clipped > CLIPPED or (_mean(later) > KL_LARGE if later else kl > KL_FIRST):
         yield Finding(
@@ -847,16 +732,7 @@ def _drift(seen: _Seen) -> Iterator[Finding]:
         "and each is trained on by itself",
         drifted / continued,
         "send the messages back as they came: await llm.chat([*messages, reply, ...]) with the reply itself",
-        seen.rollouts.names(_drifted(seen.rollouts)),
-    )
-
-
-def _drifted(rollouts: _Rollouts) -> np.ndarray:
-    import numpy as np
-
-    texts = rollouts.column("item_metadata")
-    return np.array(
-        [any('"drifted":true' in (text or "").replace(" ", "") for text in each) for each in texts], dtype=bool
+        seen.rollouts.names(seen.rollouts.drifted),
     )
 
 

@@ -1024,7 +1024,7 @@ class Run(RunHistory):
         from ..rewards.evaluators import weighted_reward
 
         section = weighted_reward(self.config)
-        return diagnosis(self.id, self.chosen(epochs), section and section.weights)
+        return diagnosis(self.id, self.chosen(epochs), section and section.weights, self.records)
 
     def panel(self) -> Any:
         """The control panel: state and progress, buttons, the live settings with what they would do, the reward curve, the

@@ -125,6 +125,7 @@ def test_examples_that_became_easy_are_information_and_those_that_were_easy_from
     hard = epoch(mixed)
     easy = [epoch(lambda g, k: rollout(f"q{g}", k, 1.0, f"{g} {k}"), index) for index in (1, 2, 3)]
     assert finding("too_easy", hard, *easy).severity == "info"
+    assert diagnosis("run", easy, records=[hard, *easy])["too_easy"].severity == "info"
     nearly = epoch(lambda g, k: rollout(f"q{g}", k, float(g > 0 or k > 0), f"{g} {k}"))
     assert finding("too_easy", nearly, *easy).severity != "info"
 

@@ -71,9 +71,3 @@ def test_runs_that_learn_have_no_finding_at_the_end_of_any_epoch(outcomes):
     alarmed = [name for name, each in learning.items() if each.as_it_went]
     assert len(learning) >= 10
     assert len(alarmed) <= len(learning) // 10, alarmed
-
-
-def test_a_run_that_has_learned_everything_is_told_so_as_information(outcomes):
-    (finding,) = outcomes["demo_that_has_learned_everything"].found
-    assert (finding.kind, finding.severity) == ("too_easy", "info")
-    assert "stop here" in finding.next_step

@@ -10,6 +10,7 @@ import pytest
 from measuring import by_turns
 
 import finetune_nb as ft
+from finetune_nb import frames
 from finetune_nb.analysis.diagnosis import diagnosis, epoch_warnings
 from finetune_nb.training.metrics import length_correlation
 from finetune_nb.types import finish_reason, sampled_tokens
@@ -39,8 +40,6 @@ def demo(tmp_path_factory):
 def test_20_epochs_of_320_rollouts_are_diagnosed_in_less_time_than_their_messages_become_a_frame(demo):
     run, _ = demo
     epochs = [*ft.Run.open(Path(run.folder)).records] * (EPOCHS // 4)
-    from finetune_nb import frames
-
     found = by_turns(3, diagnosis=lambda: diagnosis("demo", epochs), frame=lambda: frames.messages(epochs))
     rollouts = sum(epoch.metrics.trajectories for epoch in epochs)
     print(f"\n{rollouts:,} rollouts of {EPOCHS} epochs: {found['diagnosis']:.3f} s (target 1 s); "

@@ -96,7 +96,7 @@ def demo_that_has_learned_everything(folder):
     return demo(
         folder,
         seed=2,
-        examples_per_epoch=40,
+        examples_per_epoch=24,
         validation=questions("held_out")[:40],
         validation_interval=7,
         num_epochs=14,
