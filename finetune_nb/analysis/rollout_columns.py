@@ -101,7 +101,7 @@ class RolloutColumns:
         """(N,) bool: whether the model was told of tools."""
         import numpy as np
 
-        return np.array(['"tools":[{' in (text or "").replace(" ", "") for text in self.column("metadata")], dtype=bool)
+        return np.array(['"tools":[{' in (text or "") for text in self.column("metadata")], dtype=bool)
 
     @cached_property
     def called(self) -> np.ndarray:

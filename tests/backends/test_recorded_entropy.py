@@ -82,7 +82,8 @@ def test_logits_of_minus_infinity_add_nothing():
     from finetune_nb.backends.local.sampling import SampleRequest, _note_entropies
 
     row = SampleRequest([1], SamplingParams(), 0)
-    _note_entropies([row], torch.tensor([[0.0, 0.0, -math.inf]]).log_softmax(1))
+    logprobs = torch.tensor([[0.0, 0.0, -math.inf]]).log_softmax(1)
+    _note_entropies([row], logprobs.exp(), logprobs)
     assert row.entropies == [float(np.float16(math.log(2)))]
 
 

@@ -173,10 +173,15 @@ def _sample_chunk(run: _Run, rows: list[SampleRequest]) -> list[SampleRequest]:
     live, crossed = rows, []
     for step in range(steps):
         fitting_BV = _fitting(live, logits_BV)
-        chosen_B, logprobs_B, logprobs_BV = _choose(logits_BV, draws_BT[:, step], heat_B, fitting_BV)
+        chosen_B, logprobs_B, logprobs_BV, drawn_BV = _choose(logits_BV, draws_BT[:, step], heat_B, fitting_BV)
         _note_likeliest(live, logprobs_BV)
         if run.entropy:
-            _note_entropies(live, logits_BV.float().log_softmax(1) if scaled else logprobs_BV)
+            if scaled:
+                logprobs_BV = logits_BV.float().log_softmax(1)
+            if scaled or fitting_BV is not None:
+                drawn_BV = logprobs_BV.exp()
+            _note_entropies(live, drawn_BV, logprobs_BV)
+        del drawn_BV, logprobs_BV
         for row, token, logprob in zip(live, chosen_B.tolist(), logprobs_B.tolist(), strict=True):
             if row.ended is None:
                 row.take(token, logprob, run.end_ids, run.text)
@@ -212,8 +217,9 @@ def _uniforms(rows: list[SampleRequest], steps: int) -> Tensor:
 
 def _choose(
     logits_BV: Tensor, draws_B: Tensor, heat_B: Tensor, fitting_BV: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(B,) token ids, (B,) their log probabilities and (B, V) those of all tokens. Temperature 0 takes the likeliest token,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B,) token ids, (B,) their log probabilities, (B, V) those of all tokens, and (B, V) the probabilities with which they
+    were drawn. Temperature 0 takes the likeliest token,
     with its log probability at temperature 1; others invert the cumulative distribution at `draws_B`.
 
     fitting_BV: tokens that may be drawn; None: all. Log probabilities are those of the model, whatever may be drawn."""
@@ -222,7 +228,8 @@ def _choose(
     drawn_BV = logprobs_BV
     if fitting_BV is not None:
         drawn_BV = logprobs_BV.masked_fill(~fitting_BV, -torch.inf).log_softmax(1)
-    cumulative_BV = drawn_BV.exp().cumsum(1)
+    probabilities_BV = drawn_BV.exp()
+    cumulative_BV = probabilities_BV.cumsum(1)
     total_B1 = cumulative_BV[:, -1:]
     if not total_B1.isfinite().all():
         raise BackendError("the model's logits are not finite: its weights have diverged. Start from saved ones.")
@@ -230,7 +237,7 @@ def _choose(
     target_B1 = torch.minimum(draws_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     chosen_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
     chosen_B = torch.where(greedy_B, drawn_BV.argmax(1), chosen_B)
-    return chosen_B, logprobs_BV.gather(1, chosen_B[:, None]).squeeze(1), logprobs_BV
+    return chosen_B, logprobs_BV.gather(1, chosen_B[:, None]).squeeze(1), logprobs_BV, probabilities_BV
 
 
 def _fitting(rows: list[SampleRequest], logits_BV: Tensor) -> Tensor | None:
@@ -256,14 +263,18 @@ def _note_likeliest(rows: list[SampleRequest], logprobs_BV: Tensor) -> None:
             row.likeliest.append(dict(zip(ids[:wanted], values[:wanted], strict=True)))
 
 
-def _note_entropies(rows: list[SampleRequest], logprobs_BV: Tensor) -> None:
+def _note_entropies(rows: list[SampleRequest], probabilities_BV: Tensor, logprobs_BV: Tensor) -> None:
     """Writes down for each row the entropy in nats of its next token.
 
-    logprobs_BV: those of the model itself, over its whole vocabulary, at temperature 1 and whatever form the reply is held
-    to: so entropies of different temperatures and formats can be compared. They are rounded to float16, as they are stored.
+    probabilities_BV (overwritten), logprobs_BV: those of the model itself, over its whole vocabulary, at temperature 1 and
+    whatever form the reply is held to: so entropies of different temperatures and formats can be compared. They are rounded to
+    float16, as they are stored.
     """
-    # A token of probability 0 adds nothing: 0 times minus infinity is NaN, which is left out of the sum.
-    entropies_B = logprobs_BV.exp().mul_(logprobs_BV).nansum(1).neg_().clamp_(min=0).half()
-    for row, entropy in zip(rows, entropies_B.tolist(), strict=True):
+    products_BV = probabilities_BV.mul_(logprobs_BV)
+    sums_B = products_BV.sum(1)
+    if sums_B.isnan().any():
+        # A token of probability 0 adds nothing, but 0 times minus infinity is NaN. Leaving NaN out takes twice as long.
+        sums_B = products_BV.nansum(1)
+    for row, entropy in zip(rows, sums_B.neg_().clamp_(min=0).half().tolist(), strict=True):
         if row.ended is None:
             row.entropies.append(entropy)
