@@ -73,7 +73,7 @@ DRIFTED = 0.1
 """Share of continued turns."""
 GAP = 0.02
 """Nats a token between training's and sampling's log probabilities before the first step."""
-CLIPPED, KL_LARGE, KL_FIRST = 0.3, 0.2, 0.5
+CLIPPED, KL_LARGE, KL_FIRST = 0.3, 0.2, 1.2
 """Share of trained tokens that were clipped, and KL from the policy that sampled, of a learning rate that is too large. The first
 job of a run may move further, as AdamW's first steps are its largest."""
 KL_SMALL, MOVED = 1e-6, 0.05
@@ -184,7 +184,7 @@ def epoch_warnings(metrics: EpochMetrics) -> list[str]:
     if correlation is not None and correlation**2 >= LENGTH_EXPLAINS:
         warnings.append(_length_sentence(correlation))
     entropy, span = metrics.mean_entropy, metrics.max_reward - metrics.min_reward
-    if entropy is not None and entropy < ENTROPY_LOW and metrics.groups_with_spread < 2 * TEACHING * metrics.groups:
+    if entropy is not None and entropy < ENTROPY_LOW and metrics.groups_with_spread < TEACHING * metrics.groups:
         if metrics.mean_reward - metrics.min_reward < MASTERED * span:
             warnings.append(f"entropy {number(entropy)} nats a token: the policy hardly explores")
     return warnings
@@ -641,7 +641,7 @@ def _entropy(seen: _Seen) -> Iterator[Finding]:
     last, now = known[-1]
     first, lowest = known[0][1], min(entropy for _, entropy in known)
     fell = first < ENTROPY_LOW or now < ENTROPY_FALL * first
-    if now < ENTROPY_LOW and fell and seen.teaching < 2 * TEACHING and not seen.level(seen.newest) >= MASTERED:
+    if now < ENTROPY_LOW and fell and seen.teaching < TEACHING and not seen.level(seen.newest) >= MASTERED:
         yield Finding(
             "entropy_collapsed",
             "critical" if seen.teaching < TEACHING / 10 else "warning",

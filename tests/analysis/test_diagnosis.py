@@ -285,9 +285,9 @@ def test_replies_that_say_the_same_again_and_again_are_a_finding():
 # ── the policy and its training ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def few_teach(index, entropy, level=0.0):
+def few_teach(index, entropy, teaching=2):
     def make(g, k):
-        return rollout(f"q{g}", k, float(k % 2) if g < 4 else level, f"{g} {k}")
+        return rollout(f"q{g}", k, float(k % 2) if g < teaching else 0.0, f"{g} {k}")
 
     return epoch(make, index, mean_entropy=entropy)
 
@@ -295,6 +295,7 @@ def few_teach(index, entropy, level=0.0):
 def test_entropy_that_falls_to_nothing_is_a_finding_unless_the_task_is_mastered():
     assert "entropy_collapsed" in kinds(few_teach(0, 0.8), few_teach(1, 0.01))
     assert "entropy_collapsed" not in kinds(few_teach(0, 0.8), few_teach(1, 0.3))
+    assert kinds(few_teach(0, 0.8, 3), few_teach(1, 0.01, 3)) == set()
     assert "entropy_collapsed" not in kinds(epoch(mixed, mean_entropy=0.8), epoch(mixed, 1, mean_entropy=0.01))
     solved = [epoch(lambda g, k: rollout(f"q{g}", k, 1.0, f"{g} {k}"), i, mean_entropy=0.01) for i in (1, 2, 3)]
     assert kinds(few_teach(0, 0.8), *solved) == {"too_easy"}

@@ -113,6 +113,11 @@ def demo_with_two_scores(folder):
     return demo(folder, {"tool": (used_tool, 0.2), "correct": correct}, seed=4, evaluators={"malformed": malformed})
 
 
+@healthy(2)
+def demo_with_twice_the_learning_rate(folder):
+    return demo(folder, seed=8, training={"learning_rate": 1e-3})
+
+
 @healthy(3)
 def demo_in_bfloat16(folder):
     return demo(folder, seed=7, training={"dtype": "bfloat16"})
