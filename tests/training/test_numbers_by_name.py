@@ -24,7 +24,7 @@ FULL = make_epoch(
     train={"kl": 0.1, "trained_groups": 1},
     scores={"tidy": 1.0},
 )
-FULL = dataclasses.replace(FULL, metrics=dataclasses.replace(FULL.metrics, mean_entropy=0.75))
+FULL = dataclasses.replace(FULL, metrics=dataclasses.replace(FULL.metrics, mean_entropy=0.75, length_correlation=0.5))
 NUMBERS = [
     field for field in dataclasses.fields(EpochMetrics) if field.type in ("float", "int", "int | None", "float | None")
 ]
@@ -36,6 +36,7 @@ def test_sinks_get_these_names_in_this_order():
         "reward/min",
         "reward/max",
         "reward/kept",
+        "reward/length_correlation",
         "groups/all",
         "groups/with_spread",
         "groups/kept",
@@ -44,6 +45,7 @@ def test_sinks_get_these_names_in_this_order():
         "rollouts/failed",
         "rollouts/sampled_tokens",
         "rollouts/entropy",
+        "rollouts/replies_cut",
         "rollouts/drifted_turns",
         "rollouts/rewards_missing",
         "curriculum/percentile",
