@@ -549,7 +549,7 @@ def _cut(seen: _Seen) -> Iterator[Finding]:
             "critical",
             f"all {len(cut):,} replies were cut at the token limit: the model never ends its turn",
             share,
-            "raise max_tokens; if that ends none, tokenizer and chat template have another end token than the model: give stop=",
+            "raise max_tokens (run.live); if that ends none, tokenizer and template have another end token than the model",
             seen.rollouts.names(cut),
         )
         return
@@ -558,7 +558,7 @@ def _cut(seen: _Seen) -> Iterator[Finding]:
         "critical" if share >= MANY_CUT else "warning",
         f"{int(cut.sum()):,} of {len(cut):,} replies were cut at the token limit ({_percent(share)}), and scored as they are",
         share,
-        'raise max_tokens (sampling={"max_tokens": ...}), or leave them out of training: training={"truncated": "mask"}',
+        'run.live["llm.max_tokens"] = ... raises the limit; training={"truncated": "mask"} of Run leaves them out of training',
         seen.rollouts.names(cut),
     )
 

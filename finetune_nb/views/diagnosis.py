@@ -58,9 +58,13 @@ def _where(found: Diagnosis) -> str:
     return f"epoch {first}" if len(found.epochs) == 1 else f"epochs {first} to {last}"
 
 
+def _plural(severity: str, number: int) -> str:
+    return "s" if severity == "warning" and number > 1 else ""
+
+
 def _headline(found: Diagnosis) -> str:
     if not found:
         return "nothing was found that keeps it from learning" if found.epochs else "nothing to look at yet"
     many = [(severity, sum(finding.severity == severity for finding in found)) for severity in SEVERITIES]
-    parts = ", ".join(f"{number} {severity}" for severity, number in many if number)
+    parts = ", ".join(f"{number} {severity}{_plural(severity, number)}" for severity, number in many if number)
     return f"{count(len(found), 'finding')} ({parts})"
