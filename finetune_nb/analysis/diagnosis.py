@@ -61,6 +61,9 @@ LENGTH_EXPLAINS = 0.8
 DOMINATES, VARIES = 20.0, 0.5
 """How many times the spread of another component a dominating one has, where the other one differs in at least this part of
 the groups in which the dominating one does."""
+FALLS, PAID = 0.1, 0.25
+"""What a component lost in training, as a part of the scores' range, and its part of what the reward gained, from which on another
+one is bought with it."""
 CUT, MANY_CUT = 0.2, 0.5
 """Share of rollouts whose last reply was cut."""
 ENTROPY_LOW, ENTROPY_FALL = 0.05, 0.25
@@ -497,6 +500,43 @@ def _components(seen: _Seen) -> Iterator[Finding]:
     )
 
 
+def _falling(seen: _Seen) -> Iterator[Finding]:
+    """A component that falls while the reward rises: another one pays for it."""
+    import numpy as np
+
+    if len(seen.epochs) < 2 or len(seen.weights) < 2 or not seen.span > NO_SPREAD:
+        return
+    gained = (seen.level(seen.newest) - seen.level(seen.epochs[:1])) * seen.span
+    if not gained > 0:
+        return
+    changes = {}
+    for name, weight in seen.weights.items():
+        before = as_float(seen.epochs[0].metrics.scores.get(name))
+        now = _mean([as_float(epoch.metrics.scores.get(name)) for epoch in seen.newest])
+        if math.isfinite(now - before):
+            changes[name] = weight * (now - before)
+    if len(changes) < 2:
+        return
+    name, payer = min(changes, key=changes.__getitem__), max(changes, key=changes.__getitem__)
+    values = seen.rollouts.scores.get(name, np.empty(0))
+    span = abs(seen.weights[name]) * float(np.ptp(values[np.isfinite(values)])) if np.isfinite(values).any() else 0.0
+    if not -changes[name] >= max(FALLS * span, PAID * gained, NO_SPREAD):
+        return
+    before = as_float(seen.epochs[0].metrics.scores[name])
+    now = before + changes[name] / seen.weights[name]
+    rewards = np.concatenate([epoch.statistics.rewards for epoch in seen.newest])
+    low = seen.weights[name] * values <= np.nanmin(seen.weights[name] * values) + NO_SPREAD
+    yield Finding(
+        "component_falls",
+        "warning",
+        f"the reward rose by {number(gained)} while its component {one_line(name, 60)!r} went from {number(before)} to "
+        f"{number(now)}: {one_line(payer, 60)!r} pays for something else",
+        changes[name],
+        f"look at the rollouts that are paid best, change {payer!r}, and see what that would do: run.rescore(...)",
+        seen.rollouts.names(low & (rewards >= np.nanmax(rewards[low]) - NO_SPREAD)),
+    )
+
+
 def _length(seen: _Seen) -> Iterator[Finding]:
     import numpy as np
 
@@ -765,6 +805,7 @@ CHECKS: tuple[Callable[[_Seen], Iterator[Finding]], ...] = (
     _cut,
     _tools,
     _components,
+    _falling,
     _length,
     _repeated,
     _entropy,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -286,6 +287,17 @@ def yes_or_no_questions(folder):
 
 
 # ── faults of the reward ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@planted("component_falls", epochs=5)
+def form_that_pays_more_than_the_answer(folder):
+    """Every reply has to be in the form, the calls of the tool too: answering at once is paid best."""
+
+    def form(trajectory):
+        said = [message.content or "" for message in trajectory.episode if message.role == "assistant"]
+        return sum(re.fullmatch(r"=-?\d+", text) is not None for text in said) / len(said)
+
+    return demo(folder, {"form": (form, 3.0), "right": correct}, training={"learning_rate": 1e-3})
 
 
 @planted("rewards_missing")
