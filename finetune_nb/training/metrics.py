@@ -28,6 +28,7 @@ from ..types import (
 __all__ = [
     "NO_SPREAD",
     "advantages",
+    "deviation_of_all",
     "deviations",
     "epoch_metrics",
     "has_signal",
@@ -125,6 +126,15 @@ def deviations(statistics: GroupStatistics) -> np.ndarray:
     several = np.isfinite(statistics.spreads) & (statistics.counts > 1)
     with np.errstate(over="ignore"):
         return np.where(several, within_floats(scaled * scales), math.nan)
+
+
+def deviation_of_all(statistics: GroupStatistics) -> float:
+    """The sample standard deviation of all finite rewards; 0 for fewer than two."""
+    rewards = statistics.rewards[np.isfinite(statistics.rewards)]
+    if len(rewards) < 2:
+        return 0.0
+    scale = scale_of(rewards)  # squares of huge rewards would overflow
+    return float(np.std(rewards / scale, ddof=1) * scale)
 
 
 def _scaled(statistics: GroupStatistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

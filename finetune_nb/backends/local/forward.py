@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from ...training.batch import TokenSequence
 from .families.caches import select_rows
 from .families.positions import borders_of
-from .grpo import token_logprobs
+from .logprobs import TokenScores, score_tokens
 from .prefill import prefill
 
 __all__ = [
@@ -54,40 +54,43 @@ class TokenBatch:
         """Tokens of a pass over it, padding included."""
         return self.ids_BT.numel() + len(self.prompts) * max(map(len, self.prompts), default=0)
 
-    def logprobs(self, model: Any) -> Tensor:
-        """(B, T) as `token_logprobs`."""
+    def scores(self, model: Any, entropies: bool = False) -> TokenScores:
+        """(B, T) as `score_tokens`."""
         if self.prompt_of_row_B is None:
-            return self._of_whole_sequences(model)
+            return self._of_whole_sequences(model, entropies)
         _, cache, mask_UP = prefill(model, self.prompts)
         cache = select_rows(cache, self.prompt_of_row_B)
         attention = torch.cat([mask_UP[self.prompt_of_row_B], self.attention_BT], 1)
         positions_BT = (attention.cumsum(1) - 1)[:, mask_UP.shape[1] :]
-        return token_logprobs(
-            model, self.ids_BT, attention, self.mask_BT, self.temperature_B,
+        return score_tokens(
+            model, self.ids_BT, attention, self.mask_BT, self.temperature_B, entropies=entropies,
             past_key_values=cache, position_ids=positions_BT, use_cache=True,
         )  # fmt: skip
 
-    def _of_whole_sequences(self, model: Any) -> Tensor:
+    def _of_whole_sequences(self, model: Any, entropies: bool) -> TokenScores:
         """One pass; where positions change with the length of a sequence, one more for the tokens before each change."""
         last = self.ids_BT.shape[1] - 1
         borders = [border for border in borders_of(model) if border <= last]
         if not borders:
-            return token_logprobs(model, self.ids_BT, self.attention_BT, self.mask_BT, self.temperature_B)
+            return score_tokens(
+                model, self.ids_BT, self.attention_BT, self.mask_BT, self.temperature_B, entropies=entropies
+            )
         columns_T = torch.arange(last + 1, device=self.ids_BT.device)
         logprobs_BT, begin = torch.zeros_like(self.old_logprobs_BT), 1
+        entropies_BT = torch.zeros_like(self.old_logprobs_BT) if entropies else None
         for known in sorted({*borders, last}):
             # Tokens that come after `begin` to `known` others.
             mask_BT = self.mask_BT & (columns_T >= begin) & (columns_T <= known)
             if mask_BT.any():
-                logprobs_BT = logprobs_BT + pad(
-                    token_logprobs(
-                        model, self.ids_BT[:, : known + 1], self.attention_BT[:, : known + 1], mask_BT[:, : known + 1],
-                        self.temperature_B, fed=known,
-                    ),
-                    (0, last - known),
+                found = score_tokens(
+                    model, self.ids_BT[:, : known + 1], self.attention_BT[:, : known + 1], mask_BT[:, : known + 1],
+                    self.temperature_B, fed=known, entropies=entropies,
                 )  # fmt: skip
+                logprobs_BT = logprobs_BT + pad(found.logprobs_BT, (0, last - known))
+                if entropies_BT is not None and found.entropies_BT is not None:
+                    entropies_BT = entropies_BT + pad(found.entropies_BT, (0, last - known))
             begin = known + 1
-        return logprobs_BT
+        return TokenScores(logprobs_BT, entropies_BT)
 
 
 def micro_batches(

@@ -16,7 +16,7 @@ from torch import Tensor
 from .families.caches import join, kinds_of_layers, select_rows
 from .families.passes import Batching, Forward, forward_of
 from .families.positions import borders_of, last_length
-from .grpo import forward_parameters
+from .logprobs import forward_parameters
 
 __all__ = [
     "can_share",

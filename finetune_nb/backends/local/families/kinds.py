@@ -16,7 +16,7 @@ from torch import Tensor
 from ....errors import BackendError
 from ....redaction import redacting_logger
 from ....types import SamplingParams
-from ..grpo import forward_parameters
+from ..logprobs import forward_parameters
 from ..lora import as_trained
 from ..memory import ran_out
 from ..sampling import SampleRequest, sample_batch

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..grpo import forward_parameters, logits_only
+from ..logprobs import forward_parameters, logits_only
 from .caches import Tokens
 
 __all__ = [
