@@ -62,8 +62,8 @@ DOMINATES, VARIES = 20.0, 0.5
 """How many times the spread of another component a dominating one has, where the other one differs in at least this part of
 the groups in which the dominating one does."""
 FALLS, PAID = 0.1, 0.25
-"""What a component lost in training, as a part of the scores' range, and its part of what the reward gained, from which on another
-one is bought with it."""
+"""What a component lost in training, as a part of its range and of what the reward gained, from which on another one is bought
+with it."""
 CUT, MANY_CUT = 0.2, 0.5
 """Share of rollouts whose last reply was cut."""
 ENTROPY_LOW, ENTROPY_FALL = 0.05, 0.25

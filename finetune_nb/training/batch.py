@@ -16,9 +16,9 @@ import numpy as np
 from ..errors import BackendError, MissingLogprobs
 from ..rewards.numbers import scale_of, within_floats
 from ..rollouts.episodes import SampledTurn, sampled_turns
-from ..types import DPOItem, MessageKey, Trajectory, TrajectoryCollection, finish_reason
+from ..types import DPOItem, MessageKey, Trajectory, TrajectoryCollection, finish_reason, sampled_tokens
 from .curriculum import group_statistics
-from .metrics import advantages
+from .metrics import advantages, deviation_of_all
 
 __all__ = [
     "LARGEST_ADVANTAGE",
@@ -132,6 +132,10 @@ class TrainingBatch:
     """Groups that they belong to."""
     groups_without_signal: int
     """Groups of which nothing is trained on: their rewards do not differ, are missing or infinite."""
+    idle_tokens: int = 0
+    """Sampled tokens of groups whose rewards do not differ."""
+    idle_sequences: int = 0
+    """Their trajectories."""
     truncated: int = 0
     """Trajectories that were submitted and whose last reply was cut at its longest length, trained on or not."""
 
@@ -140,25 +144,41 @@ class TrainingBatch:
 
 
 def training_batch(
-    collection: TrajectoryCollection, scale_rewards: bool = True, truncated: Literal["train", "mask"] = "train"
+    collection: TrajectoryCollection,
+    scale_rewards: bool | Literal["batch"] = True,
+    truncated: Literal["train", "mask"] = "train",
+    baseline: Literal["mean", "leave one out"] = "mean",
 ) -> TrainingBatch:
     """What `collection` can teach. Raises BackendError or MissingLogprobs where a turn lacks what training needs.
 
-    scale_rewards: advantages are divided by the standard deviation of their group's rewards. truncated: whether
-    trajectories whose last reply was cut are trained on; their rewards count in their group either way.
+    scale_rewards: advantages are divided by the standard deviation of their group's rewards; "batch": by that of all of them.
+    truncated: whether trajectories whose last reply was cut are trained on; their rewards count in their group either way.
+    baseline: what is taken from a reward, the mean of its group or that of the others in it.
     """
     groups = collection.trajectories
-    advantage_of = iter(advantages(group_statistics(groups), scale=scale_rewards).tolist())
+    statistics = group_statistics(groups)
+    advantage_of = iter(advantages(statistics, scale=scale_rewards is True).tolist())
+    # What an advantage is multiplied with: 1 / the standard deviation of all rewards; and n / (n - 1), which makes the mean of a
+    # group that of the others.
+    factor = 1.0
+    if scale_rewards == "batch":
+        factor = 1 / (deviation_of_all(statistics) + 1e-4)
+    idle_tokens = idle_sequences = 0
     trained: list[list[TokenSequence]] = []
     with_signal, cut = 0, 0
     for group in groups:
         cut += sum(finish_reason(trajectory) == "length" for trajectory in group)
         weights = [next(advantage_of) for _ in group]
         if not any(weight for weight in weights if math.isfinite(weight)):
+            idle = [t for t in group if math.isfinite(t.reward)]
+            idle_sequences, idle_tokens = idle_sequences + len(idle), idle_tokens + sum(map(sampled_tokens, idle))
             continue
+        rewarded = sum(math.isfinite(weight) for weight in weights)
+        by = factor * (rewarded / (rewarded - 1) if baseline == "leave one out" and rewarded > 1 else 1.0)
+        weights = [weight * by for weight in weights]
         of_turns: list[list[float] | None] = [None] * len(group)
         if any(trajectory.shaped_rewards for trajectory in group):
-            of_turns = list(turn_advantages(group, scale_rewards))
+            of_turns = [[each * by for each in found] for found in turn_advantages(group, scale_rewards is True)]
         of_group = []
         for trajectory, weight, of_turn in zip(group, weights, of_turns, strict=True):
             if not math.isfinite(weight) or (truncated == "mask" and finish_reason(trajectory) == "length"):
@@ -169,7 +189,7 @@ def training_batch(
                 of_group.append(sequences)
         trained += of_group
         with_signal += bool(of_group)
-    return TrainingBatch(trained, with_signal, len(groups) - with_signal, cut)
+    return TrainingBatch(trained, with_signal, len(groups) - with_signal, idle_tokens, idle_sequences, truncated=cut)
 
 
 LARGEST_ADVANTAGE = 1e15

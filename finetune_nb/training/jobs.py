@@ -302,7 +302,9 @@ class PolicyAdapter(JobAdapter[JobT]):
         config: Any = self.adapter_config
         check_versions(trajectories, policy.version, config.max_staleness)
         check_exact((t for group in trajectories.trajectories for t in group), config.allow_inexact)
-        batch = training_batch(trajectories, config.scale_rewards, config.truncated)
+        batch = training_batch(
+            trajectories, config.scale_rewards, config.truncated, getattr(config, "baseline", "mean")
+        )
         report = self._check(batch)
 
         before: Any = self._newest_job()

@@ -28,6 +28,7 @@ from ..types import (
 __all__ = [
     "NO_SPREAD",
     "advantages",
+    "deviation_of_all",
     "deviations",
     "epoch_metrics",
     "has_signal",
@@ -178,6 +179,15 @@ def _means_of(place_of: np.ndarray, values: np.ndarray) -> np.ndarray:
     """(N,) of each value, the mean of all in the same place."""
     sums, sizes = np.bincount(place_of, weights=values), np.bincount(place_of)
     return (sums / np.maximum(sizes, 1))[place_of]
+
+
+def deviation_of_all(statistics: GroupStatistics) -> float:
+    """The sample standard deviation of all finite rewards; 0 for fewer than two."""
+    rewards = statistics.rewards[np.isfinite(statistics.rewards)]
+    if len(rewards) < 2:
+        return 0.0
+    scale = scale_of(rewards)  # squares of huge rewards would overflow
+    return float(np.std(rewards / scale, ddof=1) * scale)
 
 
 def _scaled(statistics: GroupStatistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

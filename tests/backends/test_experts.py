@@ -12,7 +12,7 @@ from tiny_models import byte_tokenizer, random_model  # noqa: E402
 
 from finetune_nb.backends.local.adapter import LocalGRPOAdapter  # noqa: E402
 from finetune_nb.backends.local.config import LocalGRPOConfig, LoRAConfig  # noqa: E402
-from finetune_nb.backends.local.grpo import token_logprobs  # noqa: E402
+from finetune_nb.backends.local.forward import token_logprobs  # noqa: E402
 from finetune_nb.backends.local.lora import merged_tensors, settings_of, with_adapter  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.errors import ConfigError  # noqa: E402

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from tiny_models import CALLS, byte_tokenizer, random_model  # noqa: E402
 
 from finetune_nb.backends.local import batching  # noqa: E402
-from finetune_nb.backends.local.grpo import token_logprobs  # noqa: E402
+from finetune_nb.backends.local.forward import token_logprobs  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.errors import BackendError, ConfigError  # noqa: E402
 from finetune_nb.types import EpisodeKey, SamplingParams  # noqa: E402

@@ -16,7 +16,7 @@ from tiny_models import byte_tokenizer, passes_of, random_model, weights  # noqa
 
 from finetune_nb.backends.local import models  # noqa: E402
 from finetune_nb.backends.local.adapter import LocalGRPOAdapter  # noqa: E402
-from finetune_nb.backends.local.config import LocalGRPOConfig, LoRAConfig  # noqa: E402
+from finetune_nb.backends.local.config import LOSSES, LocalGRPOConfig, LoRAConfig  # noqa: E402
 from finetune_nb.backends.local.forward import WORTH_SHARING, collate, micro_batches  # noqa: E402
 from finetune_nb.backends.local.lora import switched_off, with_adapter  # noqa: E402
 from finetune_nb.backends.local.memory import ran_out  # noqa: E402
@@ -151,6 +151,43 @@ def test_lora_setting_that_makes_no_sense_is_refused(lora):
         LocalGRPOConfig(lora=lora)
 
 
+# ── losses by name ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+async def test_every_loss_teaches_what_is_rewarded(loss):
+    a = adapter(learning_rate=1e-3, loss=loss, optimizer_steps=4, inner_epochs=2)
+    before = chance_of_reward(a.policy.model)
+    for _ in range(3):
+        assert (await train(a, await rollouts(a, by_first_token, generations=16, tokens=1))).status == "completed"
+    assert chance_of_reward(a.policy.model) > before + 0.02
+
+
+async def test_an_entropy_bonus_keeps_the_policy_undecided():
+    found = {}
+    for coef in (0.0, 0.5):
+        a = adapter(learning_rate=1e-3, entropy_coef=coef)
+        for _ in range(4):
+            status = await train(a, await rollouts(a, by_first_token, generations=16, tokens=1))
+        with torch.no_grad():
+            logits = a.policy.model(torch.tensor([[*PROMPT, 20]])).logits[0, -1]
+        found[coef] = torch.distributions.Categorical(logits=logits).entropy().item()
+        entropy = status.metadata["metrics"]["entropy"]
+        assert math.isnan(entropy) if coef == 0 else entropy > 0
+    assert found[0.5] > found[0.0]
+
+
+async def test_groups_that_teach_nothing_count_in_the_mean_where_that_is_asked_for():
+    norms = {}
+    for dilute in (False, True):
+        a = adapter(learning_rate=1e-9, dilute=dilute, optimizer_steps=1, max_grad_norm=1e9)
+        collection = await rollouts(a, by_first_token, generations=16, tokens=1)
+        for trajectory in [each for group in collection.trajectories[::2] for each in group]:
+            trajectory.reward = 1.0
+        norms[dilute] = (await train(a, collection)).metadata["metrics"]["grad_norm"]
+    assert norms[True] == pytest.approx(norms[False] / 2, rel=1e-4)  # half of the tokens are in such groups
+
+
 # ── shared prompts ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -177,7 +214,8 @@ def value_and_gradient(model, sequences, max_tokens, sharing):
     total, shared_any = 0.0, False
     for batch, shared in micro_batches(sequences, max_tokens, sharing):
         tensors = collate(batch, shared=shared)
-        value = (tensors.logprobs(model) * tensors.advantages_BT).sum()
+        scores = tensors.scores(model, entropies=True)
+        value = ((scores.logprobs_BT + scores.entropies_BT) * tensors.advantages_BT).sum()
         value.backward()
         total, shared_any = total + value.item(), shared_any or shared
     return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone(), shared_any

@@ -137,7 +137,7 @@ def test_training_computes_each_token_from_a_pass_over_those_before_it(length):
     sequence = TokenSequence(ids, [False, False] + [True] * (length - 2), [0.0] * length, 1.0, [0.0] * length)
     short = TokenSequence(ids[:7], sequence.sampled[:7], [0.0] * 7, 1.0, [0.0] * 7)
     with torch.no_grad():
-        found_BT = collate([short, sequence]).logprobs(model)
+        found_BT = collate([short, sequence]).scores(model).logprobs_BT
         for end in range(2, length):
             expected = model(torch.tensor([ids[:end]])).logits[0, -1].log_softmax(-1)[ids[end]].item()
             assert found_BT[1, end].item() == pytest.approx(expected, abs=1e-5)

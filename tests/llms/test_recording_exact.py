@@ -97,7 +97,7 @@ def test_episodes_have_the_ids_and_logprobs_that_were_sampled(tmp_path, closing,
     for batch, shared in micro_batches(sequences, 16_384, sharing=True):
         tensors = collate(batch, shared=shared)
         with torch.no_grad():
-            logprobs_BT = tensors.logprobs(policy.model)
+            logprobs_BT = tensors.scores(policy.model).logprobs_BT
         gaps_BT = (logprobs_BT - tensors.old_logprobs_BT).abs()
         worst = max(worst, gaps_BT[tensors.mask_BT].max().item())
     print(

@@ -100,3 +100,39 @@ def test_cut_episode_is_trained_on_as_configured_and_its_reward_counts_either_wa
     learned = training_batch(TrajectoryCollection(trajectories=[group], run_id="r"), False, truncated)
     assert (len(learned.trajectories), learned.truncated) == (trained, 1)
     assert next(learned.sequences()).advantages[-1] == pytest.approx(2 / 3)
+
+
+def one_turn(example, reward):
+    made = rollout(reward, 1)
+    made.metadata["id"] = example
+    return made
+
+
+GROUPS = [[one_turn("a", 1.0), one_turn("a", 0.0), one_turn("a", 0.5)],
+          [one_turn("b", 1.0), one_turn("b", 1.0), one_turn("b", 1.0)],
+          [one_turn("c", 3.0), one_turn("c", math.nan), one_turn("c", 1.0)]]  # fmt: skip
+
+
+def advantages_of(**options):
+    batch = training_batch(TrajectoryCollection(trajectories=GROUPS, run_id="r"), **options)
+    return [sequence.advantages[-1] for sequence in batch.sequences()]
+
+
+def test_leave_one_out_compares_with_the_mean_of_the_others():
+    """RLOO (arXiv 2402.14740): r_i minus the mean of the other rewards of its group."""
+    found = advantages_of(scale_rewards=False, baseline="leave one out")
+    assert found == pytest.approx([1 - 0.25, 0 - 0.75, 0.5 - 0.5, 3 - 1, 1 - 3])
+
+
+def test_the_deviation_of_a_whole_batch_is_that_of_all_its_rewards():
+    """As TRL's scale_rewards="batch": the sample standard deviation of all rewards, also of groups that teach nothing."""
+    rewards = [1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 3.0, 1.0]
+    mean = sum(rewards) / len(rewards)
+    deviation = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)) + 1e-4
+    expected = [0.5, -0.5, 0.0, 1.0, -1.0]
+    assert advantages_of(scale_rewards="batch") == pytest.approx([value / deviation for value in expected])
+
+
+def test_what_teaches_nothing_is_counted_for_whoever_wants_it_in_the_mean():
+    batch = training_batch(TrajectoryCollection(trajectories=GROUPS, run_id="r"))
+    assert (batch.idle_tokens, batch.idle_sequences, batch.groups_without_signal) == (3, 3, 1)

@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...config.base import AT_TRAINING, TrainerAdapterConfig
 
 __all__ = [
     "LoRAConfig",
+    "LOSSES",
     "LocalGRPOConfig",
+    "LossForm",
 ]
+
+
+@dataclass(frozen=True)
+class LossForm:
+    """What a loss by name is made of."""
+
+    surrogate: Literal["clipped", "truncated", "soft"]
+    """How a ratio far from 1 is held back: PPO's minimum, a bounded weight without a gradient, or a sigmoid."""
+    ratio: Literal["token", "sequence mean", "sequence sum"]
+    """The probability now over that when sampled: of a token; of a sequence, to the power of 1 / its tokens; of a sequence."""
+    mean: Literal["tokens", "sequences", "length"]
+    """Over all tokens of an optimizer batch; over each sequence, then over sequences; over sequences, divided by one length."""
+    scale_rewards: bool | Literal["batch"] = True
+    baseline: Literal["mean", "leave one out"] = "mean"
+    clip: tuple[float, float] = (0.2, 0.2)
+    """Defaults of clip_low and clip_high."""
+
+
+LOSSES: Mapping[str, LossForm] = {
+    "grpo": LossForm("clipped", "token", "sequences"),
+    "dapo": LossForm("clipped", "token", "tokens"),
+    "bnpo": LossForm("clipped", "token", "tokens"),
+    "dr_grpo": LossForm("clipped", "token", "length", scale_rewards=False),
+    "gspo": LossForm("clipped", "sequence mean", "sequences", clip=(3e-4, 4e-4)),
+    "cispo": LossForm("truncated", "token", "tokens", clip=(0.2, 4.0)),
+    "sapo": LossForm("soft", "token", "sequences"),
+    "rloo": LossForm("clipped", "sequence sum", "sequences", scale_rewards=False, baseline="leave one out"),
+    "reinforce++": LossForm("clipped", "token", "tokens", scale_rewards="batch"),
+}
+"""By name. Papers: grpo arXiv 2402.03300; dapo 2503.14476; bnpo 2506.02864 as TRL normalises it; dr_grpo 2503.20783; gspo
+2507.18071; cispo 2506.13585; sapo 2511.20347; rloo 2402.14740; reinforce++ 2501.03262, with the group's mean as its baseline."""
 
 
 class LoRAConfig(BaseModel):
@@ -50,17 +85,33 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     """Steps in one pass over all trajectories of an epoch; fewer where there are fewer trajectories."""
     inner_epochs: int = Field(default=1, ge=1)
     """Passes over the trajectories of an epoch."""
-    clip_low: float = Field(default=0.2, ge=0, lt=1)
-    """A token whose probability fell below 1 - clip_low of what it was gives no further push down."""
-    clip_high: float = Field(default=0.2, ge=0)
-    """A token whose probability rose above 1 + clip_high of what it was gives no further push up."""
-    loss: Literal["dapo", "grpo"] = "dapo"
-    """"dapo": mean over all tokens of an optimizer batch; "grpo": mean over each sequence, then over sequences."""
+    loss: Literal["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo", "sapo", "rloo", "reinforce++"] = "dapo"
+    """Which loss, by the name of its paper: what it averages over, and how it holds back a policy that has moved. See the
+    table in the reference."""
+    clip_low: float = Field(default=0.2, ge=0, lt=1, json_schema_extra=AT_TRAINING)
+    """A token whose probability fell below 1 - clip_low of what it was gives no further push down. With gspo a sequence,
+    and 3e-4 unless given."""
+    clip_high: float = Field(default=0.2, ge=0, json_schema_extra=AT_TRAINING)
+    """A token whose probability rose above 1 + clip_high of what it was gives no further push up. With gspo 4e-4 unless given;
+    with cispo it bounds the token's weight, and is 4."""
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)
+    """How fast "sapo" lets go of tokens that have moved: of those that did well, and of those that did badly."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence from the initial weights. Above 0 a frozen copy of them is kept in memory; with LoRA
     they are there already."""
-    scale_rewards: bool = True
-    """Advantages are divided by the standard deviation of their group's rewards."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How it is estimated at a token, with d = log probability - the initial weights': "k1", d, taken from the advantage; "k2",
+    d^2 / 2, and "k3", exp(-d) - 1 + d, added to the loss."""
+    kl_clip: float | None = Field(default=None, gt=0)
+    """Largest absolute value of the estimate at a token; beyond it, it gives no gradient. None: any."""
+    entropy_coef: float = Field(default=0.0, ge=0, json_schema_extra=AT_TRAINING)
+    """Weight of the policy's mean entropy a token (nats), which the loss then makes larger."""
+    scale_rewards: bool | Literal["batch"] = True
+    """Advantages are divided by the standard deviation of their group's rewards; "batch": by that of all trained rewards, around
+    their groups' means. False with dr_grpo and rloo, and "batch" with reinforce++, unless given."""
+    dilute: bool = False
+    """Whether groups whose rewards do not differ count in the mean over tokens or sequences, as in TRL. They teach nothing either
+    way; counted, they make the steps of an epoch with many of them smaller."""
     truncated: Literal["train", "mask"] = "train"
     """Trajectories whose last reply was cut at max_tokens: "mask" does not train on them (DAPO's overlong filtering).
     Their rewards count in their group either way."""
@@ -94,3 +145,17 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     Models are saved in the dtype that they were stored in."""
     threads: int | None = Field(default=None, ge=1)
     """Torch threads; None: 1 for a small model, else torch's own setting (2 in a deterministic run)."""
+
+    @property
+    def baseline(self) -> Literal["mean", "leave one out"]:
+        """What is taken from a reward to make an advantage."""
+        return LOSSES[self.loss].baseline
+
+    @model_validator(mode="before")
+    @classmethod
+    def take_defaults_of_loss(cls, given: Any) -> Any:
+        form = LOSSES.get(given.get("loss", "dapo")) if isinstance(given, dict) else None
+        if form is None:
+            return given
+        own = {"clip_low": form.clip[0], "clip_high": form.clip[1], "scale_rewards": form.scale_rewards}
+        return own | given

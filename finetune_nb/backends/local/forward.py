@@ -2,14 +2,15 @@
 
 Sequences that begin with the same prompt share its forward and backward pass: the prompt runs as a row of its own, and
 each reply runs after a copy of its keys and values. Gradients flow through the copies, so this is the same sum in
-another order. Shapes are in the names: U different prompts of P tokens, B sequences of T tokens, padded on the right.
+another order. Shapes are in the names: U different prompts of P tokens, B sequences of T tokens, padded on the right. Column t
+always speaks of token t, so column 0, which nothing predicts, is never trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,20 +19,32 @@ from torch.nn.functional import pad
 
 from ...training.batch import TokenSequence
 from .families.caches import select_rows
+from .families.passes import forward_parameters, logits_only
 from .families.positions import borders_of
-from .grpo import token_logprobs
 from .prefill import prefill
 
 __all__ = [
     "TokenBatch",
+    "TokenScores",
     "collate",
     "micro_batches",
+    "score_tokens",
+    "token_logprobs",
 ]
 
 WORTH_SHARING = 1 / 3
 """Prompts are shared where this part of all tokens is saved: a pass of their own costs something, too."""
 
 Batch = Sequence[TokenSequence]
+
+
+class TokenScores(NamedTuple):
+    """What a forward pass says of B sequences of T tokens; 0 where the policy did not sample the token."""
+
+    logprobs_BT: Tensor
+    """Log probability of each token given those before it."""
+    entropies_BT: Tensor | None = None
+    """Entropy in nats of the distribution that each token was drawn from, if it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,40 +67,43 @@ class TokenBatch:
         """Tokens of a pass over it, padding included."""
         return self.ids_BT.numel() + len(self.prompts) * max(map(len, self.prompts), default=0)
 
-    def logprobs(self, model: Any) -> Tensor:
-        """(B, T) as `token_logprobs`."""
+    def scores(self, model: Any, entropies: bool = False) -> TokenScores:
+        """(B, T) as `score_tokens`."""
         if self.prompt_of_row_B is None:
-            return self._of_whole_sequences(model)
+            return self._of_whole_sequences(model, entropies)
         _, cache, mask_UP = prefill(model, self.prompts)
         cache = select_rows(cache, self.prompt_of_row_B)
         attention = torch.cat([mask_UP[self.prompt_of_row_B], self.attention_BT], 1)
         positions_BT = (attention.cumsum(1) - 1)[:, mask_UP.shape[1] :]
-        return token_logprobs(
-            model, self.ids_BT, attention, self.mask_BT, self.temperature_B,
+        return score_tokens(
+            model, self.ids_BT, attention, self.mask_BT, self.temperature_B, entropies=entropies,
             past_key_values=cache, position_ids=positions_BT, use_cache=True,
         )  # fmt: skip
 
-    def _of_whole_sequences(self, model: Any) -> Tensor:
+    def _of_whole_sequences(self, model: Any, entropies: bool) -> TokenScores:
         """One pass; where positions change with the length of a sequence, one more for the tokens before each change."""
         last = self.ids_BT.shape[1] - 1
         borders = [border for border in borders_of(model) if border <= last]
         if not borders:
-            return token_logprobs(model, self.ids_BT, self.attention_BT, self.mask_BT, self.temperature_B)
+            return score_tokens(
+                model, self.ids_BT, self.attention_BT, self.mask_BT, self.temperature_B, entropies=entropies
+            )
         columns_T = torch.arange(last + 1, device=self.ids_BT.device)
         logprobs_BT, begin = torch.zeros_like(self.old_logprobs_BT), 1
+        entropies_BT = torch.zeros_like(self.old_logprobs_BT) if entropies else None
         for known in sorted({*borders, last}):
             # Tokens that come after `begin` to `known` others.
             mask_BT = self.mask_BT & (columns_T >= begin) & (columns_T <= known)
             if mask_BT.any():
-                logprobs_BT = logprobs_BT + pad(
-                    token_logprobs(
-                        model, self.ids_BT[:, : known + 1], self.attention_BT[:, : known + 1], mask_BT[:, : known + 1],
-                        self.temperature_B, fed=known,
-                    ),
-                    (0, last - known),
+                found = score_tokens(
+                    model, self.ids_BT[:, : known + 1], self.attention_BT[:, : known + 1], mask_BT[:, : known + 1],
+                    self.temperature_B, fed=known, entropies=entropies,
                 )  # fmt: skip
+                logprobs_BT = logprobs_BT + pad(found.logprobs_BT, (0, last - known))
+                if entropies_BT is not None and found.entropies_BT is not None:
+                    entropies_BT = entropies_BT + pad(found.entropies_BT, (0, last - known))
             begin = known + 1
-        return logprobs_BT
+        return TokenScores(logprobs_BT, entropies_BT)
 
 
 def micro_batches(
@@ -157,3 +173,62 @@ def collate(batch: Batch, device: torch.device | str = "cpu", shared: bool = Fal
     place: dict[tuple[int, ...], int] = {}
     prompt_of_row_B = torch.tensor([place.setdefault(prompt, len(place)) for prompt in prompts], device=device)
     return replace(tensors, prompts=list(place), prompt_of_row_B=prompt_of_row_B)
+
+
+def token_logprobs(
+    model: Any,
+    ids_BT: Tensor,
+    attention_BT: Tensor,
+    mask_BT: Tensor,
+    temperature_B: Tensor | float = 1.0,
+    **options: Any,
+) -> Tensor:
+    """(B, T) float32, as in `score_tokens`."""
+    return score_tokens(model, ids_BT, attention_BT, mask_BT, temperature_B, **options).logprobs_BT
+
+
+def score_tokens(
+    model: Any,
+    ids_BT: Tensor,
+    attention_BT: Tensor,
+    mask_BT: Tensor,
+    temperature_B: Tensor | float = 1.0,
+    fed: int | None = None,
+    entropies: bool = False,
+    **before: Any,
+) -> TokenScores:
+    """(B, T) float32 log probability of each masked token given those before it, at the temperature at which it was
+    sampled (> 0), and the entropy of that distribution; 0 where `mask_BT` is False.
+
+    `model` is any Hugging Face causal language model. Its output layer runs only at columns that some row trains on:
+    with a large vocabulary that layer is most of the cost. fed: columns that the model is given; the last one, of which
+    nothing is predicted here, may be left out. None: all. entropies: whether they are computed. before: what the forward pass is
+    to know of tokens before these (`past_key_values`, `position_ids`); `attention_BT` then covers them too.
+    """
+    columns_K = mask_BT.any(0).nonzero().squeeze(1)
+    if columns_K.numel() and columns_K[0] == 0:
+        raise ValueError("mask_BT trains on column 0, but nothing predicts a first token: put the prompt before it")
+    before_K = columns_K - 1  # the logits at t - 1 speak of token t
+    ids_BF = ids_BT[:, :fed]
+    inputs = {"input_ids": ids_BF, "attention_mask": attention_BT[:, :fed], "use_cache": False, **before}
+    inputs |= logits_only(model)
+    if "logits_to_keep" in forward_parameters(model):
+        inputs["logits_to_keep"] = before_K
+    logits_BKV = model(**inputs).logits
+    if logits_BKV.shape[1] == ids_BF.shape[1]:  # all columns: more than those asked for, as column 0 has none before it
+        logits_BKV = logits_BKV[:, before_K]
+    temperature_B11 = torch.as_tensor(temperature_B, dtype=torch.float32, device=ids_BT.device).reshape(-1, 1, 1)
+    logits_BKV = logits_BKV.float() / temperature_B11
+    total_BK = logits_BKV.logsumexp(2)
+
+    def spread(values_BK: Tensor) -> Tensor:
+        masked_BK = torch.where(mask_BT[:, columns_K], values_BK, 0.0)
+        return torch.zeros(ids_BT.shape, device=ids_BT.device).index_copy(1, columns_K, masked_BK)
+
+    logprobs_BT = spread(logits_BKV.gather(2, ids_BT[:, columns_K, None]).squeeze(2) - total_BK)
+    if not entropies:
+        return TokenScores(logprobs_BT)
+    probabilities_BKV = (logits_BKV - total_BK[:, :, None]).exp()
+    # A token that cannot be drawn (-inf) adds nothing: 0 * -inf would be NaN.
+    expected_BK = (probabilities_BKV * logits_BKV.clamp(min=torch.finfo(torch.float32).min)).sum(2)
+    return TokenScores(logprobs_BT, spread(total_BK - expected_BK))

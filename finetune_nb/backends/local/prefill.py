@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from .families.caches import join, kinds_of_layers, select_rows
-from .families.passes import Batching, Forward, forward_of
+from .families.passes import Batching, Forward, forward_of, forward_parameters
 from .families.positions import borders_of, last_length
-from .grpo import forward_parameters
 
 __all__ = [
     "can_share",

@@ -22,8 +22,8 @@ from ...types import MessageKey
 from .config import LocalGRPOConfig
 from .families.positions import borders_of
 from .forward import TokenBatch, collate, micro_batches
-from .grpo import LossStatistics, policy_loss
 from .lora import as_trained, is_lora, switched_off
+from .losses import LossStatistics, policy_loss
 from .memory import largest_that_fits, ran_out
 from .policy import LocalPolicy
 from .prefill import can_share
@@ -70,6 +70,7 @@ class TrainingReport:
     learning_rate: float = math.nan
     """Of the newest step."""
     has_reference: bool = False
+    has_entropy: bool = False
     losses: list[float] = field(default_factory=list)
     """One an optimizer step."""
     grad_norms: list[float] = field(default_factory=list)
@@ -85,7 +86,8 @@ class TrainingReport:
     def metrics(self) -> dict[str, float]:
         """Means over the optimizer steps (loss, grad_norm) or over the trained tokens (the others).
 
-        kl: nats from the policy that sampled. reference_kl: nats from the initial weights; NaN without kl_coef.
+        kl: nats from the policy that sampled. reference_kl: nats from the initial weights; NaN without kl_coef. entropy: nats;
+        NaN without entropy_coef.
         trained_tokens: counted once in every pass. learning_rate: of the last step.
         logprob_gap: mean difference of training's and the sampler's log probabilities in the first optimizer batch,
         whose weights are those that sampled: a large one means that other weights or another temperature did.
@@ -97,6 +99,7 @@ class TrainingReport:
             "loss": mean(self.losses),
             "kl": statistics.mean("kl_old"),
             "reference_kl": statistics.mean("kl_reference") if self.has_reference else math.nan,
+            "entropy": statistics.mean("entropy") if self.has_entropy else math.nan,
             "clip_fraction": statistics.mean("clipped_low") + statistics.mean("clipped_high"),
             "grad_norm": mean(self.grad_norms),
             "logprob_gap": self.logprob_gap,
@@ -117,6 +120,8 @@ class Learner:
             self.trained.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
         self._scale = 1.0
+        self._idle: tuple[float, float] = (0, 0)
+        self._length = 1
         self.reference = None
         """A copy of the initial weights, where KL is asked for and no adapter can be switched off."""
         if config.kl_coef and not is_lora(policy.model):
@@ -163,7 +168,10 @@ class Learner:
         trajectories, config = experience.trajectories, self.config
         parts = min(config.optimizer_steps, len(trajectories))
         report.steps_planned = steps = parts * config.inner_epochs
-        report.has_reference = config.kl_coef > 0
+        report.has_reference, report.has_entropy = config.kl_coef > 0, config.entropy_coef > 0
+        # Part of the tokens and sequences that teach nothing and count all the same.
+        self._idle = (experience.idle_tokens / parts, experience.idle_sequences / parts) if config.dilute else (0, 0)
+        self._length = max(sum(sequence.sampled) for sequence in experience.sequences())
         self.trained.follow()
         self._scale = FLOAT16_SCALE if self.policy.model.dtype == torch.float16 else 1.0
         before = self.trained.sample()
@@ -219,14 +227,14 @@ class Learner:
     ) -> tuple[float, LossStatistics, float] | None:
         """The loss, its statistics, and the norm of its gradient, which is clipped; None if it was stopped before."""
         config = self.config
-        tokens = sum(sum(sequence.sampled) for sequence in sequences)
+        tokens = sum(sum(sequence.sampled) for sequence in sequences) + self._idle[0]
         loss, statistics = 0.0, LossStatistics()
         # The positions of a prompt must not change with the reply that comes after it.
         sharing = self._shares and max(map(len, sequences)) <= self._unchanged
         for batch, shared in micro_batches(sequences, config.micro_batch_tokens, sharing):
             if stopped():
                 return None
-            of_batch = self._backward(batch, shared, tokens, len(sequences))
+            of_batch = self._backward(batch, shared, tokens, len(sequences) + self._idle[1])
             loss, statistics = loss + of_batch[0], statistics + of_batch[1]
         parameters = self.trained.parameters
         if self._scale != 1:
@@ -251,7 +259,7 @@ class Learner:
         )
 
     def _backward(
-        self, batch: list[TokenSequence], shared: bool, tokens: int, sequences: int
+        self, batch: list[TokenSequence], shared: bool, tokens: float, sequences: float
     ) -> tuple[float, LossStatistics]:
         """Adds the gradient of a micro-batch; its part of the loss, and its statistics."""
         try:
@@ -289,26 +297,33 @@ class Learner:
             f"{model.device} ({reason:.200}). {advice} This step was not taken."
         )
 
-    def _loss(self, batch: TokenBatch, tokens: int, sequences: int) -> tuple[Tensor, LossStatistics]:
+    def _loss(self, batch: TokenBatch, tokens: float, sequences: float) -> tuple[Tensor, LossStatistics]:
         config, model = self.config, self.policy.model
         reference_BT = None
         if config.kl_coef:
             with torch.no_grad():
                 if self.reference is not None:
-                    reference_BT = batch.logprobs(self.reference)
+                    reference_BT = batch.scores(self.reference).logprobs_BT
                 else:
                     with switched_off(model):
-                        reference_BT = batch.logprobs(model)
+                        reference_BT = batch.scores(model).logprobs_BT
+        scores = batch.scores(model, entropies=config.entropy_coef > 0)
         return policy_loss(
-            batch.logprobs(model),
+            scores.logprobs_BT,
             batch.old_logprobs_BT,
             batch.advantages_BT,
             batch.mask_BT,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             loss=config.loss,
+            sapo_temperatures=config.sapo_temperatures,
             kl_coef=config.kl_coef,
+            kl_estimator=config.kl_estimator,
+            kl_clip=config.kl_clip,
             reference_logprobs_BT=reference_BT,
+            entropy_coef=config.entropy_coef,
+            entropies_BT=scores.entropies_BT,
+            length=self._length,
             batch_tokens=tokens,
             batch_sequences=sequences,
         )

@@ -16,13 +16,12 @@ from torch import Tensor
 from ....errors import BackendError
 from ....redaction import redacting_logger
 from ....types import SamplingParams
-from ..grpo import forward_parameters
 from ..lora import as_trained
 from ..memory import ran_out
 from ..sampling import SampleRequest, sample_batch
 from ..weights import dtype_name
 from .caches import kinds_of_layers
-from .passes import Batching, cache_name
+from .passes import Batching, cache_name, forward_parameters
 
 __all__ = ["batching_of"]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..grpo import forward_parameters, logits_only
+from ..lora import as_trained
 from .caches import Tokens
 
 __all__ = [
@@ -17,7 +18,12 @@ __all__ = [
     "Forward",
     "cache_name",
     "forward_of",
+    "forward_parameters",
+    "logits_only",
 ]
+
+BESIDE_LOGITS = ("output_router_logits", "output_hidden_states", "output_attentions")
+"""Settings of a model's config that make its forward pass return more than logits."""
 
 Forward = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Any]]
 """ids (B, T), attention mask (B, cached + T), positions (B, T), cache -> float32 logits of the last column (B, V), cache."""
@@ -87,3 +93,25 @@ def _whole_forward_of(model: Any) -> Forward:
         return logits_BKV[torch.arange(len(lengths)), column_of_row_B].float(), tokens
 
     return forward
+
+
+def forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward pass takes, by name; of the model inside, where PEFT adapters are wrapped around it."""
+    return inspect.signature(as_trained(model).forward).parameters
+
+
+def logits_only(model: Any) -> dict[str, bool]:
+    """Arguments with which the forward pass computes logits and nothing beside them, whatever the model's config says.
+
+    With `output_router_logits: true`, as many finetuned mixtures of experts have it, the forward pass also computes the
+    load-balancing loss. It is no part of the GRPO loss, and counting experts over cached tokens makes it fail. So it is
+    never computed: routers learn by the gradient of the sampled tokens alone. Saved models keep their config's setting.
+    """
+    parameters = forward_parameters(model)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    arguments = {}
+    for name in BESIDE_LOGITS:
+        asked_for = any(getattr(config, name, None) for config in (model.config, model.config.get_text_config()))
+        if asked_for and (takes_any or name in parameters):
+            arguments[name] = False
+    return arguments
