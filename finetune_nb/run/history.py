@@ -7,15 +7,17 @@ engine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from ..engine.state import RunStatus
 from ..errors import ConfigError, did_you_mean
+from ..store.labels import Label, read_labels, remove_labels
 from ..types import Epoch
 from ..views.summary import run_html, run_text
+from .labelling import label_names, names_in
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,7 +151,10 @@ class RunHistory(ABC):
 
         left = self.partial if partial else None
         chosen = [*self.chosen(epoch), *([left] if left else [])]
-        return self._of_example(frames.trajectories(chosen, example, columns), example)
+        labels: Iterable[Label] = ()
+        if columns is None or {"labels", "label_score"} & {columns, *columns}:
+            labels = read_labels(self.folder, [each.index for each in chosen])
+        return self._of_example(frames.trajectories(chosen, example, columns, labels), example)
 
     def messages(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
         """One row = one message of an episode.
@@ -280,6 +285,74 @@ class RunHistory(ABC):
 
         used = None if epoch is None else {each.index for each in self.chosen(epoch)}
         return frames.journal([c for c in self.changes if used is None or c.epoch in used], columns)
+
+    # ── labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def label(
+        self,
+        name: Any,
+        tag: str,
+        *,
+        score: float | None = None,
+        note: str = "",
+        author: str | None = None,
+    ) -> None:
+        """Label rollouts, groups or epochs. Labels are kept in the run's folder, and may be given while it is written.
+
+            run.label("e3/q17/2", "hacked", note="prints the expected output")
+
+        Args:
+            name: "e3/q17/2", as in the column `trajectory` of `trajectories()`; "e3/q17" for a group, "e3" for an epoch.
+                Several: a list of names, or a frame with the column `trajectory` or `name`.
+            tag: A word or two, such as "hacked" or "flag".
+            score: Any finite number.
+            note: A text.
+            author: Who says so. Default: the name of the user of this system. A label of the same name, tag and author is
+                replaced.
+
+        Raises:
+            RunError: There is no such rollout, group or epoch, or no epoch yet.
+            ConfigError: The tag, the score, the note or the author does not fit.
+            StoreError: It cannot be written.
+        """
+        label_names(self, name, tag, score, note, author)
+
+    def unlabel(self, name: Any, tag: str | None = None, *, author: str | None = None) -> int:
+        """Take labels away.
+
+        Args:
+            name: As in `label`.
+            tag: Only labels with this tag. Default: every tag.
+            author: Only labels by this author. Default: by whomever.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            ConfigError: The frame has no such column.
+            StoreError: They cannot be written.
+        """
+        return remove_labels(self.folder, names_in(name), tag, author)
+
+    def labels(self, epoch: Any = None, columns: Columns = None) -> pd.DataFrame:
+        """One row = one label, by this process or another one, oldest first.
+
+        Args:
+            epoch: As in `trajectories`: labels of these epochs, their groups and rollouts. Default: all.
+            columns: Only these columns, in this order. Default: all.
+
+        Returns:
+            The frame; its columns are those of `frames.labels`.
+
+        Raises:
+            ConfigError: There is no such column.
+            IndexError: There is no such epoch.
+            StoreError: The folder cannot be read.
+        """
+        from .. import frames
+
+        epochs = None if epoch is None else [each.index for each in self.chosen(epoch)]
+        return frames.labels(read_labels(self.folder, epochs), columns)
 
     # ── one epoch, looked at ─────────────────────────────────────────────────────────────────────────────────────────
 
