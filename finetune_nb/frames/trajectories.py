@@ -287,6 +287,13 @@ class EpochColumns:
         """(N) the named columns of the trajectories."""
         return trajectory_columns(self._epoch, names)
 
+    def rollouts(self, names: Sequence[str]) -> pa.Table:
+        """(N + F) the named columns of the trajectories and, after them, of the failures."""
+        if self._read is not None:
+            return self._read(names)
+        collection = self._epoch.collection
+        return table_of(collection.trajectories, collection.failures, names)
+
     def values(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """(N) the named columns as Python values."""
         if not names:
@@ -324,10 +331,7 @@ class EpochColumns:
         """The recorded steps of the selected failed rollouts. those: (F) bool."""
         if not any(those):
             return []
-        if self._read is None:
-            texts = table_of([], self._epoch.collection.failures, ["steps"]).column("steps").to_pylist()
-        else:
-            texts = self._read(["steps"]).column("steps").slice(self.rows).to_pylist()
+        texts = self.rollouts(["steps"]).column("steps").slice(self.rows).to_pylist()
         return [[] if text is None else decode_steps(text) for text in compress(texts, those)]
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from ..engine.state import RunStatus
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, RunError, did_you_mean
 from ..store.labels import Label, read_labels, remove_labels
+from ..text import short
 from ..types import Epoch
 from ..views.summary import run_html, run_text
 from .labelling import label_names, names_in
@@ -22,8 +23,10 @@ from .labelling import label_names, names_in
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..analysis.group_comparison import GroupComparison
+    from ..analysis.example_history import ExampleHistory
+    from ..analysis.group_comparison import ComparedRollout, GroupComparison, RolloutComparison
     from ..analysis.learning_signal import LearningSignal
+    from ..frames.search import Search
     from ..types import Change
     from ..views.rollout import RolloutView
     from ..views.tokens import Heat
@@ -369,7 +372,7 @@ class RunHistory(ABC):
 
     def show(
         self,
-        epoch: int | None = None,
+        epoch: int | str | None = None,
         example: Any = None,
         generation: int | None = None,
         *,
@@ -377,8 +380,11 @@ class RunHistory(ABC):
     ) -> RolloutView:
         """Show one rollout as a conversation, with its reward, its tokens and the rest of its group.
 
+            run.show("e2/q37/3")
+
         Args:
-            epoch: Its number; negative counts from the newest. Default: the newest.
+            epoch: Its number; negative counts from the newest. Default: the newest. Or a name, as in the column `trajectory` of
+                `trajectories()`, that says the epoch, the example and the generation: "e2/q37/3", "e2/q37" or "e2".
             example: The example's id. Default: the one whose rewards differ most.
             generation: Which rollout of the group. Default: the best one.
             heat: What colours the sampled tokens: their "probability", or the "entropy" of the policy in their place, if that
@@ -390,19 +396,41 @@ class RunHistory(ABC):
         Raises:
             IndexError: There is no such epoch.
             RunError: The epoch has no such example, or the example no such generation.
-            ConfigError: `heat` is neither of the two.
+            ConfigError: `heat` is neither of the two, or something is said by the name and once more.
         """
         from ..analysis.rollout_group import rollout_group
         from ..views.rollout import RolloutView
 
+        if isinstance(epoch, str):
+            epoch, example, generation = self._named(epoch, example, generation)
         group = rollout_group(self._epoch(epoch), example)
         return RolloutView(group, group.rollout(generation), heat)
 
-    def compare_group(self, epoch: int | None = None, example: Any = None) -> GroupComparison:
+    def compare(self, first: str, second: str) -> RolloutComparison:
+        """Show two rollouts side by side, of any epochs, with the point where they diverge.
+
+            run.compare("e0/q37/1", "e3/q37/2")
+
+        Args:
+            first: A name, as in the column `trajectory` of `trajectories()`; of a group ("e0/q37"), its best rollout.
+            second: Another one.
+
+        Returns:
+            A view that displays itself; its `.divergence` is that point, its `.trajectories` are the two records.
+
+        Raises:
+            IndexError: There is no such epoch.
+            RunError: There is no such rollout, or it failed, so that there is nothing to compare.
+        """
+        from ..analysis.group_comparison import compare_rollouts
+
+        return compare_rollouts(self._compared(first), self._compared(second))
+
+    def compare_group(self, epoch: int | str | None = None, example: Any = None) -> GroupComparison:
         """Show the best and the worst rollout of one example side by side, with the point where they diverge.
 
         Args:
-            epoch: Its number; negative counts from the newest. Default: the newest.
+            epoch: Its number; negative counts from the newest. Default: the newest. Or the name of a group, such as "e2/q37".
             example: The example's id. Default: the one whose rewards differ most.
 
         Returns:
@@ -415,7 +443,86 @@ class RunHistory(ABC):
         from ..analysis.group_comparison import compare_group
         from ..analysis.rollout_group import rollout_group
 
+        if isinstance(epoch, str):
+            epoch, example, _ = self._named(epoch, example, None)
         return compare_group(rollout_group(self._epoch(epoch), example))
+
+    def find(
+        self, text: str | None = None, *, regex: str | None = None, where: Any = None, epochs: Any = None
+    ) -> Search:
+        """Search the rollouts: their messages, their tool calls, and the errors of failed ones.
+
+            run.find("I cannot")
+            run.find(where="reward < 0.5 and 'hacked' in labels")
+
+        Args:
+            text: A part of a text, in lower or upper case.
+            regex: A regular expression in RE2's syntax, in lower or upper case.
+            where: Only these rollouts: a condition on the columns of `trajectories()`, such as "reward < 0.5 and error != None"
+                (comparisons joined by and, or, not; no code is run), or a function of the frame of one epoch that returns a
+                bool for each row.
+            epochs: As in `trajectories`. Default: all.
+
+        Returns:
+            The search, which displays the first hits. Iterating it gives the hits of one epoch after another, the newest first;
+            its `.frame` has all; `.stop()` ends it.
+
+        Raises:
+            ConfigError: Nothing is searched for, or it does not fit.
+            IndexError: There is no such epoch.
+        """
+        from ..frames.search import Search, query_of
+
+        query = query_of(text, regex, where)
+        return Search(query, self.chosen(epochs), [] if where is None else read_labels(self.folder))
+
+    def history(self, example: Any) -> ExampleHistory:
+        """Show one example over the epochs: its rewards, and what its best rollout replied.
+
+        Args:
+            example: The example's id.
+
+        Returns:
+            A view that displays itself; its `.groups` and `.rollouts` are DataFrames.
+
+        Raises:
+            ConfigError: No epoch has such an example.
+            RunError: No epoch has ended yet.
+        """
+        from ..analysis.example_history import ExampleHistory
+
+        if not self.records:
+            raise RunError(f"run {self.id!r} has no epoch yet, so there is no history. Run one, then ask again.")
+        groups = self.groups(example=example)
+        return ExampleHistory(groups.example.iloc[0], groups, self.trajectories(example=example))
+
+    def _named(self, name: str, example: Any, generation: Any) -> tuple[int, Any, Any]:
+        """Epoch, example and generation by a name; what it leaves open, as it was given."""
+        from ..frames.names import find_names
+
+        (found,) = find_names([name], self._epoch)
+        for what, said, given in (("example", found.example, example), ("generation", found.generation, generation)):
+            if said is not None and given is not None:
+                raise ConfigError(f"{short(repr(name), 80)} says the {what}: leave {what}={given!r} out.")
+        return (
+            found.epoch,
+            example if found.example is None else found.example,
+            generation if found.generation is None else found.generation,
+        )
+
+    def _compared(self, name: str) -> ComparedRollout:
+        """One side of a comparison."""
+        from ..analysis.group_comparison import ComparedRollout
+        from ..analysis.rollout_group import rollout_group
+
+        epoch, example, generation = self._named(name, None, None)
+        group = rollout_group(self._epoch(epoch), example)
+        place = group.rollout(generation)
+        if not isinstance(place, int):
+            raise RunError(
+                f"{short(repr(name), 80)} failed ({short(place.error, 200)}), so there is nothing to compare."
+            )
+        return ComparedRollout(name, group, place)
 
     def signal(self, epoch: int | None = None) -> LearningSignal:
         """Show which groups of an epoch teach, why the others do not, and what larger or smaller groups would do.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -644,20 +645,49 @@ class Run(RunHistory):
         self._require_open()
         return await self._session.join(self._session.begin(self._driver.validate, fails=False))
 
-    async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
+    async def rollout(self, example: Any = 0, *, epoch: int | None = None) -> Trajectory | RolloutFailure:
         """Try one example: one rollout, scored and shown as a conversation, and recorded nowhere.
 
         Args:
             example: Its id, or its position in the dataset.
+            epoch: With the weights as they were after this epoch, if a checkpoint of them is kept; negative counts from the
+                newest. They are loaded beside those of the run, for this rollout alone. Default: the weights as they are now.
 
         Returns:
             The trajectory, or the failure.
 
         Raises:
-            RunError: There is no such example, or the run's own trajectory builder runs a workflow that is not known here.
+            RunError: There is no such example, the weights are not kept, or the run's own trajectory builder runs a workflow that
+                is not known here.
+            IndexError: There is no such epoch.
+            ConfigError: The run was given a component as an object, which cannot be loaded a second time.
         """
+        if epoch is not None:
+            return await self._rollout_after(self[epoch].index, example)
         self._require_open()
         return await self._session.ask(lambda: self._driver.rollout(example))
+
+    async def _rollout_after(self, epoch: int, example: Any) -> Trajectory | RolloutFailure:
+        """One rollout of a fork that is gone afterwards, and leaves nothing in the run's folder."""
+        if self._unable:
+            raise RunError(self._unable.text)
+        store = self._stored()
+        assert store is not None  # it has that epoch
+        branch = branch_of(store, epoch, None, None)
+        if branch.checkpoint is None:
+            raise RunError(
+                f"the weights after epoch {epoch} of run {self.id!r} are not kept: its adapter writes no checkpoints. "
+                "run.rollout(example) uses the weights as they are now."
+            )
+        config, components = copy_for_fork(self.config, self._driver.components, None, {})
+        with tempfile.TemporaryDirectory(prefix="finetune_nb-") as place:
+            config.finetuning.output_dir = Path(place)
+            folder = Path(place) / self.id
+            await in_daemon_thread(lambda: make_fork(store.folder, branch, folder, self.id, config.stored()))
+            run = type(self).__new__(type(self))
+            run._setup(config, components, self.id, RunStore.open(folder))
+            async with run:
+                return await run.rollout(example)
 
     async def chat(self, messages: Any, **options: Any) -> ChatReply:
         """Get the policy's reply.

@@ -1,0 +1,410 @@
+"""Searches the text of rollouts, an epoch at a time, the newest first.
+
+No index is kept: the columns with the texts are read from each epoch's file and matched by Arrow, which takes no lock of
+Python's while it does so. A regular expression is RE2's, whose time grows with the text alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..analysis.trajectory_names import trajectory_names
+from ..errors import ConfigError
+from ..hooks import shown_by
+from ..store.json import decode
+from ..store.labels import Label
+from ..text import short
+from ..types import Epoch, MessageKey
+from .conditions import condition_of
+from .trajectories import EpochColumns, positions, trajectories
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import pyarrow as pa
+
+__all__ = [
+    "EpochHits",
+    "Hit",
+    "Query",
+    "Search",
+    "query_of",
+    "search",
+]
+
+AROUND = 60
+"""Characters shown before and after a hit."""
+LONGEST_HIT = 500
+"""Characters of a hit that are shown."""
+MOST_HITS = 10_000
+"""Hits of one epoch that are looked at more closely; the others are counted."""
+
+COLUMNS = ("trajectory", "epoch", "example", "generation", "reward", "turn", "role", "hits", "before", "hit", "after")
+
+
+class Hit(NamedTuple):
+    """A message with what was searched for; of a search by `where` alone, a rollout."""
+
+    trajectory: str
+    epoch: int
+    example: Any
+    generation: Any
+    reward: float
+    turn: int | None
+    """Index of the message, from 0; None for the error of a rollout."""
+    role: str
+    """Of the message; "tool call" for the name and arguments of one, "error" for why a rollout or its reward failed."""
+    hits: int
+    """How often the message has it."""
+    before: str
+    """The text before the first hit, at most 60 characters."""
+    hit: str
+    after: str
+
+
+class EpochHits(NamedTuple):
+    """What was found in one epoch."""
+
+    epoch: int
+    searched: int
+    """Rollouts, failed ones included."""
+    rollouts: int
+    """How many of them have a hit."""
+    hits: list[Hit]
+    """In the order of the rollouts, and of their messages."""
+    left_out: int
+    """Messages with a hit that are not in `hits`, as there were more than 10,000."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is searched for."""
+
+    text: str | None = None
+    regex: str | None = None
+    where: Callable[[pd.DataFrame], Any] | None = None
+    """Which rollouts, by the frame of one epoch."""
+    columns: tuple[str, ...] | None = None
+    """Columns of `trajectories` that `where` looks at. None: all."""
+    shown: str = ""
+    """The search in words."""
+
+    @property
+    def pattern(self) -> str | None:
+        """The regular expression, None without a text."""
+        return re.escape(self.text) if self.text is not None else self.regex
+
+
+def query_of(text: str | None = None, regex: str | None = None, where: Any = None) -> Query:
+    """Check what is searched for.
+
+    Args:
+        text: As in `Run.find`.
+        regex: As in `Run.find`.
+        where: As in `Run.find`.
+
+    Raises:
+        ConfigError: Nothing is searched for, or it does not fit.
+    """
+    import pyarrow as pa
+
+    if text is None and regex is None and where is None:
+        raise ConfigError("nothing to search for: give text=, regex= or where=.")
+    if text is not None and regex is not None:
+        raise ConfigError("text= and regex= do not go together: write the text as a part of the regular expression.")
+    for name, value in (("text", text), ("regex", regex)):
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ConfigError(f"{name} is {short(repr(value), 80)}; expected a text of at least one character.")
+        if value is not None and value != value.encode("utf-8", "replace").decode():
+            raise ConfigError(f"{name} is {short(repr(value), 80)}, which is no text: it has lone surrogates.")
+    said = []
+    if text is not None:
+        said.append(f"text “{short(text, 80)}”")
+    if regex is not None:
+        try:
+            _compute().match_substring_regex(pa.array([""]), pattern=regex, ignore_case=True)
+        except pa.ArrowInvalid as error:
+            raise ConfigError(
+                f"{short(repr(regex), 80)} is no regular expression: {short(error, 200)}. Expected RE2's syntax, which has "
+                "neither look-around nor back references."
+            ) from error
+        said.append(f"regular expression “{short(regex, 80)}”")
+    condition, columns = (None, None) if where is None else condition_of(where)
+    if where is not None:
+        said.append(short(where, 120) if isinstance(where, str) else "a condition")
+    return Query(text, regex, condition, columns, " and ".join(said))
+
+
+def search(
+    epochs: Sequence[Epoch],
+    query: Query,
+    labels: Iterable[Label] = (),
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[EpochHits]:
+    """Search epochs one by one, the newest first.
+
+    Args:
+        epochs: The records, in order.
+        query: What to search for.
+        labels: Labels that `where` can ask for.
+        stopped: Asked before each epoch; True ends the search.
+
+    Yields:
+        What was found in each epoch, as soon as it is known. Memory holds one epoch's texts at a time.
+    """
+    labels = list(labels)
+    for epoch in reversed(epochs):
+        if stopped():
+            return
+        yield _search_epoch(epoch, query, labels)
+
+
+class Search:
+    """A search of a run's rollouts; displays itself in a cell.
+
+    Iterating gives an `EpochHits` for each epoch, the newest first, as soon as it is known. What was searched is kept, so
+    that it is searched once.
+    """
+
+    def __init__(self, query: Query, epochs: Sequence[Epoch], labels: Sequence[Label] = ()) -> None:
+        self.query = query
+        self.epochs = len(epochs)
+        """How many epochs are searched in all."""
+        self.known: list[EpochHits] = []
+        """What was found so far."""
+        self._stopped = False
+        self._parts = search(epochs, query, labels, lambda: self._stopped)
+
+    def stop(self) -> None:
+        """End the search before the next epoch; what was found stays."""
+        self._stopped = True
+
+    @property
+    def complete(self) -> bool:
+        """Whether every epoch was searched."""
+        return len(self.known) == self.epochs
+
+    def __iter__(self) -> Iterator[EpochHits]:
+        place = 0
+        while True:
+            if place == len(self.known):
+                part = next(self._parts, None)
+                if part is None:
+                    return
+                self.known.append(part)
+            yield self.known[place]
+            place += 1
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row = one message with a hit, of all epochs, the newest first; of a search by `where` alone, one row = one
+        rollout.
+
+        Columns: trajectory, epoch, example, generation, reward, turn, role, hits (how often the message has it), and the text
+        before the first hit, the hit, and the text after it.
+        """
+        from .columns import categories, counts, floats, join, objects, texts
+
+        hits = [hit for part in self for hit in part.hits]
+        columns = dict(zip(COLUMNS, zip(*hits, strict=True), strict=True)) if hits else dict.fromkeys(COLUMNS, ())
+        make: dict[str, Callable[[list[Any]], Any]] = {
+            "epoch": lambda values: join([values], "int64"),
+            "example": objects,
+            "generation": counts,
+            "reward": floats,
+            "turn": counts,
+            "role": categories,
+            "hits": lambda values: join([values], "int64"),
+        }
+        import pandas as pd
+
+        return pd.DataFrame({name: make.get(name, texts)(list(columns[name])) for name in COLUMNS})
+
+    def __repr__(self) -> str:
+        return shown_by("finetune_nb.views.search:search_text", self)
+
+    def _repr_html_(self) -> str:
+        return shown_by("finetune_nb.views.search:search_html", self)
+
+
+# ── one epoch ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Found(NamedTuple):
+    """A text with a hit."""
+
+    row: int
+    turn: int | None
+    role: str
+    text: str
+
+
+def _search_epoch(epoch: Epoch, query: Query, labels: list[Label]) -> EpochHits:
+    import numpy as np
+
+    columns = EpochColumns(epoch)
+    total = columns.rows + epoch.metrics.failures
+    allowed = None
+    found: list[_Found] = []
+    if query.pattern is not None:
+        found = _matches(columns, query, query.pattern)
+        if not found:
+            return EpochHits(epoch.index, total, 0, [], 0)
+    if query.where is not None:
+        frame = trajectories([epoch], columns=query.columns, labels=labels)
+        allowed = np.asarray(query.where(frame), dtype=bool)
+        if allowed.shape != (total,):
+            raise ConfigError(
+                f"where returned {allowed.shape} values; expected one True or False a rollout, ({total},)."
+            )
+        if query.pattern is None:
+            found = [_Found(row, None, "", "") for row in np.flatnonzero(allowed).tolist()]
+        else:
+            found = [one for one in found if allowed[one.row]]
+    found.sort(key=lambda one: (one.row, one.turn is None, one.turn or 0))
+    rows = {one.row for one in found}
+    shown = found[:MOST_HITS]
+    return EpochHits(epoch.index, total, len(rows), _hits(epoch, columns, shown, query), len(found) - len(shown))
+
+
+def _hits(epoch: Epoch, columns: EpochColumns, found: Sequence[_Found], query: Query) -> list[Hit]:
+    """What was found, with names and the text around each."""
+    if not found:
+        return []
+    examples, rewards = columns.examples, epoch.statistics.rewards
+    generations = columns.generations(columns.values(["generation"])["generation"])
+    places = [*positions(columns.sizes).tolist(), *range(len(columns.failures))]
+    rows = [one.row for one in found]
+    of_rows = [[values[row] for row in rows] for values in (examples, generations, places)]
+    names = trajectory_names(epoch.index, *of_rows)
+    around = [(0, "", "", "")] * len(found)
+    if query.pattern is not None:
+        around = _around([one.text for one in found], query.pattern)
+    hits = []
+    for one, name, example, generation, parts in zip(found, names, of_rows[0], of_rows[1], around, strict=True):
+        reward = float(rewards[one.row]) if one.row < columns.rows else float("nan")
+        hits.append(Hit(name, epoch.index, example, generation, reward, one.turn, one.role, *parts))
+    return hits
+
+
+def _matches(columns: EpochColumns, query: Query, pattern: str) -> list[_Found]:
+    """Every text of an epoch that has the pattern: messages, tool calls, errors."""
+    import numpy as np
+    import pyarrow as pa
+
+    table = columns.rollouts(["contents", "item_metadata", "error"])
+    contents, starts = _messages(table.column("contents"))
+    found = []
+    hit = np.flatnonzero(_has(contents, pattern))
+    if len(hit):
+        roles, _ = _messages(columns.rollouts(["roles"]).column("roles"))
+        texts = zip(hit.tolist(), contents.take(hit).to_pylist(), roles.take(hit).to_pylist(), strict=True)
+        found = [_Found(*_place(starts, place), role, text) for place, text, role in texts]
+
+    # The calls of a message are in its metadata, as JSON.
+    metadata, starts = _messages(table.column("item_metadata"))
+    has_calls = _compute().match_substring(metadata, f'"{MessageKey.TOOL_CALLS}"')
+    fragment = _plain_fragment(query.text)
+    if fragment:
+        has_calls = _compute().and_(
+            has_calls, _compute().match_substring_regex(metadata, re.escape(fragment), ignore_case=True)
+        )
+    places = np.flatnonzero(_filled(has_calls))
+    calls = [_calls(text) for text in metadata.take(places).to_pylist()]
+    for index in np.flatnonzero(_has(pa.array(calls, pa.string()), pattern)).tolist():
+        found.append(_Found(*_place(starts, int(places[index])), "tool call", calls[index]))
+
+    # Why a rollout or its reward failed.
+    errors = table.column("error").combine_chunks()
+    hit = np.flatnonzero(_has(errors, pattern))
+    for row, text in zip(hit.tolist(), errors.take(hit).to_pylist(), strict=True):
+        found.append(_Found(row, None, "error", text))
+    return found
+
+
+def _place(starts: np.ndarray, message: int) -> tuple[int, int]:
+    """The rollout of a message, and the message's turn in it."""
+    import numpy as np
+
+    row = int(np.searchsorted(starts, message, side="right")) - 1
+    return row, message - int(starts[row])
+
+
+def _messages(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+    """A column with a list a rollout -> (M) its entries, and (N + 1) where the entries of each rollout start."""
+    import numpy as np
+
+    lists = column.combine_chunks()
+    lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return lists.flatten(), starts
+
+
+def _compute() -> Any:
+    """Arrow's functions, most of which it makes when it is imported."""
+    import pyarrow.compute
+
+    return pyarrow.compute
+
+
+def _has(texts: pa.Array, pattern: str) -> np.ndarray:
+    """(M) bool: which texts have the pattern; a missing one has not."""
+
+    return _filled(_compute().match_substring_regex(texts, pattern=pattern, ignore_case=True))
+
+
+def _filled(matches: Any) -> np.ndarray:
+    return matches.fill_null(False).to_numpy(zero_copy_only=False)
+
+
+_ESCAPED_IN_JSON = re.compile(r"[^A-Za-z0-9 _.,:;!?()\[\]{}*+#%=@$^|~-]+")
+
+
+def _plain_fragment(text: str | None) -> str:
+    """The longest part of a text that JSON writes as it is, so that it can be looked for in JSON."""
+    return max(_ESCAPED_IN_JSON.split(text or ""), key=len)
+
+
+def _calls(metadata: str | None) -> str:
+    """The names and arguments of the calls in a message's metadata."""
+    try:
+        known = decode(metadata, dict).get(MessageKey.TOOL_CALLS)
+    except ValueError:
+        return ""
+    lines = []
+    for call in known if isinstance(known, list) else []:
+        function = call.get("function", call) if isinstance(call, dict) else call
+        name, arguments = (
+            (function.get("name"), function.get("arguments")) if isinstance(function, dict) else ("", call)
+        )
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        lines.append(f"{name if isinstance(name, str) else ''}({arguments})")
+    # A lone surrogate, which JSON can escape, is no text to Arrow.
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def _around(texts: Sequence[str], pattern: str) -> list[tuple[int, str, str, str]]:
+    """How often each text has the pattern, and the text before the first hit, the hit, and the text after it."""
+    import pyarrow as pa
+
+    column = pa.array(texts, pa.string())
+    times = _compute().count_substring_regex(column, pattern=pattern, ignore_case=True).to_pylist()
+    bytes_before = _compute().find_substring_regex(column, pattern=pattern, ignore_case=True).to_pylist()
+    # The hit alone: everything before it and after it is replaced by nothing.
+    whole = rf"^(?s:.*?)((?:{pattern}))(?s:.*)$"
+    hits = _compute().replace_substring_regex(column, pattern=rf"(?i){whole}", replacement=r"\1").to_pylist()
+    found = []
+    for text, count, start, hit in zip(texts, times, bytes_before, hits, strict=True):
+        begin = len(text.encode()[: max(start, 0)].decode("utf-8", "ignore"))
+        if not text.startswith(hit, begin):
+            hit = ""  # an expression whose anchors mean something else inside of another one
+        end = begin + len(hit)
+        before, after = text[max(0, begin - AROUND) : begin], text[end : end + AROUND]
+        found.append((count, before, hit[:LONGEST_HIT], after))
+    return found
