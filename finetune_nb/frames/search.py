@@ -7,6 +7,7 @@ Python's while it does so. A regular expression is RE2's, whose time grows with 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ AROUND = 60
 LONGEST_HIT = 500
 """Characters of a hit that are shown."""
 MOST_HITS = 10_000
-"""Hits of one epoch that are looked at more closely; the others are counted."""
+"""Hits of which the text is kept, where nobody asks for more or fewer; the others are counted."""
 
 COLUMNS = ("trajectory", "epoch", "example", "generation", "reward", "turn", "role", "hits", "before", "hit", "after")
 
@@ -77,7 +78,7 @@ class EpochHits(NamedTuple):
     hits: list[Hit]
     """In the order of the rollouts, and of their messages."""
     left_out: int
-    """Messages with a hit that are not in `hits`, as there were more than 10,000."""
+    """Messages with a hit that are not in `hits`, as there were enough."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def search(
     query: Query,
     labels: Iterable[Label] = (),
     stopped: Callable[[], bool] = lambda: False,
+    most: int = MOST_HITS,
 ) -> Iterator[EpochHits]:
     """Search epochs one by one, the newest first.
 
@@ -152,6 +154,7 @@ def search(
         query: What to search for.
         labels: Labels that `where` can ask for.
         stopped: Asked before each epoch; True ends the search.
+        most: Hits of which the text is kept, in all epochs together; the others are counted.
 
     Yields:
         What was found in each epoch, as soon as it is known. Memory holds one epoch's texts at a time.
@@ -160,7 +163,9 @@ def search(
     for epoch in reversed(epochs):
         if stopped():
             return
-        yield _search_epoch(epoch, query, labels)
+        found = _search_epoch(epoch, query, labels, most)
+        most -= len(found.hits)
+        yield found
 
 
 class Search:
@@ -170,14 +175,16 @@ class Search:
     that it is searched once.
     """
 
-    def __init__(self, query: Query, epochs: Sequence[Epoch], labels: Sequence[Label] = ()) -> None:
+    def __init__(
+        self, query: Query, epochs: Sequence[Epoch], labels: Sequence[Label] = (), most: int = MOST_HITS
+    ) -> None:
         self.query = query
         self.epochs = len(epochs)
         """How many epochs are searched in all."""
         self.known: list[EpochHits] = []
         """What was found so far."""
         self._stopped = False
-        self._parts = search(epochs, query, labels, lambda: self._stopped)
+        self._parts = search(epochs, query, labels, lambda: self._stopped, most)
 
     def stop(self) -> None:
         """End the search before the next epoch; what was found stays."""
@@ -187,6 +194,11 @@ class Search:
     def complete(self) -> bool:
         """Whether every epoch was searched."""
         return len(self.known) == self.epochs
+
+    @property
+    def left_out(self) -> int:
+        """Hits so far that are counted alone, as there were more than the limit."""
+        return sum(part.left_out for part in self.known)
 
     def __iter__(self) -> Iterator[EpochHits]:
         place = 0
@@ -202,7 +214,7 @@ class Search:
     @property
     def frame(self) -> pd.DataFrame:
         """One row = one message with a hit, of all epochs, the newest first; of a search by `where` alone, one row = one
-        rollout.
+        rollout. If there are more than the limit, `left_out` says how many are not in it.
 
         Columns: trajectory, epoch, example, generation, reward, turn, role, hits (how often the message has it), and the text
         before the first hit, the hit, and the text after it.
@@ -234,104 +246,112 @@ class Search:
 # ── one epoch ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Found(NamedTuple):
-    """A text with a hit."""
+class _Matches(NamedTuple):
+    """The texts of an epoch that match, K of them, in the order of the rollouts and of their messages."""
 
-    row: int
-    turn: int | None
-    role: str
-    text: str
+    rows: np.ndarray
+    """(K) which rollout."""
+    turns: np.ndarray
+    """(K) which of its messages; -1 for none."""
+    source: np.ndarray
+    """(K) where its text lies: index of `texts`."""
+    places: np.ndarray
+    """(K) and where in there."""
+    texts: Sequence[pa.Array]
+    """Messages, tool calls, errors."""
+
+    def of(self, those: np.ndarray) -> _Matches:
+        """Some of them. those: (K) bool."""
+        return _Matches(self.rows[those], self.turns[those], self.source[those], self.places[those], self.texts)
 
 
-def _search_epoch(epoch: Epoch, query: Query, labels: list[Label]) -> EpochHits:
+def _search_epoch(epoch: Epoch, query: Query, labels: list[Label], room: int) -> EpochHits:
+    """room: how many hits are looked at closely, at most."""
     import numpy as np
 
     columns = EpochColumns(epoch)
     total = columns.rows + epoch.metrics.failures
-    allowed = None
-    found: list[_Found] = []
+    allowed = np.ones(total, dtype=bool)
+    matches = None
     if query.pattern is not None:
-        found = _matches(columns, query, query.pattern)
-        if not found:
+        matches = _matches(columns, query, query.pattern)
+        if not len(matches.rows):
             return EpochHits(epoch.index, total, 0, [], 0)
     if query.where is not None:
         frame = trajectories([epoch], columns=query.columns, labels=labels)
         allowed = np.asarray(query.where(frame), dtype=bool)
         if allowed.shape != (total,):
-            raise ConfigError(
-                f"where returned {allowed.shape} values; expected one True or False a rollout, ({total},)."
-            )
-        if query.pattern is None:
-            found = [_Found(row, None, "", "") for row in np.flatnonzero(allowed).tolist()]
-        else:
-            found = [one for one in found if allowed[one.row]]
-    found.sort(key=lambda one: (one.row, one.turn is None, one.turn or 0))
-    rows = {one.row for one in found}
-    shown = found[:MOST_HITS]
-    return EpochHits(epoch.index, total, len(rows), _hits(epoch, columns, shown, query), len(found) - len(shown))
+            raise ConfigError(f"where returned {allowed.shape} values; expected a bool for each of {total:,} rollouts.")
+    if matches is None:
+        rows = np.flatnonzero(allowed)
+        matches = _Matches(rows, np.full(len(rows), -1), np.zeros(len(rows), int), rows, ())
+    else:
+        matches = matches.of(allowed[matches.rows])
+    hits = _hits(epoch, columns, matches.of(np.arange(len(matches.rows)) < room), query.pattern)
+    return EpochHits(epoch.index, total, len(np.unique(matches.rows)), hits, len(matches.rows) - len(hits))
 
 
-def _hits(epoch: Epoch, columns: EpochColumns, found: Sequence[_Found], query: Query) -> list[Hit]:
-    """What was found, with names and the text around each."""
-    if not found:
+def _hits(epoch: Epoch, columns: EpochColumns, matches: _Matches, pattern: str | None) -> list[Hit]:
+    """Matches with their names and the text around each."""
+    rows = matches.rows.tolist()
+    if not rows:
         return []
-    examples, rewards = columns.examples, epoch.statistics.rewards
     generations = columns.generations(columns.values(["generation"])["generation"])
     places = [*positions(columns.sizes).tolist(), *range(len(columns.failures))]
-    rows = [one.row for one in found]
-    of_rows = [[values[row] for row in rows] for values in (examples, generations, places)]
-    names = trajectory_names(epoch.index, *of_rows)
-    around = [(0, "", "", "")] * len(found)
-    if query.pattern is not None:
-        around = _around([one.text for one in found], query.pattern)
-    hits = []
-    for one, name, example, generation, parts in zip(found, names, of_rows[0], of_rows[1], around, strict=True):
-        reward = float(rewards[one.row]) if one.row < columns.rows else float("nan")
-        hits.append(Hit(name, epoch.index, example, generation, reward, one.turn, one.role, *parts))
-    return hits
+    examples, generations, places = (
+        [values[row] for row in rows] for values in (columns.examples, generations, places)
+    )
+    names = trajectory_names(epoch.index, examples, generations, places)
+    rewards = [float(epoch.statistics.rewards[row]) if row < columns.rows else math.nan for row in rows]
+    turns = [None if turn < 0 else turn for turn in matches.turns.tolist()]
+    roles, around = [""] * len(rows), [(0, "", "", "")] * len(rows)
+    if pattern is not None:
+        said, _ = _messages(columns.rollouts(["roles"]).column("roles"))
+        texts = []
+        for index, (source, place) in enumerate(zip(matches.source.tolist(), matches.places.tolist(), strict=True)):
+            texts.append(matches.texts[source][place].as_py())
+            roles[index] = said[place].as_py() if source == 0 else ("tool call" if source == 1 else "error")
+        around = _around(texts, pattern)
+    found = zip(names, examples, generations, rewards, turns, roles, around, strict=True)
+    return [
+        Hit(name, epoch.index, example, generation, reward, turn, role, *parts)
+        for name, example, generation, reward, turn, role, parts in found
+    ]
 
 
-def _matches(columns: EpochColumns, query: Query, pattern: str) -> list[_Found]:
+def _matches(columns: EpochColumns, query: Query, pattern: str) -> _Matches:
     """Every text of an epoch that has the pattern: messages, tool calls, errors."""
     import numpy as np
     import pyarrow as pa
 
     table = columns.rollouts(["contents", "item_metadata", "error"])
     contents, starts = _messages(table.column("contents"))
-    found = []
-    hit = np.flatnonzero(_has(contents, pattern))
-    if len(hit):
-        roles, _ = _messages(columns.rollouts(["roles"]).column("roles"))
-        texts = zip(hit.tolist(), contents.take(hit).to_pylist(), roles.take(hit).to_pylist(), strict=True)
-        found = [_Found(*_place(starts, place), role, text) for place, text, role in texts]
+    said = np.flatnonzero(_has(contents, pattern))
 
     # The calls of a message are in its metadata, as JSON.
-    metadata, starts = _messages(table.column("item_metadata"))
-    has_calls = _compute().match_substring(metadata, f'"{MessageKey.TOOL_CALLS}"')
+    metadata, _ = _messages(table.column("item_metadata"))
+    compute = _compute()
+    has_calls = compute.match_substring(metadata, f'"{MessageKey.TOOL_CALLS}"')
     fragment = _plain_fragment(query.text)
     if fragment:
-        has_calls = _compute().and_(
-            has_calls, _compute().match_substring_regex(metadata, re.escape(fragment), ignore_case=True)
-        )
-    places = np.flatnonzero(_filled(has_calls))
-    calls = [_calls(text) for text in metadata.take(places).to_pylist()]
-    for index in np.flatnonzero(_has(pa.array(calls, pa.string()), pattern)).tolist():
-        found.append(_Found(*_place(starts, int(places[index])), "tool call", calls[index]))
+        likely = compute.match_substring_regex(metadata, re.escape(fragment), ignore_case=True)
+        has_calls = compute.and_(has_calls, likely)
+    calling = np.flatnonzero(_filled(has_calls))
+    calls = pa.array([_calls(text) for text in metadata.take(calling).to_pylist()], pa.string())
+    called = np.flatnonzero(_has(calls, pattern))
 
     # Why a rollout or its reward failed.
     errors = table.column("error").combine_chunks()
-    hit = np.flatnonzero(_has(errors, pattern))
-    for row, text in zip(hit.tolist(), errors.take(hit).to_pylist(), strict=True):
-        found.append(_Found(row, None, "error", text))
-    return found
+    failed = np.flatnonzero(_has(errors, pattern))
 
-
-def _place(starts: np.ndarray, message: int) -> tuple[int, int]:
-    """The rollout of a message, and the message's turn in it."""
-    import numpy as np
-
-    row = int(np.searchsorted(starts, message, side="right")) - 1
-    return row, message - int(starts[row])
+    messages = np.concatenate([said, calling[called]])
+    rows_of_messages = np.searchsorted(starts, messages, side="right") - 1
+    rows = np.concatenate([rows_of_messages, failed])
+    turns = np.concatenate([messages - starts[rows_of_messages], np.full(len(failed), -1)])
+    source = np.repeat([0, 1, 2], [len(said), len(called), len(failed)])
+    places = np.concatenate([said, called, failed])
+    order = np.lexsort((source, np.where(turns < 0, np.iinfo(np.int64).max, turns), rows))
+    return _Matches(rows[order], turns[order], source[order], places[order], (contents, calls, errors))
 
 
 def _messages(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
@@ -362,12 +382,13 @@ def _filled(matches: Any) -> np.ndarray:
     return matches.fill_null(False).to_numpy(zero_copy_only=False)
 
 
-_ESCAPED_IN_JSON = re.compile(r"[^A-Za-z0-9 _.,:;!?()\[\]{}*+#%=@$^|~-]+")
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9 _.,:;!?\[\]{}*+#%=@$^|~-]+")
+"""What JSON may escape, and the parentheses that are put around arguments."""
 
 
 def _plain_fragment(text: str | None) -> str:
-    """The longest part of a text that JSON writes as it is, so that it can be looked for in JSON."""
-    return max(_ESCAPED_IN_JSON.split(text or ""), key=len)
+    """The longest part of a text that stands in a call's JSON as it is, so that it can be looked for there."""
+    return max(_NOT_PLAIN.split(text or ""), key=len)
 
 
 def _calls(metadata: str | None) -> str:

@@ -448,7 +448,13 @@ class RunHistory(ABC):
         return compare_group(rollout_group(self._epoch(epoch), example))
 
     def find(
-        self, text: str | None = None, *, regex: str | None = None, where: Any = None, epochs: Any = None
+        self,
+        text: str | None = None,
+        *,
+        regex: str | None = None,
+        where: Any = None,
+        epochs: Any = None,
+        limit: int = 10_000,
     ) -> Search:
         """Search the rollouts: their messages, their tool calls, and the errors of failed ones.
 
@@ -462,6 +468,7 @@ class RunHistory(ABC):
                 (comparisons joined by and, or, not; no code is run), or a function of the frame of one epoch that returns a
                 bool for each row.
             epochs: As in `trajectories`. Default: all.
+            limit: Hits of which the text is kept; the others are counted.
 
         Returns:
             The search, which displays the first hits. Iterating it gives the hits of one epoch after another, the newest first;
@@ -474,7 +481,7 @@ class RunHistory(ABC):
         from ..frames.search import Search, query_of
 
         query = query_of(text, regex, where)
-        return Search(query, self.chosen(epochs), [] if where is None else read_labels(self.folder))
+        return Search(query, self.chosen(epochs), [] if where is None else read_labels(self.folder), limit)
 
     def history(self, example: Any) -> ExampleHistory:
         """Show one example over the epochs: its rewards, and what its best rollout replied.

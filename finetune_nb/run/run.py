@@ -674,9 +674,9 @@ class Run(RunHistory):
         store = self._stored()
         assert store is not None  # it has that epoch
         branch = branch_of(store, epoch, None, None)
-        if branch.checkpoint is None:
+        if branch.checkpoint is None and self[epoch].policy_versions[1] != 0:
             raise RunError(
-                f"the weights after epoch {epoch} of run {self.id!r} are not kept: its adapter writes no checkpoints. "
+                f"the weights after epoch {epoch} of run {self.id!r} are not kept: there is no checkpoint of them. "
                 "run.rollout(example) uses the weights as they are now."
             )
         config, components = copy_for_fork(self.config, self._driver.components, None, {})
