@@ -11,6 +11,7 @@ from .html import Html, element, table, title, view
 
 __all__ = [
     "hit_line",
+    "search_headline",
     "search_html",
     "search_text",
 ]
@@ -24,7 +25,7 @@ SECONDS = 2.0
 def search_text(search: Search) -> str:
     """The search as text: a headline, then one line a hit, marked by «»."""
     hits = _first_hits(search)
-    return "\n".join([_headline(search, hits), *(f"  {hit_line(hit)}" for hit in hits)])
+    return "\n".join([search_headline(search, len(hits)), *(f"  {hit_line(hit)}" for hit in hits)])
 
 
 def hit_line(hit: Hit) -> str:
@@ -44,7 +45,7 @@ def _in_line(text: str) -> str:
 def search_html(search: Search) -> str:
     """The search as HTML: a headline, and a table of hits."""
     hits = _first_hits(search)
-    body: list[Html] = [title(search.query.shown, _headline(search, hits))]
+    body: list[Html] = [title(search.query.shown, search_headline(search, len(hits)))]
     if hits:
         rows = []
         for hit in hits:
@@ -68,7 +69,10 @@ def _first_hits(search: Search) -> list[Hit]:
     return list(islice(chain.from_iterable(part.hits for part in parts), SHOWN))
 
 
-def _headline(search: Search, shown: list[Hit]) -> str:
+def search_headline(search: Search, shown: int | None = None) -> str:
+    """What was found so far: "6 hits in 5 of 320 rollouts". shown: how many hits are shown; all that are kept, if None."""
+    if shown is None:
+        shown = sum(len(part.hits) for part in search.known)
     parts = search.known
     hits = sum(len(part.hits) + part.left_out for part in parts)
     rollouts, searched = sum(part.rollouts for part in parts), count(sum(part.searched for part in parts), "rollout")
@@ -77,6 +81,6 @@ def _headline(search: Search, shown: list[Hit]) -> str:
         text = f"{count(hits, 'hit')} in {text}"
     if not search.complete:
         text += f" in {len(parts):,} of {count(search.epochs, 'epoch')}, the newest first; `.frame` searches the others"
-    if len(shown) < hits:
-        text += f"; the first {len(shown):,} are shown"
+    if shown < hits:
+        text += f"; the first {shown:,} are shown"
     return text
