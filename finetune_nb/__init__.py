@@ -23,6 +23,7 @@ _NAMES = {
     "rewards.from_trl": ("from_trl",),
     "rewards.functions": ("group_reward",),
     "rewards.judge": ("judge",),
+    "rewards.labels": ("label_reward",),
     "rewards.retrying": ("retrying",),
     "engine.sinks": ("JsonlSink", "MetricsSink", "WandbSink"),
     "threads": ("enable_nested_asyncio", "run_sync"),
@@ -131,6 +132,7 @@ if TYPE_CHECKING:
     from .rewards.from_trl import from_trl as from_trl
     from .rewards.functions import group_reward as group_reward
     from .rewards.judge import judge as judge
+    from .rewards.labels import label_reward as label_reward
     from .rewards.retrying import retrying as retrying
     from .rollouts.evaluation import EvaluationRun as EvaluationRun
     from .rollouts.trajectory_builder import EvalTrajectoryBuilder as EvalTrajectoryBuilder

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..store.labels import Label
+from ..store.labels import Label, scores_by_tag
 from .columns import Column, asked_for, columns_of, framed
 
 if TYPE_CHECKING:
@@ -71,15 +71,11 @@ def labels(found: Iterable[Label], columns: Sequence[str] | str | None = None) -
 
 
 def labels_by_rollout(found: Iterable[Label]) -> dict[str, tuple[tuple[str, ...], float]]:
-    """The tags of each labelled rollout, each once and in order of time, and the mean of its scores, NaN if it has none. Labels
+    """The tags of each labelled rollout, each once and in order of time, and the mean of their scores, NaN if it has none. Labels
     of groups and epochs are left out."""
-    by_name: dict[str, list[Label]] = {}
-    for label in found:
-        if label.level == "rollout":
-            by_name.setdefault(label.name, []).append(label)
     result = {}
-    for name, own in by_name.items():
-        scores = [label.score for label in own if label.score is not None]
+    for name, by_tag in scores_by_tag(found).items():
+        scores = [score for score in by_tag.values() if score is not None]
         mean = math.fsum(scores) / len(scores) if scores else math.nan
-        result[name] = (tuple(dict.fromkeys(label.tag for label in own)), mean)
+        result[name] = (tuple(by_tag), mean)
     return result

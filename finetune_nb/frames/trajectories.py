@@ -104,7 +104,7 @@ def trajectories(
     finish_reason    category   of the last turn that has one: "stop", "length", ...
     output           str        what the workflow returned: a text as it is, any other value as JSON
     labels           object     the tags of its labels, a tuple: ("hacked", "flag"); () if it has none
-    label_score      float64    the mean of its labels' scores; NaN if it has none
+    label_score      float64    the mean of its tags' scores; NaN if it has none
     score_<name>     float64    score from evaluator <name>; NaN if it is not a number
     ================ ========== =============================================================================
 

@@ -27,6 +27,7 @@ from ..redaction import error_text, redacting_logger
 from ..rewards.functions import Rewards, evaluators_from
 from ..store.durable import size_of
 from ..store.folder import checkpoints
+from ..store.labels import read_labels
 from ..store.reader import RunReader
 from ..store.runs import archive_run, delete_run, free_id
 from ..store.store import RunStore
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from ..analysis.diagnosis import Diagnosis
     from ..analysis.rescoring import RescoredEpoch, Rescoring
     from ..llms.client import ChatReply
+    from ..rewards.labels import Tags
     from ..rollouts.evaluation import Progress
     from ..training.preview import Preview
     from .rescoring import NewestEpoch
@@ -971,7 +973,8 @@ class Run(RunHistory):
             found = reweight(self.config, records, weights)
             return rescoring(self.config, self.id, found, self.records, self._put_in_place)
         self._session.require_outside("rescore")
-        work = rescore(self.config, self.config.builder, records, reward, only, dataset, max_concurrency)
+        labels = read_labels(self.folder, [record.index for record in records])
+        work = rescore(self.config, self.config.builder, records, reward, only, dataset, max_concurrency, labels)
         found = run_sync(work if self._closed else self._session.engine.run(work))
         return rescoring(self.config, self.id, found, self.records, self._put_in_place)
 
@@ -987,7 +990,9 @@ class Run(RunHistory):
         from .rescoring import score_by
 
         self._session.require_outside("compare")
-        work = score_by(judge.config, judge.config.builder, self.config, self.config.builder, self.chosen(epochs))
+        of_judge, own = judge.config.builder, self.config.builder
+        labels = read_labels(self.folder, epochs)
+        work = score_by(judge.config, of_judge, self.config, own, self.chosen(epochs), labels)
         return run_sync(work if judge._closed else judge._session.engine.run(work))
 
     def _put_in_place(self, rescored: RescoredEpoch) -> None:
@@ -1003,6 +1008,7 @@ class Run(RunHistory):
         reward: Rewards,
         labels: Any,
         *,
+        tags: Tags | None = None,
         scale: tuple[float, float] = (0.0, 1.0),
         dataset: Any = None,
         max_concurrency: int = 64,
@@ -1011,8 +1017,10 @@ class Run(RunHistory):
 
         Args:
             reward: A judge, or any other reward.
-            labels: What a person says: a mapping from names of trajectories ("e3/q17/2", the column `trajectory` of
-                `trajectories()`) to numbers, or a frame with the columns `trajectory` and `label`.
+            labels: What a person says: `run.labels()`, or some of its rows; a mapping from names of trajectories ("e3/q17/2",
+                the column `trajectory` of `trajectories()`) to numbers; or a frame with the columns `trajectory` and `label`.
+            tags: Which of `run.labels()` count, as in `ft.label_reward`: {"good": 1, "hacked": 0} says what tags stand for.
+                Default: the labels that have a score, if they all have one tag.
             scale: Lowest and highest value of both; its middle separates good from bad for Cohen's kappa.
             dataset: The rows, if the run was opened without them.
             max_concurrency: How many calls of an async reward run at once.
@@ -1027,7 +1035,7 @@ class Run(RunHistory):
         from ..analysis.agreement import labels_of
         from .rescoring import agreement_with, labelled_epochs
 
-        known = labels_of(labels)
+        known = labels_of(labels, tags)
         epochs = labelled_epochs(known, self.records)
         if not epochs:
             raise ConfigError(

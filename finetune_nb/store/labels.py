@@ -28,11 +28,13 @@ __all__ = [
     "LabelChanges",
     "Labelled",
     "changed_since",
+    "mean_scores",
     "new_labels",
     "put_labels",
     "read_labels",
     "remove_labels",
     "remove_labels_after",
+    "scores_by_tag",
 ]
 
 logger = redacting_logger(__name__)
@@ -106,6 +108,25 @@ def read_labels(folder: Path, epochs: Iterable[int] | None = None) -> list[Label
     wanted = None if epochs is None else set(epochs)
     labels = [label for label in changed_since(folder, 0).labels if not label.removed]
     return labels if wanted is None else [label for label in labels if label.epoch in wanted]
+
+
+def scores_by_tag(labels: Iterable[Label]) -> dict[str, dict[str, float | None]]:
+    """The tags of each labelled rollout by its name, in order of time, with the mean of a tag's scores; None for a tag without
+    one. Labels of groups and epochs are left out."""
+    return mean_scores((label.name, label.tag, label.score) for label in labels if label.level == "rollout")
+
+
+def mean_scores(labels: Iterable[tuple[str, str, float | None]]) -> dict[str, dict[str, float | None]]:
+    """The same of the name, the tag and the score of each label; None or NaN for one without a score."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for name, tag, score in labels:
+        of_tag = scores.setdefault(name, {}).setdefault(tag, [])
+        if score is not None and not math.isnan(score):
+            of_tag.append(float(score))
+    found: dict[str, dict[str, float | None]] = {}
+    for name, by_tag in scores.items():
+        found[name] = {tag: math.fsum(each) / len(each) if each else None for tag, each in by_tag.items()}
+    return found
 
 
 def changed_since(folder: Path, change: int) -> LabelChanges:
