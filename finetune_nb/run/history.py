@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from ..analysis.group_comparison import ComparedRollout, GroupComparison, RolloutComparison
     from ..analysis.learning_signal import LearningSignal
     from ..frames.search import Search
-    from ..types import Change
+    from ..rewards.labels import Tags
+    from ..rollouts.preferences import Pairing
+    from ..types import Change, TrajectoryCollection
     from ..views.rollout import RolloutView
     from ..views.tokens import Heat
 
@@ -356,6 +358,37 @@ class RunHistory(ABC):
 
         epochs = None if epoch is None else [each.index for each in self.chosen(epoch)]
         return frames.labels(read_labels(self.folder, epochs), columns)
+
+    def preferences(
+        self,
+        labels: Any = None,
+        *,
+        tags: Tags | None = None,
+        pairs: Pairing = "best_worst",
+        max_pairs_per_example: int = 8,
+    ) -> TrajectoryCollection:
+        """Make preferences of labelled rollouts, for backends that learn from them (`trl_dpo`).
+
+        Args:
+            labels: What rollouts are worth: `run.labels()`, or some of its rows; a mapping from names of rollouts to numbers; or
+                a frame with the columns `trajectory` and `label`, or `trajectory` and `reward`. Default: `run.labels()`.
+            tags: Which labels count, as in `ft.label_reward`: {"good": 1, "hacked": 0} says what tags stand for. Default: the
+                labels that have a score, if they all have one tag.
+            pairs: "best_worst": the best rollout of an example against its worst, "all_pairs": each against each. They may be
+                of different epochs.
+            max_pairs_per_example: Of more pairs, those with the largest difference are taken.
+
+        Returns:
+            One trajectory a pair, with prompt, chosen and rejected response; its metadata name the two rollouts.
+
+        Raises:
+            RunError: There is no pair, or a label is of no rollout that finished.
+            ConfigError: The labels do not say what rollouts are worth.
+        """
+        from .chosen import preferences, values_in
+
+        values = values_in(self.labels() if labels is None else labels, tags)
+        return preferences(values, self._epoch, self.id, pairs, max_pairs_per_example)
 
     # ── one epoch, looked at ─────────────────────────────────────────────────────────────────────────────────────────
 
