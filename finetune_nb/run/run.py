@@ -31,12 +31,13 @@ from ..store.labels import read_labels
 from ..store.reader import RunReader
 from ..store.runs import archive_run, delete_run, free_id
 from ..store.store import RunStore
-from ..text import cut, duration, plain
+from ..text import count, cut, duration, plain
 from ..threads import before_exit, in_daemon_thread, run_sync
 from ..tripwires import Tripwire, tripped
 from ..types import Change, CurriculumSettings, Epoch, RolloutFailure, Trajectory, Validation
 from ..views.summary import epoch_text
 from .history import RunHistory
+from .labelling import names_in
 from .opening import Obstacle, branch_of, components_from, config_of, copy_for_fork, make_fork
 from .session import EpochLines, Session
 
@@ -633,6 +634,51 @@ class Run(RunHistory):
         """
         self._require_open()
         return await self._session.run_in_cell(self._driver.next_epoch, self._progress_line)
+
+    async def train_on(self, rollouts: Any, *, tags: Tags | None = None) -> Epoch:
+        """Train on recorded rollouts that you chose, by one training job of the run's adapter, recorded as an epoch.
+
+            labels = run.labels()
+            await run.train_on(labels[labels.tag == "good"])
+
+        `local_grpo` and `trl_sft` learn them as they are: what the policy sampled in them becomes more likely, whatever their
+        rewards. `trl_dpo` learns preferences, as `preferences` makes them of what the rollouts are worth. Learning rate, steps
+        and passes are those of the adapter. The epoch's rollouts are copies of the chosen ones, each with the name that it was
+        chosen by in its metadata; no others are made. The journal and the reward plot mark it.
+
+        Args:
+            rollouts: Names such as "e3/q17/2", or a frame with the column `trajectory` or `name`, of which each rollout counts
+                once. For `trl_dpo`: as `labels` of `preferences`.
+            tags: For `trl_dpo`: as in `preferences`.
+
+        Returns:
+            The epoch's record.
+
+        Raises:
+            RunError: The adapter cannot do this, a name is of no rollout that finished, or something of this run is running.
+            ConfigError: The frame has no such column, or is empty.
+            BackendError: The rollouts lack what training needs.
+            JobFailed: The training job failed or was canceled; the record is in `.epoch`.
+        """
+        from .chosen import chosen_rollouts, preferences, values_in
+
+        self._require_open()
+        self._session.require_outside("train_on")
+        await self._session.ask(self._driver.open)
+        self._driver.require_trains_on_chosen()
+        if self._driver.adapter.takes_preferences:
+            chosen = preferences(values_in(rollouts, tags), self._epoch, self.id, "all_pairs")
+            told = count(sum(map(len, chosen.trajectories)), "preference")
+        elif tags is not None:
+            raise ConfigError(
+                "tags= says what rollouts are worth, which matters for preferences alone: choose rows instead."
+            )
+        else:
+            chosen = chosen_rollouts(names_in(rollouts), self._epoch, self.id)
+            told = count(sum(map(len, chosen.trajectories)), "chosen rollout")
+        if not chosen.trajectories:
+            raise ConfigError("no rollout was chosen: there is no name.")
+        return await self._session.run_in_cell(lambda: self._driver.train_on(chosen, told), self._progress_line)
 
     async def validate(self) -> Validation:
         """Evaluate the policy, as it is now, on the validation dataset.

@@ -1,4 +1,4 @@
-"""The GRPO loss: tensors in, tensors out. Nothing here knows trajectories, optimizers or jobs.
+"""The GRPO loss, and the supervised one: tensors in, tensors out. Nothing here knows trajectories, optimizers or jobs.
 
 Shapes are in the names: B sequences of T tokens, padded on the right. Column t always speaks of token t, so column 0,
 which nothing predicts, is never trained. `mask_BT` is True where the policy sampled the token; every other position is
@@ -25,6 +25,7 @@ __all__ = [
     "forward_parameters",
     "logits_only",
     "policy_loss",
+    "supervised_loss",
     "token_logprobs",
 ]
 
@@ -180,3 +181,19 @@ def policy_loss(
             ]
         )
     return value, LossStatistics(*sums.tolist())
+
+
+def supervised_loss(
+    logprobs_BT: Tensor, mask_BT: Tensor, batch_tokens: float | None = None
+) -> tuple[Tensor, LossStatistics]:
+    """The supervised loss of one micro-batch, minus the mean log probability of the sampled tokens, and its statistics: how many
+    tokens there were. What compares with the policy that sampled them is NaN.
+
+    batch_tokens: the tokens of the whole optimizer batch, whose loss the losses of its micro-batches add up to. None: this
+    micro-batch is the whole batch.
+    """
+    tokens = mask_BT.sum()
+    value = -torch.where(mask_BT, logprobs_BT, 0.0).sum()
+    value = value / (tokens.clamp(min=1) if batch_tokens is None else batch_tokens)
+    unknown = dict.fromkeys((f.name for f in fields(LossStatistics) if f.name != "tokens"), float("nan"))
+    return value, LossStatistics(tokens=tokens.item(), **unknown)

@@ -22,7 +22,7 @@ from ...types import MessageKey
 from .config import LocalGRPOConfig
 from .families.positions import borders_of
 from .forward import TokenBatch, collate, micro_batches
-from .grpo import LossStatistics, policy_loss
+from .grpo import LossStatistics, policy_loss, supervised_loss
 from .lora import as_trained, is_lora, switched_off
 from .memory import largest_that_fits, ran_out
 from .policy import LocalPolicy
@@ -108,7 +108,7 @@ class TrainingReport:
 
 
 class Learner:
-    """Takes GRPO steps on `policy.model`. Whoever calls `train` holds `policy.exclusive`."""
+    """Takes GRPO or supervised steps on `policy.model`. Whoever calls `train` holds `policy.exclusive`."""
 
     def __init__(self, policy: LocalPolicy, config: LocalGRPOConfig) -> None:
         self.policy, self.config = policy, config
@@ -117,6 +117,7 @@ class Learner:
             self.trained.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
         self._scale = 1.0
+        self._supervised = False
         self.reference = None
         """A copy of the initial weights, where KL is asked for and no adapter can be switched off."""
         if config.kl_coef and not is_lora(policy.model):
@@ -164,6 +165,7 @@ class Learner:
         parts = min(config.optimizer_steps, len(trajectories))
         report.steps_planned = steps = parts * config.inner_epochs
         report.has_reference = config.kl_coef > 0
+        self._supervised = experience.supervised
         self.trained.follow()
         self._scale = FLOAT16_SCALE if self.policy.model.dtype == torch.float16 else 1.0
         before = self.trained.sample()
@@ -291,6 +293,8 @@ class Learner:
 
     def _loss(self, batch: TokenBatch, tokens: int, sequences: int) -> tuple[Tensor, LossStatistics]:
         config, model = self.config, self.policy.model
+        if self._supervised:
+            return supervised_loss(batch.logprobs(model), batch.mask_BT, tokens)
         reference_BT = None
         if config.kl_coef:
             with torch.no_grad():
