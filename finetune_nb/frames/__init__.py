@@ -10,7 +10,6 @@ from __future__ import annotations
 from .epochs import epochs, groups, journal
 from .labels import labels
 from .messages import messages, tokens
-from .names import find_names
 from .trajectories import is_example, trajectories
 
-__all__ = ["epochs", "find_names", "groups", "is_example", "journal", "labels", "messages", "tokens", "trajectories"]
+__all__ = ["epochs", "groups", "is_example", "journal", "labels", "messages", "tokens", "trajectories"]

@@ -1,4 +1,4 @@
-"""Finds what a name such as "e3/q17/2" stands for: a rollout, a group ("e3/q17") or an epoch ("e3").
+"""Finds what a name such as "e3/q17/2" means: a rollout, a group ("e3/q17") or an epoch ("e3").
 
 A name is looked up among those of the epoch's rollouts and is not taken apart, as ids of examples may contain slashes. Where
 "e0/a/2" is both a rollout of the example "a" and the example "a/2", it is the rollout.
@@ -32,7 +32,7 @@ def is_name(value: Any) -> bool:
 
 
 def find_names(names: Iterable[str], epoch_of: Callable[[int], Epoch]) -> list[Labelled]:
-    """Find what names stand for.
+    """Find what names mean.
 
     Args:
         names: The names.
@@ -65,7 +65,7 @@ def find_names(names: Iterable[str], epoch_of: Callable[[int], Epoch]) -> list[L
 
 
 def _find_in(epoch: Epoch, rests: Iterable[str]) -> dict[str, Labelled]:
-    """What the parts of names after "e3/" stand for."""
+    """What the parts of names after "e3/" mean."""
     rests = list(rests)
     if not rests:
         return {}

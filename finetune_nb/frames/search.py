@@ -387,7 +387,7 @@ _NOT_PLAIN = re.compile(r"[^A-Za-z0-9 _.,:;!?\[\]{}*+#%=@$^|~-]+")
 
 
 def _plain_fragment(text: str | None) -> str:
-    """The longest part of a text that stands in a call's JSON as it is, so that it can be looked for there."""
+    """The longest part of a text that the JSON of a call has as it is, so that it can be looked for there."""
     return max(_NOT_PLAIN.split(text or ""), key=len)
 
 

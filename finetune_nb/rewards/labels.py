@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 Tags = str | Sequence[str] | Mapping[str, float]
-"""Which labels count: a tag, several, or what each of them stands for."""
+"""Which labels count: a tag, several, or what each of them is worth."""
 
 
 class LabelReward:
@@ -45,7 +45,7 @@ def label_reward(tags: Tags, *, otherwise: float | None = None) -> LabelReward:
         run.rescore(ft.label_reward({"good": 1, "hacked": 0}))
 
     Args:
-        tags: The number that each tag stands for. Or a tag, or several, whose scores count; a label without a score counts as 1.
+        tags: What each tag is worth. Or a tag, or several, whose scores count; a label without a score counts as 1.
             Of a rollout with several such labels, the mean is the reward.
         otherwise: The reward of a rollout without such a label. Default: it has none. In an epoch that runs, no rollout has a
             label yet.

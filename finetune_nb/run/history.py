@@ -372,7 +372,7 @@ class RunHistory(ABC):
         Args:
             labels: What rollouts are worth: `run.labels()`, or some of its rows; a mapping from names of rollouts to numbers; or
                 a frame with the columns `trajectory` and `label`, or `trajectory` and `reward`. Default: `run.labels()`.
-            tags: Which labels count, as in `ft.label_reward`: {"good": 1, "hacked": 0} says what tags stand for. Default: the
+            tags: Which labels count, as in `ft.label_reward`: {"good": 1, "hacked": 0} says what tags are worth. Default: the
                 labels that have a score, if they all have one tag.
             pairs: "best_worst": the best rollout of an example against its worst, "all_pairs": each against each. They may be
                 of different epochs.

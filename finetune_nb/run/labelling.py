@@ -17,7 +17,7 @@ __all__ = [
 
 
 def label_names(run: Any, name: Any, tag: str, score: float | None, note: str, author: str | None) -> None:
-    """Label what the names stand for, all or none. run: a RunHistory; the other arguments are those of its `label`."""
+    """Label what the names mean, all or none. run: a RunHistory; the other arguments are those of its `label`."""
     from ..frames.names import find_names
 
     records = {epoch.index: epoch for epoch in run.records}

@@ -1065,7 +1065,7 @@ class Run(RunHistory):
             reward: A judge, or any other reward.
             labels: What a person says: `run.labels()`, or some of its rows; a mapping from names of trajectories ("e3/q17/2",
                 the column `trajectory` of `trajectories()`) to numbers; or a frame with the columns `trajectory` and `label`.
-            tags: Which of `run.labels()` count, as in `ft.label_reward`: {"good": 1, "hacked": 0} says what tags stand for.
+            tags: Which of `run.labels()` count, as in `ft.label_reward`: {"good": 1, "hacked": 0} says what tags are worth.
                 Default: the labels that have a score, if they all have one tag.
             scale: Lowest and highest value of both; its middle separates good from bad for Cohen's kappa.
             dataset: The rows, if the run was opened without them.

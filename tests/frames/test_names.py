@@ -5,8 +5,7 @@ from factories import make_epoch, make_trajectory
 from records import Views, epoch_of, failed
 
 from finetune_nb.errors import ConfigError, RunError
-from finetune_nb.frames import find_names
-from finetune_nb.frames.names import is_name
+from finetune_nb.frames.names import find_names, is_name
 
 EPOCHS = [
     make_epoch({"a": [1.0, 0.0], "a/1": [0.5, 0.25], 7: [0.0, 1.0]}),
