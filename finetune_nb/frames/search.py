@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..analysis.trajectory_names import trajectory_names
-from ..errors import ConfigError
+from ..errors import ConfigError, StoreError
 from ..hooks import shown_by
+from ..redaction import redacting_logger
 from ..store.json import decode
 from ..store.labels import Label
 from ..text import short
 from ..types import Epoch, MessageKey
+from .columns import Column, columns_of, framed
 from .conditions import condition_of
 from .trajectories import EpochColumns, positions, trajectories
 
@@ -37,6 +39,8 @@ __all__ = [
     "search",
 ]
 
+logger = redacting_logger(__name__)
+
 AROUND = 60
 """Characters shown before and after a hit."""
 LONGEST_HIT = 500
@@ -44,7 +48,20 @@ LONGEST_HIT = 500
 MOST_HITS = 10_000
 """Hits of which the text is kept, where nobody asks for more or fewer; the others are counted."""
 
-COLUMNS = ("trajectory", "epoch", "example", "generation", "reward", "turn", "role", "hits", "before", "hit", "after")
+COLUMNS = (
+    Column("trajectory", "str"),
+    Column("epoch", "int64"),
+    Column("example", "object"),
+    Column("generation", "Int64"),
+    Column("reward", "float64"),
+    Column("turn", "Int64"),
+    Column("role", "category"),
+    Column("hits", "int64"),
+    Column("before", "str"),
+    Column("hit", "str"),
+    Column("after", "str"),
+)
+"""Columns of `Search.frame`."""
 
 
 class Hit(NamedTuple):
@@ -58,7 +75,8 @@ class Hit(NamedTuple):
     turn: int | None
     """Index of the message, from 0; None for the error of a rollout."""
     role: str
-    """Of the message; "tool call" for the name and arguments of one, "error" for why a rollout or its reward failed."""
+    """Of the message; "tool call" for the name and arguments of one, "thinking" for what the model thought, "error" for why a
+    rollout or its reward failed."""
     hits: int
     """How often the message has it."""
     before: str
@@ -79,6 +97,8 @@ class EpochHits(NamedTuple):
     """In the order of the rollouts, and of their messages."""
     left_out: int
     """Messages with a hit that are not in `hits`, as there were enough."""
+    error: str | None = None
+    """Why the epoch could not be searched."""
 
 
 @dataclass(frozen=True)
@@ -157,13 +177,18 @@ def search(
         most: Hits of which the text is kept, in all epochs together; the others are counted.
 
     Yields:
-        What was found in each epoch, as soon as it is known. Memory holds one epoch's texts at a time.
+        What was found in each epoch, as soon as it is known. Memory holds one epoch's texts at a time. An epoch whose file is
+        missing or damaged has an `error`.
     """
     labels = list(labels)
     for epoch in reversed(epochs):
         if stopped():
             return
-        found = _search_epoch(epoch, query, labels, most)
+        try:
+            found = _search_epoch(epoch, query, labels, most)
+        except StoreError as error:
+            logger.warning("epoch %d is not searched: %s", epoch.index, error)
+            found = EpochHits(epoch.index, 0, 0, [], 0, str(error))
         most -= len(found.hits)
         yield found
 
@@ -219,22 +244,11 @@ class Search:
         Columns: trajectory, epoch, example, generation, reward, turn, role, hits (how often the message has it), and the text
         before the first hit, the hit, and the text after it.
         """
-        from .columns import categories, counts, floats, join, objects, texts
-
         hits = [hit for part in self for hit in part.hits]
-        columns = dict(zip(COLUMNS, zip(*hits, strict=True), strict=True)) if hits else dict.fromkeys(COLUMNS, ())
-        make: dict[str, Callable[[list[Any]], Any]] = {
-            "epoch": lambda values: join([values], "int64"),
-            "example": objects,
-            "generation": counts,
-            "reward": floats,
-            "turn": counts,
-            "role": categories,
-            "hits": lambda values: join([values], "int64"),
-        }
-        import pandas as pd
-
-        return pd.DataFrame({name: make.get(name, texts)(list(columns[name])) for name in COLUMNS})
+        found: dict[str, Any] = {}
+        for column in COLUMNS:
+            found |= columns_of(column, [getattr(hit, column.name) for hit in hits])
+        return framed(found, None)
 
     def __repr__(self) -> str:
         return shown_by("finetune_nb.views.search:search_text", self)
@@ -244,6 +258,10 @@ class Search:
 
 
 # ── one epoch ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+_ROLES = (None, "tool call", "thinking", "error")
+"""What the texts are that are searched: messages, which have a role of their own, and others."""
 
 
 class _Matches(NamedTuple):
@@ -258,7 +276,7 @@ class _Matches(NamedTuple):
     places: np.ndarray
     """(K) and where in there."""
     texts: Sequence[pa.Array]
-    """Messages, tool calls, errors."""
+    """As _ROLES names them."""
 
     def of(self, those: np.ndarray) -> _Matches:
         """Some of them. those: (K) bool."""
@@ -310,7 +328,7 @@ def _hits(epoch: Epoch, columns: EpochColumns, matches: _Matches, pattern: str |
         texts = []
         for index, (source, place) in enumerate(zip(matches.source.tolist(), matches.places.tolist(), strict=True)):
             texts.append(matches.texts[source][place].as_py())
-            roles[index] = said[place].as_py() if source == 0 else ("tool call" if source == 1 else "error")
+            roles[index] = _ROLES[source] or said[place].as_py()
         around = _around(texts, pattern)
     found = zip(names, examples, generations, rewards, turns, roles, around, strict=True)
     return [
@@ -320,38 +338,49 @@ def _hits(epoch: Epoch, columns: EpochColumns, matches: _Matches, pattern: str |
 
 
 def _matches(columns: EpochColumns, query: Query, pattern: str) -> _Matches:
-    """Every text of an epoch that has the pattern: messages, tool calls, errors."""
+    """Every text of an epoch that has the pattern: messages, tool calls, thoughts, errors."""
     import numpy as np
-    import pyarrow as pa
 
     table = columns.rollouts(["contents", "item_metadata", "error"])
     contents, starts = _messages(table.column("contents"))
-    said = np.flatnonzero(_has(contents, pattern))
-
-    # The calls of a message are in its metadata, as JSON.
     metadata, _ = _messages(table.column("item_metadata"))
+    errors = table.column("error").combine_chunks()
+    calling, calls = _in_metadata(metadata, MessageKey.TOOL_CALLS, _calls, query)
+    thinking, thoughts = _in_metadata(metadata, MessageKey.REASONING_CONTENT, _thought, query)
+
+    # Which texts of each source have it, of which message they are, and of which rollout.
+    texts = (contents, calls, thoughts, errors)
+    hit = [np.flatnonzero(_has(each, pattern)) for each in texts]
+    messages = np.concatenate([hit[0], calling[hit[1]], thinking[hit[2]]])
+    rows_of_messages = np.searchsorted(starts, messages, side="right") - 1
+    rows = np.concatenate([rows_of_messages, hit[3]])
+    turns = np.concatenate([messages - starts[rows_of_messages], np.full(len(hit[3]), -1)])
+    source = np.repeat(range(len(texts)), [len(each) for each in hit])
+    order = np.lexsort((source, np.where(turns < 0, np.iinfo(np.int64).max, turns), rows))
+    return _Matches(rows[order], turns[order], source[order], np.concatenate(hit)[order], texts)
+
+
+def _in_metadata(metadata: pa.Array, key: str, read: Callable[[Any], str], query: Query) -> tuple[np.ndarray, pa.Array]:
+    """The messages whose metadata, which are JSON, have that key, and the text that is read of its value. Of messages that
+    cannot have the text that is searched for, some are left out."""
+    import numpy as np
+    import pyarrow as pa
+
     compute = _compute()
-    has_calls = compute.match_substring(metadata, f'"{MessageKey.TOOL_CALLS}"')
+    likely = compute.match_substring(metadata, f'"{key}"')
     fragment = _plain_fragment(query.text)
     if fragment:
-        likely = compute.match_substring_regex(metadata, re.escape(fragment), ignore_case=True)
-        has_calls = compute.and_(has_calls, likely)
-    calling = np.flatnonzero(_filled(has_calls))
-    calls = pa.array([_calls(text) for text in metadata.take(calling).to_pylist()], pa.string())
-    called = np.flatnonzero(_has(calls, pattern))
-
-    # Why a rollout or its reward failed.
-    errors = table.column("error").combine_chunks()
-    failed = np.flatnonzero(_has(errors, pattern))
-
-    messages = np.concatenate([said, calling[called]])
-    rows_of_messages = np.searchsorted(starts, messages, side="right") - 1
-    rows = np.concatenate([rows_of_messages, failed])
-    turns = np.concatenate([messages - starts[rows_of_messages], np.full(len(failed), -1)])
-    source = np.repeat([0, 1, 2], [len(said), len(called), len(failed)])
-    places = np.concatenate([said, called, failed])
-    order = np.lexsort((source, np.where(turns < 0, np.iinfo(np.int64).max, turns), rows))
-    return _Matches(rows[order], turns[order], source[order], places[order], (contents, calls, errors))
+        has_fragment = compute.match_substring_regex(metadata, re.escape(fragment), ignore_case=True)
+        likely = compute.and_(likely, has_fragment)
+    places = np.flatnonzero(_filled(likely))
+    texts = []
+    for found in metadata.take(places).to_pylist():
+        try:
+            text = read(decode(found, dict).get(key))
+        except ValueError:  # no JSON: the file is somebody else's
+            text = ""
+        texts.append(text.encode("utf-8", "backslashreplace").decode())  # JSON can escape a lone surrogate
+    return places, pa.array(texts, pa.string())
 
 
 def _messages(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
@@ -374,7 +403,6 @@ def _compute() -> Any:
 
 def _has(texts: pa.Array, pattern: str) -> np.ndarray:
     """(M) bool: which texts have the pattern; a missing one has not."""
-
     return _filled(_compute().match_substring_regex(texts, pattern=pattern, ignore_case=True))
 
 
@@ -391,23 +419,22 @@ def _plain_fragment(text: str | None) -> str:
     return max(_NOT_PLAIN.split(text or ""), key=len)
 
 
-def _calls(metadata: str | None) -> str:
-    """The names and arguments of the calls in a message's metadata."""
-    try:
-        known = decode(metadata, dict).get(MessageKey.TOOL_CALLS)
-    except ValueError:
-        return ""
+def _calls(known: Any) -> str:
+    """The names and arguments of the calls of a message."""
     lines = []
     for call in known if isinstance(known, list) else []:
         function = call.get("function", call) if isinstance(call, dict) else call
-        name, arguments = (
-            (function.get("name"), function.get("arguments")) if isinstance(function, dict) else ("", call)
-        )
+        name, arguments = "", call
+        if isinstance(function, dict):
+            name, arguments = function.get("name"), function.get("arguments")
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
         lines.append(f"{name if isinstance(name, str) else ''}({arguments})")
-    # A lone surrogate, which JSON can escape, is no text to Arrow.
-    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+    return "\n".join(lines)
+
+
+def _thought(known: Any) -> str:
+    return known if isinstance(known, str) else ""
 
 
 def _around(texts: Sequence[str], pattern: str) -> list[tuple[int, str, str, str]]:

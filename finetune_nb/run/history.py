@@ -489,7 +489,7 @@ class RunHistory(ABC):
         epochs: Any = None,
         limit: int = 10_000,
     ) -> Search:
-        """Search the rollouts: their messages, their tool calls, and the errors of failed ones.
+        """Search the rollouts: their messages, tool calls and thoughts, and the errors of failed ones.
 
             run.find("I cannot")
             run.find(where="reward < 0.5 and 'hacked' in labels")

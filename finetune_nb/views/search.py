@@ -81,6 +81,9 @@ def search_headline(search: Search, shown: int | None = None) -> str:
         text = f"{count(hits, 'hit')} in {text}"
     if not search.complete:
         text += f" in {len(parts):,} of {count(search.epochs, 'epoch')}, the newest first; `.frame` searches the others"
+    unreadable = sum(part.error is not None for part in parts)
+    if unreadable:
+        text += f"; {count(unreadable, 'epoch')} could not be read"
     if shown < hits:
         text += f"; the first {shown:,} are shown"
     return text

@@ -60,6 +60,24 @@ def test_tool_calls_are_found_by_their_name_and_their_arguments_and_ids_are_not(
     assert len(run.find(regex=r'add\(.*"b": \d').frame) == 1
 
 
+def test_what_the_model_thought_is_found(tmp_path):
+    turn = item("assistant", "4", reasoning_content='two and "two"\nmake four')
+    thinking = Trajectory(episode=[item("user", "2+2"), turn], reward=1.0, metadata={"id": "q", "generation": 0})
+    for run in (Views(epoch_of([[thinking]])), Views(*stored(tmp_path, epoch_of([[thinking]])))):
+        for text in ("AND", '"two"\nmake'):
+            (hit,) = run.find(text).frame.itertuples()
+            assert (hit.role, hit.turn, hit.hit.lower()) == ("thinking", 1, text.lower())
+
+
+def test_an_epoch_that_cannot_be_read_is_said_and_the_others_are_searched(tmp_path, caplog):
+    epochs = stored(tmp_path, make_epoch([[1.0]]), make_epoch([[0.0]], 1))
+    (tmp_path / "run" / "trajectories" / "epoch-000001.parquet").unlink()
+    found = Views(*epochs).find("4")
+    assert found.frame.trajectory.tolist() == ["e0/q0/0"]
+    assert found.known[0].error and "1 epoch could not be read" in repr(found)
+    assert "epoch 1 is not searched" in caplog.text
+
+
 def test_errors_of_failed_rollouts_and_of_rewards_are_found(run):
     frame = run.find("TOO SLOW").frame
     assert frame.trajectory.tolist() == ["e1/q0/9", "e1/lost/0"]
