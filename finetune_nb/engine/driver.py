@@ -300,7 +300,7 @@ class Driver:
     def require_trains_on_chosen(self) -> None:
         """Raises RunError for a Trainer or an adapter that cannot train on rollouts that were chosen."""
         self.require_single_epochs()
-        if type(self.adapter).submit_chosen is TrainerAdapter.submit_chosen:
+        if getattr(type(self.adapter), "submit_chosen", None) in (None, TrainerAdapter.submit_chosen):
             raise RunError(
                 f"{type(self.adapter).__name__} cannot train on rollouts that were chosen: it has no submit_chosen. The adapters "
                 "local_grpo, trl_sft and trl_dpo have one."

@@ -111,8 +111,10 @@ def _columns_of_pair(op: ast.cmpop, left: ast.expr, right: ast.expr) -> Iterator
     if isinstance(op, _MEMBER):
         if column is right and not isinstance(value, str):
             raise SyntaxError(f"found {value!r} in {column.id}, which must be a text")
-        if column is left and not isinstance(value, list | tuple | set):
-            raise SyntaxError(f"found {column.id} in {value!r}, which must be a list")
+        if column is left and not (isinstance(value, list | tuple | set) and all(map(_is_single, value))):
+            raise SyntaxError(f"found {column.id} in {value!r}, which must be a list of texts or numbers")
+    elif not _is_single(value):
+        raise SyntaxError(f"found {column.id} beside {value!r}, which must be a text or a number")
     elif isinstance(op, ast.Is | ast.IsNot) and value is not None:
         raise SyntaxError(f"`is` is for None alone; write {column.id} == {value!r}")
     elif value is None and not isinstance(op, ast.Eq | ast.NotEq | ast.Is | ast.IsNot):
@@ -126,6 +128,10 @@ def _value(node: ast.expr) -> Any:
         return ast.literal_eval(node)
     except (ValueError, TypeError) as error:
         raise SyntaxError(f"found {ast.unparse(node)!r}, which must be a value") from error
+
+
+def _is_single(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
 
 
 def _evaluate(node: ast.expr, frame: pd.DataFrame) -> np.ndarray:

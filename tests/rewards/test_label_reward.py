@@ -75,6 +75,22 @@ def test_a_rollout_that_has_just_been_made_has_no_label(run, tmp_path):
     fork.close()
 
 
+def test_labels_stay_with_rollouts_that_get_them_as_their_reward(tmp_path):
+    policy = ScriptedPolicy(lambda messages, seed: f"reply {seed % 1009}")
+    run = ft.Run(
+        solve, lambda output: None, sums(2), generations=2, output_dir=tmp_path, adapter=FakeAdapter(policy=policy)
+    )
+    ft.run_sync(run.next_epoch())
+    run.label("e0/sum-0/0", "good")
+    run.label("e0/sum-0/1", "hacked")
+    run.rescore(ft.label_reward({"good": 1, "hacked": 0})).apply()
+    epoch = ft.run_sync(run.next_epoch())
+    assert epoch.index == 0 and epoch.trained
+    frame = run.trajectories(example="sum-0")
+    assert frame.reward.tolist() == [1.0, 0.0] and frame.labels.tolist() == [("good",), ("hacked",)]
+    run.close()
+
+
 @pytest.mark.parametrize("tags", ["", [], {}, 3, {"good": "high"}, {"good": math.nan}, [1], None])
 def test_tags_that_are_none_are_refused(tags):
     if tags == "":

@@ -1,5 +1,6 @@
 """Labels of rollouts, groups and epochs: stored beside whoever writes the run, and seen by every process."""
 
+import json
 import math
 import os
 import sqlite3
@@ -7,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from contextlib import closing
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -196,6 +199,20 @@ def test_a_rollout_of_an_unfinished_epoch_cannot_be_labelled(tmp_path):
     run.close()
 
 
+def test_labels_are_exported_with_the_trajectories(run, tmp_path):
+    run.label("e0/sum-1/0", "good", score=0.5)
+    run.label("e0/sum-1/0", "=cmd()")
+    lines = [json.loads(line) for line in run.export(tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [line["labels"] for line in lines if line["labels"]] == [["good", "=cmd()"]]
+    assert [line["label_score"] for line in lines if line["label_score"]] == [0.5]
+    for name in ("all.parquet", "all.csv"):
+        path = run.export(tmp_path / name)
+        table = pd.read_parquet(path) if name.endswith("parquet") else pd.read_csv(path)
+        assert json.loads(table.set_index("trajectory").labels["e0/sum-1/0"]) == ["good", "=cmd()"]
+    labels = pd.read_csv(run.export(tmp_path / "labels.csv", "labels"))
+    assert labels.tag.tolist() == ["good", "'=cmd()"]
+
+
 # ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -305,6 +322,17 @@ def test_a_run_of_an_older_release_has_no_labels_until_it_is_labelled(run):
         assert db.execute("PRAGMA user_version").fetchone()[0] == 2  # reading changes nothing
     run.label("e0/sum-1/0", "x")
     assert len(run.labels()) == 1 and len(run.trajectories()) == 9
+
+
+def test_a_run_of_the_first_schema_is_labelled_too(tmp_path):
+    with zipfile.ZipFile(Path(__file__).parents[1] / "data" / "run_of_schema_1.zip") as file:
+        file.extractall(tmp_path)
+    (path,) = tmp_path.rglob("run.db")
+    run = ft.Run.open(path.parent)
+    assert run.labels().empty
+    name = run.trajectories().trajectory.iloc[0]
+    run.label(name, "x")
+    assert run.labels().name.tolist() == [name] and len(ft.Run.open(path.parent)) == len(run)
 
 
 def test_a_row_that_is_no_label_hides_no_other(run, caplog):
