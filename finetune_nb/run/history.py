@@ -157,7 +157,9 @@ class RunHistory(ABC):
         left = self.partial if partial else None
         chosen = [*self.chosen(epoch), *([left] if left else [])]
         labels: Iterable[Label] = ()
-        if columns is None or {"labels", "label_score"}.intersection([columns] if isinstance(columns, str) else columns):
+        if columns is None or {"labels", "label_score"}.intersection(
+            [columns] if isinstance(columns, str) else columns
+        ):
             labels = read_labels(self.folder, [each.index for each in chosen])
         return self._of_example(frames.trajectories(chosen, example, columns, labels), example)
 
