@@ -642,7 +642,8 @@ class Run(RunHistory):
             await run.train_on(labels[labels.tag == "good"])
 
         `local_grpo` and `trl_sft` learn them as they are: what the policy sampled in them becomes more likely, whatever their
-        rewards. `trl_dpo` learns preferences, as `preferences` makes them of what the rollouts are worth. Learning rate, steps
+        rewards. `trl_dpo` learns preferences, as `preferences` makes them of what the rollouts are worth, of each pair that
+        differs. Learning rate, steps
         and passes are those of the adapter. The epoch's rollouts are copies of the chosen ones, each with the name that it was
         chosen by in its metadata; no others are made. The journal and the reward plot mark it.
 
@@ -667,7 +668,7 @@ class Run(RunHistory):
         await self._session.ask(self._driver.open)
         self._driver.require_trains_on_chosen()
         if self._driver.adapter.takes_preferences:
-            chosen = preferences(values_in(rollouts, tags), self._epoch, self.id, "all_pairs")
+            chosen = preferences(values_in(rollouts, tags), self._epoch, self.id, "all_pairs", max_pairs=10_000)
             told = count(sum(map(len, chosen.trajectories)), "preference")
         elif tags is not None:
             raise ConfigError(
