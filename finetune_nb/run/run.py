@@ -643,9 +643,8 @@ class Run(RunHistory):
 
         `local_grpo` and `trl_sft` learn them as they are: what the policy sampled in them becomes more likely, whatever their
         rewards. `trl_dpo` learns preferences, as `preferences` makes them of what the rollouts are worth, of each pair that
-        differs. Learning rate, steps
-        and passes are those of the adapter. The epoch's rollouts are copies of the chosen ones, each with the name that it was
-        chosen by in its metadata; no others are made. The journal and the reward plot mark it.
+        differs. Learning rate, steps and passes are those of the adapter. The epoch's rollouts are copies of the chosen ones,
+        each with the name that it was chosen by in its metadata; no others are made. The journal and the reward plot mark it.
 
         Args:
             rollouts: Names such as "e3/q17/2", or a frame with the column `trajectory` or `name`, of which each rollout counts
