@@ -23,6 +23,7 @@ _NAMES = {
     "rewards.from_trl": ("from_trl",),
     "rewards.functions": ("group_reward",),
     "rewards.judge": ("judge",),
+    "rewards.labels": ("label_reward",),
     "rewards.length": ("overlong_penalty",),
     "rewards.retrying": ("retrying",),
     "engine.sinks": ("JsonlSink", "MetricsSink", "WandbSink"),
@@ -132,6 +133,7 @@ if TYPE_CHECKING:
     from .rewards.from_trl import from_trl as from_trl
     from .rewards.functions import group_reward as group_reward
     from .rewards.judge import judge as judge
+    from .rewards.labels import label_reward as label_reward
     from .rewards.length import overlong_penalty as overlong_penalty
     from .rewards.retrying import retrying as retrying
     from .rollouts.evaluation import EvaluationRun as EvaluationRun

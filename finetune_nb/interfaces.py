@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import ConfigError
+from .errors import BackendError, ConfigError
 from .hooks import resolve, without_wrappers
 from .redaction import error_text, redacting_logger
 from .text import most_frequent_error
@@ -266,6 +266,8 @@ class TrainerAdapter(ABC):
     job was running then asks for that job, and does not submit it again. Raise UnknownJob for one that is not there."""
     status_is_cheap: bool = False
     """True where asking for a job's status costs nothing: then it is asked every second, to show how far training is."""
+    takes_preferences: bool = False
+    """True where it learns from preferences, not from episodes."""
 
     def __init__(self, adapter_config: TrainerAdapterConfig):
         self.adapter_config = adapter_config
@@ -305,6 +307,24 @@ class TrainerAdapter(ABC):
             StalePolicy: Other weights sampled them than those that would be trained.
         """
         raise NotImplementedError
+
+    async def submit_chosen(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
+        """Hand over rollouts that somebody chose, to be learned as they are: what was sampled in them becomes more likely,
+        whatever their rewards. Override it where the backend can. Returns at once.
+
+        Args:
+            trajectories: Episodes; preferences, where the adapter takes those.
+
+        Returns:
+            As `submit`.
+
+        Raises:
+            BackendError: The backend cannot train on them, or on any that were chosen.
+        """
+        raise BackendError(
+            f"{type(self).__name__} learns from rewards alone, not from rollouts that were chosen. Expected an adapter with "
+            "submit_chosen, such as local_grpo, trl_sft or trl_dpo."
+        )
 
     @abstractmethod
     async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:

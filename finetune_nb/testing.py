@@ -133,6 +133,9 @@ class FakeAdapter(TrainerAdapter):
         self._jobs[job_id] = asyncio.create_task(self._train())
         return TrainingJobRef(run_id=trajectories.run_id, backend="fake", metadata={"job_id": job_id})
 
+    async def submit_chosen(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
+        return await self.submit(trajectories)
+
     async def _train(self) -> None:
         await asyncio.sleep(self.delay)
         if self.outcome == TrainingStatusEnum.COMPLETED and self.policy is not None:

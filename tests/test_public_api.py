@@ -43,6 +43,7 @@ INTERFACES = {
         "initialize": "async (self, run_config)",
         "is_healthy": "abstract async (self)",
         "submit": "abstract async (self, trajectories)",
+        "submit_chosen": "async (self, trajectories)",
         "status": "abstract async (self, ref)",
         "wait_until_complete": "abstract async (self, ref, poll_interval=10.0)",
         "log_progress": "abstract (self, ref, metrics, output_dir=None)",

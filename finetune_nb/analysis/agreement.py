@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+    from ..rewards.labels import Tags
+
 __all__ = [
     "Agreement",
     "agreement",
@@ -124,20 +126,26 @@ def _correlation(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def labels_of(labels: Any) -> dict[str, float]:
+def labels_of(labels: Any, tags: Tags | None = None) -> dict[str, float]:
     """Labels by the name of the trajectory.
 
     Args:
-        labels: A mapping or a Series from names such as "e3/q17/2" to numbers or booleans; or a frame with the columns
-            `trajectory` and `label`.
+        labels: A mapping or a Series from names such as "e3/q17/2" to numbers or booleans; a frame with the columns
+            `trajectory` and `label`; or one with `name`, `tag` and `score`, as `run.labels()` returns it.
+        tags: Of such a frame, which labels count, as in `label_reward`. None: those that have a score, if they have one tag.
 
     Raises:
-        ConfigError: It is none of these, or a label is no number.
+        ConfigError: It is none of these, a label is no number, or the tags do not say which labels count.
     """
-    if hasattr(labels, "columns"):
+    if hasattr(labels, "columns") and {"name", "tag", "score"} <= set(labels.columns):
+        labels = _values_of_tags(labels, tags)
+    elif tags is not None:
+        raise ConfigError("tags= chooses among the labels of run.labels(); these are numbers already: leave it out.")
+    elif hasattr(labels, "columns"):
         if not {"trajectory", "label"} <= set(labels.columns):
             raise ConfigError(
-                f"the frame of labels has the columns {', '.join(map(str, labels.columns))}; expected trajectory and label."
+                f"the frame of labels has the columns {', '.join(map(str, labels.columns))}; expected trajectory and label, "
+                "or those of run.labels()."
             )
         labels = dict(zip(labels["trajectory"], labels["label"], strict=True))
     elif hasattr(labels, "to_dict"):
@@ -155,3 +163,32 @@ def labels_of(labels: Any) -> dict[str, float]:
     if not found:
         raise ConfigError("there are no labels. Label some rollouts, by the column `trajectory` of run.trajectories().")
     return found
+
+
+def _values_of_tags(frame: Any, tags: Tags | None) -> dict[str, float]:
+    """Of each labelled rollout in the frame, what its labels amount to. Labels of groups and epochs are left out."""
+    from ..rewards.labels import checked_tags, label_value
+    from ..store.labels import mean_scores
+
+    if "level" in frame.columns:
+        frame = frame[frame["level"] == "rollout"]
+    if tags is None:
+        frame = frame[frame["score"].notna()]
+        scored = list(dict.fromkeys(frame["tag"].tolist()))
+        if len(scored) != 1:
+            found = f"scores of {', '.join(map(repr, scored[:5]))}" if scored else "no label with a score"
+            raise ConfigError(
+                f"found {found}; expected those of one tag. Say which labels count, and as what: "
+                'tags="good", or tags={"good": 1, "hacked": 0}.'
+            )
+        tags = scored[0]
+    wanted = checked_tags(tags)
+    scores = mean_scores(zip(frame["name"].tolist(), frame["tag"].tolist(), frame["score"].tolist(), strict=True))
+    values: dict[str, float] = {}
+    for name, by_tag in scores.items():
+        value = label_value(by_tag, wanted)
+        if value is not None:
+            values[name] = value
+    if scores and not values:
+        raise ConfigError(f"no label has one of the tags {', '.join(map(repr, wanted))}. Label some rollouts with it.")
+    return values

@@ -1,4 +1,4 @@
-"""Compares the best and the worst rollout of one example, and finds the point where they diverge.
+"""Compares two rollouts, such as the best and the worst of one example, and finds the point where they diverge.
 
 Up to that point they are identical, so what follows explains why one was rewarded and the other was not. Among rollouts
 with equal rewards, the pair that stays identical longest is chosen: the later they diverge, the more it tells.
@@ -19,9 +19,12 @@ from .messages import called_functions, said_text, tokens_of
 from .rollout_group import RolloutGroup
 
 __all__ = [
+    "ComparedRollout",
     "Divergence",
     "GroupComparison",
+    "RolloutComparison",
     "compare_group",
+    "compare_rollouts",
     "first_divergence",
 ]
 
@@ -42,26 +45,87 @@ class Divergence:
 
 
 @dataclass(frozen=True, eq=False)
-class GroupComparison:
-    """Two rollouts of one example; displays itself in a cell."""
+class ComparedRollout:
+    """One side of a comparison."""
 
+    name: str
+    """What it is called in the view: "best", or "e3/q17/2"."""
     group: RolloutGroup
-    best: int
-    worst: int
-    """Positions in the group."""
+    place: int
+    """Its position in the group."""
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """Its record."""
+        return self.group.trajectories[self.place]
+
+    @property
+    def advantage(self) -> float:
+        """Within its own group; NaN without reward."""
+        return self.group.advantages[self.place]
+
+    @property
+    def generation(self) -> Any:
+        """Which of its group's rollouts it is."""
+        return self.group.generation(self.place)
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutComparison:
+    """Two rollouts side by side; displays itself in a cell."""
+
+    first: ComparedRollout
+    second: ComparedRollout
     divergence: Divergence | None
     """None if both say the same."""
 
     @property
+    def sides(self) -> tuple[ComparedRollout, ComparedRollout]:
+        """The two rollouts."""
+        return self.first, self.second
+
+    @property
     def trajectories(self) -> tuple[Trajectory, Trajectory]:
-        """The best and the worst."""
-        return self.group.trajectories[self.best], self.group.trajectories[self.worst]
+        """Their records."""
+        return self.first.trajectory, self.second.trajectory
 
     def __repr__(self) -> str:
         return shown_by("finetune_nb.views.group_comparison:comparison_text", self)
 
     def _repr_html_(self) -> str:
         return shown_by("finetune_nb.views.group_comparison:comparison_html", self)
+
+
+class GroupComparison(RolloutComparison):
+    """The best and the worst rollout of one example; displays itself in a cell."""
+
+    @property
+    def group(self) -> RolloutGroup:
+        """The rollouts of the example."""
+        return self.first.group
+
+    @property
+    def best(self) -> int:
+        """Position of the best in the group."""
+        return self.first.place
+
+    @property
+    def worst(self) -> int:
+        """Position of the worst in the group."""
+        return self.second.place
+
+
+def compare_rollouts(first: ComparedRollout, second: ComparedRollout) -> RolloutComparison:
+    """Compare any two rollouts, also of different examples or epochs.
+
+    Args:
+        first: A rollout.
+        second: Another one.
+
+    Returns:
+        Both, and where they diverge.
+    """
+    return RolloutComparison(first, second, first_divergence(first.trajectory, second.trajectory))
 
 
 def compare_group(group: RolloutGroup) -> GroupComparison:
@@ -105,15 +169,18 @@ def compare_group(group: RolloutGroup) -> GroupComparison:
         return (where.turn, where.character)
 
     pair = max(divergences, key=togetherness)
-    return GroupComparison(group, *pair, divergences[pair])
+    best_side, worst_side = (
+        ComparedRollout(name, group, place) for name, place in zip(("best", "worst"), pair, strict=True)
+    )
+    return GroupComparison(best_side, worst_side, divergences[pair])
 
 
 def first_divergence(a: Trajectory, b: Trajectory) -> Divergence | None:
     """Find the first turn of two rollouts whose role, text or tool calls differ.
 
     Args:
-        a: A rollout of an example.
-        b: Another rollout of the same example.
+        a: A rollout.
+        b: Another one.
 
     Returns:
         That turn, and the point in it where the two diverge. None if both say the same.

@@ -16,7 +16,7 @@ from ..hooks import shown_by
 from ..store.json import decode
 from ..store.reader import trajectory_columns
 from ..store.trajectories import to_python
-from ..text import text_of
+from ..text import plain, text_of
 from ..types import (
     RESCORED,
     CurriculumSettings,
@@ -405,6 +405,7 @@ async def rescore_epochs(
     rows: Mapping[str, EvalInputItem],
     only: str | Collection[str] | None = None,
     max_concurrency: int = 64,
+    labels: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> list[RescoredEpoch]:
     """Score the trajectories of recorded epochs.
 
@@ -416,6 +417,7 @@ async def rescore_epochs(
         only: "failed": rollouts without a reward; or the names of some ("e3/q17/2"). With a reward that compares a group, whole
             groups that have one of them. The others keep what they have. None: all.
         max_concurrency: How many calls of an async function run at once.
+        labels: Of labelled rollouts by their names: the score of each tag.
 
     Returns:
         The epochs with their new rewards.
@@ -431,7 +433,7 @@ async def rescore_epochs(
         )
     with_trajectories = needs_trajectories(evaluators)
     return [
-        await _rescored(record, evaluators, reward_name, rows, only, with_trajectories, max_concurrency)
+        await _rescored(record, evaluators, reward_name, rows, only, with_trajectories, max_concurrency, labels or {})
         for record in records
     ]
 
@@ -444,6 +446,7 @@ async def _rescored(
     only: str | Collection[str] | None,
     with_trajectories: bool,
     max_concurrency: int,
+    labels: Mapping[str, Mapping[str, float | None]],
 ) -> RescoredEpoch:
     import numpy as np
 
@@ -463,6 +466,7 @@ async def _rescored(
     # The rollouts that are scored, and where they stand among all of the epoch's.
     chosen = np.flatnonzero(wanted).tolist()
     place_of = {row: place for place, row in enumerate(chosen)}
+    names = _names(record, columns["generation"]) if labels else [""] * len(wanted)
     items: list[EvalInputItem] = []
     groups: list[list[int]] = []
     for example, begin, end in zip(
@@ -472,7 +476,8 @@ async def _rescored(
         row = rows.get(text_of(example))
         for each in members:
             output = columns["output"][each]
-            items.append(RecordedRollout.of(example, row, **({} if output is None else {"output_obj": decode(output)})))
+            known = {} if output is None else {"output_obj": decode(output)}
+            items.append(RecordedRollout.of(example, row, labels.get(plain(names[each])), **known))
         if members:
             groups.append([place_of[each] for each in members])
     trajectories = None

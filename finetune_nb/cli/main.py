@@ -1,5 +1,6 @@
 """The command line: `finetune-nb demo` trains the example before your eyes, `finetune-nb lab` opens the notebooks,
-`finetune-nb runs` lists what was run, `finetune-nb art-server` trains for the NeMo Agent Toolkit's ART plugin.
+`finetune-nb runs` lists what was run, `finetune-nb find` searches the rollouts of a run, and `finetune-nb art-server` trains for
+the NeMo Agent Toolkit's ART plugin.
 
 Exit codes: 0 it is done; 1 it failed, and standard error says why, or `runs` found a run that cannot be read; 2 the
 arguments are wrong; 130 it was interrupted. `lab` ends with JupyterLab's own code.
@@ -89,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="default: runs")
     runs.add_argument("--archived", action="store_true", help="archived runs")
     runs.set_defaults(command=_runs)
+
+    find = commands.add_parser("find", help="search the rollouts of a run, the newest epoch first")
+    find.add_argument("run", type=Path, help="the run's folder")
+    find.add_argument("text", nargs="?", help="a part of a text, in lower or upper case")
+    find.add_argument("--regex", help="a regular expression in RE2's syntax, in place of the text")
+    find.add_argument("--where", help="only these rollouts, such as \"reward < 0.5 and 'hacked' in labels\"")
+    find.add_argument("--epoch", type=int, action="append", help="only this epoch; may be given again")
+    find.add_argument("--limit", type=_positive, default=100, help="most hits shown (default 100); all are counted")
+    find.set_defaults(command=_find)
 
     art = commands.add_parser("art-server", help="train for the NeMo Agent Toolkit's ART plugin, in place of `art run`")
     art.add_argument("--model", default="embedded", help='"embedded" (default), a Hugging Face directory or name')
@@ -182,6 +192,29 @@ def _runs(arguments: argparse.Namespace) -> int:
     for line in damaged:
         complain(line)
     return 1 if damaged else 0
+
+
+def _find(arguments: argparse.Namespace) -> int:
+    from ..frames.search import Search, query_of
+    from ..store.labels import read_labels
+    from ..store.store import RunStore
+    from ..views.search import hit_line, search_headline
+
+    query = query_of(arguments.text, arguments.regex, arguments.where)
+    epochs = RunStore.open(arguments.run).epochs
+    if arguments.epoch is not None:
+        there = [epoch.index for epoch in epochs]
+        if absent := sorted(set(arguments.epoch).difference(there)):
+            known = f"epochs {there[0]} to {there[-1]}" if there else "no epoch"
+            raise FinetuneError(f"there is no epoch {absent[0]}; the run has {known}.")
+        epochs = [epoch for epoch in epochs if epoch.index in arguments.epoch]
+    labels = [] if arguments.where is None else read_labels(arguments.run)
+    search = Search(query, epochs, labels, arguments.limit)
+    for part in search:
+        for hit in part.hits:
+            say(hit_line(hit))
+    complain(search_headline(search))
+    return 0
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -6,6 +6,7 @@ Everything here is async and runs on the run's own thread. Nothing here imports 
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ from ..threads import in_daemon_thread
 from ..training.curriculum import state_from_dict
 from ..types import (
     RESCORED,
+    Change,
     CurriculumSettings,
     CurriculumState,
     EpisodeKey,
@@ -52,7 +54,7 @@ from .continuation import (
     reward_digest,
 )
 from .epoch_record import EpochInProgress, log_what_was_left
-from .live_settings import LiveSettings, write_live_values
+from .live_settings import CHOSEN, LiveSettings, write_live_values
 from .observer import TrainerObserver, set_curriculum
 from .run_writer import HeldLog, RunWriter, logging_to, restore_settings
 from .sinks import MetricsSink, SinkDispatcher
@@ -204,7 +206,7 @@ class Driver:
             said = f"from epoch {epoch} on, {change.field} is {short(change.new)}; it was {short(change.old)}"
             logger.warning("%s", said)
             self.writer.event("changed", text=said)
-        self.live_settings.note_resume(changes)
+        self.live_settings.note(changes)
 
     @property
     def is_open(self) -> bool:
@@ -274,6 +276,35 @@ class Driver:
                 in_progress.statuses.append(statuses[-1])  # why it ended before it submitted anything
 
         return await self._next(work)
+
+    async def train_on(self, chosen: TrajectoryCollection, told: str) -> Epoch:
+        """Trains on rollouts that somebody chose, and records that as an epoch. told: what they are, for the journal.
+
+        Raises:
+            RunError: The adapter cannot, an epoch has begun that is not complete, or the trainer trains only in its run().
+        """
+        await self.open()
+        self.require_trains_on_chosen()
+        if self._left is not None:
+            raise RunError(
+                f"epoch {self._left.index} has begun and is not complete: end it first, with await run.next_epoch()."
+            )
+
+        async def work(in_progress: EpochInProgress) -> TrainingJobRef:
+            ref = await self._observer.submit_chosen(chosen, in_progress)
+            self.live_settings.note([Change(time.time(), "code", CHOSEN, None, told, in_progress.epoch)])
+            return ref
+
+        return await self._next(work)
+
+    def require_trains_on_chosen(self) -> None:
+        """Raises RunError for a Trainer or an adapter that cannot train on rollouts that were chosen."""
+        self.require_single_epochs()
+        if getattr(type(self.adapter), "submit_chosen", None) in (None, TrainerAdapter.submit_chosen):
+            raise RunError(
+                f"{type(self.adapter).__name__} cannot train on rollouts that were chosen: it has no submit_chosen. The adapters "
+                "local_grpo, trl_sft and trl_dpo have one."
+            )
 
     async def _next(self, work: Callable[[EpochInProgress], Awaitable[TrainingJobRef | None]]) -> Epoch:
         with logging_to(self.writer):

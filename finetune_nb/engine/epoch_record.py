@@ -51,6 +51,7 @@ __all__ = [
     "require_rewards",
     "settled_late",
     "report_of",
+    "report_of_all",
     "validation_of",
 ]
 
@@ -163,6 +164,16 @@ def report_of(trainer: Trainer) -> TrainerReport | None:
     found = tuple(getattr(trainer, name, None) for name in ("selection", "statistics", "metrics"))
     kinds = (Selection, GroupStatistics, EpochMetrics)
     return TrainerReport(*found) if all(map(isinstance, found, kinds)) else None  # type: ignore[arg-type]
+
+
+def report_of_all(
+    collection: TrajectoryCollection, settings: CurriculumSettings, state: CurriculumState | None
+) -> TrainerReport:
+    """What a Trainer would say that chose every group."""
+    statistics = group_statistics(collection.trajectories)
+    selection = infer_selection(statistics, range(len(statistics)), settings, state)
+    selection = replace(selection, inferred=False)
+    return TrainerReport(selection, statistics, epoch_metrics(collection, statistics, selection))
 
 
 def record(

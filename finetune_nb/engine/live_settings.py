@@ -155,9 +155,14 @@ class LiveField:
     """The value as the component takes it. Raises ConfigError for one that does not fit."""
 
 
+CHOSEN = "train_on"
+"""The field of a Change that says: this epoch trained on rollouts that somebody chose."""
+
+
 def _is_setting(change: Change) -> bool:
-    """Whether a change can be made again: not what was found when a run was continued, and no function that a fork was given."""
-    return change.source != "resume" and not change.field.startswith("evaluator.")
+    """Whether a change can be made again: not what was found when a run was continued, no function that a fork was given, and
+    no training on chosen rollouts."""
+    return change.source != "resume" and change.field != CHOSEN and not change.field.startswith("evaluator.")
 
 
 class UnknownSetting(ConfigError, KeyError):
@@ -520,8 +525,8 @@ class LiveSettings:
                     self._live[name] = replace(self._live[name], value=self._live[name].check(value))
             self._untaken = {name for name in waiting if name in self._live}
 
-    def note_resume(self, changes: Sequence[Change]) -> None:
-        """Takes into the journal what was found to be changed when the run was continued."""
+    def note(self, changes: Sequence[Change]) -> None:
+        """Takes into the journal what is no change of a live setting: what was found when the run was continued, say."""
         with self._lock:
             self._journal += changes
 

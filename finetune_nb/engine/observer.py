@@ -34,7 +34,7 @@ from ..types import (
     as_float,
 )
 from ..user_code import contained
-from .epoch_record import EpochInProgress, record, report_of, settled_late, validation_of
+from .epoch_record import EpochInProgress, record, report_of, report_of_all, settled_late, validation_of
 from .live_settings import LiveSettings, write_live_values
 from .run_writer import RunWriter
 from .state import RunState
@@ -248,6 +248,22 @@ class TrainerObserver:
         ref = _expect(TrainingJobRef, await original(trajectories, *args, **kwargs), self.adapter, "submit")
         in_progress.submitted.append(trajectories)
         in_progress.refs.append(ref)
+        await self.writer.on_submitted(in_progress.epoch, ref)
+        in_progress.add_seconds("training", started)
+        return ref
+
+    async def submit_chosen(self, chosen: TrajectoryCollection, in_progress: EpochInProgress) -> TrainingJobRef:
+        """Hands over rollouts that somebody chose, which are all that the running epoch has."""
+        started = time.perf_counter()
+        in_progress.version = self.version
+        in_progress.progress.phase = "training"
+        self._put("training", in_progress)
+        ref = _expect(TrainingJobRef, await self.adapter.submit_chosen(chosen), self.adapter, "submit_chosen")
+        in_progress.collect(chosen, joined=False)
+        if not any(ref is seen for seen in in_progress.refs):  # submit_chosen may have called submit
+            in_progress.submitted.append(chosen)
+            in_progress.refs.append(ref)
+        in_progress.report = report_of_all(chosen, self.live_settings.applied, curriculum_of(self.trainer))
         await self.writer.on_submitted(in_progress.epoch, ref)
         in_progress.add_seconds("training", started)
         return ref

@@ -24,6 +24,7 @@ from ..redaction import error_text, redacting_logger
 from ..store.checkpoints import Checkpoints, logs_of, rewind
 from ..store.database import UnreadableRecord
 from ..store.json import forget_epochs, noting_replaced, plain
+from ..store.labels import put_labels, read_labels
 from ..store.reader import RunReader
 from ..store.store import FolderGone, RunStore
 from ..threads import in_daemon_thread
@@ -114,7 +115,10 @@ class RunWriter:
 
         def work() -> None:
             self._append_unsaved()
+            labels = read_labels(self.store.folder, [index])
             place = rewind(self.store, index - 1)
+            if labels:
+                put_labels(self.store.folder, labels)  # the rollouts are the same, and so are their names
             self._journaled = self.store.journal()
             self.store.begin_epoch(index, time.time(), version)
             self.store.add_rollouts(index, collection, True)

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..analysis.trajectory_names import generations_of, trajectory_names
 from ..store.json import decode, decode_steps
+from ..store.labels import Label
 from ..store.reader import trajectory_columns
 from ..store.trajectories import table_of, to_python
+from ..text import plain
 from ..training.metrics import advantages
 from ..types import GROUP_REASONS, Epoch, IntermediateStep, same_id
 from .columns import (
@@ -31,6 +33,7 @@ from .columns import (
     sources_of,
     wide,
 )
+from .labels import labels_by_rollout
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,13 +73,18 @@ COLUMNS = (
     Column("policy_version", "Int64", source="policy_version"),
     Column("finish_reason", "category", source="finish_reason"),
     Column("output", "str", source="output"),
+    Column("labels", "object"),
+    Column("label_score", "float64"),
     Column("score_<name>", "float64", source="scores"),
 )
-"""Columns of `trajectories`. Those without a source come from the epoch's statistics and selection."""
+"""Columns of `trajectories`. Those without a source come from the epoch's statistics and selection, and from labels."""
 
 
 def trajectories(
-    epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] | str | None = None
+    epochs: Iterable[Epoch],
+    example: Any = None,
+    columns: Sequence[str] | str | None = None,
+    labels: Iterable[Label] = (),
 ) -> pd.DataFrame:
     """One row = one trajectory, in the collection's order; then one row for each failed rollout of that epoch.
 
@@ -95,6 +103,8 @@ def trajectories(
     policy_version   Int64      the weights that it was sampled from
     finish_reason    category   of the last turn that has one: "stop", "length", ...
     output           str        what the workflow returned: a text as it is, any other value as JSON
+    labels           object     the tags of its labels, a tuple: ("hacked", "flag"); () if it has none
+    label_score      float64    the mean of its tags' scores; NaN if it has none
     score_<name>     float64    score from evaluator <name>; NaN if it is not a number
     ================ ========== =============================================================================
 
@@ -102,6 +112,7 @@ def trajectories(
         epochs: The records.
         example: Only the rollouts of this example, or of a list of examples. Default: all.
         columns: Only these columns, in this order. Default: all. Only the data that they need is read.
+        labels: Labels, of which those of these rollouts are shown.
 
     Returns:
         The frame.
@@ -112,7 +123,8 @@ def trajectories(
     fixed = [column.name for column in COLUMNS if column.prefix is None]
     names = asked_for(columns, fixed, [column.prefix for column in COLUMNS if column.prefix])
     wanted = [column for column in COLUMNS if names is None or _is_wanted(column, names)]
-    parts = [_values_of(epoch, example, wanted) for epoch in epochs]
+    labelled = labels_by_rollout(labels)
+    parts = [_values_of(epoch, example, wanted, labelled) for epoch in epochs]
     found: dict[str, Any] = {}
     for column in wanted:
         values = [part[column.name] for part in parts]
@@ -123,6 +135,9 @@ def trajectories(
         else:
             found |= {f"{column.prefix}{name}": scores for name, scores in _scores(flatten(values)).items()}
     return framed(found, names)
+
+
+_NO_LABELS: tuple[tuple[str, ...], float] = ((), math.nan)
 
 
 def _scores(texts: list[str | None]) -> dict[str, np.ndarray]:
@@ -151,7 +166,9 @@ def _is_wanted(column: Column, names: Sequence[str]) -> bool:
     return any(name.startswith(column.prefix) for name in names)
 
 
-def _values_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> dict[str, Any]:
+def _values_of(
+    epoch: Epoch, example: Any, wanted: Sequence[Column], labelled: Mapping[str, tuple[tuple[str, ...], float]]
+) -> dict[str, Any]:
     """The values of the wanted columns for one epoch: its trajectories, then its failures."""
     import numpy as np
 
@@ -162,7 +179,11 @@ def _values_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> dict[str
     # From the file: the trajectories, and the few values that a failure has.
     names = [column.name for column in wanted]
     sources = sources_of(wanted)
-    if "trajectory" in names and "generation" not in sources:
+    is_labelled = any(name in names for name in ("labels", "label_score")) and any(
+        name.startswith(f"e{epoch.index}/") for name in labelled
+    )
+    is_named = "trajectory" in names or is_labelled
+    if is_named and "generation" not in sources:
         sources.append("generation")
     known = columns.values(sources)
     for column in wanted:
@@ -176,8 +197,14 @@ def _values_of(epoch: Epoch, example: Any, wanted: Sequence[Column]) -> dict[str
     missing = np.full(len(failures), math.nan)
     found["epoch"] = np.full(columns.rows + len(failures), epoch.index)
     found["example"] = columns.examples
-    if "trajectory" in names:
+    if is_named:
         found["trajectory"] = columns.named(columns.generations(known["generation"]))
+    if is_labelled:
+        of_rows = [labelled.get(plain(name), _NO_LABELS) for name in found["trajectory"]]
+    else:
+        of_rows = [_NO_LABELS] * (columns.rows + len(failures))
+    found["labels"] = [tags for tags, _ in of_rows]
+    found["label_score"] = np.array([score for _, score in of_rows], dtype=float)
     found["reward"] = np.concatenate([statistics.rewards, missing])
     if "advantage" in names:
         found["advantage"] = np.concatenate([advantages(statistics), missing])
@@ -260,6 +287,13 @@ class EpochColumns:
         """(N) the named columns of the trajectories."""
         return trajectory_columns(self._epoch, names)
 
+    def rollouts(self, names: Sequence[str]) -> pa.Table:
+        """(N + F) the named columns of the trajectories and, after them, of the failures."""
+        if self._read is not None:
+            return self._read(names)
+        collection = self._epoch.collection
+        return table_of(collection.trajectories, collection.failures, names)
+
     def values(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """(N) the named columns as Python values."""
         if not names:
@@ -297,10 +331,7 @@ class EpochColumns:
         """The recorded steps of the selected failed rollouts. those: (F) bool."""
         if not any(those):
             return []
-        if self._read is None:
-            texts = table_of([], self._epoch.collection.failures, ["steps"]).column("steps").to_pylist()
-        else:
-            texts = self._read(["steps"]).column("steps").slice(self.rows).to_pylist()
+        texts = self.rollouts(["steps"]).column("steps").slice(self.rows).to_pylist()
         return [[] if text is None else decode_steps(text) for text in compress(texts, those)]
 
 

@@ -27,13 +27,23 @@ __all__ = [
 class RecordedRollout(EvalInputItem):
     """A recorded rollout as a reward function gets it. What was not recorded is an error, not an empty value."""
 
+    labels: dict[str, float | None] = {}
+    """The tags of its labels, each with the mean of its scores; None for a tag without a score."""
+
     @classmethod
-    def of(cls, example: Any, row: EvalInputItem | None, **output: Any) -> RecordedRollout:
+    def of(
+        cls,
+        example: Any,
+        row: EvalInputItem | None,
+        labels: Mapping[str, float | None] | None = None,
+        **output: Any,
+    ) -> RecordedRollout:
         """Make one.
 
         Args:
             example: Id of the example.
             row: Its row of the dataset; None if that is not known.
+            labels: The scores of its tags.
             **output: `output_obj`, what the workflow returned, if that was recorded.
 
         Returns:
@@ -44,6 +54,7 @@ class RecordedRollout(EvalInputItem):
             input_obj=row.input_obj if row else None,
             expected_output_obj=row.expected_output_obj if row else None,
             full_dataset_entry=row.full_dataset_entry if row else None,
+            labels=dict(labels or {}),
             **output,
         )
         # What has a default is missing all the same.

@@ -7,22 +7,29 @@ engine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from ..engine.state import RunStatus
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, RunError, did_you_mean
+from ..store.labels import Label, read_labels, remove_labels
+from ..text import short
 from ..types import Epoch
 from ..views.summary import run_html, run_text
+from .labelling import label_names, names_in
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..analysis.group_comparison import GroupComparison
+    from ..analysis.example_history import ExampleHistory
+    from ..analysis.group_comparison import ComparedRollout, GroupComparison, RolloutComparison
     from ..analysis.learning_signal import LearningSignal
-    from ..types import Change
+    from ..frames.search import Search
+    from ..rewards.labels import Tags
+    from ..rollouts.preferences import Pairing
+    from ..types import Change, TrajectoryCollection
     from ..views.rollout import RolloutView
     from ..views.tokens import Heat
 
@@ -149,7 +156,12 @@ class RunHistory(ABC):
 
         left = self.partial if partial else None
         chosen = [*self.chosen(epoch), *([left] if left else [])]
-        return self._of_example(frames.trajectories(chosen, example, columns), example)
+        labels: Iterable[Label] = ()
+        if columns is None or {"labels", "label_score"}.intersection(
+            [columns] if isinstance(columns, str) else columns
+        ):
+            labels = read_labels(self.folder, [each.index for each in chosen])
+        return self._of_example(frames.trajectories(chosen, example, columns, labels), example)
 
     def messages(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
         """One row = one message of an episode.
@@ -281,6 +293,105 @@ class RunHistory(ABC):
         used = None if epoch is None else {each.index for each in self.chosen(epoch)}
         return frames.journal([c for c in self.changes if used is None or c.epoch in used], columns)
 
+    # ── labels ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def label(
+        self,
+        name: Any,
+        tag: str,
+        *,
+        score: float | None = None,
+        note: str = "",
+        author: str | None = None,
+    ) -> None:
+        """Label rollouts, groups or epochs. Labels are kept in the run's folder, and may be given while it is written.
+
+            run.label("e3/q17/2", "hacked", note="prints the expected output")
+
+        Args:
+            name: "e3/q17/2", as in the column `trajectory` of `trajectories()`; "e3/q17" for a group, "e3" for an epoch.
+                Several: a list of names, or a frame with the column `trajectory` or `name`.
+            tag: A word or two, such as "hacked" or "flag".
+            score: Any finite number.
+            note: A text.
+            author: Who says so. Default: the name of the user of this system. A label of the same name, tag and author is
+                replaced.
+
+        Raises:
+            RunError: There is no such rollout, group or epoch, or no epoch yet.
+            ConfigError: The tag, the score, the note or the author does not fit.
+            StoreError: It cannot be written.
+        """
+        label_names(self, name, tag, score, note, author)
+
+    def unlabel(self, name: Any, tag: str | None = None, *, author: str | None = None) -> int:
+        """Take labels away.
+
+        Args:
+            name: As in `label`.
+            tag: Only labels with this tag. Default: every tag.
+            author: Only labels by this author. Default: by whomever.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            ConfigError: The frame has no such column.
+            StoreError: They cannot be written.
+        """
+        return remove_labels(self.folder, names_in(name), tag, author)
+
+    def labels(self, epoch: Any = None, columns: Columns = None) -> pd.DataFrame:
+        """One row = one label, by this process or another one, oldest first.
+
+        Args:
+            epoch: As in `trajectories`: labels of these epochs, their groups and rollouts. Default: all.
+            columns: Only these columns, in this order. Default: all.
+
+        Returns:
+            The frame; its columns are those of `frames.labels`.
+
+        Raises:
+            ConfigError: There is no such column.
+            IndexError: There is no such epoch.
+            StoreError: The folder cannot be read.
+        """
+        from .. import frames
+
+        epochs = None if epoch is None else [each.index for each in self.chosen(epoch)]
+        return frames.labels(read_labels(self.folder, epochs), columns)
+
+    def preferences(
+        self,
+        labels: Any = None,
+        *,
+        tags: Tags | None = None,
+        pairs: Pairing = "best_worst",
+        max_pairs_per_example: int = 8,
+    ) -> TrajectoryCollection:
+        """Make preferences of labelled rollouts, for backends that learn from them (`trl_dpo`).
+
+        Args:
+            labels: What rollouts are worth: `run.labels()`, or some of its rows; a mapping from names of rollouts to numbers; or
+                a frame with the columns `trajectory` and `label`, or `trajectory` and `reward`. Default: `run.labels()`.
+            tags: Which labels count, as in `ft.label_reward`: {"good": 1, "hacked": 0} says what tags are worth. Default: the
+                labels that have a score, if they all have one tag.
+            pairs: "best_worst": the best rollout of an example against its worst, "all_pairs": each against each. They may be
+                of different epochs.
+            max_pairs_per_example: Of more pairs, those with the largest difference are taken.
+
+        Returns:
+            One trajectory a pair, with prompt, chosen and rejected response; its metadata name the two rollouts.
+
+        Raises:
+            RunError: There is no pair, or a label is of no rollout that finished.
+            ConfigError: The labels do not say what rollouts are worth.
+        """
+        from .chosen import preferences, values_in
+
+        values = values_in(self.labels() if labels is None else labels, tags)
+        return preferences(values, self._epoch, self.id, pairs, max_pairs_per_example)
+
     # ── one epoch, looked at ─────────────────────────────────────────────────────────────────────────────────────────
 
     def _epoch(self, epoch: int | None) -> Epoch:
@@ -296,7 +407,7 @@ class RunHistory(ABC):
 
     def show(
         self,
-        epoch: int | None = None,
+        epoch: int | str | None = None,
         example: Any = None,
         generation: int | None = None,
         *,
@@ -304,8 +415,11 @@ class RunHistory(ABC):
     ) -> RolloutView:
         """Show one rollout as a conversation, with its reward, its tokens and the rest of its group.
 
+            run.show("e2/q37/3")
+
         Args:
-            epoch: Its number; negative counts from the newest. Default: the newest.
+            epoch: Its number; negative counts from the newest. Default: the newest. Or a name, as in the column `trajectory` of
+                `trajectories()`, that says the epoch, the example and the generation: "e2/q37/3", "e2/q37" or "e2".
             example: The example's id. Default: the one whose rewards differ most.
             generation: Which rollout of the group. Default: the best one.
             heat: What colours the sampled tokens: their "probability", or the "entropy" of the policy in their place, if that
@@ -317,19 +431,41 @@ class RunHistory(ABC):
         Raises:
             IndexError: There is no such epoch.
             RunError: The epoch has no such example, or the example no such generation.
-            ConfigError: `heat` is neither of the two.
+            ConfigError: `heat` is neither of the two, or something is said by the name and once more.
         """
         from ..analysis.rollout_group import rollout_group
         from ..views.rollout import RolloutView
 
+        if isinstance(epoch, str):
+            epoch, example, generation = self._named(epoch, example, generation)
         group = rollout_group(self._epoch(epoch), example)
         return RolloutView(group, group.rollout(generation), heat)
 
-    def compare_group(self, epoch: int | None = None, example: Any = None) -> GroupComparison:
+    def compare(self, first: str, second: str) -> RolloutComparison:
+        """Show two rollouts side by side, of any epochs, with the point where they diverge.
+
+            run.compare("e0/q37/1", "e3/q37/2")
+
+        Args:
+            first: A name, as in the column `trajectory` of `trajectories()`; of a group ("e0/q37"), its best rollout.
+            second: Another one.
+
+        Returns:
+            A view that displays itself; its `.divergence` is that point, its `.trajectories` are the two records.
+
+        Raises:
+            IndexError: There is no such epoch.
+            RunError: There is no such rollout, or it failed, so that there is nothing to compare.
+        """
+        from ..analysis.group_comparison import compare_rollouts
+
+        return compare_rollouts(self._compared(first), self._compared(second))
+
+    def compare_group(self, epoch: int | str | None = None, example: Any = None) -> GroupComparison:
         """Show the best and the worst rollout of one example side by side, with the point where they diverge.
 
         Args:
-            epoch: Its number; negative counts from the newest. Default: the newest.
+            epoch: Its number; negative counts from the newest. Default: the newest. Or the name of a group, such as "e2/q37".
             example: The example's id. Default: the one whose rewards differ most.
 
         Returns:
@@ -342,7 +478,93 @@ class RunHistory(ABC):
         from ..analysis.group_comparison import compare_group
         from ..analysis.rollout_group import rollout_group
 
+        if isinstance(epoch, str):
+            epoch, example, _ = self._named(epoch, example, None)
         return compare_group(rollout_group(self._epoch(epoch), example))
+
+    def find(
+        self,
+        text: str | None = None,
+        *,
+        regex: str | None = None,
+        where: Any = None,
+        epochs: Any = None,
+        limit: int = 10_000,
+    ) -> Search:
+        """Search the rollouts: their messages, tool calls and thoughts, and the errors of failed ones.
+
+            run.find("I cannot")
+            run.find(where="reward < 0.5 and 'hacked' in labels")
+
+        Args:
+            text: A part of a text, in lower or upper case.
+            regex: A regular expression in RE2's syntax, in lower or upper case.
+            where: Only these rollouts: a condition on the columns of `trajectories()`, such as "reward < 0.5 and error != None"
+                (comparisons joined by and, or, not; no code is run), or a function of the frame of one epoch that returns a
+                bool for each row.
+            epochs: As in `trajectories`. Default: all.
+            limit: Hits of which the text is kept; the others are counted.
+
+        Returns:
+            The search, which displays the first hits. Iterating it gives the hits of one epoch after another, the newest first;
+            its `.frame` has all; `.stop()` ends it.
+
+        Raises:
+            ConfigError: Nothing is searched for, or it does not fit.
+            IndexError: There is no such epoch.
+        """
+        from ..frames.search import Search, query_of
+
+        query = query_of(text, regex, where)
+        return Search(query, self.chosen(epochs), [] if where is None else read_labels(self.folder), limit)
+
+    def history(self, example: Any) -> ExampleHistory:
+        """Show one example over the epochs: its rewards, and what its best rollout replied.
+
+        Args:
+            example: The example's id.
+
+        Returns:
+            A view that displays itself; its `.groups` and `.rollouts` are DataFrames.
+
+        Raises:
+            ConfigError: No epoch has such an example.
+            RunError: No epoch has ended yet.
+        """
+        from ..analysis.example_history import ExampleHistory
+
+        if not self.records:
+            raise RunError(f"run {self.id!r} has no epoch yet, so there is no history. Run one, then ask again.")
+        groups = self.groups(example=example)
+        return ExampleHistory(groups.example.iloc[0], groups, self.trajectories(example=example))
+
+    def _named(self, name: str, example: Any, generation: Any) -> tuple[int, Any, Any]:
+        """Epoch, example and generation by a name; what it leaves open, as it was given."""
+        from ..frames.names import find_names
+
+        (found,) = find_names([name], self._epoch)
+        for what, said, given in (("example", found.example, example), ("generation", found.generation, generation)):
+            if said is not None and given is not None:
+                raise ConfigError(f"{short(repr(name), 80)} says the {what}: leave {what}={given!r} out.")
+        return (
+            found.epoch,
+            example if found.example is None else found.example,
+            generation if found.generation is None else found.generation,
+        )
+
+    def _compared(self, name: str) -> ComparedRollout:
+        """One side of a comparison."""
+        from ..analysis.group_comparison import ComparedRollout
+        from ..analysis.rollout_group import rollout_group
+
+        epoch, example, generation = self._named(name, None, None)
+        group = rollout_group(self._epoch(epoch), example)
+        place = group.rollout(generation)
+        if not isinstance(place, int):
+            raise RunError(
+                f"{short(repr(name), 80)} failed ({short(place.error, 200)}), so there is nothing to compare."
+            )
+        return ComparedRollout(name, group, place)
 
     def signal(self, epoch: int | None = None) -> LearningSignal:
         """Show which groups of an epoch teach, why the others do not, and what larger or smaller groups would do.

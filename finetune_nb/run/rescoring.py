@@ -26,6 +26,7 @@ from ..rewards.functions import Rewards, evaluators_from
 from ..rewards.scoring import WeightedSum, check_evaluator
 from ..rollouts.datasets import load_dataset
 from ..rollouts.evaluation import dataset_of
+from ..store.labels import Label, scores_by_tag
 from ..text import text_of
 from ..training.preview import PreviewInput, preview_input
 from ..types import CurriculumState, Epoch, EvalInputItem
@@ -128,6 +129,7 @@ async def rescore(
     only: str | Collection[str] | None,
     dataset: Any,
     max_concurrency: int,
+    labels: Sequence[Label] = (),
 ) -> list[RescoredEpoch]:
     """Score recorded rollouts.
 
@@ -139,6 +141,7 @@ async def rescore(
         only: As in `rescore_epochs`.
         dataset: The rows. None: the run's own, if they are known.
         max_concurrency: How many calls of an async function run at once.
+        labels: Those of the run.
 
     Returns:
         The epochs with their new rewards.
@@ -155,11 +158,16 @@ async def rescore(
         if name not in evaluators:
             evaluators[name] = WeightedSum(WeightedConfig(weights=sections[name]["weights"]))
     rows = _rows(config, components, dataset)
-    return await _score(records, evaluators, name, rows, only, max_concurrency)
+    return await _score(records, evaluators, name, rows, labels, only, max_concurrency)
 
 
 async def score_by(
-    judge: Config, of_judge: Builder | None, config: Config, components: Builder | None, records: Sequence[Epoch]
+    judge: Config,
+    of_judge: Builder | None,
+    config: Config,
+    components: Builder | None,
+    records: Sequence[Epoch],
+    labels: Sequence[Label] = (),
 ) -> list[RescoredEpoch]:
     """Score recorded rollouts of one run with the reward of another one.
 
@@ -169,6 +177,7 @@ async def score_by(
         config: The config of the run whose rollouts these are.
         components: Its components, which know its rows.
         records: Its epochs.
+        labels: Its labels.
 
     Returns:
         The epochs with their new rewards.
@@ -177,7 +186,7 @@ async def score_by(
         ConfigError: The reward cannot be called with the rows, or is not known.
     """
     evaluators = await _evaluators(of_judge, reward_parts(judge))
-    return await _score(records, evaluators, reward_name_of(judge), _rows(config, components, None))
+    return await _score(records, evaluators, reward_name_of(judge), _rows(config, components, None), labels)
 
 
 async def _evaluators(components: Builder | None, names: Iterable[str]) -> dict[str, Any]:
@@ -192,6 +201,7 @@ async def _score(
     evaluators: Mapping[str, Any],
     reward_name: str,
     rows: Sequence[EvalInputItem],
+    labels: Sequence[Label],
     only: str | Collection[str] | None = None,
     max_concurrency: int = 64,
 ) -> list[RescoredEpoch]:
@@ -203,7 +213,7 @@ async def _score(
                 raise
             raise ConfigError(f"{error} The run's dataset is not known here: pass dataset=.") from error
     by_id = {text_of(row.id): row for row in rows}
-    return await rescore_epochs(records, evaluators, reward_name, by_id, only, max_concurrency)
+    return await rescore_epochs(records, evaluators, reward_name, by_id, only, max_concurrency, scores_by_tag(labels))
 
 
 def _rows(config: Config, components: Builder | None, dataset: Any) -> Sequence[EvalInputItem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -26,15 +27,17 @@ from ..redaction import error_text, redacting_logger
 from ..rewards.functions import Rewards, evaluators_from
 from ..store.durable import size_of
 from ..store.folder import checkpoints
+from ..store.labels import read_labels
 from ..store.reader import RunReader
 from ..store.runs import archive_run, delete_run, free_id
 from ..store.store import RunStore
-from ..text import cut, duration, plain
+from ..text import count, cut, duration, plain
 from ..threads import before_exit, in_daemon_thread, run_sync
 from ..tripwires import Tripwire, tripped
 from ..types import Change, CurriculumSettings, Epoch, RolloutFailure, Trajectory, Validation
 from ..views.summary import epoch_text
 from .history import RunHistory
+from .labelling import names_in
 from .opening import Obstacle, branch_of, components_from, config_of, copy_for_fork, make_fork
 from .session import EpochLines, Session
 
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from ..analysis.diagnosis import Diagnosis
     from ..analysis.rescoring import RescoredEpoch, Rescoring
     from ..llms.client import ChatReply
+    from ..rewards.labels import Tags
     from ..rollouts.evaluation import Progress
     from ..training.preview import Preview
     from .rescoring import NewestEpoch
@@ -631,6 +635,51 @@ class Run(RunHistory):
         self._require_open()
         return await self._session.run_in_cell(self._driver.next_epoch, self._progress_line)
 
+    async def train_on(self, rollouts: Any, *, tags: Tags | None = None) -> Epoch:
+        """Train on recorded rollouts that you chose, by one training job of the run's adapter, recorded as an epoch.
+
+            labels = run.labels()
+            await run.train_on(labels[labels.tag == "good"])
+
+        `local_grpo` and `trl_sft` learn them as they are: what the policy sampled in them becomes more likely, whatever their
+        rewards. `trl_dpo` learns preferences, as `preferences` makes them of what the rollouts are worth, of each pair that
+        differs. Learning rate, steps and passes are those of the adapter. The epoch's rollouts are copies of the chosen ones,
+        each with the name that it was chosen by in its metadata; no others are made. The journal and the reward plot mark it.
+
+        Args:
+            rollouts: Names such as "e3/q17/2", or a frame with the column `trajectory` or `name`, of which each rollout counts
+                once. For `trl_dpo`: as `labels` of `preferences`.
+            tags: For `trl_dpo`: as in `preferences`.
+
+        Returns:
+            The epoch's record.
+
+        Raises:
+            RunError: The adapter cannot do this, a name is of no rollout that finished, or something of this run is running.
+            ConfigError: The frame has no such column, or is empty.
+            BackendError: The rollouts lack what training needs.
+            JobFailed: The training job failed or was canceled; the record is in `.epoch`.
+        """
+        from .chosen import chosen_rollouts, preferences, values_in
+
+        self._require_open()
+        self._session.require_outside("train_on")
+        await self._session.ask(self._driver.open)
+        self._driver.require_trains_on_chosen()
+        if self._driver.adapter.takes_preferences:
+            chosen = preferences(values_in(rollouts, tags), self._epoch, self.id, "all_pairs", max_pairs=10_000)
+            told = count(sum(map(len, chosen.trajectories)), "preference")
+        elif tags is not None:
+            raise ConfigError(
+                "tags= says what rollouts are worth, which matters for preferences alone: choose rows instead."
+            )
+        else:
+            chosen = chosen_rollouts(names_in(rollouts), self._epoch, self.id)
+            told = count(sum(map(len, chosen.trajectories)), "chosen rollout")
+        if not chosen.trajectories:
+            raise ConfigError("no rollout was chosen: there is no name.")
+        return await self._session.run_in_cell(lambda: self._driver.train_on(chosen, told), self._progress_line)
+
     async def validate(self) -> Validation:
         """Evaluate the policy, as it is now, on the validation dataset.
 
@@ -644,20 +693,49 @@ class Run(RunHistory):
         self._require_open()
         return await self._session.join(self._session.begin(self._driver.validate, fails=False))
 
-    async def rollout(self, example: Any = 0) -> Trajectory | RolloutFailure:
+    async def rollout(self, example: Any = 0, *, epoch: int | None = None) -> Trajectory | RolloutFailure:
         """Try one example: one rollout, scored and shown as a conversation, and recorded nowhere.
 
         Args:
             example: Its id, or its position in the dataset.
+            epoch: With the weights as they were after this epoch, if a checkpoint of them is kept; negative counts from the
+                newest. They are loaded beside those of the run, for this rollout alone. Default: the weights as they are now.
 
         Returns:
             The trajectory, or the failure.
 
         Raises:
-            RunError: There is no such example, or the run's own trajectory builder runs a workflow that is not known here.
+            RunError: There is no such example, the weights are not kept, or the run's own trajectory builder runs a workflow that
+                is not known here.
+            IndexError: There is no such epoch.
+            ConfigError: The run was given a component as an object, which cannot be loaded a second time.
         """
+        if epoch is not None:
+            return await self._rollout_after(self[epoch].index, example)
         self._require_open()
         return await self._session.ask(lambda: self._driver.rollout(example))
+
+    async def _rollout_after(self, epoch: int, example: Any) -> Trajectory | RolloutFailure:
+        """One rollout of a fork that is gone afterwards, and leaves nothing in the run's folder."""
+        if self._unable:
+            raise RunError(self._unable.text)
+        store = self._stored()
+        assert store is not None  # it has that epoch
+        branch = branch_of(store, epoch, None, None)
+        if branch.checkpoint is None and self[epoch].policy_versions[1] != 0:
+            raise RunError(
+                f"the weights after epoch {epoch} of run {self.id!r} are not kept: there is no checkpoint of them. "
+                "run.rollout(example) uses the weights as they are now."
+            )
+        config, components = copy_for_fork(self.config, self._driver.components, None, {})
+        with tempfile.TemporaryDirectory(prefix="finetune_nb-") as place:
+            config.finetuning.output_dir = Path(place)
+            folder = Path(place) / self.id
+            await in_daemon_thread(lambda: make_fork(store.folder, branch, folder, self.id, config.stored()))
+            run = type(self).__new__(type(self))
+            run._setup(config, components, self.id, RunStore.open(folder))
+            async with run:
+                return await run.rollout(example)
 
     async def chat(self, messages: Any, **options: Any) -> ChatReply:
         """Get the policy's reply.
@@ -941,7 +1019,8 @@ class Run(RunHistory):
             found = reweight(self.config, records, weights)
             return rescoring(self.config, self.id, found, self.records, self._put_in_place)
         self._session.require_outside("rescore")
-        work = rescore(self.config, self.config.builder, records, reward, only, dataset, max_concurrency)
+        labels = read_labels(self.folder, [record.index for record in records])
+        work = rescore(self.config, self.config.builder, records, reward, only, dataset, max_concurrency, labels)
         found = run_sync(work if self._closed else self._session.engine.run(work))
         return rescoring(self.config, self.id, found, self.records, self._put_in_place)
 
@@ -957,7 +1036,9 @@ class Run(RunHistory):
         from .rescoring import score_by
 
         self._session.require_outside("compare")
-        work = score_by(judge.config, judge.config.builder, self.config, self.config.builder, self.chosen(epochs))
+        of_judge, own = judge.config.builder, self.config.builder
+        labels = read_labels(self.folder, epochs)
+        work = score_by(judge.config, of_judge, self.config, own, self.chosen(epochs), labels)
         return run_sync(work if judge._closed else judge._session.engine.run(work))
 
     def _put_in_place(self, rescored: RescoredEpoch) -> None:
@@ -973,6 +1054,7 @@ class Run(RunHistory):
         reward: Rewards,
         labels: Any,
         *,
+        tags: Tags | None = None,
         scale: tuple[float, float] = (0.0, 1.0),
         dataset: Any = None,
         max_concurrency: int = 64,
@@ -981,8 +1063,10 @@ class Run(RunHistory):
 
         Args:
             reward: A judge, or any other reward.
-            labels: What a person says: a mapping from names of trajectories ("e3/q17/2", the column `trajectory` of
-                `trajectories()`) to numbers, or a frame with the columns `trajectory` and `label`.
+            labels: What a person says: `run.labels()`, or some of its rows; a mapping from names of trajectories ("e3/q17/2",
+                the column `trajectory` of `trajectories()`) to numbers; or a frame with the columns `trajectory` and `label`.
+            tags: Which of `run.labels()` count, as in `ft.label_reward`: {"good": 1, "hacked": 0} says what tags are worth.
+                Default: the labels that have a score, if they all have one tag.
             scale: Lowest and highest value of both; its middle separates good from bad for Cohen's kappa.
             dataset: The rows, if the run was opened without them.
             max_concurrency: How many calls of an async reward run at once.
@@ -997,7 +1081,7 @@ class Run(RunHistory):
         from ..analysis.agreement import labels_of
         from .rescoring import agreement_with, labelled_epochs
 
-        known = labels_of(labels)
+        known = labels_of(labels, tags)
         epochs = labelled_epochs(known, self.records)
         if not epochs:
             raise ConfigError(

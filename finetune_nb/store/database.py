@@ -9,6 +9,8 @@
                  `rollouts` its trajectories, in batches
     validations  by the epoch that they belong to; NULL: asked for by hand
     changes      the journal of the live settings
+    labels       what people and code say of rollouts, groups and epochs; the one table that a process writes which does not
+                 write the run. A label that was taken away stays as a row, `removed`, so that readers learn of it
 
 PRAGMA user_version is the number of migrations that were applied. NaN is NULL in the columns to query.
 """
@@ -54,8 +56,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EmptyRun",
+    "LABELS_SINCE",
     "MIGRATIONS",
     "UnreadableRecord",
+    "change_beside",
     "change_from_row",
     "epoch_from_row",
     "epoch_to_row",
@@ -96,8 +100,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "field TEXT NOT NULL, old TEXT NOT NULL, new TEXT NOT NULL, epoch INTEGER)",
     ),
     ("ALTER TABLE run ADD COLUMN start TEXT", "ALTER TABLE unfinished ADD COLUMN selection TEXT"),
+    (
+        "CREATE TABLE labels (name TEXT NOT NULL, tag TEXT NOT NULL, author TEXT NOT NULL, epoch INTEGER NOT NULL, "
+        "example TEXT, generation TEXT, score REAL, note TEXT NOT NULL, time REAL NOT NULL, "
+        "removed INTEGER NOT NULL DEFAULT 0, change INTEGER NOT NULL, PRIMARY KEY (name, tag, author))",
+        "CREATE INDEX labels_by_change ON labels (change)",
+    ),
 )
 """Statements of each version; a new one is added after the others, never changed."""
+LABELS_SINCE = 3
+"""The first version with the table of labels. The one before it has all else as it is now, so it is read in place."""
 
 
 LARGEST_VALUE = 2**29
@@ -108,7 +120,7 @@ _STEPS_PER_BYTE = 20
 """And as many for each byte of the file. Reading all of a run takes fewer than one."""
 
 
-_TABLES = ("run", "epochs", "unfinished", "rollouts", "validations", "changes")
+_TABLES = ("run", "epochs", "unfinished", "rollouts", "validations", "changes", "labels")
 
 
 class EmptyRun(StoreError):
@@ -155,7 +167,7 @@ def _bound(db: sqlite3.Connection, path: Path) -> None:
     db.set_progress_handler(spent, every)
 
 
-def _check_tables(db: sqlite3.Connection, folder: Path) -> None:
+def _check_tables(db: sqlite3.Connection, folder: Path, version: int) -> None:
     """Raises StoreError where a table is none: a view, whose query may never end, or one that computes something when it is
     read or written."""
     kinds: dict[str, str] = {}
@@ -167,6 +179,8 @@ def _check_tables(db: sqlite3.Connection, folder: Path) -> None:
             kinds[name] = "virtual table" if virtual else str(kind)
     for name in _TABLES:
         kind = kinds.get(name)
+        if kind is None and name == "labels" and version < LABELS_SINCE:
+            continue
         if kind != "table":
             raise StoreError(_not_ours(folder, f"{name} is missing" if kind is None else f"{name} is a {kind}"))
         columns = db.execute(f"PRAGMA table_xinfo({name})").fetchall()
@@ -196,7 +210,7 @@ def open_to_write(folder: Path, create: bool = False) -> sqlite3.Connection:
             raise StoreError(f"there is a run in {folder} already. Open it, or choose another folder.")
         if not create:
             _require_version(folder, version)
-            _check_tables(db, folder)
+            _check_tables(db, folder, version)
             found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise sqlite3.DatabaseError(str(found))
@@ -207,6 +221,30 @@ def open_to_write(folder: Path, create: bool = False) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def change_beside(folder: Path, work: Callable[[sqlite3.Connection], T]) -> T:
+    """Changes something beside the process that writes the run, if there is one: a short transaction that needs no lock of
+    the run. Raises StoreError, sqlite3.Error and what `work` raises; then nothing was changed."""
+    check_plain(*_files(folder))
+    _require_file(folder)
+    if not (folder / f"{DATABASE}-wal").exists():
+        _require_whole(folder / DATABASE)
+    with closing(_connect(folder / DATABASE, "mode=rw")) as db:
+        version = _version(db, folder)
+        _require_version(folder, version)
+        _check_tables(db, folder, version)
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            migrate(db)
+            found = work(db)
+            db.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):  # a full disk has rolled it back already
+                db.execute("ROLLBACK")
+            raise
+        return found
 
 
 def migrate(db: sqlite3.Connection, version: int | None = None) -> None:
@@ -242,15 +280,16 @@ def read(folder: Path, work: Callable[[sqlite3.Connection], T]) -> T:
     _require_file(folder)
     if not wal.exists():
         # Then nobody writes, and the ordinary mode would create files beside it.
+        before = _as_it_lies(path)
         try:
             _require_whole(path)
             found = _in_snapshot(folder, _connect(path, "mode=ro&immutable=1"), work)
-            if not wal.exists():
+            if not wal.exists() and _as_it_lies(path) == before:
                 return found
         except (sqlite3.Error, ValueError, StoreError):
-            if not wal.exists():
+            if not wal.exists() and _as_it_lies(path) == before:
                 raise
-        # A writer has come meanwhile: what was read may be half old and half new.
+        # A writer has come meanwhile, or has come and gone: what was read may be half old and half new.
     try:
         return _in_snapshot(folder, _connect(path, "mode=ro"), work)
     except sqlite3.OperationalError:
@@ -263,14 +302,20 @@ def read(folder: Path, work: Callable[[sqlite3.Connection], T]) -> T:
             return _in_snapshot(folder, _connect(Path(copy) / DATABASE, "mode=rw"), work)
 
 
+def _as_it_lies(path: Path) -> tuple[int, int, int]:
+    """What changes whenever the file does."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _in_snapshot(folder: Path, db: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
     try:
         with closing(db):
             db.execute("BEGIN")
             version = _version(db, folder)
             _require_version(folder, version)
-            _check_tables(db, folder)
-            if version == len(MIGRATIONS):
+            _check_tables(db, folder, version)
+            if version >= LABELS_SINCE - 1:
                 return work(db)
             # It is brought up to date where no one sees.
             with closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:

@@ -46,6 +46,7 @@ from .database import (
 from .durable import append_line, check_plain, write_durably
 from .folder import CONFIG, DATABASE, LOG, RUN_ID, TRAJECTORIES, WriteLock, remove_leftovers, remove_temporary
 from .json import encode, noting_replaced
+from .labels import remove_labels_after
 from .reader import RunReader, StoredEpoch, as_store_error
 from .trajectories import batch_of, write_trajectories
 from .trust import sign
@@ -275,6 +276,7 @@ class RunStore(RunReader):
             db.execute("DELETE FROM unfinished")
             db.execute("DELETE FROM rollouts")
             db.execute("UPDATE changes SET epoch = NULL WHERE epoch > ?", (index,))
+            remove_labels_after(db, index)  # their names will be those of other rollouts
             db.execute("UPDATE run SET revision = revision + 1")
         self.refresh()
 

@@ -24,6 +24,7 @@ __all__ = [
     "LARGEST_ADVANTAGE",
     "TrainingBatch",
     "TokenSequence",
+    "supervised_batch",
     "training_batch",
     "token_sequences",
     "turn_advantages",
@@ -138,6 +139,8 @@ class TrainingBatch:
     """Their trajectories."""
     truncated: int = 0
     """Trajectories that were submitted and whose last reply was cut at its longest length, trained on or not."""
+    supervised: bool = False
+    """Whether every sampled token is to become more likely, whatever the rewards were; advantages are then without meaning."""
 
     def sequences(self) -> Iterator[TokenSequence]:
         return (sequence for trajectory in self.trajectories for sequence in trajectory)
@@ -190,6 +193,22 @@ def training_batch(
         trained += of_group
         with_signal += bool(of_group)
     return TrainingBatch(trained, with_signal, len(groups) - with_signal, idle_tokens, idle_sequences, truncated=cut)
+
+
+def supervised_batch(collection: TrajectoryCollection) -> TrainingBatch:
+    """What `collection` can teach by its sampled tokens alone. Raises BackendError or MissingLogprobs where a turn lacks what
+    training needs, or where no turn was sampled."""
+    learned, cut = [], 0
+    for group in collection.trajectories:
+        for trajectory in group:
+            cut += finish_reason(trajectory) == "length"
+            sequences = token_sequences(trajectory)
+            if not sequences:
+                raise BackendError(
+                    f"{where(trajectory)} has no turn that a policy sampled, so nothing can be learned from it."
+                )
+            learned.append(sequences)
+    return TrainingBatch(learned, len(collection.trajectories), 0, truncated=cut, supervised=True)
 
 
 LARGEST_ADVANTAGE = 1e15

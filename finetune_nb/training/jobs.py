@@ -305,10 +305,19 @@ class PolicyAdapter(JobAdapter[JobT]):
         batch = training_batch(
             trajectories, config.scale_rewards, config.truncated, getattr(config, "baseline", "mean")
         )
-        report = self._check(batch)
 
+        def check_again() -> None:  # a job before this one may have trained since
+            check_versions(trajectories, policy.version, config.max_staleness)
+
+        return self._start(trajectories.run_id, policy, batch, check_again)
+
+    def _start(
+        self, run_id: str, policy: Any, batch: TrainingBatch, check_again: Callable[[], None] = lambda: None
+    ) -> TrainingJobRef:
+        """Starts a job on that batch. check_again: called right before it trains."""
+        report = self._check(batch)
         before: Any = self._newest_job()
-        job = TrainingJob(trajectories.run_id, self.backend, policy.version, batch, report, before)
+        job = TrainingJob(run_id, self.backend, policy.version, batch, report, before)
         self._jobs[job.id] = job  # type: ignore[assignment]  # such adapters have such jobs
         self._submitted = number = self._submitted + 1
 
@@ -316,8 +325,7 @@ class PolicyAdapter(JobAdapter[JobT]):
             with self._exclusive(job) as alone:
                 if not alone or job.stopped() or not batch.trajectories:
                     return
-                # A job before this one may have trained since.
-                check_versions(trajectories, policy.version, config.max_staleness)
+                check_again()
                 try:
                     self._train(job, batch, number)
                 finally:

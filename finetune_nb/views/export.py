@@ -23,6 +23,7 @@ from ..errors import ConfigError, StoreError, did_you_mean
 from ..redaction import error_text, redact_texts, redacting_logger
 from ..store.durable import write_durably
 from ..store.json import encode, finite
+from ..store.labels import read_labels
 from ..text import plain
 from ..types import EpisodeItem, Epoch, chat_fields
 
@@ -37,7 +38,7 @@ __all__ = [
 
 logger = redacting_logger(__name__)
 
-FRAMES = ("trajectories", "messages", "tokens", "groups", "epochs", "journal")
+FRAMES = ("trajectories", "messages", "tokens", "groups", "epochs", "journal", "labels")
 
 
 def export(run: Any, path: str | Path, frame: str | None = None, filters: Mapping[str, Any] | None = None) -> Path:
@@ -136,7 +137,7 @@ def _conversations(run: Any, epoch: Epoch, filters: Mapping[str, Any]) -> Iterat
     """An epoch's trajectories and failures: the row of each in the frame, with its messages."""
     from .. import frames
 
-    rows = frames.trajectories([epoch])
+    rows = frames.trajectories([epoch], labels=read_labels(run.folder, [epoch.index]))
     records = rows.astype(object).where(rows.notna(), None).to_dict("records")
     rollouts = [*chain.from_iterable(epoch.collection.trajectories), *epoch.collection.failures]
     for record, rollout in zip(records, rollouts, strict=True):

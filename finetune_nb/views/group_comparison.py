@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from ..analysis.group_comparison import GroupComparison
+from ..analysis.group_comparison import ComparedRollout, RolloutComparison
 from ..analysis.messages import said_text
 from ..text import count, number, one_line, short, signed
 from ..types import sampled_tokens
@@ -29,25 +29,23 @@ SCORES = 24
 PLAIN = Setting(tables=False)
 
 
-def comparison_text(comparison: GroupComparison) -> str:
+def comparison_text(comparison: RolloutComparison) -> str:
     """The comparison as text: one line per rollout, where they diverge, and their scores."""
-    group = comparison.group
-    lines = [f"epoch {group.epoch} · example {one_line(group.example)}", *_names(comparison), _parting(comparison)]
+    lines = [" · ".join(map(one_line, _heading(comparison))), *_names(comparison), _parting(comparison)]
     for name, best, worst in _scores(comparison):
         lines.append(f"{name}: {number(best)} against {number(worst)}")
     return "\n  ".join(lines)
 
 
-def comparison_html(comparison: GroupComparison) -> str:
+def comparison_html(comparison: RolloutComparison) -> str:
     """The comparison as HTML: a table of rewards, scores and lengths, where the two diverge, and their turns side by side."""
-    group = comparison.group
     rows = [_row("reward", [trajectory.reward for trajectory in comparison.trajectories])]
-    rows.append(_row("advantage", [signed(group.advantages[place]) for place in (comparison.best, comparison.worst)]))
+    rows.append(_row("advantage", [signed(side.advantage) for side in comparison.sides]))
     rows += [_row(name, values) for name, *values in _scores(comparison)]
     rows += _lengths(comparison)
     head = [
-        title(f"epoch {group.epoch}", f"example {short(group.example)}"),
-        table(rows, ["", "best", "worst"]),
+        title(*_heading(comparison)),
+        table(rows, ["", *(short(side.name, 60) for side in comparison.sides)]),
         element("div", element("strong", _parting(comparison))),
     ]
     return view(*head, *_turns(comparison, VIEW_LIMIT - _bytes(*head)))
@@ -57,26 +55,34 @@ def _row(name: str, values: Sequence[Any]) -> tuple[str, ...]:
     return name, *map(number, values)
 
 
-def _names(comparison: GroupComparison) -> list[str]:
+def _heading(comparison: RolloutComparison) -> list[str]:
+    """Which epochs and examples the two are of."""
+    groups = [side.group for side in comparison.sides]
+    epochs = list(dict.fromkeys(str(group.epoch) for group in groups))
+    examples = list(dict.fromkeys(short(group.example) for group in groups))
+    return [f"epoch{'s' * (len(epochs) > 1)} {' and '.join(epochs)}", f"example {' and '.join(examples)}"]
+
+
+def _names(comparison: RolloutComparison) -> list[str]:
     """One line per rollout: generation, reward and advantage."""
-    group = comparison.group
     names = []
-    for label, place in (("best", comparison.best), ("worst", comparison.worst)):
-        generation = short(group.generation(place), 20)
-        reward, advantage = number(group.trajectories[place].reward), signed(group.advantages[place])
-        names.append(f"{label} · generation {generation} · reward {reward} · advantage {advantage}")
+    for side in comparison.sides:
+        generation = short(side.generation, 20)
+        reward, advantage = number(side.trajectory.reward), signed(side.advantage)
+        names.append(f"{short(side.name, 60)} · generation {generation} · reward {reward} · advantage {advantage}")
     return names
 
 
-def _parting(comparison: GroupComparison) -> str:
+def _parting(comparison: RolloutComparison) -> str:
     """A sentence that says where they diverge."""
     best, worst = comparison.trajectories
     where = comparison.divergence
     if where is None:
         return "both say the same"
     if where.turn >= min(len(best.episode), len(worst.episode)):
-        longer, shorter = ("best", "worst") if len(best.episode) > len(worst.episode) else ("worst", "best")
-        return f"they say the same until the {shorter} one ends; the {longer} one continues at turn {where.turn}"
+        one, other = map(_called, comparison.sides)
+        longer, shorter = (one, other) if len(best.episode) > len(worst.episode) else (other, one)
+        return f"they say the same until {shorter} ends; {longer} continues at turn {where.turn}"
     turns = [turn_of(trajectory.episode[where.turn]) for trajectory in (best, worst)]
     same = f"the first {count(where.turn, 'turn')} are the same; " if where.turn > 1 else ""
     roles = " against ".join(dict.fromkeys(short(turn.role, 40) for turn in turns))
@@ -84,6 +90,10 @@ def _parting(comparison: GroupComparison) -> str:
         return f"{same}they part at turn {where.turn} ({roles}), character {where.character}"
     sides = " against ".join(_choice(turn, where.token) for turn in turns)
     return f"{same}they part at turn {where.turn} ({roles}), token {where.token}: {sides}"
+
+
+def _called(side: ComparedRollout) -> str:
+    return f"the {side.name} one" if side.name in ("best", "worst") else short(side.name, 60)
 
 
 def _choice(turn: Turn, place: int) -> str:
@@ -95,7 +105,7 @@ def _choice(turn: Turn, place: int) -> str:
     return f"“{visible(token.text, 40)}”{chance}"
 
 
-def _scores(comparison: GroupComparison) -> list[tuple[str, Any, Any]]:
+def _scores(comparison: RolloutComparison) -> list[tuple[str, Any, Any]]:
     """(name, score of the best, score of the worst)."""
     both = []
     for trajectory in comparison.trajectories:
@@ -106,7 +116,7 @@ def _scores(comparison: GroupComparison) -> list[tuple[str, Any, Any]]:
     return [(short(name, 80), best.get(name), worst.get(name)) for name in names[:SCORES]]
 
 
-def _lengths(comparison: GroupComparison) -> list[tuple[str, ...]]:
+def _lengths(comparison: RolloutComparison) -> list[tuple[str, ...]]:
     turns, tokens = [], []
     for trajectory in comparison.trajectories:
         turns.append(len(trajectory.episode))
@@ -117,7 +127,7 @@ def _lengths(comparison: GroupComparison) -> list[tuple[str, ...]]:
 # ── side by side ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _turns(comparison: GroupComparison, room: int) -> list[Html]:
+def _turns(comparison: RolloutComparison, room: int) -> list[Html]:
     """Both conversations in `room` bytes: the shared turns once, then one row per turn, as many as fit."""
     best, worst = ([turn_of(item) for item in trajectory.episode] for trajectory in comparison.trajectories)
     called = tool_names([*best, *worst])
@@ -161,7 +171,7 @@ def _cell(turn: Turn | None, limit: int, called: Mapping[str, str]) -> list[Html
 
 
 def _cells_where_they_part(
-    comparison: GroupComparison, best: Turn, worst: Turn, limit: int, called: Mapping[str, str]
+    comparison: RolloutComparison, best: Turn, worst: Turn, limit: int, called: Mapping[str, str]
 ) -> list[list[Html]]:
     """The first turns that differ, in `limit` bytes each: the shared beginning dimmed, the rest emphasized."""
     where = comparison.divergence

@@ -8,6 +8,7 @@ import json
 import os
 import time
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -22,7 +23,7 @@ from finetune_nb.backends.trl.config import TRLDPOConfig, TRLSFTConfig  # noqa: 
 from finetune_nb.backends.trl.rows import best_of_groups, preference_rows, supervised_rows  # noqa: E402
 from finetune_nb.config import FinetuneConfig  # noqa: E402
 from finetune_nb.errors import BackendError, ConfigError, UnknownJob  # noqa: E402
-from finetune_nb.testing import make_trajectory  # noqa: E402
+from finetune_nb.testing import FakeAdapter, make_trajectory  # noqa: E402
 from finetune_nb.types import DPOItem, TrainingJobRef, Trajectory, TrajectoryCollection  # noqa: E402
 
 PROMPT = [{"role": "user", "content": "3+4"}]
@@ -97,6 +98,55 @@ def test_without_ids_the_text_is_the_row():
 
 
 # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+@pytest.mark.proof
+async def test_twenty_labelled_pairs_move_the_policy_their_way(tmp_path):
+    """Replies that the policy sampled, of which people say which they like: those become more likely than the others."""
+    config = TRLDPOConfig(learning_rate=2e-3, epochs=4, batch_size=4, device="cpu", threads=1)
+    trainer = await adapter(config, tmp_path)
+    policy = trainer.policy
+
+    async def solve(question, llm):
+        return (await llm.chat([{"role": "user", "content": question}])).content
+
+    rows = [{"id": f"q{place}", "question": f"{place}+1", "answer": ""} for place in range(20)]
+    run = ft.Run(
+        solve,
+        lambda output: 0.0,
+        rows,
+        generations=2,
+        adapter=FakeAdapter(policy=policy),
+        sampling={"max_tokens": 8},
+        output_dir=tmp_path,
+    )
+    await run.next_epoch()
+    for place in range(20):
+        liked = place % 2
+        run.label(f"e0/q{place}/{liked}", "liked", author="ann")
+        run.label(f"e0/q{place}/{1 - liked}", "disliked", author="bob")
+    pairs = run.preferences(tags={"liked": 1, "disliked": 0})
+    items = [pair.episode[0] for group in pairs.trajectories for pair in group]
+    assert len(items) == 20
+
+    def margins():
+        found = []
+        for each in items:
+            prompt = [message.model_dump() for message in each.prompt]
+            found.append(
+                logprob(policy, each.chosen_response, prompt) - logprob(policy, each.rejected_response, prompt)
+            )
+        return np.array(found)
+
+    before = margins()
+    status = await trainer.wait_until_complete(await trainer.submit(pairs))
+    assert status.status == "completed", status.message
+    grown = margins() - before
+    print(f"\n20 labelled pairs: the margin grew by {grown.mean():.2f} nats in the mean, in {(grown > 0).sum()} of 20")
+    assert grown.mean() > 1 and (grown > 0).sum() >= 18
+    await trainer.aclose()
+    run.close()
 
 
 @pytest.mark.slow

@@ -15,8 +15,10 @@ from records import epoch_of, failed, stored, with_tool
 from finetune_nb import frames
 from finetune_nb.frames.columns import objects
 from finetune_nb.frames.epochs import EPOCHS, GROUPS, JOURNAL
+from finetune_nb.frames.labels import LABELS
 from finetune_nb.frames.messages import MESSAGES, TOKENS
 from finetune_nb.frames.trajectories import COLUMNS
+from finetune_nb.store.labels import Label
 from finetune_nb.types import Change, LLMCall, RolloutFailure, Trajectory
 
 EPOCH = make_epoch(
@@ -33,6 +35,7 @@ DECLARED = {
     frames.tokens: (TOKENS, [EPOCH]),
     frames.groups: (GROUPS, [EPOCH]),
     frames.epochs: (EPOCHS, [EPOCH]),
+    frames.labels: (LABELS, [Label("e0/a/0", 0, "a", 0, "good", 0.5, "a note", "ann", 0.0)]),
     frames.journal: (JOURNAL, [Change(0.0, "code", "percentile", 0.5, 0.8, None)]),
 }
 """Frame -> what it declares, and records to make it of."""

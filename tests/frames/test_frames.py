@@ -188,7 +188,7 @@ def test_100000_trajectories_take_less_than_250_bytes_a_row() -> None:
         for g in range(12_500)
     ]
     frame = frames.trajectories([epoch_of(groups)])
-    assert frame.shape == (100_000, 15)
+    assert frame.shape == (100_000, 17)
     assert frame.tokens.sum() == 800_000
     assert frame.memory_usage(deep=True).sum() < 25e6
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from factories import make_epoch, make_trajectory
 from nbformat.sign import NotebookNotary
+from records import epoch_of, stored
 
 import finetune_nb as ft
 from finetune_nb.cli import demo
@@ -266,3 +268,46 @@ def test_runs_lists_a_directory(tmp_path, capsys):
     assert "0.75" in shown and "one at 0" in shown and "MB" in shown
     assert main(["runs", str(tmp_path / "nowhere")]) == 1
     assert "no directory" in capsys.readouterr().err
+
+
+# ── finetune-nb find ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def searched(tmp_path) -> str:
+    """The folder of a run of two epochs, in which a model says what no terminal should be sent."""
+    hostile = make_trajectory(0.5, "q0", 0, "the word is \x1b[31mTokyo")
+    stored(tmp_path, epoch_of([[hostile]]), make_epoch([[1.0, 0.0]], 1))
+    return str(tmp_path / "run")
+
+
+def test_find_prints_a_line_a_hit_and_how_many_there_are(searched, capsys):
+    assert main(["find", searched, "tokyo"]) == 0
+    told = capsys.readouterr()
+    assert told.out == "e0/q0/0  reward 0.5  turn 1 assistant: the word is ␛[31m«Tokyo»\n"
+    assert told.err == "1 hit in 1 of 3 rollouts\n"
+
+
+def test_find_takes_a_regex_a_condition_epochs_and_a_limit(searched, capsys):
+    assert main(["find", searched, "--regex", "T.ky", "--where", "reward > 0.1", "--epoch", "0"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    read_and_label = ft.Run.open(searched)
+    read_and_label.label("e1/q0/1", "odd")
+    assert main(["find", searched, "--where", "'odd' in labels"]) == 0
+    assert capsys.readouterr().out == "e1/q0/1  reward 0\n"
+    assert main(["find", searched, "2+2", "--limit", "1"]) == 0
+    assert capsys.readouterr().err == "3 hits in 3 of 3 rollouts; the first 1 are shown\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to search for"),
+        (["x", "--epoch", "7"], "no epoch 7; the run has epochs 0 to 1"),
+        (["--regex", "("], "no regular expression"),
+        (["--where", "__import__('os')"], "no condition"),
+    ],
+)
+def test_find_says_what_is_wrong(searched, capsys, arguments, said):
+    assert main(["find", searched, *arguments]) == 1
+    assert said in capsys.readouterr().err

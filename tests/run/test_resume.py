@@ -215,7 +215,7 @@ async def test_a_folder_that_the_first_schema_wrote_is_read_as_it_is_and_gone_on
     assert again.curriculum.percentile == 0.6
     assert (await again.next_epoch()).index == 3
     again.close()
-    assert version() == 2
+    assert version() == 3
     straight = make_run("new", **options)
     for index in range(4):
         if index == 2:

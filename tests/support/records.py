@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from factories import item
 
 from finetune_nb.config import CurriculumSettings
@@ -74,7 +76,7 @@ def stored(tmp_path, *epochs: Epoch) -> list[Epoch]:
 class Views(RunHistory):
     """A run to look at, from records alone."""
 
-    id, folder, status, partial, changes = "run", None, RunStatus("run", "ready", (), 0, 0), None, ()  # type: ignore[assignment]
+    id, folder, status, partial, changes = "run", Path("none"), RunStatus("run", "ready", (), 0, 0), None, ()  # type: ignore[assignment]
 
     def __init__(self, *records: Epoch) -> None:
         self._records = records

@@ -28,7 +28,7 @@ def run_of(*epochs) -> Views:
 RUN = run_of(make_epoch({"q": [1.0, 0.0, None], 7: [0.5, 0.25]}, failures=[failed("q")], scores={"correct": 1.0}))
 
 
-@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize("frame", sorted({*FRAMES} - {"labels"}))  # a run of records alone has none
 def test_every_frame_comes_back_from_every_kind_of_table(frame, tmp_path):
     there = getattr(RUN, frame)()
     table = pd.read_csv(RUN.export(tmp_path / "x.csv", frame))

@@ -16,8 +16,9 @@ from ...components.registry import register_trainer_adapter
 from ...errors import BackendError, MissingExtra
 from ...redaction import redacting_logger
 from ...threads import in_daemon_thread
-from ...training.batch import TrainingBatch
-from ...training.jobs import PolicyAdapter, TrainingJob
+from ...training.batch import TrainingBatch, supervised_batch
+from ...training.jobs import PolicyAdapter, TrainingJob, check_exact
+from ...types import TrainingJobRef, TrajectoryCollection
 from .config import LocalGRPOConfig, LoRAConfig
 
 if TYPE_CHECKING:
@@ -97,6 +98,13 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
 
             self._learner = Learner(policy, self.adapter_config)
         return self._learner
+
+    async def submit_chosen(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
+        """Starts a job that makes the sampled tokens of these rollouts more likely, with the config's learning rate, steps and
+        passes. They may be of older weights. Raises as `submit`; nothing is then started."""
+        policy = await in_daemon_thread(self._load)
+        check_exact((t for group in trajectories.trajectories for t in group), self.adapter_config.allow_inexact)
+        return self._start(trajectories.run_id, policy, supervised_batch(trajectories))
 
     def _check(self, batch: TrainingBatch) -> TrainingReport:
         from .training import TrainingReport  # needs torch, which is known to be there by now

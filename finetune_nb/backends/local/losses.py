@@ -1,4 +1,5 @@
-"""The losses of policy gradients by name: tensors in, tensors out. Nothing here knows trajectories, optimizers or jobs.
+"""The losses of policy gradients by name, and the supervised one: tensors in, tensors out. Nothing here knows trajectories,
+optimizers or jobs.
 
 Shapes are in the names: B sequences of T tokens, padded on the right. `mask_BT` is True where the policy sampled the token;
 every other position is ignored, whatever value (NaN included) is there. A loss is to be minimised: it is minus the objective.
@@ -20,6 +21,7 @@ from .config import LOSSES
 __all__ = [
     "LossStatistics",
     "policy_loss",
+    "supervised_loss",
 ]
 
 
@@ -216,3 +218,19 @@ def _statistics(
         ]
     )
     return LossStatistics(*sums.tolist())
+
+
+def supervised_loss(
+    logprobs_BT: Tensor, mask_BT: Tensor, batch_tokens: float | None = None
+) -> tuple[Tensor, LossStatistics]:
+    """The supervised loss of one micro-batch, minus the mean log probability of the sampled tokens, and its statistics: how many
+    tokens there were. What compares with the policy that sampled them is NaN.
+
+    batch_tokens: the tokens of the whole optimizer batch, whose loss the losses of its micro-batches add up to. None: this
+    micro-batch is the whole batch.
+    """
+    tokens = mask_BT.sum()
+    value = -torch.where(mask_BT, logprobs_BT, 0.0).sum()
+    value = value / (tokens.clamp(min=1) if batch_tokens is None else batch_tokens)
+    unknown = dict.fromkeys((f.name for f in fields(LossStatistics) if f.name != "tokens"), float("nan"))
+    return value, LossStatistics(tokens=tokens.item(), **unknown)

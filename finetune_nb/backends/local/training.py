@@ -23,7 +23,7 @@ from .config import LocalGRPOConfig
 from .families.positions import borders_of
 from .forward import TokenBatch, collate, micro_batches
 from .lora import as_trained, is_lora, switched_off
-from .losses import LossStatistics, policy_loss
+from .losses import LossStatistics, policy_loss, supervised_loss
 from .memory import largest_that_fits, ran_out
 from .policy import LocalPolicy
 from .prefill import can_share
@@ -111,7 +111,7 @@ class TrainingReport:
 
 
 class Learner:
-    """Takes GRPO steps on `policy.model`. Whoever calls `train` holds `policy.exclusive`."""
+    """Takes GRPO or supervised steps on `policy.model`. Whoever calls `train` holds `policy.exclusive`."""
 
     def __init__(self, policy: LocalPolicy, config: LocalGRPOConfig) -> None:
         self.policy, self.config = policy, config
@@ -122,6 +122,7 @@ class Learner:
         self._scale = 1.0
         self._idle: tuple[float, float] = (0, 0)
         self._length = 1
+        self._supervised = False
         self.reference = None
         """A copy of the initial weights, where KL is asked for and no adapter can be switched off."""
         if config.kl_coef and not is_lora(policy.model):
@@ -172,6 +173,8 @@ class Learner:
         # Part of the tokens and sequences that teach nothing and count all the same.
         self._idle = (experience.idle_tokens / parts, experience.idle_sequences / parts) if config.dilute else (0, 0)
         self._length = max(sum(sequence.sampled) for sequence in experience.sequences())
+        report.has_reference = config.kl_coef > 0
+        self._supervised = experience.supervised
         self.trained.follow()
         self._scale = FLOAT16_SCALE if self.policy.model.dtype == torch.float16 else 1.0
         before = self.trained.sample()
@@ -299,6 +302,8 @@ class Learner:
 
     def _loss(self, batch: TokenBatch, tokens: float, sequences: float) -> tuple[Tensor, LossStatistics]:
         config, model = self.config, self.policy.model
+        if self._supervised:
+            return supervised_loss(batch.scores(model).logprobs_BT, batch.mask_BT, tokens)
         reference_BT = None
         if config.kl_coef:
             with torch.no_grad():

@@ -49,6 +49,11 @@ class TRLAdapter(PolicyAdapter[TRLJob]):
         self.seed = seed
 
     @property
+    def takes_preferences(self) -> bool:  # type: ignore[override]
+        """Whether it learns from preferences."""
+        return isinstance(self.adapter_config, TRLDPOConfig)
+
+    @property
     def backend(self) -> str:  # type: ignore[override]  # one class, two backends
         """The `_type` of its config, for messages."""
         return self.adapter_config.static_type() or "trl"
@@ -64,10 +69,21 @@ class TRLAdapter(PolicyAdapter[TRLJob]):
 
     async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
         """Starts a process. Raises BackendError for what it cannot learn from; nothing is then started."""
-        rows = self._rows(trajectories)
+        return await self._launch(trajectories.run_id, self._rows(trajectories))
+
+    async def submit_chosen(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
+        """Starts a process that learns from all of these, whatever their rewards. Raises as `submit`."""
+        if isinstance(self.adapter_config, TRLDPOConfig):
+            return await self._launch(trajectories.run_id, self._rows(trajectories))
+        rows = supervised_rows([trajectory for group in trajectories.trajectories for trajectory in group])
+        if not rows:
+            raise BackendError(f"{self.backend} got no trajectories with a sampled turn.")
+        return await self._launch(trajectories.run_id, rows)
+
+    async def _launch(self, run_id: str, rows: list[dict[str, Any]]) -> TrainingJobRef:
         self._require_no_job_at_work("beside another one")
         policy, config = await in_daemon_thread(self._load), self.adapter_config
-        job = TRLJob(trajectories.run_id, self.backend, self._folder(trajectories.run_id), policy, len(rows))
+        job = TRLJob(run_id, self.backend, self._folder(run_id), policy, len(rows))
         settings = {
             "method": "dpo" if isinstance(config, TRLDPOConfig) else "sft",
             "settings": config.settings(self.seed + self._submitted),
