@@ -1,0 +1,147 @@
+"""The trajectory browser without its widget: the groups of an epoch as a table that reads well wherever a notebook is shown.
+
+Every look is an inline style with literal colours that suit light and dark, as viewers strip style sheets; nothing is said by
+colour alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..analysis.browse_index import FAILED, SIGNAL_NAMES, BrowseIndex, group_order
+from ..text import count, number, one_line, plain, short
+from ..types import Epoch
+from .html import Html, element
+
+__all__ = [
+    "browser_html",
+    "browser_text",
+]
+
+ROWS = 30
+"""Most groups in the table."""
+DOTS = 16
+"""Most rollouts of a group that are shown one by one."""
+BARS = 60
+"""Most epochs in the strip of mean rewards."""
+_BLUE, _RED, _GREY = "#3b82c4", "#d0533f", "rgba(128,128,128,.3)"
+_CELL = "padding:2px 12px 2px 0;text-align:left;vertical-align:middle;border:0;background:transparent"
+_NUMBER = _CELL.replace("left", "right", 1) + ";font-variant-numeric:tabular-nums"
+
+
+def browser_text(name: str, epochs: Sequence[Epoch], shown: int | None) -> str:
+    """The browser in one line."""
+    if shown is None:
+        return plain(f"Trajectory browser of {short(name, 80)}: no epoch yet")
+    record = next(epoch for epoch in epochs if epoch.index == shown)
+    metrics = record.metrics
+    parts = [f"epoch {shown} of {count(len(epochs), 'epoch')}", count(metrics.groups, "group")]
+    parts.append(f"{count(metrics.trajectories, 'rollout')}, {metrics.failures:,} failed")
+    return plain(f"Trajectory browser of {short(name, 80)}: {', '.join(parts)}")
+
+
+def browser_html(name: str, epochs: Sequence[Epoch], index: BrowseIndex | None, line: str) -> Html:
+    """What a notebook shows of a browser when no kernel answers.
+
+    Args:
+        name: The run's name.
+        epochs: Its epochs.
+        index: Of the epoch to show; None: there is none yet.
+        line: The Python that opens the browser again.
+
+    Returns:
+        The mean rewards by epoch, and the groups whose rewards differ most.
+    """
+    title = element("div", element("strong", f"Trajectories of {short(name, 80)}"))
+    again = element(
+        "div",
+        "A static summary. In JupyterLab, with a running kernel, this is a browser: run the cell again, or ",
+        element("code", line),
+        style="opacity:.8;font-size:12px;margin-top:4px",
+    )
+    if index is None:
+        return element("div", title, element("div", "No epoch has ended yet."), again)
+    order = group_order(index, np.ones(len(index), dtype=bool), "spread")
+    failed = int((index.flags & FAILED).astype(bool).sum())
+    facts = [f"epoch {index.epoch}", count(len(index.examples), "example"), count(len(index), "rollout")]
+    facts.append(f"{failed:,} failed")
+    rows = [_row(index, int(group)) for group in order[:ROWS]]
+    head = element("tr", *(element("th", text, scope="col", style=_CELL) for text in _HEADERS))
+    more = len(order) - len(rows)
+    table = element(
+        "table",
+        element("thead", head),
+        element("tbody", *rows),
+        style="border-collapse:collapse;font-size:13px;margin:4px 0",
+    )
+    return element(
+        "div",
+        title,
+        _strip(epochs, index.epoch),
+        element("div", " · ".join(facts)),
+        table,
+        element("div", f"and {count(more, 'more example')}") if more > 0 else Html(),
+        again,
+        class_="mathjax_ignore tex2jax_ignore",
+        style="max-width:100%;overflow-x:auto;line-height:1.5",
+    )
+
+
+_HEADERS = ("example", "rewards, by generation", "mean", "spread", "what it teaches")
+
+
+def _row(index: BrowseIndex, group: int) -> Html:
+    """One group: its rewards as bars with numbers."""
+    start, stop = int(index.starts[group]), int(index.starts[group + 1])
+    rewards = [float(each) for each in index.rewards[start:stop]]
+    failed = [bool(flag & FAILED) for flag in index.flags[start:stop].tolist()]
+    known = [reward for reward in rewards if math.isfinite(reward)]
+    low, high = min([0.0, *known]), max([1.0, *known])
+    marks = [_mark(reward, lost, low, high) for reward, lost in zip(rewards[:DOTS], failed, strict=False)]
+    if stop - start > DOTS:
+        marks.append(element("span", f" +{stop - start - DOTS:,}"))
+    said = ", ".join("failed" if lost else number(reward) for reward, lost in zip(rewards[:DOTS], failed, strict=False))
+    strip = element("span", *marks, title=said, style="white-space:nowrap")
+    signal = SIGNAL_NAMES[int(index.signals[group])].replace("_", " ")
+    return element(
+        "tr",
+        element("td", one_line(index.examples[group], 60), style=_CELL + ";font-family:monospace"),
+        element("td", strip, style=_CELL),
+        element("td", number(float(index.means[group])), style=_NUMBER),
+        element("td", number(float(index.spreads[group])), style=_NUMBER),
+        element("td", signal, style=_CELL),
+    )
+
+
+def _mark(reward: float, failed: bool, low: float, high: float) -> Html:
+    """A rollout: a bar as high as its reward, × where it failed, ○ where it has no reward."""
+    box = "display:inline-block;width:11px;text-align:center;vertical-align:bottom;margin-right:2px;line-height:16px;"
+    if failed:
+        return element("span", "×", style=f"{box}color:{_RED};font-weight:700")
+    if not math.isfinite(reward):
+        return element("span", "○", style=box)
+    share = (reward - low) / (high - low)
+    background = f"linear-gradient(to top,{_BLUE} {100 * share:.0f}%,{_GREY} {100 * share:.0f}%)"
+    return element("span", Html("&nbsp;"), style=f"{box}height:16px;background:{background}")
+
+
+def _strip(epochs: Sequence[Epoch], shown: int) -> Html:
+    """The mean reward of each epoch as a bar, and how it went in words."""
+    every = max(1, math.ceil(len(epochs) / BARS))
+    drawn = epochs[::every]
+    means = [epoch.metrics.mean_reward for epoch in epochs if math.isfinite(epoch.metrics.mean_reward)]
+    if len(means) < 2:
+        return Html()
+    low, high = min([0.0, *means]), max([1.0, *means])
+    bars = []
+    for epoch in drawn:
+        mean = epoch.metrics.mean_reward
+        height = 0 if not math.isfinite(mean) else round(2 + 26 * (mean - low) / (high - low))
+        colour = _RED if epoch.index == shown else _BLUE
+        style = f"display:inline-block;width:6px;margin-right:1px;height:{height}px;background:{colour};vertical-align:bottom"
+        bars.append(element("span", title=f"epoch {epoch.index}: {number(mean)}", style=style))
+    words = f" mean reward by epoch, from {number(means[0])} to {number(means[-1])}"
+    return element("div", *bars, element("span", words, style="font-size:12px"), style="height:30px;margin:4px 0")
