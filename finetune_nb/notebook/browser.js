@@ -344,7 +344,7 @@ class GroupList {
     });
     row.style.top = `${place * ROW_HEIGHT}px`;
     const change = index.means[group] - index.before[group];
-    const facts = make("span", { kind: "facts", text: `${number(index.means[group])} ±${number(index.spreads[group])}` });
+    const facts = make("span", { kind: "facts", text: number(index.means[group]), title: "mean reward" });
     if (!Number.isNaN(change) && Math.abs(change) > 1e-6) {
       facts.append(make("span", { kind: change > 0 ? "up" : "down", text: ` ${change > 0 ? "▲" : "▼"}${number(Math.abs(change))}` }));
     }
@@ -352,7 +352,7 @@ class GroupList {
     row.append(
       make("div", { kind: "line" }, make("span", { kind: "id", text: example }), facts),
       make("div", { kind: "line" }, this.strip(group, matched), history),
-      make("span", { kind: `signal ${signals[index.signals[group]].name}`, text: signal }),
+      make("div", { kind: "line" }, make("span", { kind: `signal ${signals[index.signals[group]].name}`, text: signal }), make("span", { kind: "facts", text: `spread ${number(index.spreads[group])}` })),
     );
     row.history = history;
     this.drawHistory(row, group);
@@ -461,7 +461,7 @@ class Reader {
 
   /** Shows a rollout. at: {epoch, index, rollout}. */
   show(body, at) {
-    Object.assign(this, { body, at, turn: 0, token: -1, rank: -1, unlikely: null, shared: null, marked: null });
+    Object.assign(this, { body, at, turn: 0, token: -1, rank: -1, unlikely: null, shared: undefined, marked: null });
     this.turns.replaceChildren();
     this.sections = body.turns.map((turn, i) => this.section(turn, i));
     this.paintHead();

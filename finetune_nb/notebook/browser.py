@@ -6,11 +6,11 @@ records. Nothing here prints, waits for a cell or touches an event loop. Where n
 
 from __future__ import annotations
 
-import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -32,7 +32,9 @@ from ..analysis.browse_index import (
 from ..analysis.learning_signal import SIGNALS
 from ..analysis.rollout_body import RolloutRows, rollout_body, rollout_json
 from ..errors import ConfigError, FinetuneError, RunError, did_you_mean
+from ..frames.names import find_names
 from ..redaction import error_text, redacting_logger
+from ..store.labels import Label, Labelled, changed_since, new_labels, put_labels, read_labels, remove_labels
 from ..text import one_line, short, text_of
 from ..types import Epoch, same_id
 from ..views.browser import browser_html, browser_text
@@ -56,7 +58,6 @@ HISTORY = 256
 """Most groups whose history is asked for at a time."""
 HISTORY_EPOCHS = 64
 """Most epochs of a history."""
-_NAME = re.compile(r"e(?P<epoch>\d+)/(?P<example>.*)/(?P<generation>#?\d+|None)", re.DOTALL)
 
 
 class BrowsedRun(Protocol):
@@ -76,6 +77,7 @@ class _Source:
         steerable = getattr(getattr(run, "status", None), "read_only", "") is None
         self._run: Callable[[], BrowsedRun | None] = weakref.ref(run) if steerable else lambda: run
         self._records: Sequence[Epoch] = run.records
+        self.folder: Path | None = getattr(run, "folder", None)
         self._indexes: dict[int, tuple[Epoch, BrowseIndex]] = {}
         self._least: tuple[Epoch, np.ndarray] | None = None
         self._history: tuple[Epoch, np.ndarray] | None = None
@@ -156,7 +158,38 @@ class _Source:
         """(N,) which rollouts of an epoch the filter lets through."""
         index = self.index(number)
         hits = None if wanted.text is None else self.hits(number, wanted.text)
-        return matching(index, wanted, hits)
+        labelled = None if wanted.label is None else self.labelled(number, wanted.label)
+        return matching(index, wanted, hits, labelled)
+
+    def labels(self, number: int) -> list[tuple[Label, int]]:
+        """The labels of an epoch, each with what it is of: the place of a rollout or a group; 0 for the epoch."""
+        if self.folder is None:
+            return []
+        index = self.index(number)
+        groups = {text_of(example): group for group, example in enumerate(index.examples)}
+        found = []
+        for label in read_labels(self.folder, [number]):
+            place: int | None = 0
+            if label.level != "epoch":
+                place = group = groups.get(text_of(label.example))
+                if group is not None and label.level == "rollout":
+                    place = _rollout_or_none(index, group, label.generation)
+            if place is not None:
+                found.append((label, place))
+        return found
+
+    def labelled(self, number: int, tag: str) -> np.ndarray:
+        """(N,) which rollouts, or their groups, have a label; "*": any."""
+        index = self.index(number)
+        found = np.zeros(len(index), dtype=bool)
+        for label, place in self.labels(number):
+            if tag not in ("*", label.tag):
+                continue
+            if label.level == "rollout":
+                found[place] = True
+            elif label.level == "group":
+                found[index.starts[place] : index.starts[place + 1]] = True
+        return found
 
     def order(self, number: int, found: np.ndarray, sort: str) -> np.ndarray:
         return group_order(self.index(number), found, sort, self.least(number) if sort == "unlikely" else None)
@@ -186,7 +219,8 @@ class Browser(traitlets.HasTraits):
     ) -> None:
         super().__init__()
         self._source = _Source(run)
-        self._name, self._folder = run.id, getattr(run, "folder", None)
+        self._name = run.id
+        self._searches = 0
         self._heard = threading.local()  # whether this thread is doing what the page said
         self._widget: Mounted | None = None
         self.closed = False
@@ -205,26 +239,28 @@ class Browser(traitlets.HasTraits):
     # ── from Python ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def open(self, name: str) -> None:
-        """Show a rollout.
+        """Show a rollout, a group or an epoch.
 
         Args:
-            name: Its name, as the column `trajectory` of `run.trajectories()` has it: "e3/q17/2".
+            name: Its name, as the column `trajectory` of `run.trajectories()` has it: "e3/q17/2"; "e3/q17" is a group, "e3" an
+                epoch.
 
         Raises:
-            RunError: It is not such a name, or there is no such example or generation.
+            RunError: It is not such a name, or nothing of the epoch has it.
             IndexError: There is no such epoch.
         """
-        found = _NAME.fullmatch(name) if isinstance(name, str) else None
-        if found is None:
-            raise RunError(f"found {name!r}; expected the name of a rollout: 'e3/q17/2' is epoch 3, example q17, generation 2.")
-        epoch, generation = int(found["epoch"]), found["generation"]
-        index = self._source.index(epoch)
-        group = _group_of(index, found["example"])
-        rollout = _rollout_of(index, group, None if generation == "None" else generation)
+        (found,) = find_names([name], self._source.epoch)
+        index = self._source.index(found.epoch)
+        example = generation = None
+        if found.example is not None:
+            group = _group_of(index, found.example)
+            example = index.examples[group]
+            if found.generation is not None:
+                generation = index.generation_of(_rollout_of(index, group, found.generation))
         with self.hold_trait_notifications():
-            self.epoch = epoch
-            self.example = index.examples[group]
-            self.generation = index.generation_of(rollout)
+            self.epoch = found.epoch
+            self.example = example
+            self.generation = generation
 
     @property
     def selection(self) -> pd.DataFrame:
@@ -289,7 +325,8 @@ class Browser(traitlets.HasTraits):
 
     def _line(self) -> str:
         """The line of Python that opens such a browser again."""
-        where = f"ft.Run.open({str(self._folder)!r})" if self._folder else "run"
+        folder = self._source.folder
+        where = f"ft.Run.open({str(folder)!r})" if folder else "run"
         return f"{where}.browse()" if self.epoch is None else f"{where}.browse(epoch={self.epoch})"
 
     # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -364,7 +401,11 @@ class Browser(traitlets.HasTraits):
 
     def _news(self, asked: Mapping[str, Any]) -> _Answer:
         found = self._epochs()
-        return ({} if found["stamp"] == asked.get("stamp") else found), ()
+        news: dict[str, Any] = {} if found["stamp"] == asked.get("stamp") else found
+        folder, epoch = self._source.folder, asked.get("epoch")
+        if folder is not None and isinstance(epoch, int) and changed_since(folder, _whole(asked, "change")).labels:
+            news |= self._labels_of(epoch)
+        return news, ()
 
     def _index(self, asked: Mapping[str, Any]) -> _Answer:
         index = self._source.index(_whole(asked, "epoch"))
@@ -408,6 +449,69 @@ class Browser(traitlets.HasTraits):
         known = [[None if np.isnan(mean) else round(float(mean), 4) for mean in column] for column in means.T]
         return {"groups": groups, "means": known}, ()
 
+    def _labels(self, asked: Mapping[str, Any]) -> _Answer:
+        return self._labels_of(_whole(asked, "epoch")), ()
+
+    def _labels_of(self, epoch: int) -> dict[str, Any]:
+        """The labels of an epoch as plain values, and all tags of the run."""
+        folder = self._source.folder
+        if folder is None:
+            return {"epoch": epoch, "labels": [], "tags": [], "change": 0}
+        known = changed_since(folder, 0)
+        found = []
+        for label, place in self._source.labels(epoch):
+            found.append([label.level, place, label.tag, label.score, label.note, label.author, label.time])
+        tags = sorted({label.tag for label in known.labels if not label.removed})
+        return {"epoch": epoch, "labels": found, "tags": tags, "change": known.change}
+
+    def _label(self, asked: Mapping[str, Any]) -> _Answer:
+        """A person labels a rollout, its group or its epoch, or takes a label away."""
+        folder, index = self._source.folder, self._source.index(_whole(asked, "epoch"))
+        if folder is None:
+            raise RunError("this run has no folder, in which labels are kept.")
+        rollout, level, tag = _whole(asked, "rollout"), asked.get("level"), asked.get("tag")
+        name = Labelled(f"e{index.epoch}", index.epoch)
+        if level != "epoch":
+            example = index.examples[int(index.groups_of[rollout])]
+            name = Labelled(f"{name.name}/{text_of(example)}", index.epoch, example)
+        if level == "rollout":
+            name = Labelled(index.name_of(rollout), index.epoch, name.example, index.generation_of(rollout))
+        if asked.get("remove"):
+            remove_labels(folder, [name.name], tag, asked.get("author"))
+        else:
+            put_labels(folder, new_labels([name], tag, asked.get("score"), asked.get("note") or ""))  # type: ignore[arg-type]  # it checks
+        return self._labels_of(index.epoch), ()
+
+    def _search(self, asked: Mapping[str, Any]) -> _Answer:
+        """Looks for a text in every epoch, the nearest first, and tells the page of each; another search ends it."""
+        text, near = asked.get("text"), asked.get("epoch")
+        self._searches += 1
+        if not isinstance(text, str) or not text or not isinstance(near, int):
+            return {}, ()
+        records = sorted(self._source.records(), key=lambda record: abs(record.index - near))
+        arguments = (self._searches, text, [record.index for record in records])
+        threading.Thread(target=self._search_epochs, args=arguments, name="ft-search", daemon=True).start()
+        return {}, ()
+
+    def _search_epochs(self, number: int, text: str, epochs: Sequence[int]) -> None:
+        """In a thread of its own: bodies are answered meanwhile."""
+        for epoch in [*epochs, None]:
+            widget = self._widget
+            if number != self._searches or widget is None:
+                return
+            found: dict[str, Any] = {"event": "hits", "text": text}
+            try:
+                if epoch is None:
+                    found["done"] = True
+                else:
+                    found |= {"epoch": epoch, "rollouts": int(rows_with_text(self._source.epoch(epoch), text).sum())}
+                widget.tell(found)
+            except Exception:  # a damaged file hides no other epoch
+                logger.warning("an epoch could not be searched", exc_info=True)
+
+    def _ready(self, asked: Mapping[str, Any]) -> _Answer:
+        return {}, ()
+
     def _at(self, asked: Mapping[str, Any]) -> _Answer:
         """A person has opened a rollout."""
         index = self._source.index(_whole(asked, "epoch"))
@@ -422,6 +526,7 @@ class Browser(traitlets.HasTraits):
 
 _Answer = tuple[dict[str, Any], Sequence[bytes]]
 _ANSWERS: dict[str, Callable[[Browser, Mapping[str, Any]], _Answer]] = {
+    "ready": Browser._ready,
     "hello": Browser._hello,
     "news": Browser._news,
     "index": Browser._index,
@@ -430,6 +535,9 @@ _ANSWERS: dict[str, Callable[[Browser, Mapping[str, Any]], _Answer]] = {
     "raw": Browser._raw,
     "python": Browser._python,
     "history": Browser._history,
+    "labels": Browser._labels,
+    "label": Browser._label,
+    "search": Browser._search,
     "at": Browser._at,
 }
 """What a page may ask."""
