@@ -429,10 +429,15 @@ def _largest(values: np.ndarray, starts: np.ndarray, found: np.ndarray) -> np.nd
 
 def packed_texts(texts: Sequence[str]) -> tuple[bytes, bytes]:
     """Texts as one UTF-8 blob, and where each begins and the last one ends: uint32. A lone surrogate becomes its escape."""
-    encoded = [text.encode("utf-8", "backslashreplace") for text in texts]
-    offsets = np.zeros(len(encoded) + 1, "<u4")
-    np.cumsum([len(each) for each in encoded], out=offsets[1:])
-    return b"".join(encoded), offsets.tobytes()
+    offsets = np.zeros(len(texts) + 1, "<u4")
+    joined = "".join(texts)
+    if joined.isascii():
+        blob, lengths = joined.encode(), list(map(len, texts))
+    else:
+        encoded = [text.encode("utf-8", "backslashreplace") for text in texts]
+        blob, lengths = b"".join(encoded), list(map(len, encoded))
+    np.cumsum(lengths, out=offsets[1:])
+    return blob, offsets.tobytes()
 
 
 def packed(index: BrowseIndex, examples: Sequence[str]) -> list[bytes]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from ..rollouts.episodes import call_from_step
+from ..rollouts.episodes import SampledTurn, call_from_step
 from ..store.reader import StoredEpoch
 from ..store.trajectories import collection_of
 from ..text import as_json, short, text_of
@@ -27,10 +27,11 @@ from ..types import (
     MessageKey,
     RolloutFailure,
     Trajectory,
+    as_float,
     content_text,
 )
 from .browse_index import packed_texts
-from .messages import Token, preference_text, tokens_of
+from .messages import preference_text, tokens_of
 
 __all__ = [
     "RolloutBody",
@@ -75,14 +76,74 @@ def rollout_body(rollout: Trajectory | RolloutFailure) -> RolloutBody:
         items = [_item(each) for each in rollout.episode]
         facts = _facts(rollout)
     texts: list[str] = []
-    tokens: list[Token] = []
+    tokens = _Tokens()
     turns: list[dict[str, Any]] = []
     names = _tool_names(items)
     for item in items:
-        turns.append({**_turn(item, names), "start": len(tokens), "stop": len(tokens) + len(item.tokens)})
+        start = len(tokens.logprobs)
+        tokens.add(item.tokens)
+        turns.append({**_turn(item, names), "start": start, "stop": len(tokens.logprobs)})
         texts.append(item.text)
-        tokens += item.tokens
-    return RolloutBody({"turns": turns, **facts}, [*packed_texts(texts), *_token_columns(tokens)])
+    return RolloutBody({"turns": turns, **facts}, [*packed_texts(texts), *tokens.packed()])
+
+
+@dataclass
+class _Tokens:
+    """Sampled tokens as columns of T entries. Of 20,000 tokens, an object for each would be the cost."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    alternatives: dict[int, Sequence[tuple[str, float]]] = field(default_factory=dict)
+    """By place; only where there are any."""
+
+    @classmethod
+    def of(cls, item: EpisodeItem) -> _Tokens:
+        """The tokens of a message."""
+        turn, logprobs = SampledTurn.of(item), item.logprobs
+        if turn is None:
+            return cls()
+        if turn.alternatives is None and type(logprobs) is list and set(map(type, logprobs)) <= {float}:
+            # What this package records.
+            texts, entropies = turn.tokens, getattr(turn, "entropies", None)
+            if type(texts) is not list or len(texts) != len(logprobs) or not set(map(type, texts)) <= {str}:
+                texts = [""] * len(logprobs)
+            if type(entropies) is not list or len(entropies) != len(logprobs):
+                entropies = [math.nan] * len(logprobs)
+            return cls(texts, logprobs, [as_float(each) for each in entropies])
+        tokens = tokens_of(item)
+        return cls(
+            [token.text or "" for token in tokens],
+            [token.logprob for token in tokens],
+            [token.entropy for token in tokens],
+            {place: token.alternatives for place, token in enumerate(tokens) if token.alternatives},
+        )
+
+    def add(self, others: _Tokens) -> None:
+        start = len(self.logprobs)
+        self.texts += others.texts
+        self.logprobs += others.logprobs
+        self.entropies += others.entropies
+        self.alternatives |= {start + place: found for place, found in others.alternatives.items()}
+
+    def packed(self) -> list[bytes]:
+        entropies = np.array(self.entropies, "<f4")
+        columns = [
+            *packed_texts(self.texts),
+            np.array(self.logprobs, "<f4").tobytes(),
+            b"" if np.isnan(entropies).all() else entropies.tobytes(),
+        ]
+        if not self.alternatives:
+            return [*columns, b"", b"", b"", b""]
+        counts = np.zeros(len(self.logprobs) + 1, "<u4")
+        texts: list[str] = []
+        logprobs: list[float] = []
+        for place, found in sorted(self.alternatives.items()):
+            counts[place + 1] = len(found[:ALTERNATIVES])
+            texts += [text for text, _ in found[:ALTERNATIVES]]
+            logprobs += [logprob for _, logprob in found[:ALTERNATIVES]]
+        starts = np.cumsum(counts, dtype="<u4").tobytes()
+        return [*columns, starts, *packed_texts(texts), np.array(logprobs, "<f4").tobytes()]
 
 
 @dataclass(frozen=True)
@@ -92,7 +153,7 @@ class _Item:
     role: str
     text: str
     metadata: Mapping[str, Any]
-    tokens: Sequence[Token] = ()
+    tokens: _Tokens = field(default_factory=lambda: _Tokens())
     sampled: bool | None = None
     """Whether the policy sampled it; None where nobody would expect it."""
 
@@ -104,8 +165,8 @@ def _item(item: Any) -> _Item:
     text = content_text(item.content)
     if item.role != EpisodeItemRole.ASSISTANT:
         return _Item(text_of(item.role), text, metadata)
-    tokens = tokens_of(item)
-    return _Item("assistant", text, metadata, tokens, bool(tokens))
+    tokens = _Tokens.of(item)
+    return _Item("assistant", text, metadata, tokens, bool(tokens.logprobs))
 
 
 def _messages_of(failure: RolloutFailure) -> list[_Item]:
@@ -182,7 +243,7 @@ def _turn(item: _Item, names: Mapping[str, str]) -> dict[str, Any]:
     thought = metadata.get(MessageKey.REASONING_CONTENT) or metadata.get("reasoning")
     seconds, finish = metadata.get(MessageKey.SECONDS), metadata.get(MessageKey.FINISH_REASON)
     name = names.get(text_of(metadata.get(MessageKey.TOOL_CALL_ID))) or metadata.get(MessageKey.NAME)
-    sampled = "".join(token.text or "" for token in item.tokens)
+    sampled = "".join(item.tokens.texts)
     if not sampled:
         shown = "text"
     else:
@@ -206,26 +267,6 @@ def _listed(calls: Any) -> list[Any]:
     if isinstance(calls, list | tuple):
         return list(calls)
     return [calls] if calls else []
-
-
-def _token_columns(tokens: Sequence[Token]) -> list[bytes]:
-    entropies = np.array([token.entropy for token in tokens], "<f4")
-    columns = [
-        *packed_texts([token.text or "" for token in tokens]),
-        np.array([token.logprob for token in tokens], "<f4").tobytes(),
-        b"" if np.isnan(entropies).all() else entropies.tobytes(),
-    ]
-    texts: list[str] = []
-    logprobs: list[float] = []
-    starts = [0]
-    for token in tokens:
-        for text, logprob in token.alternatives[:ALTERNATIVES]:
-            texts.append(text)
-            logprobs.append(logprob)
-        starts.append(len(texts))
-    if not texts:
-        return [*columns, b"", b"", b"", b""]
-    return [*columns, np.array(starts, "<u4").tobytes(), *packed_texts(texts), np.array(logprobs, "<f4").tobytes()]
 
 
 def rollout_json(rollout: Trajectory | RolloutFailure) -> str:

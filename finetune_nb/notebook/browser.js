@@ -186,8 +186,9 @@ function drawn(tag, attributes, ...children) {
   return element;
 }
 
-function button(text, label, press) {
-  const element = make("button", { text, type: "button", "aria-label": label, title: label });
+/** A button. One whose text has no word is named by its hint. */
+function button(text, hint, press) {
+  const element = make("button", { text, type: "button", "aria-label": /\p{L}{2}/u.test(text) ? null : hint, title: hint });
   element.addEventListener("click", press);
   return element;
 }
@@ -333,13 +334,9 @@ class GroupList {
     const [start, stop] = [index.starts[group], index.starts[group + 1]];
     let failed = 0;
     for (let i = start; i < stop; i++) failed += index.flags[i] & FAILED ? 1 : 0;
-    const said = [
-      example, plural(stop - start, "rollout"), failed ? `${failed} failed` : "",
-      `mean ${number(index.means[group])}`, `spread ${number(index.spreads[group])}`, signal,
-    ];
     const row = make("div", {
       kind: "row", role: "option", id: `${this.view.prefix}-${place}`, "aria-setsize": this.view.order.length,
-      "aria-posinset": place + 1, "aria-label": said.filter(Boolean).join(", "),
+      "aria-posinset": place + 1,
       title: `${example}\n${signals[index.signals[group]].meaning}`,
     });
     row.style.top = `${place * ROW_HEIGHT}px`;
@@ -350,7 +347,8 @@ class GroupList {
     }
     const history = make("span", { kind: "history", "aria-hidden": "true" });
     row.append(
-      make("div", { kind: "line" }, make("span", { kind: "id", text: example }), facts),
+      make("div", { kind: "line" }, make("span", { kind: "id", text: example }),
+        make("span", { kind: "unseen", text: `, ${plural(stop - start, "rollout")}${failed ? `, ${failed} failed` : ""}, mean ` }), facts),
       make("div", { kind: "line" }, this.strip(group, matched), history),
       make("div", { kind: "line" }, make("span", { kind: `signal ${signals[index.signals[group]].name}`, text: signal }), make("span", { kind: "facts", text: `spread ${number(index.spreads[group])}` })),
     );
@@ -442,6 +440,8 @@ function sparkline(values, [low, high], width, height) {
 export const TINTS = [["probability", "tint: probability"], ["entropy", "tint: entropy"], ["advantage", "tint: advantage"], ["none", "no tint"]];
 const ORANGE = "217,95,2", GREEN = "27,127,59", RED = "192,57,43";
 
+const ROLES = new Set(["assistant", "tool", "function"]); // that look different
+
 /** One rollout as a conversation. Turns are laid out by the browser when they come near; tokens are made then, too. */
 class Reader {
   constructor(view, label) {
@@ -489,7 +489,7 @@ class Reader {
     for (let i = index.starts[group]; i < index.starts[group + 1]; i++) {
       const reward = index.flags[i] & FAILED ? "×" : Number.isNaN(index.rewards[i]) ? "○" : number(index.rewards[i]);
       const chosen = i === rollout;
-      const element = button(`${generationText(index, i)}: ${reward}`, `generation ${generationText(index, i)}`, () => this.view.openRollout(this, i));
+      const element = button(`${generationText(index, i)}: ${reward}`, `generation ${generationText(index, i)}: ${reward}`, () => this.view.openRollout(this, i));
       element.setAttribute("aria-pressed", String(chosen));
       element.tabIndex = chosen ? 0 : -1;
       switcher.append(element);
@@ -497,7 +497,7 @@ class Reader {
     const facts = [];
     if (!(index.flags[rollout] & FAILED)) facts.push(["reward", number(index.rewards[rollout])], ["advantage", signed(index.advantages[rollout])]);
     else facts.push(["failed", ""]);
-    for (const [name, value] of Object.entries(this.body.scores ?? {})) facts.push([name, typeof value === "number" ? number(value) : value ?? "–"]);
+    for (const [name, value] of Object.entries(this.body.scores ?? {})) if (name !== "reward") facts.push([name, typeof value === "number" ? number(value) : value ?? "–"]);
     facts.push(["tokens", this.body.logprobs.length.toLocaleString("en")], ["turns", this.body.turns.length.toLocaleString("en")]);
     if (index.flags[rollout] & CUT) facts.push(["cut at the token limit", ""]);
     const line = make("div", { kind: "what" }, make("strong", { kind: "id", text: index.examples.at(group), title: visible(index.examples.at(group)) }));
@@ -543,10 +543,10 @@ class Reader {
     if (turn.finish === "length") notes.push("cut at the token limit");
     else if (turn.finish && turn.finish !== "stop") notes.push(turn.finish);
     const name = turn.name ? ` · ${turn.name}` : "";
-    const title = make("button", { type: "button", "aria-expanded": "true", kind: "title" },
+    const title = make("button", { type: "button", "aria-expanded": "true", kind: "title", tabindex: "-1" },
       make("span", { kind: "turn-number", text: i + 1 }), make("strong", { text: `${turn.role}${name}` }), make("span", { kind: "dim", text: notes.join(" · ") }));
     const body = make("div", { kind: "body" });
-    const section = make("section", { kind: `turn ${turn.role}`, "aria-label": `turn ${i + 1}, ${turn.role}` }, title, body);
+    const section = make("div", { kind: `turn ${ROLES.has(turn.role) ? turn.role : ""}`, role: "group", "aria-label": `turn ${i + 1}, ${turn.role}` }, title, body);
     const before = this.body.turns[i - 1];
     if (before && before.conversation !== turn.conversation) section.prepend(make("div", { kind: "dim", text: "— a new conversation —" }));
     title.addEventListener("click", () => this.fold(section));
@@ -572,14 +572,18 @@ class Reader {
     this.fill();
   }
 
-  /** Makes what the turns in sight, and those within a screen of it, consist of. */
+  /** Makes what the turns in sight, and those within a screen of it, consist of. Places are read first, as each one that is
+   * read after a change makes the page lay everything out again. */
   fill() {
     const top = this.element.scrollTop, height = this.element.clientHeight || 700;
+    const near = [];
     for (const section of this.sections) {
-      if (section.filled) continue;
+      if (section.filled || section.bodyElement.hidden) continue;
       if (section.offsetTop > top + 2 * height) break;
-      if (section.offsetTop + section.offsetHeight > top - height) this.fillSection(section);
+      if (section.offsetTop + section.offsetHeight > top - height) near.push(section);
     }
+    for (const section of near) this.fillSection(section);
+    if (near.length) requestAnimationFrame(() => this.fill()); // where they are smaller than was thought
   }
 
   fillSection(section) {
@@ -767,6 +771,8 @@ class Reader {
 
   dim(section) {
     const where = this.shared;
+    if (where === undefined && !section.compared) return;
+    section.compared = where !== undefined;
     section.classList.toggle("shared", where === null || (where !== undefined && section.place < where?.turn));
     for (const span of section.bodyElement.querySelectorAll("span.parts, span.same")) span.classList.remove("parts", "same");
     section.classList.toggle("parts", Boolean(where) && section.place === where.turn);
@@ -1317,7 +1323,11 @@ class BrowserView {
   async openIn(reader, index, rollout) {
     const began = performance.now();
     const ticket = (reader.ticket = (reader.ticket ?? 0) + 1);
-    const body = await this.fetchBody(index, rollout);
+    await this.fetching; // one after the other: who presses j ten times wants the tenth
+    if (reader.ticket !== ticket || this.closed) return;
+    const fetching = this.fetchBody(index, rollout);
+    this.fetching = fetching;
+    const body = await fetching;
     if (!body || reader.ticket !== ticket || this.closed) return;
     const came = performance.now();
     reader.show(body, { index, rollout });
@@ -1327,6 +1337,7 @@ class BrowserView {
       this.labelBox.paint();
     }
     this.comparePair();
+    if (this.readers.length > 1) this.scrolledIn(this.readers.find((each) => each !== reader));
     if (reader === this.readers[0]) this.tellWhere(index, rollout);
     const built = performance.now();
     await painted();
@@ -1452,7 +1463,7 @@ class BrowserView {
 
   /** Two readers are linked by turn: the same one on top. */
   scrolledIn(reader) {
-    if (this.readers.length < 2 || this.locked) return;
+    if (this.readers.length < 2 || this.locked || !reader.body) return;
     const other = this.readers.find((each) => each !== reader);
     if (!other.body || other.turn === reader.turn || reader.turn >= other.sections.length) return;
     this.locked = true;
