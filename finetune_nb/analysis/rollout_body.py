@@ -313,6 +313,8 @@ class RolloutRows:
         read = epoch.row_group if isinstance(epoch, StoredEpoch) else None
         if read is None:
             collection = epoch.collection
+            if row < 0:
+                raise IndexError(f"found row {row}")
             return [*(each for group in collection.trajectories for each in group), *collection.failures][row]
         first, table = self._part(epoch, row, read)
         found = collection_of(table.take([row - first]), "", None)

@@ -797,6 +797,18 @@ export function groupOf(index, rollout) {
   return low;
 }
 
+/** The group of an example, or null. */
+function findExample(index, example) {
+  for (let group = 0; group < index.groups; group++) if (index.examples.at(group) === example) return group;
+  return null;
+}
+
+/** The rollout of a group with that generation, or null. */
+function findGeneration(index, group, generation) {
+  for (let i = index.starts[group]; i < index.starts[group + 1]; i++) if (index.generations[i] === generation) return i;
+  return null;
+}
+
 function generationText(index, rollout) {
   const generation = index.generations[rollout];
   return generation >= 0 ? String(generation) : `#${-1 - generation}`;
@@ -1105,6 +1117,11 @@ class BrowserView {
 
   onEvent(event) {
     if (event.event === "at") this.goTo(event);
+    if (event.event === "filter") {
+      this.search.value = event.filter.text ?? "";
+      this.sortChoice.value = event.sort;
+      this.refilter(event);
+    }
     if (event.event === "hits") this.takeHits(event);
   }
 
@@ -1169,10 +1186,9 @@ class BrowserView {
     const finite = index.rewards.reduce(([low, high], value) => (Number.isFinite(value) ? [Math.min(low, value), Math.max(high, value)] : [low, high]), [0, 1]);
     this.range = finite;
     if (group === null && example !== null) {
-      for (let i = 0; i < index.groups && group === null; i++) if (index.examples.at(i) === example) group = i;
-      if (group !== null && rollout === null && generation !== null) {
-        for (let i = index.starts[group]; i < index.starts[group + 1]; i++) if (index.generations[i] === generation) rollout = i;
-      }
+      group = findExample(index, example);
+      if (group !== null) rollout = findGeneration(index, group, generation);
+      if (rollout !== null && !this.matched[rollout]) rollout = null;
     }
     this.list.histories.clear();
     this.scrubber.paint();
@@ -1254,7 +1270,7 @@ class BrowserView {
       }),
       reward: limits("reward", "reward"),
       turns: limits("turns", "turns"),
-      label: choice("label", [["", "any or no label"]], (value) => set("label", value || null)),
+      label: choice("filter by label", [["", "any or no label"]], (value) => set("label", value || null)),
     };
     const { signal, state, reward, turns, label } = this.controls;
     this.filters.replaceChildren(signal, state, reward.element, turns.element, label, button("clear", "no filter", () => {
@@ -1345,6 +1361,20 @@ class BrowserView {
     if (this.timings.length > 200) this.timings.shift();
   }
 
+  /** The same example in another epoch, on one side. */
+  async openEpochIn(reader, epoch) {
+    if (reader === this.readers[0]) return this.openEpoch(epoch);
+    const { index: before, rollout: old } = reader.at;
+    const index = await this.fetchIndex(epoch);
+    if (!index) return;
+    const group = findExample(index, before.examples.at(groupOf(before, old)));
+    if (group === null) {
+      reader.paintHead();
+      return this.say(`epoch ${epoch} has no such example`);
+    }
+    this.openIn(reader, index, findGeneration(index, group, before.generations[old]) ?? index.starts[group]);
+  }
+
   openRollout(reader, rollout) {
     if (reader.at) this.openIn(reader, reader.at.index, rollout);
   }
@@ -1398,11 +1428,11 @@ class BrowserView {
     if (!at) return;
     const { index, rollout } = at;
     const group = groupOf(index, rollout);
-    const value = (i) => (Number.isNaN(index.rewards[i]) ? -Infinity : index.rewards[i]);
+    // Where a reward is missing there is no distance: such a rollout is taken only if there is no other.
+    const distance = (i) => (Number.isNaN(index.rewards[i] - index.rewards[rollout]) ? -1 : Math.abs(index.rewards[i] - index.rewards[rollout]));
     let other = null;
     for (let i = index.starts[group]; i < index.starts[group + 1]; i++) {
-      if (i === rollout) continue;
-      if (other === null || Math.abs(value(i) - value(rollout)) > Math.abs(value(other) - value(rollout))) other = i;
+      if (i !== rollout && (other === null || distance(i) > distance(other))) other = i;
     }
     if (other === null) return this.say("the group has no other rollout; C keeps this one on the right");
     this.beginCompare(index, other);

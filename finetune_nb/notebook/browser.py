@@ -239,7 +239,7 @@ class Browser(traitlets.HasTraits):
     # ── from Python ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def open(self, name: str) -> None:
-        """Show a rollout, a group or an epoch.
+        """Show a rollout, a group or an epoch. A filter that would hide it is taken off.
 
         Args:
             name: Its name, as the column `trajectory` of `run.trajectories()` has it: "e3/q17/2"; "e3/q17" is a group, "e3" an
@@ -252,11 +252,15 @@ class Browser(traitlets.HasTraits):
         (found,) = find_names([name], self._source.epoch)
         index = self._source.index(found.epoch)
         example = generation = None
+        rollouts = slice(None)
         if found.example is not None:
             group = _group_of(index, found.example)
-            example = index.examples[group]
+            example, rollouts = index.examples[group], slice(index.starts[group], index.starts[group + 1])
             if found.generation is not None:
-                generation = index.generation_of(_rollout_of(index, group, found.generation))
+                rollout = _rollout_of(index, group, found.generation)
+                generation, rollouts = index.generation_of(rollout), slice(rollout, rollout + 1)
+        if not self._source.matching(found.epoch, BrowseFilter.of(self.filter))[rollouts].any():
+            self.filter = {}
         with self.hold_trait_notifications():
             self.epoch = found.epoch
             self.example = example
@@ -331,10 +335,11 @@ class Browser(traitlets.HasTraits):
 
     # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _tell_where(self, _: Any) -> None:
+    def _tell_where(self, change: Mapping[str, Any]) -> None:
         """Python has set a trait: the page follows."""
         if self._widget is not None and not getattr(self._heard, "now", False):
-            self._widget.tell({"event": "at", **self._where()})
+            event = "filter" if change["name"] in ("filter", "sort") else "at"
+            self._widget.tell({"event": event, **self._where()})
 
     def _where(self) -> dict[str, Any]:
         """Where the browser stands, in plain values."""
@@ -359,10 +364,11 @@ class Browser(traitlets.HasTraits):
         widget, number = self._widget, asked.get("id")
         if widget is None:
             return
-        answer = _ANSWERS.get(asked.get("op"))  # type: ignore[arg-type]
+        op = asked.get("op")
+        answer = _ANSWERS.get(op) if isinstance(op, str) else None
         buffers: Sequence[bytes] = ()
         if answer is None:
-            found: dict[str, Any] = {"problem": f"the kernel does not know {short(asked.get('op'), 40)!r}"}
+            found: dict[str, Any] = {"problem": f"the kernel does not know {short(op, 40)!r}"}
         else:
             try:
                 found, buffers = answer(self, asked)
@@ -436,7 +442,7 @@ class Browser(traitlets.HasTraits):
     def _python(self, asked: Mapping[str, Any]) -> _Answer:
         """The line of Python that shows a rollout."""
         index = self._source.index(_whole(asked, "epoch"))
-        rollout = _whole(asked, "rollout")
+        rollout = _rollout(asked, index)
         example = index.examples[int(index.groups_of[rollout])]
         generation = index.generation_of(rollout)
         return {"text": f"run.show(epoch={index.epoch}, example={example!r}, generation={generation!r})"}, ()
@@ -444,7 +450,7 @@ class Browser(traitlets.HasTraits):
     def _history(self, asked: Mapping[str, Any]) -> _Answer:
         """The mean rewards of some groups' examples over the epochs."""
         index = self._source.index(_whole(asked, "epoch"))
-        groups = [group for group in asked.get("groups", ())[:HISTORY] if 0 <= group < len(index.examples)]
+        groups = [group for group in asked.get("groups", ())[:HISTORY] if group in range(len(index.examples))]
         means = self._source.history(index.epoch)[:, groups]
         known = [[None if np.isnan(mean) else round(float(mean), 4) for mean in column] for column in means.T]
         return {"groups": groups, "means": known}, ()
@@ -469,7 +475,7 @@ class Browser(traitlets.HasTraits):
         folder, index = self._source.folder, self._source.index(_whole(asked, "epoch"))
         if folder is None:
             raise RunError("this run has no folder, in which labels are kept.")
-        rollout, level, tag = _whole(asked, "rollout"), asked.get("level"), asked.get("tag")
+        rollout, level, tag = _rollout(asked, index), asked.get("level"), asked.get("tag")
         name = Labelled(f"e{index.epoch}", index.epoch)
         if level != "epoch":
             example = index.examples[int(index.groups_of[rollout])]
@@ -515,7 +521,7 @@ class Browser(traitlets.HasTraits):
     def _at(self, asked: Mapping[str, Any]) -> _Answer:
         """A person has opened a rollout."""
         index = self._source.index(_whole(asked, "epoch"))
-        rollout = _whole(asked, "rollout")
+        rollout = _rollout(asked, index)
         group = int(index.groups_of[rollout])
         with self._as_heard(), self.hold_trait_notifications():
             self.epoch = index.epoch
@@ -547,6 +553,13 @@ def _whole(asked: Mapping[str, Any], name: str) -> int:
     value = asked.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"found {name}={short(value, 40)!r} in a message of the page; expected a whole number.")
+    return value
+
+
+def _rollout(asked: Mapping[str, Any], index: BrowseIndex) -> int:
+    value = _whole(asked, "rollout")
+    if not 0 <= value < len(index):
+        raise IndexError(f"found rollout {value}; epoch {index.epoch} has rollouts 0 to {len(index) - 1}")
     return value
 
 
