@@ -6,7 +6,6 @@ well. All functions are pure; `packed` makes the columns bytes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -35,7 +34,6 @@ __all__ = [
     "means_before",
     "packed",
     "packed_texts",
-    "rows_with_text",
 ]
 
 SIGNAL_NAMES = tuple(SIGNALS)
@@ -231,25 +229,6 @@ def least_likely(epoch: Epoch) -> np.ndarray:
     return found
 
 
-def rows_with_text(epoch: Epoch, text: str) -> np.ndarray:
-    """(R,) bool: in which rows of the epoch's file a message, or a failure's error, has the text, in upper or lower case."""
-    import pyarrow.compute as pc
-
-    names = ["contents", "error"]
-    read = getattr(epoch, "columns", None)
-    if read is None:
-        table = table_of(epoch.collection.trajectories, epoch.collection.failures, names)
-    else:
-        table = read(names)
-    pattern = re.escape(text)
-    contents = table.column("contents").combine_chunks()
-    said = pc.match_substring_regex(contents.flatten(), pattern, ignore_case=True)
-    found = pc.fill_null(pc.match_substring_regex(table.column("error"), pattern, ignore_case=True), False).to_numpy().copy()
-    rows = pc.list_parent_indices(contents).filter(pc.fill_null(said, False))
-    found[rows.to_numpy()] = True
-    return found
-
-
 # ── which rollouts, in which order ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -271,7 +250,11 @@ class BrowseFilter:
     label: str | None = None
     """A label's name; "*" for any label."""
     text: str | None = None
-    """What one of its messages says, in upper or lower case."""
+    """What one of its messages, a tool call or its error says, in upper or lower case; as `Run.find`."""
+    regex: str | None = None
+    """The same as a regular expression."""
+    where: str | None = None
+    """A condition on the columns of `run.trajectories()`, as in `Run.find`: "tokens > 500 and 'hacked' in labels"."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | BrowseFilter | None) -> BrowseFilter:
@@ -339,7 +322,8 @@ def matching(
     Args:
         index: The epoch's index.
         wanted: The filter.
-        hits: (R,) bool by row of the file: whether the rollout has the filter's text. None: not looked for.
+        hits: (R,) bool by row of the file: whether the rollout has the filter's text and meets its condition. None: not
+            looked for.
         labelled: (N,) bool: whether the rollout has the filter's label. None: not looked for.
 
     Returns:

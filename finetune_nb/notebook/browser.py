@@ -27,12 +27,12 @@ from ..analysis.browse_index import (
     matching,
     means_before,
     packed,
-    rows_with_text,
 )
 from ..analysis.learning_signal import SIGNALS
 from ..analysis.rollout_body import RolloutRows, rollout_body, rollout_json
 from ..errors import ConfigError, FinetuneError, RunError, did_you_mean
 from ..frames.names import find_names
+from ..frames.search import Query, query_of, rows_with
 from ..redaction import error_text, redacting_logger
 from ..store.labels import Label, Labelled, changed_since, new_labels, put_labels, read_labels, remove_labels
 from ..text import one_line, short, text_of
@@ -81,7 +81,7 @@ class _Source:
         self._indexes: dict[int, tuple[Epoch, BrowseIndex]] = {}
         self._least: tuple[Epoch, np.ndarray] | None = None
         self._history: tuple[Epoch, np.ndarray] | None = None
-        self._hits: tuple[Epoch, str, np.ndarray] | None = None
+        self._hits: tuple[Epoch, Query, np.ndarray] | None = None
         self.rows = RolloutRows()
 
     @property
@@ -147,17 +147,23 @@ class _Source:
         self._history = (epoch, found)
         return found
 
-    def hits(self, number: int, text: str) -> np.ndarray:
-        """(R,) which rows of an epoch have the text."""
+    def hits(self, number: int, wanted: BrowseFilter) -> np.ndarray | None:
+        """(R,) which rows of an epoch have the filter's text and meet its condition; None where it has neither."""
+        query = _query_of(wanted)
+        if query is None:
+            return None
         epoch = self.epoch(number)
-        if self._hits is None or self._hits[0] is not epoch or self._hits[1] != text:
-            self._hits = (epoch, text, rows_with_text(epoch, text))
+        if wanted.where is not None:  # labels change
+            labels = [] if self.folder is None else read_labels(self.folder, [number])
+            return rows_with(epoch, query, labels)
+        if self._hits is None or self._hits[0] is not epoch or self._hits[1] != query:
+            self._hits = (epoch, query, rows_with(epoch, query))
         return self._hits[2]
 
     def matching(self, number: int, wanted: BrowseFilter) -> np.ndarray:
         """(N,) which rollouts of an epoch the filter lets through."""
         index = self.index(number)
-        hits = None if wanted.text is None else self.hits(number, wanted.text)
+        hits = self.hits(number, wanted)
         labelled = None if wanted.label is None else self.labelled(number, wanted.label)
         return matching(index, wanted, hits, labelled)
 
@@ -193,6 +199,13 @@ class _Source:
 
     def order(self, number: int, found: np.ndarray, sort: str) -> np.ndarray:
         return group_order(self.index(number), found, sort, self.least(number) if sort == "unlikely" else None)
+
+
+def _query_of(wanted: BrowseFilter) -> Query | None:
+    """What the filter searches for; None: nothing. Raises ConfigError where it cannot be searched for."""
+    if wanted.text is None and wanted.regex is None and wanted.where is None:
+        return None
+    return query_of(wanted.text, wanted.regex, wanted.where)
 
 
 class Browser(traitlets.HasTraits):
@@ -304,7 +317,9 @@ class Browser(traitlets.HasTraits):
 
     @traitlets.validate("filter")
     def _valid_filter(self, proposal: Mapping[str, Any]) -> dict[str, Any]:
-        return BrowseFilter.of(proposal["value"]).as_dict()
+        wanted = BrowseFilter.of(proposal["value"])
+        _query_of(wanted)
+        return wanted.as_dict()
 
     @traitlets.validate("sort")
     def _valid_sort(self, proposal: Mapping[str, Any]) -> str:
@@ -495,22 +510,22 @@ class Browser(traitlets.HasTraits):
         if not isinstance(text, str) or not text or not isinstance(near, int):
             return {}, ()
         records = sorted(self._source.records(), key=lambda record: abs(record.index - near))
-        arguments = (self._searches, text, [record.index for record in records])
+        arguments = (self._searches, query_of(text), [record.index for record in records])
         threading.Thread(target=self._search_epochs, args=arguments, name="ft-search", daemon=True).start()
         return {}, ()
 
-    def _search_epochs(self, number: int, text: str, epochs: Sequence[int]) -> None:
+    def _search_epochs(self, number: int, query: Query, epochs: Sequence[int]) -> None:
         """In a thread of its own: bodies are answered meanwhile."""
         for epoch in [*epochs, None]:
             widget = self._widget
             if number != self._searches or widget is None:
                 return
-            found: dict[str, Any] = {"event": "hits", "text": text}
+            found: dict[str, Any] = {"event": "hits", "text": query.text}
             try:
                 if epoch is None:
                     found["done"] = True
                 else:
-                    found |= {"epoch": epoch, "rollouts": int(rows_with_text(self._source.epoch(epoch), text).sum())}
+                    found |= {"epoch": epoch, "rollouts": int(rows_with(self._source.epoch(epoch), query).sum())}
                 widget.tell(found)
             except Exception:  # a damaged file hides no other epoch
                 logger.warning("an epoch could not be searched", exc_info=True)

@@ -22,7 +22,6 @@ from finetune_nb.analysis.browse_index import (
     matching,
     means_before,
     packed,
-    rows_with_text,
 )
 from finetune_nb.analysis.learning_signal import learning_signal
 from finetune_nb.errors import ConfigError
@@ -147,13 +146,6 @@ def test_only_rollouts_that_the_filter_lets_through_count_for_the_order():
 def test_the_least_likely_token_of_a_row_is_that_of_the_file(epoch):
     found = least_likely(epoch)
     assert found[:5].tolist() == [-0.5] * 5 and np.isnan(found[5:]).all()
-
-
-def test_text_is_found_in_messages_and_errors_whatever_its_case(epoch):
-    index = browse_index(epoch)
-    assert rows_with_text(epoch, "LOST")[index.rows].tolist() == [False, True, False, False, False, False, False, False]
-    assert rows_with_text(epoch, "2+2").sum() == 5  # not a regular expression
-    assert not rows_with_text(epoch, "nowhere").any()
 
 
 def test_the_mean_before_is_that_of_the_last_epoch_that_drew_the_example():

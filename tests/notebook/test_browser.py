@@ -94,6 +94,24 @@ def test_the_selection_is_what_is_listed_in_the_order_of_the_list():
     assert browser.selection.example.tolist()[:2] == ["b", "b"]
 
 
+def test_text_expressions_and_conditions_narrow_the_selection_as_run_find_does(tmp_path):
+    run = two_epochs(tmp_path)
+    browser = run.browse(epoch=0)
+    run.label("e0/b/1", "odd")
+    for wanted, names in [
+        ({"text": "TOO slow"}, ["e0/a/7"]),
+        ({"text": "2+2", "reward": (1, 1)}, ["e0/a/0"]),
+        ({"regex": r"2.2", "failed": False, "signal": "all_worst"}, ["e0/b/0", "e0/b/1"]),
+        ({"where": "reward > 0.5 or 'odd' in labels"}, ["e0/a/0", "e0/b/1"]),
+        ({"text": "nowhere"}, []),
+    ]:
+        browser.filter = wanted
+        assert browser.selection.trajectory.tolist() == names
+    for wanted in ({"regex": "("}, {"where": "reward >"}, {"text": "a", "regex": "b"}):
+        with pytest.raises(ConfigError):
+            browser.filter = wanted
+
+
 def test_bad_input_is_refused_and_changes_nothing():
     browser = two_epochs().browse()
     for name, value, error in [
