@@ -997,11 +997,12 @@ const KEYS = [
   ["y", "copy the record as JSON"], ["Y", "copy the line of Python that shows this"], ["g G", "first, last example"], ["?", "these keys"], ["Esc", "leave: the keys are JupyterLab's again"],
 ];
 const EVERY = 2000; // milliseconds between two questions for news
+const UNSEEN = 60_000; // milliseconds out of the page until a mounted view is taken down
 let views = 0;
 
 class BrowserView {
-  constructor(model, host) {
-    this.host = host;
+  constructor(model, host, onUnseen) {
+    Object.assign(this, { host, onUnseen, seen: performance.now() });
     this.prefix = `ftb-${Math.floor(performance.now())}-${views++}`;
     this.kernel = new Kernel(model, (state) => this.onKernel(state));
     this.indexes = new Cache(24e6);
@@ -1015,7 +1016,7 @@ class BrowserView {
     this.guard = (event) => this.suppress(event);
     window.addEventListener("keydown", this.guard, true);
     this.kernel.onEvent = (event) => this.onEvent(event);
-    this.timer = setInterval(() => this.askNews(), EVERY);
+    this.timer = setInterval(() => this.tick(), EVERY);
     this.start();
   }
 
@@ -1130,8 +1131,15 @@ class BrowserView {
     this.scrubber.paint();
   }
 
+  tick() {
+    if (this.host.isConnected) {
+      this.seen = performance.now();
+      if (!document.hidden) this.askNews();
+    } else if (performance.now() - this.seen > UNSEEN) this.onUnseen?.();
+  }
+
   async askNews() {
-    if (this.asking || this.kernel.gone || document.hidden || !this.host.isConnected) return;
+    if (this.asking || this.kernel.gone) return;
     this.asking = true;
     try {
       const [found] = await this.kernel.ask("news", { stamp: this.stamp, change: this.change, epoch: this.index?.epoch ?? null });
@@ -1625,10 +1633,10 @@ class BrowserView {
 
 // ── into the page ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-function render({ model, el, signal }) {
+function render({ model, el, signal, onUnseen }) {
   const host = document.createElement("div");
   el.append(host);
-  const view = new BrowserView(model, host);
+  const view = new BrowserView(model, host, onUnseen);
   el.view = view;
   const close = () => {
     view.close();
@@ -1638,29 +1646,46 @@ function render({ model, el, signal }) {
   return close;
 }
 
-/** Puts views over the static HTML of the outputs, wherever it is shown, once a kernel has answered. */
+/** Puts views over the static HTML of the outputs, wherever it is shown. A model may have been restored from a file, or be
+ * left over from a notebook that was closed: each place keeps its HTML until a kernel has answered for it. */
 function initialize({ model, signal }) {
   const mount = model.get("mount");
   if (!mount || typeof document === "undefined") return;
-  const mounted = new Map();
-  let [due, over, here] = [false, false, false];
-  const hello = Math.floor(Math.random() * 2 ** 40);
+  const places = new Map(); // element -> what takes its view away; null: the kernel was asked
+  const asked = new Map(); // id of a message -> element
+  let [due, over] = [false, false];
+  let next = Math.floor(Math.random() * 2 ** 40);
 
   const scan = () => {
-    if (over || !here) return;
-    for (const place of document.querySelectorAll(`[data-ftb="${CSS.escape(mount)}"]`)) {
-      if (mounted.has(place)) continue;
-      const still = [...place.children];
-      const el = document.createElement("div");
-      for (const child of still) child.hidden = true;
-      place.append(el);
-      const close = render({ model, el });
-      mounted.set(place, () => {
-        close();
-        el.remove();
-        for (const child of still) child.hidden = false;
-      });
+    if (over) return;
+    for (const place of places.keys()) {
+      if (places.get(place) === null && !place.isConnected) places.delete(place);
     }
+    for (const place of document.querySelectorAll(`[data-ftb="${CSS.escape(mount)}"]`)) {
+      if (places.has(place)) continue;
+      places.set(place, null);
+      asked.set(++next, place);
+      try {
+        model.send({ id: next, op: "ready" });
+      } catch {
+        return; // its channel is closed
+      }
+    }
+  };
+  const show = (place) => {
+    const still = [...place.children];
+    const el = document.createElement("div");
+    for (const child of still) child.hidden = true;
+    place.append(el);
+    const takeDown = () => {
+      close();
+      el.remove();
+      for (const child of still) child.hidden = false;
+      places.delete(place);
+    };
+    // A place that is out of the page for long was closed, or is scrolled far away: then it is mounted anew when it is back.
+    const close = render({ model, el, onUnseen: takeDown });
+    places.set(place, takeDown);
   };
   const watch = new MutationObserver(() => {
     if (due) return;
@@ -1671,23 +1696,22 @@ function initialize({ model, signal }) {
     });
   });
   const heard = (content) => {
-    if (content.id !== hello || here) return;
-    here = true;
-    scan();
+    const place = asked.get(content.id);
+    asked.delete(content.id);
+    if (place && !over && places.get(place) === null) show(place);
   };
   const end = () => {
     over = true;
     watch.disconnect();
     model.off("msg:custom", heard);
-    for (const close of mounted.values()) close();
-    mounted.clear();
+    for (const takeDown of [...places.values()]) takeDown?.();
+    places.clear();
   };
   model.on("msg:custom", heard);
   model.on("comm:close", end);
   signal?.addEventListener("abort", end);
   watch.observe(document.body, { childList: true, subtree: true });
-  // A model may be restored from a file, without a kernel: the HTML stays until one has answered.
-  model.send({ id: hello, op: "ready" });
+  scan();
 }
 
 export default { initialize, render };

@@ -457,10 +457,7 @@ class Browser(traitlets.HasTraits):
     def _python(self, asked: Mapping[str, Any]) -> _Answer:
         """The line of Python that shows a rollout."""
         index = self._source.index(_whole(asked, "epoch"))
-        rollout = _rollout(asked, index)
-        example = index.examples[int(index.groups_of[rollout])]
-        generation = index.generation_of(rollout)
-        return {"text": f"run.show(epoch={index.epoch}, example={example!r}, generation={generation!r})"}, ()
+        return {"text": f"run.show({index.name_of(_rollout(asked, index))!r})"}, ()
 
     def _history(self, asked: Mapping[str, Any]) -> _Answer:
         """The mean rewards of some groups' examples over the epochs."""
