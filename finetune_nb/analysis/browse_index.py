@@ -76,7 +76,7 @@ class BrowseIndex:
     tokens: np.ndarray
     """(N,) uint32: tokens that the policy sampled; 0 for a failed rollout."""
     turns: np.ndarray
-    """(N,) uint16: messages; 0 for a failed rollout. 65,535 stands for more, too."""
+    """(N,) uint16: messages; 0 for a failed rollout. 65,535 means at least that many."""
     flags: np.ndarray
     """(N,) uint8: FAILED, CUT."""
     generations: np.ndarray
@@ -274,7 +274,9 @@ class BrowseFilter:
         if given is None:
             return cls()
         if not isinstance(given, Mapping):
-            raise ConfigError(f"found filter={given!r}; expected a mapping such as {{'failed': True, 'reward': (0, 0.5)}}.")
+            raise ConfigError(
+                f"found filter={given!r}; expected a mapping such as {{'failed': True, 'reward': (0, 0.5)}}."
+            )
         names = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
         for name, value in given.items():
@@ -430,7 +432,7 @@ def packed(index: BrowseIndex, examples: Sequence[str]) -> list[bytes]:
 
     Args:
         index: The index.
-        examples: (G,) the texts that stand for the examples' ids.
+        examples: (G,) the examples' ids as texts.
     """
     columns = (index.means, index.spreads, index.before, index.rewards, index.advantages, index.tokens)
     columns += (index.turns, index.flags, index.generations, index.rows)

@@ -22,8 +22,8 @@ from ..text import as_json, short, text_of
 from ..types import (
     DPOItem,
     EpisodeItem,
-    Epoch,
     EpisodeItemRole,
+    Epoch,
     MessageKey,
     RolloutFailure,
     Trajectory,

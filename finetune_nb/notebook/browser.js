@@ -404,7 +404,7 @@ class GroupList {
 
   drawHistory(row, group) {
     const means = this.histories.get(group);
-    if (!means || row.history.childNodes.length) return;
+    if (!means || row.history.childNodes.length || means.filter((mean) => mean !== null).length < 2) return;
     row.history.append(sparkline(means, this.view.range, 60, 16));
   }
 
@@ -686,7 +686,7 @@ class Reader {
     else if (tint === "entropy") colour = shade(ORANGE, (this.body.entropies?.[span.token] ?? 0) / 3);
     else if (tint === "advantage") colour = shade(advantage < 0 ? RED : GREEN, Math.abs(advantage) / 4);
     span.style.background = colour;
-    span.className = logprob < Math.log(0.1) ? "unlikely" : "";
+    span.classList.toggle("unlikely", logprob < Math.log(0.1));
   }
 
   retint() {
@@ -997,7 +997,7 @@ const KEYS = [
   ["y", "copy the record as JSON"], ["Y", "copy the line of Python that shows this"], ["g G", "first, last example"], ["?", "these keys"], ["Esc", "leave: the keys are JupyterLab's again"],
 ];
 const EVERY = 2000; // milliseconds between two questions for news
-const UNSEEN = 60_000; // milliseconds out of the page until a mounted view is taken down
+const AWAY = 60_000; // milliseconds out of the page until a mounted view is taken down
 let views = 0;
 
 class BrowserView {
@@ -1135,7 +1135,7 @@ class BrowserView {
     if (this.host.isConnected) {
       this.seen = performance.now();
       if (!document.hidden) this.askNews();
-    } else if (performance.now() - this.seen > UNSEEN) this.onUnseen?.();
+    } else if (performance.now() - this.seen > AWAY) this.onUnseen?.();
   }
 
   async askNews() {

@@ -37,7 +37,7 @@ from ..redaction import error_text, redacting_logger
 from ..store.labels import Label, Labelled, changed_since, new_labels, put_labels, read_labels, remove_labels
 from ..text import one_line, short, text_of
 from ..types import Epoch, same_id
-from ..views.browser import browser_html, browser_text
+from .browser_html import browser_html, browser_text
 from .kernel import has_frontend
 
 if TYPE_CHECKING:
@@ -290,7 +290,8 @@ class Browser(traitlets.HasTraits):
         index = self._source.index(self.epoch)
         found = self._source.matching(self.epoch, BrowseFilter.of(self.filter))
         order = self._source.order(self.epoch, found, self.sort)
-        places = [np.arange(index.starts[group], index.starts[group + 1]) for group in order]
+        starts = index.starts.tolist()
+        places = [np.arange(starts[group], starts[group + 1]) for group in order.tolist()]
         places = np.concatenate(places).astype(np.int64) if places else np.empty(0, np.int64)
         frame = frames.trajectories([self._source.epoch(self.epoch)])
         return frame.iloc[index.rows[places[found[places]]]].reset_index(drop=True)
@@ -402,7 +403,9 @@ class Browser(traitlets.HasTraits):
         return {
             "run": short(self._name, 80),
             "line": self._line(),
-            "signals": [{"name": name, "meaning": SIGNALS[name][0], "advice": SIGNALS[name][1]} for name in SIGNAL_NAMES],
+            "signals": [
+                {"name": name, "meaning": SIGNALS[name][0], "advice": SIGNALS[name][1]} for name in SIGNAL_NAMES
+            ],
             "sorts": SORTS,
             **self._where(),
             **self._epochs(),
@@ -417,7 +420,9 @@ class Browser(traitlets.HasTraits):
             mean = metrics.mean_reward if np.isfinite(metrics.mean_reward) else None
             epochs.append([record.index, mean, metrics.trajectories, metrics.failures])
         state = "" if run is None else getattr(run, "state", "")
-        stamp = f"{len(records)} {records[-1].index if records else ''} {records[-1].started_at if records else ''} {state}"
+        stamp = (
+            f"{len(records)} {records[-1].index if records else ''} {records[-1].started_at if records else ''} {state}"
+        )
         return {"stamp": stamp, "epochs": epochs, "state": short(state, 80), "running": state == "running"}
 
     def _news(self, asked: Mapping[str, Any]) -> _Answer:

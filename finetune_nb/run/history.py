@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from ..rollouts.preferences import Pairing
     from ..types import Change, TrajectoryCollection
     from ..notebook.browser import Browser
-    from ..types import Change
     from ..views.rollout import RolloutView
     from ..views.tokens import Heat
 
@@ -585,9 +584,7 @@ class RunHistory(ABC):
         found = self._epoch(epoch)
         return learning_signal(found, [one for one in self.records if one.index < found.index])
 
-    def browse(
-        self, epoch: int | None = None, example: Any = None, filter: Mapping[str, Any] | None = None
-    ) -> Browser:
+    def browse(self, epoch: int | None = None, example: Any = None, filter: Mapping[str, Any] | None = None) -> Browser:
         """Read the run's rollouts in a cell, without typing: the groups of an epoch, the conversation, its tokens.
 
         Press ? in it for the keys. It follows a run that trains. A saved notebook shows a static summary in its place.

@@ -727,7 +727,8 @@ def _row_groups(table: pa.Table) -> list[int]:
 
     contents = table.column("contents").combine_chunks()
     characters = np.zeros(len(contents.values) + 1, np.int64)
-    np.cumsum(pc.fill_null(pc.binary_length(contents.values), 0), out=characters[1:])
+    lengths: Any = pc.call_function("binary_length", [contents.values])
+    np.cumsum(lengths.fill_null(0).to_numpy(zero_copy_only=False), out=characters[1:])
     read = np.diff(characters[contents.offsets.to_numpy()]) // CHARACTERS_PER_TOKEN
     sampled = pc.fill_null(table.column("tokens"), 0).to_numpy()
     tokens = np.maximum(read, sampled).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -162,7 +163,7 @@ def test_the_columns_take_few_bytes_a_rollout_and_hostile_ids_can_be_packed():
     index = browse_index(make_epoch({text: [0, 1] for text in HOSTILE}))
     blob, offsets = packed(index, list(index.examples))[2:4]
     ends = np.frombuffer(offsets, "<u4")
-    texts = [blob[start:stop].decode() for start, stop in zip(ends, ends[1:], strict=False)]
+    texts = [blob[start:stop].decode() for start, stop in pairwise(ends)]
     assert texts == [text.encode("utf-8", "backslashreplace").decode() for text in HOSTILE]
 
 

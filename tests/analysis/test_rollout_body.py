@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from finetune_nb.types import DPOItem, RolloutFailure
 
 def texts(blob, offsets):
     ends = np.frombuffer(offsets, "<u4")
-    return [blob[start:stop].decode() for start, stop in zip(ends, ends[1:], strict=False)]
+    return [blob[start:stop].decode() for start, stop in pairwise(ends)]
 
 
 def test_turns_tokens_and_tool_calls_are_all_there():
@@ -36,7 +37,9 @@ def test_turns_tokens_and_tool_calls_are_all_there():
 
 def test_alternatives_and_the_entropy_that_follows_from_them_come_with_their_token():
     trajectory = make_trajectory()
-    trajectory.episode = [sampled((" a", -0.5), ("b", -2.0), top_logprobs=[{" a": -0.5, " c": -1.5}, {"b": -2.0, "d": -0.2}])]
+    trajectory.episode = [
+        sampled((" a", -0.5), ("b", -2.0), top_logprobs=[{" a": -0.5, " c": -1.5}, {"b": -2.0, "d": -0.2}])
+    ]
     columns = rollout_body(trajectory).columns
     assert np.frombuffer(columns[6], "<u4").tolist() == [0, 1, 2]
     assert texts(*columns[7:9]) == [" c", "d"]
@@ -51,7 +54,9 @@ def test_what_was_said_besides_what_was_sampled_is_shown_too():
 
 
 def test_scores_come_with_the_words_of_who_gave_them_and_a_missing_reward_with_its_reason():
-    trajectory = make_trajectory(None, scores={"judge": 0.5, "odd": float("inf"), "none": None}, reasonings={"judge": "half"})
+    trajectory = make_trajectory(
+        None, scores={"judge": 0.5, "odd": float("inf"), "none": None}, reasonings={"judge": "half"}
+    )
     about = rollout_body(trajectory).about
     assert about["scores"] == {"judge": 0.5, "odd": "inf", "none": None} and about["words"] == {"judge": "half"}
     assert about["error"] == "ValueError: no number in the reply"
@@ -85,7 +90,10 @@ def test_records_of_other_makers_are_read_as_far_as_they_go():
 def test_any_text_can_be_packed(text):
     call = {"id": text, "type": "function", "function": {"name": text, "arguments": text}}
     trajectory = make_trajectory(1.0, text, scores={text: 1.0}, reasonings={text: text}, reasoning=text)
-    trajectory.episode = [item("user", text), item("assistant", text, logprobs=[-1.0], tokens=[text], tool_calls=[call])]
+    trajectory.episode = [
+        item("user", text),
+        item("assistant", text, logprobs=[-1.0], tokens=[text], tool_calls=[call]),
+    ]
     body = rollout_body(trajectory)
     assert texts(*body.columns[2:4]) == [text.encode("utf-8", "backslashreplace").decode()]
     json.loads(rollout_json(trajectory))

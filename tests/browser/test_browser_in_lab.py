@@ -108,7 +108,9 @@ def test_a_label_of_another_process_is_seen(lab, runs_folder):
 
 def test_it_lives_through_a_reload_and_another_run_of_its_cell_replaces_it(lab, runs_folder):
     cell = "run.browse()"
-    count = "import ipywidgets; sum(type(w).__name__ == 'Mounted' for w in ipywidgets.widgets.widget._instances.values())"
+    count = (
+        "import ipywidgets; sum(type(w).__name__ == 'Mounted' for w in ipywidgets.widgets.widget._instances.values())"
+    )
     notebook = opened(lab, runs_folder, cell, count)
     focus(notebook)
     press(notebook, "j", "j", "l")
@@ -151,4 +153,8 @@ def test_a_dead_kernel_greys_it_out_and_a_stored_notebook_shows_the_summary(lab,
         row = again.output(0).locator("tbody tr").last
         assert row.locator("td").nth(1).locator("span span").first.evaluate("e => e.offsetHeight") == 16
     page, _ = HTMLExporter().from_notebook_node(stored)
-    assert "Trajectories of adder" in page and "widget-view" not in page and "require" not in page.lower().split("<body")[1]
+    assert (
+        "Trajectories of adder" in page
+        and "widget-view" not in page
+        and "require" not in page.lower().split("<body")[1]
+    )

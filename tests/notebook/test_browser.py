@@ -152,7 +152,10 @@ def test_the_index_the_view_and_a_body_can_be_asked_for():
     about, _ = asked(browser, "body", epoch=0, row=5)
     assert about["error"] == "TimeoutError: too slow"
     assert asked(browser, "python", epoch=1, rollout=6)[0]["text"] == "run.show('e1/c/d/1')"
-    assert asked(browser, "history", epoch=1, groups=[0, 2, 99])[0] == {"groups": [0, 2], "means": [[0.5, 1.0], [None, 0.5]]}
+    assert asked(browser, "history", epoch=1, groups=[0, 2, 99])[0] == {
+        "groups": [0, 2],
+        "means": [[0.5, 1.0], [None, 0.5]],
+    }
     assert '"reward": 1.0' in asked(browser, "raw", epoch=1, row=0)[0]["text"]
 
 

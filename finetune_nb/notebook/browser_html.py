@@ -14,7 +14,7 @@ import numpy as np
 from ..analysis.browse_index import FAILED, SIGNAL_NAMES, BrowseIndex, group_order
 from ..text import count, number, one_line, plain, short
 from ..types import Epoch
-from .html import Html, element
+from ..views.html import Html, element
 
 __all__ = [
     "browser_html",
