@@ -206,7 +206,7 @@ const painted = () => new Promise((done) => requestAnimationFrame(() => setTimeo
 // ── the kernel ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const SLOW = 1500; // milliseconds until a person is told that the kernel has not answered
-const LOST = 10_000; // ... and until what is shown is greyed out
+const LOST = 10_000; // ... and, if it has answered nothing else meanwhile, until what is shown is greyed out
 
 /** Asks the kernel. Several views of a model hear each other's answers, so ids are unique over views. */
 class Kernel {
@@ -214,6 +214,8 @@ class Kernel {
     this.model = model;
     this.onState = onState; // "ready", "slow" (no answer yet), "lost" (none for long, or none possible)
     this.waiting = new Map();
+    this.overdue = 0; // messages that a person was told of
+    this.lastHeard = performance.now();
     this.next = Math.floor(Math.random() * 2 ** 40);
     this.onEvent = () => {};
     this.gone = false;
@@ -226,13 +228,18 @@ class Kernel {
     model.on("comm_live_update", this.onLive);
   }
 
-  ask(op, args = {}, hear = null) {
+  ask(op, args = {}) {
     if (this.gone) return Promise.reject(new Error("there is no kernel behind this any more"));
     const id = ++this.next;
     return new Promise((done, fail) => {
-      const slow = setTimeout(() => this.onState("slow"), SLOW);
-      const lost = setTimeout(() => this.onState("lost"), LOST);
-      this.waiting.set(id, { done, fail, hear, timers: [slow, lost] });
+      const waiting = { done, fail, overdue: false };
+      const slow = setTimeout(() => {
+        waiting.overdue = true;
+        this.overdue++;
+        this.onState("slow");
+      }, SLOW);
+      const lost = setTimeout(() => performance.now() - this.lastHeard >= LOST && this.onState("lost"), LOST);
+      this.waiting.set(id, Object.assign(waiting, { timers: [slow, lost] }));
       this.model.send({ id, op, ...args });
     });
   }
@@ -241,10 +248,11 @@ class Kernel {
     if (content.event) return this.onEvent(content);
     const waiting = this.waiting.get(content.id);
     if (!waiting) return;
+    this.lastHeard = performance.now();
     waiting.timers.forEach(clearTimeout);
-    this.onState("ready");
-    if (content.more) return waiting.hear?.(content, buffers);
     this.waiting.delete(content.id);
+    if (waiting.overdue) this.overdue--;
+    this.onState(this.overdue ? "slow" : "ready");
     if (content.problem) waiting.fail(new Error(content.problem));
     else waiting.done([content, buffers]);
   }
@@ -265,6 +273,7 @@ class Kernel {
       fail(new Error("the kernel is gone"));
     }
     this.waiting.clear();
+    this.overdue = 0;
     this.onState("lost");
   }
 
@@ -996,7 +1005,7 @@ const KEYS = [
   ["d", "to where the two part"], ["/", "search"], ["f", "filter"], ["e E", "fold this turn, all turns"], ["t", "next tint"], ["x", "label"],
   ["y", "copy the record as JSON"], ["Y", "copy the line of Python that shows this"], ["g G", "first, last example"], ["?", "these keys"], ["Esc", "leave: the keys are JupyterLab's again"],
 ];
-const EVERY = 2000; // milliseconds between two questions for news
+const EVERY = 1500; // milliseconds between two questions for news
 const AWAY = 60_000; // milliseconds out of the page until a mounted view is taken down
 let views = 0;
 
@@ -1071,7 +1080,7 @@ class BrowserView {
 
   onKernel(state) {
     if (this.closed) return;
-    if (state === "slow") this.say("the kernel has not answered yet: it is busy, or gone");
+    if (state === "slow" && this.state !== "slow") this.say("the kernel has not answered yet: it is busy, or gone");
     if (state === "ready" && this.state === "slow") this.say("");
     this.state = state;
     const lost = state === "lost";
@@ -1083,9 +1092,9 @@ class BrowserView {
   }
 
   /** Asks; what goes wrong is said, and gives null. */
-  async ask(op, args, hear) {
+  async ask(op, args) {
     try {
-      return await this.kernel.ask(op, args, hear);
+      return await this.kernel.ask(op, args);
     } catch (error) {
       if (!this.closed && !this.kernel.gone) this.say(error.message);
       return null;

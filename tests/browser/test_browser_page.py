@@ -177,6 +177,8 @@ def test_two_rollouts_are_compared_where_they_part_also_of_two_epochs(opened):
     assert heads == ["b", "a"]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_labels_are_added_shown_to_other_pages_and_removed(opened, tmp_path):
     run = Folder(tmp_path / "run", *stored(tmp_path, *records()))
     shown, other = opened(run), opened(run)
@@ -216,6 +218,8 @@ def test_keys_are_typed_in_fields_and_escape_leaves_step_by_step(opened):
     assert shown.page.evaluate("[...document.querySelectorAll('[data-lm-suppress-shortcuts]')].length") == 0
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_new_epoch_is_followed_and_a_kernel_that_is_gone_greys_it_out(opened):
     run = Views(records()[0])
     shown = opened(run)
@@ -230,12 +234,14 @@ def test_a_new_epoch_is_followed_and_a_kernel_that_is_gone_greys_it_out(opened):
     assert "turn" in shown.said  # what is loaded can still be read
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_slow_kernel_is_said_and_a_late_answer_is_taken(opened):
     shown = opened()
     shown.page.evaluate(
         """() => { const pass = model.pass;
                    model.pass = async (content) => {
-                     if (content.op === "body") await new Promise((done) => setTimeout(done, 2000));
+                     if (content.op === "body") await new Promise((done) => setTimeout(done, 3000));
                      return pass.call(model, content);
                    }; }"""
     )
@@ -287,6 +293,8 @@ def hostile_run(text):
     return run
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_hostile_text_runs_nothing_and_makes_no_element(opened):
     plain, shown = opened(hostile_run("plain")), opened(hostile_run("".join(ATTACKS)))
     requests = []
