@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from ..analysis.group_comparison import ComparedRollout, GroupComparison, RolloutComparison
     from ..analysis.learning_signal import LearningSignal
     from ..frames.search import Search
+    from ..notebook.browser import Browser
     from ..rewards.labels import Tags
     from ..rollouts.preferences import Pairing
     from ..types import Change, TrajectoryCollection
-    from ..notebook.browser import Browser
     from ..views.rollout import RolloutView
     from ..views.tokens import Heat
 
