@@ -17,7 +17,7 @@ import numpy as np
 
 from ..rollouts.episodes import SampledTurn, call_from_step
 from ..store.reader import StoredEpoch
-from ..store.trajectories import collection_of
+from ..store.trajectories import COLUMNS, collection_of
 from ..text import as_json, short, text_of
 from ..types import (
     DPOItem,
@@ -42,6 +42,8 @@ __all__ = [
 
 ALTERNATIVES = 5
 """Most alternatives that are shown of a token."""
+SHOWN = tuple(name for name in COLUMNS if name not in ("token_ids", "prompt_token_ids"))
+"""The columns of a file that a body needs. The prompts' ids are most of a long rollout, and nobody reads them."""
 KEPT_GROUPS = 3
 """Row groups that are kept decoded: those of two rollouts that are compared, and one more."""
 
@@ -296,12 +298,13 @@ class RolloutRows:
     def __init__(self) -> None:
         self._kept: list[tuple[Epoch, int, Any]] = []
 
-    def rollout(self, epoch: Epoch, row: int) -> Trajectory | RolloutFailure:
+    def rollout(self, epoch: Epoch, row: int, whole: bool = False) -> Trajectory | RolloutFailure:
         """One rollout.
 
         Args:
             epoch: The record of its epoch.
             row: Its place in the epoch: the trajectories in order, then the failures.
+            whole: Whether the ids of tokens and prompts are wanted, too.
 
         Returns:
             Its record.
@@ -316,7 +319,7 @@ class RolloutRows:
             if row < 0:
                 raise IndexError(f"found row {row}")
             return [*(each for group in collection.trajectories for each in group), *collection.failures][row]
-        first, table = self._part(epoch, row, read)
+        first, table = read(row, tuple(COLUMNS)) if whole else self._part(epoch, row, read)
         found = collection_of(table.take([row - first]), "", None)
         return found.failures[0] if found.failures else found.trajectories[0][0]
 
@@ -326,6 +329,6 @@ class RolloutRows:
             if entry[0] is epoch and entry[1] <= row < entry[1] + len(entry[2]):
                 self._kept = [entry, *(each for each in kept if each is not entry)]
                 return entry[1], entry[2]
-        first, table = read(row)
+        first, table = read(row, SHOWN)
         self._kept = [(epoch, first, table), *kept][:KEPT_GROUPS]
         return first, table

@@ -457,7 +457,7 @@ class Browser(traitlets.HasTraits):
 
     def _raw(self, asked: Mapping[str, Any]) -> _Answer:
         epoch = self._source.epoch(_whole(asked, "epoch"))
-        return {"text": rollout_json(self._source.rows.rollout(epoch, _whole(asked, "row")))}, ()
+        return {"text": rollout_json(self._source.rows.rollout(epoch, _whole(asked, "row"), whole=True))}, ()
 
     def _python(self, asked: Mapping[str, Any]) -> _Answer:
         """The line of Python that shows a rollout."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +78,7 @@ class StoredEpoch(Epoch):
         *,
         collection: TrajectoryCollection | Callable[[], TrajectoryCollection],
         columns: Callable[[Sequence[str]], pa.Table] | None = None,
-        row_group: Callable[[int], tuple[int, pa.Table]] | None = None,
+        row_group: Callable[[int, Iterable[str]], tuple[int, pa.Table]] | None = None,
         **record: Any,
     ) -> None:
         # dataclasses.replace hands over a collection; then it is this epoch's own, as in any other Epoch.
@@ -86,7 +86,7 @@ class StoredEpoch(Epoch):
 
     _collection: TrajectoryCollection | Callable[[], TrajectoryCollection]
     _columns: Callable[[Sequence[str]], pa.Table] | None
-    _row_group: Callable[[int], tuple[int, pa.Table]] | None
+    _row_group: Callable[[int, Iterable[str]], tuple[int, pa.Table]] | None
 
     @property
     def collection(self) -> TrajectoryCollection:  # type: ignore[override]
@@ -101,9 +101,9 @@ class StoredEpoch(Epoch):
         return self._columns
 
     @property
-    def row_group(self) -> Callable[[int], tuple[int, pa.Table]] | None:
-        """`row_group(7)`: the part of the file that has row 7, as the place of its first row and a table of all columns.
-        None where the epoch has no file."""
+    def row_group(self) -> Callable[[int, Iterable[str]], tuple[int, pa.Table]] | None:
+        """`row_group(7, ["reward"])`: those columns of the part of the file that has row 7, as the place of its first row and a
+        table. None where the epoch has no file."""
         return self._row_group
 
 
@@ -272,8 +272,8 @@ class RunReader:
                     raise
                 return table_of(held.trajectories, held.failures, names)  # the file is gone, what it held is not
 
-        def row_group(row: int) -> tuple[int, pa.Table]:
-            return read_row_group(self.folder, index, self.run_id, rows, groups, row)
+        def row_group(row: int, names: Iterable[str]) -> tuple[int, pa.Table]:
+            return read_row_group(self.folder, index, self.run_id, rows, groups, row, names)
 
         return StoredEpoch(
             collection=collection,

@@ -783,8 +783,10 @@ def read_columns(folder: Path, epoch: int, run_id: str, rows: int, groups: int, 
         return _read(file, names)
 
 
-def read_row_group(folder: Path, epoch: int, run_id: str, rows: int, groups: int, row: int) -> tuple[int, pa.Table]:
-    """All columns of the row group that a row is in: the smallest part of the file that can be read.
+def read_row_group(
+    folder: Path, epoch: int, run_id: str, rows: int, groups: int, row: int, names: Iterable[str] = tuple(COLUMNS)
+) -> tuple[int, pa.Table]:
+    """The row group that a row is in: the smallest part of the file that can be read.
 
     Args:
         folder: The run's folder.
@@ -793,6 +795,7 @@ def read_row_group(folder: Path, epoch: int, run_id: str, rows: int, groups: int
         rows: How many rows there are, as run.db says.
         groups: How many groups.
         row: The row's place in the file, from 0.
+        names: The columns. Default: all.
 
     Returns:
         The place in the file of the table's first row, and the table.
@@ -807,7 +810,7 @@ def read_row_group(folder: Path, epoch: int, run_id: str, rows: int, groups: int
         for number in range(file.num_row_groups):
             count = file.metadata.row_group(number).num_rows
             if row < first + count:
-                return first, _read(file, COLUMNS, number)
+                return first, _read(file, names, number)
             first += count
         raise ValueError(f"no row group has row {row}")
 

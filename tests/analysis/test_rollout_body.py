@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from factories import item, make_epoch, make_trajectory, sampled
 from hostile import HOSTILE
-from records import failed, stored, with_tool
+from records import epoch_of, failed, stored, with_tool
 
 from finetune_nb.analysis.rollout_body import RolloutRows, rollout_body, rollout_json
 from finetune_nb.types import DPOItem, RolloutFailure
@@ -105,13 +105,20 @@ def test_the_rows_of_a_file_are_read_one_by_one_and_its_last_parts_are_kept(tmp_
     (record,) = stored(tmp_path, epoch)
     reads = []
     read = record.row_group
-    vars(record)["_row_group"] = lambda row: reads.append(row) or read(row)
+    vars(record)["_row_group"] = lambda row, names: reads.append(row) or read(row, names)
     for source in (record, epoch):
         rows = RolloutRows()
         found = [rows.rollout(source, row) for row in range(5)]
         assert [each.metadata["id"] for each in found[:4]] == ["a", "a", "b", "b"]
         assert [each.reward for each in found[:4]] == [1, 0, 0, 1] and found[4].error == failures[0].error
     assert reads == [0]
+
+
+def test_token_ids_are_read_only_for_the_whole_record(tmp_path):
+    (record,) = stored(tmp_path, epoch_of([[with_tool()]]))
+    turns = [RolloutRows().rollout(record, 0, whole).episode[2].metadata for whole in (False, True)]
+    assert "token_ids" not in turns[0] and turns[0]["tokens"] == turns[1]["tokens"]
+    assert turns[1]["token_ids"] == [7, 8] and turns[1]["prompt_token_ids"] == [1, 2, 3]
 
 
 def test_the_record_as_json_is_whole():
