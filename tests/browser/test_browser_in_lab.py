@@ -9,12 +9,10 @@ import time
 from pathlib import Path
 
 import nbformat
-import pytest
 from nbconvert import HTMLExporter
 
 from .jupyterlab import Notebook, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.proof]
 TESTS = Path(__file__).parents[1]
 VIEW = "[...document.querySelectorAll('[data-ftb] > div')].at(-1).view"
 LABEL = "import sys, finetune_nb as ft; ft.Run.open(sys.argv[1]).label(sys.argv[2], 'hacked')"

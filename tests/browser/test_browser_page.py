@@ -177,8 +177,6 @@ def test_two_rollouts_are_compared_where_they_part_also_of_two_epochs(opened):
     assert heads == ["b", "a"]
 
 
-@pytest.mark.slow
-@pytest.mark.proof
 def test_labels_are_added_shown_to_other_pages_and_removed(opened, tmp_path):
     run = Folder(tmp_path / "run", *stored(tmp_path, *records()))
     shown, other = opened(run), opened(run)
@@ -218,8 +216,6 @@ def test_keys_are_typed_in_fields_and_escape_leaves_step_by_step(opened):
     assert shown.page.evaluate("[...document.querySelectorAll('[data-lm-suppress-shortcuts]')].length") == 0
 
 
-@pytest.mark.slow
-@pytest.mark.proof
 def test_a_new_epoch_is_followed_and_a_kernel_that_is_gone_greys_it_out(opened):
     run = Views(records()[0])
     shown = opened(run)
@@ -234,8 +230,6 @@ def test_a_new_epoch_is_followed_and_a_kernel_that_is_gone_greys_it_out(opened):
     assert "turn" in shown.said  # what is loaded can still be read
 
 
-@pytest.mark.slow
-@pytest.mark.proof
 def test_a_slow_kernel_is_said_and_a_late_answer_is_taken(opened):
     shown = opened()
     shown.page.evaluate(
@@ -293,8 +287,6 @@ def hostile_run(text):
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.proof
 def test_hostile_text_runs_nothing_and_makes_no_element(opened):
     plain, shown = opened(hostile_run("plain")), opened(hostile_run("".join(ATTACKS)))
     requests = []
@@ -319,6 +311,24 @@ def test_the_module_puts_no_text_in_as_markup():
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|\bimport\b", source
     )
     assert found == []
+
+
+def test_only_what_is_in_sight_is_made(opened):
+    epoch = make_epoch({f"q{place}": [0, 1] for place in range(3000)})
+    tokens = [(" word", -0.5)] * 899 + [(" last", -6.0)]
+    epoch.collection.trajectories[0][0].episode = [sampled(*tokens) for _ in range(20)]
+    shown = opened(Views(epoch))
+    spans = shown.page.locator(".tokens span")
+    assert 900 <= spans.count() <= 4500 and shown.page.locator(".row").count() < 40
+    shown.press("n", "n")
+    assert spans.count() <= 6300
+    for _ in range(18):
+        shown.page.keyboard.press("n")
+    assert shown.said == "turn 20 of 20"
+    shown.press(".")
+    assert shown.page.locator(".tokens .at").inner_text() == " last"
+    shown.press("G")
+    assert shown.text(".head .id") == "q2999" and shown.page.locator(".row").count() < 40
 
 
 def test_what_was_loaded_is_forgotten_beyond_a_limit(opened):
@@ -346,8 +356,6 @@ def axe(tmp_path_factory):
         return packed.extractfile("package/axe.min.js").read().decode()
 
 
-@pytest.mark.slow
-@pytest.mark.proof
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 1000, 700, 390])
 def test_axe_finds_no_serious_or_critical_violation(opened, axe, width, dark):
