@@ -321,7 +321,7 @@ def test_only_what_is_in_sight_is_made(opened):
     spans = shown.page.locator(".tokens span")
     assert 900 <= spans.count() <= 4500 and shown.page.locator(".row").count() < 40
     shown.press("n", "n")
-    assert spans.count() <= 6300
+    assert spans.count() <= 9000
     for _ in range(18):
         shown.page.keyboard.press("n")
     assert shown.said == "turn 20 of 20"
