@@ -1414,8 +1414,10 @@ class BrowserView {
 
   tellWhere(index, rollout) {
     clearTimeout(this.telling);
+    this.told = null; // which rollout the kernel knows to be open
     this.telling = setTimeout(() => {
-      if (!this.closed) this.kernel.ask("at", { epoch: index.epoch, rollout }).catch(() => {});
+      if (this.closed) return;
+      this.kernel.ask("at", { epoch: index.epoch, rollout }).then(() => { this.told = rollout; }, () => {});
     }, 150);
   }
 

@@ -592,8 +592,9 @@ class RunHistory(ABC):
         Args:
             epoch: Its number; negative counts from the newest. Default: the newest.
             example: The example's id. Default: the one whose rewards differ most.
-            filter: Which rollouts are listed, by field of `analysis.browse_index.BrowseFilter`: {"failed": True},
-                {"reward": (0, 0.5), "text": "sorry"}. Default: all.
+            filter: Which rollouts are listed: a mapping with some of signal (as in `signal().groups`), failed, cut, missing
+                (no reward), reward and turns (lowest and highest, None for no limit), label ("*": any), and text, regex and
+                where, as in `find`. {"failed": False, "reward": (None, 0.5), "text": "sorry"}, say. Default: all.
 
         Returns:
             The browser, which displays itself; its `epoch`, `example`, `generation`, `filter` and `sort` are traits, its

@@ -45,6 +45,8 @@ async ([source, sheet, mount, initialize]) => {
   else module.default.render({ model, el: place });
 }
 """
+VIEW = "document.getElementById('place').view"
+"""The page's BrowserView, where it was rendered and not mounted."""
 PAGE = """<!doctype html><html lang="en"><head><title>bare</title></head><body style="margin:8px"><main>
 <div id="place" data-ftb="here"><p id="still">static summary</p></div></main></body></html>"""
 
@@ -101,9 +103,15 @@ class BarePage:
         return found
 
     def press(self, *keys: str) -> None:
+        """Presses keys, and waits after each until the kernel has answered what the page asked."""
         for key in keys:
             self.page.keyboard.press(key)
-            self.page.wait_for_timeout(60)
+            self.settle()
+
+    def settle(self) -> None:
+        self.page.wait_for_timeout(30)
+        self.page.wait_for_function(f"() => {{ const view = {VIEW}; return !view || view.kernel.waiting.size === 0; }}")
+        self.page.wait_for_timeout(30)
 
     def focus(self) -> None:
         self.page.locator(".ftb").focus()
@@ -114,14 +122,6 @@ class BarePage:
     @property
     def said(self) -> str:
         return self.text(".say")
-
-    def view(self, expression: str) -> Any:
-        """The value of an expression of `view`, the page's BrowserView."""
-        return self.page.evaluate(
-            "code => { const view = [...document.querySelectorAll('*')].find(e => e.view).view;"
-            " return new Function('view', `return ${code}`)(view); }",
-            expression,
-        )
 
     def close(self) -> None:
         self.context.close()

@@ -49,15 +49,20 @@ def press(notebook, *keys):
         notebook.page.wait_for_timeout(120)
 
 
+def wait_until_told(notebook):
+    """Waits until the kernel knows what is open."""
+    notebook.page.wait_for_function(f"() => {VIEW}.told !== null && {VIEW}.told === {VIEW}.readers[0].at.rollout")
+
+
 def test_it_mounts_keeps_its_keys_and_feeds_python(lab, runs_folder):
     where = "browser.epoch, browser.example, browser.generation, len(browser.selection)"
     notebook = opened(lab, runs_folder, where, "browser.open('e0/sum-3/2')")
     assert notebook.output(0).locator("[data-ftb] table").first.is_hidden()
     focus(notebook)
     press(notebook, "j", "j", "l", "[", "d", "d", "b")
+    wait_until_told(notebook)
     assert notebook.page.locator(".jp-Notebook .jp-Cell").count() == 3
     assert notebook.path.exists() and shown(notebook)[1] == "epoch 0"
-    notebook.page.wait_for_timeout(400)
     notebook.run(1)
     epoch, example, generation, count = eval(notebook.text(1))
     assert (epoch, example, generation, count) == (0, shown(notebook)[0], 1, 320)
@@ -112,8 +117,8 @@ def test_it_lives_through_a_reload_and_another_run_of_its_cell_replaces_it(lab, 
     notebook = opened(lab, runs_folder, cell, count)
     focus(notebook)
     press(notebook, "j", "j", "l")
+    wait_until_told(notebook)
     before = shown(notebook)
-    notebook.page.wait_for_timeout(400)
     notebook.save()
     notebook.reload()
     wait_until_mounted(notebook)
