@@ -1,7 +1,7 @@
 """The trajectory browser without its widget: the groups of an epoch as a table that reads well wherever a notebook is shown.
 
-Every look is an inline style with literal colours that suit light and dark, as viewers strip style sheets; nothing is said by
-colour alone.
+Viewers strip style sheets and drawings, and some strip styles as well. So the drawings are characters, every look is an inline
+style with literal colours that suit light and dark, and nothing is said by either alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ DOTS = 16
 """Most rollouts of a group that are shown one by one."""
 BARS = 60
 """Most epochs in the strip of mean rewards."""
-_BLUE, _RED, _GREY = "#3b82c4", "#d0533f", "rgba(128,128,128,.3)"
+BLOCKS = "▁▂▃▄▅▆▇█"
+_RED = "#d0533f"
+_BLOCKS = "color:#3b82c4;font-family:monospace;letter-spacing:1px;white-space:nowrap"
 _CELL = "padding:2px 12px 2px 0;text-align:left;vertical-align:middle;border:0;background:transparent"
 _NUMBER = _CELL.replace("left", "right", 1) + ";font-variant-numeric:tabular-nums"
 
@@ -94,54 +96,46 @@ _HEADERS = ("example", "rewards, by generation", "mean", "spread", "what it teac
 
 
 def _row(index: BrowseIndex, group: int) -> Html:
-    """One group: its rewards as bars with numbers."""
+    """One group: a block for each reward, as high as that is; × where a rollout failed, ○ where it has no reward."""
     start, stop = int(index.starts[group]), int(index.starts[group + 1])
     rewards = [float(each) for each in index.rewards[start:stop]]
     failed = [bool(flag & FAILED) for flag in index.flags[start:stop].tolist()]
     known = [reward for reward in rewards if math.isfinite(reward)]
     low, high = min([0.0, *known]), max([1.0, *known])
-    marks = [_mark(reward, lost, low, high) for reward, lost in zip(rewards[:DOTS], failed, strict=False)]
+    marks = ""
+    for reward, lost in zip(rewards[:DOTS], failed, strict=False):
+        marks += "×" if lost else _block(reward, low, high)
     if stop - start > DOTS:
-        marks.append(element("span", f" +{stop - start - DOTS:,}"))
+        marks += f" +{stop - start - DOTS:,}"
     said = ", ".join("failed" if lost else number(reward) for reward, lost in zip(rewards[:DOTS], failed, strict=False))
-    strip = element("span", *marks, title=said, style="white-space:nowrap")
     signal = SIGNAL_NAMES[int(index.signals[group])].replace("_", " ")
     return element(
         "tr",
-        element("td", one_line(index.examples[group], 60), style=_CELL + ";font-family:monospace"),
-        element("td", strip, style=_CELL),
+        element("td", one_line(index.examples[group], 60), style=f"{_CELL};font-family:monospace"),
+        element("td", marks, title=said, style=f"{_CELL};{_BLOCKS}"),
         element("td", number(float(index.means[group])), style=_NUMBER),
         element("td", number(float(index.spreads[group])), style=_NUMBER),
         element("td", signal, style=_CELL),
     )
 
 
-def _mark(reward: float, failed: bool, low: float, high: float) -> Html:
-    """A rollout: a bar as high as its reward, × where it failed, ○ where it has no reward."""
-    box = "display:inline-block;width:11px;text-align:center;vertical-align:bottom;margin-right:2px;line-height:16px;"
-    if failed:
-        return element("span", "×", style=f"{box}color:{_RED};font-weight:700")
-    if not math.isfinite(reward):
-        return element("span", "○", style=box)
-    share = (reward - low) / (high - low)
-    background = f"linear-gradient(to top,{_BLUE} {100 * share:.0f}%,{_GREY} {100 * share:.0f}%)"
-    return element("span", Html("&nbsp;"), style=f"{box}height:16px;background:{background}")
+def _block(value: float, low: float, high: float) -> str:
+    """A character that is as high as the value is between the two; ○ where it is missing."""
+    if not math.isfinite(value):
+        return "○"
+    return BLOCKS[round((value - low) / (high - low) * (len(BLOCKS) - 1))]
 
 
 def _strip(epochs: Sequence[Epoch], shown: int) -> Html:
-    """The mean reward of each epoch as a bar, and how it went in words."""
+    """The mean reward of each epoch as a block, and how it went in words."""
     every = max(1, math.ceil(len(epochs) / BARS))
-    drawn = epochs[::every]
     means = [epoch.metrics.mean_reward for epoch in epochs if math.isfinite(epoch.metrics.mean_reward)]
     if len(means) < 2:
         return Html()
     low, high = min([0.0, *means]), max([1.0, *means])
-    bars = []
-    for epoch in drawn:
-        mean = epoch.metrics.mean_reward
-        height = 0 if not math.isfinite(mean) else round(2 + 26 * (mean - low) / (high - low))
-        colour = _RED if epoch.index == shown else _BLUE
-        style = f"display:inline-block;width:6px;margin-right:1px;height:{height}px;background:{colour};vertical-align:bottom"
-        bars.append(element("span", title=f"epoch {epoch.index}: {number(mean)}", style=style))
+    blocks = []
+    for epoch in epochs[::every]:
+        block = _block(epoch.metrics.mean_reward, low, high)
+        blocks.append(element("span", block, style=f"color:{_RED}") if epoch.index == shown else block)
     words = f" mean reward by epoch, from {number(means[0])} to {number(means[-1])}"
-    return element("div", *bars, element("span", words, style="font-size:12px"), style="height:30px;margin:4px 0")
+    return element("div", element("span", *blocks, style=_BLOCKS), words)
