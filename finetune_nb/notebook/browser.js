@@ -485,7 +485,7 @@ class Reader {
   }
 
   clear(text) {
-    this.body = this.at = null;
+    this.body = this.at = this.wanted = null;
     this.sections = [];
     this.head.replaceChildren();
     this.turns.replaceChildren(make("p", { kind: "dim", text }));
@@ -1195,7 +1195,8 @@ class BrowserView {
   async openEpoch(epoch, { group = null, rollout = null } = {}) {
     const ticket = ++this.ticket;
     const example = this.index && this.order.length ? this.index.examples.at(this.order[this.position]) : null;
-    const generation = this.readers[0].at ? this.readers[0].at.index.generations[this.readers[0].at.rollout] : null;
+    const { wanted } = this.readers[0];
+    const generation = wanted ? wanted.index.generations[wanted.rollout] : null;
     const [index, listed] = await Promise.all([this.fetchIndex(epoch), this.ask("view", { epoch, filter: this.filter, sort: this.sort })]);
     if (!index || !listed || ticket !== this.ticket) return;
     this.index = index;
@@ -1230,7 +1231,7 @@ class BrowserView {
   /** Another filter or order of this epoch. */
   async refilter({ filter = this.filter, sort = this.sort } = {}) {
     const group = this.order[this.position] ?? null;
-    const rollout = this.readers[0].at?.rollout ?? null;
+    const rollout = this.readers[0].wanted?.rollout ?? null;
     Object.assign(this, { filter, sort });
     this.showFilters();
     if (!this.index) return;
@@ -1356,6 +1357,7 @@ class BrowserView {
   async openIn(reader, index, rollout) {
     const began = performance.now();
     const ticket = (reader.ticket = (reader.ticket ?? 0) + 1);
+    reader.wanted = { index, rollout }; // keys that follow start from here, also before it is shown
     await this.fetching; // one after the other: who presses j ten times wants the tenth
     if (reader.ticket !== ticket || this.closed) return;
     const fetching = this.fetchBody(index, rollout);
@@ -1398,8 +1400,8 @@ class BrowserView {
 
   stepGeneration(step) {
     const reader = this.readers[0];
-    if (!reader.at) return;
-    const { index, rollout } = reader.at;
+    if (!reader.wanted) return;
+    const { index, rollout } = reader.wanted;
     const group = groupOf(index, rollout);
     const [start, count] = [index.starts[group], index.starts[group + 1] - index.starts[group]];
     this.openIn(reader, index, start + ((rollout - start + step + count) % count));
