@@ -18,7 +18,7 @@ from ..store.trajectories import table_of
 from ..text import text_of
 from ..training.metrics import advantages
 from ..types import Epoch, same_id
-from .learning_signal import SIGNALS, group_signals
+from .learning_signal import SIGNALS, best_and_worst, group_signals
 
 __all__ = [
     "CUT",
@@ -149,7 +149,8 @@ def browse_index(epoch: Epoch, earlier: Sequence[Epoch] = (), before: np.ndarray
 
     missing = np.full(failed, np.nan)
     extra = np.full(len(examples) - groups, np.nan)
-    signals = [SIGNAL_NAMES.index(signal) for signal in group_signals(epoch, earlier)]
+    best, worst = best_and_worst([*earlier, epoch])
+    signals = [SIGNAL_NAMES.index(signal) for signal in group_signals([epoch], worst, best)]
     signals += [SIGNAL_NAMES.index("failed")] * len(extra)
     flags = np.zeros(len(table), np.uint8)
     flags[count:] |= FAILED

@@ -26,6 +26,7 @@ __all__ = [
     "GroupSize",
     "LearningSignal",
     "SIGNALS",
+    "best_and_worst",
     "chance_of_spread",
     "group_signals",
     "learning_signal",
@@ -188,6 +189,7 @@ def learning_signal(epoch: Epoch, earlier: Sequence[Epoch] = ()) -> LearningSign
 
     statistics, selection = epoch.statistics, epoch.selection
     so_far = [*earlier, epoch]
+    best, worst = best_and_worst(so_far)
     failed: dict[str, list[Any]] = {}
     if epoch.metrics.failures:
         for failure in epoch.collection.failures:
@@ -196,8 +198,9 @@ def learning_signal(epoch: Epoch, earlier: Sequence[Epoch] = ()) -> LearningSign
 
     sizes = np.diff(statistics.offsets)
     examples = []
-    for place, (id, signal) in enumerate(zip(statistics.example_ids, group_signals(epoch, earlier), strict=True)):
+    for place, id in enumerate(statistics.example_ids):
         mean, spread = float(statistics.means[place]), float(statistics.spreads[place])
+        signal = _signal(selection.reason_of(place), mean, spread, int(statistics.counts[place]), best, worst)
         lost = len(failed.pop(str(id), ()))
         history = histories[str(id)]
         examples.append(
@@ -221,24 +224,7 @@ def learning_signal(epoch: Epoch, earlier: Sequence[Epoch] = ()) -> LearningSign
     )
 
 
-def group_signals(epoch: Epoch, earlier: Sequence[Epoch] = ()) -> list[str]:
-    """Say of each group of an epoch whether it teaches, or why it does not.
-
-    Args:
-        epoch: Its record, complete or not.
-        earlier: The epochs before it, which give the best and worst rewards so far.
-
-    Returns:
-        (G) keys of SIGNALS.
-    """
-    statistics = epoch.statistics
-    best, worst = _best_and_worst([*earlier, epoch])
-    reasons = [epoch.selection.reason_of(place) for place in range(len(statistics))]
-    columns = (reasons, statistics.means.tolist(), statistics.spreads.tolist(), statistics.counts.tolist())
-    return [_signal(*values, best, worst) for values in zip(*columns, strict=True)]
-
-
-def _best_and_worst(epochs: Sequence[Epoch]) -> tuple[float, float]:
+def best_and_worst(epochs: Sequence[Epoch]) -> tuple[float, float]:
     """The highest and the lowest finite reward; NaN if there is none."""
     highest = [epoch.metrics.max_reward for epoch in epochs if math.isfinite(epoch.metrics.max_reward)]
     lowest = [epoch.metrics.min_reward for epoch in epochs if math.isfinite(epoch.metrics.min_reward)]

@@ -107,7 +107,7 @@ class _Tokens:
             return cls()
         if turn.alternatives is None and type(logprobs) is list and set(map(type, logprobs)) <= {float}:
             # What this package records.
-            texts, entropies = turn.tokens, getattr(turn, "entropies", None)
+            texts, entropies = turn.tokens, turn.entropies
             if type(texts) is not list or len(texts) != len(logprobs) or not set(map(type, texts)) <= {str}:
                 texts = [""] * len(logprobs)
             if type(entropies) is not list or len(entropies) != len(logprobs):

@@ -124,3 +124,11 @@ def test_token_ids_are_read_only_for_the_whole_record(tmp_path):
 def test_the_record_as_json_is_whole():
     assert json.loads(rollout_json(with_tool()))["episode"][2]["metadata"]["tokens"] == ["<ca", "ll>"]
     assert json.loads(rollout_json(failed()))["steps"][0]["payload"]["event_type"] == "LLM_END"
+
+
+def test_the_entropy_that_was_recorded_comes_with_its_token(tmp_path):
+    trajectory = with_tool()
+    trajectory.episode[2].metadata["entropies"] = [0.5, 0.25]
+    (record,) = stored(tmp_path, epoch_of([[trajectory]]))
+    found = np.frombuffer(rollout_body(RolloutRows().rollout(record, 0)).columns[5], "<f4")
+    assert found[:2].tolist() == [0.5, 0.25] and np.isnan(found[2])
