@@ -68,6 +68,7 @@ HEAVY = {
     "pandas",
     "pyarrow",
     "ipywidgets",
+    "anywidget",
     "numpy",
 }
 PRINTING = ("cli.*", "*.make")

@@ -26,6 +26,7 @@ __all__ = [
     "GroupSize",
     "LearningSignal",
     "SIGNALS",
+    "best_and_worst",
     "chance_of_spread",
     "group_signals",
     "learning_signal",
@@ -188,7 +189,7 @@ def learning_signal(epoch: Epoch, earlier: Sequence[Epoch] = ()) -> LearningSign
 
     statistics, selection = epoch.statistics, epoch.selection
     so_far = [*earlier, epoch]
-    best, worst = _best_and_worst(so_far)
+    best, worst = best_and_worst(so_far)
     failed: dict[str, list[Any]] = {}
     if epoch.metrics.failures:
         for failure in epoch.collection.failures:
@@ -223,7 +224,7 @@ def learning_signal(epoch: Epoch, earlier: Sequence[Epoch] = ()) -> LearningSign
     )
 
 
-def _best_and_worst(epochs: Sequence[Epoch]) -> tuple[float, float]:
+def best_and_worst(epochs: Sequence[Epoch]) -> tuple[float, float]:
     """The highest and the lowest finite reward; NaN if there is none."""
     highest = [epoch.metrics.max_reward for epoch in epochs if math.isfinite(epoch.metrics.max_reward)]
     lowest = [epoch.metrics.min_reward for epoch in epochs if math.isfinite(epoch.metrics.min_reward)]

@@ -36,6 +36,7 @@ __all__ = [
     "Query",
     "Search",
     "query_of",
+    "rows_with",
     "search",
 ]
 
@@ -289,17 +290,12 @@ def _search_epoch(epoch: Epoch, query: Query, labels: list[Label], room: int) ->
 
     columns = EpochColumns(epoch)
     total = columns.rows + epoch.metrics.failures
-    allowed = np.ones(total, dtype=bool)
     matches = None
     if query.pattern is not None:
         matches = _matches(columns, query, query.pattern)
         if not len(matches.rows):
             return EpochHits(epoch.index, total, 0, [], 0)
-    if query.where is not None:
-        frame = trajectories([epoch], columns=query.columns, labels=labels)
-        allowed = np.asarray(query.where(frame), dtype=bool)
-        if allowed.shape != (total,):
-            raise ConfigError(f"where returned {allowed.shape} values; expected a bool for each of {total:,} rollouts.")
+    allowed = _allowed(epoch, query, labels, total)
     if matches is None:
         rows = np.flatnonzero(allowed)
         matches = _Matches(rows, np.full(len(rows), -1), np.zeros(len(rows), int), rows, ())
@@ -307,6 +303,41 @@ def _search_epoch(epoch: Epoch, query: Query, labels: list[Label], room: int) ->
         matches = matches.of(allowed[matches.rows])
     hits = _hits(epoch, columns, matches.of(np.arange(len(matches.rows)) < room), query.pattern)
     return EpochHits(epoch.index, total, len(np.unique(matches.rows)), hits, len(matches.rows) - len(hits))
+
+
+def _allowed(epoch: Epoch, query: Query, labels: Iterable[Label], total: int) -> np.ndarray:
+    """(total) bool: which rollouts meet the condition; all where there is none."""
+    import numpy as np
+
+    if query.where is None:
+        return np.ones(total, dtype=bool)
+    frame = trajectories([epoch], columns=query.columns, labels=list(labels))
+    allowed = np.asarray(query.where(frame), dtype=bool)
+    if allowed.shape != (total,):
+        raise ConfigError(f"where returned {allowed.shape} values; expected a bool for each of {total:,} rollouts.")
+    return allowed
+
+
+def rows_with(epoch: Epoch, query: Query, labels: Iterable[Label] = ()) -> np.ndarray:
+    """Search an epoch for its rollouts alone.
+
+    Args:
+        epoch: Its record.
+        query: What to search for.
+        labels: Labels that its `where` can ask for.
+
+    Returns:
+        (R) bool: which rollouts have it, the trajectories in the collection's order, then the failed ones.
+    """
+    columns = EpochColumns(epoch)
+    found = _allowed(epoch, query, labels, columns.rows + epoch.metrics.failures)
+    if query.pattern is not None:
+        import numpy as np
+
+        has = np.zeros(len(found), dtype=bool)
+        has[_matches(columns, query, query.pattern).rows] = True
+        found &= has
+    return found
 
 
 def _hits(epoch: Epoch, columns: EpochColumns, matches: _Matches, pattern: str | None) -> list[Hit]:

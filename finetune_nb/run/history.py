@@ -7,7 +7,7 @@ engine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..analysis.group_comparison import ComparedRollout, GroupComparison, RolloutComparison
     from ..analysis.learning_signal import LearningSignal
     from ..frames.search import Search
+    from ..notebook.browser import Browser
     from ..rewards.labels import Tags
     from ..rollouts.preferences import Pairing
     from ..types import Change, TrajectoryCollection
@@ -582,6 +583,33 @@ class RunHistory(ABC):
 
         found = self._epoch(epoch)
         return learning_signal(found, [one for one in self.records if one.index < found.index])
+
+    def browse(self, epoch: int | None = None, example: Any = None, filter: Mapping[str, Any] | None = None) -> Browser:
+        """Read the run's rollouts in a cell, without typing: the groups of an epoch, the conversation, its tokens.
+
+        Press ? in it for the keys. It follows a run that trains. A saved notebook shows a static summary in its place.
+
+        Args:
+            epoch: Its number; negative counts from the newest. Default: the newest.
+            example: The example's id. Default: the one whose rewards differ most.
+            filter: Which rollouts are listed: a mapping with some of signal (as in `signal().groups`), failed, cut, missing
+                (no reward), reward and turns (lowest and highest, None for no limit), label ("*": any), and text, regex and
+                where, as in `find`. {"failed": False, "reward": (None, 0.5), "text": "sorry"}, say. Default: all.
+
+        Returns:
+            The browser, which displays itself; its `epoch`, `example`, `generation`, `filter` and `sort` are traits, its
+            `selection` a DataFrame.
+
+        Raises:
+            IndexError: There is no such epoch.
+            RunError: The epoch has no such example.
+            ConfigError: The filter has a field or a value that does not fit.
+        """
+        from ..notebook.browser import Browser
+
+        if epoch is not None and epoch < 0:
+            epoch = self[epoch].index
+        return Browser(self, epoch, example, filter)
 
     # ── plots ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ from .database import (
 from .durable import check_plain, size_of
 from .folder import CONFIG, DATABASE, LOG, RUN_ID, trajectory_file, writer_of
 from .json import decode
-from .trajectories import COLUMNS, collection_of_batches, read_columns, read_trajectories, table_of
+from .trajectories import COLUMNS, collection_of_batches, read_columns, read_row_group, read_trajectories, table_of
 from .trust import is_signed, sign
 
 if TYPE_CHECKING:
@@ -78,13 +78,15 @@ class StoredEpoch(Epoch):
         *,
         collection: TrajectoryCollection | Callable[[], TrajectoryCollection],
         columns: Callable[[Sequence[str]], pa.Table] | None = None,
+        row_group: Callable[[int, Iterable[str]], tuple[int, pa.Table]] | None = None,
         **record: Any,
     ) -> None:
         # dataclasses.replace hands over a collection; then it is this epoch's own, as in any other Epoch.
-        vars(self).update(record, _collection=collection, _columns=columns)
+        vars(self).update(record, _collection=collection, _columns=columns, _row_group=row_group)
 
     _collection: TrajectoryCollection | Callable[[], TrajectoryCollection]
     _columns: Callable[[Sequence[str]], pa.Table] | None
+    _row_group: Callable[[int, Iterable[str]], tuple[int, pa.Table]] | None
 
     @property
     def collection(self) -> TrajectoryCollection:  # type: ignore[override]
@@ -97,6 +99,12 @@ class StoredEpoch(Epoch):
         """`columns(["generation", "reward"])`: those columns, by their names in store.trajectories.COLUMNS, straight from
         the file and without making the trajectories. None where the epoch has no file."""
         return self._columns
+
+    @property
+    def row_group(self) -> Callable[[int, Iterable[str]], tuple[int, pa.Table]] | None:
+        """`row_group(7, ["reward"])`: those columns of the part of the file that has row 7, as the place of its first row and a
+        table. None where the epoch has no file."""
+        return self._row_group
 
 
 def trajectory_columns(epoch: Epoch, names: Sequence[str]) -> pa.Table:
@@ -264,9 +272,13 @@ class RunReader:
                     raise
                 return table_of(held.trajectories, held.failures, names)  # the file is gone, what it held is not
 
+        def row_group(row: int, names: Iterable[str]) -> tuple[int, pa.Table]:
+            return read_row_group(self.folder, index, self.run_id, rows, groups, row, names)
+
         return StoredEpoch(
             collection=collection,
             columns=columns,
+            row_group=row_group,
             validations=tuple(validations.get(index, ())),
             **record,
         )

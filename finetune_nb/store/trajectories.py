@@ -66,6 +66,7 @@ __all__ = [
     "collection_of",
     "collection_of_batches",
     "read_columns",
+    "read_row_group",
     "read_trajectories",
     "table_of",
     "to_python",
@@ -618,8 +619,12 @@ def to_python(array: pa.Array) -> list[Any]:
 
 KEY = b"finetune_nb"
 """Under which the schema's metadata say what the file is."""
+TOKENS_PER_GROUP = 500_000
+"""Tokens in a row group, about: to read one rollout, all of its row group is decoded."""
 ROWS_PER_GROUP = 8192
-"""So that a reader of whole rows does not need all memory at once."""
+"""At most, however short they are."""
+CHARACTERS_PER_TOKEN = 4
+"""About: of a message that was not sampled, the tokens were not counted."""
 
 
 def _leaf(name: str) -> str:
@@ -692,25 +697,53 @@ def write_trajectories(folder: Path, epoch: int, run_id: str, collection: Trajec
         table = table.replace_schema_metadata({KEY: encode(about)})
         check_plain(path.parent)
         path.parent.mkdir(exist_ok=True)
-        write_durably(
-            path,
-            lambda file: pq.write_table(
-                table,
+
+        def write(file: Any) -> None:
+            with pq.ParquetWriter(
                 file,
-                row_group_size=ROWS_PER_GROUP,
+                table.schema,
                 compression="zstd",
                 use_dictionary=_DICTIONARY,  # type: ignore[arg-type]  # the stubs know the bool only
                 column_encoding=_SPLIT,
                 write_statistics=False,
                 write_page_checksum=True,
-            ),
-        )
+            ) as writer:
+                for start, stop in pairwise(_row_groups(table)):
+                    writer.write_table(table.slice(start, stop - start), row_group_size=ROWS_PER_GROUP)
+
+        write_durably(path, write)
         return os.stat(path).st_size
     except (OSError, pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise StoreError(
             f"{path} could not be written: {type(error).__name__}: {error}. Epoch {epoch} is not recorded; everything "
             "before it is kept. Remove the cause (a full disk, say) and append the epoch again."
         ) from error
+
+
+def _row_groups(table: pa.Table) -> list[int]:
+    """Where the row groups begin, and where the last one ends. Rollouts of one group stay together, as far as they fit."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    contents = table.column("contents").combine_chunks()
+    characters = np.zeros(len(contents.values) + 1, np.int64)
+    lengths: Any = pc.call_function("binary_length", [contents.values])
+    np.cumsum(lengths.fill_null(0).to_numpy(zero_copy_only=False), out=characters[1:])
+    read = np.diff(characters[contents.offsets.to_numpy()]) // CHARACTERS_PER_TOKEN
+    sampled = pc.fill_null(table.column("tokens"), 0).to_numpy()
+    tokens = np.maximum(read, sampled).tolist()
+    group_of = pc.fill_null(table.column("group"), -1).to_pylist()
+
+    bounds, size = [0], 0
+    begin = 0  # of the group of rollouts that the row is in
+    for row, cost in enumerate(tokens):
+        if row and group_of[row] != group_of[row - 1]:
+            begin = row
+        if size and (size + cost > TOKENS_PER_GROUP or row - bounds[-1] >= ROWS_PER_GROUP):
+            bounds.append(begin if begin > bounds[-1] else row)
+            size = sum(tokens[bounds[-1] : row])
+        size += cost
+    return [*bounds, len(tokens)]
 
 
 def read_trajectories(folder: Path, epoch: int, run_id: str, rows: int, groups: int) -> TrajectoryCollection:
@@ -750,13 +783,50 @@ def read_columns(folder: Path, epoch: int, run_id: str, rows: int, groups: int, 
         return _read(file, names)
 
 
-def _read(file: Any, names: Iterable[str]) -> pa.Table:
+def read_row_group(
+    folder: Path, epoch: int, run_id: str, rows: int, groups: int, row: int, names: Iterable[str] = tuple(COLUMNS)
+) -> tuple[int, pa.Table]:
+    """The row group that a row is in: the smallest part of the file that can be read.
+
+    Args:
+        folder: The run's folder.
+        epoch: Its number.
+        run_id: Of the run.
+        rows: How many rows there are, as run.db says.
+        groups: How many groups.
+        row: The row's place in the file, from 0.
+        names: The columns. Default: all.
+
+    Returns:
+        The place in the file of the table's first row, and the table.
+
+    Raises:
+        StoreError: There is no such row, or the file is missing, damaged, or not the one of that epoch.
+    """
+    if not 0 <= row < rows:
+        raise StoreError(f"found row {row}; epoch {epoch} has rows 0 to {rows - 1}.")
+    with _reading(folder, epoch, run_id, rows, groups) as (file, _):
+        first = 0
+        for number in range(file.num_row_groups):
+            count = file.metadata.row_group(number).num_rows
+            if row < first + count:
+                return first, _read(file, names, number)
+            first += count
+        raise ValueError(f"no row group has row {row}")
+
+
+def _read(file: Any, names: Iterable[str], row_group: int | None = None) -> pa.Table:
+    """Those columns: of one row group, or of the whole file."""
     there = set(file.schema_arrow.names)
     wanted = [name for name in names if name in there]
     lacking = [name for name in names if name not in there]
     if "roles" not in wanted and any(isinstance(COLUMNS[name], MessageColumn) for name in lacking):
         wanted.append("roles")  # how many messages there are is said by nothing else
-    table = _checked(file.read(wanted, use_threads=False))
+    if row_group is None:
+        table = file.read(wanted, use_threads=False)
+    else:
+        table = file.read_row_group(row_group, wanted, use_threads=False)
+    table = _checked(table)
     return _completed(table, names) if lacking else table
 
 

@@ -88,6 +88,7 @@ def shown(tmp_path, closing, monkeypatch) -> list[Any]:
         ProgressLine("rollouts", 1, 2),
         still,
         panel,
+        first.browse(),
     ]
 
 

