@@ -301,6 +301,7 @@ class RunHistory(ABC):
         generation: int | None = None,
         *,
         heat: Heat = "probability",
+        turn: int | None = None,
     ) -> RolloutView:
         """Show one rollout as a conversation, with its reward, its tokens and the rest of its group.
 
@@ -310,20 +311,22 @@ class RunHistory(ABC):
             generation: Which rollout of the group. Default: the best one.
             heat: What colours the sampled tokens: their "probability", or the "entropy" of the policy in their place, if that
                 or the likely alternatives were recorded.
+            turn: The first turn to show, from 0, at full length. Default: every turn, of which long ones are cut, and the rest
+                of the group.
 
         Returns:
             A view that displays itself; its `.trajectory` is the record.
 
         Raises:
             IndexError: There is no such epoch.
-            RunError: The epoch has no such example, or the example no such generation.
+            RunError: The epoch has no such example, the example no such generation, or the rollout no such turn.
             ConfigError: `heat` is neither of the two.
         """
         from ..analysis.rollout_group import rollout_group
         from ..views.rollout import RolloutView
 
         group = rollout_group(self._epoch(epoch), example)
-        return RolloutView(group, group.rollout(generation), heat)
+        return RolloutView(group, group.rollout(generation), heat, turn)
 
     def compare_group(self, epoch: int | None = None, example: Any = None) -> GroupComparison:
         """Show the best and the worst rollout of one example side by side, with the point where they diverge.
