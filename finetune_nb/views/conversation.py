@@ -42,6 +42,8 @@ LEAST = 600
 left out."""
 HINT_LIMIT = 600
 """Bytes for the line that says where the rest of a long conversation is shown."""
+LEFT_OUT_LIMIT = 400
+"""Bytes for the line that counts turns that are left out, and for lines where a new conversation begins."""
 FOLDED = 1_500
 """Characters from which a text that the policy did not write is folded."""
 NUMBERED = 200
@@ -121,7 +123,7 @@ def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting
     missing = missing_entropy(turns) if setting.heat == "entropy" else ""
     if setting.legend and missing:
         head.append(element("div", element("strong", missing), class_="ft-bad"))
-    room -= sum(map(_bytes, head)) + HINT_LIMIT
+    room -= sum(map(_bytes, head)) + HINT_LIMIT + LEFT_OUT_LIMIT
     if setting.detail == "every" and sum(len(turn.tokens) for turn in turns) > NUMBERED:
         setting = replace(setting, detail="unlikely")
 
@@ -141,14 +143,13 @@ def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting
 
     # These share the room. Cut each turn that needs more than its share.
     places = [*range(shown), last]
-    for place, share in zip(
-        places, _shares([turns[place] for place in places], [sizes[place] for place in places], room), strict=True
-    ):
+    shares = _shares([turns[place] for place in places], [sizes[place] for place in places], room)
+    for place, share in zip(places, shares, strict=True):
         if sizes[place] > share:
             whole[place] = _turn(turns[place], share, called, setting, setting.first + place)
 
     # A cut turn may still exceed its share: leave out turns that do not fit after all.
-    room -= _bytes(whole[last]) + 100
+    room += LEFT_OUT_LIMIT - _bytes(whole[last]) - 100
     body: list[Html] = []
     for place in range(shown):
         begins = _break(turns, place)
@@ -177,13 +178,16 @@ def _shares(turns: Sequence[Turn], sizes: Sequence[int], room: int) -> list[int]
         return list(sizes)
     others = [place for place, turn in enumerate(turns) if turn.role != "assistant"]
     own = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
-    least = sum(min(sizes[place], LEAST) for place in own)
-    for_others = max(room // 4, room - sum(sizes[place] for place in own))
+    all_own = sum(sizes[place] for place in own)
+    least_own = sum(min(sizes[place], LEAST) for place in own)
+    for_others = min(max(room // 4, room - all_own), room - least_own)
+
     shares = [0] * len(turns)
-    for places, part in ((others, min(for_others, room - least)), (own, room)):
-        for place, share in zip(places, fair_shares([sizes[place] for place in places], part), strict=True):
-            shares[place] = share
-            room -= share
+    for place, share in zip(others, fair_shares([sizes[place] for place in others], for_others), strict=True):
+        shares[place] = share
+    for_own = room - sum(shares)
+    for place, share in zip(own, fair_shares([sizes[place] for place in own], for_own), strict=True):
+        shares[place] = share
     return shares
 
 
