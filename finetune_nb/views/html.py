@@ -293,13 +293,24 @@ def image(png: bytes, text: str, width: int) -> Html:
 def page(title: str, *body: Any) -> str:
     """A whole document. Its content security policy also forbids scripts and requests."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    looks = (
-        ":root{color-scheme:light dark}body{margin:0 auto;max-width:72em;padding:12px;font-family:system-ui,sans-serif}"
-    )
-    head = element("title", title) + f"<style>{looks}</style>"
+    head = element("title", title) + f"<style>{_PAGE_STYLE}</style>"
     metas = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     metas += '<meta name="viewport" content="width=device-width">'
-    return f'<!doctype html>\n<html lang="en"><head>{metas}{head}</head><body>{_joined(body)}</body></html>\n'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{metas}{head}</head><body><main>{_joined(body)}</main></body></html>\n'
+    )
+
+
+_PAGE_STYLE = """
+:root{color-scheme:light dark;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+body{margin:0 auto;max-width:100em;padding:12px 20px;font:15px/1.5 system-ui,sans-serif}
+h1{font-size:24px;margin:8px 12px}h2{font-size:18px;margin:28px 12px 6px}.verdict{margin:0 12px;max-width:64em;font-size:17px}
+.columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr));gap:8px 24px;align-items:start}
+figure{margin:8px 12px;break-inside:avoid}figcaption{font-size:13px;max-width:46em}
+section>details{margin:6px 12px}
+@media print{:root{color-scheme:light}body{padding:0;max-width:none}.columns{grid-template-columns:1fr 1fr}
+.ft-turn,tr,h2{break-inside:avoid}h2{break-after:avoid}.ft .ft-wide{overflow:visible}}
+""".strip().replace("\n", "")
 
 
 ERROR_LIMIT = 2_000

@@ -39,8 +39,8 @@ TINTS = (
     "background:#d602",
     "background:#d604",
     "background:#d606",
-    "background:#d609",
-    "background:#d60b;border-bottom:2px solid",
+    "background:#d608",
+    "background:#d60a;border-bottom:2px solid",
 )
 """Inline styles of the colour levels: translucent, so that they are seen on light and dark pages."""
 UNDERLINED = 4
