@@ -91,6 +91,11 @@ class RunHistory(ABC):
         return f"{state}, written by {status.writer}" if status.writer else state
 
     @property
+    def parent(self) -> tuple[str, int] | None:
+        """Of a fork: the name of the run it was made of, and the epoch of that run after which it begins."""
+        return None
+
+    @property
     def model(self) -> str | None:
         """What is trained, where that is known."""
         return None

@@ -574,6 +574,12 @@ class Run(RunHistory):
         return Path(self.config.finetuning.output_dir) / self.id
 
     @property
+    def parent(self) -> tuple[str, int] | None:
+        """Of a fork: the name of the run it was made of, and the epoch of that run after which it begins."""
+        store = self._stored()
+        return None if store is None else store.parent
+
+    @property
     def changes(self) -> Sequence[Change]:
         """The journal: every change of the live settings, in order."""
         store = self._stored()

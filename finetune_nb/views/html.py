@@ -251,7 +251,8 @@ margin:2px 0;padding:4px 8px;font:12.5px/1.5 var(--jp-code-font-family,ui-monosp
 .ft .ft-wide{overflow-x:auto}
 .ft summary{cursor:pointer}
 .ft :focus-visible{outline:2px solid var(--on);outline-offset:2px}
-@container(max-width:640px){.ft.ft .ft-pair thead{display:none}.ft.ft .ft-pair :is(tbody,tr,td){display:block;width:auto!important}}
+@container(max-width:640px){.ft.ft .ft-pair thead{display:none}
+.ft.ft .ft-pair :is(tbody,tr,td){display:block;width:auto!important}}
 .ft mark{color:var(--bg);background:var(--on);padding:0 2px}
 .ft .ft-what-if{display:flex;flex-wrap:wrap;gap:8px 20px;align-items:center;margin:6px 0}
 .ft .ft-histogram{position:relative;flex:1 1 280px;min-width:240px;max-width:440px}
