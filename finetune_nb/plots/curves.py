@@ -90,7 +90,7 @@ def plot_rewards(
         share = share_axis(ax, look, "curriculum percentile")
         step_line(share, records, look, look.colours[3], "curriculum percentile")
     if figure is not None and share_scale(ax, _shown_rewards(runs, several, baseline)) and _are_binary(runs):
-        ax.set_ylabel("reward (share of rollouts with 1)")
+        ax.set_ylabel("reward (share with 1)")
     mark_changes(ax, runs, look)
     named(figure, runs, "mean reward")
     finish(ax, look, empty=not any(run.epochs for run in runs))

@@ -381,7 +381,7 @@ def test_the_axis_of_rewards_goes_from_0_to_1_where_they_do() -> None:
     assert plots.plot_rewards(beyond).axes[0].get_ylim() != (-0.05, 1.05)
     assert plots.plot_rewards(within, baseline=2.0).axes[0].get_ylim()[1] > 2
     assert plots.plot_rewards(within).axes[0].get_ylabel() == "reward"
-    assert plots.plot_rewards([make_epoch([[1, 0]])]).axes[0].get_ylabel() == "reward (share of rollouts with 1)"
+    assert plots.plot_rewards([make_epoch([[1, 0]])]).axes[0].get_ylabel() == "reward (share with 1)"
 
 
 def test_a_metric_that_never_changes_has_one_tick_and_no_invented_digits() -> None:
