@@ -752,8 +752,7 @@ class Run(RunHistory):
         self._session.lines = lines
         self._planned = first + count
         if in_notebook():
-            shown = {"text/plain": repr(self), "text/html": self._repr_html_()}
-            self._session.record = CellRecord(self._record, shown)
+            self._session.record = CellRecord(self._record, {"text/plain": repr(self), "text/html": self._repr_html_()})
 
     def pause(self) -> None:
         """Hold the run at the next safe point: rollouts in progress finish, no others start."""
@@ -1031,6 +1030,11 @@ class Run(RunHistory):
 
         section = weighted_reward(self.config)
         return diagnosis(self.id, self.chosen(epochs), section and section.weights, self.records)
+
+    @property
+    def _recorded_in(self) -> object | None:
+        """The cell that has the record of the last `start`; None without one."""
+        return None if self._session.record is None else self._session.record.cell
 
     def panel(self) -> Any:
         """The control panel: state and progress, buttons, the live settings with what they would do, the reward curve, the
