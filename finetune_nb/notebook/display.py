@@ -175,10 +175,14 @@ class CellRecord:
         self.due = time.monotonic() + INTERVAL
         """When it may be drawn next, by time.monotonic."""
         self._turn = threading.Lock()
+        self._has_ended = False
 
-    def update(self) -> None:
-        """Something has changed: shows it soon. May be called from any thread."""
+    def update(self, has_ended: bool = False) -> None:
+        """Something has changed: shows it soon; at once if the run has ended, as the notebook may be saved now. May be called
+        from any thread."""
         with _news:
+            if has_ended:
+                self._has_ended, self.due = True, time.monotonic()
             _stale.add(self)
             _news.notify()
             if not _drawing:
@@ -191,9 +195,12 @@ class CellRecord:
         with self._turn:  # one after the other, so that the newest comes last
             with _news:
                 _stale.discard(self)
+                self._has_ended = False
             began = time.monotonic()
             try:
                 self._handle.update(_marked(self._bundle()), raw=True)
             except Exception:  # a view must not end a run
                 logger.warning("the record of a run could not be shown", exc_info=True)
-            self.due = time.monotonic() + min(max(INTERVAL, (time.monotonic() - began) / SHARE), LONGEST)
+            with _news:
+                if not self._has_ended:  # it has not ended while it was drawn
+                    self.due = time.monotonic() + min(max(INTERVAL, (time.monotonic() - began) / SHARE), LONGEST)

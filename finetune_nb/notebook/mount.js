@@ -12,13 +12,19 @@ function initialize({ model, signal }) {
   const selector = `[data-ft-mount="${CSS.escape(mount)}"]`;
   const shown = new Map(); // the element of the output -> {el, view, seen}
   const hello = Math.floor(Math.random() * 2 ** 40);
-  let [due, over, here] = [false, false, false];
+  let [due, over, here, dead] = [false, false, false, false];
 
   async function put(place) {
     const el = document.createElement("div");
     const entry = { el, view: null, seen: performance.now() };
     shown.set(place, entry);
     const child = await manager.get_model(model.get("view"));
+    if (child.comm_live === false) {
+      // The notebook was opened again in this page, after its kernel had ended.
+      shown.delete(place);
+      gone();
+      return;
+    }
     const view = await manager.create_view(child);
     if (over || !place.isConnected) {
       shown.delete(place);
@@ -45,6 +51,7 @@ function initialize({ model, signal }) {
   }
 
   function scan() {
+    if (manager.isDisposed) end(); // the notebook was closed; opened again, it gets a manager and a model of its own
     if (over || !here) return;
     const now = performance.now();
     for (const [place, entry] of shown) {
@@ -52,7 +59,7 @@ function initialize({ model, signal }) {
       else if (now - entry.seen > FORGET) take(place);
     }
     for (const place of document.querySelectorAll(selector)) {
-      if (!shown.has(place)) put(place).catch((error) => console.warn("finetune_nb: no panel here:", error));
+      if (!shown.has(place) && !dead) put(place).catch((error) => console.warn("finetune_nb: no panel here:", error));
     }
     for (const { el } of shown.values()) name(el);
   }
@@ -80,6 +87,7 @@ function initialize({ model, signal }) {
   // ── the kernel ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
   function gone() {
+    dead = true; // an output that comes from now on keeps its HTML
     for (const { el, view } of shown.values()) {
       if (!view || el.classList.contains("ft-gone")) continue;
       const said = document.createElement("div");

@@ -749,6 +749,7 @@ class Run(RunHistory):
 
         lines = EpochLines(self._driver)
         self._session.begin(run_epochs)
+        self._session.in_background = True
         self._session.lines = lines
         self._planned = first + count
         if in_notebook():
