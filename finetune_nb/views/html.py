@@ -254,16 +254,6 @@ margin:2px 0;padding:4px 8px;font:12.5px/1.5 var(--jp-code-font-family,ui-monosp
 @container(max-width:640px){.ft.ft .ft-pair thead{display:none}
 .ft.ft .ft-pair :is(tbody,tr,td){display:block;width:auto!important}}
 .ft mark{color:var(--bg);background:var(--on);padding:0 2px}
-.ft .ft-what-if{display:flex;flex-wrap:wrap;gap:8px 20px;align-items:center;margin:6px 0}
-.ft .ft-histogram{position:relative;flex:1 1 280px;min-width:240px;max-width:440px}
-.ft .ft-histogram svg{display:block}
-.ft .ft-histogram>span{position:absolute;font-size:11px;line-height:1;white-space:nowrap;transform:translate(0,-50%)}
-.ft .ft-histogram>span::after{content:attr(data-text)}
-.ft .ft-histogram>.ft-at-middle{transform:translate(-50%,-50%)}
-.ft .ft-histogram>.ft-at-end{transform:translate(-100%,-50%)}
-.ft .ft-bare{display:none}
-.ft .ft-legend{flex:0 0 auto;font-size:12px}
-.ft .ft-legend svg{display:inline;vertical-align:-1px}
 .ft .ft-count{display:inline-block;min-width:3.2em;text-align:right;padding-right:.5em;
 font-variant-numeric:tabular-nums;font-weight:600}
 """.strip().replace("\n", "")
