@@ -176,7 +176,7 @@ class Panel:
         self._steering = [*self.inputs.widgets, *self.tripwires.widgets, *buttons.values(), self.epochs, self.at_once]
         self.view = self._layout(can_steer=status.read_only is None)
         self.mount = Mount(self.view, f"import finetune_nb as ft; ft.Run.open({str(run.folder)!r}).panel()")
-        self._tree = [*_family(self.view), *_family(self.mount)]
+        self._tree = [*_family(self.mount), *_family(self.view)]
         route_to_subshell(self._steering)
         self._close_widgets = weakref.finalize(self, _close_all, self._tree)
         self._close_widgets.atexit = False

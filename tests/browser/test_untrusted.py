@@ -97,7 +97,7 @@ def test_axe_finds_nothing_serious_in_the_static_views(notebook, axe, theme):
     page.evaluate(TRUST)
     page.emulate_media(color_scheme=theme.lower())
     page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {theme}")
-    page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
+    page.evaluate("jupyterapp.shell.collapseLeft()")
     page.evaluate(axe)
     found = {}
     for width in (1400, 1000, 700, 390):
