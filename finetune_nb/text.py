@@ -147,7 +147,7 @@ def one_line(text: Any, limit: int = SHORT) -> str:
 
 
 def beginning(text: Any, limit: int) -> str:
-    """The beginning of a text on one line, with "…" where it goes on."""
+    """The beginning of a text on one line, with "…" if there is more."""
     found = text_of(text)
     line = " ".join(plain(found[: 4 * limit]).split())
     return line if len(line) <= limit and len(found) <= 4 * limit else line[: limit - 1] + "…"

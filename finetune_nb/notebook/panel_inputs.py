@@ -50,7 +50,7 @@ class Inputs:
             each.widget.observe(lambda change, each=each: self._moved(each, change.new), "value")
 
     def all(self) -> Sequence[Input]:
-        """Every input, as they stand in the panel."""
+        """Every input, in the order of the panel."""
         return (*self.curriculum, *self.live)
 
     @property
