@@ -57,7 +57,8 @@ class ProgressLine:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return view(bar(self.done, self.total or 1, self.text.replace("  ", " · ")))
+        line = bar(self.done, self.total or 1, self.text.replace("  ", " · "))
+        return view(line, styled=False)  # it needs no style sheet, which would be stored with every cell that waits
 
 
 def print_line(line: str) -> None:

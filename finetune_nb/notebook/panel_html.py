@@ -314,6 +314,8 @@ color:var(--jp-ui-font-color1,inherit)}
 .ft-panel:has(.ft-b-fold.mod-active) .ft-b-inputs{display:flex}}
 .ft-gone-note{border-left:4px solid var(--jp-warn-color1,#e69500);background:rgba(230,149,0,.13);padding:6px 10px;margin:4px 0}
 .ft-gone>.ft-panel{opacity:.5;filter:grayscale(1)}
+@container(max-width:480px){.ft-panel .ft-curve{overflow:visible}.ft-panel .ft-tick{font-size:20px}
+.ft-panel .ft-curve path{vector-effect:non-scaling-stroke}}
 .ft-gone .jupyter-widgets-disconnected::before{display:none}
 @container(max-width:640px){.ft-panel .ft.ft td,.ft-panel .ft.ft th{padding-right:7px}}
 .ft-has-panel [data-ft-record]{display:none}

@@ -65,7 +65,7 @@ def plot_rewards(
     Args:
         epochs: A run; epochs; or several runs, as a list or by name: then one line per run, with its validation.
         ax: Where to draw. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
         baseline: A reward to compare with, such as the untrained model's.
 
     Returns:
@@ -142,7 +142,7 @@ def plot_scores(
         epochs: As in `plot_rewards`.
         names: Which scores, in this order. Default: all.
         ax: Where to draw. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
         stacked: Whether to stack the scores, if they are shares of a whole (such as kinds of episode). Only for one run.
 
     Returns:
@@ -252,7 +252,7 @@ def plot_training(
         epochs: As in `plot_rewards`.
         names: Which metrics, in this order. Default: those above that were measured, else all.
         ax: One axes per metric. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
 
     Returns:
         The new figure, or `ax`.

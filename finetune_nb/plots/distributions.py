@@ -55,7 +55,7 @@ def plot_reward_distribution(epochs: Any, ax: Any = None, theme: ThemeName = Non
     Args:
         epochs: A run or epochs; or several runs, for one panel per run.
         ax: One axes per panel. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
 
     Returns:
         The new figure, or `ax`.
@@ -106,7 +106,7 @@ def plot_advantages(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Fig
     Args:
         epochs: A run or epochs; or several runs, for one panel per run.
         ax: One axes per panel. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
 
     Returns:
         The new figure, or `ax`.
@@ -156,7 +156,7 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
         epochs: A run or epochs; or several runs: then one line per run with its range, without that share. Lengths are read
             from the run's files; of a long run, evenly spaced epochs are shown.
         ax: Where to draw. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
 
     Returns:
         The new figure, or `ax`.

@@ -53,7 +53,7 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
         epochs: A run; epochs; or several runs, as a list or by name: then the percentile of each run, and the share of its
             groups that was kept.
         ax: Where to draw. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
 
     Returns:
         The new figure, or `ax`.
@@ -136,7 +136,7 @@ def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure 
     Args:
         epochs: A run or epochs; or several runs, for one panel per run.
         ax: One axes per panel. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
 
     Returns:
         The new figure, or `ax`.

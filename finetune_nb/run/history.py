@@ -377,7 +377,7 @@ class RunHistory(ABC):
         Args:
             others: Runs to show beside this one.
             ax: Where to draw. Default: a new figure.
-            **options: Of `plots.plot_rewards`: theme ("light" or "dark"; by default one that suits both), baseline.
+            **options: Of `plots.plot_rewards`: theme ("light" or "dark"; by default "light"), baseline.
 
         Returns:
             The new figure, or `ax`.
@@ -395,7 +395,7 @@ class RunHistory(ABC):
         Args:
             others: Runs to show beside this one.
             ax: One axes per run. Default: a new figure.
-            **options: Of `plots.plot_reward_distribution`: theme ("light" or "dark"; by default one that suits both).
+            **options: Of `plots.plot_reward_distribution`: theme ("light" or "dark"; by default "light").
 
         Returns:
             The new figure, or `ax`.
@@ -413,7 +413,7 @@ class RunHistory(ABC):
         Args:
             others: Runs to show beside this one.
             ax: Where to draw. Default: a new figure.
-            **options: Of `plots.plot_curriculum`: theme ("light" or "dark"; by default one that suits both).
+            **options: Of `plots.plot_curriculum`: theme ("light" or "dark"; by default "light").
 
         Returns:
             The new figure, or `ax`.
@@ -432,7 +432,7 @@ class RunHistory(ABC):
             epoch: As in `trajectories`. Default: the newest.
             others: Runs to show beside this one.
             ax: One axes per run. Default: a new figure.
-            **options: Of `plots.plot_groups`: theme ("light" or "dark"; by default one that suits both).
+            **options: Of `plots.plot_groups`: theme ("light" or "dark"; by default "light").
 
         Returns:
             The new figure, or `ax`.
@@ -452,7 +452,7 @@ class RunHistory(ABC):
         Args:
             others: Runs to show beside this one.
             ax: One axes per run. Default: a new figure.
-            **options: Of `plots.plot_advantages`: theme ("light" or "dark"; by default one that suits both).
+            **options: Of `plots.plot_advantages`: theme ("light" or "dark"; by default "light").
 
         Returns:
             The new figure, or `ax`.
@@ -470,7 +470,7 @@ class RunHistory(ABC):
         Args:
             others: Runs to show beside this one.
             ax: Where to draw. Default: a new figure.
-            **options: Of `plots.plot_lengths`: theme ("light" or "dark"; by default one that suits both).
+            **options: Of `plots.plot_lengths`: theme ("light" or "dark"; by default "light").
 
         Returns:
             The new figure, or `ax`.
@@ -491,7 +491,7 @@ class RunHistory(ABC):
             names: Which metrics, in this order. Default: the usual ones that were measured, else all.
             others: Runs to show beside this one.
             ax: One axes per metric. Default: a new figure.
-            **options: Of `plots.plot_training`: theme ("light" or "dark"; by default one that suits both).
+            **options: Of `plots.plot_training`: theme ("light" or "dark"; by default "light").
 
         Returns:
             The new figure, or `ax`.
@@ -512,7 +512,7 @@ class RunHistory(ABC):
             names: Which scores, in this order. Default: all.
             others: Runs to show beside this one.
             ax: Where to draw. Default: a new figure.
-            **options: Of `plots.plot_scores`: theme ("light" or "dark"; by default one that suits both), stacked.
+            **options: Of `plots.plot_scores`: theme ("light" or "dark"; by default "light"), stacked.
 
         Returns:
             The new figure, or `ax`.

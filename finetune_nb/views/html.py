@@ -144,7 +144,7 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[Any] | None = None, c
     return element("div", made, class_="ft-wide", tabindex=0, role="group", aria_label=caption or "table")
 
 
-WIDE_TABLE = 6
+WIDE_TABLE = 5
 """Columns of a table that may be wider than a narrow page."""
 
 
