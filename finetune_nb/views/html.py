@@ -298,7 +298,7 @@ body{margin:0 auto;max-width:100em;padding:12px 20px;font:15px/1.5 system-ui,san
 h1{font-size:24px;margin:8px 12px}h2{font-size:18px;margin:28px 12px 6px}.verdict{margin:0 12px;max-width:64em;font-size:17px}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr));gap:8px 24px;align-items:start}
 figure{margin:8px 12px;break-inside:avoid}figcaption{font-size:13px;max-width:46em}
-section>details{margin:6px 12px}
+section>details,.columns>details{margin:6px 12px;min-width:0}
 @media print{:root{color-scheme:light}body{padding:0;max-width:none}.columns{grid-template-columns:1fr 1fr}
 .ft-turn,tr,h2{break-inside:avoid}h2{break-after:avoid}.ft .ft-wide{overflow:visible}}
 """.strip().replace("\n", "")

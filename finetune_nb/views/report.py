@@ -156,7 +156,8 @@ def _frame(frame: Any, noun: str, columns: Sequence[str] | None = None) -> Html:
     for name in columns or frame.columns:
         if name in frame.columns and shown[name].notna().any():
             names.append(name.replace("_", " "))  # words, so that a narrow page can break the line
-            values.append([_cell(value) for value in shown[name].astype(object)])
+            column = shown[name].astype(object)
+            values.append([_cell(value) for value in column.where(column.notna(), None)])  # pd.NA is neither equal nor unequal
     caption = f"the last {len(shown)} of {len(frame):,} {noun}" if len(shown) < len(frame) else None
     return table(list(zip(*values, strict=True)), names, caption)
 

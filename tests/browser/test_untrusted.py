@@ -6,7 +6,7 @@ from __future__ import annotations
 import nbformat
 import pytest
 from factories import item, make_epoch, sampled
-from records import epoch_of
+from records import Views, epoch_of
 
 from finetune_nb.analysis.group_comparison import compare_group
 from finetune_nb.analysis.learning_signal import learning_signal
@@ -107,6 +107,28 @@ def test_axe_finds_nothing_serious_in_the_static_views(notebook, axe, theme):
             notebook.output(place).scroll_into_view_if_needed()
             found |= serious(notebook.output(place).locator(".ft").first, (name, width))
     page.set_viewport_size({"width": 1300, "height": 1000})
+    assert found == {}
+
+
+@pytest.mark.slow
+@pytest.mark.proof
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_in_the_report_which_fits_the_width_there_is(browser, axe, tmp_path, scheme):
+    epochs = [make_epoch({f"q{q}": [float(q < i), 1.0, 0.0] for q in range(6)}, i, validation=0.5) for i in range(4)]
+    epochs.append(epoch_of([[rollout(generation) for generation in range(4)]], 4))
+    report = Views(*epochs).export(tmp_path / "report.html")
+    context = browser.new_context(color_scheme=scheme, bypass_csp=True)
+    page = context.new_page()
+    page.goto(report.as_uri())
+    page.evaluate(axe)
+    found = {}
+    for width, columns in ((1400, 2), (1000, 1), (700, 1), (390, 1)):
+        page.set_viewport_size({"width": width, "height": 1000})
+        found |= serious(page.locator("html"), (width,))
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), width
+        tops = page.locator(".columns > figure").evaluate_all("all => all.map(node => node.offsetTop)")
+        assert (len(tops) - len(set(tops)) > 0) == (columns == 2), width
+    context.close()
     assert found == {}
 
 

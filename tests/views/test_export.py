@@ -185,5 +185,10 @@ def test_nothing_in_a_report_can_run_or_fetch_anything(tmp_path):
     assert policy.startswith("default-src 'none'")
 
 
+def test_a_report_has_gaps_where_only_some_epochs_have_a_number(tmp_path):
+    epochs = [make_epoch([[1, 0]], 0), epoch_of([[with_tool()]], 1)]  # what the second was trained on is not known
+    assert "trained groups" in Reader(run_of(*epochs).export(tmp_path / "x.html").read_text()).text
+
+
 def test_a_run_without_an_epoch_has_a_report_too(tmp_path):
     assert "no epoch yet" in Reader(Views().export(tmp_path / "x.html").read_text()).text
