@@ -157,7 +157,9 @@ def _frame(frame: Any, noun: str, columns: Sequence[str] | None = None) -> Html:
         if name in frame.columns and shown[name].notna().any():
             names.append(name.replace("_", " "))  # words, so that a narrow page can break the line
             column = shown[name].astype(object)
-            values.append([_cell(value) for value in column.where(column.notna(), None)])  # pd.NA is neither equal nor unequal
+            values.append(
+                [_cell(value) for value in column.where(column.notna(), None)]
+            )  # pd.NA is neither equal nor unequal
     caption = f"the last {len(shown)} of {len(frame):,} {noun}" if len(shown) < len(frame) else None
     return table(list(zip(*values, strict=True)), names, caption)
 
