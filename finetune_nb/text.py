@@ -13,6 +13,7 @@ from typing import Any
 __all__ = [
     "SHORT",
     "as_json",
+    "beginning",
     "count",
     "cut",
     "duration",
@@ -143,6 +144,13 @@ SHORT = 300
 
 def one_line(text: Any, limit: int = SHORT) -> str:
     return " ".join(plain(cut(text, limit)).split())
+
+
+def beginning(text: Any, limit: int) -> str:
+    """The beginning of a text on one line, with "…" if there is more."""
+    found = text_of(text)
+    line = " ".join(plain(found[: 4 * limit]).split())
+    return line if len(line) <= limit and len(found) <= 4 * limit else line[: limit - 1] + "…"
 
 
 def most_frequent_error(errors: Iterable[Any]) -> str | None:

@@ -64,6 +64,9 @@ class Comparison:
     notice: str | None = None
     """Why there is nothing in `under`, where the rewards differ or may differ."""
 
+    parents: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """Of the runs that are forks: the name of the parent, and its epoch after which the fork began."""
+
     def with_rewards(self, under: Mapping[str, tuple[Difference, ...]], notice: str | None) -> Comparison:
         """The same comparison, with what is known of the runs' rewards.
 

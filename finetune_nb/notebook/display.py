@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from ..redaction import redacting_logger
 from ..text import plain
-from ..views.html import bar, view
-from .kernel import in_notebook, let_widgets_through, widgets_wait_message
+from ..views.html import Html, bar, element, view
+from .kernel import current_cell, in_notebook, let_widgets_through, widgets_wait_message
 
 __all__ = [
     "CellProgress",
@@ -57,7 +57,8 @@ class ProgressLine:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return view(bar(self.done, self.total or 1, self.text.replace("  ", " · ")))
+        line = bar(self.done, self.total or 1, self.text.replace("  ", " · "))
+        return view(line, styled=False)  # it needs no style sheet, which would be stored with every cell that waits
 
 
 def print_line(line: str) -> None:
@@ -156,6 +157,11 @@ def _draw_for_ever() -> None:
         del record  # and the run with it
 
 
+def _marked(bundle: Mapping[str, Any]) -> dict[str, Any]:
+    """What it shows, marked as a record: a panel in the same cell hides it."""
+    return {**bundle, "text/html": str(element("div", Html(bundle["text/html"]), data_ft_record=""))}
+
+
 class CellRecord:
     """One display in the cell that started a run. bundle() makes what it shows, by mime type; it is asked in a thread for
     all records, so that neither the run nor a cell waits for a picture. first: what it shows until then."""
@@ -164,14 +170,20 @@ class CellRecord:
         from IPython.display import display
 
         self._bundle = bundle
-        self._handle: Any = display(first, raw=True, display_id=True)
+        self.cell = current_cell()
+        """The cell that shows it."""
+        self._handle: Any = display(_marked(first), raw=True, display_id=True)
         self.due = time.monotonic() + INTERVAL
         """When it may be drawn next, by time.monotonic."""
         self._turn = threading.Lock()
+        self._has_ended = False
 
-    def update(self) -> None:
-        """Something has changed: shows it soon. May be called from any thread."""
+    def update(self, has_ended: bool = False) -> None:
+        """Something has changed: shows it soon; at once if the run has ended, as the notebook may be saved now. May be called
+        from any thread."""
         with _news:
+            if has_ended:
+                self._has_ended, self.due = True, time.monotonic()
             _stale.add(self)
             _news.notify()
             if not _drawing:
@@ -184,9 +196,12 @@ class CellRecord:
         with self._turn:  # one after the other, so that the newest comes last
             with _news:
                 _stale.discard(self)
+                self._has_ended = False
             began = time.monotonic()
             try:
-                self._handle.update(self._bundle(), raw=True)
+                self._handle.update(_marked(self._bundle()), raw=True)
             except Exception:  # a view must not end a run
                 logger.warning("the record of a run could not be shown", exc_info=True)
-            self.due = time.monotonic() + min(max(INTERVAL, (time.monotonic() - began) / SHARE), LONGEST)
+            with _news:
+                if not self._has_ended:  # it has not ended while it was drawn
+                    self.due = time.monotonic() + min(max(INTERVAL, (time.monotonic() - began) / SHARE), LONGEST)

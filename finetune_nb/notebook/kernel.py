@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import RunError
 
 __all__ = [
+    "answering_a_widget",
     "in_kernel",
     "in_notebook",
     "interrupts",
@@ -46,8 +47,23 @@ def _kernel() -> Any:
     return getattr(get_ipython(), "kernel", None)
 
 
+_answering = threading.local()
+
+
+@contextmanager
+def answering_a_widget() -> Iterator[None]:
+    """Inside, nothing is displayed: the code answers a widget, which may be in the main thread, and no cell would show it."""
+    _answering.now = True
+    try:
+        yield
+    finally:
+        _answering.now = False
+
+
 def in_notebook() -> bool:
-    """Whether this is the main thread of a Jupyter kernel."""
+    """Whether this is the main thread of a Jupyter kernel, and runs a cell."""
+    if getattr(_answering, "now", False):
+        return False
     return threading.current_thread() is threading.main_thread() and _kernel() is not None
 
 

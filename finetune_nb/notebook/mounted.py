@@ -7,9 +7,7 @@ view over it.
 
 from __future__ import annotations
 
-import os
 import secrets
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,21 +17,13 @@ import traitlets
 
 from ..views.html import Html, element
 from .kernel import route_to_subshell
+from .mount import WIDGET, mounts_itself
 
 __all__ = [
     "Mounted",
-    "mounts_itself",
 ]
 
 _HERE = Path(__file__).parent
-WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-def mounts_itself() -> bool:
-    """Whether the front end makes the page's side of a widget that is not displayed, as JupyterLab and Notebook do. Colab and
-    VS Code make it only for a widget that an output shows."""
-    in_vs_code = "VSCODE_PID" in os.environ or "VSCODE_CWD" in os.environ
-    return "google.colab" not in sys.modules and not in_vs_code
 
 
 class Mounted(anywidget.AnyWidget):

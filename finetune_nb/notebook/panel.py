@@ -1,5 +1,6 @@
 """The control panel of a run: what it is doing, and what may be asked of it, as ipywidgets (their core controls only).
 
+A cell's output has the static panel; the widgets mount themselves over it while the kernel lives (see mount.py).
 One Panel a run; shown again, it is another view of the same widgets. Buttons ask the run, inputs go into the draft of its
 LiveSettings; everything that is only looked at is written by a thread of the panel's own: at most two messages a second, and
 at most ten more in answer to a person's own input. Where nobody sees widgets, `still` is what a panel would show.
@@ -13,8 +14,9 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ..engine.live_settings import LiveSettings
 from ..engine.state import RunStatus
@@ -25,12 +27,9 @@ from ..types import Change, CurriculumSettings
 from ..views.html import Html, element, image, view
 from ..views.preview_card import preview_body
 from ..views.summary import run_html, run_text
-from .kernel import has_frontend, no_frontend_message, route_to_subshell
-from .panel_html import asked_html, log_html, record_html, status_html, style_html
-from .panel_inputs import Inputs, TripwireInputs
-
-if TYPE_CHECKING:
-    pass
+from .kernel import answering_a_widget, current_cell, has_frontend, no_frontend_message, route_to_subshell
+from .panel_html import asked_html, log_html, note_html, record_html, spoken_html, status_html, style_html
+from .panel_inputs import Input, Inputs, TripwireInputs
 
 __all__ = [
     "PanelRun",
@@ -48,7 +47,6 @@ ANSWER_EVERY = 0.1
 LOG_LINES = 8
 REFRESH_SECONDS = 2.0
 """How often a panel looks for what another process has added to the run that it shows."""
-WIDGET = "application/vnd.jupyter.widget-view+json"
 _numbers = iter(range(1, 1_000_000))
 
 
@@ -59,7 +57,12 @@ class PanelRun(Protocol):
     tripwires: list[Any]
 
     @property
+    def _recorded_in(self) -> object | None: ...
+
+    @property
     def status(self) -> RunStatus: ...
+    @property
+    def folder(self) -> Path: ...
     @property
     def changes(self) -> Sequence[Change]: ...
     def log_lines(self, count: int = 20) -> list[str]: ...
@@ -78,9 +81,14 @@ class Panel:
     def __init__(self, run: PanelRun, settings: LiveSettings) -> None:
         import ipywidgets as w
 
+        from .mount import Mount
+
         self.run, self.settings, self.number = run, settings, next(_numbers)
         self._refreshed = 0.0
         self._said: str | None = None
+        self._said_at: str | None = None
+        self._outputs: list[Any] = []
+        self._outputs_have = len(run.status.epochs)
         self._answer_due = threading.Event()
         self._wake = threading.Event()
         self._answered = self._wrote = 0.0
@@ -99,21 +107,28 @@ class Panel:
 
             return answer
 
-        def changed(said: str | None) -> None:
+        def changed(said: str | None, field: str) -> None:
             found = panel()
             if found is not None:
-                found._answer(said)
+                found._answer(said, field)
 
         held = weakref.ref(run)
         self.inputs = Inputs(settings, changed)
         self.tripwires = TripwireInputs(_get_tripwires(held), _put_tripwires(held))
-        self.shown = {name: w.HTML().add_class(f"ft-b-{name}") for name in ("status", "record", "answer", "log")}
+        parts = ("status", "spoken", "record", "answer", "log")
+        self.shown = {name: w.HTML().add_class(f"ft-b-{name}") for name in parts}
+        notes = {f"note {each.name}": w.HTML().add_class("ft-b-note") for each in self.inputs.all()}
+        self.shown |= notes
         buttons = {
             "start": w.Button(
                 description="Start", icon="play", button_style="primary", tooltip="run epochs in the background"
             ),
-            "step": w.Button(description="Step", icon="step-forward", tooltip="run one epoch"),
-            "pause": w.Button(description="Pause", icon="pause", tooltip="hold at the next safe point"),
+            "step": w.Button(
+                description="Run one epoch", icon="step-forward", tooltip="run one epoch in the background"
+            ),
+            "pause": w.Button(
+                description="Pause", icon="pause", tooltip="hold at the next safe point: rollouts in progress finish"
+            ),
             "resume": w.Button(description="Resume", icon="play", button_style="primary", tooltip="continue"),
             "stop": w.Button(description="Stop", icon="stop", tooltip="end after the current epoch"),
             "abort": w.Button(
@@ -137,20 +152,30 @@ class Panel:
             "revert": lambda p: p.settings.drop_draft(),
         }
         for name, button in buttons.items():
-            button.add_class(f"ft-b-{name}").layout.width = "96px"
+            button.add_class(f"ft-b-{name}").layout.width = "136px" if name == "step" else "96px"
             button.on_click(weakly(presses[name]))
         status = run.status
         left = max(1, status.planned - status.next_index)
         self.epochs = w.BoundedIntText(left, min=1, max=100_000, description="epochs", layout=w.Layout(width="140px"),
+                                       tooltip="how many epochs Start runs",
                                        style={"description_width": "56px"}).add_class("ft-b-epochs")  # fmt: skip
         self.at_once = w.Checkbox(
-            settings.at_once, description="apply at once", indent=False, layout=w.Layout(width="auto")
-        )
+            settings.at_once, description="apply at once", indent=False, layout=w.Layout(width="auto"),
+            tooltip="every change is asked for as it is made, without a press of Apply",
+        )  # fmt: skip
+        self.fold = w.ToggleButton(
+            False,
+            description="Settings",
+            icon="sliders",
+            tooltip="show or hide the settings",
+            layout=w.Layout(width="110px"),
+        ).add_class("ft-b-fold")
         self.at_once.observe(weakly(lambda p: p._set_at_once()), "value")
         self.buttons = buttons
         self._steering = [*self.inputs.widgets, *self.tripwires.widgets, *buttons.values(), self.epochs, self.at_once]
         self.view = self._layout(can_steer=status.read_only is None)
-        self._tree = list(_family(self.view))
+        self.mount = Mount(self.view, f"import finetune_nb as ft; ft.Run.open({str(run.folder)!r}).panel()")
+        self._tree = [*_family(self.mount), *_family(self.view)]
         route_to_subshell(self._steering)
         self._close_widgets = weakref.finalize(self, _close_all, self._tree)
         self._close_widgets.atexit = False
@@ -167,25 +192,43 @@ class Panel:
         row = {"flex_flow": "row wrap", "align_items": "center"}
         asks = [buttons[name] for name in ("start", "step", "pause", "resume", "stop", "abort")]
         gap = w.Box(layout=w.Layout(flex="1 1 auto"))
-        bar = w.HBox([*asks, self.epochs, gap, buttons["close"]], layout=w.Layout(**row)).add_class("ft-b-bar")
-        fields = [heading("components"), *(each.widget for each in self.inputs.live)] if self.inputs.live else []
+        bar = w.HBox([*asks, self.epochs, gap, self.fold, buttons["close"]], layout=w.Layout(**row)).add_class(
+            "ft-b-bar"
+        )
+
+        def with_note(each: Input) -> list[Any]:
+            return [each.widget, self.shown[f"note {each.name}"]]
+
+        curriculum = [part for each in self.inputs.curriculum for part in with_note(each)]
+        fields = [part for each in self.inputs.live for part in with_note(each)]
+        if fields:
+            fields.insert(0, heading("components"))
         pairs = [w.HBox([wires.spread, wires.share]), w.HBox([wires.falls, wires.times])]
         left = w.VBox(
             [
                 heading("curriculum"),
-                *(each.widget for each in self.inputs.curriculum),
+                *curriculum,
                 *fields,
                 w.HBox([buttons["apply"], buttons["revert"], self.at_once], layout=w.Layout(**row)),
                 heading("pause the run when"),
                 *pairs,
             ],
-            layout=w.Layout(flex="0 1 360px", min_width="320px"),
+            layout=w.Layout(flex="0 1 360px", min_width="min(320px, 100%)"),
         ).add_class("ft-b-inputs")
-        right = w.VBox([shown["record"], shown["answer"]], layout=w.Layout(flex="1 1 420px", min_width="320px"))
+        right = w.VBox(
+            [shown["record"], shown["answer"]], layout=w.Layout(flex="1 1 420px", min_width="min(320px, 100%)")
+        ).add_class("ft-b-seen")
         body = w.HBox([left, right] if can_steer else [right], layout=w.Layout(flex_flow="row wrap")).add_class(
             "ft-b-body"
         )
-        parts = [w.HTML(style_html()).add_class("ft-b-style"), shown["status"], bar, body, shown["log"]]
+        parts = [
+            w.HTML(style_html()).add_class("ft-b-style"),
+            shown["status"],
+            shown["spoken"],
+            bar,
+            body,
+            shown["log"],
+        ]
         return w.VBox(parts).add_class("ft-panel").add_class(f"ft-panel-{self.number}")
 
     # ── what a person does ───────────────────────────────────────────────────────────────────────────────────────────
@@ -193,7 +236,8 @@ class Panel:
     def _press(self, call: Callable[[], Any]) -> None:
         said = None
         try:
-            call()
+            with answering_a_widget():
+                call()
         except FinetuneError as error:
             said = str(error)
         except Exception as error:
@@ -208,8 +252,8 @@ class Panel:
         if self.at_once.value:
             self.settings.apply_draft()
 
-    def _answer(self, said: str | None) -> None:
-        self._said = said
+    def _answer(self, said: str | None, field: str | None = None) -> None:
+        self._said, self._said_at = said, field
         self._answer_due.set()
         self._wake.set()
 
@@ -222,6 +266,8 @@ class Panel:
             self._answer_due.clear()
             self._answered = now
             self._write("answer", self._answer_html())
+            for each in self.inputs.all():  # at most two of them change: the one that had the last error, and the next
+                self._write(f"note {each.name}", note_html(self._said if each.name == self._said_at else None))
         elif first or now - self._wrote >= EVERY:
             self._wrote = now
             route_to_subshell(self._steering)
@@ -249,7 +295,10 @@ class Panel:
         texts = {"record": self._drawn[1], "log": log_html(self.run.log_lines(LOG_LINES))}
         if not self._answer_due.is_set():
             texts["answer"] = self._answer_html()
-        return {**texts, "status": status_html(status, self.number)}
+        if not status.active and len(status.epochs) != self._outputs_have:
+            self._outputs_have = len(status.epochs)
+            self._refresh_outputs()
+        return {**texts, "status": status_html(status, self.number), "spoken": spoken_html(status)}
 
     def _status(self) -> RunStatus:
         """The state of the run, including what another process has added to it."""
@@ -272,7 +321,7 @@ class Panel:
             settings.live_fields,
             settings.waiting,
             self.number,
-            self._said,
+            self._said if self._said_at is None else None,
             preview and preview_body(preview),
             len(own),
         )
@@ -291,12 +340,40 @@ class Panel:
     def __repr__(self) -> str:
         return f"Panel of {self.run!r}"
 
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        # With an id, so that the static panel can be brought up to date when the run has ended.
+        handle = display(self._repr_mimebundle_(), raw=True, display_id=True)
+        if not self._stands_by_a_record():
+            self._outputs = [*self._outputs[-9:], handle]
+
+    def _refresh_outputs(self) -> None:
+        """Brings the static panels of the newest cells that show this one up to date, for a saved notebook."""
+        bundle = self._repr_mimebundle_() if self._outputs else {}
+        for handle in self._outputs:
+            handle.update(bundle, raw=True)
+
+    def _stands_by_a_record(self) -> bool:
+        """Whether this cell also has the record of `run.start()`, which stays up to date and is hidden under a panel."""
+        return self.run._recorded_in is not None and self.run._recorded_in == current_cell()
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        """The widgets; and, for a saved notebook and for places without widgets, the run as it is now."""
-        bundle = StaticPanel(self.run)._repr_mimebundle_()
+        """The run as it is now, which a saved notebook shows; while the kernel lives, the widgets are put over it."""
         if self.closed:
-            return bundle
-        return {**bundle, WIDGET: {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}}
+            return StaticPanel(self.run)._repr_mimebundle_()
+        if self._stands_by_a_record():
+            text = f"The control panel of run {self.run.id} is here while its kernel lives; run.panel() brings it back."
+            bundle: dict[str, Any] = {"text/plain": text, "text/html": view(element("div", text), styled=False)}
+        else:
+            bundle = StaticPanel(self.run)._repr_mimebundle_()
+            bundle.pop("image/png", None)  # it is in the HTML
+        bundle["text/html"] = str(self.mount.over(Html(bundle["text/html"])))
+        from .mount import WIDGET, mounts_itself
+
+        if not mounts_itself():
+            bundle[WIDGET] = {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}
+        return bundle
 
 
 def _get_tripwires(run: weakref.ref[PanelRun]) -> Callable[[], list[Any]]:

@@ -21,7 +21,9 @@ from .reward_curve import reward_curve
 __all__ = [
     "asked_html",
     "log_html",
+    "note_html",
     "record_html",
+    "spoken_html",
     "status_html",
     "style_html",
 ]
@@ -52,7 +54,7 @@ def status_html(doing: RunStatus, number_: int) -> str:
         "span", f"{_SIGNS.get(doing.state, '●')} {doing.state}", class_=f"ft-state {_css_name(doing.state)}"
     )
     head = [state, element("strong", plain(cut(doing.name, 80)), class_="ft-name"), _how_far(doing)]
-    parts = [element("div", head, class_="ft-head"), element("div", _epoch_line(doing), class_="ft-now", role="status")]
+    parts = [element("div", head, class_="ft-head"), element("div", _epoch_line(doing), class_="ft-now")]
     if doing.error:
         error = ["▲ The last epoch failed: ", element("span", cut(doing.error, 600))]
         parts.append(element("div", error, class_="ft-banner ft-broken", role="alert"))
@@ -61,6 +63,25 @@ def status_html(doing: RunStatus, number_: int) -> str:
     if doing.read_only:
         parts.append(element("div", doing.read_only, class_="ft-banner"))
     return view(Html(f"<style>{_buttons_style(doing, number_)}</style>"), *parts, styled=False)
+
+
+def spoken_html(doing: RunStatus) -> str:
+    """What a screen reader says when it changes: the state, and the epoch that ended last. Not how far an epoch is: that changes
+    twice a second."""
+    newest = doing.epochs[-1] if doing.epochs else None
+    said = plain(doing.state)
+    if newest is not None:
+        said += f". Epoch {newest.index} ended with mean reward {number(newest.metrics.mean_reward)}"
+    return str(element("span", said))
+
+
+def note_html(said: str | None) -> str:
+    """An error beside the field that it is about."""
+    return (
+        ""
+        if said is None
+        else view(element("div", "▲ ", cut(said, 400), class_="ft-broken", role="alert"), styled=False)
+    )
 
 
 def _css_name(state: str) -> str:
@@ -214,7 +235,8 @@ def log_html(lines: Sequence[str]) -> str:
     """The last lines of the log; nothing where there are none."""
     if not lines:
         return ""
-    shown = element("pre", "\n".join(plain(cut(line, 300)) for line in lines), class_="ft-log")
+    text = "\n".join(plain(cut(line, 300)) for line in lines)
+    shown = element("pre", text, class_="ft-log", tabindex=0, role="group", aria_label="log")
     return view(element("div", "log", class_="ft-section"), shown, styled=False)
 
 
@@ -275,5 +297,26 @@ font-size:12px;font-variant-numeric:tabular-nums}
 .ft-tick{fill:currentColor;font-size:11px;opacity:.8}
 .ft-keys{display:flex;flex-wrap:wrap;gap:0 16px;font-size:12px;padding-left:36px}
 .ft-key svg{vertical-align:-2px;margin-right:5px}
-.ft .ft-log{font-size:11.5px;max-height:8em;margin:0}
+.ft .ft-log{font-size:11.5px;max-height:8em;overflow:auto;margin:0}
+.ft-panel{container-type:inline-size}
+.ft-panel .ft-b-spoken{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);margin:0}
+.ft-panel .ft-b-note,.ft-panel .ft-b-note .widget-html-content{margin:0;min-height:0;height:auto}
+.ft-panel .ft-b-note .ft{padding:0 0 2px 140px}
+.ft-panel .ft-b-note .ft-broken{border-left:3px solid var(--bad);padding:1px 8px;color:var(--fg)}
+.ft-panel .jupyter-button{border:1px solid var(--jp-border-color1,rgba(128,128,128,.6));border-radius:4px;font-weight:500}
+.ft-panel .jupyter-button:not(.mod-primary):not(.mod-active){background:var(--jp-layout-color1,#fff);
+color:var(--jp-ui-font-color1,inherit)}
+.ft-panel .jupyter-button:hover{box-shadow:0 1px 3px rgba(0,0,0,.35)}
+.ft-panel :focus-visible{outline:2px solid var(--jp-brand-color1,#1a73b8);outline-offset:1px}
+.ft-panel .ft-b-fold{display:none}
+@container(max-width:830px){.ft-panel .ft-b-fold{display:inline-block}.ft-panel .ft-b-seen{order:-1;flex-basis:100%!important}
+.ft-panel .ft-b-inputs{display:none;flex:1 1 100%!important}
+.ft-panel:has(.ft-b-fold.mod-active) .ft-b-inputs{display:flex}}
+.ft-gone-note{border-left:4px solid var(--jp-warn-color1,#e69500);background:rgba(230,149,0,.13);padding:6px 10px;margin:4px 0}
+.ft-gone>.ft-panel{opacity:.5;filter:grayscale(1)}
+@container(max-width:480px){.ft-panel .ft-curve{overflow:visible}.ft-panel .ft-tick{font-size:20px}
+.ft-panel .ft-curve path{vector-effect:non-scaling-stroke}}
+.ft-gone .jupyter-widgets-disconnected::before{display:none}
+@container(max-width:640px){.ft-panel .ft.ft td,.ft-panel .ft.ft th{padding-right:7px}}
+.ft-has-panel [data-ft-record]{display:none}
 """.strip().replace("\n", "")

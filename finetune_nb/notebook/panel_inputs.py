@@ -8,7 +8,7 @@ would send their messages the cell's way (see kernel.py).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,36 +37,40 @@ class Input:
 
 
 class Inputs:
-    """The widgets of one run. changed: called after every change, with an error's text or None."""
+    """The widgets of one run. changed: called after every change, with an error's text or None, and the input's name."""
 
-    def __init__(self, live_settings: LiveSettings, changed: Callable[[str | None], None]) -> None:
+    def __init__(self, live_settings: LiveSettings, changed: Callable[[str | None, str], None]) -> None:
         self._live_settings, self._changed = live_settings, changed
         self._turn = threading.RLock()  # callbacks may come on several threads
         self._writing = False
         asked = live_settings.curriculum
         self.curriculum = _curriculum(asked)
         self.live = [_live(field) for field in live_settings.live_fields]
-        for each in self._all():
+        for each in self.all():
             each.widget.observe(lambda change, each=each: self._moved(each, change.new), "value")
 
-    def _all(self) -> Iterable[Input]:
+    def all(self) -> Sequence[Input]:
+        """Every input, in the order of the panel."""
         return (*self.curriculum, *self.live)
 
     @property
     def widgets(self) -> list[Any]:
-        return [each.widget for each in self._all()]
+        return [each.widget for each in self.all()]
 
     def _moved(self, moved: Input, value: Any) -> None:
         with self._turn:
             if self._writing:
                 return
             said = None
+            changes = {moved.name: moved.read(value)}
+            if moved in self.curriculum and moved.name != "enabled" and not self._live_settings.drafted.enabled:
+                changes["enabled"] = True  # or what was moved would do nothing
             try:
-                self._live_settings.draft_changes({moved.name: moved.read(value)})
+                self._live_settings.draft_changes(changes)
             except FinetuneError as error:
                 said = str(error)
             self.sync_others(but=None if said else moved)
-        self._changed(said)
+        self._changed(said, moved.name)
 
     def sync_others(self, but: Input | None = None) -> None:
         """Shows in every other input what the draft has, or else what is asked for. Only from a widget's callback."""
@@ -75,7 +79,7 @@ class Inputs:
             values |= self._live_settings.draft
             self._writing = True
             try:
-                for each in self._all():
+                for each in self.all():
                     if each is not but and each.read(each.widget.value) != values[each.name]:
                         each.widget.value = each.write(values[each.name])
             finally:
@@ -92,7 +96,8 @@ def _curriculum(asked: CurriculumSettings) -> list[Input]:
     made = [
         Input(
             "enabled",
-            w.Checkbox(description="curriculum: train on a part of the groups", indent=False, layout=w.Layout(width="auto")),
+            w.Checkbox(description="curriculum: train on a part of the groups", indent=False, layout=w.Layout(width="auto"),
+                       tooltip="off: every group is trained on. Moving one of the inputs below switches it on"),
         ),
         Input(
             "percentile",
@@ -111,7 +116,8 @@ def _curriculum(asked: CurriculumSettings) -> list[Input]:
         ),
         Input(
             "expansion_interval",
-            w.BoundedIntText(description="every … epochs", min=1, max=100_000, **common),
+            w.BoundedIntText(description="every … epochs", min=1, max=100_000, **common,
+                             tooltip="epochs between two expansions"),
         ),
         Input(
             "min_reward_diff",
@@ -120,11 +126,13 @@ def _curriculum(asked: CurriculumSettings) -> list[Input]:
         ),
         Input(
             "sort_ascending",
-            w.Dropdown(description="order", options=[("best rewards first", False), ("worst rewards first", True)], **common),
+            w.Dropdown(description="order", options=[("best rewards first", False), ("worst rewards first", True)], **common,
+                       tooltip="which groups the percentile takes first, by their mean reward"),
         ),
         Input(
             "random_subsample",
-            w.FloatSlider(description="drawn at random", readout_format=".2f", **share, tooltip="1: all of the chosen groups"),
+            w.FloatSlider(description="drawn at random", readout_format=".2f", **share,
+                          tooltip="share of the chosen groups that is drawn at random and trained on; 1: all of them"),
             lambda value: None if value >= 1 else round(value, 4),
             lambda value: 1.0 if value is None else value,
         ),
@@ -172,18 +180,31 @@ class TripwireInputs:
         falls = next((each for each in get() if isinstance(each, ValidationFalls)), None)
         wide, short = w.Layout(width="auto", flex="1 1 auto"), w.Layout(width="138px")
         style = {"description_width": "66px"}
-        self.spread = w.Checkbox(bool(spread), description="few groups teach", indent=False, layout=wide)
+        self.spread = w.Checkbox(
+            bool(spread), description="few groups teach", indent=False, layout=wide,
+            tooltip="pause the run if the share of groups whose rewards differ falls below that",
+        )  # fmt: skip
         self.share = w.BoundedIntText(
             round(100 * spread.share) if spread else 20,
             min=1,
             max=100,
             description="below, %",
+            tooltip="share of the groups whose rewards differ, in per cent",
             style=style,
             layout=short,
         )
-        self.falls = w.Checkbox(bool(falls), description="validation falls", indent=False, layout=wide)
+        self.falls = w.Checkbox(
+            bool(falls), description="validation falls", indent=False, layout=wide,
+            tooltip="pause the run if the validation reward falls so many times in a row",
+        )  # fmt: skip
         self.times = w.BoundedIntText(
-            falls.times if falls else 3, min=1, max=1000, description="in a row", style=style, layout=short
+            falls.times if falls else 3,
+            min=1,
+            max=1000,
+            description="in a row",
+            tooltip="how many validations in a row",
+            style=style,
+            layout=short,
         )
         for widget in self.widgets:
             widget.observe(lambda change: self._moved(), "value")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import ConfigError
@@ -25,14 +25,19 @@ __all__ = [
     "ThemeName",
     "at_their_places",
     "series_of",
+    "draw_from_parent",
     "draw_line",
     "finish",
+    "flat_scale",
     "axis_label",
     "mark_changes",
     "metrics_of",
+    "moving_mean",
+    "named",
     "panels",
     "changes_text",
     "share_axis",
+    "share_scale",
     "span",
     "is_isolated",
     "start",
@@ -55,12 +60,17 @@ class RunSeries(NamedTuple):
     name: str
     epochs: Sequence[Epoch]
     changes: Sequence[Change]
+    parent: tuple[str, int] | None = None
+    """Of a fork: the name of its parent, and the epoch of the parent after which it began."""
 
 
 def series_of(given: Any) -> list[RunSeries]:
     """The series to draw. given: a run, a list of runs, a mapping from a run's name to a run or epochs, or just epochs."""
     if isinstance(given, Mapping):
-        return [RunSeries(plain(name), *_records(value)) for name, value in given.items()]
+        return [
+            each if isinstance(each, RunSeries) else RunSeries(plain(name), *_records(each))
+            for name, each in given.items()
+        ]
     if hasattr(given, "records"):
         return [RunSeries(given.id, *_records(given))]
     given = list(given)
@@ -69,8 +79,10 @@ def series_of(given: Any) -> list[RunSeries]:
     return [RunSeries("", given, ())]
 
 
-def _records(given: Any) -> tuple[Sequence[Epoch], Sequence[Change]]:
-    return (given.records, given.changes) if hasattr(given, "records") else (list(given), ())
+def _records(given: Any) -> tuple[Sequence[Epoch], Sequence[Change], tuple[str, int] | None]:
+    if hasattr(given, "records"):
+        return given.records, given.changes, getattr(given, "parent", None)
+    return list(given), (), None
 
 
 def mark_changes(ax: Axes, of: Sequence[RunSeries], look: Theme, filled: bool = False) -> None:
@@ -246,6 +258,74 @@ def panels(
     return axes, figure, look
 
 
+def named(figure: Figure | None, runs: Sequence[RunSeries], what: str) -> None:
+    """Give a new figure its title: the run, or how many there are, and what is shown."""
+    if figure is not None:
+        whose = (
+            axis_label(runs[0].name)
+            if len(runs) == 1 and runs[0].name
+            else f"{len(runs)} runs"
+            if len(runs) > 1
+            else ""
+        )
+        figure.suptitle(
+            " · ".join(filter(None, (whose, what))), x=0.01, ha="left", fontsize="medium", color=figure.theme.ink
+        )
+
+
+def share_scale(ax: Axes, values: Iterable[float]) -> bool:
+    """Let the axis go from 0 to 1 if all values lie there: pictures of rewards can then be compared. Returns whether it does."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite or min(finite) < 0 or max(finite) > 1:
+        return False
+    ax.set_ylim(-0.05, 1.05)
+    ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    return True
+
+
+def flat_scale(ax: Axes, values: Iterable[float]) -> None:
+    """Of values that are all the same, show that one alone: matplotlib would invent digits around it."""
+    finite = [value for value in values if math.isfinite(value)]
+    if finite and max(finite) - min(finite) <= 1e-9 * max(map(abs, finite)):
+        value = finite[0]
+        margin = abs(value) / 2 or 1.0
+        ax.set_ylim(value - margin, value + margin)
+        ax.set_yticks([value], [number(value)])
+
+
+def draw_from_parent(
+    ax: Axes,
+    runs: Sequence[RunSeries],
+    run: RunSeries,
+    where: np.ndarray,
+    values: np.ndarray,
+    value_of: Callable[[Epoch], float],
+    colour: str,
+) -> None:
+    """Draw a fork from the point of its parent where it began, if the parent is shown too.
+
+    Args:
+        ax: Where to draw.
+        runs: All runs that are shown.
+        run: One of them.
+        where: Its epochs.
+        values: Its values there.
+        value_of: The value of an epoch of the parent.
+        colour: The fork's colour.
+    """
+    import numpy as np
+
+    if run.parent is None:
+        return
+    name, last = run.parent
+    known = np.flatnonzero(np.isfinite(values))
+    for parent in runs:
+        for epoch in parent.epochs:
+            if parent.name == name and epoch.index == last and len(known):
+                at, value = [last, where[known[0]]], [value_of(epoch), values[known[0]]]
+                ax.plot(at, value, color=colour, linewidth=1.2, linestyle=LINES[2], label="_")
+
+
 def finish(ax: Axes, look: Theme, empty: bool, said: str = "no epoch yet") -> None:
     """Add the legend; or, if nothing was drawn, a text that says so."""
     from .figure import legend_above
@@ -309,8 +389,11 @@ def metrics_of(epochs: Sequence[Epoch], name: str) -> list[float]:
 
 
 def axis_label(name: Any) -> str:
-    """A name that matplotlib shows literally: a "$" would start a formula, and a leading "_" hide it from the legend."""
-    text = " ".join(plain(cut(name, 40)).split()).replace("$", r"\$")
+    """A name that matplotlib shows literally: a "$" would start a formula, and a leading "_" hide it from the legend. Characters
+    that no font here has are named by their number."""
+    from .figure import drawable
+
+    text = drawable(" ".join(plain(cut(name, 40)).split())).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text or "(no name)"
 
 
@@ -320,12 +403,34 @@ def trend_text(values: Iterable[float]) -> str:
 
 
 def draw_line(ax: Axes, where: np.ndarray, values: np.ndarray, colour: str, label: str, marker: str, line: Any) -> None:
-    """Draw a line with gaps. Markers are drawn while they can be told apart, and always for a value without neighbours."""
+    """Draw a line with gaps. Markers are drawn while they can be told apart, and always for a value without neighbours. Of many
+    values the line is their moving mean, over a faint one of the values themselves."""
     import numpy as np
 
     marked = list(range(len(where))) if len(where) <= 40 else np.flatnonzero(is_isolated(values)).tolist()
-    ax.plot(where, values, color=colour, label=label, linewidth=1.7, linestyle=line, marker=marker, markersize=4.5,
-            markevery=marked)  # fmt: skip
+    style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5, "markevery": marked}
+    if np.isfinite(values).sum() <= SMOOTHED:
+        ax.plot(where, values, label=label, linewidth=1.7, linestyle=line, **style)
+        return
+    window = 2 * (len(values) // 40) + 3
+    ax.plot(where, values, label="_", linewidth=0.8, alpha=0.35, **style)
+    ax.plot(where, moving_mean(values, window), color=colour, label=label, linewidth=1.9, linestyle=line)
+    if ax.get_xlabel().startswith("epoch"):
+        ax.set_xlabel(f"epoch (bold: mean of {window} epochs)")
+
+
+SMOOTHED = 60
+"""Most values of a line that is drawn as it is."""
+
+
+def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the finite values in a centred window, which is cut off at both ends; NaN where the value itself is missing."""
+    import numpy as np
+
+    ones, there = np.ones(window), np.isfinite(values)
+    sums = np.convolve(np.where(there, values, 0.0), ones, mode="same")
+    counts = np.convolve(there.astype(float), ones, mode="same")
+    return np.where(there, sums / np.maximum(counts, 1.0), math.nan)
 
 
 def step_line(ax: Axes, epochs: Sequence[Epoch], look: Theme, colour: str, label: str) -> None:

@@ -17,18 +17,23 @@ from .axes import (
     HATCHES,
     LINES,
     MARKERS,
+    RunSeries,
     ThemeName,
     at_their_places,
     axis_label,
     changes_text,
+    draw_from_parent,
     draw_line,
     finish,
+    flat_scale,
     is_isolated,
     mark_changes,
     metrics_of,
+    named,
     panels,
     series_of,
     share_axis,
+    share_scale,
     span,
     start,
     step_line,
@@ -37,6 +42,7 @@ from .axes import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
 
     from .figure import Figure, Theme
@@ -59,7 +65,7 @@ def plot_rewards(
     Args:
         epochs: A run; epochs; or several runs, as a list or by name: then one line per run, with its validation.
         ax: Where to draw. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
         baseline: A reward to compare with, such as the untrained model's.
 
     Returns:
@@ -72,15 +78,21 @@ def plot_rewards(
     ax, figure, look = start(ax, theme, "epoch", "reward")
     several = len(runs) > 1
     for place, run in enumerate(runs):
-        _reward_lines(ax, run.epochs, look, place, axis_label(run.name) if several else "", several)
+        mean = _reward_lines(ax, run.epochs, look, place, axis_label(run.name) if several else "", several)
         _validation_points(ax, run.epochs, look, place, several)
+        draw_from_parent(
+            ax, runs, run, span(run.epochs), mean, lambda epoch: epoch.metrics.mean_reward, look.colour(place)
+        )
     if baseline is not None and math.isfinite(baseline):
         ax.axhline(baseline, color=look.ink, linewidth=1, linestyle=LINES[1], label=f"baseline {number(baseline)}")
     records = runs[0].epochs if len(runs) == 1 else []
     if any(epoch.curriculum.enabled for epoch in records):
         share = share_axis(ax, look, "curriculum percentile")
         step_line(share, records, look, look.colours[3], "curriculum percentile")
+    if figure is not None and share_scale(ax, _shown_rewards(runs, several, baseline)) and _are_binary(runs):
+        ax.set_ylabel("reward (share with 1)")
     mark_changes(ax, runs, look)
+    named(figure, runs, "mean reward")
     finish(ax, look, empty=not any(run.epochs for run in runs))
     if figure is None:
         return ax
@@ -91,6 +103,29 @@ def plot_rewards(
         said.append(f"Mean reward per epoch{whose}: {trend_text(metrics_of(run.epochs, 'mean_reward'))}")
     figure.alt_text = ". ".join(said) + changes_text(runs)
     return figure
+
+
+def _shown_rewards(runs: Sequence[RunSeries], several: bool, baseline: float | None) -> list[float]:
+    """All rewards in the picture."""
+    found = [] if baseline is None else [baseline]
+    for run in runs:
+        for epoch in run.epochs:
+            found += [epoch.metrics.mean_reward, *(validation.mean_reward for validation in epoch.validations)]
+            if not several:
+                found += epoch.metrics.group_quantiles
+    return found
+
+
+def _are_binary(runs: Sequence[RunSeries]) -> bool:
+    """Whether every rollout was rewarded with 0 or 1, so that a mean is a share of them."""
+    import numpy as np
+
+    for run in runs:
+        for epoch in run.epochs:
+            rewards = epoch.statistics.rewards
+            if not np.isin(rewards[np.isfinite(rewards)], (0.0, 1.0)).all():
+                return False
+    return True
 
 
 def plot_scores(
@@ -107,7 +142,7 @@ def plot_scores(
         epochs: As in `plot_rewards`.
         names: Which scores, in this order. Default: all.
         ax: Where to draw. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
         stacked: Whether to stack the scores, if they are shares of a whole (such as kinds of episode). Only for one run.
 
     Returns:
@@ -140,15 +175,41 @@ def plot_scores(
             continue
         for nth, (name, column) in enumerate(zip(chosen, columns, strict=True)):
             colour = look.colour(place if several else nth)
-            label = axis_label(f"{run.name}: {name}" if several else name)
+            label = "_" if several else axis_label(name)
             draw_line(ax, where, column, colour, label, MARKERS[nth % 8], LINES[nth % 4])
+            draw_from_parent(
+                ax, runs, run, where, column, lambda epoch, name=name: epoch.metrics.scores.get(name, math.nan), colour
+            )
+    if several:
+        _keys(ax, runs, chosen, look)
+    if figure is not None and chosen and not stacked:
+        drawn = [value for epoch in records for name, value in epoch.metrics.scores.items() if name in chosen]
+        if not share_scale(ax, drawn):
+            flat_scale(ax, drawn)
     if chosen:
         mark_changes(ax, runs, look)
+    named(figure, runs, "mean score")
     finish(ax, look, empty=not chosen or not records, said="no scores" if records else "no epoch yet")
     if figure is None:
         return ax
     figure.alt_text = f"Mean score per epoch: {'; '.join(said) or 'no scores'}{changes_text(runs)}"
     return figure
+
+
+def _keys(ax: Axes, runs: Sequence[RunSeries], names: Sequence[str], look: Theme) -> None:
+    """Entries for the legend: a colour for each run, and a line for each score."""
+    for place, run in enumerate(runs):
+        ax.plot([], [], color=look.colour(place), linewidth=6, label=axis_label(run.name))
+    for nth, name in enumerate(names):
+        ax.plot(
+            [],
+            [],
+            color=look.ink,
+            linewidth=1.7,
+            linestyle=LINES[nth % 4],
+            marker=MARKERS[nth % 8],
+            label=axis_label(name),
+        )
 
 
 def _layers(ax: Axes, where: Any, names: Sequence[str], columns: Sequence[Any], look: Theme) -> None:
@@ -191,7 +252,7 @@ def plot_training(
         epochs: As in `plot_rewards`.
         names: Which metrics, in this order. Default: those above that were measured, else all.
         ax: One axes per metric. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
 
     Returns:
         The new figure, or `ax`.
@@ -217,10 +278,22 @@ def plot_training(
             values = at_their_places(where, run.epochs, [as_float(_training_metrics(e).get(name)) for e in run.epochs])
             label = axis_label(run.name) if several and is_first else "_"
             draw_line(each, where, values, look.colour(place), label, MARKERS[place % 8], LINES[place % 4])
+            draw_from_parent(
+                each,
+                runs,
+                run,
+                where,
+                values,
+                lambda epoch, name=name: as_float(epoch.train_metrics.get(name)),
+                look.colour(place),
+            )
             said.append(f"{f'{run.name} ' if several else ''}{plain(name)} {trend_text(values)}")
+        if figure is not None:
+            flat_scale(each, [as_float(epoch.train_metrics.get(name)) for epoch in records])
         # Only the first panel shows the changes.
         mark_changes(each, runs if is_first else [run._replace(changes=()) for run in runs], look)
         finish(each, look, empty=not records)
+    named(figure, runs, "training")
     if figure is None:
         return ax
     figure.alt_text = f"Training metrics per epoch: {'; '.join(said) or 'none'}{changes_text(runs)}"
@@ -246,8 +319,8 @@ def _measured(epochs: Sequence[Epoch]) -> list[str]:
 # ── parts of a picture ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, name: str, several: bool) -> None:
-    """Draw the mean reward of one run; if it is the only one, with its range and the mean of the kept groups."""
+def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, name: str, several: bool) -> np.ndarray:
+    """Draw the mean reward of one run; if it is the only one, with its range and the mean of the kept groups. Returns it."""
     import numpy as np
 
     where = span(epochs)
@@ -263,6 +336,7 @@ def _reward_lines(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, na
     if not several and any(epoch.metrics.kept_groups < epoch.metrics.groups for epoch in epochs):
         kept = at_their_places(where, epochs, metrics_of(epochs, "kept_mean_reward"))
         draw_line(ax, where, kept, look.colours[1], "mean of the kept groups", "^", LINES[1])
+    return mean
 
 
 def _validation_points(ax: Axes, epochs: Sequence[Epoch], look: Theme, place: int, several: bool) -> None:

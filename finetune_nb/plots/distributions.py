@@ -18,9 +18,11 @@ from .axes import (
     draw_line,
     finish,
     mark_changes,
+    named,
     panels,
     series_of,
     share_axis,
+    share_scale,
     start,
     trend_text,
 )
@@ -53,7 +55,7 @@ def plot_reward_distribution(epochs: Any, ax: Any = None, theme: ThemeName = Non
     Args:
         epochs: A run or epochs; or several runs, for one panel per run.
         ax: One axes per panel. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
 
     Returns:
         The new figure, or `ax`.
@@ -82,10 +84,13 @@ def plot_reward_distribution(epochs: Any, ax: Any = None, theme: ThemeName = Non
             samples = [(epoch.index, _finite(epoch.statistics.rewards)) for epoch in run.epochs[::every]]
             limits = float(values[0]), float(values[-1])
             _violins(each, samples, limits, look, look.colours[0], every)
+            if figure is not None:
+                share_scale(each, limits)
             told = _middle(rewards)
         said.append(f"{f'{run.name}: ' if len(runs) > 1 else ''}{told or 'no rewards'}")
         mark_changes(each, [run], look, filled=is_discrete)
         finish(each, look, empty=not run.epochs)
+    named(figure, runs, "rewards of the rollouts")
     if figure is None:
         return ax
     figure.alt_text = f"Distribution of rewards over {len(all_epochs)} epochs: {'. '.join(said)}{changes_text(runs)}"
@@ -101,7 +106,7 @@ def plot_advantages(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Fig
     Args:
         epochs: A run or epochs; or several runs, for one panel per run.
         ax: One axes per panel. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
 
     Returns:
         The new figure, or `ax`.
@@ -135,6 +140,7 @@ def plot_advantages(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Fig
         said.append(f"{whose}{_middle(teaching) or 'none'}; share with advantage 0: {trend_text(idle)}")
         mark_changes(each, [run], look)
         finish(each, look, empty=not run.epochs)
+    named(figure, runs, "advantages")
     if figure is None:
         return ax
     figure.alt_text = f"Advantages that are not 0: {'. '.join(said)}{changes_text(runs)}"
@@ -150,7 +156,7 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
         epochs: A run or epochs; or several runs: then one line per run with its range, without that share. Lengths are read
             from the run's files; of a long run, evenly spaced epochs are shown.
         ax: Where to draw. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
 
     Returns:
         The new figure, or `ax`.
@@ -192,6 +198,7 @@ def plot_lengths(epochs: Any, ax: Axes | None = None, theme: ThemeName = None) -
     ax.set_ylim(bottom=0)
     mark_changes(ax, runs, look)
     finish(ax, look, empty=not any(run.epochs for run in runs))
+    named(figure, runs, "lengths")
     if figure is None:
         return ax
     figure.alt_text = f"Sampled tokens of a trajectory, per epoch: {'; '.join(said)}{changes_text(runs)}"

@@ -11,16 +11,21 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 from typing import Any, Literal
 
 import matplotlib.figure
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 
 from ..errors import ConfigError
 
 __all__ = [
     "Figure",
     "THEMES",
+    "drawable",
+    "fonts",
     "Theme",
     "legend_above",
     "styled",
@@ -72,22 +77,15 @@ THEMES = {
         colours=("#5aa9f0", "#ffa90e", "#c58be8", "#94a4a2", "#c98b79", "#ff6f52"),
         sequence=("#7d6c34", "#3f90da", "#cfe8ff"),
     ),
-    # No background, and colours of medium lightness: contrast of at least 3:1 on both white and near-black.
-    "": Theme(
-        background="none",
-        ink="#787d84",
-        faint="#8a8f9640",
-        halo="#ffffff80",
-        colours=("#3f90da", "#dd6b10", "#a65fd0", "#7d838c", "#a96b59", "#d6452b"),
-        sequence=("#a3914a", "#3f90da", "#7a5cc9"),
-    ),
 }
+THEMES[""] = THEMES["light"]
+"""Without a name: what reads on every page is a picture with a background of its own."""
 
 
 def theme_named(name: Literal["light", "dark"] | None) -> Theme:
-    """The theme of that name. None: one without a background that suits both light and dark pages."""
+    """The theme of that name. None: the light one, whose background makes it readable on dark pages too."""
     if (name or "") not in THEMES:
-        raise ConfigError(f"found theme {name!r}; expected 'light', 'dark' or None for one that suits both")
+        raise ConfigError(f"found theme {name!r}; expected 'light', 'dark' or None for the light one")
     return THEMES[name or ""]
 
 
@@ -122,6 +120,10 @@ class Figure(matplotlib.figure.Figure):
         """
         from PIL import Image
 
+        families = fonts()
+        if len(families) > 1:
+            for text in self.findobj(Text):
+                text.set_fontfamily(families)
         drawn, picture = io.BytesIO(), io.BytesIO()
         quick = {"compress_level": 1}
         self.savefig(drawn, format="png", dpi=dpi, facecolor=self.get_facecolor(), edgecolor="none", pil_kwargs=quick)
@@ -143,6 +145,53 @@ class Figure(matplotlib.figure.Figure):
         picture = base64.b64encode(self.png()).decode("ascii")
         about = {"width": width, "height": height, "alt": self.alt_text}
         return {"image/png": picture, "text/plain": self.alt_text or repr(self)}, {"image/png": about}
+
+
+# Fonts with the characters of many scripts, where they are installed.
+_MORE_FONTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Noto Sans JP", "Noto Sans SC", "Noto Sans KR",
+    "Source Han Sans", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo",
+    "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari",
+    "Noto Emoji", "Symbola", "Noto Sans Symbols2",
+)  # fmt: skip
+
+
+@cache
+def fonts() -> list[str]:
+    """The families in which texts are drawn: matplotlib's own, and those of _MORE_FONTS that are installed."""
+    from matplotlib import font_manager, rcParams
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return [*rcParams["font.family"], *(name for name in _MORE_FONTS if name in installed)]
+
+
+@cache
+def _drawable_characters() -> frozenset[int]:
+    """The code points that one of the fonts has."""
+    from matplotlib import font_manager
+
+    found: set[int] = set()
+    for name in fonts():
+        found |= set(
+            font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=[name]))).get_charmap()
+        )
+    return frozenset(found)
+
+
+def drawable(text: str) -> str:
+    """A text in which characters that no font has are named by their code points, such as [U+6771 U+4EAC]; of more than four in
+    a row, the first three. Joiners and variation selectors between them are left out."""
+    known = _drawable_characters()
+    parts: list[str] = []
+    for is_known, characters in groupby(text, lambda character: ord(character) in known):
+        if is_known:
+            parts.append("".join(characters))
+            continue
+        codes = [f"U+{ord(character):04X}" for character in characters if character not in "\u200c\u200d\ufe0e\ufe0f"]
+        if len(codes) > 4:
+            codes[3:] = ["…"]
+        parts.append(f"[{' '.join(codes)}]" if codes else "")
+    return "".join(parts)
 
 
 def styled(ax: Axes, theme: Theme) -> Axes:
@@ -181,6 +230,10 @@ def legend_above(ax: Axes, theme: Theme) -> None:
         borderaxespad=0.2,
         columnspacing=1.4,
     )
+    # A legend of many lines must not take the room of the data.
+    lines = math.ceil(len(labels) / _columns(labels))
+    if isinstance(ax.figure, Figure) and lines > 3:
+        ax.figure.set_figheight(ax.figure.get_figheight() + 0.19 * (lines - 3))
     for text in legend.get_texts():
         text.set_color(theme.ink)
 

@@ -21,6 +21,7 @@ from .axes import (
     finish,
     mark_changes,
     metrics_of,
+    named,
     panels,
     series_of,
     share_axis,
@@ -52,7 +53,7 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
         epochs: A run; epochs; or several runs, as a list or by name: then the percentile of each run, and the share of its
             groups that was kept.
         ax: Where to draw. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
 
     Returns:
         The new figure, or `ax`.
@@ -78,6 +79,7 @@ def plot_curriculum(epochs: Any, ax: Axes | None = None, theme: ThemeName = None
         ax.set_ylim(-0.05, 1.05)
     mark_changes(ax, runs, look, filled=not several)
     finish(ax, look, empty=not any(run.epochs for run in runs))
+    named(figure, runs, "groups")
     if figure is None:
         return ax
     figure.alt_text = f"Groups per epoch; {'; '.join(said)}{changes_text(runs)}"
@@ -127,13 +129,14 @@ def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure 
     """Plot a map of the groups: mean reward against the spread of the rewards.
 
     Colour and shape of a mark show whether the group was kept, and why. The larger a mark, the more groups are at
-    that point. A line marks the curriculum's smallest spread, if it was on: only groups above it can teach. Groups without
-    a finite mean and spread are not drawn; their number is stated.
+    that point. Of groups at more than 400 points a density is drawn instead: the stronger the colour of a cell, the more groups
+    it has; the colour is that of their most frequent reason. A line marks the curriculum's smallest spread, if it was on: only
+    groups above it can teach. Groups without a finite mean and spread are not drawn; their number is stated.
 
     Args:
         epochs: A run or epochs; or several runs, for one panel per run.
         ax: One axes per panel. Default: a new figure.
-        theme: "light" or "dark". Default: one that suits both.
+        theme: "light" or "dark". Default: "light", which reads on dark pages too.
 
     Returns:
         The new figure, or `ax`.
@@ -151,10 +154,46 @@ def plot_groups(epochs: Any, ax: Any = None, theme: ThemeName = None) -> Figure 
             whose = f"{run.name}: "
         said.append(whose + _map(each, run, look))
         finish(each, look, empty=not run.epochs)
+    named(figure, runs, "map of the groups")
     if figure is None:
         return ax
     figure.alt_text = f"Map of groups, mean reward against spread. {'. '.join(said)}"
     return figure
+
+
+MARKS = 400
+"""Most different points of a map that are drawn as marks."""
+CELLS = (40, 20)
+"""Cells of a density, across and up."""
+
+
+def _density(ax: Axes, means: np.ndarray, spreads: np.ndarray, codes: np.ndarray, look: Theme) -> None:
+    """Draw cells: the more groups, the stronger the colour, which is that of their most frequent reason."""
+    import numpy as np
+    from matplotlib.colors import to_rgb
+
+    limits = []
+    for values in (means, spreads):
+        low, high = float(values.min()), float(values.max())
+        limits.append((low, high if high > low else low + 1.0))
+    counts = []
+    for code in range(len(GROUP_REASONS)):
+        of_code = codes == code
+        counts.append(np.histogram2d(means[of_code], spreads[of_code], CELLS, limits)[0])
+    by_reason = np.stack(counts)  # (reasons, cells across, cells up)
+    colours = np.array([to_rgb(look.colour(code)) for code in range(len(GROUP_REASONS))])
+    total = by_reason.sum(axis=0)
+    strength = np.where(total > 0, 0.15 + 0.85 * np.sqrt(total / total.max()), 0.0)
+    cells = np.concatenate([colours[by_reason.argmax(axis=0)], strength[..., None]], axis=2)
+    (left, right), (bottom, top) = limits
+    ax.imshow(
+        cells.transpose(1, 0, 2),
+        origin="lower",
+        aspect="auto",
+        extent=(left, right, bottom, top),
+        interpolation="nearest",
+        zorder=3,
+    )
 
 
 def _map(ax: Axes, run: RunSeries, look: Theme) -> str:
@@ -167,6 +206,9 @@ def _map(ax: Axes, run: RunSeries, look: Theme) -> str:
     spreads = np.concatenate([nothing, *(epoch.statistics.spreads for epoch in run.epochs)])
     codes = np.concatenate([nothing, *(epoch.selection.reasons for epoch in run.epochs)]).astype(int)
     placed = np.isfinite(means) & np.isfinite(spreads)
+    is_dense = len(np.unique(np.round(np.stack([means[placed], spreads[placed]], 1), 6), axis=0)) > MARKS
+    if is_dense:
+        _density(ax, means[placed], spreads[placed], codes[placed], look)
     said = []
     for code, reason in enumerate(GROUP_REASONS):
         those = placed & (codes == code)
@@ -178,6 +220,11 @@ def _map(ax: Axes, run: RunSeries, look: Theme) -> str:
         points, counts = np.unique(places, axis=0, return_counts=True)
         size = 26 * np.minimum(np.sqrt(counts), 5)
         said.append(f"{counts.sum():,} {name}")
+        if is_dense:
+            ax.fill_between(
+                [], [], color=look.colour(code), hatch=HATCHES[code], edgecolor=look.background, label=said[-1]
+            )
+            continue
         ax.scatter(points[:, 0], points[:, 1], s=size, marker=marker, color=look.colour(code),
                    alpha=0.75, linewidths=1.6 if marker in "x_" else 0.6, label=said[-1], zorder=3)  # fmt: skip
     # Draw the line only if the smallest spread was the same in all epochs.

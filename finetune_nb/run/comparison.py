@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..analysis.run_comparison import Comparison, compare_runs
@@ -49,7 +49,8 @@ def compare(runs: Sequence[Run], confidence: float = 0.95, rewards: str | None =
     names = [run.id for run in runs]
     if len(set(names)) < len(names):
         raise ConfigError(f"a run is compared against others, not against itself; found {', '.join(names)}.")
-    recorded = compare_runs({run.id: run.records for run in runs}, confidence)
+    parents = {run.id: parent for run in runs if (parent := getattr(run, "parent", None))}
+    recorded = replace(compare_runs({run.id: run.records for run in runs}, confidence), parents=parents)
     if rewards == "own":
         return recorded
     if rewards is None and _are_same(runs):

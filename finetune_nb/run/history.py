@@ -99,6 +99,11 @@ class RunHistory(ABC):
         return f"{state}, written by {status.writer}" if status.writer else state
 
     @property
+    def parent(self) -> tuple[str, int] | None:
+        """Of a fork: the name of the run it was made of, and the epoch of that run after which it begins."""
+        return None
+
+    @property
     def model(self) -> str | None:
         """What is trained, where that is known."""
         return None
@@ -413,6 +418,7 @@ class RunHistory(ABC):
         generation: int | None = None,
         *,
         heat: Heat = "probability",
+        turn: int | None = None,
     ) -> RolloutView:
         """Show one rollout as a conversation, with its reward, its tokens and the rest of its group.
 
@@ -425,13 +431,15 @@ class RunHistory(ABC):
             generation: Which rollout of the group. Default: the best one.
             heat: What colours the sampled tokens: their "probability", or the "entropy" of the policy in their place, if that
                 or the likely alternatives were recorded.
+            turn: The first turn to show, from 0, at full length. Default: every turn, of which long ones are cut, and the rest
+                of the group.
 
         Returns:
             A view that displays itself; its `.trajectory` is the record.
 
         Raises:
             IndexError: There is no such epoch.
-            RunError: The epoch has no such example, or the example no such generation.
+            RunError: The epoch has no such example, the example no such generation, or the rollout no such turn.
             ConfigError: `heat` is neither of the two, or something is said by the name and once more.
         """
         from ..analysis.rollout_group import rollout_group
@@ -440,7 +448,7 @@ class RunHistory(ABC):
         if isinstance(epoch, str):
             epoch, example, generation = self._named(epoch, example, generation)
         group = rollout_group(self._epoch(epoch), example)
-        return RolloutView(group, group.rollout(generation), heat)
+        return RolloutView(group, group.rollout(generation), heat, turn)
 
     def compare(self, first: str, second: str) -> RolloutComparison:
         """Show two rollouts side by side, of any epochs, with the point where they diverge.
@@ -619,7 +627,7 @@ class RunHistory(ABC):
         Args:
             others: Runs to show beside this one.
             ax: Where to draw. Default: a new figure.
-            **options: Of `plots.plot_rewards`: theme ("light" or "dark"; by default one that suits both), baseline.
+            **options: Of `plots.plot_rewards`: theme ("light" or "dark"; by default "light"), baseline.
 
         Returns:
             The new figure, or `ax`.
@@ -637,7 +645,7 @@ class RunHistory(ABC):
         Args:
             others: Runs to show beside this one.
             ax: One axes per run. Default: a new figure.
-            **options: Of `plots.plot_reward_distribution`: theme ("light" or "dark"; by default one that suits both).
+            **options: Of `plots.plot_reward_distribution`: theme ("light" or "dark"; by default "light").
 
         Returns:
             The new figure, or `ax`.
@@ -655,7 +663,7 @@ class RunHistory(ABC):
         Args:
             others: Runs to show beside this one.
             ax: Where to draw. Default: a new figure.
-            **options: Of `plots.plot_curriculum`: theme ("light" or "dark"; by default one that suits both).
+            **options: Of `plots.plot_curriculum`: theme ("light" or "dark"; by default "light").
 
         Returns:
             The new figure, or `ax`.
@@ -674,7 +682,7 @@ class RunHistory(ABC):
             epoch: As in `trajectories`. Default: the newest.
             others: Runs to show beside this one.
             ax: One axes per run. Default: a new figure.
-            **options: Of `plots.plot_groups`: theme ("light" or "dark"; by default one that suits both).
+            **options: Of `plots.plot_groups`: theme ("light" or "dark"; by default "light").
 
         Returns:
             The new figure, or `ax`.
@@ -694,7 +702,7 @@ class RunHistory(ABC):
         Args:
             others: Runs to show beside this one.
             ax: One axes per run. Default: a new figure.
-            **options: Of `plots.plot_advantages`: theme ("light" or "dark"; by default one that suits both).
+            **options: Of `plots.plot_advantages`: theme ("light" or "dark"; by default "light").
 
         Returns:
             The new figure, or `ax`.
@@ -712,7 +720,7 @@ class RunHistory(ABC):
         Args:
             others: Runs to show beside this one.
             ax: Where to draw. Default: a new figure.
-            **options: Of `plots.plot_lengths`: theme ("light" or "dark"; by default one that suits both).
+            **options: Of `plots.plot_lengths`: theme ("light" or "dark"; by default "light").
 
         Returns:
             The new figure, or `ax`.
@@ -733,7 +741,7 @@ class RunHistory(ABC):
             names: Which metrics, in this order. Default: the usual ones that were measured, else all.
             others: Runs to show beside this one.
             ax: One axes per metric. Default: a new figure.
-            **options: Of `plots.plot_training`: theme ("light" or "dark"; by default one that suits both).
+            **options: Of `plots.plot_training`: theme ("light" or "dark"; by default "light").
 
         Returns:
             The new figure, or `ax`.
@@ -754,7 +762,7 @@ class RunHistory(ABC):
             names: Which scores, in this order. Default: all.
             others: Runs to show beside this one.
             ax: Where to draw. Default: a new figure.
-            **options: Of `plots.plot_scores`: theme ("light" or "dark"; by default one that suits both), stacked.
+            **options: Of `plots.plot_scores`: theme ("light" or "dark"; by default "light"), stacked.
 
         Returns:
             The new figure, or `ax`.

@@ -578,6 +578,12 @@ class Run(RunHistory):
         return Path(self.config.finetuning.output_dir) / self.id
 
     @property
+    def parent(self) -> tuple[str, int] | None:
+        """Of a fork: the name of the run it was made of, and the epoch of that run after which it begins."""
+        store = self._stored()
+        return None if store is None else store.parent
+
+    @property
     def changes(self) -> Sequence[Change]:
         """The journal: every change of the live settings, in order."""
         store = self._stored()
@@ -821,11 +827,11 @@ class Run(RunHistory):
 
         lines = EpochLines(self._driver)
         self._session.begin(run_epochs)
+        self._session.in_background = True
         self._session.lines = lines
         self._planned = first + count
         if in_notebook():
-            shown = {"text/plain": repr(self), "text/html": self._repr_html_()}
-            self._session.record = CellRecord(self._record, shown)
+            self._session.record = CellRecord(self._record, {"text/plain": repr(self), "text/html": self._repr_html_()})
 
     def pause(self) -> None:
         """Hold the run at the next safe point: rollouts in progress finish, no others start."""
@@ -1109,6 +1115,11 @@ class Run(RunHistory):
 
         section = weighted_reward(self.config)
         return diagnosis(self.id, self.chosen(epochs), section and section.weights, self.records)
+
+    @property
+    def _recorded_in(self) -> object | None:
+        """The cell that has the record of the last `start`; None without one."""
+        return None if self._session.record is None else self._session.record.cell
 
     def panel(self) -> Any:
         """The control panel: state and progress, buttons, the live settings with what they would do, the reward curve, the

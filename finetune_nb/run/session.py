@@ -46,6 +46,8 @@ class Session:
         self.state = state
         self.engine = EngineThread(f"ft-{run_id}")
         self.record: CellRecord | None = None
+        self.in_background = False
+        """Whether what is running was begun by `start`."""
         """The display in the cell that started the run in the background."""
         self.lines: EpochLines | None = None
         """The lines of a script that started the run in the background."""
@@ -100,7 +102,9 @@ class Session:
             )
             raise
         finally:
-            self.show_record()
+            if self.record is not None:
+                self.record.update(has_ended=self.in_background)
+            self.in_background = False
 
     async def join(self, task: LoopTask[T]) -> T:
         """The result of the work. An abort from elsewhere raises EpochAborted here: it does not look like a cancellation of

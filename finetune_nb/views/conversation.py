@@ -7,38 +7,47 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from numbers import Real
 from typing import Any
 
 from ..analysis.messages import Token, preference_text, tokens_of
-from ..text import as_json, cut, duration, short
+from ..text import as_json, beginning, count, cut, duration, short
 from ..types import DPOItem, EpisodeItem, EpisodeItemRole, MessageKey, content_text
-from .html import Html, details, element, escape
-from .tokens import Heat, heat_legend, heat_map, summary, token_table
+from .html import ACCENT, FAINT, Html, details, element, escape
+from .tokens import PRE, Detail, Heat, heat_legend, heat_map, summary, token_table
 
 __all__ = [
     "SIZE_LIMIT",
     "Setting",
     "Turn",
     "body_of",
+    "border_of",
     "conversation",
     "fair_shares",
     "fitting",
     "head_of",
     "missing_entropy",
+    "tool_calls",
     "tool_names",
     "turn_of",
 ]
 
 SIZE_LIMIT = 130_000
 """Bytes of HTML for the turns of one conversation; leaves room for the head and the style sheet within 200 kB."""
-TURN_LIMIT = 60_000
-"""Bytes of HTML for one turn. Text is cut to a tenth of that in characters, which is still readable."""
-LEAST = 1_500
-"""Fewest bytes for a turn: if many are too long, fewer turns are shown rather than a few words of each."""
+LEAST = 600
+"""Fewest bytes for a turn, enough for its head and a line of text. Of a conversation with more turns than fit so, the middle is
+left out."""
+HINT_LIMIT = 600
+"""Bytes for the line that says where the rest of a long conversation is shown."""
+LEFT_OUT_LIMIT = 400
+"""Bytes for the line that counts turns that are left out, and for lines where a new conversation begins."""
+FOLDED = 1_500
+"""Characters from which a text that the policy did not write is folded."""
+NUMBERED = 200
+"""Tokens of a conversation up to which every one shows its numbers on hover; of more, those that were unlikely."""
 
 _THINKING = re.compile(r"\A\s*(?:<think(?:ing)?>)?(.*?)</think(?:ing)?>\s*|\A\s*<think(?:ing)?>(.*)\Z", re.DOTALL)
 """Thinking before the answer. Some chat templates open it in the prompt: then only the closing tag is in the reply."""
@@ -54,6 +63,12 @@ class Setting:
     """Whether to add a table of their numbers."""
     legend: bool = True
     """Whether to explain the colours at the top."""
+    detail: Detail = "every"
+    """Which tokens show their numbers on hover."""
+    more: str = ""
+    """Where the rest is shown, if a text is cut."""
+    first: int = 0
+    """The number of the first turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,36 +102,36 @@ def turn_of(item: EpisodeItem | DPOItem) -> Turn:
 # ── a conversation ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting = Setting()) -> Iterator[Html]:
-    """Render a conversation: as many turns from the beginning as fit, and always the last one, which has the outcome.
+def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting = Setting()) -> list[Html]:
+    """Render a conversation: every turn, numbered, and the last one in any case, which has the outcome.
 
-    Long turns are cut, so that short ones stay whole.
+    Short turns stay whole. Long ones are cut, what the policy did not write first; of their tokens the unlikely ones stay.
 
     Args:
         turns: All turns of the conversation.
         room: Bytes that they may take.
         setting: How sampled tokens are displayed.
 
-    Yields:
+    Returns:
         Pieces of HTML, in order.
     """
     if not turns:
-        return
+        return []
     head: list[Html] = []
     if setting.legend and any(has_heat(turn) for turn in turns):
         head.append(heat_legend(setting.heat))
     missing = missing_entropy(turns) if setting.heat == "entropy" else ""
     if setting.legend and missing:
         head.append(element("div", element("strong", missing), class_="ft-bad"))
-    for piece in head:
-        room -= len(piece.encode())
-        yield piece
+    room -= sum(map(_bytes, head)) + HINT_LIMIT + LEFT_OUT_LIMIT
+    if setting.detail == "every" and sum(len(turn.tokens) for turn in turns) > NUMBERED:
+        setting = replace(setting, detail="unlikely")
 
     # Render every turn whole, unless it is too long to be read.
     called = tool_names(turns)
-    limit = max(LEAST, min(TURN_LIMIT, 4 * room // len(turns)))
-    whole = [_turn(turn, limit, called, setting) for turn in turns]
-    sizes = [len(shown.encode()) for shown in whole]
+    limit = max(LEAST, min(room, 4 * room // len(turns)))
+    whole = [_turn(turn, limit, called, setting, setting.first + place) for place, turn in enumerate(turns)]
+    sizes = [_bytes(shown) for shown in whole]
 
     # Count how many from the beginning fit along with the last one, if each were cut to the fewest bytes for a turn.
     last = len(turns) - 1
@@ -128,24 +143,52 @@ def conversation(turns: Sequence[Turn], room: int = SIZE_LIMIT, setting: Setting
 
     # These share the room. Cut each turn that needs more than its share.
     places = [*range(shown), last]
-    for place, share in zip(places, fair_shares([sizes[place] for place in places], room), strict=True):
+    shares = _shares([turns[place] for place in places], [sizes[place] for place in places], room)
+    for place, share in zip(places, shares, strict=True):
         if sizes[place] > share:
-            whole[place] = _turn(turns[place], share, called, setting)
+            whole[place] = _turn(turns[place], share, called, setting, setting.first + place)
 
     # A cut turn may still exceed its share: leave out turns that do not fit after all.
-    room -= len(whole[last].encode()) + 100
+    room += LEFT_OUT_LIMIT - _bytes(whole[last]) - 100
+    body: list[Html] = []
     for place in range(shown):
         begins = _break(turns, place)
-        room -= len(begins) + len(whole[place].encode())
+        room -= _bytes(begins) + _bytes(whole[place])
         if room < 0:
             shown = place
             break
-        yield begins
-        yield whole[place]
+        body += [begins, whole[place]]
     if shown < last:
-        yield element("p", f"… {last - shown:,} of {len(turns):,} turns are left out …", class_="ft-dim")
-    yield _break(turns, last)
-    yield whole[last]
+        left_out = f"… {last - shown:,} of {count(len(turns), 'turn')} are left out …"
+        body.append(element("p", left_out, class_="ft-dim"))
+    body += [_break(turns, last), whole[last]]
+    if setting.more and (shown < last or any(CUT in piece for piece in body)):
+        head.append(element("p", f"Long texts are cut here. {setting.more}", class_="ft-dim"))
+    return [*head, *body]
+
+
+CUT = " left out…] "
+"""What a cut text has at the cut."""
+
+
+def _shares(turns: Sequence[Turn], sizes: Sequence[int], room: int) -> list[int]:
+    """Divide the room between turns of these sizes. Where it is too small for all, what the policy did not write gets at most a
+    quarter of it."""
+    if sum(sizes) <= room:
+        return list(sizes)
+    others = [place for place, turn in enumerate(turns) if turn.role != "assistant"]
+    own = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+    all_own = sum(sizes[place] for place in own)
+    least_own = sum(min(sizes[place], LEAST) for place in own)
+    for_others = min(max(room // 4, room - all_own), room - least_own)
+
+    shares = [0] * len(turns)
+    for place, share in zip(others, fair_shares([sizes[place] for place in others], for_others), strict=True):
+        shares[place] = share
+    for_own = room - sum(shares)
+    for place, share in zip(own, fair_shares([sizes[place] for place in own], for_own), strict=True):
+        shares[place] = share
+    return shares
 
 
 def _break(turns: Sequence[Turn], place: int) -> Html:
@@ -204,18 +247,31 @@ def tool_names(turns: Sequence[Turn]) -> dict[str, str]:
     return names
 
 
-def _turn(turn: Turn, room: int, called: Mapping[str, str], setting: Setting) -> Html:
-    head = head_of(turn, called)
-    body = body_of(turn, room - len(head.encode()) - 200, setting)
+def _turn(turn: Turn, room: int, called: Mapping[str, str], setting: Setting, place: int) -> Html:
+    head = head_of(turn, called, place)
+    body = body_of(turn, room - _bytes(head) - 250, setting)
     role = turn.role if turn.role in ("assistant", "user", "tool", "system") else "other"
     if turn.role == "system":
-        title = f"system prompt, {len(content_text(turn.content)):,} characters"
+        title = f"{place} · system prompt, {len(content_text(turn.content)):,} characters"
         head, body = details(title, *body), []
-    return element("div", head, *body, class_=f"ft-turn {role}")
+    return element("div", head, *body, class_=f"ft-turn {role}", style=border_of(turn))
 
 
-def head_of(turn: Turn, called: Mapping[str, str]) -> Html:
-    """The head of a turn: its role and notes."""
+def border_of(turn: Turn) -> str:
+    """The inline style of a turn: a line at its left, coloured where the policy speaks."""
+    colour = ACCENT if turn.role == "assistant" else FAINT
+    return f"border-left:4px solid {colour};padding-left:10px;margin:8px 0"
+
+
+def head_of(turn: Turn, called: Mapping[str, str], place: int, side: str = "") -> Html:
+    """The head of a turn: its number, role and notes.
+
+    Args:
+        turn: The turn.
+        called: Names of the called tools by call id.
+        place: Its number, from 0.
+        side: Which of several conversations it belongs to.
+    """
     name = called.get(str(turn.metadata.get(MessageKey.TOOL_CALL_ID))) or turn.metadata.get(MessageKey.NAME)
     finish, seconds = turn.metadata.get(MessageKey.FINISH_REASON), turn.metadata.get(MessageKey.SECONDS)
     notes = []
@@ -227,7 +283,9 @@ def head_of(turn: Turn, called: Mapping[str, str]) -> Html:
         notes.append(" · cut at the token limit")
     elif finish:
         notes.append(f" · finish: {short(finish, 40)}")
-    label = element("strong", short(turn.role, 40), name and f" · {short(name, 80)}")
+    label = element(
+        "strong", side and f"{side} · ", f"{place} · {short(turn.role, 40)}", name and f" · {short(name, 80)}"
+    )
     return element("div", label, element("span", *notes, class_="ft-dim"))
 
 
@@ -243,59 +301,75 @@ def body_of(turn: Turn, room: int, setting: Setting = Setting()) -> list[Html]:
     room -= calls_room
     body: list[Html] = []
     if isinstance(thought, str) and thought:
-        body.append(_folded_thinking(len(thought), [_text(thought, room // 3)]))
-        room -= len(body[-1].encode())
+        body.append(_thinking(len(thought), [_text(thought, room // 3)], open=not text.strip() and not calls))
+        room -= _bytes(body[-1])
     sampled = "".join(token.text or "" for token in turn.tokens)
-    may_think = turn.role == "assistant"
     if not has_heat(turn):
-        body += _written(text, room, may_think)
+        body += _written(text, room, turn.role, bool(calls))
     elif text.strip() in sampled:
         # The tokens contain the whole text, and show it as it was sampled.
-        body += _sampled(turn.tokens, sampled, room, setting)
+        body += _sampled(turn.tokens, sampled, room, setting, bool(calls))
     else:
         tokens_room = room // 2
-        body += _written(text, room - tokens_room, may_think)
+        body += _written(text, room - tokens_room, turn.role, bool(calls))
         if tokens_room:
-            body.append(details("as it was sampled", *_sampled(turn.tokens, sampled, tokens_room, setting)))
-    body += _tool_calls(calls, calls_room)
+            body.append(details("as it was sampled", *_sampled(turn.tokens, sampled, tokens_room, setting, True)))
+    body += tool_calls(calls, calls_room)
     return body or [element("div", "(empty)", class_="ft-dim")]
 
 
-def _written(text: str, room: int, may_think: bool) -> list[Html]:
-    """A text, with its thinking folded."""
+def _written(text: str, room: int, role: str, has_calls: bool) -> list[Html]:
+    """A text: of the assistant with its thinking folded; of others folded whole if it is long."""
     if not text:
         return []
-    thinking = _THINKING.match(text) if may_think else None
+    if role != "assistant":
+        made = _text(text, room - 250)
+        if role == "system" or len(text) <= FOLDED or room < FOLDED:
+            return [made]
+        return [details(f"{beginning(text, 90)} · {len(text):,} characters", made)]
+    thinking = _THINKING.match(text)
     if not thinking:
         return [_text(text, room)]
-    thought, answer = thinking[1] or thinking[2] or "", text[thinking.end() :]
-    shown = [_folded_thinking(len(thought), [_text(thought, room // 2)])]
-    return [*shown, _text(answer, room - len(shown[0].encode()))] if answer else shown
+    if thinking[2] is not None:
+        return [UNCLOSED, _text(text, room - _bytes(UNCLOSED))]
+    answer = text[thinking.end() :]
+    shown = [_thinking(len(thinking[1]), [_text(thinking[1], room // 2)], open=not answer and not has_calls)]
+    return [*shown, _text(answer, room - _bytes(shown[0]))] if answer else shown
 
 
-def _sampled(tokens: Sequence[Token], text: str, room: int, setting: Setting) -> list[Html]:
+def _sampled(tokens: Sequence[Token], text: str, room: int, setting: Setting, has_calls: bool) -> list[Html]:
     """The tokens as a heat map, with thinking folded, and as a table."""
-    numbers = token_table(tokens, room // 4) if setting.tables else Html()
-    heat = setting.heat
-    room -= len(numbers.encode())
+    numbers = token_table(tokens, min(3_000, room // 8)) if setting.tables else Html()
+    heat, detail = setting.heat, setting.detail
+    room -= _bytes(numbers)
     thinking = _THINKING.match(text)  # only assistants have tokens
     if not thinking:
-        return [heat_map(tokens, room, heat), numbers]
+        return [heat_map(tokens, room, heat, detail), numbers]
+    if thinking[2] is not None:
+        return [UNCLOSED, heat_map(tokens, room - _bytes(UNCLOSED), heat, detail), numbers]
     ends = list(accumulate(len(token.text or "") for token in tokens))
     thought = sum(end <= thinking.end() for end in ends)
-    shown = [_folded_thinking(len(thinking[1] or thinking[2] or ""), [heat_map(tokens[:thought], room // 2, heat)])]
+    is_all = not has_calls and not text[thinking.end() :].strip()
+    inside = heat_map(tokens[:thought], room if is_all else room // 2, heat, detail)
+    shown = [_thinking(len(thinking[1]), [inside], open=is_all)]
     if thought < len(tokens):
-        shown.append(heat_map(tokens[thought:], room - len(shown[0].encode()), heat))
+        shown.append(heat_map(tokens[thought:], room - _bytes(shown[0]), heat, detail))
     return [*shown, numbers]
 
 
-def _folded_thinking(characters: int, body: Sequence[Html]) -> Html:
-    return details(f"thinking, {characters:,} characters", *body)
+UNCLOSED = element("div", "thinking that never ends:", class_="ft-dim")
+"""Before a reply without an answer: it is not folded, as there is nothing else to read."""
 
 
-def _tool_calls(calls: Sequence[Any], room: int) -> list[Html]:
-    """The tool calls in about `room` bytes."""
+def _thinking(characters: int, body: Sequence[Html], open: bool) -> Html:
+    """A thought, folded unless it is all that was said."""
+    return details(f"thinking, {characters:,} characters", *body, open=open)
+
+
+def tool_calls(calls: Any, room: int) -> list[Html]:
+    """The tool calls of a message, as it has them, in about `room` bytes."""
     shown: list[Html] = []
+    calls = _listed(calls)
     for place, call in enumerate(calls):
         function = call.get("function") if isinstance(call, Mapping) else None
         name, arguments = "?", call
@@ -312,7 +386,7 @@ def _tool_calls(calls: Sequence[Any], room: int) -> list[Html]:
 
 def _text(text: str, room: int) -> Html:
     # dir=auto: right-to-left text is displayed as such, and does not reorder its surroundings.
-    return element("pre", fitting(text, min(room, TURN_LIMIT) - 30), dir="auto")
+    return element("pre", fitting(text, room - 80), dir="auto", style=PRE)
 
 
 def fitting(text: str, room: int) -> str:
@@ -320,7 +394,7 @@ def fitting(text: str, room: int) -> str:
 
     The size depends on the characters: "<" takes 4 bytes, an invisible character up to 9.
     """
-    limit = max(100, min(room, TURN_LIMIT // 10))
+    limit = max(100, room)
     shown = cut(text, limit)
     while limit > 100 and (size := len(escape(shown).encode())) > room:
         limit = max(100, min(limit - 1, limit * max(room, 0) // size))
@@ -333,3 +407,7 @@ def _listed(calls: Any) -> list[Any]:
     if isinstance(calls, list | tuple):
         return list(calls)
     return [calls] if calls else []
+
+
+def _bytes(markup: str) -> int:
+    return len(markup.encode())

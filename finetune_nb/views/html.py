@@ -2,7 +2,11 @@
 
 Safe by construction: every function escapes its arguments unless they are `Html`, and only these functions make `Html`.
 No scripts, no links, no images except those passed as bytes. Text and background colours are always set together, from
-JupyterLab's variables where they exist. Nothing is said by style alone, as some viewers strip styles.
+JupyterLab's variables where they exist.
+
+A stored notebook is often shown without its style sheets: JupyterLab drops them, and drawings, until the notebook is trusted.
+What carries meaning (tints, bars, borders, lines) is therefore an inline style or an `<img>`, in literal colours that are seen
+on light and dark pages. Nothing is said by style alone, as some viewers strip those too.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -20,12 +25,15 @@ from ..text import number, plain, short
 from ..types import EpochMetrics
 
 __all__ = [
+    "ACCENT",
     "ERROR_LIMIT",
     "Html",
     "error_block",
     "bar",
     "details",
     "drifted",
+    "FAINT",
+    "drawing",
     "element",
     "escape",
     "facts_table",
@@ -75,6 +83,11 @@ class Html(Markup):
 
 escape = Html.escape
 
+ACCENT = "#3f90da"
+"""The colour of bars, lines and marks: a contrast of at least 3:1 on white and on near-black."""
+FAINT = "#8886"
+"""What is around them: darker on a light page, lighter on a dark one."""
+
 
 # ── pieces ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -114,7 +127,9 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[Any] | None = None, c
         cells = []
         for place, header in enumerate(headers):
             right = place < len(first) and _is_number(first[place])
-            cells.append(element("th", header, scope="col", class_="n" if right else None))
+            cells.append(
+                element("th", header, scope="col", class_="n" if right else None, style=None if right else LEFT)
+            )
         head = element("thead", element("tr", *cells))
     body = []
     for row in rows:
@@ -122,7 +137,15 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[Any] | None = None, c
         for place, value in enumerate(row):
             cells.append(_cell(value, named=not headers and place == 0, right=bool(headers)))
         body.append(element("tr", *cells))
-    return element("table", caption and element("caption", caption), head, element("tbody", *body))
+    made = element("table", caption and element("caption", caption), head, element("tbody", *body))
+    if len(headers or ()) < WIDE_TABLE:
+        return made
+    # On a narrow page it scrolls by itself, and the keyboard must reach it there.
+    return element("div", made, class_="ft-wide", tabindex=0, role="group", aria_label=caption or "table")
+
+
+WIDE_TABLE = 5
+"""Columns of a table that may be wider than a narrow page."""
 
 
 def _is_number(value: Any) -> bool:
@@ -131,10 +154,14 @@ def _is_number(value: Any) -> bool:
 
 def _cell(value: Any, named: bool, right: bool) -> Html:
     if named:
-        return element("th", value, scope="row")
+        return element("th", value, scope="row", style=LEFT)
     if _is_number(value):
         return element("td", number(value), class_="n" if right else None)
-    return element("td", value)
+    return element("td", value, style=LEFT)
+
+
+LEFT = "text-align:left"
+"""Inline style of a text in a table: JupyterLab would align it like a number."""
 
 
 def bar(value: float, largest: float = 1.0, text: Any = None) -> Html:
@@ -142,9 +169,29 @@ def bar(value: float, largest: float = 1.0, text: Any = None) -> Html:
     shown = number(value) if text is None else text
     if not (math.isfinite(value) and largest > 0):
         return element("span", shown)
-    share = min(max(value / largest, 0.0), 1.0)
-    filled = element("span", style=f"width:{100 * share:.1f}%")
-    return element("span", element("span", filled, class_="ft-bar", aria_hidden="true"), " ", shown)
+    share = 100 * min(max(value / largest, 0.0), 1.0)
+    filled = (
+        f"display:inline-block;width:90px;height:9px;background:linear-gradient(90deg,{ACCENT} {share:.1f}%,{FAINT} 0)"
+    )
+    line = "white-space:nowrap" if not isinstance(shown, Html) and len(str(shown)) < 20 else None
+    return element("span", element("span", style=filled, aria_hidden="true"), " ", shown, style=line)
+
+
+def drawing(*shapes: Any, text: str, width: int, height: int, style: str | None = None, **attributes: Any) -> Html:
+    """A picture made of SVG elements, as an `<img>`: front ends drop an inline `<svg>` from a notebook that is not trusted.
+
+    Args:
+        *shapes: SVG elements. They see no style sheet, and no colour of the page.
+        text: Alternative text.
+        width: In pixels.
+        height: In pixels.
+        style: Inline style of the image.
+        **attributes: Of the `<svg>`.
+    """
+    size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height}
+    svg = element("svg", *shapes, xmlns="http://www.w3.org/2000/svg", **size, **attributes)
+    source = "data:image/svg+xml," + quote(svg, safe=" =/:;,.()-!*?@+$[]")
+    return element("img", src=source, alt=text, width=width, height=height, style=style)
 
 
 def sparkline(values: Sequence[float], text: str, width: int = 240, height: int = 40) -> Html:
@@ -175,9 +222,8 @@ def sparkline(values: Sequence[float], text: str, width: int = 240, height: int 
         after = points[index + 1][1] if index + 1 < len(points) else math.nan
         if not math.isfinite(after):
             dots.append(element("circle", cx=x, cy=y, r="2.5"))
-    line = element("path", d="".join(path), fill="none", stroke="currentColor", stroke_width="1.5")
-    size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height, "fill": "currentColor"}
-    return element("svg", line, *dots, role="img", aria_label=text, class_="ft-spark", **size)
+    line = element("path", d="".join(path), fill="none", stroke=ACCENT, stroke_width="1.5")
+    return drawing(line, *dots, text=text, width=width, height=height, style="vertical-align:middle", fill=ACCENT)
 
 
 # JupyterLab's variables come first, then VS Code's, then a colour for the preferred colour scheme. Shades are translucent
@@ -187,7 +233,7 @@ _STYLE = """
 --bg:var(--jp-layout-color0,var(--vscode-editor-background,#fff));
 --bad:var(--jp-error-color1,var(--vscode-errorForeground,#b3261e));--on:var(--jp-brand-color1,#1a73b8);--enter:#a65fd0;--leave:#dd6b10;
 color:var(--fg);background:var(--bg);font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);
-padding:8px 12px;max-width:64em;overflow-wrap:break-word;overflow-x:auto}
+padding:8px 12px;max-width:64em;overflow-wrap:break-word}
 @media(prefers-color-scheme:dark){.ft{--fg:var(--jp-content-font-color1,var(--vscode-editor-foreground,#e6e6e6));
 --bg:var(--jp-layout-color0,var(--vscode-editor-background,#161616));
 --bad:var(--jp-error-color1,var(--vscode-errorForeground,#ff8a80));--on:var(--jp-brand-color1,#64b5f6)}}
@@ -200,46 +246,31 @@ padding:8px 12px;max-width:64em;overflow-wrap:break-word;overflow-x:auto}
 .ft.ft th,.ft.ft td{text-align:left;vertical-align:top;padding:2px 14px 2px 0;border:0;white-space:normal;max-width:40em}
 .ft.ft thead th{border-bottom:1px solid rgba(128,128,128,.5)}
 .ft.ft .n{text-align:right;font-variant-numeric:tabular-nums}
-.ft pre{color:var(--fg);background:rgba(128,128,128,.09);white-space:pre-wrap;overflow-wrap:anywhere;margin:2px 0;padding:4px 8px;
-font:12.5px/1.5 var(--jp-code-font-family,ui-monospace,monospace);max-height:28em;overflow:auto}
+.ft pre{color:var(--fg);background:rgba(128,128,128,.09);white-space:pre-wrap;overflow-wrap:break-word;word-break:normal;
+margin:2px 0;padding:4px 8px;font:12.5px/1.5 var(--jp-code-font-family,ui-monospace,monospace)}
+.ft .ft-wide{overflow-x:auto}
 .ft summary{cursor:pointer}
-.ft .ft-turn{border-left:4px solid rgba(128,128,128,.6);padding:1px 0 1px 10px;margin:8px 0}
-.ft .ft-turn.assistant{border-color:var(--on)}
-.ft.ft .ft-heat span.t1{background:rgba(217,95,2,.12)}
-.ft.ft .ft-heat span.t2{background:rgba(217,95,2,.27)}
-.ft.ft .ft-heat span.t3{background:rgba(217,95,2,.42)}
-.ft.ft .ft-heat span.t4{background:rgba(217,95,2,.57);border-bottom:2px dotted var(--fg)}
-.ft.ft .ft-heat span.t5{background:rgba(217,95,2,.72);border-bottom:2px solid var(--fg)}
-.ft.ft .ft-pair{width:100%;table-layout:fixed}
+.ft :focus-visible{outline:2px solid var(--on);outline-offset:2px}
+@container(max-width:640px){.ft.ft .ft-pair thead{display:none}
+.ft.ft .ft-pair :is(tbody,tr,td){display:block;width:auto!important}}
 .ft mark{color:var(--bg);background:var(--on);padding:0 2px}
-.ft .ft-bar{display:inline-block;width:90px;height:9px;background:rgba(128,128,128,.25)}
-.ft .ft-bar>span{display:block;height:100%;background:var(--on)}
-.ft .ft-spark{color:var(--on);vertical-align:middle}
-.ft .ft-what-if{display:flex;flex-wrap:wrap;gap:8px 20px;align-items:center;margin:6px 0}
-.ft .ft-histogram{position:relative;flex:1 1 280px;min-width:240px;max-width:440px}
-.ft .ft-histogram svg{display:block}
-.ft .ft-histogram>span{position:absolute;font-size:11px;line-height:1;white-space:nowrap;transform:translate(0,-50%)}
-.ft .ft-histogram>span::after{content:attr(data-text)}
-.ft .ft-histogram>.ft-at-middle{transform:translate(-50%,-50%)}
-.ft .ft-histogram>.ft-at-end{transform:translate(-100%,-50%)}
-.ft .ft-bare{display:none}
-.ft .ft-legend{flex:0 0 auto;font-size:12px}
-.ft .ft-legend svg{display:inline;vertical-align:-1px}
 .ft .ft-count{display:inline-block;min-width:3.2em;text-align:right;padding-right:.5em;
 font-variant-numeric:tabular-nums;font-weight:600}
 """.strip().replace("\n", "")
 
 
-def view(*body: Any, styled: bool = True) -> str:
+def view(*body: Any, styled: bool = True, wide: bool = False) -> str:
     """Make the outermost element of a view. Its classes keep MathJax from reading a "$" in a text as a formula.
 
     Args:
         *body: The content.
-        styled: Whether to include the style sheet. False if it is already on the page.
+        styled: Whether to include the style sheet. False if it is already on the page, or if nothing in the body needs it.
+        wide: Whether to take all the width there is, instead of lines that are easy to read.
     """
     style = Html(f"<style>{_STYLE}</style>") if styled else None
+    width = "max-width:none;container-type:inline-size" if wide else None
     # A plain str: a front end may encode by type, and marimo turns a subclass of str into `{}`.
-    return str(element("div", style, *body, class_="ft mathjax_ignore tex2jax_ignore"))
+    return str(element("div", style, *body, class_="ft mathjax_ignore tex2jax_ignore", style=width))
 
 
 def image(png: bytes, text: str, width: int) -> Html:
@@ -253,13 +284,24 @@ def image(png: bytes, text: str, width: int) -> Html:
 def page(title: str, *body: Any) -> str:
     """A whole document. Its content security policy also forbids scripts and requests."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    looks = (
-        ":root{color-scheme:light dark}body{margin:0 auto;max-width:72em;padding:12px;font-family:system-ui,sans-serif}"
-    )
-    head = element("title", title) + f"<style>{looks}</style>"
+    head = element("title", title) + f"<style>{_PAGE_STYLE}</style>"
     metas = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     metas += '<meta name="viewport" content="width=device-width">'
-    return f'<!doctype html>\n<html lang="en"><head>{metas}{head}</head><body>{_joined(body)}</body></html>\n'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{metas}{head}</head><body><main>{_joined(body)}</main></body></html>\n'
+    )
+
+
+_PAGE_STYLE = """
+:root{color-scheme:light dark;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+body{margin:0 auto;max-width:100em;padding:12px 20px;font:15px/1.5 system-ui,sans-serif}
+h1{font-size:24px;margin:8px 12px}h2{font-size:18px;margin:28px 12px 6px}.verdict{margin:0 12px;max-width:64em;font-size:17px}
+.columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr));gap:8px 24px;align-items:start}
+figure{margin:8px 12px;break-inside:avoid}figcaption{font-size:13px;max-width:46em}
+section>details,.columns>details{margin:6px 12px;min-width:0}
+@media print{:root{color-scheme:light}body{padding:0;max-width:none}.columns{grid-template-columns:1fr 1fr}
+.ft-turn,tr,h2{break-inside:avoid}h2{break-after:avoid}.ft .ft-wide{overflow:visible}}
+""".strip().replace("\n", "")
 
 
 ERROR_LIMIT = 2_000

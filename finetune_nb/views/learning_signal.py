@@ -114,6 +114,6 @@ def _history(name: str, examples: Sequence[Example]) -> Html:
                 f"{example.taught} of {count(len(example.epochs), 'epoch')}",
             ]
         )
-    headers = ["example", "rollouts", "mean reward so far", "", "spread", "rewards differed in"]
+    headers = ["example", "rollouts", "mean reward so far", "course", "spread", "rewards differed in"]
     caption = f"the first {ROWS} of {len(examples):,}" if len(examples) > ROWS else None
     return details(f"{name}: {count(len(examples), 'example')}", table(rows, headers, caption))

@@ -1,7 +1,8 @@
 """Shows a preview of other curriculum settings: a histogram of the groups' mean rewards, and a table of numbers.
 
-Colour is never the only cue: the legend has numbers, and kinds of groups also differ in fill or outline. Where a notebook is
-shown without styles and drawings (GitHub; JupyterLab before it is trusted), words replace the histogram.
+Colour is never the only cue: the legend has numbers, and kinds of groups also differ in fill or outline. In a cell's output the
+histogram is an `<img>` in literal colours, which JupyterLab shows before a notebook is trusted; in the panel, which is redrawn
+with every move of a slider, it is an inline drawing in the colours of the page.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..analysis.reasons import REASONS
 from ..text import duration, number
 from ..training.preview import Preview
 from ..types import GROUP_REASONS, GroupReason
-from .html import Html, element, table, view
+from .html import ACCENT, Html, drawing, element, table, view
 
 __all__ = [
     "preview_body",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 BINS = 24
-WIDTH, HEIGHT, BOTTOM = 440, 120, 18
+WIDTH, HEIGHT = 440, 120
 ENTER = len(GROUP_REASONS)
 """Code of a group that would newly be trained on. Smaller codes are positions in GROUP_REASONS."""
 LEAVE = ENTER + 1
@@ -67,7 +68,7 @@ _ROWS = ("then", "unchanged")
 
 def preview_html(preview: Preview) -> str:
     """A preview as HTML."""
-    return view(preview_body(preview))
+    return view(preview_body(preview, as_image=True))
 
 
 def preview_text(preview: Preview) -> str:
@@ -82,8 +83,8 @@ def preview_text(preview: Preview) -> str:
     )
 
 
-def preview_body(preview: Preview) -> Html:
-    """The content of the card, without the outermost element."""
+def preview_body(preview: Preview, as_image: bool = False) -> Html:
+    """The content of the card, without the outermost element. as_image: whether its drawings are images."""
     # A group is drawn by its reason, unless only one of the two selections trains on it.
     codes = preview.selection.reasons.astype(np.int64)
     codes[(codes == 0) & ~preview.basis.teaches] = IDLE
@@ -93,8 +94,8 @@ def preview_body(preview: Preview) -> Html:
     question = "The next epoch " if preview.selection is preview.unchanged else "What if "
     return element(
         "div",
-        element("div", element("strong", question), _settings(preview), class_="ft-line"),
-        element("div", _histogram(preview, codes, counts), _legend(counts), class_="ft-what-if"),
+        element("div", element("strong", question), _settings(preview)),
+        element("div", _histogram(preview, codes, counts, as_image), _legend(counts, as_image), style=WHAT_IF),
         _numbers(preview),
     )
 
@@ -114,7 +115,31 @@ def _settings(preview: Preview) -> Html:
     return element("span", said, element("span", rewards, class_="ft-dim"))
 
 
-def _histogram(preview: Preview, codes: np.ndarray, counts: np.ndarray) -> Html:
+WHAT_IF = "display:flex;flex-wrap:wrap;gap:8px 20px;align-items:center;margin:6px 0"
+_LITERAL = {"var(--on)": ACCENT, "var(--enter)": "#a65fd0", "var(--leave)": "#dd6b10", "var(--fg)": "#888"}
+"""The colours of the page, for an image, which does not see them."""
+
+
+def _picture(*shapes: Any, text: str, width: int, height: int, as_image: bool) -> Html:
+    """SVG elements as an image, or as an inline drawing."""
+    if as_image:
+        markup = element("g", *shapes)
+        for name, colour in _LITERAL.items():
+            markup = markup.replace(name, colour)
+        return drawing(
+            Html(markup),
+            text=text,
+            width=width,
+            height=height,
+            style="max-width:100%;vertical-align:middle",
+            color="#888",
+        )
+    about = {"role": "img", "aria_label": text} if text else {"aria_hidden": "true"}
+    size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height}
+    return element("svg", *shapes, style="max-width:100%;height:auto;vertical-align:middle", **size, **about)
+
+
+def _histogram(preview: Preview, codes: np.ndarray, counts: np.ndarray, as_image: bool) -> Html:
     """A histogram by mean reward, stacked by kind. codes: the kind of each group; counts: groups of each kind."""
     means = preview.basis.statistics.means
     there = np.isfinite(means)
@@ -127,25 +152,27 @@ def _histogram(preview: Preview, codes: np.ndarray, counts: np.ndarray) -> Html:
     stacks = np.bincount(bins * len(counts) + codes[there], minlength=many * len(counts)).reshape(many, len(counts))
     tallest = int(stacks.sum(axis=1).max())
 
-    axis = element("path", d=f"M30 4V{HEIGHT}H{WIDTH}", fill="none", stroke="currentColor", stroke_opacity="0.5")
+    axis = element("path", d=f"M2 4V{HEIGHT}H{WIDTH}", fill="none", stroke="currentColor", stroke_opacity="0.5")
     least, most = number(float(means[there].min())), number(float(means[there].max()))
-    what = f"Groups by mean reward, {least} to {most}:"
     said = ", ".join(f"{counts[code]:,} {look.text}" for code, look in LOOKS.items() if counts[code])
-    size = {"viewBox": f"0 0 {WIDTH} {HEIGHT + BOTTOM}", "role": "img", "aria_label": f"{what} {said}"}
-    svg = element("svg", _bars(stacks, tallest), axis, **size)
-    labels = [
-        _label(26, 10, number(tallest), "end"),
-        _label(26, HEIGHT - 2, "0", "end"),
-        _label(34, HEIGHT + 11, least, "start"),
-        _label((34 + WIDTH) / 2, HEIGHT + 11, "mean reward of the group", "middle"),
-        _label(WIDTH, HEIGHT + 11, most, "end"),
-    ]
-    return element("div", svg, labels, element("div", what, class_="ft-bare"), class_="ft-histogram")
+    text = f"Groups by mean reward, {least} to {most}: {said}"
+    picture = _picture(_bars(stacks, tallest), axis, text=text, width=WIDTH, height=HEIGHT + 2, as_image=as_image)
+    below = [element("span", label) for label in (least, "mean reward of the group", most)]
+    return element(
+        "div",
+        element("div", f"{tallest:,} groups" if tallest > 1 else "1 group", style=LABELS),
+        picture,
+        element("div", *below, style=f"{LABELS};display:flex;justify-content:space-between"),
+        style=f"width:{WIDTH}px;max-width:100%",
+    )
+
+
+LABELS = "font-size:11px;line-height:1.3"
 
 
 def _bars(stacks: np.ndarray, tallest: int) -> list[Html]:
     """One rectangle per kind of group in a bin, stacked in the order of LOOKS."""
-    up, across = (HEIGHT - 6) / tallest, (WIDTH - 36) / len(stacks)
+    up, across = (HEIGHT - 6) / tallest, (WIDTH - 8) / len(stacks)
     bars = []
     for place, stack in enumerate(stacks.tolist()):
         floor = float(HEIGHT)
@@ -154,7 +181,7 @@ def _bars(stacks: np.ndarray, tallest: int) -> list[Html]:
                 continue
             height = stack[code] * up
             floor -= height
-            box = {"x": f"{34 + place * across:.1f}", "y": f"{floor + 0.5:.1f}", "width": f"{across - 2:.1f}"}
+            box = {"x": f"{6 + place * across:.1f}", "y": f"{floor + 0.5:.1f}", "width": f"{across - 2:.1f}"}
             bars.append(element("rect", **box, height=f"{max(height - 1, 0.5):.1f}", style=look.style))
     return bars
 
@@ -175,20 +202,16 @@ def _bins(means: np.ndarray) -> tuple[float, float, int]:
     return low, high, BINS
 
 
-def _label(x: float, y: float, text: str, anchor: str) -> Html:
-    """A label whose text comes from the style sheet: as plain text it would remain where drawings are stripped."""
-    place = f"left:{100 * x / WIDTH:.1f}%;top:{100 * y / (HEIGHT + BOTTOM):.1f}%"
-    return element("span", data_text=text, style=place, class_=f"ft-at-{anchor}", aria_hidden="true")
-
-
-def _legend(counts: np.ndarray) -> Html:
+def _legend(counts: np.ndarray, as_image: bool) -> Html:
     rows = []
     for code, look in LOOKS.items():
         if counts[code] or code in (0, ENTER, LEAVE):
             swatch = element("rect", x="1", y="1", width="12", height="10", style=look.style)
-            key = element("svg", swatch, width="14", height="12", viewBox="0 0 14 12", aria_hidden="true")
-            rows.append(element("div", key, element("span", f"{counts[code]:,}", class_="ft-count"), f" {look.text}"))
-    return element("div", rows, class_="ft-legend")
+            key = _picture(swatch, text="", width=14, height=12, as_image=as_image)
+            rows.append(
+                element("div", key, element("strong", f" {counts[code]:,}", class_="ft-count"), f" {look.text}")
+            )
+    return element("div", rows, style="font-size:12px")
 
 
 def _numbers(preview: Preview) -> Html:

@@ -8,14 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
+from ..analysis.run_comparison import compare_runs
 from ..redaction import redact_text
-from ..text import plain
+from ..store.folder import CONFIG
+from ..text import count, number, plain, signed, trend
 from ..types import Epoch
 from .html import Html, details, element, image, page, table, view
 from .rollout import failure_html, trajectory_html
 from .summary import epoch_html, run_html
+from .tokens import PRE
 
 __all__ = [
     "report_html",
@@ -28,8 +32,8 @@ MOST = 200
 def report_html(run: Any) -> str:
     """Make the report of a run.
 
-    It has the plots, the epochs and live changes as tables, and the best, the median and the worst trajectory of the newest
-    epoch, with a failed rollout if there is one.
+    It says what came of the run, and has the plots with captions, the epochs and live changes as tables, the best, the median and
+    the worst trajectory of the newest epoch, a failed rollout if there is one, and the configuration.
 
     Args:
         run: The run.
@@ -38,19 +42,59 @@ def report_html(run: Any) -> str:
         An HTML document.
     """
     epochs: Sequence[Epoch] = run.records
-    pieces = [
-        _section(None, Html(run_html(name=run.id, state=run.state, epochs=epochs, error=run.error, model=run.model)))
-    ]
+    pieces = [_opening(run, epochs)]
+    overview = Html(run_html(name=run.id, state=run.state, epochs=epochs, error=run.error, model=run.model))
+    pieces.append(_section("Overview", overview))
     if epochs:
-        pieces += [_section("Plots", *(element("p", picture) for picture in _pictures(run, epochs)))]
+        pieces += [_section("Plots", element("div", *_pictures(run, epochs), class_="columns"))]
         pieces += [_section("The newest epoch", Html(epoch_html(epochs[-1])))]
-        pieces += [_section("Trajectories of it", *_rollouts(epochs[-1]))]
+        pieces += [_section("Trajectories of it", element("div", *_rollouts(epochs[-1]), class_="columns"))]
         steered = any(epoch.curriculum.enabled for epoch in epochs)
         columns = [name for name in _OF_EPOCHS if steered or name != "percentile"]
-        pieces += [_section("Epochs", Html(view(_frame(run.epochs(), "epochs", columns))))]
+        pieces += [_section("Epochs", Html(view(_frame(run.epochs(), "epochs", columns), wide=True)))]
     if run.changes:
-        pieces += [_section("Live changes", Html(view(_frame(run.journal(), "changes"))))]
+        pieces += [_section("Live changes", Html(view(_frame(run.journal(), "changes"), wide=True)))]
+    config = _config(run)
+    if config:
+        shown = details(f"config.yml, {count(len(config.splitlines()), 'line')}", element("pre", config, style=PRE))
+        pieces.append(_section("Configuration", Html(view(shown))))
     return page(f"run {plain(run.id)}", *pieces)
+
+
+def _opening(run: Any, epochs: Sequence[Epoch]) -> Html:
+    """The title, and in one sentence what came of the run."""
+    title = element("h1", "Run ", plain(run.id))
+    return Html(redact_text(element("header", title, element("p", verdict(epochs), class_="verdict"))))
+
+
+def verdict(epochs: Sequence[Epoch]) -> str:
+    """What came of a run: whether the reward of the examples that its first and newest epoch share rose, fell, or neither."""
+    if not epochs:
+        return "No epoch has ended yet."
+    first, newest = epochs[0], epochs[-1]
+    if len(epochs) == 1:
+        return f"One epoch has ended, with a mean reward of {number(newest.metrics.mean_reward)}."
+    same_index = SimpleNamespace(index=first.index, statistics=newest.statistics)
+    (found,) = compare_runs({"first": [first], "newest": [same_index]}).differences  # type: ignore[list-item]
+    course = trend([epoch.metrics.mean_reward for epoch in epochs], none="has no value")
+    said = f"The mean reward per epoch went {course} in {count(len(epochs), 'epoch')}."
+    if not found.examples:
+        return f"{said} Its first and its newest epoch share no example, so that they cannot be compared."
+    both = f"of the {count(found.examples, 'example')} that epochs {first.index} and {newest.index} share"
+    interval = f"{signed(found.mean)}, 95 % interval {signed(found.low)} to {signed(found.high)}"
+    if found.is_clear:
+        return f"{said} The reward {both} {'rose' if found.mean > 0 else 'fell'}: {interval}."
+    return f"{said} Whether the reward {both} changed is not clear: {interval}."
+
+
+def _config(run: Any) -> str:
+    """The run's config as it is stored, without secrets; empty where there is none."""
+    if run.folder is None:
+        return ""
+    try:
+        return (run.folder / CONFIG).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 _OF_EPOCHS = (
@@ -87,7 +131,9 @@ def _pictures(run: Any, epochs: Sequence[Epoch]) -> Iterator[Html]:
     if any(epoch.train_metrics for epoch in epochs):
         drawn.append(run.plot_training())
     for figure in drawn:
-        yield image(figure.png(), redact_text(figure.alt_text), round(96 * figure.get_figwidth()))
+        caption = redact_text(figure.alt_text)
+        picture = image(figure.png(), caption, round(96 * figure.get_figwidth()))
+        yield element("figure", picture, element("figcaption", caption))
 
 
 def _rollouts(epoch: Epoch) -> Iterator[Html]:
@@ -110,7 +156,10 @@ def _frame(frame: Any, noun: str, columns: Sequence[str] | None = None) -> Html:
     for name in columns or frame.columns:
         if name in frame.columns and shown[name].notna().any():
             names.append(name.replace("_", " "))  # words, so that a narrow page can break the line
-            values.append([_cell(value) for value in shown[name].astype(object)])
+            column = shown[name].astype(object)
+            values.append(
+                [_cell(value) for value in column.where(column.notna(), None)]
+            )  # pd.NA is neither equal nor unequal
     caption = f"the last {len(shown)} of {len(frame):,} {noun}" if len(shown) < len(frame) else None
     return table(list(zip(*values, strict=True)), names, caption)
 

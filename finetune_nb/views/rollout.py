@@ -13,10 +13,11 @@ from typing import Any
 
 from ..analysis.reasons import REASONS
 from ..analysis.rollout_group import RolloutGroup
-from ..text import SHORT, count, cut, duration, number, one_line, plain, short, signed
+from ..errors import RunError
+from ..text import SHORT, as_json, beginning, count, cut, duration, number, one_line, plain, short, signed
 from ..types import LLMCall, MessageKey, RolloutFailure, Trajectory, finish_reason, sampled_tokens
 from .conversation import SIZE_LIMIT, Setting, Turn, conversation, missing_entropy, turn_of
-from .html import ERROR_LIMIT, Html, bar, details, element, error_block, facts_table, scores, table, title, view
+from .html import ERROR_LIMIT, Html, bar, details, element, error_block, facts_table, row, scores, table, title, view
 from .tokens import Heat, check_heat
 
 __all__ = [
@@ -28,9 +29,9 @@ __all__ = [
 
 VIEW_LIMIT = 194_000
 """Bytes for a whole view; the rest of the 200 kB is for the style sheet."""
-WITH_OTHERS = 100_000
-"""Bytes for the turns of the chosen rollout, if the rest of its group is shown too."""
-SIBLING_LIMIT, SIBLING_LEAST = 40_000, 3_000
+OTHERS_LIMIT = 50_000
+"""Most bytes for the rest of the group."""
+SIBLING_LIMIT, SIBLING_LEAST = 4_000, 1_500
 """Most and fewest bytes for another rollout of the group; with less room it is only counted."""
 ROWS = 32
 """Most rollouts in the table."""
@@ -44,7 +45,8 @@ def trajectory_html(trajectory: Trajectory) -> str:
     reward, scores, generation and policy version. At most 200 kB, regardless of its length."""
     metadata = trajectory.metadata or {}
     name = title(f"example {short(metadata.get('id'))}", _generation(metadata.get("generation")))
-    return view(name, *_head(trajectory), *conversation(_turns(trajectory)))
+    setting = Setting(more="`.episode[N].content` is turn N at full length.")
+    return view(name, *_head(trajectory), *conversation(_turns(trajectory), SIZE_LIMIT, setting))
 
 
 def failure_html(failure: RolloutFailure) -> str:
@@ -139,9 +141,16 @@ class RolloutView:
     chosen: int | RolloutFailure
     """The trajectory's position in the group, or the failure."""
     heat: Heat = "probability"
+    turn: int | None = None
+    """The first turn to show, from 0, at full length. None: all of them, long ones cut, and the rest of the group."""
 
     def __post_init__(self) -> None:
         check_heat(self.heat)
+        turns = 0 if self.trajectory is None else len(self.trajectory.episode)
+        if self.turn is not None and not 0 <= self.turn < turns:
+            raise RunError(
+                f"{self._name()} has {count(turns, 'turn')}; found turn={self.turn}, expected 0 to {turns - 1}."
+            )
 
     @property
     def trajectory(self) -> Trajectory | None:
@@ -172,7 +181,7 @@ class RolloutView:
         missing = missing_entropy(turns) if self.heat == "entropy" else ""
         if missing:
             lines.append(missing)
-        said = [f"{turn.role}: {_gist(turn)}" for turn in turns]
+        said = [f"{place} {turn.role}: {_gist(turn)}" for place, turn in enumerate(turns)]
         if len(turns) > 20:
             said[16:-4] = [f"… {len(turns) - 20:,} of {len(turns):,} turns are left out …"]
         lines += said
@@ -186,18 +195,42 @@ class RolloutView:
             advantage = group.advantages[self.chosen]
             more = [("advantage", "" if math.isnan(advantage) else signed(advantage)), ("group", _standing(group))]
             head += _head(group.trajectories[self.chosen], more)
+        if self.turn is not None:
+            return view(*head, *self._from_turn(self.turn, VIEW_LIMIT - _bytes(*head)))
         head.append(_table(group, self.chosen))
         room = VIEW_LIMIT - _bytes(*head)
+        setting = replace(setting, more=f"{self._call('turn=N')} shows turn N and those after it at full length.")
 
         # The rest of the group gets the room that the chosen rollout leaves.
         others = [place for place in group.best_first() if place != self.chosen]
         failures = [failure for failure in group.failures if failure is not self.chosen]
-        most = min(WITH_OTHERS if others or failures else SIZE_LIMIT, room)
+        for_others = min(OTHERS_LIMIT, (SIBLING_LIMIT + 1_200) * (len(others) + len(failures)))
+        most = min(SIZE_LIMIT, room - for_others)
         if isinstance(self.chosen, int):
-            body = list(conversation(_turns(group.trajectories[self.chosen]), most, setting))
+            body = conversation(_turns(group.trajectories[self.chosen]), most, setting)
         else:
             body = _failed(self.chosen, most - 20_000, setting)
         return view(*head, *body, *_others(group, others, failures, room - _bytes(*body), setting))
+
+    def _from_turn(self, first: int, room: int) -> list[Html]:
+        """The turns from `first` on, at full length as far as there is room."""
+        assert self.trajectory is not None
+        more = f"{self._call('turn=N')} begins at turn N; .trajectory.episode[{first}].content is turn {first}."
+        setting = Setting(self.heat, more=more, first=first)
+        turns = _turns(self.trajectory)[first:]
+        before = f"from turn {first} of {len(self.trajectory.episode):,}" if first else ""
+        shown = [row(element("span", before, class_="ft-dim")), *conversation(turns[:1], room, setting)]
+        if room - _bytes(*shown) > SIBLING_LEAST:
+            setting = replace(setting, first=first + 1, legend=False)
+            shown += conversation(turns[1:], room - _bytes(*shown), setting)
+        return shown
+
+    def _call(self, more: str) -> str:
+        """The call of `run.show` that shows this rollout."""
+        place = [f"epoch={self.group.epoch}", f"example={one_line(repr(self.group.example), 80)}"]
+        if isinstance(self.chosen, int) and (generation := self._label(self.chosen)) is not None:
+            place.append(f"generation={generation}")
+        return f"run.show({', '.join([*place, more])})"
 
 
 def _others(
@@ -208,7 +241,7 @@ def _others(
     setting: Setting,
 ) -> list[Html]:
     """The rest of the group, folded, as far as there is room; then how many are left out."""
-    setting = replace(setting, tables=False, legend=False)
+    setting = replace(setting, tables=False, legend=False, detail="colours", more="")
     total = len(places) + len(failures)
     shown: list[Html] = []
     for rollout in [*places, *failures]:
@@ -288,8 +321,8 @@ def _standing(group: RolloutGroup) -> str:
 
 def _gist(turn: Turn, limit: int = 160) -> str:
     calls = turn.metadata.get(MessageKey.TOOL_CALLS)
-    text = one_line(turn.content if isinstance(turn.content, str) else "", limit)
-    return f"{text} → {one_line(calls, limit)}".strip() if calls else text
+    text = beginning(turn.content if isinstance(turn.content, str) else "", limit)
+    return f"{text} → {beginning(as_json(calls), limit)}".strip() if calls else text
 
 
 def _bytes(*pieces: Html) -> int:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..analysis.run_comparison import Comparison, Difference
+from ..plots.axes import RunSeries
 from ..plots.curves import plot_rewards
-from ..text import number
+from ..text import number, plain
 from .html import element, table, view
 
 __all__ = [
@@ -59,7 +60,9 @@ def _sections(comparison: Comparison) -> list[tuple[str, Sequence[Difference]]]:
 
 def comparison_plot(comparison: Comparison, *, ax: Any = None, **options: Any) -> Any:
     """Plot the reward per epoch, one line per run. options: as in plot_rewards."""
-    return plot_rewards(comparison.runs, ax=ax, **options)
+    parents = comparison.parents
+    runs = {name: RunSeries(plain(name), epochs, (), parents.get(name)) for name, epochs in comparison.runs.items()}
+    return plot_rewards(runs, ax=ax, **options)
 
 
 def _first(comparison: Comparison) -> str:

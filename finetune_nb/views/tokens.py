@@ -1,12 +1,13 @@
 """Renders sampled tokens as HTML of bounded size: a heat map of how likely each one was, and a table.
 
-Colour is not the only cue: unlikely tokens are also underlined, each token shows its numbers on hover, and a folded table
-lists them.
+Colour is not the only cue: unlikely tokens are also underlined, tokens show their numbers on hover, and a folded table lists
+them.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Literal, get_args
@@ -14,10 +15,12 @@ from typing import Any, Literal, get_args
 from ..analysis.messages import Token
 from ..errors import ConfigError
 from ..text import count, cut, number, plain
-from .html import Html, details, element, table
+from .html import Html, details, element, escape, table
 
 __all__ = [
+    "Detail",
     "Heat",
+    "PRE",
     "check_heat",
     "heat_legend",
     "heat_map",
@@ -31,10 +34,30 @@ Heat = Literal["probability", "entropy"]
 
 _BOUNDS = {"probability": (0.9, 0.6, 0.3, 0.1, 0.02), "entropy": (0.1, 0.4, 0.8, 1.4, 2.0)}
 """Limits of the colour levels: below that probability, or above that many nats."""
+TINTS = (
+    None,
+    "background:#d602",
+    "background:#d604",
+    "background:#d606",
+    "background:#d608",
+    "background:#d60a;border-bottom:2px solid",
+)
+"""Inline styles of the colour levels: translucent, so that they are seen on light and dark pages."""
+UNDERLINED = 4
+"""The first level that is underlined too."""
+PRE = "white-space:pre-wrap;word-break:normal"
+"""Inline style of a text: JupyterLab would break its lines inside of words."""
+Detail = Literal["every", "unlikely", "colours"]
+"""Which tokens show their numbers on hover: every one, those with a colour, or none."""
+DETAILS: tuple[Detail, ...] = get_args(Detail)
 TEXT_LIMIT = 200
 """Most characters shown of one token."""
-ROW_LIMIT = 60
+ROW_LIMIT = 20
 """Most rows of a table of tokens."""
+AROUND = 8
+"""Tokens shown before and after an unlikely one, where not all can be."""
+TINT_BYTES, NOTE_BYTES = 46, 100
+"""About what a colour takes, and a note that tokens are left out."""
 
 
 def check_heat(heat: str) -> None:
@@ -43,42 +66,124 @@ def check_heat(heat: str) -> None:
         raise ConfigError(f"found heat={heat!r}; expected 'probability' or 'entropy'.")
 
 
-def heat_map(tokens: Sequence[Token], room: int, heat: Heat = "probability") -> Html:
-    """The tokens as coloured text, with the numbers of each on hover. If they need more than `room` bytes, the middle is
-    left out."""
-    spans = [_span(token, heat) for token in tokens[: room // 30]]  # a span has at least 30 bytes
-    room -= 120
-    if len(spans) < len(tokens) or sum(map(_bytes, spans)) > room:
-        # Three quarters of the room are for the beginning, one quarter for the end.
-        ends = [_span(token, heat) for token in tokens[-max(1, room // 120) :]]
-        head = _how_many_fit(spans, room * 3 // 4)
-        tail = _how_many_fit(ends[::-1], room // 4)
-        left_out = len(tokens) - head - tail
-        note = element("span", f" […{left_out:,} of {len(tokens):,} tokens left out…] ", class_="ft-dim")
-        spans = [*spans[:head], note, *ends[len(ends) - tail :]]
-    return element("pre", spans, dir="auto", class_="ft-heat")
+def heat_map(tokens: Sequence[Token], room: int, heat: Heat = "probability", detail: Detail = "every") -> Html:
+    """The tokens as coloured text, with numbers on hover.
+
+    Args:
+        tokens: The tokens, in order.
+        room: Bytes that the result may take. Where they are few, first the numbers go, then faint colours, and then the middle
+            of the text; around its least likely tokens it stays.
+        heat: Which quantity colours them.
+        detail: Which tokens have numbers, where there is room for all.
+    """
+    room = max(200, room - 90)  # without the element around them
+    levels = [_level(token, heat) for token in tokens]
+    texts = [_shown(token) for token in tokens]
+    everything = range(len(tokens))
+    for each in DETAILS[DETAILS.index(detail) :]:
+        pieces = _pieces(tokens, texts, levels, everything, each)
+        if sum(map(_bytes, pieces)) <= room:
+            return _heated(pieces)
+
+    # The text comes before faint colours.
+    room -= _bytes(FAINT_LEFT_OUT)
+    for faint in (1, 2, 3):
+        levels = [level if level > faint else 0 for level in levels]
+        pieces = _pieces(tokens, texts, levels, everything, "colours")
+        if sum(map(_bytes, pieces)) <= room:
+            return _heated([*pieces, FAINT_LEFT_OUT])
+    pieces = []
+    end = 0
+    for part in _kept(tokens, texts, levels, room):
+        if part.start > end:
+            pieces.append(_left_out(part.start - end, len(tokens)))
+        pieces += _pieces(tokens, texts, levels, part, "colours")
+        end = part.stop
+    if end < len(tokens):
+        pieces.append(_left_out(len(tokens) - end, len(tokens)))
+    return _heated([*pieces, FAINT_LEFT_OUT])
 
 
-def _how_many_fit(pieces: Sequence[Html], room: int) -> int:
-    """How many of the first pieces fit into `room` bytes."""
-    return sum(size <= room for size in accumulate(map(_bytes, pieces)))
+FAINT_LEFT_OUT = element("span", " […faint colours left out…] ", class_="ft-dim")
 
 
-def _span(token: Token, heat: Heat) -> Html:
+def _heated(pieces: Sequence[Html]) -> Html:
+    return element("pre", list(pieces), dir="auto", class_="ft-heat", style=PRE)
+
+
+def _left_out(number_: int, total: int) -> Html:
+    return element("span", f" […{number_:,} of {total:,} tokens left out…] ", class_="ft-dim")
+
+
+def _pieces(
+    tokens: Sequence[Token], texts: Sequence[str], levels: Sequence[int], places: range, detail: Detail
+) -> list[Html]:
+    """The tokens at those places as HTML. Neighbours that look alike share an element, unless they have numbers of their own."""
+    pieces: list[Html] = []
+    start = places.start
+    while start < places.stop:
+        level, stop = levels[start], start + 1
+        if detail == "every" or (detail == "unlikely" and level):
+            title = _numbers(tokens[start])
+        else:
+            title = None
+            while stop < places.stop and levels[stop] == level:
+                stop += 1
+        text = "".join(texts[start:stop])
+        pieces.append(_coloured(text, level, title))
+        start = stop
+    return pieces
+
+
+def _coloured(text: str, level: int, title: str | None = None) -> Html:
+    """A text in the colour of that level. The least likely are also underlined."""
+    if not level and title is None:
+        return escape(text)
+    return element("u" if level >= UNDERLINED else "span", text, title=title, style=TINTS[level])
+
+
+def _kept(tokens: Sequence[Token], texts: Sequence[str], levels: Sequence[int], room: int) -> list[range]:
+    """Which tokens to show in `room` bytes: half of it for the beginning, a quarter for the end, and the rest for the least
+    likely ones between these, with their surroundings."""
+    sizes = [_bytes(escape(text)) + (TINT_BYTES if level else 0) for text, level in zip(texts, levels, strict=True)]
+    ends = list(accumulate(sizes, initial=0))
+    head = bisect_right(ends, room // 2) - 1
+    tail = max(head, bisect_left(ends, ends[-1] - room // 4))
+    kept = bytearray(len(tokens))
+    kept[:head] = b"\1" * head
+    kept[tail:] = b"\1" * (len(tokens) - tail)
+    left = room - room // 2 - room // 4
+    for place in sorted(range(head, tail), key=lambda place: _order(tokens[place].logprob)):
+        if left < NOTE_BYTES:
+            break
+        near = [at for at in range(max(head, place - AROUND), min(tail, place + AROUND + 1)) if not kept[at]]
+        cost = sum(sizes[at] for at in near) + NOTE_BYTES
+        if near and cost <= left:
+            left -= cost
+            for at in near:
+                kept[at] = 1
+
+    parts: list[range] = []
+    for place in range(len(tokens)):
+        if kept[place]:
+            begins = parts.pop().start if parts and parts[-1].stop == place else place
+            parts.append(range(begins, place + 1))
+    return parts
+
+
+def _shown(token: Token) -> str:
     text = cut(token.text or "", TEXT_LIMIT)
     if text and not text.strip(" \n"):
         text = text.replace("\n", "↵\n")  # otherwise its colour would have no width
-    return element("span", text, title=_numbers(token), class_=_tint(token, heat))
+    return text
 
 
-def _tint(token: Token, heat: Heat) -> str | None:
-    """The CSS class of its colour level, from t1 to t5 (least likely); None for no colour."""
+def _level(token: Token, heat: Heat) -> int:
+    """Its colour level, from 1 to 5 (least likely); 0 for no colour."""
     bounds = _BOUNDS[heat]
     if heat == "probability":
-        level = sum(token.probability < bound for bound in bounds)
-    else:
-        level = sum(token.entropy > bound for bound in bounds)
-    return f"t{level}" if level else None
+        return sum(token.probability < bound for bound in bounds)
+    return sum(token.entropy > bound for bound in bounds)
 
 
 def _numbers(token: Token) -> str:
@@ -139,13 +244,13 @@ def _order(logprob: float) -> float:
     return math.inf if math.isnan(logprob) else logprob
 
 
-def heat_legend(heat: Heat) -> Html:
-    """One line that explains the colours."""
+def heat_legend(heat: Heat, numbers: str = "on hover, and in the tables") -> Html:
+    """One line that explains the colours. numbers: where the tokens' numbers stand."""
     bounds = _BOUNDS[heat]
     sign = "below" if heat == "probability" else "above"
     what = "probability of the sampled token" if heat == "probability" else "entropy in nats"
-    marks = [element("span", f" {sign} {bound:g} ", class_=f"t{level}") for level, bound in enumerate(bounds, 1)]
-    return element("div", f"{what}: ", *marks, " · numbers on hover, and in the tables", class_="ft-heat")
+    marks = [_coloured(f" {sign} {bound:g} ", level) for level, bound in enumerate(bounds, 1)]
+    return element("div", f"{what}: ", *marks, f" · numbers {numbers}", class_="ft-heat")
 
 
 def summary(tokens: Sequence[Token]) -> str:

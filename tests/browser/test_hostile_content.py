@@ -106,7 +106,8 @@ READER = """() => {
         for (const kind of ['mouseover', 'mouseenter', 'focus', 'click', 'load', 'error', 'toggle'])
             if (!(kind === 'click' && node.tagName === 'SUMMARY')) node.dispatchEvent(new Event(kind));
     });
-    const foreign = 'script, img, iframe, object, embed, link, base, form, a, video, audio, math, h1, button, input';
+    const foreign = 'script, img:not([src^="data:image/svg+xml,"]), iframe, object, embed, link, base, form, a, video, ' +
+        'audio, math, h1, button, input';
     const count = selector => document.querySelectorAll(selector).length;
     const all = [...document.querySelectorAll('*')];
     return new Promise(done => setTimeout(() => done({
@@ -181,7 +182,7 @@ def test_colours_reach_contrast_in_light_and_dark(browser) -> None:
                     return [0, 1, 2].map(i => a * top[i] + (1 - a) * below[i]); };
                 const light = c => [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => { const v = c[i] / 255;
                     return sum + w * (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); }, 0);
-                return [...document.querySelectorAll('.ft-heat span')].map(span => {
+                return [...document.querySelectorAll('.ft-heat :is(span, u)')].map(span => {
                     const chain = []; for (let n = span; n; n = n.parentElement) chain.unshift(n);
                     let behind = [255, 255, 255];
                     chain.forEach(n => { behind = over(parts(getComputedStyle(n).backgroundColor), behind); });

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from .jupyterlab import until
+from .test_untrusted import serious
 
 PRESSES = 20
 NOTICED = 100
@@ -126,8 +127,12 @@ def test_two_views_are_in_step_and_close_takes_both_away(lab, runs_folder):
     assert texts[: len(texts) // 2] == texts[len(texts) // 2 :]
     notebook.output(1).get_by_role("button", name="Close").click()
     until(lambda: notebook.page.locator(".ft-panel").count() == 0, 10, "closed panels", lab._breathe)
-    notebook.run(2)
-    assert notebook.text(2) == "0"
+
+    def left() -> str:
+        notebook.run(2)
+        return notebook.text(2)
+
+    until(lambda: left() == "0", 10, "a kernel without widgets", lab._breathe)
     notebook.run(3)
     notebook.output(3).locator(".ft-panel .noUi-handle").first.wait_for()
 
@@ -145,7 +150,77 @@ def test_every_input_has_a_name_and_the_keyboard_reaches_it(lab, runs_folder):
         notebook.press("Tab")
         script = "document.activeElement.closest('.jupyter-widgets')?.innerText.trim().split('\\n')[0]"
         reached.add(notebook.page.evaluate(script))
-    assert {"Step", "percentile", "grows by", "order", "temperature", "Revert"} <= reached
+    assert {"Run one epoch", "percentile", "grows by", "order", "temperature", "Revert"} <= reached
+
+
+# ── when no kernel answers ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_reopened_notebook_shows_the_static_panel_and_no_error(lab, runs_folder):
+    notebook = opened(lab, runs_folder, "run.start(3); run.panel()", seconds=0.2)
+    notebook.run(1)
+    notebook.output(1).locator(".ft-panel .noUi-handle").first.wait_for()
+    record = notebook.output(1).locator("[data-ft-record]")
+    assert record.count() == 1 and not record.is_visible()  # one of both is enough
+    notebook.wait_for_text(1, "epoch 2 ended", 60)
+    time.sleep(2)
+    notebook.save()
+    stored = json.loads(notebook.path.read_text())
+    assert "widget-view" not in json.dumps(stored) and "widgets" not in stored["metadata"]
+    lab.close_notebooks()
+    for page in (lab.page, lab.new_page()):  # in the page where it was live, and in a new one
+        lab.page = page
+        again = type(notebook)(lab, notebook.path)
+        again.wait_for_text(0, "ready · 3 epochs")
+        again.wait_for_text(1, "ready · 3 epochs")
+        assert "run.panel() brings it back" in again.text(1)
+        page.wait_for_timeout(1000)
+        assert again.page.locator(".ft-panel").count() == 0 and "Error displaying widget" not in again.text(0)
+        assert again.output(0).locator("img").last.evaluate("image => image.naturalWidth") > 500
+        lab.close_notebooks()
+
+
+def test_a_kernel_that_has_ended_greys_the_panel_and_says_which_line_brings_it_back(lab, runs_folder):
+    notebook = opened(lab, runs_folder, seconds=0.2)
+    notebook.page.evaluate("jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    note = notebook.output(0).get_by_role("alert")
+    note.wait_for()
+    assert f"ft.Run.open('{runs_folder}/adder').panel()" in note.inner_text()
+    assert (
+        notebook.output(0).locator(".ft-panel").evaluate("panel => panel.inert && getComputedStyle(panel).opacity")
+        == "0.5"
+    )
+
+
+@SLOW
+@PROOF
+@pytest.mark.parametrize("theme", ["Light", "Dark"])
+def test_axe_finds_nothing_serious_in_the_panel_and_on_a_narrow_page_the_curve_comes_first(
+    lab, runs_folder, axe, theme
+):
+    notebook = opened(lab, runs_folder, "epoch = await run.next_epoch()", seconds=0.2)
+    notebook.run(1)
+    page, panel = notebook.page, notebook.output(0).locator(".ft-panel")
+    page.emulate_media(color_scheme=theme.lower())
+    page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {theme}")
+    page.evaluate("jupyterapp.shell.collapseLeft()")
+    page.evaluate(axe)
+    found = {}
+    for width in (1400, 1000, 700, 390):
+        page.set_viewport_size({"width": width, "height": 1000})
+        page.wait_for_timeout(600)
+        settings, curve = panel.locator(".ft-b-inputs"), panel.locator(".ft-b-seen")
+        if width < 830:
+            assert not settings.is_visible()
+            panel.get_by_role("button", name="Settings").click()
+            settings.wait_for()
+            assert curve.bounding_box()["y"] < settings.bounding_box()["y"]
+        found |= serious(panel, (width,))
+        if width < 830:
+            panel.get_by_role("button", name="Settings").click()
+    page.set_viewport_size({"width": 1300, "height": 1000})
+    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+    assert found == {}
 
 
 # ── what it costs ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -41,7 +41,7 @@ def panel(run, monkeypatch):
 
 
 def widget(panel, name):
-    return next(each.widget for each in panel.inputs._all() if each.name == name)
+    return next(each.widget for each in panel.inputs.all() if each.name == name)
 
 
 def shows(panel, part, text, seconds=5.0):
@@ -77,7 +77,7 @@ def test_training_is_shown_in_steps_where_asking_costs_nothing(tmp_path, closing
     shown = status_html(run.status, 1)
     line = run._progress_line(False)
     if cheap:
-        assert "step 3 of 8" in shown and "width:37.5%" in shown and "rollouts" not in shown
+        assert "step 3 of 8" in shown and "37.5%" in shown and "rollouts" not in shown
         assert "training  step 3 of 8" in line.text and (line.done, line.total) == (38, 100)
     else:
         assert adapter.asked == 0 and "32 of 32 rollouts" in shown and "32 of 32 rollouts" in line.text
@@ -113,13 +113,13 @@ def test_revert_takes_the_inputs_back_to_what_is_asked_for(run, panel):
 
 def test_every_kind_of_input_reaches_its_setting(run, panel):
     moved = {
-        "enabled": (False, False),
         "increment_percentile": (0.1, 0.1),
         "expansion_interval": (2, 2),
         "min_reward_diff": (0.3, 0.3),
         "sort_ascending": (True, True),
         "random_subsample": (0.5, 0.5),
         "schedule": ("manual", "manual"),
+        "enabled": (False, False),
     }
     for name, (value, _) in moved.items():
         widget(panel, name).value = value
@@ -128,6 +128,7 @@ def test_every_kind_of_input_reaches_its_setting(run, panel):
         name: asked for name, (_, asked) in moved.items()
     }
     widget(panel, "random_subsample").value = 1.0
+    assert run._settings.draft["enabled"] is True  # or it would do nothing
     panel.buttons["apply"].click()
     assert run.curriculum.random_subsample is None
 
@@ -145,8 +146,29 @@ def test_a_live_field_goes_the_same_way_and_a_value_that_does_not_fit_is_refused
     panel.buttons["apply"].click()
     assert run.live["llm.temperature"] == 0.8
     widget(panel, "llm.temperature").value = -1.0
-    assert shows(panel, "answer", "temperature")
+    assert shows(panel, "note llm.temperature", "temperature")  # beside the field
+    assert "▲" not in panel.shown["answer"].value
     assert run._settings.draft == {} and widget(panel, "llm.temperature").value == 0.8
+    widget(panel, "llm.temperature").value = 0.9
+    deadline = time.monotonic() + 5
+    while panel.shown["note llm.temperature"].value:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_an_input_of_the_curriculum_switches_it_on(tmp_path, closing, monkeypatch):
+    monkeypatch.setattr("finetune_nb.notebook.panel.has_frontend", lambda: True)
+    adapter = FakeAdapter(policy=ScriptedPolicy(coin))
+    run = closing(ft.Run(guess, right, sums(4), adapter=adapter, output_dir=tmp_path))
+    panel = run.panel()
+    try:
+        assert not run.curriculum.enabled and not widget(panel, "enabled").value
+        widget(panel, "percentile").value = 0.6
+        assert widget(panel, "enabled").value and run._settings.draft["enabled"] is True
+        for each in panel.inputs.all():
+            assert each.widget.description and (each.widget.tooltip or each.widget.tooltips), each.name
+    finally:
+        panel.close()
 
 
 def test_a_moved_weight_shows_which_groups_would_be_trained_on(make_run, monkeypatch):
@@ -281,10 +303,50 @@ def test_where_nobody_sees_widgets_it_is_a_picture_of_the_state(run):
     assert "</text>" not in bundle["text/html"]  # it would be left over where drawings are taken out
 
 
-def test_the_fallback_stands_beside_the_widgets(run, panel):
+def test_a_cell_has_the_static_panel_and_the_widgets_mount_themselves_on_it(run, panel, monkeypatch):
+    """With the widgets in the output, a notebook that is opened again would show "Error displaying widget: model not found"."""
+    ft.run_sync(run.next_epoch())
     bundle = panel._repr_mimebundle_()
-    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == panel.view.model_id
-    assert "no epoch yet" in bundle["text/html"] and "image/png" not in bundle
+    assert set(bundle) == {"text/plain", "text/html"}
+    assert f'data-ft-mount="{panel.mount.mount}"' in bundle["text/html"] and "data:image/png" in bundle["text/html"]
+    assert (panel.mount.mount, panel.mount.view) == (panel.mount.model_id, panel.view.model_id)
+    assert f"ft.Run.open({str(run.folder)!r}).panel()" in panel.mount.again
+    sent = []
+    monkeypatch.setattr(panel.mount, "send", sent.append)
+    panel.mount._handle_custom_msg({"id": 7}, [])
+    panel.mount._handle_custom_msg("nonsense", [])
+    assert sent == [{"id": 7}]
+    monkeypatch.setenv("VSCODE_PID", "1")  # it makes the page's side of a widget only where an output shows it
+    shown = panel._repr_mimebundle_()["application/vnd.jupyter.widget-view+json"]
+    assert shown["model_id"] == panel.view.model_id
+
+
+def test_what_a_saved_notebook_shows_of_a_panel_is_brought_up_to_date_when_the_run_has_ended(run, panel, monkeypatch):
+    class Display:
+        bundles = []
+
+        def update(self, bundle, raw):
+            self.bundles.append(bundle["text/html"])
+
+    panel._outputs = [Display()]
+    run.start(2)
+    run.wait(20)
+    deadline = time.monotonic() + 10
+    while not Display.bundles or "2 epochs" not in Display.bundles[-1]:
+        assert time.monotonic() < deadline, [each[:300] for each in Display.bundles]
+        time.sleep(0.05)
+    assert "ready" in Display.bundles[-1] and len(Display.bundles) <= 2
+    monkeypatch.setattr(type(run), "_recorded_in", "script")  # as if run.start() had been in the same cell
+    assert "run.panel() brings it back" in panel._repr_mimebundle_()["text/html"]
+
+
+def test_a_screen_reader_hears_states_and_epochs_not_every_rollout(run, panel):
+    said = []
+    panel.shown["spoken"].observe(lambda change: said.append(change.new), "value")
+    run.start(3)
+    run.wait(20)
+    assert shows(panel, "spoken", "ready. Epoch 2 ended with mean reward")
+    assert 1 <= len(said) <= 8 and 'role="status"' not in panel.shown["status"].value
 
 
 def test_a_run_that_is_only_read_has_no_inputs_and_says_why(run, tmp_path, monkeypatch):
@@ -296,7 +358,7 @@ def test_a_run_that_is_only_read_has_no_inputs_and_says_why(run, tmp_path, monke
     try:
         assert "its agent is missing" in panel.shown["status"].value
         assert ".ft-b-start{display:none}" in panel.shown["status"].value
-        assert not any(each.widget in panel._tree for each in panel.inputs._all())
+        assert not any(each.widget in panel._tree for each in panel.inputs.all())
         assert "<svg" in panel.shown["record"].value
     finally:
         panel.close()

@@ -7,7 +7,9 @@ import io
 import math
 import pickle
 import struct
+import warnings
 from dataclasses import replace
+from typing import Any
 
 import matplotlib
 import matplotlib.figure
@@ -21,7 +23,8 @@ from records import Views, epoch_of, stored
 from finetune_nb import plots
 from finetune_nb.config import CurriculumSettings
 from finetune_nb.errors import ConfigError
-from finetune_nb.plots.figure import THEMES, Figure
+from finetune_nb.plots.axes import RunSeries, moving_mean
+from finetune_nb.plots.figure import THEMES, Figure, drawable
 from finetune_nb.types import GROUP_REASONS, Change, RolloutFailure
 
 ALL = [getattr(plots, name) for name in plots.__all__]
@@ -352,13 +355,97 @@ def test_the_legend_does_not_cover_the_data_and_lies_within_the_picture(plot) ->
     assert box.y1 <= figure.bbox.y1 + 1
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")  # the font has no ␀
 def test_names_of_others_are_shown_literally() -> None:
     name = "$\\frac{$ _<b>\x00\ud800"
     figure = plots.plot_scores([make_epoch([[1]], scores={name: 1.0, "_hidden": 0.5})])
-    assert figure.png().startswith(b"\x89PNG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of characters that its fonts do not have
+        assert figure.png().startswith(b"\x89PNG")
     assert len(legend(figure)) == 2
     figure.alt_text.encode()
+
+
+@pytest.mark.parametrize("plot", [*ALL, plots.plot_lengths])
+def test_a_picture_has_a_title_with_the_name_of_its_run_or_how_many_there_are(plot) -> None:
+    epochs = [make_epoch([[1, 0]], i, scores={"a": 1.0}) for i in range(2)]
+    title = plot(run_of(*epochs)).get_suptitle()
+    assert title.startswith("run · ") and title > "run · "
+    assert plot({"a": epochs, "b": epochs}).get_suptitle().startswith("2 runs · ")
+
+
+def test_the_axis_of_rewards_goes_from_0_to_1_where_they_do() -> None:
+    within, beyond = [make_epoch([[0.4, 0.5]])], [make_epoch([[1.4, 1.5]])]
+    for plot in (plots.plot_rewards, plots.plot_reward_distribution):
+        assert plot(within).axes[0].get_ylim()[1] <= 1.05
+    assert plots.plot_rewards(within).axes[0].get_ylim() == (-0.05, 1.05)
+    assert plots.plot_rewards(beyond).axes[0].get_ylim() != (-0.05, 1.05)
+    assert plots.plot_rewards(within, baseline=2.0).axes[0].get_ylim()[1] > 2
+    assert plots.plot_rewards(within).axes[0].get_ylabel() == "reward"
+    assert plots.plot_rewards([make_epoch([[1, 0]])]).axes[0].get_ylabel() == "reward (share with 1)"
+
+
+def test_a_metric_that_never_changes_has_one_tick_and_no_invented_digits() -> None:
+    epochs = [make_epoch([[1, 0]], i, train={"loss": 0.0, "kl": 0.25, "grad_norm": float(i)}) for i in range(3)]
+    loss, kl, norm = plots.plot_training(epochs, ["loss", "kl", "grad_norm"]).axes
+    assert (loss.get_ylim(), [text.get_text() for text in loss.get_yticklabels()]) == ((-1, 1), ["0"])
+    assert kl.get_yticks().tolist() == [0.25] and len(norm.get_yticks()) > 2
+
+
+def test_of_more_than_sixty_epochs_the_moving_mean_is_drawn_over_the_values() -> None:
+    def drawn(count: int) -> Any:
+        return plots.plot_rewards([make_epoch([[i % 2, i % 2]], i) for i in range(count)]).axes[0]
+
+    assert drawn(60).get_xlabel() == "epoch"
+    ax = drawn(200)
+    assert ax.get_xlabel() == "epoch (bold: mean of 13 epochs)"
+    values = labelled(ax, "mean of all trajectories").get_ydata()
+    assert np.abs(values[10:-10] - 0.5).max() < 0.05
+    raw = next(line for line in ax.lines if line.get_alpha())
+    assert set(raw.get_ydata()) == {0.0, 1.0}
+    holed = moving_mean(np.array([1.0, math.nan, 3.0, 5.0]), 3)
+    assert np.isnan(holed).tolist() == [False, True, False, False] and holed[[0, 2, 3]].tolist() == [1.0, 4.0, 4.0]
+
+
+def test_the_legend_of_many_runs_and_scores_fits() -> None:
+    names = [f"a run with quite a long name {place}" for place in range(6)]
+    scores = {"correct": 1.0, "short": 0.5, "used_tool": 0.25}
+    figure = plots.plot_scores({name: [make_epoch([[1, 0]], i, scores=scores) for i in range(3)] for name in names})
+    assert legend(figure) == [*names, *scores]
+    FigureCanvasAgg(figure).draw()
+    box, data = figure.axes[0].get_legend().get_window_extent(), figure.axes[0].get_window_extent()
+    assert box.x1 <= figure.bbox.x1 + 1 and box.y0 >= data.y1
+    assert data.height > 0.4 * figure.bbox.height
+
+
+def test_a_fork_is_drawn_from_the_point_of_its_parent_where_it_began() -> None:
+    parent = RunSeries("old", [make_epoch([[0.1 * i, 0.1 * i]], i) for i in range(5)], ())
+    fork = RunSeries("new", [make_epoch([[0.9, 0.9]], i) for i in (3, 4)], (), ("old", 2))
+    ax = plots.plot_rewards({"old": parent, "new": fork}).axes[0]
+    joined = [
+        line.get_xydata().tolist() for line in ax.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == 2
+    ]
+    assert joined == [[[2.0, pytest.approx(0.2)], [3.0, pytest.approx(0.9)]]]
+    assert len(plots.plot_rewards({"new": fork}).axes[0].lines) == 1
+
+
+def test_a_map_of_a_thousand_groups_is_a_density() -> None:
+    rng = np.random.default_rng(0)
+    epoch = make_epoch(rng.random((1000, 4)).tolist(), settings=on(0.5))
+    figure = plots.plot_groups([epoch])
+    (cells,) = figure.axes[0].images
+    assert cells.get_array().shape == (20, 40, 4) and not figure.axes[0].collections[0].get_paths()
+    assert any(text.startswith("1,000 kept") or " kept" in text for text in legend(figure))
+    assert figure.png().startswith(b"\x89PNG")
+
+
+def test_characters_without_a_font_are_named_by_their_numbers(monkeypatch) -> None:
+    from finetune_nb.plots import figure
+
+    monkeypatch.setattr(figure, "_drawable_characters", lambda: frozenset(range(32, 127)))
+    assert drawable("東京 run") == "[U+6771 U+4EAC] run"
+    assert drawable("日本語の文字") == "[U+65E5 U+672C U+8A9E …]"
+    assert drawable("👩\u200d💻!") == "[U+1F469 U+1F4BB]!"
+    assert drawable("plain") == "plain"
 
 
 def test_an_unknown_theme_is_named() -> None:
@@ -367,7 +454,7 @@ def test_an_unknown_theme_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("theme", "corner"), [("light", (255, 255, 255, 255)), ("dark", (17, 17, 17, 255)), (None, None)]
+    ("theme", "corner"), [("light", (255, 255, 255, 255)), ("dark", (17, 17, 17, 255)), (None, (255, 255, 255, 255))]
 )
 def test_a_picture_has_few_colours_and_its_background_exactly(theme, corner) -> None:
     figure = plots.plot_rewards([make_epoch([[1, 0], [i / 40, 1]], i) for i in range(40)], theme=theme)
@@ -376,7 +463,7 @@ def test_a_picture_has_few_colours_and_its_background_exactly(theme, corner) -> 
     picture = Image.open(io.BytesIO(figure.png()))
     assert picture.mode == "P" and len(figure.png()) < 0.4 * len(drawn.getvalue())
     full, few = (np.asarray(each.convert("RGBA")).astype(int) for each in (Image.open(drawn), picture))
-    assert few[0, 0, 3] == 0 if corner is None else tuple(few[0, 0]) == corner
+    assert tuple(few[0, 0]) == corner
     seen = full[..., 3] > 0
     assert np.abs(full - few)[seen].mean() < 2
 
@@ -392,10 +479,11 @@ def luminance(colour: str) -> float:
     return float(np.dot(list(parts), (0.2126, 0.7152, 0.0722)))
 
 
-@pytest.mark.parametrize(("name", "background"), [("light", "#fff"), ("dark", "#111"), ("", "#fff"), ("", "#111")])
-def test_colours_stand_out_from_every_background_that_they_are_meant_for(name: str, background: str) -> None:
-    for colour, least in [*((colour, 3.0) for colour in THEMES[name].colours), (THEMES[name].ink, 4.0)]:
-        light, dark = sorted((luminance(colour), luminance(background)), reverse=True)
+@pytest.mark.parametrize("name", THEMES)
+def test_texts_and_colours_stand_out_from_the_background(name: str) -> None:
+    theme = THEMES[name]
+    for colour, least in [*((colour, 3.0) for colour in theme.colours), (theme.ink, 7.0)]:
+        light, dark = sorted((luminance(colour), luminance(theme.background)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= least, colour
 
 

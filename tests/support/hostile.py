@@ -23,3 +23,13 @@ def text_of(markup: str) -> str:
     for style in root.findall("style"):
         style.text = ""
     return " ".join(" ".join(root.itertext()).split())
+
+
+def unsafe_tags(markup: str) -> set[str]:
+    """Elements that a text could have made and no view has: scripts, links, and images that are not part of the page."""
+    found = set()
+    for node in ElementTree.fromstring(markup).iter():
+        is_own = node.tag == "img" and node.get("src", "").startswith(("data:image/png;base64,", "data:image/svg+xml,"))
+        if node.tag in ("script", "img", "svg", "iframe", "h1", "a", "b") and not is_own:
+            found.add(node.tag)
+    return found

@@ -10,11 +10,15 @@ import pandas as pd
 import pytest
 from factories import item, make_epoch
 from records import Views, epoch_of, failed, stored, with_tool
+from small_agents import coin, guess, right
 
+import finetune_nb as ft
 from finetune_nb.errors import ConfigError
 from finetune_nb.redaction import remember_secret
+from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
 from finetune_nb.types import Change, Trajectory
 from finetune_nb.views.export import EXPORTS, FRAMES
+from finetune_nb.views.report import verdict
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> \x00\x1b[31m \ud800 \u202e"
 
@@ -118,7 +122,8 @@ def test_the_report_is_one_page_with_plots_tables_and_trajectories(tmp_path):
     run = run_of(*(make_epoch({"q": [1.0, 0.5, 0.0], "r": [0.0, 0.0]}, i, failures=[failed("q")]) for i in range(3)))
     for each in (run, run_of(*stored(tmp_path, *run.records))):
         page = Reader(each.export(tmp_path / "report.html").read_text(encoding="utf-8"))
-        pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+        images = [attributes for tag, attributes in page.tags if tag == "img"]
+        pictures = [image for image in images if not image["src"].startswith("data:image/svg+xml,")]
         assert len(pictures) == 7
         assert all(p["src"].startswith("data:image/png;base64,") and p["alt"] for p in pictures)
         for said in (
@@ -131,6 +136,34 @@ def test_the_report_is_one_page_with_plots_tables_and_trajectories(tmp_path):
         ):
             assert said in page.text
         assert "groups with spread" in page.text  # in words, which a narrow page can break
+        assert [tag for tag, _ in page.tags].count("h1") == 1
+        assert [tag for tag, _ in page.tags].count("figcaption") == len(pictures)
+
+
+@pytest.mark.parametrize(
+    ("newest", "said"),
+    [
+        (1.0, "The reward of the 6 examples that epochs 0 and 1 share rose: +0.75, 95 % interval +0.75 to +0.75."),
+        (0.25, "Whether the reward of the 6 examples that epochs 0 and 1 share changed is not clear: 0,"),
+        (0.0, "share fell: -0.25, 95 % interval -0.25 to -0.25."),
+    ],
+)
+def test_a_report_says_in_a_sentence_what_came_of_the_run(newest, said):
+    first = {f"q{place}": [0.5, 0.0] for place in range(6)}
+    then = {f"q{place}": [newest, newest] for place in range(6)}
+    assert said in verdict([make_epoch(first), make_epoch(then, 1)])
+    other = make_epoch({"r": [1.0, 0.0]}, 1)
+    assert "share no example" in verdict([make_epoch(first), other])
+    assert verdict([other]) == "One epoch has ended, with a mean reward of 0.5."
+
+
+async def test_a_report_has_the_configuration_without_its_secrets(tmp_path, closing):
+    adapter = FakeAdapter(policy=ScriptedPolicy(coin))
+    run = closing(ft.Run(guess, right, dataset=sums(4), generations=2, adapter=adapter, output_dir=tmp_path, name="r"))
+    await run.next_epoch()
+    remember_secret("num_generations")
+    text = Reader(run.export(tmp_path / "x.html").read_text(encoding="utf-8")).text
+    assert "config.yml, " in text and "finetuning:" in text and "num_generations" not in text
 
 
 def test_nothing_in_a_report_can_run_or_fetch_anything(tmp_path):
@@ -150,6 +183,11 @@ def test_nothing_in_a_report_can_run_or_fetch_anything(tmp_path):
     assert "\x1b" not in text and "\u202e" not in text
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
     assert policy.startswith("default-src 'none'")
+
+
+def test_a_report_has_gaps_where_only_some_epochs_have_a_number(tmp_path):
+    epochs = [make_epoch([[1, 0]], 0), epoch_of([[with_tool()]], 1)]  # what the second was trained on is not known
+    assert "trained groups" in Reader(run_of(*epochs).export(tmp_path / "x.html").read_text()).text
 
 
 def test_a_run_without_an_epoch_has_a_report_too(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from factories import item, make_epoch, sampled
-from hostile import HOSTILE, text_of
+from hostile import HOSTILE, text_of, unsafe_tags
 from small_agents import coin, guess, right
 
 import finetune_nb as ft
@@ -18,6 +18,7 @@ from finetune_nb.errors import RunError
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
 from finetune_nb.text import plain
 from finetune_nb.types import DPOItem, EpisodeItem, Epoch, Trajectory
+from finetune_nb.views.tokens import TINTS
 
 
 def of(*turns: EpisodeItem) -> Trajectory:
@@ -94,15 +95,29 @@ def test_the_view_says_where_they_part_and_what_the_rewards_are_made_of() -> Non
         "best worst reward 1 0 advantage +0.707 -0.707 correct 0.5 0.5 short – – turns 2 3 sampled tokens 2 2",
         "they part at turn 1 (assistant), token 1: “4” (p 0.607) against “5” (p 0.135)",
         "user 2+2",
-        "= ◆ 4",
-        "= ◆ 5",
-        "(ended)",
-        "no more",
+        "best · 1 · assistant · 2 tokens, mean logprob -0.3 = ◆ they part here 4 worst · 1 · assistant",
+        "= ◆ they part here 5 best · 2 · (ended) worst · 2 · tool no more",
     ):
         assert part in shown
     assert repr(found).splitlines()[3].strip() == (
         "they part at turn 1 (assistant), token 1: “4” (p 0.607) against “5” (p 0.135)"
     )
+
+
+def test_the_turn_where_they_part_has_tints_and_tool_calls() -> None:
+    def calling(query: str) -> EpisodeItem:
+        call = {"id": query, "type": "function", "function": {"name": "look", "arguments": f'{{"q": "{query}"}}'}}
+        return sampled(("<call>", -0.1), ("same", -3.0), tool_calls=[call])
+
+    asked = item("user", "2+2")
+    found = compared((1, [asked, calling("alpha")]), (0, [asked, calling("beta")]))
+    assert "they part at turn 1 (assistant), in its tool calls" in repr(found)
+    markup = found._repr_html_()
+    for query in ("alpha", "beta"):
+        assert f'calls look {{"q": "{query}"}}' in text_of(markup)
+    assert markup.count(f'{TINTS[4]}">same</u>') == 2
+    other = compared((1, [asked, sampled(("a", -0.1), ("b", -9.0))]), (0, [asked, sampled(("a", -0.1), ("c", -1.0))]))
+    assert TINTS[5] in other._repr_html_().partition("<table class=")[2]
 
 
 def test_what_is_the_same_is_folded_and_twins_are_called_so() -> None:
@@ -135,7 +150,7 @@ def test_hostile_text_is_text_on_both_sides(text: str) -> None:
     markup.encode()
     repr(found).encode()
     assert " ".join(plain(text).split()) in text_of(markup)
-    assert not {node.tag for node in ElementTree.fromstring(markup).iter()} & {"script", "img", "h1", "a", "b"}
+    assert not unsafe_tags(markup)
 
 
 @pytest.mark.parametrize(("turns", "size"), [(2, 1_000_000), (400, 3_000), (3_000, 10)])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from factories import item, make_epoch, sampled
-from hostile import HOSTILE, text_of
+from hostile import HOSTILE, text_of, unsafe_tags
 from small_agents import coin, guess, right
 
 import finetune_nb as ft
@@ -22,6 +22,7 @@ from finetune_nb.text import plain
 from finetune_nb.types import EpisodeItem, Epoch, RolloutFailure, Trajectory
 from finetune_nb.views.conversation import fair_shares
 from finetune_nb.views.rollout import RolloutView, trajectory_html
+from finetune_nb.views.tokens import TINTS
 
 
 def of(*turns: EpisodeItem, reward: float = 1.0) -> Trajectory:
@@ -29,11 +30,11 @@ def of(*turns: EpisodeItem, reward: float = 1.0) -> Trajectory:
 
 
 def spans_of(markup: str) -> list[tuple[str, str | None, str | None]]:
-    """(text, class, title) of every token that is shown."""
+    """(text, style, title) of every token that has an element of its own."""
     found = []
     for pre in ElementTree.fromstring(markup).iter("pre"):
         if pre.get("class") == "ft-heat":
-            found += [(span.text or "", span.get("class"), span.get("title")) for span in pre]
+            found += [(span.text or "", span.get("style"), span.get("title")) for span in pre]
     return found
 
 
@@ -49,7 +50,7 @@ def test_tokens_are_tinted_by_probability_and_say_their_numbers_on_hover() -> No
     turn = sampled(("The", -0.01), (" sum", -0.3), (" is", -1.0), (" 7", -2.0), ("!", -3.0), ("<|end|>", -7.0))
     spans = spans_of(trajectory_html(of(turn)))
     assert [text for text, _, _ in spans] == ["The", " sum", " is", " 7", "!", "<|end|>"]
-    assert [tint for _, tint, _ in spans] == [None, "t1", "t2", "t3", "t4", "t5"]
+    assert [tint for _, tint, _ in spans] == list(TINTS)
     assert spans[3][2] == "p 0.135, logprob -2"
 
 
@@ -64,7 +65,7 @@ def test_the_numbers_also_stand_in_a_folded_table_and_the_tints_are_explained() 
 def test_of_many_tokens_the_table_has_the_least_likely() -> None:
     turn = sampled(*[(f"w{i} ", -0.01 if i % 100 else -5.0) for i in range(1000)])
     shown = text_of(trajectory_html(of(turn)))
-    assert "the 60 least likely of 1,000 tokens" in shown
+    assert "the 20 least likely of 1,000 tokens" in shown
     assert all(f" {i} w{i}␣ 0.00674 -5" in shown for i in range(0, 1000, 100))
 
 
@@ -74,11 +75,11 @@ def test_alternatives_give_an_entropy_and_are_named() -> None:
     turn = EpisodeItem(role="assistant", content=" 7", logprobs={"content": content})  # type: ignore[arg-type]
     ((_, tint, title),) = spans_of(trajectory_html(of(turn)))
     assert title == "p 0.5, logprob -0.693, entropy 1.04, instead ␣9 0.25"
-    assert tint == "t2"
+    assert tint == TINTS[2]
     group = rollout_group(make_epoch([[1]]))
     group = group.__class__(**{**vars(group), "trajectories": [of(turn)]})
     markup = RolloutView(group, 0, heat="entropy")._repr_html_()
-    assert spans_of(markup)[0][1] == "t3"
+    assert spans_of(markup)[0][1] == TINTS[3]
     assert "entropy in nats: above 0.1" in text_of(markup)
 
 
@@ -136,7 +137,6 @@ def folds_of(markup: str) -> dict[str, str]:
     [
         ("<think>a plan</think>\nZ", "Z"),
         ("a plan</think>Z", "Z"),
-        ("<think>a plan", ""),
         ("<thinking>a plan</thinking>Z", "Z"),
     ],
 )
@@ -152,6 +152,15 @@ def test_thinking_is_folded_in_texts_and_in_tokens(said: str, answer: str) -> No
         assert "Z" not in folds["thinking, 6 characters"]
 
 
+@pytest.mark.parametrize("said", ["<think>a plan", "<think>a plan</think>", "<think>a plan</think>\n"])
+def test_a_reply_that_is_all_thinking_can_be_read_at_once(said: str) -> None:
+    for turn in (item("assistant", said), sampled(*((letter, -0.1) for letter in said))):
+        tree = ElementTree.fromstring(trajectory_html(of(turn)))
+        folded = [fold for fold in tree.iter("details") if fold.get("open") is None]
+        assert not any("a plan" in "".join(fold.itertext()) for fold in folded)
+        assert "a plan" in "".join(tree.itertext())
+
+
 def test_a_users_text_is_no_thinking() -> None:
     markup = trajectory_html(of(item("user", "<think>why</think> do you?")))
     assert folds_of(markup) == {}
@@ -159,7 +168,8 @@ def test_a_users_text_is_no_thinking() -> None:
 
 
 def test_reasoning_content_is_folded() -> None:
-    folds = folds_of(trajectory_html(of(item("assistant", "42", reasoning_content="six times seven"))))
+    turn = item("assistant", "42", reasoning_content="six times seven")
+    folds = folds_of(trajectory_html(of(turn)))
     assert folds == {"thinking, 15 characters": "six times seven"}
 
 
@@ -245,7 +255,7 @@ def test_hostile_text_is_text_in_tokens_and_siblings(text: str) -> None:
     markup.encode()
     repr(view_of(epoch)).encode()
     assert " ".join(plain(text).split()) in text_of(markup)
-    assert not {node.tag for node in ElementTree.fromstring(markup).iter()} & {"script", "img", "h1", "a", "b"}
+    assert not unsafe_tags(markup)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +274,51 @@ def test_a_view_stays_below_200_kb_and_counts_what_is_left_out(tokens: int, turn
         markup
     )
     assert len(repr(view_of(epoch))) < 20_000
+
+
+SIZES = [(2, 20, 45_000), (4, 100, 65_000), (10, 150, 110_000), (47, 380, 185_000)]
+"""Turns of the policy, tokens of each, and bytes of the view of eight such rollouts."""
+
+
+@pytest.mark.parametrize(("turns", "tokens", "most"), SIZES)
+def test_every_turn_is_shown_and_bytes_are_spent_on_what_is_unlikely(turns: int, tokens: int, most: int) -> None:
+    """Every eighth token is unlikely; the least likely one of each turn stands in the middle of it."""
+    epoch = make_epoch([[place % 2 for place in range(8)]])
+    for trajectory in epoch.collection.trajectories[0]:
+        trajectory.episode = []
+        for turn in range(turns):
+            said = [(f" word{place}", -1.5 if place % 8 == 0 else -0.01) for place in range(tokens)]
+            said[tokens // 2] = (f" odd-{turn}", -9.0)
+            trajectory.episode += [sampled(*said), item("tool", "result " * 120)]
+    markup = view_of(epoch)._repr_html_()
+    assert len(markup.encode()) <= most
+    shown = text_of(markup)
+    for turn in range(turns):
+        assert f"{2 * turn} · assistant" in shown and f"{2 * turn + 1} · tool" in shown
+        assert f'{TINTS[5]}"> odd-{turn}</u>' in markup or f'{TINTS[5]}" title' in markup
+        assert f"odd-{turn} " in shown
+    is_cut = "left out…]" in shown.partition("others in the group")[0]
+    assert is_cut == ("run.show(epoch=0, example='q0', generation=1, turn=N) shows turn N" in shown)
+
+
+def test_a_turn_is_shown_at_full_length_where_it_is_asked_for() -> None:
+    epoch = make_epoch([[1, 0]])
+    long = [f"line {place} of a long text" for place in range(3_000)]
+    for trajectory in epoch.collection.trajectories[0]:
+        trajectory.episode = [
+            item("user", "short"),
+            item("tool", "\n".join(long)),
+            *[item("assistant", "x " * 4_000)] * 9,
+        ]
+    assert "line 1500 of" not in text_of(view_of(epoch)._repr_html_())
+    view = view_of(epoch, turn=1)._repr_html_()
+    assert all(line in text_of(view) for line in long)
+    assert (
+        "from turn 1 of 11" in text_of(view) and "0 · user" not in text_of(view) and "10 · assistant" in text_of(view)
+    )
+    assert len(view.encode()) <= 200_000
+    with pytest.raises(RunError, match=r"11 turns; found turn=11, expected 0 to 10"):
+        view_of(epoch, turn=11)
 
 
 def test_shares_are_fair() -> None:
