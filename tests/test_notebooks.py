@@ -27,6 +27,8 @@ def test_there_are_notebooks():
         "04_your_own_agent.ipynb",
         "05_real_model.ipynb",
         "06_scale_out.ipynb",
+        "07_rewards.ipynb",
+        "08_maths_grpo.ipynb",
     ]
 
 

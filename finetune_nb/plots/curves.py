@@ -245,8 +245,7 @@ def plot_training(
 
     By default: loss, KL, clip fraction, gradient norm, the gap between the logprobs in training and in sampling (large: the
     tokens were sampled with other weights or another temperature), learning rate, and, where it was recorded, the policy's
-    entropy in sampling ("entropy"). An epoch that was not trained on, or
-    whose training job failed, is a gap.
+    entropy in sampling ("entropy"). An epoch that was not trained on, or whose training job failed, is a gap.
 
     Args:
         epochs: As in `plot_rewards`.
@@ -284,12 +283,12 @@ def plot_training(
                 run,
                 where,
                 values,
-                lambda epoch, name=name: as_float(epoch.train_metrics.get(name)),
+                lambda epoch, name=name: as_float(_training_metrics(epoch).get(name)),
                 look.colour(place),
             )
             said.append(f"{f'{run.name} ' if several else ''}{plain(name)} {trend_text(values)}")
         if figure is not None:
-            flat_scale(each, [as_float(epoch.train_metrics.get(name)) for epoch in records])
+            flat_scale(each, [as_float(_training_metrics(epoch).get(name)) for epoch in records])
         # Only the first panel shows the changes.
         mark_changes(each, runs if is_first else [run._replace(changes=()) for run in runs], look)
         finish(each, look, empty=not records)
@@ -302,8 +301,10 @@ def plot_training(
 
 def _training_metrics(epoch: Epoch) -> Mapping[str, Any]:
     """What the backend measured and, unless it has its own, the entropy of what was sampled."""
-    entropy = epoch.metrics.mean_entropy
-    return epoch.train_metrics if entropy is None else {"entropy": entropy, **epoch.train_metrics}
+    entropy, measured = epoch.metrics.mean_entropy, epoch.train_metrics
+    if entropy is None or math.isfinite(as_float(measured.get("entropy"))):
+        return measured
+    return {**measured, "entropy": entropy}
 
 
 def _measured(epochs: Sequence[Epoch]) -> list[str]:

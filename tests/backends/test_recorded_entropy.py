@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -121,7 +122,7 @@ def test_a_run_has_it_in_its_frames_its_plot_its_files_and_its_heat_map(tmp_path
         of_turns = tokens.groupby(["trajectory", "message"], observed=True).entropy.mean()
         in_messages = messages[messages.role == "assistant"].set_index(["trajectory", "message"]).mean_entropy
         pd.testing.assert_series_equal(in_messages, of_turns, check_names=False, check_index_type=False)
-        assert "neither the entropy" not in markup and ", entropy " in markup
+        assert "neither the entropy" not in markup and ">entropy</th>" in re.sub(r"<th [^>]*>", "<th>", markup)
         assert "entropy" in plot_training(each).alt_text
         pd.testing.assert_frame_equal(tokens, run.tokens())
     assert str(file.schema.field("entropies").type).count("halffloat") == 1

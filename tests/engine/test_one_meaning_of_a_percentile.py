@@ -18,7 +18,7 @@ def by_code(run, changes):
 
 
 def by_slider(run, changes):
-    inputs = Inputs(run._settings, lambda said: None)
+    inputs = Inputs(run._settings, lambda name, said: None)
     for name, value in changes.items():
         next(each.widget for each in inputs.curriculum if each.name == name).value = value
     run._settings.apply_draft()
@@ -74,13 +74,15 @@ def test_a_percentile_that_is_dragged_while_the_curriculum_is_off_decides_the_ne
 
 @pytest.mark.parametrize("run", [None], indirect=True)
 def test_a_draft_switches_the_curriculum_on_where_one_sees_it_and_may_switch_it_off_again(run):
-    inputs = Inputs(run._settings, lambda said: None)
+    inputs = Inputs(run._settings, lambda name, said: None)
     widgets: dict[str, ipywidgets.Widget] = {each.name: each.widget for each in inputs.curriculum}
     widgets["percentile"].value = 0.5
     assert widgets["enabled"].value is True and widgets["schedule"].value == "manual"
     assert not run.curriculum.enabled
     widgets["enabled"].value = False
-    widgets["percentile"].value = 0.6
+    widgets["percentile"].value = 0.6  # with the curriculum off it would have no effect
+    assert widgets["enabled"].value is True
+    widgets["enabled"].value = False
     assert run._settings.drafted.enabled is False
     run._settings.apply_draft()
     assert (run.curriculum.enabled, run.curriculum.percentile) == (False, 0.6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from factories import collected, item, make_trajectory
@@ -224,7 +225,7 @@ def test_every_reader_counts_the_same_tokens_and_sees_the_same_end(messages, tok
     assert training_batch(epoch.collection).truncated == 2 * (reason == "length")
     assert learning_signal(epoch).cut == 2 * (reason == "length")
     shown = RolloutView(rollout_group(epoch, "q"), 0)._repr_html_()
-    assert f"<td>{tokens}</td><td>{reason or ''}</td>" in shown.replace(' class="num"', "")
+    assert f"<td>{tokens}</td><td>{reason or ''}</td>" in re.sub(r"<td [^>]*>", "<td>", shown)
 
 
 def test_a_trajectory_whose_last_reply_was_cut_is_masked_where_that_is_asked_for():

@@ -1,8 +1,8 @@
 """A run folder from somebody else is read as ever; nothing in it is used before the user says to trust it."""
 
 import asyncio
+import itertools
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -21,9 +21,12 @@ from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
 WORDS = r"(?s)found .*config\.yml without a signature.*Expected.*trust=True"
 
 
+ticks = itertools.count()
+
+
 def luck(item):
     """A reward that differs within every group, so that weights change and are saved."""
-    return random.random()
+    return float(next(ticks))
 
 
 @pytest.fixture(scope="module")
