@@ -118,7 +118,7 @@ def _write_changes(ax: Axes, marks: Mapping[int, Sequence[_Changed]], look: Them
     ground = {"facecolor": look.background, "alpha": 0.8, "linewidth": 0, "pad": 1} if filled else None
     for epoch, changed in marks.items():
         x = epoch - 0.5
-        texts = [axis_label(f"{name} {_value(new)}") for name, _, new in changed[:2]]
+        texts = [axis_label(_became(name, new)) for name, _, new in changed[:2]]
         end, side = 0.98, "top"
         if not filled:
             length = 0.026 * max(len(text) for text in texts)
@@ -126,6 +126,15 @@ def _write_changes(ax: Axes, marks: Mapping[int, Sequence[_Changed]], look: Them
                 end, side = 0.06, "bottom"
         ax.annotate("\n".join(texts), (x, end), (-2, 0), ax.get_xaxis_transform(), "offset points", rotation=90, ha="right",
                     va=side, fontsize="x-small", color=look.ink, bbox=ground)  # fmt: skip
+
+
+def _became(name: str, new: Any) -> str:
+    return f"{name} changed" if _is_digest(name) else f"{name} {_value(new)}"
+
+
+def _is_digest(name: str) -> bool:
+    """Whether the values of a change are digests of a function or of rows, which say nothing to a reader."""
+    return name.partition(".")[0] in ("evaluator", "function", "dataset")
 
 
 def _better_below(heights: Sequence[float], length: float) -> bool:
@@ -182,7 +191,10 @@ def changes_text(of: Sequence[RunSeries]) -> str:
         whose = f"{course.name}, " if len(of) > 1 else ""
         for epoch, changed in _changes_by_epoch(course).items():
             for name, old, new in changed:
-                said.append(f"{whose}epoch {epoch}: {plain(name)} {_value(old)} to {_value(new)}")
+                before = "" if _is_digest(name) else f"{_value(old)} to "
+                said.append(
+                    f"{whose}epoch {epoch}: {plain(name)} {before}{'changed' if _is_digest(name) else _value(new)}"
+                )
     if not said:
         return ""
     more = f"; and {len(said) - 8} more" if len(said) > 8 else ""
