@@ -174,6 +174,8 @@ def by_langchain():
     return solve
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("concurrency", [1, 4, 8])
 @pytest.mark.parametrize(
     "kind",

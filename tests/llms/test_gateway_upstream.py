@@ -110,6 +110,8 @@ async def test_a_server_without_ids_is_warned_of_once_and_its_calls_are_not_exac
     assert caplog.text.count("gives no token ids") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(
     "trouble",
     [

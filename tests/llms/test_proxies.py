@@ -174,6 +174,8 @@ LIBRARIES = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("variables", [("HTTP_PROXY", "HTTPS_PROXY"), ("http_proxy",), ("ALL_PROXY",)])
 @pytest.mark.parametrize("workflow", WORKFLOWS)
 async def test_a_proxy_in_the_environment_sees_no_call_of_a_rollout(

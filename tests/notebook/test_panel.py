@@ -230,6 +230,8 @@ def test_an_error_of_the_engine_is_shown(run, panel):
 # ── what it writes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_of_its_own_accord_it_writes_twice_a_second_and_in_answer_ten_times(run, panel):
     ft.run_sync(run.next_epoch())
     time.sleep(2.0)

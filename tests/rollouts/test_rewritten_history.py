@@ -218,6 +218,8 @@ def sent_back(episode):
 # ── one conversation ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("content", [None, "", "<think>\nhm\n</think>\n\nlet me see "])
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_a_client_that_rewrites_the_history_leaves_the_messages_that_llm_chat_leaves(

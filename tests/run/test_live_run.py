@@ -411,6 +411,8 @@ BODIES = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("presses", [1, 2])
 @pytest.mark.parametrize("mode", BODIES)
 def test_the_first_interrupt_ends_behind_the_epoch_the_second_at_once(tmp_path, mode, presses):
@@ -482,6 +484,8 @@ HANGING = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("workflow", ["sleeps", "will_not_be_canceled", "in_a_thread", "blocks_the_loop"])
 def test_a_workflow_that_hangs_for_ever_holds_neither_stop_nor_abort_nor_the_end_of_the_interpreter(tmp_path, workflow):
     script = HANGING.format(support=str(SUPPORT), folder=str(tmp_path), workflow=workflow)

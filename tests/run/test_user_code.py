@@ -267,6 +267,8 @@ def _text(error: BaseException) -> str:
     return ""
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("kind", EVERY_PLACE)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_survives_whatever_user_code_raises_or_returns(place, kind, tmp_path):

@@ -136,6 +136,8 @@ def test_killed_at_sixty_random_points(killer, tmp_path, never_killed):
 # ── forks, archive, deletion ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("act", "point", "when"),
     [

@@ -175,6 +175,8 @@ trajectories = st.builds(
 )
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @settings(
     max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )

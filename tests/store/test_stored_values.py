@@ -205,6 +205,8 @@ def test_any_value_becomes_text_in_its_own_field_and_the_others_stay(name):
     assert json.loads(json.dumps(finite(around), allow_nan=False))["after"] == {"x": 0.5}
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_value_that_holds_another_one_again_and_again_ends():
     with noting_replaced() as replaced:
         text = encode({"doubled": doubled(), "after": 1})
@@ -343,6 +345,8 @@ def read_everywhere(folder) -> None:
         again.append(make_epoch([[1.0]], index=2), {})
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_value_in_every_place_of_a_run_costs_nothing_else(folder, name):
     write_everywhere(folder, ODD[name])

@@ -258,6 +258,8 @@ def test_hostile_text_is_text_in_tokens_and_siblings(text: str) -> None:
     assert not unsafe_tags(markup)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("tokens", "turns", "siblings"),
     [(10, 1, 8), (10, 2, 200), (3_000, 40, 8), (3_000, 1, 1), (50_000, 1, 4), (50_000, 100, 2)],
@@ -301,6 +303,8 @@ def test_every_turn_is_shown_and_bytes_are_spent_on_what_is_unlikely(turns: int,
     assert is_cut == ("run.show(epoch=0, example='q0', generation=1, turn=N) shows turn N" in shown)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_turn_is_shown_at_full_length_where_it_is_asked_for() -> None:
     epoch = make_epoch([[1, 0]])
     long = [f"line {place} of a long text" for place in range(3_000)]
