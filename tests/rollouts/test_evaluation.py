@@ -255,9 +255,9 @@ async def test_a_slow_sync_reward_leaves_the_event_loop_free():
             late.append(time.monotonic() - before)
 
     task = asyncio.create_task(heart())
-    await evaluate(lambda question: "ok", rows=2, reward=lambda item: time.sleep(0.15) or 1.0)
+    await evaluate(lambda question: "ok", rows=1, reward=lambda item: time.sleep(0.8) or 1.0)
     task.cancel()
-    assert max(late) < 0.12
+    assert max(late) < 0.6  # a busy machine may hold it up for a while by itself
 
 
 @pytest.mark.parametrize(
