@@ -466,7 +466,7 @@ async def _rescored(
     # The rollouts that are scored, and where they stand among all of the epoch's.
     chosen = np.flatnonzero(wanted).tolist()
     place_of = {row: place for place, row in enumerate(chosen)}
-    names = _names(record, columns["generation"]) if labels else [""] * len(wanted)
+    names = _names(record, columns["generation"]) if labels else []
     items: list[EvalInputItem] = []
     groups: list[list[int]] = []
     for example, begin, end in zip(
@@ -477,7 +477,8 @@ async def _rescored(
         for each in members:
             output = columns["output"][each]
             known = {} if output is None else {"output_obj": decode(output)}
-            items.append(RecordedRollout.of(example, row, labels.get(plain(names[each])), **known))
+            scores = labels.get(plain(names[each])) if labels else None
+            items.append(RecordedRollout.of(example, row, scores, **known))
         if members:
             groups.append([place_of[each] for each in members])
     trajectories = None

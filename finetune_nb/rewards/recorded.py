@@ -49,18 +49,21 @@ class RecordedRollout(EvalInputItem):
         Returns:
             The rollout.
         """
-        item = cls.model_construct(
-            id=example,
-            input_obj=row.input_obj if row else None,
-            expected_output_obj=row.expected_output_obj if row else None,
-            full_dataset_entry=row.full_dataset_entry if row else None,
-            labels=dict(labels or {}),
+        # As model_construct does it, without the defaults: what was not recorded is missing.
+        item = cls.__new__(cls)
+        known = {
+            "id": example,
+            "input_obj": row.input_obj if row else None,
+            "expected_output_obj": row.expected_output_obj if row else None,
+            "expected_trajectory": [],
+            "full_dataset_entry": row.full_dataset_entry if row else None,
+            "labels": dict(labels or {}),
             **output,
-        )
-        # What has a default is missing all the same.
-        del item.trajectory
-        if not output:
-            del item.output_obj
+        }
+        object.__setattr__(item, "__dict__", known)
+        object.__setattr__(item, "__pydantic_fields_set__", set(known))
+        object.__setattr__(item, "__pydantic_extra__", None)
+        object.__setattr__(item, "__pydantic_private__", None)
         return item
 
     def __getattr__(self, name: str) -> Any:

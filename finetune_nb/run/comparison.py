@@ -78,7 +78,9 @@ def _obstacle(runs: Sequence[Run], may_cost: bool) -> str | None:
                 "compare under each of them, open it with its functions: Run.open(folder, workflow, reward)"
             )
     if not may_cost and any(_may_cost(run) for run in runs):
-        return 'the rewards differ. To compare under each of them, which may ask a model: ft.compare(..., rewards="all")'
+        return (
+            'the rewards differ. To compare under each of them, which may ask a model: ft.compare(..., rewards="all")'
+        )
     return None
 
 
