@@ -199,12 +199,14 @@ def _values_of(
     found["example"] = columns.examples
     if is_named:
         found["trajectory"] = columns.named(columns.generations(known["generation"]))
+    rows = columns.rows + len(failures)
     if is_labelled:
         of_rows = [labelled.get(plain(name), _NO_LABELS) for name in found["trajectory"]]
+        found["labels"] = [tags for tags, _ in of_rows]
+        found["label_score"] = np.array([score for _, score in of_rows], dtype=float)
     else:
-        of_rows = [_NO_LABELS] * (columns.rows + len(failures))
-    found["labels"] = [tags for tags, _ in of_rows]
-    found["label_score"] = np.array([score for _, score in of_rows], dtype=float)
+        tags, score = _NO_LABELS
+        found["labels"], found["label_score"] = [tags] * rows, np.full(rows, score)
     found["reward"] = np.concatenate([statistics.rewards, missing])
     if "advantage" in names:
         found["advantage"] = np.concatenate([advantages(statistics), missing])
