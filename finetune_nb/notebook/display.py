@@ -153,7 +153,7 @@ def _draw_for_ever() -> None:
             if left > 0:
                 _news.wait(left)
                 continue
-        record.draw()
+        record.settle()
         del record  # and the run with it
 
 
@@ -190,18 +190,31 @@ class CellRecord:
                 _drawing.append(threading.Thread(target=_draw_for_ever, name="ft-record", daemon=True))
                 _drawing[0].start()
 
+    def settle(self) -> None:
+        """Shows what is still to be shown, if anything, or waits until somebody has: what comes next may belong to another
+        record."""
+        with self._turn:
+            with _news:
+                is_stale = self in _stale
+            if is_stale:
+                self._draw()
+
     def draw(self) -> None:
         """Shows the run as it is now, from this thread. A cell that has waited does so at its end: who executes a notebook
         without a front end keeps only what the running cell sends."""
-        with self._turn:  # one after the other, so that the newest comes last
-            with _news:
-                _stale.discard(self)
-                self._has_ended = False
-            began = time.monotonic()
-            try:
-                self._handle.update(_marked(self._bundle()), raw=True)
-            except Exception:  # a view must not end a run
-                logger.warning("the record of a run could not be shown", exc_info=True)
-            with _news:
-                if not self._has_ended:  # it has not ended while it was drawn
-                    self.due = time.monotonic() + min(max(INTERVAL, (time.monotonic() - began) / SHARE), LONGEST)
+        with self._turn:
+            self._draw()
+
+    def _draw(self) -> None:
+        """Whoever calls this has the turn: one after the other, so that the newest comes last."""
+        with _news:
+            _stale.discard(self)
+            self._has_ended = False
+        began = time.monotonic()
+        try:
+            self._handle.update(_marked(self._bundle()), raw=True)
+        except Exception:  # a view must not end a run
+            logger.warning("the record of a run could not be shown", exc_info=True)
+        with _news:
+            if not self._has_ended:  # it has not ended while it was drawn
+                self.due = time.monotonic() + min(max(INTERVAL, (time.monotonic() - began) / SHARE), LONGEST)

@@ -826,8 +826,9 @@ class Run(RunHistory):
                     return
 
         lines = EpochLines(self._driver)
-        self._session.begin(run_epochs)
-        self._session.in_background = True
+        if self._session.record is not None:
+            self._session.record.settle()
+        self._session.begin(run_epochs, in_background=True)
         self._session.lines = lines
         self._planned = first + count
         if in_notebook():

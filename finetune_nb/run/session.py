@@ -46,8 +46,6 @@ class Session:
         self.state = state
         self.engine = EngineThread(f"ft-{run_id}")
         self.record: CellRecord | None = None
-        self.in_background = False
-        """Whether what is running was begun by `start`."""
         """The display in the cell that started the run in the background."""
         self.lines: EpochLines | None = None
         """The lines of a script that started the run in the background."""
@@ -59,12 +57,13 @@ class Session:
 
     # ── work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def begin(self, work: Work[T], fails: bool = True) -> LoopTask[T]:
+    def begin(self, work: Work[T], fails: bool = True, in_background: bool = False) -> LoopTask[T]:
         """Starts the work on the engine thread.
 
         Args:
             work: Makes the coroutine.
             fails: Whether the run has failed if the work raises.
+            in_background: Whether no cell waits for it, so that the record alone shows its end.
 
         Raises:
             RunError: Something is running already.
@@ -73,7 +72,7 @@ class Session:
 
         async def settling() -> T:
             started.append(True)
-            return await self._settle(work, fails)
+            return await self._settle(work, fails, in_background)
 
         def ended() -> None:
             if not started:
@@ -86,7 +85,7 @@ class Session:
             self._work = begun = self.engine.launch(settling(), ended)
         return begun
 
-    async def _settle(self, work: Work[T], fails: bool) -> T:
+    async def _settle(self, work: Work[T], fails: bool, in_background: bool) -> T:
         """Runs the work, and leaves the run in the state that its end means."""
         _inside.set(self.run_id)
         try:
@@ -102,9 +101,7 @@ class Session:
             )
             raise
         finally:
-            if self.record is not None:
-                self.record.update(has_ended=self.in_background)
-            self.in_background = False
+            self.show_record(has_ended=in_background)
 
     async def join(self, task: LoopTask[T]) -> T:
         """The result of the work. An abort from elsewhere raises EpochAborted here: it does not look like a cancellation of
@@ -208,10 +205,10 @@ class Session:
         if not self.state.active and self.state.error is not None:
             raise self.state.error
 
-    def show_record(self) -> None:
+    def show_record(self, has_ended: bool = False) -> None:
         """Brings the display in the cell that started the run up to date."""
         if self.record is not None:
-            self.record.update()
+            self.record.update(has_ended)
 
     # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
