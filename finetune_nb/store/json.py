@@ -390,7 +390,7 @@ def encode_all(values: Sequence[Any], field: str = "") -> Sequence[str | bytes |
     """The JSON text of each value, as text or as ASCII bytes; None for None. Of many small values several times as fast."""
     try:
         texts = None
-        if all(value is None or _is_plain(value) for value in values):
+        if all(map(_is_plain, values)):
             texts = [None if value is None else to_json(value, inf_nan_mode="constants") for value in values]
     except Exception:  # as in is_plain and _quickly
         texts = None

@@ -119,6 +119,7 @@ class _Rollouts:
         errors: list[Any] = []
         versions: list[Any] = []
         scores: list[Any] = []
+        outputs: list[Any] = []
         for trajectory in self._trajectories:
             get = (trajectory.metadata or {}).get
             ids.append(get("id"))
@@ -126,12 +127,14 @@ class _Rollouts:
             errors.append(get("reward_error"))
             versions.append(get("policy_version"))
             scores.append(get("scores"))
+            outputs.append(get("output"))
         return {
             "id": ids,
             "generation": generations,
             "reward_error": errors,
             "policy_version": versions,
             "scores": scores,
+            "output": outputs,
         }
 
     def kind(self) -> pa.Array:
