@@ -32,7 +32,7 @@ def groups(count, tokens):
 
 
 @pytest.mark.benchmark(group="views")
-def test_100000_trajectories_become_a_frame_of_more_columns_no_slower_than_their_dumps_and_smaller(benchmark):
+def test_100000_trajectories_become_a_frame_faster_and_smaller_than_their_dumps(benchmark):
     rollouts = groups(100_000, 8)
     epoch = epoch_of(rollouts)
     sides = {
@@ -45,7 +45,7 @@ def test_100000_trajectories_become_a_frame_of_more_columns_no_slower_than_their
     print(f"\n100,000 trajectories: {found['own']:.2f} s CPU, {size:.0f} MB (target 0.20 s, 25 MB); "
           f"DataFrame(model_dump): {found['plain']:.2f} s, {plain_size:.0f} MB")  # fmt: skip
     assert len(own) == 100_000
-    assert found.ratio("plain", "own") > 0.8  # of five times as many columns
+    assert found.ratio("plain", "own") > 1.3
     assert size < 25
 
 
