@@ -249,13 +249,16 @@ class EvalDatasetParquetConfig(EvalDatasetBaseConfig, name="parquet"):
 
 
 def changed(config: M, changes: Mapping[str, Any], label: str) -> M:
-    """A copy of a config with some of its fields changed. Raises ConfigError, in which `label` names the config, for
-    a field that it has not and for a value that does not fit."""
+    """A copy of a config with some of its fields changed. A default that follows from another field (`own_defaults`) follows
+    from what that is now. Raises ConfigError, in which `label` names the config, for a field that it has not and for a value that
+    does not fit."""
     known = type(config).model_fields
     if unknown := [name for name in changes if name not in known]:
         raise ConfigError(f"{label}: {unknown[0]!r} is not a setting. {did_you_mean(unknown[0], known)}")
     try:
-        return type(config).model_validate({**dict(config), **changes})
+        follows = getattr(config, "own_defaults", {})
+        values = {name: value for name, value in config if name not in follows or value != follows[name]}
+        return type(config).model_validate({**values, **changes})
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join([label, *map(str, each['loc'])])}: {each['msg']}" for each in error.errors()[:3])
         raise ConfigError(f"{wrong}.") from None

@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import get_args
 
 import pytest
 
@@ -11,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 from finetune_nb.backends.local.config import LOSSES, LocalGRPOConfig  # noqa: E402
 from finetune_nb.backends.local.forward import score_tokens, token_logprobs  # noqa: E402
 from finetune_nb.backends.local.losses import policy_loss  # noqa: E402
+from finetune_nb.config.base import changed  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -350,3 +352,12 @@ def test_a_loss_brings_its_defaults_and_what_is_given_counts():
     )
     assert LocalGRPOConfig(loss="reinforce++").scale_rewards == "batch"
     assert LocalGRPOConfig(loss="reinforce++", scale_rewards=True).scale_rewards is True
+    assert set(get_args(LocalGRPOConfig.model_fields["loss"].annotation)) == set(LOSSES)
+
+
+def test_a_loss_that_is_changed_brings_its_own_defaults_too():
+    dapo = LocalGRPOConfig(clip_high=0.28)
+    gspo = changed(dapo, {"loss": "gspo"}, "training")  # as a fork does
+    assert (gspo.clip_low, gspo.clip_high) == (3e-4, 0.28)
+    back = changed(gspo, {"loss": "dr_grpo"}, "training")
+    assert (back.clip_low, back.clip_high, back.scale_rewards) == (0.2, 0.28, False)

@@ -33,6 +33,11 @@ class LossForm:
     clip: tuple[float, float] = (0.2, 0.2)
     """Defaults of clip_low and clip_high."""
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings of `local_grpo` that have another default with each loss."""
+        return {"clip_low": self.clip[0], "clip_high": self.clip[1], "scale_rewards": self.scale_rewards}
+
 
 LOSSES: Mapping[str, LossForm] = {
     "grpo": LossForm("clipped", "token", "sequences"),
@@ -151,11 +156,13 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
         """What is taken from a reward to make an advantage."""
         return LOSSES[self.loss].baseline
 
+    @property
+    def own_defaults(self) -> dict[str, Any]:
+        """The defaults that follow from the loss."""
+        return LOSSES[self.loss].defaults
+
     @model_validator(mode="before")
     @classmethod
     def take_defaults_of_loss(cls, given: Any) -> Any:
         form = LOSSES.get(given.get("loss", "dapo")) if isinstance(given, dict) else None
-        if form is None:
-            return given
-        own = {"clip_low": form.clip[0], "clip_high": form.clip[1], "scale_rewards": form.scale_rewards}
-        return own | given
+        return given if form is None else form.defaults | given
