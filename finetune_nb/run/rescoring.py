@@ -28,7 +28,7 @@ from ..rollouts.datasets import load_dataset
 from ..rollouts.evaluation import dataset_of
 from ..store.labels import Label, scores_by_tag
 from ..text import text_of
-from ..training.preview import PreviewInput, preview_input
+from ..training.preview import PreviewInput, preview_input, remembered
 from ..types import CurriculumState, Epoch, EvalInputItem
 
 if TYPE_CHECKING:
@@ -111,14 +111,11 @@ class NewestEpoch:
         Raises:
             ConfigError: It has no such score.
         """
-        key = tuple(weights.items())
-        made = self._reweighted.pop(key, None)
-        if made is None:
-            made = replace(self.basis, statistics=reweighted_statistics(self.record, self._scores, weights), _made={})
-        self._reweighted[key] = made
-        for old in list(self._reweighted)[:-4]:  # what a slider was moved over need not stay
-            self._reweighted.pop(old, None)
-        return made
+
+        def make() -> PreviewInput:
+            return replace(self.basis, statistics=reweighted_statistics(self.record, self._scores, weights), _made={})
+
+        return remembered(self._reweighted, tuple(weights.items()), make)
 
 
 async def rescore(

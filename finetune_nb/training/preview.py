@@ -8,10 +8,10 @@ once, in a PreviewInput; a preview on it then costs two selections.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,7 +35,20 @@ __all__ = [
     "Preview",
     "preview_input",
     "preview",
+    "remembered",
 ]
+
+
+T = TypeVar("T")
+
+
+def remembered(made: dict[Any, T], key: Any, make: Callable[[], T]) -> T:
+    """The value of that key, made where it is not there. The last four stay: what a slider was moved over need not."""
+    value = made.pop(key) if key in made else make()
+    made[key] = value
+    for old in list(made)[:-4]:
+        made.pop(old, None)
+    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,15 +81,12 @@ class PreviewInput:
 
     def next_selection(self, applied: CurriculumSettings, settings: CurriculumSettings, seed: int) -> Selection:
         """The selection of the next epoch, if it brings these rewards. applied: the settings of the last one."""
-        key = settings, settings.resumes_after(applied), seed
-        made = self._made.pop(key, None)
-        if made is None:
-            epoch = self.epoch + 1
-            made = select(self.statistics, settings, steer(self.state, settings, epoch, key[1]), epoch, seed)
-        self._made[key] = made
-        for old in list(self._made)[:-4]:  # what a slider was moved over need not stay
-            self._made.pop(old, None)
-        return made
+        resumed, epoch = settings.resumes_after(applied), self.epoch + 1
+
+        def make() -> Selection:
+            return select(self.statistics, settings, steer(self.state, settings, epoch, resumed), epoch, seed)
+
+        return remembered(self._made, (settings, resumed, seed), make)
 
 
 @dataclass(frozen=True, eq=False)
