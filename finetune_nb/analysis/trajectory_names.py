@@ -45,7 +45,5 @@ def trajectory_names(
     Returns:
         The names.
     """
-    names = []
-    for example, generation, place in zip(examples, generations, places, strict=True):
-        names.append(f"e{epoch}/{example}/{f'#{place}' if generation is None else generation}")
-    return names
+    of_group = [f"#{place}" if known is None else known for known, place in zip(generations, places, strict=True)]
+    return [f"e{epoch}/{example}/{name}" for example, name in zip(examples, of_group, strict=True)]

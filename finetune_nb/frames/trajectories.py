@@ -190,7 +190,8 @@ def _values_of(
         if column.source is not None:
             values = known[column.source]
             if failures:
-                values = [*values, *(failure.get(column.name) for failure in failures)]
+                values = list(values) if isinstance(values, list) else values.tolist()
+                values += [failure.get(column.name) for failure in failures]
             found[column.name] = values
 
     # From the epoch: a failure has no reward, and no reason.
@@ -296,12 +297,18 @@ class EpochColumns:
         collection = self._epoch.collection
         return table_of(collection.trajectories, collection.failures, names)
 
-    def values(self, names: Sequence[str]) -> dict[str, list[Any]]:
-        """(N) the named columns as Python values."""
+    def values(self, names: Sequence[str]) -> dict[str, Any]:
+        """(N) the named columns, each as a list of Python values; integers of which none is missing as an array."""
+        import pyarrow as pa
+
         if not names:
             return {}
         table = self.trajectories(names)
-        found = {name: to_python(table.column(name).combine_chunks()) for name in names}
+        found: dict[str, Any] = {}
+        for name in names:
+            column = table.column(name).combine_chunks()
+            is_whole = pa.types.is_integer(column.type) and not column.null_count
+            found[name] = column.to_numpy() if is_whole else to_python(column)
         if any(text and "\\ud" in text for text in found.get("error", ())):
             # The column has a lone surrogate as an escape; the metadata have the original.
             exact = [metadata.get("reward_error") for metadata in self.metadata()]
@@ -312,9 +319,10 @@ class EpochColumns:
         """(N) the trajectories' metadata."""
         return [{} if text is None else decode(text, dict) for text in self.values(["metadata"])["metadata"]]
 
-    def generations(self, known: list[Any]) -> list[Any]:
+    def generations(self, known: list[Any] | np.ndarray) -> list[Any]:
         """(N + F) the generation of each rollout. known: the column, which only holds integers."""
-        return generations_of(self._epoch, known) + [failure["generation"] for failure in self.failures]
+        column = known if isinstance(known, list) else known.tolist()
+        return generations_of(self._epoch, column) + [failure["generation"] for failure in self.failures]
 
     def named(self, generations: Sequence[Any]) -> list[str]:
         """(N + F) names such as "e3/q17/2"."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from enum import Enum
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ _SHORT = 200
 _SIMPLE = frozenset({str, float, bool, type(None)})
 _TEXT = frozenset({str})
 _WHOLE = frozenset({int})
+_FLAT = frozenset({dict, type(None)})
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -177,6 +178,21 @@ def _is_plain(value: Any, depth: int = 0, left: list[int] | None = None) -> bool
         elif kind not in _SIMPLE and not _is_plain(child, depth + 1, left):
             return False
     return True
+
+
+def _are_flat(values: Sequence[Any]) -> bool:
+    """Whether all values are plain, and none holds a list or a mapping that holds another. False also where that is not
+    seen in one look at their types, which takes a fifth of the time of a look at each value."""
+    kinds = set(map(type, values))
+    if kinds <= _SIMPLE:
+        return True
+    if not kinds <= _FLAT:
+        return False
+    records = list(filter(None, values))
+    if not records or max(map(len, records)) > _MOST_VALUES:
+        return not records
+    names, leaves = chain.from_iterable(records), chain.from_iterable(map(dict.values, records))
+    return _TEXT.issuperset(map(type, names)) and _SIMPLE.issuperset(map(type, leaves))
 
 
 def is_plain(value: Any) -> bool:
@@ -390,7 +406,7 @@ def encode_all(values: Sequence[Any], field: str = "") -> Sequence[str | bytes |
     """The JSON text of each value, as text or as ASCII bytes; None for None. Of many small values several times as fast."""
     try:
         texts = None
-        if all(map(_is_plain, values)):
+        if _are_flat(values) or all(map(_is_plain, values)):
             texts = [None if value is None else to_json(value, inf_nan_mode="constants") for value in values]
     except Exception:  # as in is_plain and _quickly
         texts = None

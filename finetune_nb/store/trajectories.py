@@ -22,10 +22,12 @@ from ..redaction import redact_texts, redacting_logger
 from ..types import (
     DPOItem,
     EpisodeItem,
+    EpisodeItemRole,
     MessageKey,
     RolloutFailure,
     Trajectory,
     TrajectoryCollection,
+    is_sampled,
     sampled_outcome,
 )
 from .durable import check_plain, write_durably
@@ -89,53 +91,73 @@ LISTED: dict[str, tuple[str, type]] = {
 # ── trajectories -> columns ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _in_columns(trajectories: Iterable[Trajectory]) -> tuple[list[Trajectory], dict[str, list[Any]]]:
+    """The trajectories as they can be stored, and what every file has a column of: values of their metadata, by key, and
+    what their episodes came to.
+
+    In one pass, and with the usual turn's part of `sampled_outcome` written out: of 100,000 trajectories, fetching each from
+    memory is the cost, and calls are the rest.
+    """
+    known: list[Trajectory] = []
+    assistant, finish_reason = EpisodeItemRole.ASSISTANT, MessageKey.FINISH_REASON
+    names = (
+        "id",
+        "generation",
+        "reward_error",
+        "policy_version",
+        "scores",
+        "output",
+        "turns",
+        "tokens",
+        "finish_reason",
+    )
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    ids, generations, errors, versions, scores, outputs, turns, tokens, reasons = columns.values()
+    for trajectory in trajectories:
+        trajectory = known_trajectory(trajectory)
+        known.append(trajectory)
+        get = (trajectory.metadata or {}).get
+        ids.append(get("id"))
+        generations.append(get("generation"))
+        errors.append(get("reward_error"))
+        versions.append(get("policy_version"))
+        scores.append(get("scores"))
+        outputs.append(get("output"))
+        episode = trajectory.episode
+        count, reason = 0, None
+        for item in episode:
+            if type(item) is EpisodeItem and type(logprobs := item.logprobs) is list:
+                if logprobs and item.role == assistant:
+                    count += len(logprobs)
+                    reason = item.metadata.get(finish_reason) if item.metadata else None
+            elif is_sampled(item):
+                count, reason = sampled_outcome(trajectory)
+                break
+        turns.append(len(episode))
+        tokens.append(count)
+        reasons.append(reason)
+    return known, columns
+
+
 class _Rollouts:
     """Rollouts on their way into a table: the trajectories and, after them, the failures.
 
-    Each method makes one column, with an entry a rollout. Only what is asked for is worked out.
+    Each method makes one column, with an entry a rollout.
     """
 
     def __init__(self, groups: Sequence[Sequence[Trajectory]], failures: Sequence[RolloutFailure]) -> None:
         self._sizes = [len(group) for group in groups]
-        self._trajectories = [known_trajectory(trajectory) for trajectory in chain.from_iterable(groups)]
+        self._trajectories, self._known = _in_columns(chain.from_iterable(groups))
         self._failures = failures
         self._nothing = [None] * len(failures)
 
+    def known(self, name: str) -> list[Any]:
+        """One of the columns of `_in_columns`; a failure has none of it."""
+        return self._known[name] + self._nothing
+
     def of_metadata(self, key: str) -> list[Any]:
-        """What the trajectories' metadata have under that key; a failure has none of it."""
-        return self._of_metadata(key) + self._nothing
-
-    def _of_metadata(self, key: str) -> list[Any]:
-        if key in self._known:
-            return self._known[key]
-        return [(trajectory.metadata or {}).get(key) for trajectory in self._trajectories]
-
-    @cached_property
-    def _known(self) -> Mapping[str, list[Any]]:
-        """What of the metadata every file has a column of. In one pass: of 100,000 trajectories, fetching each from memory
-        is the cost."""
-        ids: list[Any] = []
-        generations: list[Any] = []
-        errors: list[Any] = []
-        versions: list[Any] = []
-        scores: list[Any] = []
-        outputs: list[Any] = []
-        for trajectory in self._trajectories:
-            get = (trajectory.metadata or {}).get
-            ids.append(get("id"))
-            generations.append(get("generation"))
-            errors.append(get("reward_error"))
-            versions.append(get("policy_version"))
-            scores.append(get("scores"))
-            outputs.append(get("output"))
-        return {
-            "id": ids,
-            "generation": generations,
-            "reward_error": errors,
-            "policy_version": versions,
-            "scores": scores,
-            "output": outputs,
-        }
+        """What the trajectories' metadata have under any other key."""
+        return [(trajectory.metadata or {}).get(key) for trajectory in self._trajectories] + self._nothing
 
     def kind(self) -> pa.Array:
         return _array(["trajectory"] * len(self._trajectories) + ["failure"] * len(self._failures), "string")
@@ -147,10 +169,10 @@ class _Rollouts:
         return _array(numbers + self._nothing, "int32")
 
     def example(self) -> pa.Array:
-        return _texts(self._of_metadata("id") + [failure.example_id for failure in self._failures])
+        return _texts(self._known["id"] + [failure.example_id for failure in self._failures])
 
     def generation(self) -> pa.Array:
-        return _counts(self._of_metadata("generation") + [failure.generation for failure in self._failures])
+        return _counts(self._known["generation"] + [failure.generation for failure in self._failures])
 
     def reward(self) -> pa.Array:
         return _array([known_number(each.reward, "reward") for each in self._trajectories] + self._nothing, "double")
@@ -160,30 +182,16 @@ class _Rollouts:
         return _array([known_numbers(each, "shaped_rewards") for each in rewards] + self._nothing, "list<double>")
 
     def error(self) -> pa.Array:
-        return _texts(self._of_metadata("reward_error") + [stored_text(failure.error) for failure in self._failures])
+        return _texts(self._known["reward_error"] + [stored_text(failure.error) for failure in self._failures])
 
     def turns(self) -> pa.Array:
-        return _array(self._episodes[0] + self._nothing, "int32")
+        return _array(self.known("turns"), "int32")
 
     def tokens(self) -> pa.Array:
-        return _array(self._episodes[1] + self._nothing, "int32")
+        return _array(self.known("tokens"), "int32")
 
     def finish_reason(self) -> pa.Array:
-        return _texts(self._episodes[2] + self._nothing)
-
-    @cached_property
-    def _episodes(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """Of each trajectory: its messages, the tokens that the policy sampled, and why its last turn ended. In one pass,
-        too."""
-        turns: list[Any] = []
-        tokens: list[Any] = []
-        reasons: list[Any] = []
-        for trajectory in self._trajectories:
-            count, reason = sampled_outcome(trajectory)
-            turns.append(len(trajectory.episode))
-            tokens.append(count)
-            reasons.append(reason)
-        return turns, tokens, reasons
+        return _texts(self.known("finish_reason"))
 
     def metadata(self) -> pa.Array:
         known = [_without_output(trajectory.metadata) for trajectory in self._trajectories]
@@ -194,7 +202,7 @@ class _Rollouts:
         return _json(known, "metadata")
 
     def output(self) -> pa.Array:
-        return _json(self.of_metadata("output"), "metadata.output")
+        return _json(self.known("output"), "metadata.output")
 
     def steps(self) -> pa.Array:
         steps = [encode_steps(failure.steps) for failure in self._failures]
@@ -349,9 +357,9 @@ COLUMNS: dict[str, FileColumn] = {
     "error": FileColumn("string", _Rollouts.error),
     "turns": FileColumn("int32", _Rollouts.turns),
     "tokens": FileColumn("int32", _Rollouts.tokens),
-    "policy_version": FileColumn("int64", lambda rollouts: _counts(rollouts.of_metadata("policy_version"))),
+    "policy_version": FileColumn("int64", lambda rollouts: _counts(rollouts.known("policy_version"))),
     "finish_reason": FileColumn("string", _Rollouts.finish_reason),
-    "scores": FileColumn("string", lambda rollouts: _json(rollouts.of_metadata("scores"), "metadata.scores")),
+    "scores": FileColumn("string", lambda rollouts: _json(rollouts.known("scores"), "metadata.scores")),
     "output": FileColumn("string", _Rollouts.output, since=2),
     "metadata": FileColumn("string", _Rollouts.metadata, required=True),
     "steps": FileColumn("string", _Rollouts.steps),
@@ -613,7 +621,7 @@ def to_python(array: pa.Array) -> list[Any]:
         return parts
     if array.null_count == 0 and (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
         return array.to_numpy().tolist()
-    if pa.types.is_integer(array.type) and array.null_count == len(array):
+    if array.null_count == len(array):
         return [None] * len(array)
     return array.to_pylist()
 
