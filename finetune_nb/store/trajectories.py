@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,9 +218,15 @@ class _Rollouts:
         """A column of the messages as lists, one a trajectory; a failure has none."""
         import pyarrow as pa
 
-        sizes = [len(trajectory.episode) for trajectory in self._trajectories] + [0] * len(self._failures)
+        offsets, failed = self._episodes
+        return pa.ListArray.from_arrays(offsets, of_messages, mask=failed)
+
+    @cached_property
+    def _episodes(self) -> tuple[pa.Array, pa.Array]:
+        """Where the messages of each rollout begin and end, and which rollouts failed."""
+        sizes = self._known["turns"] + [0] * len(self._failures)
         failed = [False] * len(self._trajectories) + [True] * len(self._failures)
-        return pa.ListArray.from_arrays(_offsets(sizes), of_messages, mask=_array(failed, "bool"))
+        return _offsets(sizes), _array(failed, "bool")
 
 
 def _without_output(metadata: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -472,12 +478,7 @@ def _flat(lists: Sequence[list[Any] | None], kind: type, narrowest: str = "float
 
 
 def _offsets(sizes: Sequence[int]) -> pa.Array:
-    import numpy as np
-    import pyarrow as pa
-
-    offsets = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    return pa.array(offsets).cast(pa.int32())
+    return _array([0, *accumulate(sizes)], "int32")
 
 
 def _counts(values: Sequence[Any]) -> pa.Array:
