@@ -29,6 +29,7 @@ from ..errors import ConfigError, RunError, did_you_mean
 from ..hooks import resolve
 from ..redaction import MASK, KeyPath, is_text, plain_data
 from ..user_code import as_exception
+from .functions import Function
 from .registry import EXECUTORS, KINDS, TRAINER_ADAPTERS, Build, config_class, registered
 
 if TYPE_CHECKING:
@@ -159,13 +160,14 @@ class Builder:
         return await self._get("llm_provider", name)
 
     async def get_function(self, name: str) -> Any:
-        """Get a workflow, built on first use.
+        """Get a function, built on first use.
 
         Args:
-            name: Its name. The config's own is called "workflow" (in the Toolkit: "<workflow>").
+            name: Its name in the section `functions`. The config's workflow is called "workflow" (in the Toolkit: "<workflow>").
 
         Returns:
-            The workflow.
+            The function, to be called as it was written. Model calls in it are recorded as its own
+            (`finetuning.target_functions`).
 
         Raises:
             ConfigError: There is no such function; or components need each other in a circle.
@@ -356,7 +358,10 @@ class Builder:
         config = self.config
         title, section = {
             "llm_provider": ("llms", config.llms),
-            "function": ("the config", {} if config.workflow is None else {"workflow": config.workflow}),
+            "function": (
+                "functions",
+                config.functions | ({} if config.workflow is None else {"workflow": config.workflow}),
+            ),
             "evaluator": ("eval.evaluators", config.eval.evaluators),
             "dataset": ("the config", {}),
             "trajectory_builder": ("trajectory_builders", config.trajectory_builders),
@@ -447,6 +452,8 @@ class Builder:
             return
         finally:
             del self._needs[live.key]
+        if kind == "function" and name != "workflow":
+            component = Function(component, name)
         self._built.append(live)
         live.ready.set_result(component)
         try:

@@ -43,6 +43,7 @@ __all__ = [
 
 NAMED_COMPONENTS: dict[KeyPath, str] = {
     ("llms",): "llm_provider",
+    ("functions",): "function",
     ("eval", "evaluators"): "evaluator",
     ("trajectory_builders",): "trajectory_builder",
     ("trainer_adapters",): "trainer_adapter",
@@ -65,7 +66,7 @@ NOT_OURS: dict[KeyPath, tuple[Any, ...]] = {
     **{
         (section,): (None, {})
         for section in (
-            *("general", "functions", "function_groups", "middleware", "embedders", "memory", "object_stores"),
+            *("general", "function_groups", "middleware", "embedders", "memory", "object_stores"),
             *("optimizer", "retrievers", "ttc_strategies", "authentication"),
         )
     },
@@ -285,6 +286,10 @@ class _Reading:
             self.problem(path, text)
         if self.problems or config is None:
             raise ConfigError(self.report())
+        target = config.finetuning.target_model
+        if target is not None and target not in config.llms:
+            # Named as its adapter or its model is: `problems` has seen that a single llm is.
+            config.finetuning.target_model = next(iter(config.llms_of_model(target)), target)
         plain_data(config, lambda path, node: self.note_value(path, node))
         config._placeholders = self.placeholders
         return config

@@ -245,9 +245,11 @@ class FinetuneConfig(BaseModel):
     reward_function: RewardFunctionConfig | None = None
     """The evaluator whose score is the reward; a component that names its own comes first. None: the only one there is."""
     target_functions: list[str] = ["<workflow>"]
-    """Only model calls made inside these functions make a trajectory; "<workflow>" is the workflow itself."""
+    """Only model calls made inside these functions make a trajectory: names of the section `functions`; "<workflow>" is the
+    workflow itself, without the functions that it calls."""
     target_model: str | None = None
-    """Only calls of this llm make a trajectory; None: every call."""
+    """Only calls of this llm make a trajectory, by its name in the section `llms`; None: every call. The name of its trainer
+    adapter, or of its model, is taken too where a single llm has it."""
     curriculum_learning: CurriculumLearningConfig = CurriculumLearningConfig()
     """Which groups of an epoch are kept to be trained on."""
     num_epochs: int = Field(default=1, ge=1)
@@ -298,6 +300,11 @@ class EvalConfig(BaseModel):
     """What scores the rollouts, by name."""
 
 
+def _models_of(llm: LLMBaseConfig) -> tuple[Any, Any]:
+    """What an llm's config says that it is sampled from."""
+    return getattr(llm, "adapter", None), getattr(llm, "model_name", None)
+
+
 # ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -319,6 +326,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     llms: dict[str, SerializeAsAny[LLMBaseConfig]] = Field(default_factory=dict)
+    functions: dict[str, SerializeAsAny[FunctionBaseConfig]] = Field(default_factory=dict)
     workflow: SerializeAsAny[FunctionBaseConfig] | None = None
     eval: EvalConfig = Field(default_factory=EvalConfig)
     trajectory_builders: dict[str, SerializeAsAny[TrajectoryBuilderConfig]] = Field(default_factory=dict)
@@ -344,6 +352,28 @@ class Config(BaseModel):
     def llm_of_workflow(self) -> str | None:
         """The llm that the workflow asks: the one that it names, or the only one that there is; None: none, or not clear."""
         return getattr(self.workflow, "llm", None) or (next(iter(self.llms)) if len(self.llms) == 1 else None)
+
+    def name_of_llm(self, config: LLMBaseConfig) -> str | None:
+        """Find the name of an llm.
+
+        Args:
+            config: That very object in the section `llms`.
+
+        Returns:
+            Its name; None if it is not there.
+        """
+        return next((name for name, llm in self.llms.items() if llm is config), None)
+
+    def llms_of_model(self, name: str) -> list[str]:
+        """Find the llms that are sampled from one model.
+
+        Args:
+            name: Of the trainer adapter, or of the model.
+
+        Returns:
+            The names of the llms, in the config's order.
+        """
+        return [llm for llm, config in self.llms.items() if name in _models_of(config)]
 
     def problems(self) -> list[tuple[KeyPath, str]]:
         """Find what does not fit together when finetuning is enabled: names that are in no section, a curriculum under which
@@ -376,6 +406,19 @@ class Config(BaseModel):
         for path, name, section, title in names:
             if name is not None and name not in section:
                 found.append((("finetuning", *path), f"{name!r} is not one of {title}. {did_you_mean(name, section)}"))
+        for place, function in enumerate(tuning.target_functions if self.workflow is not None else ()):
+            if function != "<workflow>" and function not in self.functions:
+                known = ["<workflow>", *self.functions]
+                problem = f"{function!r} is not one of functions. {did_you_mean(function, known)}"
+                found.append((("finetuning", "target_functions", place), problem))
+        target = tuning.target_model
+        if target is not None and self.llms and target not in self.llms:
+            meant = self.llms_of_model(target)
+            problem = f"{target!r} is not one of llms. {did_you_mean(target, self.llms)}"
+            if len(meant) > 1:
+                problem = f"{target!r} is what {', '.join(map(repr, meant))} are sampled from. Name one of these llms"
+            if len(meant) != 1:
+                found.append((("finetuning", "target_model"), problem))
         builder, curriculum = self.trajectory_builders.get(tuning.trajectory_builder or ""), tuning.curriculum_learning
         single = getattr(builder, "num_generations", None) == 1
         if single and curriculum.enabled and curriculum.min_reward_diff > 0:

@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from ..components.functions import WORKFLOW, current_function
 from ..errors import RunError
 from ..interfaces import Policy
 from ..types import (
@@ -41,7 +42,6 @@ __all__ = [
     "without_stop",
 ]
 
-_WORKFLOW = InvocationNode(function_id="<workflow>", function_name="<workflow>")
 TEXT_PROMPT = "other"
 """The role under which a prompt without a chat template is recorded."""
 _numbers = itertools.count(1)
@@ -87,6 +87,8 @@ class CallRecorder:
     """Counts how often the rollout was begun again."""
     task: asyncio.Task[Any] | None = field(default=None, repr=False)
     """The task that runs the rollout's workflow."""
+    functions: dict[int, InvocationNode] = field(default_factory=dict, repr=False)
+    """By sequence: which function made the call, where it was not the workflow itself."""
     _begun: int = 0
     _restarted: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -113,6 +115,9 @@ class CallRecorder:
         """Sequence number and seed of the next call: the seed is a hash of run seed, episode and sequence."""
         with self._lock:
             sequence, self._begun = self._begun, self._begun + 1
+            function = current_function()
+            if function is not WORKFLOW:
+                self.functions[sequence] = function
         digest = hashlib.blake2b(repr((self.seed, *self.key, sequence)).encode(), digest_size=8).digest()
         return sequence, int.from_bytes(digest, "big") >> 1
 
@@ -174,7 +179,8 @@ class CallRecorder:
 
     def steps(self) -> list[IntermediateStep]:
         """The calls as intermediate steps, the form in which evaluators and builders see them."""
-        return [_step(call) for call in sorted(self.calls, key=lambda call: call.sequence)]
+        calls = sorted(self.calls, key=lambda call: call.sequence)
+        return [_step(call, self.functions.get(call.sequence, WORKFLOW)) for call in calls]
 
     @contextmanager
     def current(self) -> Iterator[CallRecorder]:
@@ -243,7 +249,7 @@ def arguments_of(function: Mapping[str, Any]) -> Any:
     return arguments
 
 
-def _step(call: LLMCall) -> IntermediateStep:
+def _step(call: LLMCall, function: InvocationNode) -> IntermediateStep:
     data = StreamEventData(input=call.messages, output=call.reply.get("content"), payload=call)
     metadata: dict[str, Any] = {}
     if call.tools:
@@ -258,4 +264,4 @@ def _step(call: LLMCall) -> IntermediateStep:
         metadata=metadata or None,
         UUID=f"{'/'.join(map(str, call.episode or ()))}/{call.sequence}",
     )
-    return IntermediateStep(parent_id="root", function_ancestry=_WORKFLOW, payload=payload)
+    return IntermediateStep(parent_id="root", function_ancestry=function, payload=payload)

@@ -500,7 +500,7 @@ async def policy_llm(config: PolicyLLMConfig, builder: Builder):
             f"llm of type 'policy' names the trainer adapter {config.adapter!r}, which offers no policy to sample from. "
             "Use an adapter that does (local_grpo), or an llm of type 'openai'."
         )
-    llm = PolicyLLM(adapter.policy, config.adapter)
+    llm = PolicyLLM(adapter.policy, builder.config.name_of_llm(config) or config.adapter)
     llm.config = config
     llm.configured()
     yield llm

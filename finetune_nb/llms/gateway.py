@@ -33,9 +33,10 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
 
+from ..components.functions import WORKFLOW, current_function, running
 from ..errors import BackendError, ConfigError, FinetuneError, MissingExtra
 from ..redaction import redact_text, redacting_logger, remember_secret
-from ..types import LLMCall, SamplingParams
+from ..types import InvocationNode, LLMCall, SamplingParams
 from .call_recorder import CallRecorder, without_stop
 from .openai_wire import Refused, WireRequest, answer_of, error_body, events_of, read_request
 from .protocols import messages, responses
@@ -91,6 +92,8 @@ class Endpoint:
     episode: CallRecorder
     llm: AskedModel
     gateway: Gateway = field(repr=False)
+    function: InvocationNode = field(default_factory=lambda: WORKFLOW, repr=False)
+    """The function that asked for the address: what is called here is recorded as called by it."""
     tasks: set[asyncio.Task[Any]] = field(default_factory=set, repr=False)
     """Requests that are being answered. Touched on the gateway's loop alone."""
     answered: dict[str, tuple[WireRequest, list[LLMCall]]] = field(default_factory=dict, repr=False)
@@ -178,14 +181,15 @@ class Gateway:
     # ── addresses ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def endpoint(self, episode: CallRecorder, llm: AskedModel) -> Endpoint:
-        """The address of that model for that rollout."""
+        """The address of that model for that rollout, and for the function that asks for it."""
+        function = current_function()
         watch_connections(self.port)
         with self._lock:
             for endpoint in episode.endpoints:
-                if isinstance(endpoint, Endpoint) and endpoint.llm is llm:
+                if isinstance(endpoint, Endpoint) and endpoint.llm is llm and endpoint.function is function:
                     return endpoint
             bypass_proxies()  # the proxy may have come into the environment after the rollout's start
-            endpoint = Endpoint(self._sealed(next(self._numbers)), episode, llm, self)
+            endpoint = Endpoint(self._sealed(next(self._numbers)), episode, llm, self, function)
             self._open[endpoint.id] = endpoint
             episode.endpoints.append(endpoint)
             return endpoint
@@ -313,7 +317,7 @@ async def sample(endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
         assert request.messages is not None
         return llm.call(episode, request.messages, request.tools, request.params, **options)
 
-    with episode.current():
+    with episode.current(), running(endpoint.function):
         if request.choices == 1:
             return [_as_asked(await ask(), request, llm)]
         async with asyncio.TaskGroup() as group:

@@ -411,6 +411,7 @@ async def openai_llm(config: OpenAIModelConfig, builder: Builder):
 
     connect()  # what is wrong with the settings is said now
     llm = OpenAILLM(config, connect, await in_daemon_thread(_tokenizer, config))
+    llm.name = builder.config.name_of_llm(config) or config.model_name
     yield llm
     await llm.aclose()
     await close_clients()

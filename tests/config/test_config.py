@@ -306,7 +306,7 @@ def test_a_component_without_a_type_is_a_mistake():
 @pytest.mark.parametrize(
     ("tree", "path"),
     [
-        ({"functions": {"f": {"_type": "x"}}}, "functions"),
+        ({"function_groups": {"f": {"_type": "x"}}}, "function_groups"),
         ({"general": {"use_uvloop": True}}, "general"),
         ({"eval": {"general": {"profiler": {"x": 1}}}}, "eval.general.profiler"),
         ({"eval": {"general": {"per_input_user_id": False}}}, "eval.general.per_input_user_id"),
@@ -431,7 +431,8 @@ def test_overrides_are_read_as_yaml_scalars_and_may_create_a_section():
         ("finetuning.run_configuration.validation_interval", 2),
         ("llms.my_model.model_name", "a: b"),
         ("trainer_adapters.my_adapter.backend.learning_rate", "2e-4"),
-        ("finetuning.target_functions", "[x, y]"),
+        ("finetuning.target_functions", "[x, <workflow>]"),
+        ("functions", "{x: {_type: cfg_workflow}}"),
     ]
     config = load_config(YAML, override=override)
     assert config.finetuning.num_epochs == 3 and config.run.deterministic is True
@@ -439,7 +440,7 @@ def test_overrides_are_read_as_yaml_scalars_and_may_create_a_section():
     assert config.finetuning.run_configuration.validation_interval == 2
     assert config.llms["my_model"].model_name == "a: b"  # type: ignore[attr-defined]
     assert config.trainer_adapters["my_adapter"].backend.learning_rate == 2e-4  # type: ignore[attr-defined]
-    assert config.finetuning.target_functions == ["x", "y"]
+    assert config.finetuning.target_functions == ["x", "<workflow>"]
 
 
 @pytest.mark.parametrize(
