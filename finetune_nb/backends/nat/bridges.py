@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from ...config.sections import FinetuneConfig
+from ...errors import ConfigError
 from ...hooks import resolve, wrap_method
 from ...interfaces import TrainerAdapter, TrajectoryBuilder
 from ...rollouts.evaluation import progress
+from ...text import text_of
 from ...types import (
     RolloutFailure,
     TrainingJobRef,
@@ -32,6 +36,7 @@ from .conversion import (
     ref_to_nat,
     status_from_nat,
     status_to_nat,
+    steps_from_nat,
     trajectory_from_nat,
 )
 
@@ -54,11 +59,19 @@ def is_one_of(component: Any, table: set[str]) -> bool:
 
 
 class NatBuilder(TrajectoryBuilder):
-    """A TrajectoryBuilder of the Toolkit."""
+    """A TrajectoryBuilder of the Toolkit.
 
-    def __init__(self, nat: Any) -> None:
+    Args:
+        nat: It.
+        most: How many of its rollouts run at once, over all generations; asked whenever one begins. Default: as many as the
+            Toolkit runs, the config's max_concurrency in each generation.
+    """
+
+    def __init__(self, nat: Any, most: Callable[[], int] | None = None) -> None:
         super().__init__(nat.trajectory_builder_config)
-        self.nat = nat
+        self.nat, self._most = nat, most
+        self._limit: Any = None
+        self._evaluated: list[Any] = []  # of the generations of this epoch, in order
         self._ask_start, self._ask_finalize = nat.start_run, nat.finalize
         default = resolve("nat.finetuning.interfaces.trajectory_builder:TrajectoryBuilder").run_eval
         if getattr(type(nat), "run_eval", None) is default:
@@ -71,6 +84,7 @@ class NatBuilder(TrajectoryBuilder):
         self.run_config = run_config
 
     async def start_run(self, run_id: str, meta: dict | None = None) -> None:
+        self._evaluated = []
         await self._ask_start(run_id=run_id, meta=meta)
 
     async def finalize(self, run_id: str, meta: dict | None = None) -> TrajectoryCollection:
@@ -79,7 +93,25 @@ class NatBuilder(TrajectoryBuilder):
         except BaseException:
             await self.aclose(run_id)
             raise
-        return collection_from_nat(self._theirs, self.ours)
+        collection = collection_from_nat(self._theirs, self.ours)
+        collection.failures = self._failures(collection)
+        return collection
+
+    def _failures(self, collection: TrajectoryCollection) -> list[RolloutFailure]:
+        """The rollouts of the epoch that the Toolkit's builder left out: it says of none why."""
+        made: set[tuple[str, Any]] = set()
+        for trajectory in chain.from_iterable(collection.trajectories):
+            about = trajectory.metadata or {}
+            if "id" not in about or "generation" not in about:
+                return [failure for each in self._evaluated for failure in each.failures]  # pairs, say
+            made.add((text_of(about["id"]), about["generation"]))
+        found: list[RolloutFailure] = []
+        for each in self._evaluated:
+            found += each.failures
+            for item in each.done:
+                if (text_of(item.id), each.generation) not in made:
+                    found.append(RolloutFailure(item.id, each.generation, _LEFT_OUT, steps_from_nat(item.trajectory)))
+        return found
 
     def ours(self, trajectory: Any) -> Trajectory:
         """The same object for the same trajectory, so that what was submitted is found in what was collected."""
@@ -94,12 +126,22 @@ class NatBuilder(TrajectoryBuilder):
         from nat.data_models.evaluate_runtime import EvaluationRunConfig
         from nat.utils.io.supress_logs import suppress_logs
 
-        from .evaluation import EvaluationRun
+        from .evaluation import Evaluated, EvaluationRun, Limit, limited
 
+        if self._limit is None and self._most is not None:
+            self._limit = Limit(self._most)
+        evaluated = Evaluated(len(self._evaluated))
+        self._evaluated.append(evaluated)
         run = self.nat.run_config.run_configuration
         asked = {name: getattr(run, name) for name in _ASKED}
+        asked["config_file"] = limited(run.config_file, self._limit)
+        # Nothing is written down by the Toolkit: credentials as they are, and every generation into the same files.
+        evaluation = EvaluationRun(EvaluationRunConfig(**asked, write_output=False), limit=self._limit)
         async with suppress_logs(prefix="nat.eval"):
-            return await EvaluationRun(EvaluationRunConfig(**asked)).run_and_evaluate()
+            output = await evaluation.run_and_evaluate()
+        reward = self.nat.run_config.reward_function
+        evaluated.take(output, evaluation.errors, reward and reward.name)
+        return output
 
     async def rollout(self, example: Any, run_id: str) -> Trajectory | RolloutFailure:
         """One scored rollout of one example, by its id or its position. Raises RunError for one that is not there."""
@@ -140,6 +182,10 @@ class NatBuilder(TrajectoryBuilder):
         await asyncio.gather(*left, return_exceptions=True)
 
 
+_LEFT_OUT = (
+    "the Toolkit's builder made no trajectory of it: no model call of the target functions and model, fewer than two "
+    "messages, or no logprobs. Its log says which"
+)
 _ASKED = ("config_file", "dataset", "result_json_path", "endpoint", "endpoint_timeout", "override")
 """What of a run configuration an evaluation is given."""
 
@@ -156,6 +202,11 @@ class NatAdapter(TrainerAdapter):
         self._newest: tuple[Any, TrainingJobRef] | None = None  # the Toolkit's ref, and ours
         self._ended: dict[str, TrainingJobStatus] = {}
         self._jobs = 0
+        self._passes_on = False
+        training = getattr(nat.adapter_config, "training", None)
+        if is_one_of(nat, POLLS_ITSELF) and isinstance(training, dict):
+            # It asks the dict for attributes, and so would train with its defaults whatever the config says.
+            nat.adapter_config.training = _Settings(training)
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
         """The Toolkit's is initialized by its own trainer, or by NatTrainer's owner."""
@@ -166,6 +217,7 @@ class NatAdapter(TrainerAdapter):
 
     async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
         theirs = self._theirs.get(id(trajectories))
+        self._pass_on_beta()
         given = await self._ask_submit(collection_to_nat(trajectories) if theirs is None else theirs)
         if self._builder is not None:
             self._builder.forget()
@@ -175,6 +227,29 @@ class NatAdapter(TrainerAdapter):
         ref = TrainingJobRef(run_id=given.run_id, backend=given.backend, metadata=metadata)
         self._newest = (given, ref)
         return ref
+
+    def _pass_on_beta(self) -> None:
+        """Gives `training.beta` to ART under its name there: the Toolkit's adapter gives it under one that ART drops.
+
+        Raises:
+            ConfigError: This version of ART has no such setting.
+        """
+        beta = getattr(getattr(self.nat.adapter_config, "training", None), "beta", 0)
+        if self._passes_on or not beta or not is_one_of(self.nat, POLLS_ITSELF):
+            return
+        self._passes_on = True
+
+        def train(original: Callable[..., Any], *args: Any, config: Any, **options: Any) -> Any:
+            if "kl_penalty_coef" not in type(config).model_fields:
+                raise ConfigError(
+                    f"training.beta is {beta}, and the installed openpipe-art has no weight of the KL divergence. Leave beta "
+                    "out, or install a version whose TrainConfig has kl_penalty_coef."
+                )
+            return original(*args, config=config.model_copy(update={"kl_penalty_coef": float(beta)}), **options)
+
+        # ART's model lets nobody set what is no field of it.
+        original = self.nat.model.train
+        object.__setattr__(self.nat.model, "train", partial(train, original))
 
     def ours(self, ref: Any) -> TrainingJobRef:
         """The Toolkit's ref of a job as the Run knows it."""
@@ -232,6 +307,16 @@ class NatAdapter(TrainerAdapter):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Settings(dict[str, Any]):
+    """Settings that can be asked for as attributes, too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 _OWN_ID = "finetune_nb_job"

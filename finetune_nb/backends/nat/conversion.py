@@ -9,7 +9,7 @@ are. Nothing here imports the Toolkit but the functions that make its nouns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...types import (
@@ -45,6 +45,7 @@ __all__ = [
     "ref_to_nat",
     "status_from_nat",
     "status_to_nat",
+    "steps_from_nat",
     "trajectory_from_nat",
     "trajectory_to_nat",
     "was_dropped",
@@ -150,30 +151,41 @@ def status_to_nat(status: TrainingJobStatus) -> Any:
 
 
 def evaluation_from_nat(
-    output: Any, call_of_id: Callable[[str], LLMCall | None] = lambda response_id: None, generation: int = 0
+    output: Any,
+    call_of_id: Callable[[str], LLMCall | None] = lambda response_id: None,
+    generation: int = 0,
+    errors: Sequence[tuple[Any, str]] = (),
 ) -> EvaluationRunOutput:
-    """What the Toolkit's EvaluationRun returned, as ours. generation: which of the group's rollouts these are.
+    """What the Toolkit's EvaluationRun returned, as ours.
 
-    Its model calls become LLMCalls: of a reply whose id the gateway knows (`call_of_id`) the call as it was recorded,
-    exact ids and all; of any other what the Toolkit noted. An item whose workflow raised has neither output nor steps
-    there, and evaluators score it all the same; here it is a failure.
+    Its model calls become LLMCalls: of a reply whose id the gateway knows the call as it was recorded, exact ids and all; of
+    any other what the Toolkit noted.
+
+    Args:
+        output: What it returned.
+        call_of_id: Finds the recorded call of a reply.
+        generation: Which of the group's rollouts these are.
+        errors: The items whose rollout failed, each with its error. An item without output and steps is one of them: a
+            workflow elsewhere raised for it.
+
+    Returns:
+        The evaluation.
     """
     items, failures = [], []
+    known = {id(item): error for item, error in errors}
     for item in output.eval_input.eval_input_items:
-        steps = [step for step in item.trajectory if step.event_type in _KEPT_STEPS]
-        starts = {step.UUID: step for step in steps if step.event_type == IntermediateStepType.LLM_START}
         ours = EvalInputItem.model_construct(
             id=item.id,
             input_obj=item.input_obj,
             expected_output_obj=item.expected_output_obj,
             output_obj=item.output_obj,
             expected_trajectory=[],
-            trajectory=[_step_from_nat(step, starts.get(step.UUID), call_of_id) for step in steps],
+            trajectory=steps_from_nat(item.trajectory, call_of_id),
             full_dataset_entry=item.full_dataset_entry,
         )
         items.append(ours)
-        if was_dropped(item):
-            error = "WorkflowError: the workflow raised; the Toolkit's log has its error"
+        if id(item) in known or was_dropped(item):
+            error = known.get(id(item), "WorkflowError: the workflow raised; the Toolkit's log has its error")
             failures.append(RolloutFailure(item.id, generation, error))
     return EvaluationRunOutput.model_construct(
         workflow_output_file=output.workflow_output_file,
@@ -185,6 +197,15 @@ def evaluation_from_nat(
         profiler_results=None,
         failures=failures,
     )
+
+
+def steps_from_nat(
+    given: Sequence[Any], call_of_id: Callable[[str], LLMCall | None] = lambda response_id: None
+) -> list[IntermediateStep]:
+    """The model and tool calls among the Toolkit's steps, as ours."""
+    steps = [step for step in given if step.event_type in _KEPT_STEPS]
+    starts = {step.UUID: step for step in steps if step.event_type == IntermediateStepType.LLM_START}
+    return [_step_from_nat(step, starts.get(step.UUID), call_of_id) for step in steps]
 
 
 def was_dropped(item: Any) -> bool:

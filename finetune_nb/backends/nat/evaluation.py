@@ -6,10 +6,14 @@ into trajectories by our builder.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +27,23 @@ from ...interfaces import Policy
 from ...llms.call_recorder import CallRecorder
 from ...llms.client import PolicyLLM
 from ...llms.gateway import Endpoint, gateway
+from ...redaction import error_text, redact_text
 from ...rollouts.evaluation import evaluation_context, progress
 from ...rollouts.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
+from ...text import text_of
 from ...types import EpisodeKey, EvaluationRunOutput, LLMCall, RolloutFailure, SamplingParams, Trajectory
-from .conversion import evaluation_from_nat, was_dropped
+from ...user_code import as_exception
+from .conversion import evaluation_from_nat, steps_from_nat
 
 __all__ = [
+    "Evaluated",
     "EvaluatingBuilder",
     "EvaluationRun",
     "Evaluations",
+    "Limit",
     "SharedLLM",
     "finetuning_from_nat",
+    "limited",
     "trying",
     "without_itself",
 ]
@@ -95,36 +105,107 @@ class Evaluations:
         return next((call for call in episode.calls if call.sequence == int(sequence)), None)
 
 
-class EvaluationRun(NatEvaluationRun):
-    """example: the only one that is run, by its id or its position in the dataset; all by default."""
+class Limit:
+    """How many rollouts run at once, over all evaluations that share it.
 
-    def __init__(self, config: Any, example: Any = None) -> None:
+    Args:
+        most: Asked whenever a rollout begins or ends, since it may be changed while the run continues.
+    """
+
+    def __init__(self, most: Callable[[], int]) -> None:
+        self.most = most
+        self._running = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def __aenter__(self) -> None:
+        while self._running >= self.most():
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                self._wake()  # if it was this one's turn, it is the next one's
+                raise
+        self._running += 1
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._running -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        places = self.most() - self._running
+        while self._waiting and places > 0:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                places -= 1
+
+
+class _RolloutFailed(BaseException):
+    """What a workflow raised, on its way past the Toolkit: an Exception would end the rollouts that have not begun."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class EvaluationRun(NatEvaluationRun):
+    """An evaluation of the Toolkit in which a rollout that fails leaves the others alone, and no evaluator sees it.
+
+    Args:
+        config: The Toolkit's EvaluationRunConfig.
+        example: The only one that is run, by its id or its position in the dataset. Default: all.
+        limit: How many rollouts run at once, together with other evaluations. Default: what the Toolkit does.
+    """
+
+    def __init__(self, config: Any, example: Any = None, limit: Limit | None = None) -> None:
         super().__init__(config)
-        self._example = example
+        self._example, self._limit = example, limit
+        self.errors: list[tuple[Any, str]] = []
+        """The items whose rollout failed, each with its error."""
+
+    async def run_and_evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        output = await super().run_and_evaluate(*args, **kwargs)
+        known = {id(item) for item in self.eval_input.eval_input_items}
+        failed = [item for item, _ in self.errors if id(item) not in known]
+        self.eval_input.eval_input_items += failed
+        return output
 
     async def run_workflow_local(self, session_manager: Any, http_connection: Any = None) -> None:
         """Each item has a session of its own, whose end is the rollout's: what the Toolkit tells its callbacks leaves out
         those that failed."""
         self._choose()
-        meter, items, ended = progress.get(), self.eval_input.eval_input_items, 0
-        if meter is None:
-            return await super().run_workflow_local(session_manager, http_connection)
+        meter, items = progress.get(), self.eval_input.eval_input_items
+        begun = iter(items)  # the Toolkit asks for their sessions in this order
+        limit = self._limit or nullcontext()
 
         @asynccontextmanager
         async def session(original: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-            nonlocal ended
-            async with original(*args, **kwargs) as opened:
+            item = next(begun)
+            async with limit, original(*args, **kwargs) as opened:
+                wrap_method(opened, "run", _contained_run)
+                error: Exception | None = None
                 try:
                     yield opened
-                finally:
-                    ended += 1
+                except _RolloutFailed as failed:
+                    error = failed.error
+                except Exception as raised:  # of the Toolkit's: no value at result_json_path, say
+                    error = raised
+                if error is not None:
+                    item.output_obj, item.trajectory = None, []
+                    self.errors.append((item, error_text(error)))
+                if meter is not None:
                     meter.done += 1
+                    meter.failed += error is not None
 
         wrap_method(session_manager, "session", session)
-        meter.total += len(items)
+        if meter is not None:
+            meter.total += len(items)
         await super().run_workflow_local(session_manager, http_connection)
-        meter.done += len(items) - ended  # not begun, because another one failed
-        meter.failed += sum(map(was_dropped, items))
+        failed = {id(item) for item, _ in self.errors}
+        done = [item for item in items if id(item) not in failed]
+        if done:  # an evaluator may not expect that there is nothing at all
+            self.eval_input.eval_input_items = done
 
     async def run_workflow_remote(self) -> None:
         self._choose()
@@ -145,13 +226,80 @@ class EvaluationRun(NatEvaluationRun):
         self.eval_input.eval_input_items = found[:1]
 
 
+class Evaluated:
+    """One generation of a builder of the Toolkit's: which rollouts ended well, and which failed.
+
+    Args:
+        generation: Its number.
+    """
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.failures: list[RolloutFailure] = []
+        self.done: list[Any] = []
+        """Items of the Toolkit's."""
+
+    def take(self, output: Any, errors: Sequence[tuple[Any, str]], reward: str | None) -> None:
+        """What the evaluation came to. A rollout whose reward has no number for a score is a failure: its score is taken out of
+        `output`, for the Toolkit would train on it as 0.
+
+        Args:
+            output: What the Toolkit's evaluation returned.
+            errors: The items whose rollout failed, each with its error.
+            reward: Name of the evaluator whose score is the reward.
+        """
+        failed = {id(item): error for item, error in errors}
+        unscored: dict[str, str] = {}
+        for name, result in output.evaluation_results:
+            if name == reward:
+                scored = [item for item in result.eval_output_items if is_score(item)]
+                left_out = [item for item in result.eval_output_items if not is_score(item)]
+                unscored = {text_of(item.id): getattr(item, "error", None) or "none was given" for item in left_out}
+                result.eval_output_items = scored
+        for item in output.eval_input.eval_input_items:
+            error = failed.get(id(item))
+            if error is None and text_of(item.id) in unscored:
+                error = f"no score by the reward {reward!r}: {unscored[text_of(item.id)]}"
+            if error is None:
+                self.done.append(item)
+            else:
+                steps = steps_from_nat(item.trajectory)
+                self.failures.append(RolloutFailure(item.id, self.generation, redact_text(error), steps))
+
+
+def is_score(item: Any) -> bool:
+    """Whether an evaluator's verdict is a number that can be trained on."""
+    score = item.score
+    return isinstance(score, Real) and math.isfinite(score) and not getattr(item, "error", None)
+
+
+@asynccontextmanager
+async def _contained_run(original: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    """The run of a session, in which whatever the workflow raises is a _RolloutFailed."""
+
+    async def result(original: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await original(*args, **kwargs)
+        except BaseException as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            raise _RolloutFailed(as_exception(error, "the workflow")) from error
+
+    async with original(*args, **kwargs) as runner:
+        wrap_method(runner, "result", result)
+        yield runner
+
+
 # ── our builder over it ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class EvaluatingBuilder(EvalTrajectoryBuilder):
-    """Ours, whose generations are the Toolkit's evaluation runs. `run`: the Toolkit's run configuration."""
+    """Ours, whose generations are the Toolkit's evaluation runs. `run`: the Toolkit's run configuration. `limit`: over the
+    rollouts of all generations."""
 
     run: Any = None
+    limit: Limit | None = None
     reads_our_rows = False
 
     async def run_eval(self) -> EvaluationRunOutput:
@@ -169,7 +317,7 @@ class EvaluatingBuilder(EvalTrajectoryBuilder):
         # A validation has its own dataset, and may have its own file; a config in memory is the Run's.
         dataset, own = (asked.dataset or run.dataset, asked.config_file) if asked is not None else (run.dataset, None)
         config = EvaluationRunConfig(
-            config_file=own if isinstance(own, Path) else run.config_file,
+            config_file=own if isinstance(own, Path) else limited(run.config_file, self.limit),
             dataset=None if dataset is None else str(dataset),
             result_json_path=run.result_json_path,
             endpoint=run.endpoint,
@@ -177,8 +325,10 @@ class EvaluatingBuilder(EvalTrajectoryBuilder):
             write_output=False,
         )
         with Evaluations.open() as calls:
-            output = await EvaluationRun(config, example).run_and_evaluate()
-            return evaluation_from_nat(output, calls.of_response, evaluation_context.get().generation)
+            evaluation = EvaluationRun(config, example, self.limit)
+            output = await evaluation.run_and_evaluate()
+            generation = evaluation_context.get().generation
+            return evaluation_from_nat(output, calls.of_response, generation, evaluation.errors)
 
 
 async def trying(run_config: Any) -> EvaluatingBuilder:
@@ -187,6 +337,14 @@ async def trying(run_config: Any) -> EvaluatingBuilder:
     builder.run = without_itself(run_config.run_configuration)
     await builder.initialize(finetuning_from_nat(run_config))
     return builder
+
+
+def limited(config: Any, limit: Limit | None) -> Any:
+    """The Toolkit's config with the limit as its own; a file, whose limit is its own, as it is."""
+    if limit is None or not hasattr(config, "eval"):
+        return config
+    general = config.eval.general.model_copy(update={"max_concurrency": limit.most()})
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"general": general})})
 
 
 # ── configs ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,13 +15,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, MissingExtra
+from ...errors import ConfigError, MissingExtra, did_you_mean
 from ...hooks import resolve
 from ...redaction import is_text, names_credential, plain_data, redact_text, remember_secret
 from ..import_guard import undo_side_effects
 
 __all__ = [
     "Opened",
+    "check_names",
     "finetuning_section",
     "open_config",
     "read_config",
@@ -106,6 +107,38 @@ def finetuning_section(tree: Mapping[str, Any], path: Path) -> dict[str, Any]:
             "trainer, trajectory_builder and trainer_adapter, as `nat finetune` does."
         )
     return dict(section)
+
+
+def check_names(tree: Mapping[str, Any], path: Path) -> None:
+    """Checks that what the `finetuning` section names is there. The Toolkit says of a misspelt reward, after an epoch, that
+    there were no trajectories.
+
+    Raises:
+        ConfigError: Something is named that no section has.
+    """
+    section = tree["finetuning"]
+    reward = section.get("reward_function")
+    evaluation = tree.get("eval") if isinstance(tree.get("eval"), Mapping) else {}
+    named = {
+        "trainer": (section.get("trainer"), "trainers", tree.get("trainers")),
+        "trajectory_builder": (
+            section.get("trajectory_builder"),
+            "trajectory_builders",
+            tree.get("trajectory_builders"),
+        ),
+        "trainer_adapter": (section.get("trainer_adapter"), "trainer_adapters", tree.get("trainer_adapters")),
+        "reward_function.name": (
+            reward.get("name") if isinstance(reward, Mapping) else None,
+            "eval.evaluators",
+            (evaluation or {}).get("evaluators"),
+        ),
+    }
+    for field, (name, title, known) in named.items():
+        if name is not None and name not in (known or {}):
+            raise ConfigError(
+                f"config {str(path)!r}: finetuning.{field} is {name!r}, which is not one of {title}. "
+                f"{did_you_mean(str(name), known or {})}"
+            )
 
 
 @asynccontextmanager

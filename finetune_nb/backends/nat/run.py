@@ -17,7 +17,7 @@ from ...components.registry import register_trainer, register_trainer_adapter, r
 from ...config.base import RewardFunctionConfig, TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
 from ...errors import ConfigError
 from .bridges import NatAdapter, NatBuilder, unwrap
-from .opening import finetuning_section, open_config, read_config
+from .opening import check_names, finetuning_section, open_config, read_config
 from .trainer import NatTrainer
 
 __all__ = [
@@ -72,14 +72,18 @@ def settings_of(
     """
     pairs = [(str(dotted), str(value)) for dotted, value in override]
     place = Path(path).expanduser()
-    section = finetuning_section(read_config(place, pairs), place)
+    tree = read_config(place, pairs)
+    section = finetuning_section(tree, place)
+    check_names(tree, place)
     kept = ("num_epochs", "output_dir", "curriculum_learning", "target_functions", "target_model")
     tuning: dict[str, Any] = {key: section[key] for key in kept if section.get(key) is not None}
     if output_dir is not None:
         tuning["output_dir"] = str(output_dir)
     own = {key: value if isinstance(value, int) else str(value) for key, value in run.items() if value is not None}
     tuning["run_configuration"] = {key: own[key] for key in ("validation_dataset", "validation_interval") if key in own}
+    general = (tree.get("eval") or {}).get("general") or {}
     return {
+        "eval": {"general": {"max_concurrency": general.get("max_concurrency", 8)}},
         "trainers": {
             NAME: {"_type": "nat_trainer", "config_file": str(place.resolve()), "override": _nested(pairs), **own}
         },
@@ -127,18 +131,28 @@ async def nat_trainer(config: NatTrainerConfig, builder: Builder):
         "validation_interval": config.validation_interval,
         "validation_config_file": config.validation_config_file,
     }
-    output_dir = Path(builder.config.finetuning.output_dir)
+    output_dir, general = Path(builder.config.finetuning.output_dir), builder.config.eval.general
+
+    def most() -> int:
+        return general.max_concurrency  # it may be changed while the run continues
+
     async with open_config(config.config_file, _pairs(config.override), output_dir, run) as opened:
+        if hasattr(opened.builder, "ours"):
+            from .evaluation import Limit
+
+            opened.builder.ours.limit = Limit(most)
         if hasattr(opened.trainer, "ours"):  # ours.py's: then the Run needs no bridge to it
             for component in (opened.builder, opened.adapter):
                 await component.initialize(opened.finetuning)
             trainer = opened.trainer.ours
             reward = opened.finetuning.reward_function
             trainer.reward = reward and RewardFunctionConfig(name=reward.name)
-            await trainer.bind_components(unwrap(opened.builder, NatBuilder), unwrap(opened.adapter, NatAdapter))
+            await trainer.bind_components(
+                unwrap(opened.builder, lambda nat: NatBuilder(nat, most)), unwrap(opened.adapter, NatAdapter)
+            )
             yield trainer
         else:
-            trajectory_builder = NatBuilder(opened.builder)
+            trajectory_builder = NatBuilder(opened.builder, most)
             adapter = NatAdapter(opened.adapter, trajectory_builder)
             yield NatTrainer(opened.trainer, trajectory_builder, adapter, opened.finetuning)
 
