@@ -32,6 +32,8 @@ _NAMES = {
     # what components are made of
     "interfaces": ("Policy", "Trainer", "TrainerAdapter", "TrajectoryBuilder"),
     "components.builder": ("Builder",),
+    "components.info": ("EvaluatorInfo", "FunctionInfo"),
+    "rewards.base_evaluator": ("BaseEvaluator",),
     "components.registry": (
         "register_evaluator",
         "register_function",
@@ -103,6 +105,8 @@ _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names
 
 if TYPE_CHECKING:
     from .components.builder import Builder as Builder
+    from .components.info import EvaluatorInfo as EvaluatorInfo
+    from .components.info import FunctionInfo as FunctionInfo
     from .components.loading import load_config as load_config
     from .components.registry import register_evaluator as register_evaluator
     from .components.registry import register_function as register_function
@@ -130,6 +134,7 @@ if TYPE_CHECKING:
     from .interfaces import Trainer as Trainer
     from .interfaces import TrainerAdapter as TrainerAdapter
     from .interfaces import TrajectoryBuilder as TrajectoryBuilder
+    from .rewards.base_evaluator import BaseEvaluator as BaseEvaluator
     from .rewards.from_trl import from_trl as from_trl
     from .rewards.functions import group_reward as group_reward
     from .rewards.judge import judge as judge

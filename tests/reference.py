@@ -51,7 +51,7 @@ GROUPS = {
     "The notebook": "Run compare runs load_config run_sync enable_nested_asyncio CurriculumSettings",
     "Rewards": "group_reward from_trl judge label_reward overlong_penalty retrying",
     "Where numbers go": "MetricsSink JsonlSink WandbSink",
-    "Contracts of components": "TrajectoryBuilder TrainerAdapter Trainer Policy Builder",
+    "Contracts of components": "TrajectoryBuilder TrainerAdapter Trainer Policy Builder BaseEvaluator EvaluatorInfo FunctionInfo",
     "Registering components": "register_trajectory_builder register_trainer_adapter register_trainer register_evaluator"
     " register_function register_llm_provider",
     "Components that come with it": "EvalTrajectoryBuilder EpochTrainer EvaluationRun",

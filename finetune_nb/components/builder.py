@@ -30,7 +30,8 @@ from ..hooks import resolve
 from ..redaction import MASK, KeyPath, is_text, plain_data
 from ..user_code import as_exception
 from .functions import Function
-from .registry import EXECUTORS, KINDS, TRAINER_ADAPTERS, Build, config_class, registered
+from .info import FunctionInfo
+from .registry import EXECUTORS, KINDS, TRAINER_ADAPTERS, WRAPPERS, Build, config_class, registered
 
 if TYPE_CHECKING:
     from ..interfaces import RolloutExecutor, Trainer, TrainerAdapter, TrajectoryBuilder
@@ -143,21 +144,34 @@ class Builder:
 
         Args:
             name: Its name in the section `llms`.
-            wrapper_type: The Toolkit's; must be None, since no model is wrapped for another framework here.
+            wrapper_type: A framework whose model is wanted: "langchain", or the Toolkit's LLMFrameworkEnum.LANGCHAIN, for a
+                ChatOpenAI. It can be made once and used by all rollouts: each call is recorded in the rollout that makes it.
 
         Returns:
             The model.
 
         Raises:
-            ConfigError: There is no such model, or a wrapper_type was given; or components need each other in a circle.
+            ConfigError: There is no such model, or none for that framework; or components need each other in a circle.
+            MissingExtra: The framework is not installed.
             RunError: The builder is closed, or works on another event loop.
         """
-        if wrapper_type is not None:
+        llm = await self._get("llm_provider", name)
+        if wrapper_type is None:
+            return llm
+        if str(wrapper_type) not in WRAPPERS:
             raise ConfigError(
-                f"get_llm({name!r}, wrapper_type={str(wrapper_type)!r}): no model is wrapped for other frameworks here. "
-                "Leave wrapper_type out, and give llm.base_url and llm.api_key to that framework's OpenAI client."
+                f"get_llm({name!r}, wrapper_type={str(wrapper_type)!r}): models are wrapped for {', '.join(WRAPPERS)} here. "
+                "Leave wrapper_type out, and give llm.base_url and llm.api_key to that framework's OpenAI client in the workflow."
             )
-        return await self._get("llm_provider", name)
+        return resolve(WRAPPERS[str(wrapper_type)])(llm)
+
+    def get_max_concurrency(self) -> int:
+        """Get how many rollouts run at once.
+
+        Returns:
+            `eval.general.max_concurrency`.
+        """
+        return self.config.eval.general.max_concurrency
 
     async def get_function(self, name: str) -> Any:
         """Get a function, built on first use.
@@ -452,6 +466,8 @@ class Builder:
             return
         finally:
             del self._needs[live.key]
+        if isinstance(component, FunctionInfo):
+            component = component.single_fn
         if kind == "function" and name != "workflow":
             component = Function(component, name)
         self._built.append(live)

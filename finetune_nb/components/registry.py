@@ -38,6 +38,7 @@ __all__ = [
     "PythonFunctionConfig",
     "Registration",
     "TRAINER_ADAPTERS",
+    "WRAPPERS",
     "config_class",
     "register_evaluator",
     "register_function",
@@ -112,6 +113,8 @@ EXECUTORS = {"ray": "finetune_nb.backends.ray.executor:ray_executor"}
 """`run.engine` -> what builds the RolloutExecutor of an engine elsewhere."""
 TRAINER_ADAPTERS = {"ray": "finetune_nb.backends.ray.trainer_adapter:ray_trainer"}
 """`run.engine` -> what builds the trainer adapter of an engine that trains elsewhere."""
+WRAPPERS = {"langchain": "finetune_nb.llms.langchain:chat_model"}
+"""Framework -> what makes its chat model of an llm."""
 
 Build = Callable[[Any, Any], AsyncGenerator[Any, None]]
 

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 from ..errors import RunError
 from .call_recorder import current_episode
+from .client import LLM
 from .gateway import Endpoint, gateway
 from .openai_wire import error_body
 
@@ -40,12 +41,16 @@ class RolloutTransport:
     The rollout is found by its context variable, which tasks, `asyncio.to_thread` and the thread of a sync workflow have.
     A thread that was started otherwise has it with `contextvars.copy_context().run`. Where there is no rollout, a request
     is answered with an error that says so, and sent nowhere.
+
+    Args:
+        llm: The model that is asked. Default: the one that the rollout's workflow has.
     """
 
     base_url = "http://rollout.invalid/v1"
     """For the client. No such host exists: a client without this transport reaches nobody."""
 
-    def __init__(self) -> None:
+    def __init__(self, llm: LLM | None = None) -> None:
+        self._llm = llm
         self._of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Any]] = WeakKeyDictionary()
         self._of_threads: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -54,7 +59,7 @@ class RolloutTransport:
         """Sends one request of an async client."""
         library = _library(request)
         try:
-            endpoint = _current_endpoint()
+            endpoint = _current_endpoint(self._llm)
         except RunError as error:
             return _refusal(library, error)
         return await self._async_transport(library).handle_async_request(_addressed(library, request, endpoint))
@@ -63,7 +68,7 @@ class RolloutTransport:
         """Sends one request of a sync client."""
         library = _library(request)
         try:
-            endpoint = _current_endpoint()
+            endpoint = _current_endpoint(self._llm)
         except RunError as error:
             return _refusal(library, error)
         return self._sync_transport(library).handle_request(_addressed(library, request, endpoint))
@@ -120,7 +125,7 @@ def _library(request: Any) -> Any:
     return sys.modules[type(request).__module__.partition(".")[0]]
 
 
-def _current_endpoint() -> Endpoint:
+def _current_endpoint(llm: LLM | None) -> Endpoint:
     episode = current_episode()
     if episode is None:
         raise RunError(
@@ -128,6 +133,8 @@ def _current_endpoint() -> Endpoint:
             "start threads there with contextvars.copy_context().run, or with asyncio.to_thread."
         )
     episode.require_running()
+    if llm is not None:
+        return llm._endpoint(episode)
     if episode.llm is None:
         raise RunError(
             f"the rollout of {episode.name} has no llm that this client could ask: the config names none for its workflow."

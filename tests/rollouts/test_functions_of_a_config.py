@@ -60,6 +60,14 @@ async def search(config, builder):
     async def by_tasks(query):
         return await asyncio.create_task(by_chat(query))
 
+    if config.way == "langchain":
+        chat = await builder.get_llm(config.llm, wrapper_type="langchain")
+
+        async def by_langchain(query):
+            return (await chat.ainvoke([("user", query)])).text
+
+        yield ft.FunctionInfo.from_fn(by_langchain, description="searches")
+        return
     yield {"async": by_chat, "http": by_http, "tasks": by_tasks}[config.way]
 
 
@@ -127,7 +135,7 @@ async def test_what_is_trained_is_what_those_functions_ask_of_that_model(tmp_pat
     assert await asked(ft.Run.from_config(config(tmp_path, **settings))) == [turns] * 4
 
 
-@pytest.mark.parametrize("way", ["http", "tasks"])
+@pytest.mark.parametrize("way", ["http", "tasks", "langchain"])
 async def test_a_function_is_known_by_whichever_way_it_asks(tmp_path, way):
     run = ft.Run.from_config(config(tmp_path, way, target_functions=["search"]))
     assert await asked(run) == [["search"]] * 4
@@ -148,6 +156,13 @@ def test_the_adapters_name_stands_for_its_only_model(tmp_path):
     tree = config(tmp_path, target_model="ad")
     del tree["llms"]["critic"]
     assert ft.load_config(tree).finetuning.target_model == "actor"
+
+
+async def test_a_framework_for_which_no_model_is_wrapped_is_refused(tmp_path):
+    async with ft.Builder(ft.load_config(config(tmp_path))) as builder:
+        assert builder.get_max_concurrency() == 8
+        with pytest.raises(ft.ConfigError, match="wrapper_type='crewai'.*wrapped for langchain here"):
+            await builder.get_llm("actor", wrapper_type="crewai")
 
 
 def test_outside_of_every_function_it_is_the_workflow_that_runs():

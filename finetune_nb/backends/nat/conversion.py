@@ -40,6 +40,7 @@ from ...types import (
 __all__ = [
     "collection_from_nat",
     "collection_to_nat",
+    "evaluation_error",
     "evaluation_from_nat",
     "ref_from_nat",
     "ref_to_nat",
@@ -221,11 +222,23 @@ def _verdicts(output: Any) -> EvalOutput:
         average_score=output.average_score,
         eval_output_items=[
             EvalOutputItem.model_construct(
-                id=item.id, score=item.score, reasoning=item.reasoning, error=getattr(item, "error", None)
+                id=item.id,
+                score=item.score if evaluation_error(item) is None else None,
+                reasoning=item.reasoning,
+                error=evaluation_error(item),
             )
             for item in output.eval_output_items
         ],
     )
+
+
+def evaluation_error(item: Any) -> str | None:
+    """Why an item was not scored. The Toolkit's BaseEvaluator gives a score of 0 to an item for which it raised."""
+    error = getattr(item, "error", None)
+    if error:
+        return str(error)
+    said = item.reasoning.get("error") if isinstance(item.reasoning, dict) and len(item.reasoning) == 1 else None
+    return said if isinstance(said, str) and said.startswith("Evaluator error: ") and not item.score else None
 
 
 def _step_from_nat(step: Any, start: Any, call_of_id: Callable[[str], LLMCall | None]) -> IntermediateStep:

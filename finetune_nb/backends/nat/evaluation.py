@@ -33,7 +33,7 @@ from ...rollouts.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectory
 from ...text import text_of
 from ...types import EpisodeKey, EvaluationRunOutput, LLMCall, RolloutFailure, SamplingParams, Trajectory
 from ...user_code import as_exception
-from .conversion import evaluation_from_nat, steps_from_nat
+from .conversion import evaluation_error, evaluation_from_nat, steps_from_nat
 
 __all__ = [
     "Evaluated",
@@ -254,7 +254,7 @@ class Evaluated:
             if name == reward:
                 scored = [item for item in result.eval_output_items if is_score(item)]
                 left_out = [item for item in result.eval_output_items if not is_score(item)]
-                unscored = {text_of(item.id): getattr(item, "error", None) or "none was given" for item in left_out}
+                unscored = {text_of(item.id): evaluation_error(item) or "none was given" for item in left_out}
                 result.eval_output_items = scored
         for item in output.eval_input.eval_input_items:
             error = failed.get(id(item))
@@ -270,7 +270,7 @@ class Evaluated:
 def is_score(item: Any) -> bool:
     """Whether an evaluator's verdict is a number that can be trained on."""
     score = item.score
-    return isinstance(score, Real) and math.isfinite(score) and not getattr(item, "error", None)
+    return isinstance(score, Real) and math.isfinite(score) and evaluation_error(item) is None
 
 
 @asynccontextmanager

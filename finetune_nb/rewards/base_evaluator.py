@@ -1,0 +1,61 @@
+"""A base class of evaluators that score one rollout at a time, as in the NeMo Agent Toolkit."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+
+from ..types import EvalInput, EvalInputItem, EvalOutput, EvalOutputItem
+from ..user_code import as_exception
+from .verdicts import no_score, output_of
+
+__all__ = [
+    "BaseEvaluator",
+]
+
+
+class BaseEvaluator(ABC):
+    """Scores rollouts one by one, several at a time.
+
+    Args:
+        max_concurrency: How many rollouts are scored at once, 1 or more.
+        tqdm_desc: Kept for the Toolkit, not used here: the panel shows how far an epoch is.
+    """
+
+    def __init__(self, max_concurrency: int = 4, tqdm_desc: str = "Evaluating") -> None:
+        self.max_concurrency, self.tqdm_desc = max_concurrency, tqdm_desc
+
+    @abstractmethod
+    async def evaluate_item(self, item: EvalInputItem) -> EvalOutputItem:
+        """Score one rollout.
+
+        Args:
+            item: The rollout.
+
+        Returns:
+            The verdict.
+        """
+
+    async def evaluate(self, eval_input: EvalInput) -> EvalOutput:
+        """Score all rollouts.
+
+        Args:
+            eval_input: The rollouts.
+
+        Returns:
+            One verdict a rollout, in their order. One for which `evaluate_item` raised has no score, and the error. (The Toolkit
+            gives it a score of 0.)
+        """
+        gate = asyncio.Semaphore(self.max_concurrency)
+
+        async def verdict_on(item: EvalInputItem) -> EvalOutputItem:
+            async with gate:
+                try:
+                    return await self.evaluate_item(item)
+                except BaseException as error:
+                    task = asyncio.current_task()
+                    if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                        raise
+                    return no_score(item.id, as_exception(error, f"evaluator {type(self).__name__}"))
+
+        return output_of(await asyncio.gather(*map(verdict_on, eval_input.eval_input_items)))
