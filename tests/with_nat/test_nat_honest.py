@@ -142,6 +142,17 @@ async def test_no_file_of_an_evaluation_holds_a_credential(place, llm, art, clos
     assert not [each for each in written if b"sk-not-to-be-seen" in each.read_bytes()]
 
 
+async def test_a_validation_follows_the_last_epochs_training(place, llm, art, closing):
+    path = config(place, llm, finetuning={"num_epochs": 2})
+    run = closing(ft.Run.from_nat(path, validation=place / "rows.json"))
+    first, last = await run.next_epoch(), await run.next_epoch()
+    assert (len(first.validations), len(last.validations)) == (1, 1)
+    paths = [path for path, _ in art.requests]
+    assert paths.count("/_train_model") == 2
+    asked_before = len(llm.requests)
+    assert asked_before == 3 * (1 + 2 + 2 + 1)  # validated, two generations, two generations, validated
+
+
 async def test_what_is_live_is_what_takes_effect(place, llm, art, closing):
     run = closing(ft.Run.from_nat(config(place, llm)))
     assert list(run.live) == ["eval.max_concurrency"]

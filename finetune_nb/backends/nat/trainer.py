@@ -86,9 +86,16 @@ class NatTrainer(Trainer):
         await self.trainer_adapter.initialize(run_config)
 
     async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
+        """The Toolkit's epoch. After the last one there is a validation, which the Toolkit leaves out."""
         self._name(run_id)
-        ref = await self.nat.run_epoch(epoch, run_id)
-        return None if ref is None else self.trainer_adapter.ours(ref)  # type: ignore[attr-defined]
+        given = await self.nat.run_epoch(epoch, run_id)
+        ref = None if given is None else self.trainer_adapter.ours(given)  # type: ignore[attr-defined]
+        run = self._finetuning.run_configuration
+        if run.validation_dataset and epoch == self.run_config.num_epochs - 1 and not self.trains_in_run:
+            if ref is not None:
+                await self.trainer_adapter.wait_until_complete(ref)
+            await self.run_validation_evaluation(epoch, run_id)
+        return ref
 
     async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
         return [status_from_nat(status) for status in await self.nat.run(num_epochs)]
