@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,12 +22,13 @@ from ...types import MessageKey
 from .config import LocalGRPOConfig
 from .families.positions import borders_of
 from .forward import TokenBatch, collate, micro_batches
+from .importance import ImportanceBounds, Mismatch, importance_weights, mismatch
 from .lora import as_trained, is_lora, switched_off
 from .losses import LossStatistics, policy_loss, supervised_loss
 from .memory import largest_that_fits, ran_out
 from .policy import LocalPolicy
 from .prefill import can_share
-from .weights import TrainedWeights
+from .weights import HALF_PRECISION, TrainedWeights
 
 __all__ = [
     "Learner",
@@ -38,6 +39,11 @@ __all__ = [
 
 Schedule = Literal["constant", "linear", "cosine"]
 
+LARGEST_GAP, LARGEST_GAP_HALF, LARGEST_GAP_CORRECTED = 0.01, 0.1, 1.0
+"""`max_logprob_gap` "auto", in nats a token: with float32, where one of the two is in half precision, and where importance sampling
+corrects for the sampler. Rounding alone makes 1e-5 in float32 and 0.035 in bfloat16 (SmolLM2-135M beside vLLM)."""
+ROUNDING, ROUNDING_HALF = 1e-3, 0.05
+"""What rounding makes at most, with a margin."""
 FLOAT16_SCALE = 2.0**16
 """The loss is multiplied with this where a model computes in float16, so that small gradients are not rounded to 0."""
 
@@ -76,7 +82,11 @@ class TrainingReport:
     grad_norms: list[float] = field(default_factory=list)
     """Before clipping, one an optimizer step."""
     statistics: LossStatistics = field(default_factory=LossStatistics)
-    logprob_gap: float = math.nan
+    mismatch: Mismatch = field(default_factory=Mismatch)
+    """Of training and sampling, before the first step."""
+    importance_bounded: float = math.nan
+    """Share of the tokens whose importance ratio was beyond the bounds."""
+    rounding_gap: float = math.nan
     weights_moved: float = math.nan
 
     @property
@@ -86,11 +96,15 @@ class TrainingReport:
     def metrics(self) -> dict[str, float]:
         """Means over the optimizer steps (loss, grad_norm) or over the trained tokens (the others).
 
-        kl: nats from the policy that sampled. reference_kl: nats from the initial weights; NaN without kl_coef. entropy: nats;
+        kl: nats from the policy that sampled; with a correction for the sampler, from the one before the first step. reference_kl: nats from the initial weights; NaN without kl_coef. entropy: nats;
         NaN without entropy_coef.
         trained_tokens: counted once in every pass. learning_rate: of the last step.
-        logprob_gap: mean difference of training's and the sampler's log probabilities in the first optimizer batch,
-        whose weights are those that sampled: a large one means that other weights or another temperature did.
+        logprob_gap: mean difference of training's and the sampler's log probabilities before the first step, when the weights
+        are those that sampled: a large one means that other weights or another temperature did. rounding_gap: what rounding alone
+        makes of it at most. importance_ratio, importance_ratio_max: mean and largest of the trainer's probabilities over the
+        sampler's, unbounded. effective_samples: as many samples of the trainer's own would teach as much, as a part of those
+        there are. These are of all tokens where a correction is on, else of the first optimizer batch's. importance_bounded:
+        share of the tokens whose ratio was beyond the correction's bounds; NaN without one.
         weights_moved: share of the trained weights that the job has changed; near 0, its steps are lost in rounding. Of
         weights in half precision the float32 masters count: what is sampled follows as steps add up to its spacing.
         """
@@ -102,7 +116,12 @@ class TrainingReport:
             "entropy": statistics.mean("entropy") if self.has_entropy else math.nan,
             "clip_fraction": statistics.mean("clipped_low") + statistics.mean("clipped_high"),
             "grad_norm": mean(self.grad_norms),
-            "logprob_gap": self.logprob_gap,
+            "logprob_gap": self.mismatch.gap,
+            "rounding_gap": self.rounding_gap,
+            "importance_ratio": self.mismatch.mean_ratio,
+            "importance_ratio_max": self.mismatch.largest_ratio,
+            "effective_samples": self.mismatch.effective_samples,
+            "importance_bounded": self.importance_bounded,
             "learning_rate": self.learning_rate,
             "weights_moved": self.weights_moved,
             "trained_tokens": int(statistics.tokens),
@@ -123,6 +142,8 @@ class Learner:
         self._idle: tuple[float, float] = (0, 0)
         self._length = 1
         self._supervised = False
+        self._log_ratios: list[Tensor] | None = None
+        """Those of each sequence, while they are asked for."""
         self.reference = None
         """A copy of the initial weights, where KL is asked for and no adapter can be switched off."""
         if config.kl_coef and not is_lora(policy.model):
@@ -177,7 +198,14 @@ class Learner:
         self._supervised = experience.supervised
         self.trained.follow()
         self._scale = FLOAT16_SCALE if self.policy.model.dtype == torch.float16 else 1.0
+        report.rounding_gap = ROUNDING_HALF if self._half_precision else ROUNDING
         before = self.trained.sample()
+        bounds = config.importance
+        if bounds.on and not self._supervised:
+            corrected = self._corrected(trajectories, bounds, report, stopped)
+            if corrected is None:
+                return
+            trajectories = corrected
         for _ in range(config.inner_epochs):
             for part in np.array_split(rng.permutation(len(trajectories)), parts):
                 factor = rate(config.lr_schedule, done + report.steps / steps, planned, 1 / steps, config.warmup)
@@ -195,8 +223,10 @@ class Learner:
         """One optimizer step; False if it was stopped before it changed anything."""
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
+        first = not (report.steps or self._supervised or config.importance.on)
         try:
             while True:
+                self._log_ratios = [] if first else None
                 computed = self._gradient(sequences, stopped)
                 if computed is None:
                     return False
@@ -206,9 +236,10 @@ class Learner:
                 # Scaled by so much the gradient is beyond float16: once more, with less.
                 self._scale = max(self._scale / 16, 1.0)
                 self.optimizer.zero_grad(set_to_none=True)
-            if not report.steps:
-                report.logprob_gap = statistics.mean("gap")
-                self._check_gap(report.logprob_gap)
+            if self._log_ratios is not None:
+                report.mismatch = mismatch(self._log_ratios, config.importance_level)
+                self._log_ratios = None
+                self._check_gap(report.mismatch.gap)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise BackendError(
                     f"loss is {loss} and its gradient's norm {grad_norm} at optimizer step {report.steps + 1} of "
@@ -247,10 +278,71 @@ class Learner:
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
         return loss, statistics, grad_norm
 
+    @torch.no_grad()
+    def _corrected(
+        self,
+        trajectories: list[list[TokenSequence]],
+        bounds: ImportanceBounds,
+        report: TrainingReport,
+        stopped: Callable[[], bool],
+    ) -> list[list[TokenSequence]] | None:
+        """The trajectories as if the weights before the first step had sampled them: with their log probabilities, and each
+        token's advantage times its importance weight. None if it was stopped before."""
+        sequences = [sequence for trajectory in trajectories for sequence in trajectory]
+        corrected: dict[int, TokenSequence] = {}
+        log_ratios: list[Tensor] = []
+        tokens = beyond = 0
+        sharing = self._shares and max(map(len, sequences)) <= self._unchanged
+        for batch, shared in micro_batches(sequences, self.config.micro_batch_tokens, sharing):
+            if stopped():
+                return None
+            of_batch, logprobs_BT = self._scored(batch, shared)
+            log_ratio_BT = torch.where(of_batch.mask_BT, logprobs_BT - of_batch.old_logprobs_BT, 0.0)
+            weights_BT, beyond_BT = importance_weights(log_ratio_BT, of_batch.mask_BT, bounds)
+            tokens, beyond = tokens + int(of_batch.mask_BT.sum()), beyond + int(beyond_BT.sum())
+            log_ratios += [row[mask] for row, mask in zip(log_ratio_BT.cpu(), of_batch.mask_BT.cpu(), strict=True)]
+            rows = zip(batch, logprobs_BT.tolist(), (of_batch.advantages_BT * weights_BT).tolist(), strict=True)
+            for (sequence, logprobs, advantages), length in zip(rows, of_batch.attention_BT.sum(1).tolist(), strict=True):
+                shared_prompt = [0.0] * (len(sequence) - length)
+                corrected[id(sequence)] = replace(
+                    sequence, logprobs=shared_prompt + logprobs[:length], advantages=shared_prompt + advantages[:length]
+                )
+        report.mismatch = mismatch(log_ratios, bounds.level)
+        report.importance_bounded = beyond / tokens
+        self._check_gap(report.mismatch.gap)
+        return [[corrected[id(sequence)] for sequence in trajectory] for trajectory in trajectories]
+
+    def _scored(self, batch: list[TokenSequence], shared: bool) -> tuple[TokenBatch, Tensor]:
+        """A micro-batch, and the log probabilities of its tokens."""
+        try:
+            of_batch = collate(batch, self.policy.model.device, shared)
+            return of_batch, of_batch.scores(self.policy.model).logprobs_BT
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        with torch.enable_grad():
+            raise self._out_of_memory(batch, shared, reason)
+
+    @property
+    def _half_precision(self) -> bool:
+        """Whether the weights that are trained, or those that sample, are in half precision."""
+        return not {self.policy.model.dtype, self.policy.sampling_dtype}.isdisjoint(HALF_PRECISION)
+
+    @property
+    def largest_gap(self) -> float | None:
+        """Mean difference (nats a token) of training's and the sampler's log probabilities that is still trained on."""
+        longest = self.config.max_logprob_gap
+        if longest != "auto":
+            return longest
+        if self.config.importance.on:
+            return LARGEST_GAP_CORRECTED
+        return LARGEST_GAP_HALF if self._half_precision else LARGEST_GAP
+
     def _check_gap(self, gap: float) -> None:
         """Before the first step the weights are those that sampled: whatever differs by more than rounding is a mistake
-        that no training would get over."""
-        longest = self.config.max_logprob_gap
+        that no training would get over, or what a correction has to weigh."""
+        longest = self.largest_gap
         if longest is None or self.config.max_staleness or not gap > longest:
             return
         raise BackendError(
@@ -258,7 +350,12 @@ class Learner:
             f"the mean; expected at most {longest:g} (max_logprob_gap). Nothing was trained. Likely causes: the tokens were "
             "not sampled as they are recorded (a chat template or tokenizer that differs, text that was tokenized again), "
             "other weights sampled them (stale, or of another run), an adapter that was on in one and off in the other, or "
-            f"logprobs at another temperature than metadata[{MessageKey.TEMPERATURE!r}] says. Sample with this adapter's policy."
+            f"logprobs at another temperature than metadata[{MessageKey.TEMPERATURE!r}] says. Sample with this adapter's policy. "
+            + (
+                "That is beyond what importance sampling can correct."
+                if self.config.importance.on
+                else "Where the sampler differs on purpose, importance_cap=2.0 corrects for it."
+            )
         )
 
     def _backward(
@@ -313,6 +410,9 @@ class Learner:
                     with switched_off(model):
                         reference_BT = batch.scores(model).logprobs_BT
         scores = batch.scores(model, entropies=config.entropy_coef > 0)
+        if self._log_ratios is not None:
+            log_ratio_BT, mask_BT = (scores.logprobs_BT.detach() - batch.old_logprobs_BT).cpu(), batch.mask_BT.cpu()
+            self._log_ratios += [row[mask] for row, mask in zip(log_ratio_BT, mask_BT, strict=True)]
         return policy_loss(
             scores.logprobs_BT,
             batch.old_logprobs_BT,
