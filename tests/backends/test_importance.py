@@ -211,9 +211,7 @@ def test_a_corrected_job_trains_like_one_whose_tokens_were_weighed_by_hand(level
         weight = ratio.exp().clamp(0.8, 1.3)
         beyond += int(((weight != ratio.exp()) & mask).sum())
         weighed.append(
-            TokenSequence(
-                each.ids, each.sampled, own.tolist(), 1.0, (torch.tensor(each.advantages) * weight).tolist()
-            )
+            TokenSequence(each.ids, each.sampled, own.tolist(), 1.0, (torch.tensor(each.advantages) * weight).tolist())
         )
     expected, expected_weights = train(by_hand, weighed)
 
@@ -245,9 +243,7 @@ def test_without_a_correction_the_first_batch_is_compared_all_the_same():
 
 def test_where_sampler_and_trainer_agree_a_correction_changes_nothing():
     one, other = learner(), learner(importance_cap=2.0)
-    assert torch.allclose(
-        train(one, sequences(0.0))[1], train(other, sequences(0.0))[1], atol=2e-6
-    )
+    assert torch.allclose(train(one, sequences(0.0))[1], train(other, sequences(0.0))[1], atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Samplers that differ from what is trained: with importance sampling the demo is learned, without it the run is warned or stopped.
+"""Samplers that differ from what is trained: with importance sampling the demo is learned, without it there is a warning, or
+training stops.
 
     python -m pytest tests/backends/test_importance_learns.py -m slow -s
 

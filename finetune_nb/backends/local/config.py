@@ -121,16 +121,24 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     with cispo it bounds the token's weight, and is 4."""
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)
     """How fast "sapo" lets go of tokens that have moved: of those that did well, and of those that did badly."""
-    kl_coef: float = Field(default=0.0, ge=0)
+    kl_coef: float = Field(default=0.0, ge=0, json_schema_extra=AT_TRAINING)
     """Weight of the KL divergence from the initial weights. Above 0 a frozen copy of them is kept in memory; with LoRA
-    they are there already."""
+    they are there already. If it was 0 at first, they are loaded again from where `model` says."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """How it is estimated at a token, with d = log probability - the initial weights': "k1", d, taken from the advantage; "k2",
     d^2 / 2, and "k3", exp(-d) - 1 + d, added to the loss."""
     kl_clip: float | None = Field(default=None, gt=0)
     """Largest absolute value of the estimate at a token; beyond it, it gives no gradient. None: any."""
     entropy_coef: float = Field(default=0.0, ge=0, json_schema_extra=AT_TRAINING)
-    """Weight of the policy's mean entropy a token (nats), which the loss then makes larger."""
+    """Weight of the policy's mean entropy a token (nats), which the loss then makes larger. With entropy_target, the weight that
+    it begins with."""
+    entropy_target: float | None = Field(default=None, gt=0, json_schema_extra=AT_TRAINING)
+    """Entropy (nats a token) to keep the policy at, as Skywork-OR1 does (arXiv 2505.22312): the bonus counts only while the
+    entropy is not above this, and its weight grows by a step meanwhile, and falls by one otherwise. None: a fixed weight."""
+    entropy_coef_step: float = Field(default=0.005, gt=0, json_schema_extra=AT_TRAINING)
+    """By how much that weight changes with each optimizer step."""
+    entropy_coef_max: float = Field(default=1.0, gt=0)
+    """Its largest value."""
     scale_rewards: bool | Literal["batch"] = True
     """Advantages are divided by the standard deviation of their group's rewards; "batch": by that of all trained rewards, around
     their groups' means. False with dr_grpo and rloo, and "batch" with reinforce++, unless given."""
@@ -157,9 +165,9 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     allow_inexact: bool = False
     """Trains also on turns whose token ids are not known to be those that were sampled."""
     importance_cap: float | None = Field(default=None, gt=0, json_schema_extra=AT_TRAINING)
-    """Corrects for a sampler that differs from the trainer: the loss of each token is multiplied with the trainer's probability of
-    it, before the first step, over the sampler's, at most this (truncated importance sampling; 2 is usual). One more forward pass
-    a job. None: no upper bound, and without importance_floor no correction."""
+    """Corrects for a sampler that differs from the trainer: the loss of each token is multiplied with the trainer's probability
+    of it, before the first step, over the sampler's, at most this (truncated importance sampling; 2 is usual). One more forward
+    pass a job. None: no upper bound, and without importance_floor no correction."""
     importance_floor: float | None = Field(default=None, gt=0, json_schema_extra=AT_TRAINING)
     """The same at least. None: no lower bound."""
     importance_level: Literal["token", "sequence"] = "token"
@@ -205,6 +213,15 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     def take_defaults_of_loss(cls, given: Any) -> Any:
         form = LOSSES.get(given.get("loss", "dapo")) if isinstance(given, dict) else None
         return given if form is None else form.defaults | given
+
+    @model_validator(mode="after")
+    def check_entropy(self) -> Self:
+        if self.entropy_target is not None and self.entropy_coef > self.entropy_coef_max:
+            raise ValueError(
+                f"entropy_coef begins at {self.entropy_coef:g}, above entropy_coef_max, {self.entropy_coef_max:g}; expected at "
+                "most that"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_importance(self) -> Self:

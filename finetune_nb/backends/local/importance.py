@@ -1,9 +1,9 @@
 """How far the trainer's probabilities are from the sampler's, and the weights that correct for it.
 
-A sampler with other kernels, rounding or weights than the trainer's draws from another distribution. Weighted by p / q, with p the
-trainer's probability before its first step and q the sampler's, the gradient is that of the trainer's own distribution again; a
-bound on the weights keeps its variance finite (truncated importance sampling: https://fengyao.notion.site/off-policy-rl; with masks:
-IcePop, arXiv 2510.18855). Shapes as in `losses.py`.
+A sampler with other kernels, rounding or weights than the trainer's draws from another distribution. Weighted by p / q, with p
+the trainer's probability before its first step and q the sampler's, the gradient is that of the trainer's own distribution again.
+A bound on the weights keeps its variance finite (truncated importance sampling: https://fengyao.notion.site/off-policy-rl; with
+masks: IcePop, arXiv 2510.18855). Shapes as in `losses.py`.
 """
 
 from __future__ import annotations

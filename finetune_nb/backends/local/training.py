@@ -20,6 +20,7 @@ from ...rewards.numbers import mean
 from ...training.batch import TokenSequence, TrainingBatch
 from ...types import MessageKey
 from .config import LocalGRPOConfig
+from .entropy import EntropyWeight
 from .families.positions import borders_of
 from .forward import TokenBatch, collate, micro_batches
 from .importance import ImportanceBounds, Mismatch, importance_weights, mismatch
@@ -28,7 +29,7 @@ from .losses import LossStatistics, policy_loss, supervised_loss
 from .memory import largest_that_fits, ran_out
 from .policy import LocalPolicy
 from .prefill import can_share
-from .weights import HALF_PRECISION, TrainedWeights
+from .weights import HALF_PRECISION, TrainedWeights, known_by
 
 __all__ = [
     "Learner",
@@ -40,8 +41,8 @@ __all__ = [
 Schedule = Literal["constant", "linear", "cosine"]
 
 LARGEST_GAP, LARGEST_GAP_HALF, LARGEST_GAP_CORRECTED = 0.01, 0.1, 1.0
-"""`max_logprob_gap` "auto", in nats a token: with float32, where one of the two is in half precision, and where importance sampling
-corrects for the sampler. Rounding alone makes 1e-5 in float32 and 0.035 in bfloat16 (SmolLM2-135M beside vLLM)."""
+"""`max_logprob_gap` "auto", in nats a token: in float32, where one of the two is in half precision, and where importance
+sampling corrects for the sampler. Rounding alone makes 1e-5 in float32 and 0.035 in bfloat16 (SmolLM2-135M beside vLLM)."""
 ROUNDING, ROUNDING_HALF = 1e-3, 0.05
 """What rounding makes at most, with a margin."""
 FLOAT16_SCALE = 2.0**16
@@ -77,6 +78,8 @@ class TrainingReport:
     """Of the newest step."""
     has_reference: bool = False
     has_entropy: bool = False
+    entropy_coef: float = math.nan
+    """Of the newest step."""
     losses: list[float] = field(default_factory=list)
     """One an optimizer step."""
     grad_norms: list[float] = field(default_factory=list)
@@ -96,8 +99,9 @@ class TrainingReport:
     def metrics(self) -> dict[str, float]:
         """Means over the optimizer steps (loss, grad_norm) or over the trained tokens (the others).
 
-        kl: nats from the policy that sampled; with a correction for the sampler, from the one before the first step. reference_kl: nats from the initial weights; NaN without kl_coef. entropy: nats;
-        NaN without entropy_coef.
+        kl: nats from the policy that sampled; with a correction for the sampler, from the one before the first step.
+        reference_kl: nats from the initial weights; NaN without kl_coef. entropy: nats; NaN without entropy_coef and
+        entropy_target. entropy_coef: the weight of the bonus in the last step, 0 where it did not count.
         trained_tokens: counted once in every pass. learning_rate: of the last step.
         logprob_gap: mean difference of training's and the sampler's log probabilities before the first step, when the weights
         are those that sampled: a large one means that other weights or another temperature did. rounding_gap: what rounding alone
@@ -114,6 +118,7 @@ class TrainingReport:
             "kl": statistics.mean("kl_old"),
             "reference_kl": statistics.mean("kl_reference") if self.has_reference else math.nan,
             "entropy": statistics.mean("entropy") if self.has_entropy else math.nan,
+            "entropy_coef": self.entropy_coef,
             "clip_fraction": statistics.mean("clipped_low") + statistics.mean("clipped_high"),
             "grad_norm": mean(self.grad_norms),
             "logprob_gap": self.mismatch.gap,
@@ -142,18 +147,48 @@ class Learner:
         self._idle: tuple[float, float] = (0, 0)
         self._length = 1
         self._supervised = False
+        self._has_entropy = False
         self._log_ratios: list[Tensor] | None = None
         """Those of each sequence, while they are asked for."""
-        self.reference = None
+        self.entropy_weight = EntropyWeight(config.entropy_coef)
+        self.reference: Any = None
         """A copy of the initial weights, where KL is asked for and no adapter can be switched off."""
+        self.moved = False
+        """Whether the weights are no longer those that the learner began with."""
+        self._initial = None if is_lora(policy.model) else known_by(policy.model)
         if config.kl_coef and not is_lora(policy.model):
-            self.reference = copy.deepcopy(policy.model).requires_grad_(False)
+            self.copy_reference()
         if config.gradient_checkpointing:
             _checkpoint_gradients(as_trained(policy.model))
         # Layers that compute their activations again let go of the keys and values that sharing needs.
         self._shares = can_share(policy.model) and not config.gradient_checkpointing
         self._unchanged = min(borders_of(policy.model), default=math.inf)
         """Tokens up to which a sequence's positions are those of its beginning."""
+
+    def copy_reference(self) -> None:
+        """Makes the weights as they are now the reference."""
+        self.reference = copy.deepcopy(self.policy.model).requires_grad_(False)
+
+    def _provide_reference(self) -> None:
+        """The initial weights, where KL is measured from them and they are not there yet: kl_coef was 0 when the learner began.
+        Raises BackendError where they cannot be had any more."""
+        if not self.config.kl_coef or self.reference is not None or is_lora(self.policy.model):
+            return
+        if not self.moved:
+            self.copy_reference()
+            return
+        cure = "Keep it at 0, or begin a run with kl_coef above 0 (1e-9 keeps them too), or with lora."
+        where, asked = self.policy.source, f"kl_coef is {self.config.kl_coef:g} now, and was 0 when training began"
+        if where is None:
+            raise BackendError(
+                f"{asked}: the initial weights of a model that was handed over are not kept then. Nothing was trained. {cure}"
+            )
+        loaded = LocalPolicy.load(where, self.policy.device, self.policy.dtype, threads=self.policy.exclusive.threads)
+        if known_by(loaded.model) != self._initial:
+            raise BackendError(
+                f"{asked}: {where!r} has other weights than those that this run began with. Nothing was trained. {cure}"
+            )
+        self.reference = loaded.model.requires_grad_(False)
 
     def check(self, experience: TrainingBatch) -> None:
         """Raises BackendError for sequences that this model cannot hold."""
@@ -190,12 +225,16 @@ class Learner:
         trajectories, config = experience.trajectories, self.config
         parts = min(config.optimizer_steps, len(trajectories))
         report.steps_planned = steps = parts * config.inner_epochs
-        report.has_reference, report.has_entropy = config.kl_coef > 0, config.entropy_coef > 0
+        report.has_reference = config.kl_coef > 0
+        report.has_entropy = config.entropy_coef > 0 or config.entropy_target is not None
         # Part of the tokens and sequences that teach nothing and count all the same.
         self._idle = (experience.idle_tokens / parts, experience.idle_sequences / parts) if config.dilute else (0, 0)
         self._length = max(sum(sequence.sampled) for sequence in experience.sequences())
-        report.has_reference = config.kl_coef > 0
         self._supervised = experience.supervised
+        self._has_entropy = report.has_entropy and not experience.supervised
+        self.entropy_weight.follow(config.entropy_coef)
+        if not self._supervised:
+            self._provide_reference()
         self.trained.follow()
         self._scale = FLOAT16_SCALE if self.policy.model.dtype == torch.float16 else 1.0
         report.rounding_gap = ROUNDING_HALF if self._half_precision else ROUNDING
@@ -247,10 +286,16 @@ class Learner:
                     f"{statistics.mean('ratio'):.3g}. A smaller learning_rate than {config.learning_rate:g}, or fewer "
                     "optimizer_steps, keep the policy closer to what was sampled."
                 )
+            self.moved = True
             self.optimizer.step()
             self.trained.put()
         finally:
             self.optimizer.zero_grad(set_to_none=True)  # sampling needs the memory more
+        if self._has_entropy:
+            report.entropy_coef = self.entropy_weight.weight(config.entropy_target)
+            self.entropy_weight.step(
+                statistics.mean("entropy"), config.entropy_target, config.entropy_coef_step, config.entropy_coef_max
+            )
         report.losses.append(loss)
         report.grad_norms.append(grad_norm)
         report.statistics += statistics
@@ -302,7 +347,9 @@ class Learner:
             tokens, beyond = tokens + int(of_batch.mask_BT.sum()), beyond + int(beyond_BT.sum())
             log_ratios += [row[mask] for row, mask in zip(log_ratio_BT.cpu(), of_batch.mask_BT.cpu(), strict=True)]
             rows = zip(batch, logprobs_BT.tolist(), (of_batch.advantages_BT * weights_BT).tolist(), strict=True)
-            for (sequence, logprobs, advantages), length in zip(rows, of_batch.attention_BT.sum(1).tolist(), strict=True):
+            for (sequence, logprobs, advantages), length in zip(
+                rows, of_batch.attention_BT.sum(1).tolist(), strict=True
+            ):
                 shared_prompt = [0.0] * (len(sequence) - length)
                 corrected[id(sequence)] = replace(
                     sequence, logprobs=shared_prompt + logprobs[:length], advantages=shared_prompt + advantages[:length]
@@ -409,7 +456,7 @@ class Learner:
                 else:
                     with switched_off(model):
                         reference_BT = batch.scores(model).logprobs_BT
-        scores = batch.scores(model, entropies=config.entropy_coef > 0)
+        scores = batch.scores(model, entropies=self._has_entropy)
         if self._log_ratios is not None:
             log_ratio_BT, mask_BT = (scores.logprobs_BT.detach() - batch.old_logprobs_BT).cpu(), batch.mask_BT.cpu()
             self._log_ratios += [row[mask] for row, mask in zip(log_ratio_BT, mask_BT, strict=True)]
@@ -426,7 +473,7 @@ class Learner:
             kl_estimator=config.kl_estimator,
             kl_clip=config.kl_clip,
             reference_logprobs_BT=reference_BT,
-            entropy_coef=config.entropy_coef,
+            entropy_coef=self.entropy_weight.weight(config.entropy_target),
             entropies_BT=scores.entropies_BT,
             length=self._length,
             batch_tokens=tokens,
