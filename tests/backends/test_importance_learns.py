@@ -32,9 +32,12 @@ CORRECTIONS = {
     "none, unguarded": {"max_logprob_gap": None},
     "token, truncated": {"importance_cap": 2.0},
     "token, masked": {"importance_cap": 2.0, "importance_floor": 0.5, "importance_beyond": "mask"},
-    "sequence, truncated": {"importance_cap": 3.0, "importance_level": "sequence"},
-    "sequence, masked": {"importance_cap": 3.0, "importance_level": "sequence", "importance_beyond": "mask"},
 }
+CASES = [
+    *[("other weights", correction) for correction in CORRECTIONS],
+    *[("1.5 times the temperature", correction) for correction in ("none", "none, unguarded", "token, truncated")],
+    *[("bfloat16", correction) for correction in ("none", "token, truncated")],
+]
 
 
 def after_training(run: ft.Run, policy: OtherSampler) -> tuple[float, float]:
@@ -51,8 +54,7 @@ def after_training(run: ft.Run, policy: OtherSampler) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("sampler", "correction"), CASES)
 def test_a_sampler_that_differs(sampler, correction, tmp_path):
     rewards, said, measured = [], set(), []
     for seed in range(SEEDS):
