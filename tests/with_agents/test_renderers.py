@@ -1,4 +1,4 @@
-"""The client with which verifiers and prime-rl sample, as it is installed: it renders by itself and asks `/inference/v1/generate`."""
+"""The client with which verifiers and prime-rl sample, as it is installed. It renders by itself and asks for ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ async def asked():
     policy = LocalPolicy.load("embedded", deterministic=True)
     llm = PolicyLLM(policy, "tiny", SamplingParams(1.0, 12))
     with CallRecorder(EpisodeKey("train", 0, 0, 0), seed=1).recording([policy]) as episode:
-        yield {"client": llm.openai(), "renderer": renderers.create_renderer(policy.tokenizer, None), "model": "tiny"}, episode
+        yield (
+            {"client": llm.openai(), "renderer": renderers.create_renderer(policy.tokenizer, None), "model": "tiny"},
+            episode,
+        )
     await gateway().close_clients()
 
 
