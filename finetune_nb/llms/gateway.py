@@ -423,7 +423,7 @@ def http_server(server: Addresses) -> HTTPServer:
         # Anthropic's client adds the version to its base_url.
         (r"/e/([\w-]+)/v1(?:/v1)?/messages", Messages, {"server": server}),
         (r"/e/([\w-]+)/v1(?:/v1)?/messages/count_tokens", CountTokens, {"server": server}),
-        # vLLM has it beside the version; a client that was given base_url asks there or behind it.
+        # vLLM has it beside the version; some clients add it to base_url.
         (r"/e/([\w-]+)(?:/v1)?/inference/v1/generate", Generate, {"server": server}),
         (r"/e/([\w-]+)/v1/models(?:/(.+))?", Models, {"server": server}),
         (r".*", _Nothing, {"server": server}),

@@ -14,9 +14,9 @@ from trl_oracle import TEMPERATURE, batch, gradient, noise, small_model, trainer
 
 from finetune_nb.backends.local.adapter import LocalGRPOAdapter  # noqa: E402
 from finetune_nb.backends.local.config import LocalGRPOConfig  # noqa: E402
-from finetune_nb.backends.local.entropy import EntropyWeight  # noqa: E402
 from finetune_nb.backends.local.forward import score_tokens  # noqa: E402
-from finetune_nb.backends.local.losses import policy_loss  # noqa: E402
+from finetune_nb.backends.local.losses.entropy import EntropyWeight  # noqa: E402
+from finetune_nb.backends.local.losses.loss import policy_loss  # noqa: E402
 
 
 def test_the_weight_grows_while_the_entropy_is_low_and_counts_only_then():

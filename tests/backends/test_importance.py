@@ -15,8 +15,8 @@ from trl_oracle import TEMPERATURE, batch, gradient, noise, small_model, trainer
 
 from finetune_nb.backends.local.config import ImportanceBounds, LocalGRPOConfig  # noqa: E402
 from finetune_nb.backends.local.forward import token_logprobs  # noqa: E402
-from finetune_nb.backends.local.importance import importance_weights, mismatch  # noqa: E402
-from finetune_nb.backends.local.losses import policy_loss  # noqa: E402
+from finetune_nb.backends.local.losses.importance import importance_weights, mismatch  # noqa: E402
+from finetune_nb.backends.local.losses.loss import policy_loss  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.backends.local.training import Learner, TrainingReport  # noqa: E402
 from finetune_nb.errors import BackendError  # noqa: E402

@@ -12,7 +12,7 @@ from trl_oracle import TEMPERATURE, batch, gradient, noise, small_model, trainer
 
 from finetune_nb.backends.local.config import LOSSES, LocalGRPOConfig  # noqa: E402
 from finetune_nb.backends.local.forward import score_tokens, token_logprobs  # noqa: E402
-from finetune_nb.backends.local.losses import policy_loss  # noqa: E402
+from finetune_nb.backends.local.losses.loss import policy_loss  # noqa: E402
 from finetune_nb.config.base import changed  # noqa: E402
 
 

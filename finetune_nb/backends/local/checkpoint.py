@@ -30,8 +30,8 @@ from torch import Tensor
 from ...errors import BackendError
 from ...redaction import redact_text, redacting_logger
 from ...store.durable import FileDigest, atomic_directory, digest_of, plain_file
-from .entropy import EntropyWeight
 from .lora import as_trained, is_lora, settings_of
+from .losses.entropy import EntropyWeight
 from .training import Learner
 from .weights import (
     all_tensors,

@@ -20,12 +20,12 @@ from ...rewards.numbers import mean
 from ...training.batch import TokenSequence, TrainingBatch
 from ...types import MessageKey
 from .config import LocalGRPOConfig
-from .entropy import EntropyWeight
 from .families.positions import borders_of
 from .forward import TokenBatch, collate, micro_batches
-from .importance import ImportanceBounds, Mismatch, importance_weights, mismatch
 from .lora import as_trained, is_lora, switched_off
-from .losses import LossStatistics, policy_loss, supervised_loss
+from .losses.entropy import EntropyWeight
+from .losses.importance import ImportanceBounds, Mismatch, importance_weights, mismatch
+from .losses.loss import LossStatistics, policy_loss, supervised_loss
 from .memory import largest_that_fits, ran_out
 from .policy import LocalPolicy
 from .prefill import can_share

@@ -3,7 +3,7 @@
 A sampler with other kernels, rounding or weights than the trainer's draws from another distribution. Weighted by p / q, with p
 the trainer's probability before its first step and q the sampler's, the gradient is that of the trainer's own distribution again.
 A bound on the weights keeps its variance finite (truncated importance sampling: https://fengyao.notion.site/off-policy-rl; with
-masks: IcePop, arXiv 2510.18855). Shapes as in `losses.py`.
+masks: IcePop, arXiv 2510.18855). Shapes as in `loss.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .config import ImportanceBounds
+from ..config import ImportanceBounds
 
 __all__ = [
     "Mismatch",
