@@ -113,6 +113,8 @@ def test_what_is_changed_live_is_in_force_in_the_next_job_and_in_the_journal(tmp
     assert [math.isnan(second[name]) for name in names] == [False] * 4
     assert second["reference_kl"] > 0 and second["entropy_coef"] == 0.02
     assert second["clip_fraction"] > 2 * first["clip_fraction"]
+    assert "effective_samples 1" in run[1]._repr_html_() and "importance_bounded 0" in run[1]._repr_html_()
+    assert (run.epochs().train_effective_samples > 0.999).all()
     journal = run.journal()
     assert dict(zip(journal.field, journal.epoch, strict=True)) == dict.fromkeys(LIVE, 1)
     run.live["adapter.importance_cap"] = None
