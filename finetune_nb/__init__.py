@@ -24,7 +24,7 @@ _NAMES = {
     "rewards.functions": ("group_reward",),
     "rewards.judge": ("judge",),
     "rewards.labels": ("label_reward",),
-    "rewards.length": ("overlong_penalty",),
+    "rewards.length": ("length_penalty", "overlong_penalty"),
     "rewards.retrying": ("retrying",),
     "engine.sinks": ("JsonlSink", "MetricsSink", "WandbSink"),
     "threads": ("enable_nested_asyncio", "run_sync"),
@@ -139,6 +139,7 @@ if TYPE_CHECKING:
     from .rewards.functions import group_reward as group_reward
     from .rewards.judge import judge as judge
     from .rewards.labels import label_reward as label_reward
+    from .rewards.length import length_penalty as length_penalty
     from .rewards.length import overlong_penalty as overlong_penalty
     from .rewards.retrying import retrying as retrying
     from .rollouts.evaluation import EvaluationRun as EvaluationRun

@@ -49,7 +49,7 @@ PLACES = {
 }
 GROUPS = {
     "The notebook": "Run compare runs load_config run_sync enable_nested_asyncio CurriculumSettings",
-    "Rewards": "group_reward from_trl judge label_reward overlong_penalty retrying",
+    "Rewards": "group_reward from_trl judge label_reward length_penalty overlong_penalty retrying",
     "Where numbers go": "MetricsSink JsonlSink WandbSink",
     "Contracts of components": "TrajectoryBuilder TrainerAdapter Trainer Policy Builder BaseEvaluator EvaluatorInfo FunctionInfo",
     "Registering components": "register_trajectory_builder register_trainer_adapter register_trainer register_evaluator"

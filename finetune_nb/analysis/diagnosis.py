@@ -75,7 +75,11 @@ MASTERED = 0.9
 DRIFTED = 0.1
 """Share of continued turns."""
 GAP = 0.02
-"""Nats a token between training's and sampling's log probabilities before the first step."""
+"""Nats a token between training's and sampling's log probabilities before the first step, where the backend does not say what
+rounding makes of it."""
+EFFECTIVE, EFFECTIVE_CORRECTED = 0.98, 0.5
+"""Part of the samples that are worth one of the trainer's own, below which a sampler differs too much: uncorrected, and with
+importance sampling."""
 CLIPPED, KL_LARGE, KL_FIRST = 0.3, 0.2, 1.2
 """Share of trained tokens that were clipped, and KL from the policy that sampled, of a learning rate that is too large. The first
 job of a run may move further, as AdamW's first steps are its largest."""
@@ -717,16 +721,7 @@ def _training(seen: _Seen) -> Iterator[Finding]:
             tuple(f"e{epoch.index}" for epoch in failed),
         )
     where = tuple(f"e{epoch.index}" for epoch in seen.newest if epoch.trained)
-    gap = _mean(seen.trained_with("logprob_gap"))
-    if gap > GAP:
-        yield Finding(
-            "logprob_gap",
-            "warning",
-            f"before the first step, training's log probabilities differ from the recorded ones by {number(gap)} nats a token",
-            gap,
-            "sample with the adapter's own policy, at the temperature that is recorded; see run.plot_training()",
-            where,
-        )
+    yield from _sampler(seen, where)
     kl, clipped = _mean(seen.trained_with("kl")), _mean(seen.trained_with("clip_fraction"))
     rate = _mean(seen.trained_with("learning_rate"))
     first = seen.first_trained
@@ -752,6 +747,35 @@ def _training(seen: _Seen) -> Iterator[Finding]:
             f"a training job {what}: it hardly changes anything",
             kl,
             f"{_rate(10 * rate)}: ten times what it is",
+            where,
+        )
+
+
+def _sampler(seen: _Seen, where: tuple[str, ...]) -> Iterator[Finding]:
+    """Whether something else sampled than is trained."""
+    gap, effective = _mean(seen.trained_with("logprob_gap")), _mean(seen.trained_with("effective_samples"))
+    corrected = bool(seen.trained_with("importance_bounded"))
+    if not corrected and gap > max(seen.trained_with("rounding_gap"), default=GAP):
+        yield Finding(
+            "logprob_gap",
+            "warning",
+            f"before the first step, training's log probabilities differ from the recorded ones by {number(gap)} nats a token",
+            gap,
+            "sample with the adapter's own policy, at the temperature that is recorded; see run.plot_training()",
+            where,
+        )
+    if effective < (EFFECTIVE_CORRECTED if corrected else EFFECTIVE):
+        largest = max(seen.trained_with("importance_ratio_max"), default=math.nan)
+        yield Finding(
+            "sampler_differs",
+            "warning",
+            f"the sampler draws from another distribution than is trained: {_percent(effective)} of its samples count "
+            f"(effective sample size), and a probability is up to {number(largest)} times as large in training; "
+            + ("that is much to correct" if corrected else "nothing corrects for it"),
+            effective,
+            "sample with the weights, the dtype and at the temperature that are trained; see run.plot_training()"
+            if corrected
+            else 'training={"importance_cap": 2.0} of Run corrects for it (truncated importance sampling)',
             where,
         )
 

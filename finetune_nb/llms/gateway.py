@@ -39,7 +39,7 @@ from ..redaction import redact_text, redacting_logger, remember_secret
 from ..types import InvocationNode, LLMCall, SamplingParams
 from .call_recorder import CallRecorder, without_stop
 from .openai_wire import Refused, WireRequest, answer_of, error_body, events_of, read_request
-from .protocols import messages, responses
+from .protocols import generate, messages, responses
 from .protocols.options import Abilities
 from .protocols.responses import ResponseStore
 from .proxies import bypass_proxies
@@ -52,6 +52,7 @@ __all__ = [
     "Completions",
     "Endpoint",
     "Gateway",
+    "Generate",
     "LARGEST_REQUEST",
     "Messages",
     "Models",
@@ -422,6 +423,8 @@ def http_server(server: Addresses) -> HTTPServer:
         # Anthropic's client adds the version to its base_url.
         (r"/e/([\w-]+)/v1(?:/v1)?/messages", Messages, {"server": server}),
         (r"/e/([\w-]+)/v1(?:/v1)?/messages/count_tokens", CountTokens, {"server": server}),
+        # vLLM has it beside the version; some clients add it to base_url.
+        (r"/e/([\w-]+)(?:/v1)?/inference/v1/generate", Generate, {"server": server}),
         (r"/e/([\w-]+)/v1/models(?:/(.+))?", Models, {"server": server}),
         (r".*", _Nothing, {"server": server}),
     ]
@@ -651,18 +654,38 @@ class CountTokens(Messages):
         self.finish_json({"input_tokens": len(ids)})
 
 
+class Generate(Completions):
+    """Token ids in, token ids and log probabilities out, as vLLM has it."""
+
+    def read(self, body: bytes, endpoint: Endpoint) -> WireRequest:
+        return generate.read(body, endpoint.abilities(self.library()))
+
+    async def _sampled(self, endpoint: Endpoint, request: WireRequest) -> list[LLMCall]:
+        policy: Any = getattr(endpoint.llm, "policy", None)
+        calls = await super()._sampled(endpoint, request)
+        return [generate.until_stop_token(call, request, policy.decode) for call in calls]
+
+    def answer(self, endpoint: Endpoint, request: WireRequest, calls: list[LLMCall], name: str, created: int) -> None:
+        self.finish_json(generate.answer_of(request, calls, name, created))
+
+    def error_of(self, message: str, refused: Refused) -> dict[str, Any]:
+        return generate.error_body(message, refused.status, refused.param)
+
+
 class Models(_Api):
     """The one model that an address has."""
 
     def get(self, name: str, model: str | None = None) -> None:
         llm = self.endpoint(name).llm
-        entry = {"id": llm.name, "object": "model", "created": 0, "owned_by": "finetune_nb"}
+        longest = getattr(getattr(llm, "policy", None), "longest", None)
+        # As vLLM tells it: tokens that prompt and reply may have together, null where that is not known.
+        entry = {"id": llm.name, "object": "model", "created": 0, "owned_by": "finetune_nb", "max_model_len": longest}
         self.finish(entry if model else {"object": "list", "data": [entry]})
 
 
 class _Nothing(_Api):
     def refusal(self, length: int | None) -> Refused | None:
-        known = "chat/completions, completions and models, responses, and messages under /e/{episode}/v1"
+        known = "chat/completions, completions and models, responses, messages, and inference/v1/generate under /e/{episode}/v1"
         nothing = Refused(404, f"there is nothing at {self.request.path}; there are {known}.", "unknown_url")
         return super().refusal(length) or nothing
 

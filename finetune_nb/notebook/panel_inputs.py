@@ -162,8 +162,12 @@ def _live(field: LiveField) -> Input:
         return Input(field.name, w.BoundedIntText(value=value, min=low, max=high, **common))
     if isinstance(value, float):
         return Input(field.name, w.FloatText(value=value, step=None, **common))
-    text = "" if value is None else str(value)
-    return Input(field.name, w.Text(value=text, continuous_update=False, **common), write=str)
+    text = w.Text(value="" if value is None else str(value), continuous_update=False, **common)
+    if value is None:  # a number that may be missing: what is empty is none
+        return Input(
+            field.name, text, lambda value: value.strip() or None, lambda value: "" if value is None else str(value)
+        )
+    return Input(field.name, text, write=str)
 
 
 # ── tripwires ────────────────────────────────────────────────────────────────────────────────────────────────────────

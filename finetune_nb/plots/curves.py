@@ -232,6 +232,8 @@ TRAINING = {
     "clip_fraction": "clipped (share of tokens)",
     "grad_norm": "gradient norm (unclipped)",
     "logprob_gap": "logprob gap (training − sampling)",
+    "effective_samples": "effective samples (share)",
+    "importance_bounded": "importance ratio bounded (share of tokens)",
     "learning_rate": "learning rate",
     "entropy": "entropy (nats a token)",
 }

@@ -6,10 +6,34 @@ from collections.abc import Callable
 
 from ..errors import ConfigError
 from ..types import Trajectory, sampled_tokens
+from .functions import GroupReward
 
 __all__ = [
+    "length_penalty",
     "overlong_penalty",
 ]
+
+
+def length_penalty() -> GroupReward:
+    """A reward from 0 for the shortest rollout of a group to -1 for its longest, in a straight line between them.
+
+        reward={"right": right, "length": (ft.length_penalty(), 0.1)}
+
+    Kimi k1.5's length reward (arXiv 2501.12599, section 2.3.3) without its constant: it compares the rollouts of one example with
+    each other, so nobody has to say how long a reply should be. All tokens that the policy sampled in an episode count. Give it a
+    weight well below what the answer earns, or add it once answers are right: it pays for short wrong answers too.
+
+    Returns:
+        A reward function of a group; 0 for all where they are equally long.
+    """
+
+    def length(trajectories: list[Trajectory]) -> list[float]:
+        tokens = [sampled_tokens(trajectory) for trajectory in trajectories]
+        shortest, longest = min(tokens, default=0), max(tokens, default=0)
+        return [-(each - shortest) / max(longest - shortest, 1) for each in tokens]
+
+    length.fingerprint = "length_penalty()"  # type: ignore[attr-defined]
+    return GroupReward(length)
 
 
 def overlong_penalty(longest: int, margin: int) -> Callable[[Trajectory], float]:

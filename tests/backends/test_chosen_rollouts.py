@@ -13,7 +13,7 @@ from tiny_models import byte_tokenizer, random_model, weights  # noqa: E402
 from finetune_nb.backends.local.adapter import LocalGRPOAdapter  # noqa: E402
 from finetune_nb.backends.local.config import LocalGRPOConfig  # noqa: E402
 from finetune_nb.backends.local.forward import token_logprobs  # noqa: E402
-from finetune_nb.backends.local.losses import policy_loss, supervised_loss  # noqa: E402
+from finetune_nb.backends.local.losses.loss import policy_loss, supervised_loss  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.errors import BackendError  # noqa: E402
 from finetune_nb.training.batch import supervised_batch  # noqa: E402

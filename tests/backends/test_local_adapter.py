@@ -328,7 +328,8 @@ async def test_job_canceled_before_it_starts_changes_nothing():
 async def test_second_job_waits_for_the_first_and_its_stale_trajectories_fail():
     a = adapter()
     trajectories = await rollouts(a, by_first_token)
-    refs = [await a.submit(trajectories), await a.submit(trajectories)]
+    with a.policy.exclusive.hold():  # else the first may have ended before the second is submitted
+        refs = [await a.submit(trajectories), await a.submit(trajectories)]
     first, second = [await a.wait_until_complete(ref) for ref in refs]
     assert refs[0].metadata["job_id"] != refs[1].metadata["job_id"]
     assert (first.status, second.status) == ("completed", "failed")

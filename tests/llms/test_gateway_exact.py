@@ -135,6 +135,24 @@ async def by_messages(question, llm):
             messages.append({"role": "user", "content": results or "again"})
 
 
+async def by_generate(question, llm):
+    """Renders by itself: token ids are all that goes over the wire."""
+    import httpx
+
+    url = f"{llm.base_url.removesuffix('/v1')}/inference/v1/generate"
+    messages, seen, sampled = [{"role": "user", "content": question}], None, []
+    async with httpx.AsyncClient(trust_env=False, headers={"Authorization": f"Bearer {llm.api_key}"}) as client:
+        for _ in range(5):
+            prompt = llm.policy.render(messages, None, seen)
+            asked = {"model": "x", "token_ids": prompt, "sampling_params": {"logprobs": 1, "max_tokens": 24, "seed": 7}}
+            answer = (await client.post(url, json=asked, timeout=60)).json()
+            (choice,) = answer["choices"]
+            seen = [*prompt, *choice["token_ids"]]
+            sampled.append((prompt, choice["token_ids"], [entry["logprob"] for entry in choice["logprobs"]["content"]]))
+            messages += [llm.policy.parse(choice["token_ids"]), {"role": "user", "content": "again"}]
+    assert all(turn in llm.policy.sampled for turn in sampled)
+
+
 async def rollouts(llm, workflow, count, at_once=16):
     rng, gate = random.Random(3), asyncio.Semaphore(at_once)
 
@@ -166,15 +184,21 @@ def largest_difference(policy, recorded, rows=64):
     return worst
 
 
-def check(llm, episodes):
-    """Everything recorded was sampled, everything sampled was recorded; returns turns, tool calls and the largest
-    difference of a logprob."""
+def check_exact(llm, episodes):
+    """Everything recorded was sampled, everything sampled was recorded; returns the calls and the largest difference of a
+    logprob."""
     calls = [call for episode in episodes for call in episode.calls]
     recorded = [(call.prompt_ids, call.response_ids, call.logprobs) for call in calls]
     assert sorted(recorded) == sorted(llm.policy.sampled)
     assert all(call.exact for call in calls)
     worst = largest_difference(llm.policy, recorded)
     assert worst < 1e-4
+    return calls, worst
+
+
+def check(llm, episodes):
+    """The same, and no turn was rendered anew; returns turns, tool calls and the largest difference of a logprob."""
+    calls, worst = check_exact(llm, episodes)
     carried = drifted = 0
     for n, episode in enumerate(episodes):
         item = EvalInputItem(id=n, input_obj="", expected_output_obj="", full_dataset_entry={})
@@ -193,6 +217,13 @@ async def test_ids_and_logprobs_of_multi_turn_episodes_with_tools_are_those_of_t
     turns, tools, _ = check(llm, await rollouts(llm, workflow, 12))
     assert turns == 5 * 12
     assert tools > 12
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(1000, marks=pytest.mark.slow)])
+async def test_token_ids_that_a_client_renders_itself_are_recorded_as_they_came(llm, count):
+    calls, worst = check_exact(llm, await rollouts(llm, by_generate, count, at_once=64))
+    assert len(calls) == 5 * count
+    print(f"\nby_generate: {count:,} episodes, {len(calls):,} turns: all ids as sampled, logprobs within {worst:.1e}")
 
 
 @pytest.mark.slow

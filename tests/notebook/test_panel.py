@@ -10,13 +10,18 @@ import pytest
 from small_agents import coin, guess, right
 
 import finetune_nb as ft
+from finetune_nb.backends.local.config import LocalGRPOConfig
+from finetune_nb.config.base import changed
+from finetune_nb.engine.live_settings import LiveField, LiveSettings
 from finetune_nb.notebook import kernel
 from finetune_nb.notebook.panel import Panel, StaticPanel
 from finetune_nb.notebook.panel_html import status_html
+from finetune_nb.notebook.panel_inputs import Inputs
 from finetune_nb.notebook.reward_curve import MOST, reward_curve
 from finetune_nb.run.opening import Obstacle
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
 from finetune_nb.tripwires import SpreadBelow, ValidationFalls
+from finetune_nb.types import CurriculumSettings
 
 alive = ipywidgets.widgets.widget._instances
 
@@ -85,6 +90,24 @@ def test_training_is_shown_in_steps_where_asking_costs_nothing(tmp_path, closing
 
 
 # ── inputs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_number_that_may_be_missing_is_missing_where_its_input_is_empty():
+    config, said = LocalGRPOConfig(), []
+    cap = LiveField(
+        "adapter.importance_cap",
+        None,
+        "training",
+        check=lambda value: changed(config, {"importance_cap": value}, "adapter").importance_cap,
+    )
+    settings = LiveSettings(CurriculumSettings(), [cap])
+    settings.at_once = True
+    (shown,) = Inputs(settings, lambda error, name: said.append(error)).live
+    assert shown.widget.value == ""
+    for text, value in (("2.5", 2.5), ("many", 2.5), (" ", None)):
+        shown.widget.value = text
+        assert settings.live_fields[0].value == value
+    assert said[0] is None and "adapter.importance_cap" in said[1] and said[2] is None
 
 
 def test_what_a_person_moves_is_tried_out_and_counts_once_it_is_applied(run, panel):

@@ -49,3 +49,18 @@ async def test_it_is_a_part_of_a_reward(make_run):
 def test_lengths_that_make_no_sense_are_refused(longest, margin):
     with pytest.raises(ConfigError, match="expected a"):
         ft.overlong_penalty(longest, margin)
+
+
+def test_the_shortest_of_a_group_pays_nothing_and_the_longest_all():
+    penalty = ft.length_penalty()
+    assert penalty([of_length(tokens) for tokens in (30, 10, 20, 10)]) == [-1.0, 0.0, -0.5, 0.0]
+    assert penalty([of_length(7)] * 3) == [0.0] * 3 and penalty([]) == []
+
+
+async def test_lengths_are_compared_inside_each_group(make_run):
+    run = make_run(reward={"right": lambda output: 1.0, "length": (ft.length_penalty(), 0.5)}, dataset=sums(2))
+    await run.next_epoch()
+    rows = run.trajectories()
+    for _, group in rows.groupby("example", observed=True):
+        assert group.score_length.max() == 0.0 and group.score_length.min() in (-1.0, 0.0)
+    assert (rows.reward == 1.0 + 0.5 * rows.score_length).all()

@@ -6,6 +6,8 @@ that follows a script, and gets better with its version, takes its place.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import random
 import re
@@ -387,6 +389,83 @@ def logprobs_that_are_rounded(folder):
     policy = WrongLogprobs.load("embedded", deterministic=True)
     config = LocalGRPOConfig(max_logprob_gap=None)
     return demo(folder, adapter=LocalGRPOAdapter(config, deterministic=True, policy=policy))
+
+
+class OtherSampler(LocalPolicy):
+    """Samples from another distribution than the model's that is trained, and records the probabilities that it sampled with, as
+    a server with other weights or kernels does."""
+
+    nudge = 0.0
+    """Noise on each weight matrix, as a part of its standard deviation."""
+    heat = 1.0
+    """How many times as high its temperature is as the one that is asked for."""
+    rounded = False
+    """Whether it samples in bfloat16."""
+    off = False
+    """Whether it samples as it is trained, after all."""
+
+    @classmethod
+    def of(cls, nudge: float = 0.0, heat: float = 1.0, rounded: bool = False) -> OtherSampler:
+        policy = cls.load("embedded", deterministic=True)
+        assert isinstance(policy, OtherSampler)
+        policy.nudge, policy.heat, policy.rounded = nudge, heat, rounded
+        if rounded:
+            policy.sampling_dtype = torch.bfloat16
+        return policy
+
+    async def sample(self, ids, params, seed):
+        if not self.off:
+            params = dataclasses.replace(params, temperature=params.temperature * self.heat)
+        return await super().sample(ids, params, seed)
+
+    def _sample_batch(self, batch):
+        trained = self.model
+        if not self.off:
+            self.model = self._other(trained)
+        try:
+            super()._sample_batch(batch)
+        finally:
+            self.model = trained
+
+    @torch.no_grad()
+    def _other(self, trained: Any) -> Any:
+        other, noise = copy.deepcopy(trained), torch.Generator().manual_seed(0)
+        for weight in other.parameters():
+            if weight.dim() > 1:
+                weight += self.nudge * weight.std() * torch.randn(weight.shape, generator=noise)
+        return other.bfloat16() if self.rounded else other
+
+
+def other_sampler(
+    folder: Path, policy: OtherSampler, seed: int = 0, epochs: int = 8, training: dict[str, Any] | None = None
+) -> ft.Run:
+    adapter = LocalGRPOAdapter(LocalGRPOConfig(**training or {}), seed, deterministic=True, policy=policy)
+    return demo(folder, adapter=adapter, seed=seed, num_epochs=epochs, validation=questions("held_out")[:80])
+
+
+@planted("sampler_differs")
+def sampler_with_other_weights(folder):
+    return other_sampler(folder, OtherSampler.of(nudge=0.05), training={"max_logprob_gap": None})
+
+
+@planted("logprob_gap")
+def sampler_that_is_hotter_than_it_says(folder):
+    return other_sampler(folder, OtherSampler.of(heat=1.5), training={"max_logprob_gap": None})
+
+
+@planted("training_failed", 2)
+def sampler_with_other_weights_that_is_stopped(folder):
+    return other_sampler(folder, OtherSampler.of(nudge=0.05))
+
+
+@healthy(4)
+def sampler_with_other_weights_that_is_corrected(folder):
+    return other_sampler(folder, OtherSampler.of(nudge=0.05), seed=9, training={"importance_cap": 2.0})
+
+
+@healthy(3)
+def sampler_in_bfloat16(folder):
+    return other_sampler(folder, OtherSampler.of(rounded=True), seed=10)
 
 
 @planted("drift")

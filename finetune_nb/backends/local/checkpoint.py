@@ -30,7 +30,8 @@ from torch import Tensor
 from ...errors import BackendError
 from ...redaction import redact_text, redacting_logger
 from ...store.durable import FileDigest, atomic_directory, digest_of, plain_file
-from .lora import as_trained, settings_of
+from .lora import as_trained, is_lora, settings_of
+from .losses.entropy import EntropyWeight
 from .training import Learner
 from .weights import (
     all_tensors,
@@ -86,6 +87,16 @@ class Reference(BaseModel):
     """The commit on the model hub; None for the embedded model."""
 
 
+class EntropyState(BaseModel):
+    """Where an entropy bonus with a target is."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    start: float
+    coef: float
+    entropy: float | None
+
+
 class Manifest(BaseModel):
     """What manifest.json says."""
 
@@ -109,6 +120,8 @@ class Manifest(BaseModel):
     torch: str
     transformers: str
     files: dict[FileName, FileDigest]
+    entropy: EntropyState | None = None
+    """None, and not in the file, where the entropy has no target: older releases read it then."""
 
 
 class Checkpoints:
@@ -152,8 +165,10 @@ class Checkpoints:
                 torch=torch.__version__,
                 transformers=transformers.__version__,
                 files=seals,
+                entropy=self._entropy(),
             )
-            text = json.dumps(manifest.model_dump(), indent=1, sort_keys=True) + "\n"
+            left_out = {"entropy"} if manifest.entropy is None else None
+            text = json.dumps(manifest.model_dump(exclude=left_out), indent=1, sort_keys=True) + "\n"
             (unfinished / MANIFEST).write_text(text, encoding="utf-8")
             written = sum(s.bytes for s in seals.values()) - linked + digest_of(unfinished / MANIFEST).bytes
         if REFERENCE in seals:
@@ -169,6 +184,12 @@ class Checkpoints:
         if self._stored_reference is None and (policy.source == "embedded" or (policy.source and revision)):
             return Reference(found="by_model_name", sha256=self._reference_sha256(), revision=revision)
         return Reference(found="in_file")
+
+    def _entropy(self) -> EntropyState | None:
+        weight = self.learner.entropy_weight
+        if weight.entropy is None:
+            return None
+        return EntropyState(start=weight.start, coef=weight.coef, entropy=weight.entropy)
 
     def _reference_sha256(self) -> str | None:
         """Asked for only while the reference is what the model was loaded with."""
@@ -220,6 +241,8 @@ class Checkpoints:
         tensors = _read(directory, OPTIMIZER, manifest)
         state = parameter_states(tensors, learner.trained, directory / OPTIMIZER)
         reference = self._read_reference(directory, manifest)
+        if reference and learner.reference is None:
+            learner.copy_reference()
 
         groups = learner.optimizer.state_dict()["param_groups"]  # ours: another learning rate may have been asked for
         # First, because it needs memory on the device; what follows does not.
@@ -233,6 +256,11 @@ class Checkpoints:
         if reference:
             self._fingerprints.pop("reference", None)
             self._stored_reference = (directory / REFERENCE, manifest.files[REFERENCE])
+        learner.moved = True
+        if manifest.entropy is not None:
+            learner.entropy_weight = EntropyWeight(**manifest.entropy.model_dump())
+        elif learner.entropy_weight.entropy is not None:  # it goes back to before
+            learner.entropy_weight = EntropyWeight(learner.config.entropy_coef)
         learner.policy.version = manifest.policy_version
         return manifest.jobs
 
@@ -240,7 +268,9 @@ class Checkpoints:
         """The reference's weights where they are in the file; {} where the learner's own is the right one already."""
         ours, theirs = self.learner.reference, manifest.reference
         if ours is None:
-            return {}
+            if theirs is None or theirs.found == "by_model_name" or is_lora(self.learner.policy.model):
+                return {}
+            ours = self.learner.policy.model  # alike, and kl_coef may have been changed since, or be
         if theirs is None:
             logger.warning("%s was saved without KL; it is measured from the weights that were loaded first", directory)
             return {}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...config.base import AT_TRAINING, TrainerAdapterConfig
 
 __all__ = [
+    "ImportanceBounds",
     "LoRAConfig",
     "LOSSES",
     "LocalGRPOConfig",
@@ -52,6 +53,25 @@ LOSSES: Mapping[str, LossForm] = {
 }
 """By name. Papers: grpo arXiv 2402.03300; dapo 2503.14476; bnpo 2506.02864 as TRL normalises it; dr_grpo 2503.20783; gspo
 2507.18071; cispo 2506.13585; sapo 2511.20347; rloo 2402.14740; reinforce++ 2501.03262, with the group's mean as its baseline."""
+
+
+@dataclass(frozen=True)
+class ImportanceBounds:
+    """Between which ratios the weights of importance sampling may be, and what becomes of those beyond."""
+
+    cap: float | None = None
+    """Largest weight. None: any."""
+    floor: float | None = None
+    """Smallest weight. None: any."""
+    level: Literal["token", "sequence"] = "token"
+    """Whether the ratio is a token's, or the product over a sequence, which all of its tokens then have."""
+    beyond: Literal["truncate", "mask"] = "truncate"
+    """A ratio beyond a bound becomes the bound, or 0."""
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is corrected."""
+        return self.cap is not None or self.floor is not None
 
 
 class LoRAConfig(BaseModel):
@@ -101,16 +121,24 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     with cispo it bounds the token's weight, and is 4."""
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)
     """How fast "sapo" lets go of tokens that have moved: of those that did well, and of those that did badly."""
-    kl_coef: float = Field(default=0.0, ge=0)
+    kl_coef: float = Field(default=0.0, ge=0, json_schema_extra=AT_TRAINING)
     """Weight of the KL divergence from the initial weights. Above 0 a frozen copy of them is kept in memory; with LoRA
-    they are there already."""
+    they are there already. If it was 0 at first, they are loaded again from where `model` says."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """How it is estimated at a token, with d = log probability - the initial weights': "k1", d, taken from the advantage; "k2",
     d^2 / 2, and "k3", exp(-d) - 1 + d, added to the loss."""
     kl_clip: float | None = Field(default=None, gt=0)
     """Largest absolute value of the estimate at a token; beyond it, it gives no gradient. None: any."""
     entropy_coef: float = Field(default=0.0, ge=0, json_schema_extra=AT_TRAINING)
-    """Weight of the policy's mean entropy a token (nats), which the loss then makes larger."""
+    """Weight of the policy's mean entropy a token (nats), which the loss then makes larger. With entropy_target, the weight that
+    it begins with."""
+    entropy_target: float | None = Field(default=None, gt=0, json_schema_extra=AT_TRAINING)
+    """Entropy (nats a token) to keep the policy at, as Skywork-OR1 does (arXiv 2505.22312): the bonus counts only while the
+    entropy is not above this, and its weight grows by a step meanwhile, and falls by one otherwise. None: a fixed weight."""
+    entropy_coef_step: float = Field(default=0.005, gt=0, json_schema_extra=AT_TRAINING)
+    """By how much that weight changes with each optimizer step."""
+    entropy_coef_max: float = Field(default=1.0, gt=0)
+    """Its largest value."""
     scale_rewards: bool | Literal["batch"] = True
     """Advantages are divided by the standard deviation of their group's rewards; "batch": by that of all trained rewards, around
     their groups' means. False with dr_grpo and rloo, and "batch" with reinforce++, unless given."""
@@ -136,9 +164,21 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     """Policy versions by which a trajectory may be older than the weights that it trains."""
     allow_inexact: bool = False
     """Trains also on turns whose token ids are not known to be those that were sampled."""
-    max_logprob_gap: float | None = Field(default=0.1, gt=0)
+    importance_cap: float | None = Field(default=None, gt=0, json_schema_extra=AT_TRAINING)
+    """Corrects for a sampler that differs from the trainer: the loss of each token is multiplied with the trainer's probability
+    of it, before the first step, over the sampler's, at most this (truncated importance sampling; 2 is usual). One more forward
+    pass a job. None: no upper bound, and without importance_floor no correction."""
+    importance_floor: float | None = Field(default=None, gt=0, json_schema_extra=AT_TRAINING)
+    """The same at least. None: no lower bound."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Whether that ratio is a token's, or the product over all sampled tokens of a sequence, whose variance grows with its
+    length."""
+    importance_beyond: Literal["truncate", "mask"] = "truncate"
+    """A ratio beyond a bound becomes the bound; "mask": such tokens, or sequences, are not trained on."""
+    max_logprob_gap: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
     """Mean |log probability in training - when sampled| (nats), before the first step of a job, beyond which the job
-    fails: something else was sampled than is trained. None: never; so with max_staleness above 0, which makes a gap."""
+    fails: something else was sampled than is trained. "auto": 0.01 in float32, 0.1 where what trains or samples is in half
+    precision, 1 with a correction. None: never; so with max_staleness above 0, which makes a gap."""
     record_entropy: bool = True
     """Record the policy's entropy (nats) in the place of each sampled token, as float16: of the model's own distribution
     over its whole vocabulary, at temperature 1 whatever is sampled at. Costs about 2 % of the sampling."""
@@ -157,6 +197,13 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
         return LOSSES[self.loss].baseline
 
     @property
+    def importance(self) -> ImportanceBounds:
+        """The correction for a sampler that differs."""
+        return ImportanceBounds(
+            self.importance_cap, self.importance_floor, self.importance_level, self.importance_beyond
+        )
+
+    @property
     def own_defaults(self) -> dict[str, Any]:
         """The defaults that follow from the loss."""
         return LOSSES[self.loss].defaults
@@ -166,3 +213,26 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     def take_defaults_of_loss(cls, given: Any) -> Any:
         form = LOSSES.get(given.get("loss", "dapo")) if isinstance(given, dict) else None
         return given if form is None else form.defaults | given
+
+    @model_validator(mode="after")
+    def check_entropy(self) -> Self:
+        if self.entropy_target is not None and self.entropy_coef > self.entropy_coef_max:
+            raise ValueError(
+                f"entropy_coef begins at {self.entropy_coef:g}, above entropy_coef_max, {self.entropy_coef_max:g}; expected at "
+                "most that"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_importance(self) -> Self:
+        bounds = self.importance
+        if bounds.cap is not None and bounds.floor is not None and bounds.floor >= bounds.cap:
+            raise ValueError(
+                f"importance_floor is {bounds.floor:g} and importance_cap {bounds.cap:g}; expected a floor below the cap"
+            )
+        if not bounds.on and (bounds.level, bounds.beyond) != ("token", "truncate"):
+            raise ValueError(
+                f"importance_level is {bounds.level!r} and importance_beyond {bounds.beyond!r}, but nothing is corrected: give "
+                "importance_cap (2.0, say) or importance_floor too"
+            )
+        return self

@@ -102,6 +102,8 @@ class LocalPolicy(ChatTokenizer):
         """As it was asked for: replicas look for theirs by it."""
         self.stored_dtype: Any = model.dtype
         """Of the model's files, and of those that `save` writes."""
+        self.sampling_dtype: Any = model.dtype
+        """Of the weights in sampling; another one where something else than this model samples."""
         self.source: str | None = None
         """The name or directory that `load` was given; None for a model that was handed over."""
         text_config = model.config.get_text_config()

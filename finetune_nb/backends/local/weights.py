@@ -22,6 +22,7 @@ __all__ = [
     "dtype_name",
     "fingerprint",
     "frozen_tensors",
+    "known_by",
     "optimizer_tensors",
     "parameter_states",
     "shortened",
@@ -145,6 +146,11 @@ def _few(weight: Tensor) -> Tensor:
     """At most `MOST_SAMPLED` of its values, at the same places every time."""
     flat = weight.detach().reshape(-1)
     return flat[:: -(-flat.numel() // MOST_SAMPLED) or 1]
+
+
+def known_by(model: torch.nn.Module) -> str | None:
+    """A fingerprint of a few values of each weight, by which a model is known again."""
+    return fingerprint({name: _few(weight) for name, weight in model.named_parameters()})
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: TrainedWeights) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .config import LOSSES
+from ..config import LOSSES
 
 __all__ = [
     "LossStatistics",

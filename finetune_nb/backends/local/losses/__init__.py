@@ -1,0 +1,1 @@
+"""What a training job makes smaller: tensors in, tensors out."""
