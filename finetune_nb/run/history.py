@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..notebook.browser import Browser
     from ..rewards.labels import Tags
     from ..rollouts.preferences import Pairing
-    from ..types import Change, TrajectoryCollection
+    from ..types import Change, Trajectory, TrajectoryCollection
     from ..views.rollout import RolloutView
     from ..views.tokens import Heat
 
@@ -419,6 +419,7 @@ class RunHistory(ABC):
         *,
         heat: Heat = "probability",
         turn: int | None = None,
+        weights: int | None = None,
     ) -> RolloutView:
         """Show one rollout as a conversation, with its reward, its tokens and the rest of its group.
 
@@ -429,10 +430,11 @@ class RunHistory(ABC):
                 `trajectories()`, that says the epoch, the example and the generation: "e2/q37/3", "e2/q37" or "e2".
             example: The example's id. Default: the one whose rewards differ most.
             generation: Which rollout of the group. Default: the best one.
-            heat: What colours the sampled tokens: their "probability", or the "entropy" of the policy in their place, if that
-                or the likely alternatives were recorded.
+            heat: What colours the sampled tokens: their "probability"; the "entropy" of the policy in their place, if that
+                or the likely alternatives were recorded; or the "change" of their log probability, see `logprob_change`.
             turn: The first turn to show, from 0, at full length. Default: every turn, of which long ones are cut, and the rest
                 of the group.
+            weights: For the heat "change": the epoch after which the weights are taken. Default: the newest that are kept.
 
         Returns:
             A view that displays itself; its `.trajectory` is the record.
@@ -440,7 +442,7 @@ class RunHistory(ABC):
         Raises:
             IndexError: There is no such epoch.
             RunError: The epoch has no such example, the example no such generation, or the rollout no such turn.
-            ConfigError: `heat` is neither of the two, or something is said by the name and once more.
+            ConfigError: `heat` is none of the three, something is said by the name and once more, or `weights` without "change".
         """
         from ..analysis.rollout_group import rollout_group
         from ..views.rollout import RolloutView
@@ -448,7 +450,67 @@ class RunHistory(ABC):
         if isinstance(epoch, str):
             epoch, example, generation = self._named(epoch, example, generation)
         group = rollout_group(self._epoch(epoch), example)
-        return RolloutView(group, group.rollout(generation), heat, turn)
+        chosen = group.rollout(generation)
+        if heat != "change":
+            if weights is not None:
+                raise ConfigError(f'found weights={weights!r}; it goes with heat="change" alone.')
+            return RolloutView(group, chosen, heat, turn)
+        if weights is None:
+            weights = next(reversed(self.kept_weights()), None)
+        changes = self.token_changes(group.finished(chosen), weights)
+        return RolloutView(group, chosen, heat, turn, tuple(map(tuple, changes)), weights)
+
+    def kept_weights(self) -> list[int]:
+        """The epochs whose weights are available, oldest first; see `logprob_change`."""
+        return []
+
+    def token_changes(self, trajectory: Trajectory, epoch: int | None = None) -> list[list[float]]:
+        """As `logprob_change`, of a trajectory at hand.
+
+        Args:
+            trajectory: A record, such as `run.show(name).trajectory`.
+            epoch: As in `logprob_change`.
+
+        Returns:
+            For each sampled turn a list with one number a token, in nats.
+
+        Raises:
+            As `logprob_change`.
+        """
+        raise RunError(f"{self.id!r} has records alone, and no weights: there is no model to ask.")
+
+    def logprob_change(self, name: str, epoch: int | None = None) -> pd.DataFrame:
+        """What training has made of one rollout: the log probability of each sampled token under later weights, minus the one
+        when it was sampled.
+
+            run.logprob_change("e0/q17/2", epoch=9).nlargest(10, "change")
+
+        The weights come from a checkpoint and are loaded beside those of the run, which goes on meanwhile; they are let go of
+        after two minutes. It takes `local_grpo`, `trl_sft` or `trl_dpo`, named in the config.
+
+        Args:
+            name: A name, as in the column `trajectory` of `trajectories()`; of a group ("e0/q17"), its best rollout.
+            epoch: The weights are those after this epoch; negative counts from the newest. Default: the newest that are kept.
+
+        Returns:
+            The rollout's rows of `tokens()`, and `change`, in nats: above 0, the token has become more likely.
+
+        Raises:
+            IndexError: There is no such epoch.
+            RunError: There is no such rollout, it failed, or the weights are not kept.
+            ConfigError: The backend cannot do it.
+            BackendError: The ids of the prompt or the reply were not recorded, the checkpoint does not fit, or memory runs out.
+        """
+        from ..analysis.rollout_group import rollout_group
+        from .epoch_weights import tokens_with_changes
+
+        number, example, generation = self._named(name, None, None)
+        record = self._epoch(number)
+        group = rollout_group(record, example)
+        place = group.rollout(generation)
+        changes = self.token_changes(group.finished(place), epoch)
+        assert isinstance(place, int)  # it has finished
+        return tokens_with_changes(record, group, place, changes)
 
     def compare(self, first: str, second: str) -> RolloutComparison:
         """Show two rollouts side by side, of any epochs, with the point where they diverge.

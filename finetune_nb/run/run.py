@@ -25,6 +25,7 @@ from ..notebook.display import CellRecord, ProgressLine
 from ..notebook.kernel import in_notebook
 from ..redaction import error_text, redacting_logger
 from ..rewards.functions import Rewards, evaluators_from
+from ..store.checkpoints import weights_of_epochs
 from ..store.durable import size_of
 from ..store.folder import checkpoints
 from ..store.labels import read_labels
@@ -36,6 +37,7 @@ from ..threads import before_exit, in_daemon_thread, run_sync
 from ..tripwires import Tripwire, tripped
 from ..types import Change, CurriculumSettings, Epoch, RolloutFailure, Trajectory, Validation
 from ..views.summary import epoch_text
+from .epoch_weights import EpochWeights, changes_of
 from .history import RunHistory
 from .labelling import names_in
 from .opening import Obstacle, branch_of, components_from, config_of, copy_for_fork, make_fork
@@ -420,6 +422,7 @@ class Run(RunHistory):
         self._planned: int | None = None  # the epoch before which `start` will end
         self._panel: Any = None
         self._newest: NewestEpoch | None = None
+        self._epoch_weights = EpochWeights(config, components.added())
 
         self._settings = LiveSettings(
             CurriculumSettings.from_config(config.finetuning.curriculum_learning), live_fields(config)
@@ -742,6 +745,38 @@ class Run(RunHistory):
             run._setup(config, components, self.id, RunStore.open(folder))
             async with run:
                 return await run.rollout(example)
+
+    def kept_weights(self) -> list[int]:
+        """The epochs whose weights are available, oldest first; see `logprob_change`."""
+        store = self._stored()
+        return [] if store is None else list(weights_of_epochs(store))
+
+    def token_changes(self, trajectory: Trajectory, epoch: int | None = None) -> list[list[float]]:
+        """As `logprob_change`, of a trajectory at hand.
+
+        Args:
+            trajectory: A record, such as `run.show(name).trajectory`.
+            epoch: As in `logprob_change`.
+
+        Returns:
+            For each sampled turn a list with one number a token, in nats.
+
+        Raises:
+            As `logprob_change`.
+        """
+        self._session.require_outside("logprob_change")
+        if self._unable:
+            raise RunError(self._unable.text)
+        kept, store = self.kept_weights(), self._stored()
+        if epoch is not None:
+            epoch = self[epoch].index
+        elif kept:
+            epoch = kept[-1]
+        if store is None or epoch is None:
+            raise RunError(
+                f"run {self.id!r} has no weights of an epoch yet. Run one, with run.checkpoint_every above 0, then ask again."
+            )
+        return changes_of(trajectory, self._epoch_weights.logprobs(store, epoch, trajectory))
 
     async def chat(self, messages: Any, **options: Any) -> ChatReply:
         """Get the policy's reply.
@@ -1265,6 +1300,7 @@ class Run(RunHistory):
         self._session.require_outside("close")
         self._closed = True
         self._session.end()
+        self._epoch_weights.close()
         _open_runs.discard(self)
         self._left.detach()
         self.config.builder = None
