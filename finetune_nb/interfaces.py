@@ -259,8 +259,8 @@ class TrajectoryBuilder(ABC):
 
 
 _CANNOT_SCORE = (
-    "{} cannot compute the log probabilities of recorded tokens. Expected an adapter with load_weights and token_logprobs, such as "
-    "local_grpo, trl_sft or trl_dpo."
+    "{} cannot compute the log probabilities of recorded tokens. Expected an adapter with load_weights and token_logprobs, "
+    "such as local_grpo, trl_sft or trl_dpo."
 )
 
 

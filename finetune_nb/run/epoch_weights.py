@@ -139,8 +139,8 @@ class EpochWeights:
             )
         if self._config.run.trains_elsewhere:
             raise ConfigError(
-                "the model of this run is on a Ray cluster (run.ray.trainer), and is not loaded here. Expected one of this process: "
-                "open the run's folder with run.ray.trainer switched off in config.yml."
+                "the model of this run is on a Ray cluster (run.ray.trainer), and is not loaded here. Expected one of this "
+                "process: open the run's folder with run.ray.trainer switched off in config.yml."
             )
         if self._builder is None:
             # What points back at the run's own components points at the copy's.
@@ -150,8 +150,8 @@ class EpochWeights:
         adapter = await self._builder.get_trainer_adapter(self._name)
         if type(adapter).token_logprobs is TrainerAdapter.token_logprobs:
             raise ConfigError(
-                f"{type(adapter).__name__} cannot compute the log probabilities of recorded tokens. The adapters local_grpo, trl_sft "
-                "and trl_dpo can."
+                f"{type(adapter).__name__} cannot compute the log probabilities of recorded tokens. The adapters local_grpo, "
+                "trl_sft and trl_dpo can."
             )
         return adapter
 

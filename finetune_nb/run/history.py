@@ -7,7 +7,7 @@ engine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -56,6 +56,11 @@ class RunHistory(ABC):
     @abstractmethod
     def partial(self) -> Epoch | None:
         """The epoch that has begun and is not complete."""
+
+    def partial_stamp(self) -> Any:
+        """A value that changes when the rollouts of `partial` do, at little cost; None where there is none."""
+        left = self.partial
+        return None if left is None else (left.index, left.metrics.trajectories, left.metrics.failures)
 
     @property
     @abstractmethod
@@ -162,11 +167,7 @@ class RunHistory(ABC):
 
         left = self.partial if partial else None
         chosen = [*self.chosen(epoch), *([left] if left else [])]
-        labels: Iterable[Label] = ()
-        if columns is None or {"labels", "label_score"}.intersection(
-            [columns] if isinstance(columns, str) else columns
-        ):
-            labels = read_labels(self.folder, [each.index for each in chosen])
+        labels = self._labels_for(chosen, columns)
         return self._of_example(frames.trajectories(chosen, example, columns, labels), example)
 
     def messages(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
@@ -224,7 +225,9 @@ class RunHistory(ABC):
         """
         from .. import frames
 
-        return self._of_example(frames.groups(self.chosen(epoch), example, columns), example)
+        chosen = self.chosen(epoch)
+        labels = self._labels_for(chosen, columns)
+        return self._of_example(frames.groups(chosen, example, columns, labels), example)
 
     def epochs(self, epoch: Any = None, columns: Columns = None) -> pd.DataFrame:
         """One row = one epoch.
@@ -242,7 +245,15 @@ class RunHistory(ABC):
         """
         from .. import frames
 
-        return frames.epochs(self.chosen(epoch), columns)
+        chosen = self.chosen(epoch)
+        return frames.epochs(chosen, columns, self._labels_for(chosen, columns))
+
+    def _labels_for(self, epochs: Sequence[Epoch], columns: Columns) -> Sequence[Label]:
+        """The labels of these epochs, if a frame with these columns needs any."""
+        wanted = [columns] if isinstance(columns, str) else columns
+        if wanted is not None and not {"labels", "label_score"}.intersection(wanted):
+            return ()
+        return read_labels(self.folder, [each.index for each in epochs])
 
     def chosen(self, epoch: Any = None) -> Sequence[Epoch]:
         """Look up the records of some epochs.

@@ -600,6 +600,11 @@ class Run(RunHistory):
         found = store.partial() if store is not None else None
         return found and partial_record(found, self.id, self._settings.applied)
 
+    def partial_stamp(self) -> Any:
+        """A value that changes when the rollouts of `partial` do, at little cost; None where there is none."""
+        store = self._stored()
+        return None if store is None else store.partial_stamp()
+
     def _stored(self) -> RunReader | None:
         """The folder to read from; None before the first epoch of a new run."""
         return self._driver.writer.store if self._driver.writer is not None else self._store
@@ -664,8 +669,9 @@ class Run(RunHistory):
             The epoch's record.
 
         Raises:
-            RunError: The adapter cannot do this, a name is of no rollout that finished, or something of this run is running.
-            ConfigError: The frame has no such column, or is empty.
+            ConfigError: The adapter cannot do this (nothing is loaded before that is said), or the frame has no such column, or is
+                empty.
+            RunError: A name is of no rollout that finished, or something of this run is running.
             BackendError: The rollouts lack what training needs.
             JobFailed: The training job failed or was canceled; the record is in `.epoch`.
         """
@@ -673,8 +679,9 @@ class Run(RunHistory):
 
         self._require_open()
         self._session.require_outside("train_on")
+        await self._session.ask(self._driver.require_trains_on_chosen)
         await self._session.ask(self._driver.open)
-        self._driver.require_trains_on_chosen()
+        self._driver.require_single_epochs()
         if self._driver.adapter.takes_preferences:
             chosen = preferences(values_in(rollouts, tags), self._epoch, self.id, "all_pairs", max_pairs=10_000)
             told = count(sum(map(len, chosen.trajectories)), "preference")

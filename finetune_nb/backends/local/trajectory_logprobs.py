@@ -54,7 +54,7 @@ def trajectory_logprobs(policy: LocalPolicy, trajectory: Trajectory, max_tokens:
             raise
         size = max(map(len, sequences))
         raise BackendError(
-            f"a trajectory of {size:,} tokens does not fit into the memory of {policy.model.device} beside what is there. Expected "
-            "room for one forward pass. Wait until the run has ended, or open it in a kernel of its own with ft.Run.open."
+            f"a trajectory of {size:,} tokens does not fit into the memory of {policy.model.device} beside what is there. "
+            "Expected room for one forward pass. Wait until the run has ended, or open it in a kernel of its own with ft.Run.open."
         ) from error
     return found
