@@ -330,7 +330,11 @@ class _Changes:
         run = self._source.run
         changes = getattr(run, "token_changes", None)
         if changes is None:
-            raise RunError("the run is closed or gone, and its model with it. Open it again with ft.Run.open(...).")
+            where = "..." if self._source.folder is None else repr(str(self._source.folder))
+            raise RunError(
+                f"no variable holds the run any more, and its model went with it. Keep it: run = ft.Run.open({where}), then "
+                "run.browse()."
+            )
         record = None if weights is None else self._source.epoch(weights)
         for known, known_row, known_record, values in list(self._kept):
             if known is epoch and known_row == row and record is not None and known_record is record:

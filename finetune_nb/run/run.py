@@ -669,8 +669,7 @@ class Run(RunHistory):
             The epoch's record.
 
         Raises:
-            ConfigError: The adapter cannot do this (nothing is loaded before that is said), or the frame has no such column, or is
-                empty.
+            ConfigError: The adapter cannot do this, and nothing was loaded; or the frame has no such column, or is empty.
             RunError: A name is of no rollout that finished, or something of this run is running.
             BackendError: The rollouts lack what training needs.
             JobFailed: The training job failed or was canceled; the record is in `.epoch`.

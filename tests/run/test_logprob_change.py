@@ -1,4 +1,4 @@
-"""What training made of a recorded rollout: its tokens' log probabilities under later weights, which are loaded beside the run."""
+"""What training made of a recorded rollout: its tokens' log probabilities under later weights, loaded beside the run."""
 
 import shutil
 import time
@@ -9,13 +9,13 @@ from hostile import text_of
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import finetune_nb as ft
-from finetune_nb.errors import BackendError, ConfigError, RunError
-from finetune_nb.rollouts.episodes import SampledTurn
-from finetune_nb.run import epoch_weights
-from finetune_nb.store.checkpoints import weights_of_epochs
-from finetune_nb.store.folder import checkpoints
-from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
+import finetune_nb as ft  # noqa: E402
+from finetune_nb.errors import BackendError, ConfigError, RunError  # noqa: E402
+from finetune_nb.rollouts.episodes import SampledTurn  # noqa: E402
+from finetune_nb.run import epoch_weights  # noqa: E402
+from finetune_nb.store.checkpoints import weights_of_epochs  # noqa: E402
+from finetune_nb.store.folder import checkpoints  # noqa: E402
+from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums  # noqa: E402
 
 
 async def ask_twice(question, llm):
@@ -56,7 +56,9 @@ def by_transformers(model, trajectory):
             continue
         with torch.no_grad():
             logits = model(torch.tensor([[*turn.prompt_ids, *turn.ids]])).logits[0, len(turn.prompt_ids) - 1 : -1]
-        found.append((logits / turn.temperature).log_softmax(-1).gather(1, torch.tensor(turn.ids)[:, None])[:, 0].tolist())
+        found.append(
+            (logits / turn.temperature).log_softmax(-1).gather(1, torch.tensor(turn.ids)[:, None])[:, 0].tolist()
+        )
     return found
 
 

@@ -126,7 +126,9 @@ def test_an_adapter_that_cannot_says_so_before_anything_is_done(tmp_path, submit
     ft.run_sync(run.next_epoch())
     run.close()
     again = ft.Run.open(run.folder, solve, spread, dataset=sums(3), adapter=RewardsAlone())
-    with pytest.raises(ConfigError, match="RewardsAlone cannot train on rollouts that were chosen.*local_grpo.*trl_dpo"):
+    with pytest.raises(
+        ConfigError, match="RewardsAlone cannot train on rollouts that were chosen.*local_grpo.*trl_dpo"
+    ):
         ft.run_sync(again.train_on(["e0/sum-1/2"]))
     assert len(again) == 1 and again.state == "ready" and RewardsAlone.initialized == 1
     again.close()
