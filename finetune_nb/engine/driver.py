@@ -313,8 +313,8 @@ class Driver:
                 return
             what = type(adapter).__name__
         raise ConfigError(
-            f"{what} cannot train on rollouts that were chosen. Expected an adapter that can: local_grpo and trl_sft learn them as "
-            "they are, trl_dpo as preferences. Name one of them as finetuning.trainer_adapter, for example in a fork."
+            f"{what} cannot train on rollouts that were chosen. Expected an adapter that can: local_grpo and trl_sft learn them "
+            "as they are, trl_dpo as preferences. Name one of them as finetuning.trainer_adapter, for example in a fork."
         )
 
     async def _next(self, work: Callable[[EpochInProgress], Awaitable[TrainingJobRef | None]]) -> Epoch:

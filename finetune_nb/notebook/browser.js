@@ -1038,7 +1038,10 @@ class Inspector {
     if (!body) return;
     const { index, rollout } = this.view.reader.at;
     const signal = this.view.signals[index.signals[groupOf(index, rollout)]];
-    this.rollout.append(make("h4", { text: "group" }), make("p", {}, make("strong", { text: words(signal.name) }), make("span", { text: `: ${signal.meaning}${signal.advice ? `; ${signal.advice}` : ""}${index.inferred ? " (concluded)" : ""}` })));
+    const said = this.view.reader.unscored
+      ? [this.view.unfinished, ": the rollouts of this epoch are scored when all of them are in"]
+      : [words(signal.name), `: ${signal.meaning}${signal.advice ? `; ${signal.advice}` : ""}${index.inferred ? " (concluded)" : ""}`];
+    this.rollout.append(make("h4", { text: "group" }), make("p", {}, make("strong", { text: said[0] }), make("span", { text: said[1] })));
     const names = new Set([...Object.keys(body.scores ?? {}), ...Object.keys(body.words ?? {})]);
     if (names.size) this.rollout.append(make("h4", { text: "scores" }));
     for (const name of names) {
@@ -1663,8 +1666,8 @@ class BrowserView {
     if (!found || this.tint !== "change") return;
     this.kept = found[0].epochs;
     const newest = this.kept.at(-1);
-    const options = [["", newest === undefined ? "no weights are kept" : `under the newest weights (epoch ${newest})`]];
-    for (const epoch of [...this.kept].reverse()) options.push([epoch, `under those after epoch ${epoch}`]);
+    const options = [["", newest === undefined ? "no weights are kept" : `newest weights (epoch ${newest})`]];
+    for (const epoch of [...this.kept].reverse()) options.push([epoch, `weights after epoch ${epoch}`]);
     this.weightsChoice.replaceChildren(...options.map(([value, text]) => make("option", { value, text })));
     if (!this.kept.includes(this.weights)) this.weights = null;
     this.weightsChoice.value = this.weights ?? "";

@@ -55,6 +55,6 @@ def trajectory_logprobs(policy: LocalPolicy, trajectory: Trajectory, max_tokens:
         size = max(map(len, sequences))
         raise BackendError(
             f"a trajectory of {size:,} tokens does not fit into the memory of {policy.model.device} beside what is there. "
-            "Expected room for one forward pass. Wait until the run has ended, or open it in a kernel of its own with ft.Run.open."
+            "Expected room for one forward pass. Wait until the run has ended, or open it in another kernel with ft.Run.open."
         ) from error
     return found
