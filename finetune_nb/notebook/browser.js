@@ -1707,7 +1707,7 @@ class BrowserView {
     reader.weights = weights;
     reader.setChanges(changes);
     const mean = changes.reduce((sum, value) => sum + value, 0) / changes.length;
-    reader.note(`change under the weights after epoch ${weights}: ${signed(mean)} nats a token in the mean; blue, with a line above: more likely than when it was sampled; orange, with a line below: less`);
+    reader.note(`change under the weights after epoch ${weights}: ${signed(mean)} nats a token on average; blue, with a line above: more likely than when it was sampled; orange, with a line below: less`);
     if (reader === this.reader) this.inspector.paintToken();
   }
 
