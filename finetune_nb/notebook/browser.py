@@ -293,7 +293,7 @@ class _Changes:
         """Asks for one rollout.
 
         Args:
-            number: What the page is told with it.
+            number: The id of the message that asked, which the answer names.
             epoch: Its epoch.
             row: Its row in that.
             weights: The epoch after which the weights are taken. None: the newest that are kept.
@@ -655,8 +655,8 @@ class Browser(traitlets.HasTraits):
         return {"epochs": [] if kept is None else kept()}, ()
 
     def _change(self, asked: Mapping[str, Any]) -> _Answer:
-        """What the tokens of a rollout have changed by under the weights of an epoch. That takes longer than an answer may: the
-        page is told later, with the id of this message."""
+        """What the tokens of a rollout have changed by under the weights of an epoch. That takes longer than an answer may: a
+        message with the id of this one follows."""
         epoch, index, place = self._asked(asked)
         weights = None if asked.get("weights") is None else _whole(asked, "weights")
         self._changes.ask(asked.get("id"), epoch, int(index.rows[place]), weights)

@@ -38,7 +38,7 @@ logger = redacting_logger(__name__)
 
 
 class EpochWeights:
-    """Loads the run's model a second time, on a thread of its own, and lets go of it when it has not been asked for two minutes.
+    """Loads the run's model a second time, on a thread of its own, and releases it when nobody has asked for two minutes.
 
     Args:
         config: The run's.
@@ -91,7 +91,7 @@ class EpochWeights:
                 self._stay(KEPT_SECONDS)
 
     def close(self) -> None:
-        """Lets go of the model. It is loaded again when it is asked for."""
+        """Releases the model. It is loaded again when it is asked for."""
         with self._lock:
             self._stay()
             builder, self._builder, self._loaded = self._builder, None, None
@@ -102,7 +102,7 @@ class EpochWeights:
                     logger.warning("the weights of an epoch could not be closed well", exc_info=True)
 
     def _stay(self, seconds: float | None = None) -> None:
-        """Lets go of the model after so many seconds; None: it stays."""
+        """Releases the model after so many seconds; None: it stays."""
         if self._release is not None:
             self._release.cancel()
             self._release = None

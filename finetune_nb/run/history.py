@@ -496,7 +496,7 @@ class RunHistory(ABC):
 
             run.logprob_change("e0/q17/2", epoch=9).nlargest(10, "change")
 
-        The weights come from a checkpoint and are loaded beside those of the run, which goes on meanwhile; they are let go of
+        The weights come from a checkpoint and are loaded beside those of the run, which continues meanwhile; they are released
         after two minutes. It takes `local_grpo`, `trl_sft` or `trl_dpo`, named in the config.
 
         Args:
