@@ -37,6 +37,7 @@ from ..frames.names import find_names
 from ..frames.search import Query, query_of, rows_with
 from ..redaction import error_text, redacting_logger
 from ..store.labels import Label, Labelled, changed_since, new_labels, put_labels, read_labels, remove_labels
+from ..store.trajectories import DecodedBatches
 from ..text import one_line, short, text_of
 from ..types import Epoch, Trajectory, same_id
 from .browser_html import browser_html, browser_text
@@ -74,13 +75,9 @@ class BrowsedRun(Protocol):
     @property
     def records(self) -> Sequence[Epoch]: ...
 
-    @property
-    def partial(self) -> Epoch | None: ...
+    def partial_stamp(self) -> Any: ...
 
-
-def _partial_stamp(run: BrowsedRun) -> Any:
-    stamp = getattr(run, "partial_stamp", None)
-    return None if stamp is None else stamp()
+    def read_partial(self, decoded: DecodedBatches) -> Epoch | None: ...
 
 
 class _Source:
@@ -101,6 +98,7 @@ class _Source:
         self._seen: Any = None
         """What was seen of the unfinished epoch, as `partial_stamp` has it."""
         self._look_after = 0.0
+        self._decoded: DecodedBatches = {}
         self._version = 0
         self.rows = RolloutRows()
 
@@ -142,7 +140,7 @@ class _Source:
     def _look(self, wait: bool) -> None:
         """Reads the unfinished epoch, if it has changed. At most a tenth of the time goes there."""
         run = self.run
-        stamp = None if run is None else _partial_stamp(run)
+        stamp = None if run is None else run.partial_stamp()
         if run is None or stamp == self._seen or time.monotonic() < self._look_after:
             return
         if stamp is None and self._unfinished is not None and getattr(run, "state", "") in ACTIVE:
@@ -153,7 +151,10 @@ class _Source:
         def look() -> None:
             began, left = time.monotonic(), None
             try:
-                left = None if stamp is None else run.partial
+                if stamp is None:
+                    self._decoded.clear()
+                else:
+                    left = run.read_partial(self._decoded)
             except FinetuneError:
                 logger.warning("the epoch that has not ended cannot be read", exc_info=True)
             finally:

@@ -52,7 +52,7 @@ class EpochWeights:
         self._lock = threading.RLock()
         self._engine = EngineThread("ft-epoch-weights")
         self._builder: Builder | None = None
-        self._loaded: Path | None = None
+        self._loaded: tuple[Path, int, int] | None = None
         self._release: threading.Timer | None = None
 
     def logprobs(self, store: RunReader, epoch: int, trajectory: Trajectory) -> list[list[float]]:
@@ -124,10 +124,11 @@ class EpochWeights:
             builder, self._builder, self._loaded = self._builder, None, None
             await builder.close()  # the weights that the run began with come with the model
         adapter = await self._adapter()
-        if checkpoint is not None and checkpoint != self._loaded:
+        found = _identity(checkpoint)
+        if checkpoint is not None and found != self._loaded:
             self._loaded = None
             await adapter.load_weights(checkpoint)
-            self._loaded = checkpoint
+            self._loaded = found
         return await adapter.token_logprobs(trajectory)
 
     async def _adapter(self) -> TrainerAdapter:
@@ -154,6 +155,14 @@ class EpochWeights:
                 "trl_sft and trl_dpo can."
             )
         return adapter
+
+
+def _identity(checkpoint: Path | None) -> tuple[Path, int, int] | None:
+    """Tells a checkpoint from another one of its name: an epoch that is run again writes its own."""
+    if checkpoint is None:
+        return None
+    found = checkpoint.stat()
+    return checkpoint, found.st_ino, found.st_mtime_ns
 
 
 def changes_of(trajectory: Trajectory, after: Sequence[Sequence[float]]) -> list[list[float]]:

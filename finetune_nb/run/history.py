@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 from ..engine.state import RunStatus
 from ..errors import ConfigError, RunError, did_you_mean
 from ..store.labels import Label, read_labels, remove_labels
+from ..store.trajectories import DecodedBatches
 from ..text import short
 from ..types import Epoch
 from ..views.summary import run_html, run_text
@@ -56,6 +57,10 @@ class RunHistory(ABC):
     @abstractmethod
     def partial(self) -> Epoch | None:
         """The epoch that has begun and is not complete."""
+
+    def read_partial(self, decoded: DecodedBatches | None = None) -> Epoch | None:
+        """`partial`, for whoever reads it again and again while it grows. decoded: a dict that is kept from call to call."""
+        return self.partial
 
     def partial_stamp(self) -> Any:
         """A value that changes when the rollouts of `partial` do, at little cost; None where there is none."""
@@ -496,8 +501,9 @@ class RunHistory(ABC):
 
             run.logprob_change("e0/q17/2", epoch=9).nlargest(10, "change")
 
-        The weights come from a checkpoint and are loaded beside those of the run, which continues meanwhile; they are released
-        after two minutes. It takes `local_grpo`, `trl_sft` or `trl_dpo`, named in the config.
+        The weights come from a checkpoint and are loaded beside those of the run, which continues meanwhile. That needs room
+        for a second copy of the model, which is released after two minutes. The adapter must be `local_grpo`, `trl_sft` or
+        `trl_dpo`, and named in the config.
 
         Args:
             name: A name, as in the column `trajectory` of `trajectories()`; of a group ("e0/q17"), its best rollout.

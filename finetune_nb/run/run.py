@@ -32,6 +32,7 @@ from ..store.labels import read_labels
 from ..store.reader import RunReader
 from ..store.runs import archive_run, delete_run, free_id
 from ..store.store import RunStore
+from ..store.trajectories import DecodedBatches
 from ..text import count, cut, duration, plain
 from ..threads import before_exit, in_daemon_thread, run_sync
 from ..tripwires import Tripwire, tripped
@@ -596,8 +597,16 @@ class Run(RunHistory):
     def partial(self) -> Epoch | None:
         """The epoch that has begun and is not complete, as far as the folder has it: aborted, failed, interrupted by a
         kernel that died, or still running. Its rollouts may be unscored. Running the epoch again replaces it."""
+        return self.read_partial()
+
+    def read_partial(self, decoded: DecodedBatches | None = None) -> Epoch | None:
+        """`partial`, for whoever reads it again and again while it grows.
+
+        Args:
+            decoded: A dict that is kept from call to call, empty at first: what it holds is not decoded again.
+        """
         store = self._stored()
-        found = store.partial() if store is not None else None
+        found = store.partial(decoded) if store is not None else None
         return found and partial_record(found, self.id, self._settings.applied)
 
     def partial_stamp(self) -> Any:

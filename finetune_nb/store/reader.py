@@ -40,7 +40,15 @@ from .database import (
 from .durable import check_plain, size_of
 from .folder import CONFIG, DATABASE, LOG, RUN_ID, trajectory_file, writer_of
 from .json import decode
-from .trajectories import COLUMNS, collection_of_batches, read_columns, read_row_group, read_trajectories, table_of
+from .trajectories import (
+    COLUMNS,
+    DecodedBatches,
+    collection_of_batches,
+    read_columns,
+    read_row_group,
+    read_trajectories,
+    table_of,
+)
 from .trust import is_signed, sign
 
 if TYPE_CHECKING:
@@ -317,8 +325,8 @@ class RunReader:
                 return epoch
         raise StoreError(f"run {self.run_id!r} has no completed epoch {index!r}; it has {len(self._epochs)}.")
 
-    def partial(self) -> PartialEpoch | None:
-        """The epoch that has begun and is not complete; None where there is none."""
+    def partial(self, decoded: DecodedBatches | None = None) -> PartialEpoch | None:
+        """The epoch that has begun and is not complete; None where there is none. decoded: as in `collection_of_batches`."""
 
         def work(db: sqlite3.Connection) -> tuple[Any, list[bytes], list[Any]] | None:
             row = db.execute("SELECT * FROM unfinished ORDER BY epoch DESC LIMIT 1").fetchone()
@@ -334,9 +342,11 @@ class RunReader:
             return None
         # Decoded here, so that whoever writes the epoch does not wait for it.
         with self._as_store_error():
-            return self._partial_of(*found)
+            return self._partial_of(*found, decoded)
 
-    def _partial_of(self, row: Any, batches: list[bytes], validations: list[Any]) -> PartialEpoch:
+    def _partial_of(
+        self, row: Any, batches: list[bytes], validations: list[Any], decoded: DecodedBatches | None
+    ) -> PartialEpoch:
         index = int(row["epoch"])
         ref, status = row["job_ref"], row["job_status"]
         place = f"of epoch {index}"
@@ -350,7 +360,7 @@ class RunReader:
         ]
         return PartialEpoch(
             index=index,
-            collection=collection_of_batches(batches, self.run_id),
+            collection=collection_of_batches(batches, self.run_id, decoded),
             job=ref and self._or_none("unfinished", place, lambda: TrainingJobRef.model_validate(decode(ref))),
             status=status
             and self._or_none("unfinished", place, lambda: TrainingJobStatus.model_validate(decode(status))),
@@ -369,7 +379,7 @@ class RunReader:
             row = db.execute("SELECT epoch, started_at FROM unfinished ORDER BY epoch DESC LIMIT 1").fetchone()
             if row is None:
                 return None
-            of_epoch = "SELECT count(*), max(batch) FROM rollouts WHERE epoch = ?"
+            of_epoch = "SELECT count(*), max(batch), total(length(data)) FROM rollouts WHERE epoch = ?"
             return (*row, *db.execute(of_epoch, (row["epoch"],)).fetchone())
 
         return self._read(work)

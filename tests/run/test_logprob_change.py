@@ -134,7 +134,20 @@ def test_the_weights_that_a_run_began_with_are_loaded_anew_after_others(tmp_path
     run.close()
 
 
-def test_the_model_is_let_go_of_when_nobody_asks(run, monkeypatch):
+def test_a_checkpoint_that_was_written_again_is_read_again(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run.folder, copy)
+    opened = ft.Run.open(copy, trust=True)
+    after = opened.logprob_change("e1/sum-1/0", epoch=1).change
+    assert after.abs().max() > 1e-3
+    kept = checkpoints(copy)
+    shutil.rmtree(kept[1])
+    shutil.copytree(kept[0], kept[1])
+    assert opened.logprob_change("e1/sum-1/0", epoch=1).change.abs().max() < 1e-5
+    opened.close()
+
+
+def test_the_model_is_released_when_nobody_asks(run, monkeypatch):
     monkeypatch.setattr(epoch_weights, "KEPT_SECONDS", 0.05)
     run.logprob_change("e0/sum-1/0")
     until = time.monotonic() + 10
