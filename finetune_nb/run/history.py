@@ -59,11 +59,22 @@ class RunHistory(ABC):
         """The epoch that has begun and is not complete."""
 
     def read_partial(self, decoded: DecodedBatches | None = None) -> Epoch | None:
-        """`partial`, for whoever reads it again and again while it grows. decoded: a dict that is kept from call to call."""
+        """Read `partial` again and again while it grows.
+
+        Args:
+            decoded: A dict that is kept from call to call, empty at first: what it holds is not decoded again.
+
+        Returns:
+            The record, in which nothing may be changed; None where there is no unfinished epoch.
+        """
         return self.partial
 
     def partial_stamp(self) -> Any:
-        """A value that changes when the rollouts of `partial` do, at little cost; None where there is none."""
+        """Ask whether `partial` has other rollouts, at little cost.
+
+        Returns:
+            A value that changes when they do; None where there is no unfinished epoch.
+        """
         left = self.partial
         return None if left is None else (left.index, left.metrics.trajectories, left.metrics.failures)
 
@@ -477,7 +488,11 @@ class RunHistory(ABC):
         return RolloutView(group, chosen, heat, turn, tuple(map(tuple, changes)), weights)
 
     def kept_weights(self) -> list[int]:
-        """The epochs whose weights are available, oldest first; see `logprob_change`."""
+        """List the epochs whose weights are available; see `logprob_change`.
+
+        Returns:
+            Their numbers, oldest first.
+        """
         return []
 
     def token_changes(self, trajectory: Trajectory, epoch: int | None = None) -> list[list[float]]:

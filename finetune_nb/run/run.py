@@ -600,17 +600,24 @@ class Run(RunHistory):
         return self.read_partial()
 
     def read_partial(self, decoded: DecodedBatches | None = None) -> Epoch | None:
-        """`partial`, for whoever reads it again and again while it grows.
+        """Read `partial` again and again while it grows.
 
         Args:
             decoded: A dict that is kept from call to call, empty at first: what it holds is not decoded again.
+
+        Returns:
+            The record, in which nothing may be changed; None where there is no unfinished epoch.
         """
         store = self._stored()
         found = store.partial(decoded) if store is not None else None
         return found and partial_record(found, self.id, self._settings.applied)
 
     def partial_stamp(self) -> Any:
-        """A value that changes when the rollouts of `partial` do, at little cost; None where there is none."""
+        """Ask whether `partial` has other rollouts, at little cost.
+
+        Returns:
+            A value that changes when they do; None where there is no unfinished epoch.
+        """
         store = self._stored()
         return None if store is None else store.partial_stamp()
 
@@ -762,7 +769,11 @@ class Run(RunHistory):
                 return await run.rollout(example)
 
     def kept_weights(self) -> list[int]:
-        """The epochs whose weights are available, oldest first; see `logprob_change`."""
+        """List the epochs whose weights are available; see `logprob_change`.
+
+        Returns:
+            Their numbers, oldest first.
+        """
         store = self._stored()
         return [] if store is None else list(weights_of_epochs(store))
 
