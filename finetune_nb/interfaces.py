@@ -30,6 +30,7 @@ from .types import (
     SamplingParams,
     TrainingJobRef,
     TrainingJobStatus,
+    Trajectory,
     TrajectoryCollection,
 )
 from .user_code import contained
@@ -257,6 +258,12 @@ class TrajectoryBuilder(ABC):
         raise NotImplementedError
 
 
+_CANNOT_SCORE = (
+    "{} cannot compute the log probabilities of recorded tokens. Expected an adapter with load_weights and token_logprobs, "
+    "such as local_grpo, trl_sft or trl_dpo."
+)
+
+
 class TrainerAdapter(ABC):
     """The bridge to a training backend. One that samples from its own weights offers them as `policy`."""
 
@@ -325,6 +332,33 @@ class TrainerAdapter(ABC):
             f"{type(self).__name__} learns from rewards alone, not from rollouts that were chosen. Expected an adapter with "
             "submit_chosen, such as local_grpo, trl_sft or trl_dpo."
         )
+
+    async def load_weights(self, directory: str | Path) -> None:
+        """Put the policy's weights where they were when a checkpoint was saved, without what only training needs. Asked of an
+        adapter that nobody trains with. Override it together with `token_logprobs`.
+
+        Args:
+            directory: What `save_checkpoint` wrote.
+
+        Raises:
+            BackendError: It is missing, damaged or of another model.
+        """
+        raise BackendError(_CANNOT_SCORE.format(type(self).__name__))
+
+    async def token_logprobs(self, trajectory: Trajectory) -> list[list[float]]:
+        """Compute the log probabilities of recorded tokens under the policy's weights. Override it where the backend can.
+
+        Args:
+            trajectory: An episode with the ids of its tokens and prompts.
+
+        Returns:
+            For each sampled turn a list with one number a token: natural logarithms, at the temperature that it was sampled at.
+
+        Raises:
+            BackendError: The backend cannot, or the trajectory lacks the ids.
+            MissingLogprobs: A sampled turn has no logprobs.
+        """
+        raise BackendError(_CANNOT_SCORE.format(type(self).__name__))
 
     @abstractmethod
     async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:

@@ -72,6 +72,8 @@ class Token(NamedTuple):
     see `entropy_of`; NaN without either."""
     alternatives: tuple[tuple[str, float], ...] = ()
     """Other likely tokens at this position, with their logprobs; most likely first."""
+    change: float = math.nan
+    """What its logprob has changed by under other weights; NaN if nobody has asked."""
 
     @property
     def probability(self) -> float:

@@ -48,6 +48,15 @@ class RolloutGroup:
         rewards = [trajectory.reward for trajectory in self.trajectories]
         return sorted(range(len(rewards)), key=lambda place: (math.isnan(rewards[place]), -rewards[place]))
 
+    def finished(self, chosen: int | RolloutFailure) -> Trajectory:
+        """The trajectory of what `rollout` found. Raises RunError for a rollout that failed."""
+        if isinstance(chosen, int):
+            return self.trajectories[chosen]
+        raise RunError(
+            f"generation {short(chosen.generation, 40)} of example {short(self.example, 80)} failed in epoch {self.epoch} "
+            f"({short(chosen.error, 200)}): it has no tokens."
+        )
+
     def rollout(self, generation: Any = None) -> int | RolloutFailure:
         """Find one rollout of the group.
 

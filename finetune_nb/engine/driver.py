@@ -281,10 +281,12 @@ class Driver:
         """Trains on rollouts that somebody chose, and records that as an epoch. told: what they are, for the journal.
 
         Raises:
-            RunError: The adapter cannot, an epoch has begun that is not complete, or the trainer trains only in its run().
+            ConfigError: The adapter cannot.
+            RunError: An epoch has begun that is not complete, or the trainer trains only in its run().
         """
+        await self.require_trains_on_chosen()
         await self.open()
-        self.require_trains_on_chosen()
+        self.require_single_epochs()
         if self._left is not None:
             raise RunError(
                 f"epoch {self._left.index} has begun and is not complete: end it first, with await run.next_epoch()."
@@ -297,14 +299,23 @@ class Driver:
 
         return await self._next(work)
 
-    def require_trains_on_chosen(self) -> None:
-        """Raises RunError for a Trainer or an adapter that cannot train on rollouts that were chosen."""
-        self.require_single_epochs()
-        if getattr(type(self.adapter), "submit_chosen", None) in (None, TrainerAdapter.submit_chosen):
-            raise RunError(
-                f"{type(self.adapter).__name__} cannot train on rollouts that were chosen: it has no submit_chosen. The adapters "
-                "local_grpo, trl_sft and trl_dpo have one."
-            )
+    async def require_trains_on_chosen(self) -> None:
+        """Raises ConfigError for an adapter that cannot train on rollouts that were chosen. No model is loaded for that, and
+        nothing is contacted."""
+        name = self.config.finetuning.trainer_adapter
+        if self.config.run.trains_elsewhere:
+            what = "a trainer on a Ray cluster (run.ray.trainer)"
+        elif name is None:
+            return  # `open` says that it is missing
+        else:
+            adapter = await self.components.get_trainer_adapter(name)
+            if getattr(type(adapter), "submit_chosen", None) not in (None, TrainerAdapter.submit_chosen):
+                return
+            what = type(adapter).__name__
+        raise ConfigError(
+            f"{what} cannot train on rollouts that were chosen. Expected an adapter that can: local_grpo and trl_sft learn them "
+            "as they are, trl_dpo as preferences. Name one of them as finetuning.trainer_adapter, for example in a fork."
+        )
 
     async def _next(self, work: Callable[[EpochInProgress], Awaitable[TrainingJobRef | None]]) -> Epoch:
         with logging_to(self.writer):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from ..store.labels import Label
 from ..text import plain
 from ..training.metrics import deviations
 from ..types import Epoch, EpochMetrics, Validation
 from .columns import Column, asked_for, column_of, columns_of, framed
+from .labels import NO_LABELS, Labelling, labels_by_name
 from .trajectories import REASONS, EpochColumns, chosen, is_example
 
 if TYPE_CHECKING:
@@ -44,8 +46,10 @@ GROUPS = (
     Column("kept", "bool"),
     Column("reason", "category", categories=REASONS),
     Column("submitted_order", "Int64"),
+    Column("labels", "object"),
+    Column("label_score", "float64"),
 )
-"""Columns of `groups`."""
+"""Columns of `groups`. The labels are those of the group itself, not of its rollouts."""
 
 
 def _at(place: int) -> Callable[[Sequence[Any]], Any]:
@@ -99,12 +103,14 @@ EPOCHS = (
     Column("reason", "str", source="reason"),
     Column("policy_version", "Int64", source="policy_versions", make=_at(0)),
     Column("policy_version_after", "Int64", source="policy_versions", make=_at(1)),
+    Column("labels", "object"),
+    Column("label_score", "float64"),
     Column("score_<name>", "float64", source="metrics.scores"),
     Column("validation_score_<name>", "float64", source="validations", make=_of_last("scores", {})),
     Column("train_<metric>", "float64", source="train_metrics"),
     Column("seconds_<part>", "float64", source="seconds"),
 )
-"""Columns of `epochs`. The sources are attributes of Epoch."""
+"""Columns of `epochs`. The sources are attributes of Epoch; the labels are those of the epoch itself."""
 JOURNAL = (
     Column("time", "datetime, UTC", source="time"),
     Column("source", "str", source="source"),
@@ -116,7 +122,12 @@ JOURNAL = (
 """Columns of `journal`. The sources are attributes of Change."""
 
 
-def groups(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] | str | None = None) -> pd.DataFrame:
+def groups(
+    epochs: Iterable[Epoch],
+    example: Any = None,
+    columns: Sequence[str] | str | None = None,
+    labels: Iterable[Label] = (),
+) -> pd.DataFrame:
     """One row = one group of one epoch, then one for each example with failed rollouts and no group.
 
     ================ ========== =============================================================================
@@ -133,12 +144,15 @@ def groups(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] 
     kept             bool       whether the group was selected for training
     reason           category   GroupReason: why it was kept or not
     submitted_order  Int64      position in the order of submission, from 0; <NA> if it was not submitted
+    labels           object     the tags of the group's own labels, a tuple: ("hard",); () if it has none
+    label_score      float64    the mean of these tags' scores; NaN if it has none
     ================ ========== =============================================================================
 
     Args:
         epochs: The records.
         example: Only the groups of this example, or of a list of examples. Default: all.
         columns: Only these columns, in this order. Default: all.
+        labels: Labels, of which those of these groups are shown.
 
     Returns:
         The frame.
@@ -147,12 +161,15 @@ def groups(epochs: Iterable[Epoch], example: Any = None, columns: Sequence[str] 
         ConfigError: There is no such column.
     """
     names = asked_for(columns, [column.name for column in GROUPS])
-    parts = [_groups_of(epoch, example) for epoch in epochs]
+    labelled = labels_by_name(labels, "group")
+    parts = [_groups_of(epoch, example, labelled) for epoch in epochs]
     found = {column.name: column_of(column, [part[column.name] for part in parts]) for column in GROUPS}
     return framed(found, names)
 
 
-def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) -> pd.DataFrame:
+def epochs(
+    epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None, labels: Iterable[Label] = ()
+) -> pd.DataFrame:
     """One row = one epoch.
 
     ======================= ============== =====================================================================
@@ -195,6 +212,8 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
     reason                  str            why nothing was submitted
     policy_version          Int64          the weights that were sampled from
     policy_version_after    Int64          the weights after training
+    labels                  object         the tags of the epoch's own labels, a tuple; () if it has none
+    label_score             float64        the mean of these tags' scores; NaN if it has none
     score_<name>            float64        mean of evaluator <name>
     validation_score_<name> float64        the same on the validation dataset
     train_<metric>          float64        <metric> as measured by the backend
@@ -204,6 +223,7 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
     Args:
         epochs: The records.
         columns: Only these columns, in this order. Default: all.
+        labels: Labels, of which those of these epochs are shown.
 
     Returns:
         The frame.
@@ -211,7 +231,12 @@ def epochs(epochs: Iterable[Epoch], columns: Sequence[str] | str | None = None) 
     Raises:
         ConfigError: There is no such column.
     """
-    found = _of_records(EPOCHS, list(epochs))
+    records = list(epochs)
+    labelled = labels_by_name(labels, "epoch")
+    of_records = [labelled.get(f"e{record.index}", NO_LABELS) for record in records]
+    found = _of_records(
+        EPOCHS, records, {"labels": [t for t, _ in of_records], "label_score": [s for _, s in of_records]}
+    )
     names = asked_for(columns, found, [column.prefix for column in EPOCHS if column.prefix])
     return framed(found, names)
 
@@ -242,11 +267,15 @@ def journal(changes: Iterable[Change], columns: Sequence[str] | str | None = Non
     return framed(found, asked_for(columns, found))
 
 
-def _of_records(columns: Sequence[Column], records: Sequence[Any]) -> dict[str, Any]:
-    """The columns of records, one row per record."""
+def _of_records(
+    columns: Sequence[Column], records: Sequence[Any], given: Mapping[str, Sequence[Any]] = {}
+) -> dict[str, Any]:
+    """The columns of records, one row per record. given: the values of those without a source."""
     found: dict[str, Any] = {}
     for column in columns:
-        assert column.source is not None
+        if column.source is None:
+            found |= columns_of(column, given[column.name])
+            continue
         values = list(map(attrgetter(column.source), records))
         if column.make is not None:
             values = list(map(column.make, values))
@@ -257,7 +286,7 @@ def _of_records(columns: Sequence[Column], records: Sequence[Any]) -> dict[str, 
 # ── one epoch ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _groups_of(epoch: Epoch, only: Any) -> dict[str, Any]:
+def _groups_of(epoch: Epoch, only: Any, labelled: Mapping[str, Labelling]) -> dict[str, Any]:
     """The values of GROUPS for one epoch: its groups, then the examples that only have failed rollouts."""
     import numpy as np
 
@@ -282,9 +311,13 @@ def _groups_of(epoch: Epoch, only: Any) -> dict[str, Any]:
     def padded(values: Any, missing: Any) -> Any:
         return np.concatenate([values, np.full(extra, missing)])
 
+    examples = [*statistics.example_ids, *alone]
+    labels = [NO_LABELS] * len(examples)
+    if labelled:
+        labels = [labelled.get(f"e{epoch.index}/{plain(example)}", NO_LABELS) for example in examples]
     found = {
         "epoch": np.full(total + extra, epoch.index),
-        "example": [*statistics.example_ids, *alone],
+        "example": examples,
         "group": [*range(total), *[None] * extra],
         "trajectories": padded(sizes, 0),
         "failures": np.array(failures, dtype=np.int64),
@@ -296,6 +329,8 @@ def _groups_of(epoch: Epoch, only: Any) -> dict[str, Any]:
         "kept": padded(selection.reasons == 0, False),
         "reason": padded(selection.reasons, -1),
         "submitted_order": order,
+        "labels": [tags for tags, _ in labels],
+        "label_score": np.array([score for _, score in labels], dtype=np.float64),
     }
     if only is None:
         return found

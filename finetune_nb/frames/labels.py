@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LABELS",
+    "NO_LABELS",
+    "Labelling",
     "labels",
-    "labels_by_rollout",
+    "labels_by_name",
 ]
 
 LABELS = (
@@ -70,11 +72,20 @@ def labels(found: Iterable[Label], columns: Sequence[str] | str | None = None) -
     return framed(values, asked_for(columns, values))
 
 
-def labels_by_rollout(found: Iterable[Label]) -> dict[str, tuple[tuple[str, ...], float]]:
-    """The tags of each labelled rollout, each once and in order of time, and the mean of their scores, NaN if it has none. Labels
-    of groups and epochs are left out."""
+Labelling = tuple[tuple[str, ...], float]
+"""Tags, each once and in order of time, and the mean of their scores; NaN if none has one."""
+NO_LABELS: Labelling = ((), math.nan)
+
+
+def labels_by_name(found: Iterable[Label], level: str) -> dict[str, Labelling]:
+    """The labels of rollouts, of groups or of epochs, by their names.
+
+    Args:
+        found: Labels, of any level.
+        level: "rollout", "group" or "epoch": those of this level count.
+    """
     result = {}
-    for name, by_tag in scores_by_tag(found).items():
+    for name, by_tag in scores_by_tag(found, level).items():
         scores = [score for score in by_tag.values() if score is not None]
         mean = math.fsum(scores) / len(scores) if scores else math.nan
         result[name] = (tuple(by_tag), mean)

@@ -33,7 +33,7 @@ from .columns import (
     sources_of,
     wide,
 )
-from .labels import labels_by_rollout
+from .labels import NO_LABELS, Labelling, labels_by_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,7 +123,7 @@ def trajectories(
     fixed = [column.name for column in COLUMNS if column.prefix is None]
     names = asked_for(columns, fixed, [column.prefix for column in COLUMNS if column.prefix])
     wanted = [column for column in COLUMNS if names is None or _is_wanted(column, names)]
-    labelled = labels_by_rollout(labels)
+    labelled = labels_by_name(labels, "rollout")
     parts = [_values_of(epoch, example, wanted, labelled) for epoch in epochs]
     found: dict[str, Any] = {}
     for column in wanted:
@@ -135,9 +135,6 @@ def trajectories(
         else:
             found |= {f"{column.prefix}{name}": scores for name, scores in _scores(flatten(values)).items()}
     return framed(found, names)
-
-
-_NO_LABELS: tuple[tuple[str, ...], float] = ((), math.nan)
 
 
 def _scores(texts: list[str | None]) -> dict[str, np.ndarray]:
@@ -167,7 +164,7 @@ def _is_wanted(column: Column, names: Sequence[str]) -> bool:
 
 
 def _values_of(
-    epoch: Epoch, example: Any, wanted: Sequence[Column], labelled: Mapping[str, tuple[tuple[str, ...], float]]
+    epoch: Epoch, example: Any, wanted: Sequence[Column], labelled: Mapping[str, Labelling]
 ) -> dict[str, Any]:
     """The values of the wanted columns for one epoch: its trajectories, then its failures."""
     import numpy as np
@@ -202,11 +199,11 @@ def _values_of(
         found["trajectory"] = columns.named(columns.generations(known["generation"]))
     rows = columns.rows + len(failures)
     if is_labelled:
-        of_rows = [labelled.get(plain(name), _NO_LABELS) for name in found["trajectory"]]
+        of_rows = [labelled.get(plain(name), NO_LABELS) for name in found["trajectory"]]
         found["labels"] = [tags for tags, _ in of_rows]
         found["label_score"] = np.array([score for _, score in of_rows], dtype=float)
     else:
-        tags, score = _NO_LABELS
+        tags, score = NO_LABELS
         found["labels"], found["label_score"] = [tags] * rows, np.full(rows, score)
     found["reward"] = np.concatenate([statistics.rewards, missing])
     if "advantage" in names:

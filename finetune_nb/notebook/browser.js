@@ -129,6 +129,19 @@ export function parting(a, b) {
   return a.turns.length === b.turns.length ? null : { turn: shared, token: 0 };
 }
 
+/** Places of tokens, the most changed first. */
+export function mostChanged(changes) {
+  const places = [];
+  for (let i = 0; i < changes.length; i++) if (!Number.isNaN(changes[i])) places.push(i);
+  return Uint32Array.from(places).sort((a, b) => Math.abs(changes[b]) - Math.abs(changes[a]) || a - b);
+}
+
+/** Whether two bodies are of one rollout, which was scored or recorded meanwhile: what was said is the same. */
+export function sameConversation(a, b) {
+  if (a.turns.length !== b.turns.length || a.logprobs.length !== b.logprobs.length) return false;
+  return a.turns.every((turn, i) => turn.stop === b.turns[i].stop && a.texts.at(i) === b.texts.at(i));
+}
+
 // ── text and elements ───────────────────────────────────────────────────────────────────────────────────────────────
 
 // Characters that are unseen, or that reorder or hide their neighbours; as text.plain in Python.
@@ -214,6 +227,7 @@ class Kernel {
     this.model = model;
     this.onState = onState; // "ready", "slow" (no answer yet), "lost" (none for long, or none possible)
     this.waiting = new Map();
+    this.later = new Map(); // id of a question that is answered later -> what takes the answer
     this.overdue = 0; // messages that a person was told of
     this.lastHeard = performance.now();
     this.next = Math.floor(Math.random() * 2 ** 40);
@@ -244,7 +258,24 @@ class Kernel {
     });
   }
 
+  /** Asks for something that takes longer than an answer may: the kernel takes note of it, and tells of it when it is done. */
+  async askLong(op, args = {}) {
+    const id = this.next + 1;
+    let told;
+    const done = new Promise((resolve) => { told = resolve; });
+    this.later.set(id, told);
+    try {
+      await this.ask(op, args);
+      const [content, buffers] = await done;
+      if (content.problem) throw new Error(content.problem);
+      return [content, buffers];
+    } finally {
+      this.later.delete(id);
+    }
+  }
+
   heard(content, buffers) {
+    if (content.event === "change") return this.later.get(content.of)?.([content, buffers]);
     if (content.event) return this.onEvent(content);
     const waiting = this.waiting.get(content.id);
     if (!waiting) return;
@@ -273,6 +304,7 @@ class Kernel {
       fail(new Error("the kernel is gone"));
     }
     this.waiting.clear();
+    for (const told of this.later.values()) told([{ problem: "the kernel is gone" }, []]);
     this.overdue = 0;
     this.onState("lost");
   }
@@ -339,14 +371,21 @@ class GroupList {
   row(group, place) {
     const { index, matched, signals } = this.view;
     const example = visible(index.examples.at(group));
-    const signal = words(signals[index.signals[group]].name);
+    const { name: kind, meaning } = signals[index.signals[group]];
     const [start, stop] = [index.starts[group], index.starts[group + 1]];
     let failed = 0;
-    for (let i = start; i < stop; i++) failed += index.flags[i] & FAILED ? 1 : 0;
+    let scored = 0;
+    for (let i = start; i < stop; i++) {
+      failed += index.flags[i] & FAILED ? 1 : 0;
+      scored += Number.isNaN(index.rewards[i]) ? 0 : 1;
+    }
+    const unfinished = index.version !== null;
+    const signal = unfinished && !scored ? this.view.unfinished : words(kind);
+    const said = unfinished ? `${this.view.unfinished}: ${scored ? "" : "no rollout is scored yet, and "}others may come` : meaning;
     const row = make("div", {
-      kind: "row", role: "option", id: `${this.view.prefix}-${place}`, "aria-setsize": this.view.order.length,
+      kind: unfinished ? "row unfinished" : "row", role: "option", id: `${this.view.prefix}-${place}`, "aria-setsize": this.view.order.length,
       "aria-posinset": place + 1,
-      title: `${example}\n${signals[index.signals[group]].meaning}`,
+      title: `${example}\n${said}`,
     });
     row.style.top = `${place * ROW_HEIGHT}px`;
     const change = index.means[group] - index.before[group];
@@ -359,12 +398,26 @@ class GroupList {
       make("div", { kind: "line" }, make("span", { kind: "id", text: example }),
         make("span", { kind: "unseen", text: `, ${plural(stop - start, "rollout")}${failed ? `, ${failed} failed` : ""}, mean ` }), facts),
       make("div", { kind: "line" }, this.strip(group, matched), history),
-      make("div", { kind: "line" }, make("span", { kind: `signal ${signals[index.signals[group]].name}`, text: signal }), make("span", { kind: "facts", text: `spread ${number(index.spreads[group])}` })),
+      make("div", { kind: "line" }, make("span", { kind: `signal ${unfinished ? "" : kind}`, text: signal }), this.tagsOf(group), make("span", { kind: "facts", text: `spread ${number(index.spreads[group])}` })),
     );
     row.history = history;
     this.drawHistory(row, group);
     row.addEventListener("click", () => this.view.openPlace(place));
     return row;
+  }
+
+  /** The labels of a group and of its rollouts. */
+  tagsOf(group) {
+    const tags = this.view.tagsByGroup.get(group) ?? [];
+    const text = tags.map(visible).join(", ");
+    return make("span", { kind: "tags", text: text && `⚑ ${text}`, title: text && `labels: ${text}` });
+  }
+
+  retag() {
+    for (const [place, row] of this.pool) {
+      const fresh = this.tagsOf(this.view.order[place]);
+      row.querySelector(".tags").replaceWith(fresh);
+    }
   }
 
   /** A dot a rollout, placed by its reward; equal ones are stacked. Failed and missing ones have a lane of their own. */
@@ -417,6 +470,13 @@ class GroupList {
     row.history.append(sparkline(means, this.view.range, 60, 16));
   }
 
+  /** Everything anew, with the row of the open group where it was. */
+  renew(before, now) {
+    this.rows.style.height = `${this.view.order.length * ROW_HEIGHT}px`;
+    this.element.scrollTop += (now - before) * ROW_HEIGHT;
+    this.reset();
+  }
+
   /** Scrolls so that the row is in sight. */
   reveal(place) {
     const top = place * ROW_HEIGHT;
@@ -446,8 +506,9 @@ function sparkline(values, [low, high], width, height) {
 
 // ── the conversation ────────────────────────────────────────────────────────────────────────────────────────────────
 
-export const TINTS = [["probability", "tint: probability"], ["entropy", "tint: entropy"], ["advantage", "tint: advantage"], ["none", "no tint"]];
-const ORANGE = "217,95,2", GREEN = "27,127,59", RED = "192,57,43";
+export const TINTS = [["probability", "tint: probability"], ["entropy", "tint: entropy"], ["advantage", "tint: advantage"], ["change", "tint: change"], ["none", "no tint"]];
+const ORANGE = "217,95,2", GREEN = "27,127,59", RED = "192,57,43", BLUE = "0,119,204";
+const MUCH = 0.7; // nats beyond which a change is marked by a line as well
 
 const ROLES = new Set(["assistant", "tool", "function"]); // that look different
 
@@ -457,7 +518,8 @@ class Reader {
     this.view = view;
     this.head = make("div", { kind: "head" });
     this.turns = make("div", { kind: "turns" });
-    this.element = make("div", { kind: "reader", tabindex: "0", role: "region", "aria-label": label }, this.head, this.turns);
+    this.notes = make("div", { kind: "note", hidden: "" });
+    this.element = make("div", { kind: "reader", tabindex: "0", role: "region", "aria-label": label }, this.head, this.notes, this.turns);
     this.element.addEventListener("scroll", () => this.scrolled(), { passive: true });
     this.turns.addEventListener("click", (event) => {
       const token = event.target.token;
@@ -470,22 +532,56 @@ class Reader {
 
   /** Shows a rollout. at: {epoch, index, rollout}. */
   show(body, at) {
-    Object.assign(this, { body, at, turn: 0, token: -1, rank: -1, unlikely: null, shared: undefined, marked: null });
+    Object.assign(this, { body, at, turn: 0, token: -1, rank: -1, unlikely: null, shared: undefined, marked: null, changes: null });
+    this.note("");
     this.turns.replaceChildren();
     this.sections = body.turns.map((turn, i) => this.section(turn, i));
     this.paintHead();
     this.element.scrollTop = 0;
-    if (body.error) this.turns.append(make("div", { kind: "error" }, make("strong", { text: "error " }), make("pre", { text: body.error })));
+    this.ends = [make("div", {}), make("div", {})];
+    this.turns.append(this.ends[0]);
     if (!body.turns.length) this.turns.append(make("p", { kind: "dim", text: "no message was recorded" }));
-    this.turns.append(...this.sections);
-    if (body.output) {
-      this.turns.append(make("div", { kind: "turn" }, make("strong", { text: "output " }), make("pre", { text: pretty(body.output) })));
-    }
+    this.turns.append(...this.sections, this.ends[1]);
+    this.paintEnds();
     this.fill();
   }
 
+  /** Before the turns its error, after them its output. */
+  paintEnds() {
+    const { body, ends: [before, after] } = this;
+    before.replaceChildren();
+    after.replaceChildren();
+    if (body.error && !this.unscored) before.append(make("div", { kind: "error" }, make("strong", { text: "error " }), make("pre", { text: body.error })));
+    if (body.output) after.append(make("div", { kind: "turn" }, make("strong", { text: "output " }), make("pre", { text: pretty(body.output) })));
+  }
+
+  /** Whether it has finished in an epoch that has not, and waits for its reward. */
+  get unscored() {
+    const { index, rollout } = this.at;
+    return index.version !== null && Number.isNaN(index.rewards[rollout]) && !(index.flags[rollout] & FAILED);
+  }
+
+  /** The same rollout from a newer record of its epoch: what a person looks at stays where it is. */
+  renew(body, at) {
+    const focused = this.head.contains(this.view.host.shadowRoot.activeElement);
+    body.changes ??= this.body.changes;
+    Object.assign(this, { body, at });
+    this.paintHead();
+    this.paintEnds();
+    this.retint();
+    if (focused) this.head.querySelector(".switch [aria-pressed=true]")?.focus();
+    [...(this.bars?.children ?? [])].forEach((bar, i) => bar.classList.toggle("here", i === this.turn));
+  }
+
+  /** What is said of the tint above the turns; "": nothing. */
+  note(text) {
+    this.notes.textContent = visible(text);
+    this.notes.hidden = !text;
+  }
+
   clear(text) {
-    this.body = this.at = this.wanted = null;
+    this.body = this.at = this.wanted = this.changes = null;
+    this.note("");
     this.sections = [];
     this.head.replaceChildren();
     this.turns.replaceChildren(make("p", { kind: "dim", text }));
@@ -504,14 +600,15 @@ class Reader {
       switcher.append(element);
     }
     const facts = [];
-    if (!(index.flags[rollout] & FAILED)) facts.push(["reward", number(index.rewards[rollout])], ["advantage", signed(index.advantages[rollout])]);
+    if (this.unscored) facts.push(["not scored yet", ""]);
+    else if (!(index.flags[rollout] & FAILED)) facts.push(["reward", number(index.rewards[rollout])], ["advantage", signed(index.advantages[rollout])]);
     else facts.push(["failed", ""]);
     for (const [name, value] of Object.entries(this.body.scores ?? {})) if (name !== "reward") facts.push([name, typeof value === "number" ? number(value) : value ?? "–"]);
     facts.push(["tokens", this.body.logprobs.length.toLocaleString("en")], ["turns", this.body.turns.length.toLocaleString("en")]);
     if (index.flags[rollout] & CUT) facts.push(["cut at the token limit", ""]);
     const line = make("div", { kind: "what" }, make("strong", { kind: "id", text: index.examples.at(group), title: visible(index.examples.at(group)) }));
     if (this.view.readers.length > 1) line.append(this.epochChoice(group));
-    else line.append(make("span", { kind: "dim", text: `epoch ${index.epoch}` }));
+    else line.append(make("span", { kind: "dim", text: `epoch ${index.epoch}${index.version === null ? "" : `, ${this.view.unfinished}`}` }));
     const measures = make("div", { kind: "measures" });
     for (const [name, value] of facts) measures.append(make("span", {}, make("span", { kind: "dim", text: `${name} ` }), make("b", { text: value })));
     this.head.replaceChildren(line, switcher, measures, this.minimap());
@@ -694,8 +791,17 @@ class Reader {
     if (tint === "probability") colour = shade(ORANGE, -logprob / 4.5);
     else if (tint === "entropy") colour = shade(ORANGE, (this.body.entropies?.[span.token] ?? 0) / 3);
     else if (tint === "advantage") colour = shade(advantage < 0 ? RED : GREEN, Math.abs(advantage) / 4);
+    const change = tint === "change" ? this.changes?.[span.token] ?? 0 : 0;
+    if (change) colour = shade(change < 0 ? ORANGE : BLUE, Math.abs(change) / 3);
     span.style.background = colour;
-    span.classList.toggle("unlikely", logprob < Math.log(0.1));
+    span.classList.toggle("unlikely", tint === "change" ? change < -MUCH : logprob < Math.log(0.1));
+    span.classList.toggle("likelier", change > MUCH);
+  }
+
+  /** What the tokens have changed by; null: it is not known. */
+  setChanges(changes) {
+    Object.assign(this, { changes, rank: -1, unlikely: null });
+    this.retint();
   }
 
   retint() {
@@ -762,12 +868,13 @@ class Reader {
 
   /** The next less likely token, or the one before: from the least likely on. */
   nextUnlikely(step) {
-    this.unlikely ??= leastLikely(this.body.logprobs);
+    const changed = this.view.tint === "change" && this.changes;
+    this.unlikely ??= changed ? mostChanged(this.changes) : leastLikely(this.body.logprobs);
     const count = this.unlikely.length;
     if (!count) return this.view.say("no token of this rollout was sampled by the policy");
     this.rank = this.rank < 0 ? (step > 0 ? 0 : count - 1) : (this.rank + step + count) % count;
     this.view.focusToken(this, this.unlikely[this.rank], true);
-    this.view.say(`unlikely token ${this.rank + 1} of ${count}`);
+    this.view.say(`${changed ? "changed" : "unlikely"} token ${this.rank + 1} of ${count}`);
   }
 
   // ── beside another one ──
@@ -860,9 +967,13 @@ class Scrubber {
       svg.append(drawn("line", { x1: x(place), x2: x(place), y1: 0, y2: height, class: "here" }));
       if (current[1] !== null) svg.append(drawn("circle", { cx: x(place), cy: y(current[1]), r: 4, class: "here" }));
     }
-    const said = current ? `epoch ${current[0]}, mean reward ${number(current[1])}` : "no epoch yet";
+    const unfinished = current && current[4] !== null ? this.view.unfinished : "";
+    const ended = epochs.filter(([, , , , version]) => version === null).length;
+    const told = unfinished ? `${unfinished}, ${plural(current[2] + current[3], "rollout")} so far` : current ? `mean ${number(current[1])}` : "";
+    const labels = this.view.labels.epoch === current?.[0] ? this.view.labels.labels.filter(([level]) => level === "epoch").map(([, , tag]) => visible(tag)) : [];
+    const said = current ? `epoch ${current[0]}, ${unfinished ? told : `mean reward ${number(current[1])}`}${labels.length ? `, labelled ${labels.join(", ")}` : ""}` : "no epoch yet";
     this.element.replaceChildren(svg, make("span", { kind: "said", text: current ? `epoch ${current[0]}` : "no epoch yet" }),
-      make("span", { kind: "dim", text: current ? ` of ${epochs.length} · mean ${number(current[1])}` : "" }));
+      make("span", { kind: "dim", text: current ? `${unfinished ? "" : ` of ${ended}`} · ${told}${labels.length ? ` · ⚑ ${labels.join(", ")}` : ""}` : "" }));
     this.element.title = said;
     for (const [name, value] of [["valuemin", epochs[0]?.[0] ?? 0], ["valuemax", epochs.at(-1)?.[0] ?? 0], ["valuenow", current?.[0] ?? 0], ["valuetext", said]]) {
       this.element.setAttribute(`aria-${name}`, value);
@@ -901,6 +1012,10 @@ class Inspector {
     const rows = [["probability", number(Math.exp(Math.min(0, logprob)))], ["logprob", number(logprob)]];
     const entropy = body.entropies?.[token];
     if (entropy !== undefined && !Number.isNaN(entropy)) rows.push(["entropy", `${number(entropy)} nats`]);
+    const change = this.view.reader.changes?.[token];
+    if (change !== undefined && !Number.isNaN(change)) {
+      rows.push(["change", `${signed(change)} nats`], [`probability after epoch ${this.view.reader.weights}`, number(Math.exp(Math.min(0, logprob + change)))]);
+    }
     if (body.version) rows.push(["policy version", body.version]);
     rows.push(["position", `${token + 1} of ${body.logprobs.length}`]);
     const alternatives = body.alternatives(token);
@@ -923,7 +1038,10 @@ class Inspector {
     if (!body) return;
     const { index, rollout } = this.view.reader.at;
     const signal = this.view.signals[index.signals[groupOf(index, rollout)]];
-    this.rollout.append(make("h4", { text: "group" }), make("p", {}, make("strong", { text: words(signal.name) }), make("span", { text: `: ${signal.meaning}${signal.advice ? `; ${signal.advice}` : ""}${index.inferred ? " (concluded)" : ""}` })));
+    const said = this.view.reader.unscored
+      ? [this.view.unfinished, ": the rollouts of this epoch are scored when all of them are in"]
+      : [words(signal.name), `: ${signal.meaning}${signal.advice ? `; ${signal.advice}` : ""}${index.inferred ? " (concluded)" : ""}`];
+    this.rollout.append(make("h4", { text: "group" }), make("p", {}, make("strong", { text: said[0] }), make("span", { text: said[1] })));
     const names = new Set([...Object.keys(body.scores ?? {}), ...Object.keys(body.words ?? {})]);
     if (names.size) this.rollout.append(make("h4", { text: "scores" }));
     for (const name of names) {
@@ -1002,7 +1120,7 @@ class Labels {
 const KEYS = [
   ["j k", "next, previous example"], ["h l", "previous, next generation"], ["[ ]", "previous, next epoch"], ["n p", "next, previous turn"],
   [". ,", "next, previous unlikely token"], ["c", "compare with the other end of the group; again: end it"], ["C", "keep this rollout on the right, and go on reading on the left"],
-  ["d", "to where the two part"], ["/", "search"], ["f", "filter"], ["e E", "fold this turn, all turns"], ["t", "next tint"], ["x", "label"],
+  ["d", "to where the two part"], ["/", "search"], ["f", "filter"], ["e E", "fold this turn, all turns"], ["t", "next tint; with the tint change, . and , go by the most changed token"], ["x", "label"],
   ["y", "copy the record as JSON"], ["Y", "copy the line of Python that shows this"], ["g G", "first, last example"], ["?", "these keys"], ["Esc", "leave: the keys are JupyterLab's again"],
 ];
 const EVERY = 1500; // milliseconds between two questions for news
@@ -1019,7 +1137,7 @@ class BrowserView {
     this.timings = []; // of the last rollouts that were opened, for tests
     Object.assign(this, {
       epochs: [], signals: [], sorts: {}, filter: {}, sort: "spread", tint: "probability", index: null, order: new Uint32Array(), matched: new Uint8Array(),
-      position: 0, range: [0, 1], hitsByEpoch: new Map(), labels: { epoch: null, labels: [], tags: [] }, change: 0, stamp: "", line: "", ticket: 0, closed: false, follow: true,
+      position: 0, range: [0, 1], hitsByEpoch: new Map(), labels: { epoch: null, labels: [], tags: [] }, tagsByGroup: new Map(), change: 0, weights: null, kept: [], unfinished: "running", opening: 0, stamp: "", line: "", ticket: 0, closed: false, following: null,
     });
     this.build(model);
     this.guard = (event) => this.suppress(event);
@@ -1037,8 +1155,10 @@ class BrowserView {
     this.filterButton = button("filter", "filter (f)", () => this.toggleFilters());
     this.sortChoice = choice("sort by", [], (value) => this.refilter({ sort: value }));
     this.tintChoice = choice("tint of the tokens", TINTS, (value) => this.setTint(value));
+    this.weightsChoice = choice("weights that the change is under", [], (value) => this.setWeights(value === "" ? null : Number(value)));
+    this.weightsChoice.hidden = true;
     this.compareButton = button("compare", "compare two rollouts (c)", () => this.compare());
-    this.top = make("div", { kind: "top", role: "toolbar", "aria-label": "what is shown" }, this.scrubber.element, this.search, this.filterButton, this.sortChoice, this.tintChoice, this.compareButton,
+    this.top = make("div", { kind: "top", role: "toolbar", "aria-label": "what is shown" }, this.scrubber.element, this.search, this.filterButton, this.sortChoice, this.tintChoice, this.weightsChoice, this.compareButton,
       button("?", "keys (?)", () => this.toggleHelp()));
     this.filters = make("div", { kind: "filters", hidden: "", role: "group", "aria-label": "filter" });
     this.list = new GroupList(this);
@@ -1136,8 +1256,13 @@ class BrowserView {
   }
 
   takeEpochs(about) {
-    Object.assign(this, { epochs: about.epochs, stamp: about.stamp, running: about.running });
+    Object.assign(this, { epochs: about.epochs, stamp: about.stamp, unfinished: about.unfinished });
     this.scrubber.paint();
+  }
+
+  /** The newest epoch that has ended. */
+  get newestEnded() {
+    return this.epochs.filter(([, , , , version]) => version === null).at(-1)?.[0];
   }
 
   tick() {
@@ -1153,18 +1278,37 @@ class BrowserView {
     try {
       const [found] = await this.kernel.ask("news", { stamp: this.stamp, change: this.change, epoch: this.index?.epoch ?? null });
       if (found.labels) this.takeLabels(found);
-      if (!found.epochs || this.closed) return;
-      const newest = this.epochs.at(-1)?.[0];
-      const wasNewest = this.index === null || this.index.epoch === newest;
-      this.takeEpochs(found);
-      const now = found.epochs.at(-1)?.[0];
-      if (now === newest || now === undefined) return;
-      if (wasNewest && this.readers.length === 1) await this.openEpoch(now);
-      this.say(`epoch ${now} has ended`);
+      if (this.closed) return;
+      if (found.epochs) this.takeNews(found);
+      await this.catchUp();
     } catch {
       // the banner says it
     } finally {
       this.asking = false;
+    }
+  }
+
+  takeNews(found) {
+    const newest = this.newestEnded;
+    this.takeEpochs(found);
+    const now = this.newestEnded;
+    if (now === newest || now === undefined) return;
+    if (this.index?.epoch === newest && this.readers.length === 1) this.following = now;
+    this.say(`epoch ${now} has ended`);
+    if (this.tint === "change") this.askWeights();
+  }
+
+  /** Brings what is open up to what is known of the epochs, unless a person is on the way to another one. */
+  async catchUp() {
+    if (this.opening || !this.epochs.length) return;
+    const { following } = this;
+    this.following = null;
+    const place = this.placeOfEpoch(this.index?.epoch);
+    if (place < 0) await this.openEpoch(this.epochs.at(-1)[0]);
+    else if (this.epochs[place][4] !== this.index.version) await this.renewEpoch();
+    else if (following !== null) {
+      await this.openEpoch(following);
+      this.say(`epoch ${following} has ended`);
     }
   }
 
@@ -1181,7 +1325,8 @@ class BrowserView {
   }
 
   async fetchIndex(epoch) {
-    const key = `${epoch} ${this.placeOfEpoch(epoch)}`;
+    const place = this.placeOfEpoch(epoch);
+    const key = `${epoch} ${place} ${this.epochs[place]?.[4] ?? ""}`;
     const known = this.indexes.get(key);
     if (known) return known;
     const found = await this.ask("index", { epoch });
@@ -1191,33 +1336,93 @@ class BrowserView {
     return index;
   }
 
+  /** The index of an epoch and what of it is listed, both of one state of it. null: it was asked for anew meanwhile. */
+  async fetchEpoch(epoch) {
+    const ticket = ++this.ticket;
+    this.opening++;
+    try {
+      for (let tries = 0; tries < 3; tries++) {
+        const [index, listed] = await Promise.all([this.fetchIndex(epoch), this.ask("view", { epoch, filter: this.filter, sort: this.sort })]);
+        if (!index || !listed || ticket !== this.ticket || this.closed) return null;
+        if (index.version === listed[0].version) return [index, listed];
+        this.indexes = new Cache(24e6); // an epoch that runs has gained rollouts in between
+      }
+      return null;
+    } finally {
+      this.opening--;
+    }
+  }
+
   /** Opens an epoch, where it was left: at the given group and rollout, or at the example that is open. */
   async openEpoch(epoch, { group = null, rollout = null } = {}) {
-    const ticket = ++this.ticket;
     const example = this.index && this.order.length ? this.index.examples.at(this.order[this.position]) : null;
     const { wanted } = this.readers[0];
     const generation = wanted ? wanted.index.generations[wanted.rollout] : null;
-    const [index, listed] = await Promise.all([this.fetchIndex(epoch), this.ask("view", { epoch, filter: this.filter, sort: this.sort })]);
-    if (!index || !listed || ticket !== this.ticket) return;
-    this.index = index;
-    this.takeView(listed);
-    const finite = index.rewards.reduce(([low, high], value) => (Number.isFinite(value) ? [Math.min(low, value), Math.max(high, value)] : [low, high]), [0, 1]);
-    this.range = finite;
+    const found = await this.fetchEpoch(epoch);
+    if (!found) return;
+    const [index, listed] = found;
+    this.takeIndex(index, listed);
     if (group === null && example !== null) {
       group = findExample(index, example);
       if (group !== null) rollout = findGeneration(index, group, generation);
       if (rollout !== null && !this.matched[rollout]) rollout = null;
     }
-    this.list.histories.clear();
-    this.scrubber.paint();
     this.goToGroup(group, rollout);
     this.askLabels();
   }
 
-  takeView([about, buffers]) {
+  takeIndex(index, listed, quiet = false) {
+    if (this.index?.epoch !== index.epoch) this.tagsByGroup.clear();
+    this.index = index;
+    this.takeView(listed, quiet);
+    this.range = index.rewards.reduce(([low, high], value) => (Number.isFinite(value) ? [Math.min(low, value), Math.max(high, value)] : [low, high]), [0, 1]);
+    this.list.histories.clear();
+    this.scrubber.paint();
+  }
+
+  /** The epoch that is open has gained rollouts, or has ended: what a person looks at stays where it is. */
+  async renewEpoch() {
+    const { epoch } = this.index;
+    const found = await this.fetchEpoch(epoch);
+    if (!found) return;
+    const [index, listed] = found;
+    const before = this.position;
+    const example = this.order.length ? this.index.examples.at(this.order[before]) : null;
+    this.takeIndex(index, listed, true);
+    const place = example === null ? -1 : this.order.indexOf(findExample(index, example));
+    this.position = clamp(place < 0 ? before : place, 0, Math.max(0, this.order.length - 1));
+    this.list.renew(before, this.position);
+    for (const reader of this.readers) if (reader.at?.index.epoch === epoch) await this.renewIn(reader, index);
+    if (!this.readers[0].at) this.openPlace(this.position);
+    this.askLabels();
+  }
+
+  async renewIn(reader, index) {
+    const { index: old, rollout: place } = reader.at;
+    const group = findExample(index, old.examples.at(groupOf(old, place)));
+    const rollout = group === null ? null : findGeneration(index, group, old.generations[place]);
+    if (rollout === null) return;
+    const { ticket } = reader;
+    const before = reader.body;
+    // Until it is scored, nothing of it changes.
+    const scored = index.version === null || !Number.isNaN(index.rewards[rollout]);
+    const body = scored ? await this.fetchBody(index, rollout) : before;
+    if (!body || reader.ticket !== ticket || reader.body !== before || this.closed) return;
+    reader.wanted = { index, rollout };
+    if (!sameConversation(before, body)) return this.openIn(reader, index, rollout);
+    reader.renew(body, { index, rollout });
+    if (reader === this.reader) {
+      this.inspector.paintToken();
+      this.inspector.paintRollout();
+      this.labelBox.paint();
+    }
+    this.comparePair();
+  }
+
+  takeView([about, buffers], quiet = false) {
     this.order = column(Uint32Array, buffers[0]);
     this.matched = column(Uint8Array, buffers[1]);
-    this.say(`${plural(this.order.length, "example")}, ${plural(about.rollouts, "rollout")}`);
+    if (!quiet) this.say(`${plural(this.order.length, "example")}, ${plural(about.rollouts, "rollout")}`);
   }
 
   goToGroup(group, rollout = null) {
@@ -1238,6 +1443,7 @@ class BrowserView {
     const ticket = ++this.ticket;
     const listed = await this.ask("view", { epoch: this.index.epoch, filter, sort });
     if (!listed || ticket !== this.ticket) return;
+    if (listed[0].version !== this.index.version) return this.renewEpoch();
     this.takeView(listed);
     const stays = group !== null && rollout !== null && this.matched[rollout] === 1;
     this.goToGroup(stays ? group : null, stays ? rollout : null);
@@ -1343,11 +1549,18 @@ class BrowserView {
     this.openIn(this.readers[0], this.index, rollout);
   }
 
+  /** How the kernel knows a rollout: by its place; in an epoch that may gain others meanwhile, by its name as well. */
+  whereIs({ index, rollout }) {
+    const where = { epoch: index.epoch, rollout };
+    if (index.version === null) return where;
+    return { ...where, version: index.version, example: index.examples.at(groupOf(index, rollout)), generation: generationText(index, rollout) };
+  }
+
   async fetchBody(index, rollout) {
-    const key = `${index.epoch}/${index.rows[rollout]}`;
+    const key = `${index.epoch}/${index.version ?? ""}/${index.rows[rollout]}`;
     const known = this.bodies.get(key);
     if (known) return known;
-    const found = await this.ask("body", { epoch: index.epoch, row: index.rows[rollout] });
+    const found = await this.ask("body", this.whereIs({ index, rollout }));
     if (!found) return null;
     const body = readBody(...found);
     this.bodies.put(key, body, body.bytes);
@@ -1366,6 +1579,7 @@ class BrowserView {
     if (!body || reader.ticket !== ticket || this.closed) return;
     const came = performance.now();
     reader.show(body, { index, rollout });
+    this.askChanges(reader);
     if (reader === this.reader) {
       this.inspector.paintToken();
       this.inspector.paintRollout();
@@ -1419,7 +1633,7 @@ class BrowserView {
     this.told = null; // which rollout the kernel knows to be open
     this.telling = setTimeout(() => {
       if (this.closed) return;
-      this.kernel.ask("at", { epoch: index.epoch, rollout }).then(() => { this.told = rollout; }, () => {});
+      this.kernel.ask("at", this.whereIs({ index, rollout })).then(() => { this.told = rollout; }, () => {});
     }, 150);
   }
 
@@ -1434,10 +1648,67 @@ class BrowserView {
   setTint(tint) {
     this.tint = tint;
     this.tintChoice.value = tint;
-    for (const reader of this.readers) reader.retint();
+    this.weightsChoice.hidden = tint !== "change";
+    for (const reader of this.readers) {
+      reader.setChanges(null);
+      reader.note("");
+    }
+    this.inspector.paintToken();
+    if (tint === "change") this.askWeights();
     const bodies = this.readers.map((reader) => reader.body).filter(Boolean);
     if (tint === "entropy" && bodies.length && bodies.every((body) => !body.entropies)) this.say("no entropy was recorded for these tokens");
     else this.say(TINTS.find(([name]) => name === tint)[1]);
+  }
+
+  /** Which epochs' weights can be had: then the changes under those that were chosen, or the newest. */
+  async askWeights() {
+    const found = await this.ask("weights");
+    if (!found || this.tint !== "change") return;
+    this.kept = found[0].epochs;
+    const newest = this.kept.at(-1);
+    const options = [["", newest === undefined ? "no weights are kept" : `newest weights (epoch ${newest})`]];
+    for (const epoch of [...this.kept].reverse()) options.push([epoch, `weights after epoch ${epoch}`]);
+    this.weightsChoice.replaceChildren(...options.map(([value, text]) => make("option", { value, text })));
+    if (!this.kept.includes(this.weights)) this.weights = null;
+    this.weightsChoice.value = this.weights ?? "";
+    for (const reader of this.readers) this.askChanges(reader);
+  }
+
+  setWeights(epoch) {
+    this.weights = epoch;
+    for (const reader of this.readers) this.askChanges(reader);
+  }
+
+  /** Asks what the tokens of the rollout in a reader have changed by. It may take long: the model is loaded for it. */
+  async askChanges(reader) {
+    if (this.tint !== "change" || !reader.body) return;
+    const { body, at } = reader;
+    const weights = this.weights ?? this.kept.at(-1) ?? null;
+    body.changes ??= new Map();
+    const current = () => reader.body === body && this.tint === "change" && (this.weights ?? this.kept.at(-1) ?? null) === weights && !this.closed;
+    if (!body.logprobs.length) return reader.note("no change: no token of this rollout was sampled by the policy");
+    let changes = body.changes.get(weights);
+    if (!changes) {
+      reader.setChanges(null);
+      reader.note(weights === null ? "looking for weights …" : `computing the change under the weights after epoch ${weights} …`);
+      await new Promise((done) => setTimeout(done, 250)); // who passes by on the way to another one loads nothing
+      if (!current()) return;
+      try {
+        const [, buffers] = await this.kernel.askLong("change", { ...this.whereIs(at), weights });
+        changes = column(Float32Array, buffers[0]);
+        if (changes.length !== body.logprobs.length) throw new Error("the record has other tokens than are shown");
+      } catch (error) {
+        if (current()) reader.note(`no change can be shown: ${error.message}`);
+        return;
+      }
+      body.changes.set(weights, changes);
+    }
+    if (!current()) return;
+    reader.weights = weights;
+    reader.setChanges(changes);
+    const mean = changes.reduce((sum, value) => sum + value, 0) / changes.length;
+    reader.note(`change under the weights after epoch ${weights}: ${signed(mean)} nats a token on average; blue, with a line above: more likely than when it was sampled; orange, with a line below: less`);
+    if (reader === this.reader) this.inspector.paintToken();
   }
 
   // ── comparing ──
@@ -1532,6 +1803,17 @@ class BrowserView {
   takeLabels({ labels, tags, change, epoch }) {
     this.labels = { labels, tags, epoch };
     this.change = change;
+    this.tagsByGroup.clear();
+    if (this.index && epoch === this.index.epoch) {
+      for (const [level, place, tag] of labels) {
+        if (level === "epoch") continue;
+        const group = level === "group" ? place : groupOf(this.index, place);
+        const tags = this.tagsByGroup.get(group) ?? [];
+        if (!tags.includes(tag)) this.tagsByGroup.set(group, [...tags, tag]);
+      }
+    }
+    this.list.retag();
+    this.scrubber.paint();
     this.showFilters();
     this.labelBox.paint();
   }
@@ -1540,7 +1822,7 @@ class BrowserView {
   async changeLabel(label) {
     const { at } = this.reader;
     if (!at) return false;
-    const found = await this.ask("label", { epoch: at.index.epoch, rollout: at.rollout, ...label });
+    const found = await this.ask("label", { ...this.whereIs(at), ...label });
     if (!found) return false;
     if (at.index.epoch === found[0].epoch) this.takeLabels(found[0]);
     this.say(label.remove ? `removed ${label.tag}` : `labelled ${label.tag}`);
@@ -1552,14 +1834,14 @@ class BrowserView {
   async rawText() {
     const { at } = this.reader;
     if (!at) return null;
-    const found = await this.ask("raw", { epoch: at.index.epoch, row: at.index.rows[at.rollout] });
+    const found = await this.ask("raw", this.whereIs(at));
     return found && found[0].text;
   }
 
   async copyPython() {
     const { at } = this.reader;
     if (!at) return;
-    const found = await this.ask("python", { epoch: at.index.epoch, rollout: at.rollout });
+    const found = await this.ask("python", this.whereIs(at));
     if (found) this.copy(found[0].text, found[0].text);
   }
 

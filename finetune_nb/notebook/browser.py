@@ -7,6 +7,7 @@ records. Nothing here prints, waits for a cell or touches an event loop. Where n
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,13 +31,15 @@ from ..analysis.browse_index import (
 )
 from ..analysis.learning_signal import SIGNALS
 from ..analysis.rollout_body import RolloutRows, rollout_body, rollout_json
+from ..engine.state import ACTIVE
 from ..errors import ConfigError, FinetuneError, RunError, did_you_mean
 from ..frames.names import find_names
 from ..frames.search import Query, query_of, rows_with
 from ..redaction import error_text, redacting_logger
 from ..store.labels import Label, Labelled, changed_since, new_labels, put_labels, read_labels, remove_labels
+from ..store.trajectories import DecodedBatches
 from ..text import one_line, short, text_of
-from ..types import Epoch, same_id
+from ..types import Epoch, Trajectory, same_id
 from .browser_html import browser_html, browser_text
 from .kernel import has_frontend
 
@@ -58,6 +61,10 @@ HISTORY = 256
 """Most groups whose history is asked for at a time."""
 HISTORY_EPOCHS = 64
 """Most epochs of a history."""
+KEPT_CHANGES = 64
+"""Rollouts of which the changes of tokens are kept."""
+WAITING_CHANGES = 8
+"""Rollouts that may wait for theirs; of more, those that were asked for last."""
 
 
 class BrowsedRun(Protocol):
@@ -67,6 +74,10 @@ class BrowsedRun(Protocol):
 
     @property
     def records(self) -> Sequence[Epoch]: ...
+
+    def partial_stamp(self) -> Any: ...
+
+    def read_partial(self, decoded: DecodedBatches) -> Epoch | None: ...
 
 
 class _Source:
@@ -82,6 +93,13 @@ class _Source:
         self._least: tuple[Epoch, np.ndarray] | None = None
         self._history: tuple[Epoch, np.ndarray] | None = None
         self._hits: tuple[Epoch, Query, np.ndarray] | None = None
+        self._unfinished: Epoch | None = None
+        self._looking = threading.Lock()
+        self._seen: Any = None
+        """What was seen of the unfinished epoch, as `partial_stamp` has it."""
+        self._look_after = 0.0
+        self._decoded: DecodedBatches = {}
+        self._version = 0
         self.rows = RolloutRows()
 
     @property
@@ -102,10 +120,62 @@ class _Source:
             self._records = run.records
         return self._records
 
+    def shown(self, refresh: bool = False) -> list[Epoch]:
+        """The epochs that have ended, and after them the one that has begun, once a rollout of it is in the folder.
+
+        Args:
+            refresh: Whether to look for what has been added. What has come to the epoch that has begun is read meanwhile, and
+                is there the next time; at once where there is no other.
+        """
+        records = list(self.records(refresh))
+        if refresh:
+            self._look(wait=not records)
+        left = self._unfinished
+        if left is not None and not (records and records[-1].index >= left.index):
+            records.append(left)
+        elif refresh:
+            self._unfinished = None
+        return records
+
+    def _look(self, wait: bool) -> None:
+        """Reads the unfinished epoch, if it has changed. At most a tenth of the time goes there."""
+        run = self.run
+        stamp = None if run is None else run.partial_stamp()
+        if run is None or stamp == self._seen or time.monotonic() < self._look_after:
+            return
+        if stamp is None and self._unfinished is not None and getattr(run, "state", "") in ACTIVE:
+            return  # it has ended a moment ago, and is about to be among the records
+        if not self._looking.acquire(blocking=False):
+            return
+
+        def look() -> None:
+            began, left = time.monotonic(), None
+            try:
+                if stamp is None:
+                    self._decoded.clear()
+                else:
+                    left = run.read_partial(self._decoded)
+            except FinetuneError:
+                logger.warning("the epoch that has not ended cannot be read", exc_info=True)
+            finally:
+                has_rollouts = left is not None and left.metrics.trajectories + left.metrics.failures
+                self._unfinished, self._seen, self._version = left if has_rollouts else None, stamp, self._version + 1
+                self._look_after = time.monotonic() + 9 * (time.monotonic() - began)
+                self._looking.release()
+
+        if wait or stamp is None:
+            look()
+        else:
+            threading.Thread(target=look, name="ft-unfinished", daemon=True).start()
+
+    def version(self, epoch: Epoch) -> int | None:
+        """Of the unfinished epoch: another number whenever its rollouts are others. None for an epoch that has ended."""
+        return self._version if epoch is self._unfinished else None
+
     def epoch(self, number: int) -> Epoch:
         """Raises IndexError where there is no such epoch."""
-        records = self.records()
-        for record in records:
+        records = self.shown()
+        for record in reversed(records):
             if record.index == number:
                 return record
         there = f"epochs {records[0].index} to {records[-1].index}" if records else "no epoch yet"
@@ -185,7 +255,7 @@ class _Source:
         return found
 
     def labelled(self, number: int, tag: str) -> np.ndarray:
-        """(N,) which rollouts, or their groups, have a label; "*": any."""
+        """(N,) which rollouts have a label, they themselves, their group or, where its name is given, their epoch; "*": any."""
         index = self.index(number)
         found = np.zeros(len(index), dtype=bool)
         for label, place in self.labels(number):
@@ -195,6 +265,8 @@ class _Source:
                 found[place] = True
             elif label.level == "group":
                 found[index.starts[place] : index.starts[place + 1]] = True
+            elif tag != "*":  # or every rollout of the epoch would have one
+                found[:] = True
         return found
 
     def order(self, number: int, found: np.ndarray, sort: str) -> np.ndarray:
@@ -206,6 +278,74 @@ def _query_of(wanted: BrowseFilter) -> Query | None:
     if wanted.text is None and wanted.regex is None and wanted.where is None:
         return None
     return query_of(wanted.text, wanted.regex, wanted.where)
+
+
+class _Changes:
+    """Computes what tokens have changed by, one rollout after the other in a thread of its own, and tells the page."""
+
+    def __init__(self, source: _Source, tell: Callable[[Mapping[str, Any], Sequence[bytes]], None]) -> None:
+        self._source, self._tell = source, tell
+        self._turn = threading.Lock()
+        self._waiting: list[tuple[Any, Epoch, int, int | None]] = []
+        self._at_work = False
+        self._kept: list[tuple[Epoch, int, Epoch | None, bytes]] = []
+
+    def ask(self, number: Any, epoch: Epoch, row: int, weights: int | None) -> None:
+        """Asks for one rollout.
+
+        Args:
+            number: The id of the message that asked, which the answer names.
+            epoch: Its epoch.
+            row: Its row in that.
+            weights: The epoch after which the weights are taken. None: the newest that are kept.
+        """
+        with self._turn:
+            self._waiting.append((number, epoch, row, weights))
+            dropped, self._waiting = self._waiting[:-WAITING_CHANGES], self._waiting[-WAITING_CHANGES:]
+            begins, self._at_work = not self._at_work, True
+        for each in dropped:
+            self._tell({"event": "change", "of": each[0], "problem": "other rollouts were asked for since"}, ())
+        if begins:
+            threading.Thread(target=self._work, name="ft-changes", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._turn:
+                if not self._waiting:
+                    self._at_work = False
+                    return
+                number, epoch, row, weights = self._waiting.pop()  # what is looked at now
+            found: dict[str, Any] = {"event": "change", "of": number}
+            values = b""
+            try:
+                values = self._values(epoch, row, weights)
+            except (FinetuneError, IndexError) as error:
+                found["problem"] = one_line(str(error), 600)
+            except Exception as error:
+                logger.warning("the changes of a rollout could not be computed", exc_info=True)
+                found["problem"] = one_line(error_text(error), 600)
+            self._tell(found, [values])
+
+    def _values(self, epoch: Epoch, row: int, weights: int | None) -> bytes:
+        """(T,) float32, one for each sampled token of the rollout."""
+        run = self._source.run
+        changes = getattr(run, "token_changes", None)
+        if changes is None:
+            where = "..." if self._source.folder is None else repr(str(self._source.folder))
+            raise RunError(
+                f"no variable holds the run any more, and its model went with it. Keep it: run = ft.Run.open({where}), then "
+                "run.browse()."
+            )
+        record = None if weights is None else self._source.epoch(weights)
+        for known, known_row, known_record, values in list(self._kept):
+            if known is epoch and known_row == row and record is not None and known_record is record:
+                return values
+        rollout = self._source.rows.rollout(epoch, row, whole=True)
+        if not isinstance(rollout, Trajectory):
+            raise RunError("this rollout failed, so that there is nothing to compute.")
+        values = np.array([value for turn in changes(rollout, weights) for value in turn], "<f4").tobytes()
+        self._kept = [(epoch, row, record, values), *self._kept][:KEPT_CHANGES]
+        return values
 
 
 class Browser(traitlets.HasTraits):
@@ -236,10 +376,12 @@ class Browser(traitlets.HasTraits):
         self._searches = 0
         self._heard = threading.local()  # whether this thread is doing what the page said
         self._widget: Mounted | None = None
+        self._changes = _Changes(self._source, self._tell)
         self.closed = False
-        records = self._source.records()
+        records = self._source.shown(refresh=True)
         if epoch is None and records:
-            epoch = records[-1].index
+            ended = [record for record in records if self._source.version(record) is None]
+            epoch = (ended or records)[-1].index
         self.filter = dict(filter or {})
         self.epoch = epoch
         self.example = example
@@ -331,17 +473,24 @@ class Browser(traitlets.HasTraits):
     # ── shown ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def __repr__(self) -> str:
-        return browser_text(self._name, self._source.records(), self.epoch)
+        return browser_text(self._name, self._source.shown(), self._there())
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """Text and HTML; where somebody sees widgets, the view is put over the HTML."""
-        records = self._source.records()
-        index = None if self.epoch is None else self._source.index(self.epoch)
+        records, epoch = self._source.shown(), self._there()
+        index = None if epoch is None else self._source.index(epoch)
         still = browser_html(self._name, records, index, self._line())
         if self._widget is None:
             return {"text/plain": repr(self), "text/html": str(still)}
         _one_per_cell(self)
         return self._widget.bundle(repr(self), still)
+
+    def _there(self) -> int | None:
+        """The epoch that is shown; another one where it is gone, as it was aborted and is run again."""
+        records = self._source.shown()
+        if self.epoch is None or any(record.index == self.epoch for record in records):
+            return self.epoch
+        return records[-1].index if records else None
 
     def _line(self) -> str:
         """The line of Python that opens such a browser again."""
@@ -360,12 +509,24 @@ class Browser(traitlets.HasTraits):
     def _where(self) -> dict[str, Any]:
         """Where the browser stands, in plain values."""
         group = rollout = None
-        if self.epoch is not None and self.example is not None:
-            index = self._source.index(self.epoch)
+        epoch = self._there()
+        if epoch is not None and epoch == self.epoch and self.example is not None:
+            index = self._source.index(epoch)
             group = index.group_of_example(self.example)
             if group is not None and self.generation is not None:
                 rollout = _rollout_or_none(index, group, self.generation)
-        return {"epoch": self.epoch, "group": group, "rollout": rollout, "filter": self.filter, "sort": self.sort}
+        return {"epoch": epoch, "group": group, "rollout": rollout, "filter": self.filter, "sort": self.sort}
+
+    def _tell(self, content: Mapping[str, Any], buffers: Sequence[bytes] = ()) -> None:
+        """Tells the page something that it is to hear later than an answer."""
+        widget = self._widget
+        if widget is None:
+            return
+        try:
+            widget.tell(content, buffers)
+        except Exception:  # the channel may have been closed meanwhile
+            if not self.closed:
+                logger.warning("the trajectory browser could not send what was asked for", exc_info=True)
 
     @contextmanager
     def _as_heard(self) -> Iterator[None]:
@@ -413,17 +574,20 @@ class Browser(traitlets.HasTraits):
 
     def _epochs(self) -> dict[str, Any]:
         """The epochs in short, and a text that changes when they do."""
-        run, records = self._source.run, self._source.records(refresh=True)
+        run, records = self._source.run, self._source.shown(refresh=True)
         epochs = []
         for record in records:
-            metrics = record.metrics
+            metrics, version = record.metrics, self._source.version(record)
             mean = metrics.mean_reward if np.isfinite(metrics.mean_reward) else None
-            epochs.append([record.index, mean, metrics.trajectories, metrics.failures])
+            epochs.append([record.index, mean, metrics.trajectories, metrics.failures, version])
         state = "" if run is None else getattr(run, "state", "")
-        stamp = (
-            f"{len(records)} {records[-1].index if records else ''} {records[-1].started_at if records else ''} {state}"
-        )
-        return {"stamp": stamp, "epochs": epochs, "state": short(state, 80), "running": state == "running"}
+        last = f"{records[-1].index} {records[-1].started_at} {epochs[-1][4]}" if records else ""
+        return {
+            "stamp": f"{len(records)} {last} {state}",
+            "epochs": epochs,
+            "state": short(state, 80),
+            "unfinished": "running" if state in ACTIVE else "not finished",
+        }
 
     def _news(self, asked: Mapping[str, Any]) -> _Answer:
         found = self._epochs()
@@ -436,7 +600,7 @@ class Browser(traitlets.HasTraits):
     def _index(self, asked: Mapping[str, Any]) -> _Answer:
         index = self._source.index(_whole(asked, "epoch"))
         record = self._source.epoch(index.epoch)
-        about = {"epoch": index.epoch, "inferred": record.selection.inferred}
+        about = {"epoch": index.epoch, "inferred": record.selection.inferred, "version": self._source.version(record)}
         return about, packed(index, [text_of(example) for example in index.examples])
 
     def _view(self, asked: Mapping[str, Any]) -> _Answer:
@@ -448,21 +612,56 @@ class Browser(traitlets.HasTraits):
         with self._as_heard():
             self.filter = wanted.as_dict()
             self.sort = sort
-        return {"rollouts": int(found.sum())}, [order.tobytes(), found.astype(np.uint8).tobytes()]
+        version = self._source.version(self._source.epoch(epoch))
+        about = {"rollouts": int(found.sum()), "version": version}
+        return about, [order.tobytes(), found.astype(np.uint8).tobytes()]
+
+    def _asked(self, asked: Mapping[str, Any]) -> tuple[Epoch, BrowseIndex, int]:
+        """The rollout that a message speaks of, by its place in the index or its row in the file. Of an unfinished epoch by its
+        name, if that epoch has gained others since the page saw it."""
+        epoch = self._source.epoch(_whole(asked, "epoch"))
+        index = self._source.index(epoch.index)
+        version = asked.get("version")
+        if version is not None and version != self._source.version(epoch):
+            group = index.group_of_example(asked.get("example"))
+            found = None if group is None else _rollout_or_none(index, group, asked.get("generation"))
+            if found is None:
+                raise RunError(f"epoch {epoch.index} was run again: this rollout is not in it any more.")
+            return epoch, index, found
+        if "rollout" in asked:
+            return epoch, index, _rollout(asked, index)
+        places = np.flatnonzero(index.rows == _whole(asked, "row"))
+        if not len(places):
+            raise IndexError(f"found row {asked['row']}; epoch {epoch.index} has rows 0 to {len(index) - 1}")
+        return epoch, index, int(places[0])
 
     def _body(self, asked: Mapping[str, Any]) -> _Answer:
-        epoch = self._source.epoch(_whole(asked, "epoch"))
-        body = rollout_body(self._source.rows.rollout(epoch, _whole(asked, "row")))
+        epoch, index, place = self._asked(asked)
+        body = rollout_body(self._source.rows.rollout(epoch, int(index.rows[place])))
         return body.about, body.columns
 
     def _raw(self, asked: Mapping[str, Any]) -> _Answer:
-        epoch = self._source.epoch(_whole(asked, "epoch"))
-        return {"text": rollout_json(self._source.rows.rollout(epoch, _whole(asked, "row"), whole=True))}, ()
+        epoch, index, place = self._asked(asked)
+        return {"text": rollout_json(self._source.rows.rollout(epoch, int(index.rows[place]), whole=True))}, ()
 
     def _python(self, asked: Mapping[str, Any]) -> _Answer:
         """The line of Python that shows a rollout."""
-        index = self._source.index(_whole(asked, "epoch"))
-        return {"text": f"run.show({index.name_of(_rollout(asked, index))!r})"}, ()
+        _, index, place = self._asked(asked)
+        return {"text": f"run.show({index.name_of(place)!r})"}, ()
+
+    def _weights(self, asked: Mapping[str, Any]) -> _Answer:
+        """The epochs whose weights are available."""
+        run = self._source.run
+        kept = getattr(run, "kept_weights", None)
+        return {"epochs": [] if kept is None else kept()}, ()
+
+    def _change(self, asked: Mapping[str, Any]) -> _Answer:
+        """What the tokens of a rollout have changed by under the weights of an epoch. That takes longer than an answer may: a
+        message with the id of this one follows."""
+        epoch, index, place = self._asked(asked)
+        weights = None if asked.get("weights") is None else _whole(asked, "weights")
+        self._changes.ask(asked.get("id"), epoch, int(index.rows[place]), weights)
+        return {}, ()
 
     def _history(self, asked: Mapping[str, Any]) -> _Answer:
         """The mean rewards of some groups' examples over the epochs."""
@@ -489,10 +688,15 @@ class Browser(traitlets.HasTraits):
 
     def _label(self, asked: Mapping[str, Any]) -> _Answer:
         """A person labels a rollout, its group or its epoch, or takes a label away."""
-        folder, index = self._source.folder, self._source.index(_whole(asked, "epoch"))
+        folder = self._source.folder
+        epoch, index, rollout = self._asked(asked)
         if folder is None:
             raise RunError("this run has no folder, in which labels are kept.")
-        rollout, level, tag = _rollout(asked, index), asked.get("level"), asked.get("tag")
+        if self._source.version(epoch) is not None:
+            raise RunError(
+                f"epoch {epoch.index} is not complete: if it is run again, its rollouts are others. Label them when it has ended."
+            )
+        level, tag = asked.get("level"), asked.get("tag")
         name = Labelled(f"e{index.epoch}", index.epoch)
         if level != "epoch":
             example = index.examples[int(index.groups_of[rollout])]
@@ -511,7 +715,7 @@ class Browser(traitlets.HasTraits):
         self._searches += 1
         if not isinstance(text, str) or not text or not isinstance(near, int):
             return {}, ()
-        records = sorted(self._source.records(), key=lambda record: abs(record.index - near))
+        records = sorted(self._source.shown(), key=lambda record: abs(record.index - near))
         arguments = (self._searches, query_of(text), [record.index for record in records])
         threading.Thread(target=self._search_epochs, args=arguments, name="ft-search", daemon=True).start()
         return {}, ()
@@ -537,8 +741,7 @@ class Browser(traitlets.HasTraits):
 
     def _at(self, asked: Mapping[str, Any]) -> _Answer:
         """A person has opened a rollout."""
-        index = self._source.index(_whole(asked, "epoch"))
-        rollout = _rollout(asked, index)
+        _, index, rollout = self._asked(asked)
         group = int(index.groups_of[rollout])
         with self._as_heard(), self.hold_trait_notifications():
             self.epoch = index.epoch
@@ -555,6 +758,8 @@ _ANSWERS: dict[str, Callable[[Browser, Mapping[str, Any]], _Answer]] = {
     "index": Browser._index,
     "view": Browser._view,
     "body": Browser._body,
+    "weights": Browser._weights,
+    "change": Browser._change,
     "raw": Browser._raw,
     "python": Browser._python,
     "history": Browser._history,

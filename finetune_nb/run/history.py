@@ -7,7 +7,7 @@ engine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 from ..engine.state import RunStatus
 from ..errors import ConfigError, RunError, did_you_mean
 from ..store.labels import Label, read_labels, remove_labels
+from ..store.trajectories import DecodedBatches
 from ..text import short
 from ..types import Epoch
 from ..views.summary import run_html, run_text
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ..notebook.browser import Browser
     from ..rewards.labels import Tags
     from ..rollouts.preferences import Pairing
-    from ..types import Change, TrajectoryCollection
+    from ..types import Change, Trajectory, TrajectoryCollection
     from ..views.rollout import RolloutView
     from ..views.tokens import Heat
 
@@ -56,6 +57,26 @@ class RunHistory(ABC):
     @abstractmethod
     def partial(self) -> Epoch | None:
         """The epoch that has begun and is not complete."""
+
+    def read_partial(self, decoded: DecodedBatches | None = None) -> Epoch | None:
+        """Read `partial` again and again while it grows.
+
+        Args:
+            decoded: A dict that is kept from call to call, empty at first: what it holds is not decoded again.
+
+        Returns:
+            The record, in which nothing may be changed; None where there is no unfinished epoch.
+        """
+        return self.partial
+
+    def partial_stamp(self) -> Any:
+        """Ask whether `partial` has other rollouts, at little cost.
+
+        Returns:
+            A value that changes when they do; None where there is no unfinished epoch.
+        """
+        left = self.partial
+        return None if left is None else (left.index, left.metrics.trajectories, left.metrics.failures)
 
     @property
     @abstractmethod
@@ -162,11 +183,7 @@ class RunHistory(ABC):
 
         left = self.partial if partial else None
         chosen = [*self.chosen(epoch), *([left] if left else [])]
-        labels: Iterable[Label] = ()
-        if columns is None or {"labels", "label_score"}.intersection(
-            [columns] if isinstance(columns, str) else columns
-        ):
-            labels = read_labels(self.folder, [each.index for each in chosen])
+        labels = self._labels_for(chosen, columns)
         return self._of_example(frames.trajectories(chosen, example, columns, labels), example)
 
     def messages(self, epoch: Any = None, example: Any = None, columns: Columns = None) -> pd.DataFrame:
@@ -224,7 +241,9 @@ class RunHistory(ABC):
         """
         from .. import frames
 
-        return self._of_example(frames.groups(self.chosen(epoch), example, columns), example)
+        chosen = self.chosen(epoch)
+        labels = self._labels_for(chosen, columns)
+        return self._of_example(frames.groups(chosen, example, columns, labels), example)
 
     def epochs(self, epoch: Any = None, columns: Columns = None) -> pd.DataFrame:
         """One row = one epoch.
@@ -242,7 +261,15 @@ class RunHistory(ABC):
         """
         from .. import frames
 
-        return frames.epochs(self.chosen(epoch), columns)
+        chosen = self.chosen(epoch)
+        return frames.epochs(chosen, columns, self._labels_for(chosen, columns))
+
+    def _labels_for(self, epochs: Sequence[Epoch], columns: Columns) -> Sequence[Label]:
+        """The labels of these epochs, if a frame with these columns needs any."""
+        wanted = [columns] if isinstance(columns, str) else columns
+        if wanted is not None and not {"labels", "label_score"}.intersection(wanted):
+            return ()
+        return read_labels(self.folder, [each.index for each in epochs])
 
     def chosen(self, epoch: Any = None) -> Sequence[Epoch]:
         """Look up the records of some epochs.
@@ -419,6 +446,7 @@ class RunHistory(ABC):
         *,
         heat: Heat = "probability",
         turn: int | None = None,
+        weights: int | None = None,
     ) -> RolloutView:
         """Show one rollout as a conversation, with its reward, its tokens and the rest of its group.
 
@@ -429,10 +457,11 @@ class RunHistory(ABC):
                 `trajectories()`, that says the epoch, the example and the generation: "e2/q37/3", "e2/q37" or "e2".
             example: The example's id. Default: the one whose rewards differ most.
             generation: Which rollout of the group. Default: the best one.
-            heat: What colours the sampled tokens: their "probability", or the "entropy" of the policy in their place, if that
-                or the likely alternatives were recorded.
+            heat: What colours the sampled tokens: their "probability"; the "entropy" of the policy in their place, if that
+                or the likely alternatives were recorded; or the "change" of their log probability, see `logprob_change`.
             turn: The first turn to show, from 0, at full length. Default: every turn, of which long ones are cut, and the rest
                 of the group.
+            weights: For the heat "change": the epoch after which the weights are taken. Default: the newest that are kept.
 
         Returns:
             A view that displays itself; its `.trajectory` is the record.
@@ -440,7 +469,7 @@ class RunHistory(ABC):
         Raises:
             IndexError: There is no such epoch.
             RunError: The epoch has no such example, the example no such generation, or the rollout no such turn.
-            ConfigError: `heat` is neither of the two, or something is said by the name and once more.
+            ConfigError: `heat` is none of the three, something is said by the name and once more, or `weights` without "change".
         """
         from ..analysis.rollout_group import rollout_group
         from ..views.rollout import RolloutView
@@ -448,7 +477,72 @@ class RunHistory(ABC):
         if isinstance(epoch, str):
             epoch, example, generation = self._named(epoch, example, generation)
         group = rollout_group(self._epoch(epoch), example)
-        return RolloutView(group, group.rollout(generation), heat, turn)
+        chosen = group.rollout(generation)
+        if heat != "change":
+            if weights is not None:
+                raise ConfigError(f'found weights={weights!r}; it goes with heat="change" alone.')
+            return RolloutView(group, chosen, heat, turn)
+        if weights is None:
+            weights = next(reversed(self.kept_weights()), None)
+        changes = self.token_changes(group.finished(chosen), weights)
+        return RolloutView(group, chosen, heat, turn, tuple(map(tuple, changes)), weights)
+
+    def kept_weights(self) -> list[int]:
+        """List the epochs whose weights are available; see `logprob_change`.
+
+        Returns:
+            Their numbers, oldest first.
+        """
+        return []
+
+    def token_changes(self, trajectory: Trajectory, epoch: int | None = None) -> list[list[float]]:
+        """As `logprob_change`, of a trajectory at hand.
+
+        Args:
+            trajectory: A record, such as `run.show(name).trajectory`.
+            epoch: As in `logprob_change`.
+
+        Returns:
+            For each sampled turn a list with one number a token, in nats.
+
+        Raises:
+            As `logprob_change`.
+        """
+        raise RunError(f"{self.id!r} has records alone, and no weights: there is no model to ask.")
+
+    def logprob_change(self, name: str, epoch: int | None = None) -> pd.DataFrame:
+        """What training has made of one rollout: the log probability of each sampled token under later weights, minus the one
+        when it was sampled.
+
+            run.logprob_change("e0/q17/2", epoch=9).nlargest(10, "change")
+
+        The weights come from a checkpoint and are loaded beside those of the run, which continues meanwhile. That needs room
+        for a second copy of the model, which is released after two minutes. The adapter must be `local_grpo`, `trl_sft` or
+        `trl_dpo`, and named in the config.
+
+        Args:
+            name: A name, as in the column `trajectory` of `trajectories()`; of a group ("e0/q17"), its best rollout.
+            epoch: The weights are those after this epoch; negative counts from the newest. Default: the newest that are kept.
+
+        Returns:
+            The rollout's rows of `tokens()`, and `change`, in nats: above 0, the token has become more likely.
+
+        Raises:
+            IndexError: There is no such epoch.
+            RunError: There is no such rollout, it failed, or the weights are not kept.
+            ConfigError: The backend cannot do it.
+            BackendError: The ids of the prompt or the reply were not recorded, the checkpoint does not fit, or memory runs out.
+        """
+        from ..analysis.rollout_group import rollout_group
+        from .epoch_weights import tokens_with_changes
+
+        number, example, generation = self._named(name, None, None)
+        record = self._epoch(number)
+        group = rollout_group(record, example)
+        place = group.rollout(generation)
+        changes = self.token_changes(group.finished(place), epoch)
+        assert isinstance(place, int)  # it has finished
+        return tokens_with_changes(record, group, place, changes)
 
     def compare(self, first: str, second: str) -> RolloutComparison:
         """Show two rollouts side by side, of any epochs, with the point where they diverge.

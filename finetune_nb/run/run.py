@@ -25,17 +25,20 @@ from ..notebook.display import CellRecord, ProgressLine
 from ..notebook.kernel import in_notebook
 from ..redaction import error_text, redacting_logger
 from ..rewards.functions import Rewards, evaluators_from
+from ..store.checkpoints import weights_of_epochs
 from ..store.durable import size_of
 from ..store.folder import checkpoints
 from ..store.labels import read_labels
 from ..store.reader import RunReader
 from ..store.runs import archive_run, delete_run, free_id
 from ..store.store import RunStore
+from ..store.trajectories import DecodedBatches
 from ..text import count, cut, duration, plain
 from ..threads import before_exit, in_daemon_thread, run_sync
 from ..tripwires import Tripwire, tripped
 from ..types import Change, CurriculumSettings, Epoch, RolloutFailure, Trajectory, Validation
 from ..views.summary import epoch_text
+from .epoch_weights import EpochWeights, changes_of
 from .history import RunHistory
 from .labelling import names_in
 from .opening import Obstacle, branch_of, components_from, config_of, copy_for_fork, make_fork
@@ -420,6 +423,7 @@ class Run(RunHistory):
         self._planned: int | None = None  # the epoch before which `start` will end
         self._panel: Any = None
         self._newest: NewestEpoch | None = None
+        self._epoch_weights = EpochWeights(config, components.added())
 
         self._settings = LiveSettings(
             CurriculumSettings.from_config(config.finetuning.curriculum_learning), live_fields(config)
@@ -593,9 +597,29 @@ class Run(RunHistory):
     def partial(self) -> Epoch | None:
         """The epoch that has begun and is not complete, as far as the folder has it: aborted, failed, interrupted by a
         kernel that died, or still running. Its rollouts may be unscored. Running the epoch again replaces it."""
+        return self.read_partial()
+
+    def read_partial(self, decoded: DecodedBatches | None = None) -> Epoch | None:
+        """Read `partial` again and again while it grows.
+
+        Args:
+            decoded: A dict that is kept from call to call, empty at first: what it holds is not decoded again.
+
+        Returns:
+            The record, in which nothing may be changed; None where there is no unfinished epoch.
+        """
         store = self._stored()
-        found = store.partial() if store is not None else None
+        found = store.partial(decoded) if store is not None else None
         return found and partial_record(found, self.id, self._settings.applied)
+
+    def partial_stamp(self) -> Any:
+        """Ask whether `partial` has other rollouts, at little cost.
+
+        Returns:
+            A value that changes when they do; None where there is no unfinished epoch.
+        """
+        store = self._stored()
+        return None if store is None else store.partial_stamp()
 
     def _stored(self) -> RunReader | None:
         """The folder to read from; None before the first epoch of a new run."""
@@ -661,8 +685,8 @@ class Run(RunHistory):
             The epoch's record.
 
         Raises:
-            RunError: The adapter cannot do this, a name is of no rollout that finished, or something of this run is running.
-            ConfigError: The frame has no such column, or is empty.
+            ConfigError: The adapter cannot do this, and nothing was loaded; or the frame has no such column, or is empty.
+            RunError: A name is of no rollout that finished, or something of this run is running.
             BackendError: The rollouts lack what training needs.
             JobFailed: The training job failed or was canceled; the record is in `.epoch`.
         """
@@ -670,8 +694,9 @@ class Run(RunHistory):
 
         self._require_open()
         self._session.require_outside("train_on")
+        await self._session.ask(self._driver.require_trains_on_chosen)
         await self._session.ask(self._driver.open)
-        self._driver.require_trains_on_chosen()
+        self._driver.require_single_epochs()
         if self._driver.adapter.takes_preferences:
             chosen = preferences(values_in(rollouts, tags), self._epoch, self.id, "all_pairs", max_pairs=10_000)
             told = count(sum(map(len, chosen.trajectories)), "preference")
@@ -742,6 +767,42 @@ class Run(RunHistory):
             run._setup(config, components, self.id, RunStore.open(folder))
             async with run:
                 return await run.rollout(example)
+
+    def kept_weights(self) -> list[int]:
+        """List the epochs whose weights are available; see `logprob_change`.
+
+        Returns:
+            Their numbers, oldest first.
+        """
+        store = self._stored()
+        return [] if store is None else list(weights_of_epochs(store))
+
+    def token_changes(self, trajectory: Trajectory, epoch: int | None = None) -> list[list[float]]:
+        """As `logprob_change`, of a trajectory at hand.
+
+        Args:
+            trajectory: A record, such as `run.show(name).trajectory`.
+            epoch: As in `logprob_change`.
+
+        Returns:
+            For each sampled turn a list with one number a token, in nats.
+
+        Raises:
+            As `logprob_change`.
+        """
+        self._session.require_outside("logprob_change")
+        if self._unable:
+            raise RunError(self._unable.text)
+        kept, store = self.kept_weights(), self._stored()
+        if epoch is not None:
+            epoch = self[epoch].index
+        elif kept:
+            epoch = kept[-1]
+        if store is None or epoch is None:
+            raise RunError(
+                f"run {self.id!r} has no weights of an epoch yet. Run one, with run.checkpoint_every above 0, then ask again."
+            )
+        return changes_of(trajectory, self._epoch_weights.logprobs(store, epoch, trajectory))
 
     async def chat(self, messages: Any, **options: Any) -> ChatReply:
         """Get the policy's reply.
@@ -1265,6 +1326,7 @@ class Run(RunHistory):
         self._session.require_outside("close")
         self._closed = True
         self._session.end()
+        self._epoch_weights.close()
         _open_runs.discard(self)
         self._left.detach()
         self.config.builder = None

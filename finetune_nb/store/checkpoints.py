@@ -34,6 +34,7 @@ __all__ = [
     "newest_with_weights",
     "rewind",
     "to_keep",
+    "weights_of_epochs",
 ]
 
 
@@ -87,6 +88,26 @@ def newest_with_weights(store: RunReader, fresh: int | None) -> int | None:
         if checkpoint is not None and has_weights(store, checkpoint, index):
             return index
     return None
+
+
+def weights_of_epochs(store: RunReader) -> dict[int, Path | None]:
+    """The epochs whose weights are available, in order, each with its checkpoint; None: the weights that the run began with."""
+    folders = checkpoints(store.folder)
+    versions = {epoch.index: epoch.policy_versions[1] for epoch in store.epochs}
+    if store.parent is not None and store.parent[1] in folders:
+        versions = {store.parent[1]: _version(store, store.parent[1]), **versions}
+    of_version: dict[int, Path | None] = {0: None}
+    for index, version in versions.items():
+        if index in folders and version is not None:
+            of_version[version] = folders[index]
+    found: dict[int, Path | None] = {}
+    for epoch in store.epochs:
+        version = versions[epoch.index]
+        if epoch.index in folders:
+            found[epoch.index] = folders[epoch.index]
+        elif version is not None and version in of_version:
+            found[epoch.index] = of_version[version]
+    return found
 
 
 def _version(store: RunReader, epoch: int) -> int | None:

@@ -110,10 +110,10 @@ def read_labels(folder: Path, epochs: Iterable[int] | None = None) -> list[Label
     return labels if wanted is None else [label for label in labels if label.epoch in wanted]
 
 
-def scores_by_tag(labels: Iterable[Label]) -> dict[str, dict[str, float | None]]:
+def scores_by_tag(labels: Iterable[Label], level: str = "rollout") -> dict[str, dict[str, float | None]]:
     """The tags of each labelled rollout by its name, in order of time, with the mean of a tag's scores; None for a tag without
-    one. Labels of groups and epochs are left out."""
-    return mean_scores((label.name, label.tag, label.score) for label in labels if label.level == "rollout")
+    one. level: "group" or "epoch": those of groups or epochs instead."""
+    return mean_scores((label.name, label.tag, label.score) for label in labels if label.level == level)
 
 
 def mean_scores(labels: Iterable[tuple[str, str, float | None]]) -> dict[str, dict[str, float | None]]:

@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,7 +40,15 @@ from .database import (
 from .durable import check_plain, size_of
 from .folder import CONFIG, DATABASE, LOG, RUN_ID, trajectory_file, writer_of
 from .json import decode
-from .trajectories import COLUMNS, collection_of_batches, read_columns, read_row_group, read_trajectories, table_of
+from .trajectories import (
+    COLUMNS,
+    DecodedBatches,
+    collection_of_batches,
+    read_columns,
+    read_row_group,
+    read_trajectories,
+    table_of,
+)
 from .trust import is_signed, sign
 
 if TYPE_CHECKING:
@@ -182,11 +190,11 @@ class RunReader:
         """The run's id, when it was made (seconds since 1970, UTC), and the run and epoch that it was forked from."""
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        with (
-            self._turn,
-            as_store_error(self.folder / DATABASE, "Nothing was changed; the Parquet files beside it are whole."),
-        ):
+        with self._turn, self._as_store_error():
             return work(self._db) if self._db is not None else read(self.folder, work)
+
+    def _as_store_error(self) -> AbstractContextManager[None]:
+        return as_store_error(self.folder / DATABASE, "Nothing was changed; the Parquet files beside it are whole.")
 
     @property
     def epochs(self) -> list[StoredEpoch]:
@@ -317,40 +325,62 @@ class RunReader:
                 return epoch
         raise StoreError(f"run {self.run_id!r} has no completed epoch {index!r}; it has {len(self._epochs)}.")
 
-    def partial(self) -> PartialEpoch | None:
-        """The epoch that has begun and is not complete; None where there is none."""
+    def partial(self, decoded: DecodedBatches | None = None) -> PartialEpoch | None:
+        """The epoch that has begun and is not complete; None where there is none. decoded: as in `collection_of_batches`."""
 
-        def work(db: sqlite3.Connection) -> PartialEpoch | None:
+        def work(db: sqlite3.Connection) -> tuple[Any, list[bytes], list[Any]] | None:
             row = db.execute("SELECT * FROM unfinished ORDER BY epoch DESC LIMIT 1").fetchone()
             if row is None:
                 return None
-            index = int(row["epoch"])
-            batches = [r[0] for r in db.execute("SELECT data FROM rollouts WHERE epoch = ? ORDER BY batch", (index,))]
-            validations = db.execute("SELECT place, record FROM validations WHERE epoch = ? ORDER BY place", (index,))
-            ref, status = row["job_ref"], row["job_status"]
-            place = f"of epoch {index}"
-            selected = row["selection"] and self._or_none(
-                "unfinished", place, lambda: selection_from_json(row["selection"])
-            )
-            selection, seconds = selected or (None, {})
-            found = [
-                self._or_none(
-                    "validations", record["place"], lambda record=record: validation_from_json(record["record"])
-                )
-                for record in validations
-            ]
-            return PartialEpoch(
-                index=index,
-                collection=collection_of_batches(batches, self.run_id),
-                job=ref and self._or_none("unfinished", place, lambda: TrainingJobRef.model_validate(decode(ref))),
-                status=status
-                and self._or_none("unfinished", place, lambda: TrainingJobStatus.model_validate(decode(status))),
-                started_at=as_float(row["started_at"]),
-                policy_version=row["policy_version"] if isinstance(row["policy_version"], int) else None,
-                validations=tuple(each for each in found if each is not None),
-                selection=selection,
-                seconds=seconds,
-            )
+            epoch = (int(row["epoch"]),)
+            batches = [r[0] for r in db.execute("SELECT data FROM rollouts WHERE epoch = ? ORDER BY batch", epoch)]
+            query = "SELECT place, record FROM validations WHERE epoch = ? ORDER BY place"
+            return row, batches, db.execute(query, epoch).fetchall()
+
+        found = self._read(work)
+        if found is None:
+            return None
+        # Decoded here, so that whoever writes the epoch does not wait for it.
+        with self._as_store_error():
+            return self._partial_of(*found, decoded)
+
+    def _partial_of(
+        self, row: Any, batches: list[bytes], validations: list[Any], decoded: DecodedBatches | None
+    ) -> PartialEpoch:
+        index = int(row["epoch"])
+        ref, status = row["job_ref"], row["job_status"]
+        place = f"of epoch {index}"
+        selected = row["selection"] and self._or_none(
+            "unfinished", place, lambda: selection_from_json(row["selection"])
+        )
+        selection, seconds = selected or (None, {})
+        checks = [
+            self._or_none("validations", each["place"], lambda each=each: validation_from_json(each["record"]))
+            for each in validations
+        ]
+        return PartialEpoch(
+            index=index,
+            collection=collection_of_batches(batches, self.run_id, decoded),
+            job=ref and self._or_none("unfinished", place, lambda: TrainingJobRef.model_validate(decode(ref))),
+            status=status
+            and self._or_none("unfinished", place, lambda: TrainingJobStatus.model_validate(decode(status))),
+            started_at=as_float(row["started_at"]),
+            policy_version=row["policy_version"] if isinstance(row["policy_version"], int) else None,
+            validations=tuple(each for each in checks if each is not None),
+            selection=selection,
+            seconds=seconds,
+        )
+
+    def partial_stamp(self) -> tuple[Any, ...] | None:
+        """A value that changes when the rollouts of the unfinished epoch do; None where there is none. It takes less than a
+        millisecond, so it can be asked every second."""
+
+        def work(db: sqlite3.Connection) -> tuple[Any, ...] | None:
+            row = db.execute("SELECT epoch, started_at FROM unfinished ORDER BY epoch DESC LIMIT 1").fetchone()
+            if row is None:
+                return None
+            of_epoch = "SELECT count(*), max(batch), total(length(data)) FROM rollouts WHERE epoch = ?"
+            return (*row, *db.execute(of_epoch, (row["epoch"],)).fetchone())
 
         return self._read(work)
 

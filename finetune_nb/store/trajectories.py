@@ -7,6 +7,7 @@ batch of rollouts of an unfinished epoch is the same table as an Arrow stream. E
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLUMNS",
+    "DecodedBatches",
     "FORMAT",
     "LISTED",
     "PREFERENCE",
@@ -962,8 +964,20 @@ def batch_of(collection: TrajectoryCollection, whole: bool) -> bytes:
         raise StoreError(f"a rollout cannot be written down: {type(error).__name__}: {error}.") from error
 
 
-def collection_of_batches(batches: Sequence[bytes], run_id: str) -> TrajectoryCollection:
+DecodedBatches = dict[bytes, tuple[TrajectoryCollection, bool]]
+"""Batches of rollouts by the digest of their bytes, each with whether it is all of an epoch."""
+
+
+def collection_of_batches(
+    batches: Sequence[bytes], run_id: str, decoded: DecodedBatches | None = None
+) -> TrajectoryCollection:
     """The rollouts of several batches, grouped by example; a whole one is alone, and in its own groups.
+
+    Args:
+        batches: As `batch_of` makes them.
+        run_id: Of the run.
+        decoded: What earlier calls have decoded, which is not decoded again: whoever reads an epoch again and again while it
+            grows keeps it, and changes nothing in what is returned. Left with the batches of this call.
 
     Raises:
         StoreError: A batch is damaged.
@@ -973,9 +987,16 @@ def collection_of_batches(batches: Sequence[bytes], run_id: str) -> TrajectoryCo
     groups: dict[Any, list[Trajectory]] = {}
     failures: list[RolloutFailure] = []
     errors: list[StoreError] = []
+    known = dict(decoded or {})
+    if decoded is not None:
+        decoded.clear()
     for number, batch in enumerate(batches):
         try:
-            found, whole = _of_batch(batch, run_id)
+            if decoded is None:
+                found, whole = _of_batch(batch, run_id)
+            else:
+                digest = hashlib.blake2b(batch, digest_size=16).digest()
+                found, whole = decoded[digest] = known.get(digest) or _of_batch(batch, run_id)
         except (OSError, pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             problem = f"{type(error).__name__}: {str(error)[:500]}"
             what = f"batch {number} of the rollouts of the unfinished epoch cannot be read: {problem}."

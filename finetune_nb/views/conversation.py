@@ -83,6 +83,13 @@ class Turn:
     tokens: Sequence[Token] = field(default=(), repr=False)
     """The tokens that the policy sampled."""
 
+    def with_changes(self, changes: Sequence[float]) -> Turn:
+        """The same with what the logprob of each token has changed by."""
+        if len(changes) != len(self.tokens):
+            return self
+        tokens = [token._replace(change=change) for token, change in zip(self.tokens, changes, strict=True)]
+        return replace(self, tokens=tokens, note=summary(tokens))
+
 
 def turn_of(item: EpisodeItem | DPOItem) -> Turn:
     """The turn to show for a message of an episode, or for a preference."""

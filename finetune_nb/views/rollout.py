@@ -143,6 +143,10 @@ class RolloutView:
     heat: Heat = "probability"
     turn: int | None = None
     """The first turn to show, from 0, at full length. None: all of them, long ones cut, and the rest of the group."""
+    changes: tuple[tuple[float, ...], ...] = ()
+    """For the heat "change": for each sampled turn one number a token."""
+    weights: int | None = None
+    """The epoch after which the weights were that the changes are of."""
 
     def __post_init__(self) -> None:
         check_heat(self.heat)
@@ -162,6 +166,14 @@ class RolloutView:
         """None for a rollout that finished."""
         return None if isinstance(self.chosen, int) else self.chosen
 
+    def _chosen_turns(self) -> list[Turn]:
+        """Those of the trajectory, which has not failed; their tokens with their changes, if there are any."""
+        assert self.trajectory is not None
+        turns, changes = _turns(self.trajectory), iter(self.changes)
+        if not self.changes:
+            return turns
+        return [turn.with_changes(next(changes, ())) if turn.tokens else turn for turn in turns]
+
     def _name(self) -> str:
         generation = self.chosen.generation if isinstance(self.chosen, RolloutFailure) else self._label(self.chosen)
         return f"example {short(self.group.example)} · {_generation(generation)}"
@@ -177,7 +189,7 @@ class RolloutView:
             return "\n  ".join([*lines, f"failed: {one_line(self.failure and self.failure.error)}"])
         assert isinstance(self.chosen, int)
         lines.append(f"reward {number(trajectory.reward)}, advantage {signed(group.advantages[self.chosen])}")
-        turns = _turns(trajectory)
+        turns = self._chosen_turns()
         missing = missing_entropy(turns) if self.heat == "entropy" else ""
         if missing:
             lines.append(missing)
@@ -193,7 +205,12 @@ class RolloutView:
         head: list[Any] = [title(f"epoch {group.epoch}", self._name())]
         if isinstance(self.chosen, int):
             advantage = group.advantages[self.chosen]
-            more = [("advantage", "" if math.isnan(advantage) else signed(advantage)), ("group", _standing(group))]
+            changes = [("change", f"under the weights after epoch {self.weights}")] if self.changes else []
+            more = [
+                *changes,
+                ("advantage", "" if math.isnan(advantage) else signed(advantage)),
+                ("group", _standing(group)),
+            ]
             head += _head(group.trajectories[self.chosen], more)
         if self.turn is not None:
             return view(*head, *self._from_turn(self.turn, VIEW_LIMIT - _bytes(*head)))
@@ -207,7 +224,7 @@ class RolloutView:
         for_others = min(OTHERS_LIMIT, (SIBLING_LIMIT + 1_200) * (len(others) + len(failures)))
         most = min(SIZE_LIMIT, room - for_others)
         if isinstance(self.chosen, int):
-            body = conversation(_turns(group.trajectories[self.chosen]), most, setting)
+            body = conversation(self._chosen_turns(), most, setting)
         else:
             body = _failed(self.chosen, most - 20_000, setting)
         return view(*head, *body, *_others(group, others, failures, room - _bytes(*body), setting))
@@ -217,7 +234,7 @@ class RolloutView:
         assert self.trajectory is not None
         more = f"{self._call('turn=N')} begins at turn N; .trajectory.episode[{first}].content is turn {first}."
         setting = Setting(self.heat, more=more, first=first)
-        turns = _turns(self.trajectory)[first:]
+        turns = self._chosen_turns()[first:]
         before = f"from turn {first} of {len(self.trajectory.episode):,}" if first else ""
         shown = [row(element("span", before, class_="ft-dim")), *conversation(turns[:1], room, setting)]
         if room - _bytes(*shown) > SIBLING_LEAST:

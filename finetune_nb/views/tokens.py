@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from ..analysis.messages import Token
 from ..errors import ConfigError
-from ..text import count, cut, number, plain
+from ..text import count, cut, number, plain, signed
 from .html import Html, details, element, escape, table
 
 __all__ = [
@@ -29,11 +29,16 @@ __all__ = [
     "visible",
 ]
 
-Heat = Literal["probability", "entropy"]
-"""Which quantity colours a token: how likely it was, or the entropy of the choice."""
+Heat = Literal["probability", "entropy", "change"]
+"""Which quantity colours a token: how likely it was, the entropy of the choice, or how its logprob has changed under other
+weights."""
 
-_BOUNDS = {"probability": (0.9, 0.6, 0.3, 0.1, 0.02), "entropy": (0.1, 0.4, 0.8, 1.4, 2.0)}
-"""Limits of the colour levels: below that probability, or above that many nats."""
+_BOUNDS = {
+    "probability": (0.9, 0.6, 0.3, 0.1, 0.02),
+    "entropy": (0.1, 0.4, 0.8, 1.4, 2.0),
+    "change": (0.1, 0.3, 0.7, 1.5, 3.0),
+}
+"""Limits of the colour levels: below that probability, above that many nats, or beyond that many in either direction."""
 TINTS = (
     None,
     "background:#d602",
@@ -43,6 +48,15 @@ TINTS = (
     "background:#d60a;border-bottom:2px solid",
 )
 """Inline styles of the colour levels: translucent, so that they are seen on light and dark pages."""
+MORE_LIKELY = (
+    None,
+    "background:#07c2",
+    "background:#07c4",
+    "background:#07c6",
+    "background:#07c8",
+    "background:#07ca;border-bottom:2px dotted",
+)
+"""The same for levels below 0: the token has become more likely."""
 UNDERLINED = 4
 """The first level that is underlined too."""
 PRE = "white-space:pre-wrap;word-break:normal"
@@ -63,7 +77,7 @@ TINT_BYTES, NOTE_BYTES = 46, 100
 def check_heat(heat: str) -> None:
     """Raise ConfigError unless `heat` is one of the names of Heat."""
     if heat not in get_args(Heat):
-        raise ConfigError(f"found heat={heat!r}; expected 'probability' or 'entropy'.")
+        raise ConfigError(f"found heat={heat!r}; expected 'probability', 'entropy' or 'change'.")
 
 
 def heat_map(tokens: Sequence[Token], room: int, heat: Heat = "probability", detail: Detail = "every") -> Html:
@@ -88,7 +102,7 @@ def heat_map(tokens: Sequence[Token], room: int, heat: Heat = "probability", det
     # The text comes before faint colours.
     room -= _bytes(FAINT_LEFT_OUT)
     for faint in (1, 2, 3):
-        levels = [level if level > faint else 0 for level in levels]
+        levels = [level if abs(level) > faint else 0 for level in levels]
         pieces = _pieces(tokens, texts, levels, everything, "colours")
         if sum(map(_bytes, pieces)) <= room:
             return _heated([*pieces, FAINT_LEFT_OUT])
@@ -139,7 +153,8 @@ def _coloured(text: str, level: int, title: str | None = None) -> Html:
     """A text in the colour of that level. The least likely are also underlined."""
     if not level and title is None:
         return escape(text)
-    return element("u" if level >= UNDERLINED else "span", text, title=title, style=TINTS[level])
+    style = TINTS[level] if level >= 0 else MORE_LIKELY[-level]
+    return element("u" if level >= UNDERLINED else "span", text, title=title, style=style)
 
 
 def _kept(tokens: Sequence[Token], texts: Sequence[str], levels: Sequence[int], room: int) -> list[range]:
@@ -153,7 +168,7 @@ def _kept(tokens: Sequence[Token], texts: Sequence[str], levels: Sequence[int], 
     kept[:head] = b"\1" * head
     kept[tail:] = b"\1" * (len(tokens) - tail)
     left = room - room // 2 - room // 4
-    for place in sorted(range(head, tail), key=lambda place: _order(tokens[place].logprob)):
+    for place in sorted(range(head, tail), key=lambda place: _order(tokens[place])):
         if left < NOTE_BYTES:
             break
         near = [at for at in range(max(head, place - AROUND), min(tail, place + AROUND + 1)) if not kept[at]]
@@ -179,8 +194,12 @@ def _shown(token: Token) -> str:
 
 
 def _level(token: Token, heat: Heat) -> int:
-    """Its colour level, from 1 to 5 (least likely); 0 for no colour."""
+    """Its colour level, from 1 to 5 (least likely, or much less likely than it was); 0 for no colour; down to -5 for one that has
+    become more likely."""
     bounds = _BOUNDS[heat]
+    if heat == "change":
+        level = sum(abs(token.change) > bound for bound in bounds)
+        return -level if token.change > 0 else level
     if heat == "probability":
         return sum(token.probability < bound for bound in bounds)
     return sum(token.entropy > bound for bound in bounds)
@@ -188,6 +207,8 @@ def _level(token: Token, heat: Heat) -> int:
 
 def _numbers(token: Token) -> str:
     parts = [f"p {number(token.probability)}, logprob {number(token.logprob)}"]
+    if not math.isnan(token.change):
+        parts.append(f"changed by {signed(token.change)}")
     if not math.isnan(token.entropy):
         parts.append(f"entropy {number(token.entropy)}")
     if token.alternatives:
@@ -205,33 +226,39 @@ def _alternatives(token: Token, most: int) -> str:
 
 
 def token_table(tokens: Sequence[Token], room: int) -> Html:
-    """A fold with one row per token: index, text, probability, logprob, and, if they were recorded, the entropy and the likely
-    alternatives. Of many tokens, the least likely that fit into `room` bytes."""
+    """A fold with one row per token: index, text, probability, logprob, and, if they are known, the change, the entropy and the
+    likely alternatives. Of many tokens, the least likely that fit into `room` bytes; of those with a change, the most changed."""
+    has_change = any(not math.isnan(token.change) for token in tokens)
     has_entropy = any(not math.isnan(token.entropy) for token in tokens)
     headers = ["#", "token", "probability", "logprob"]
+    if has_change:
+        headers.append("change")
     if has_entropy:
         headers.append("entropy")
     has_alternatives = any(token.alternatives for token in tokens)
     if has_alternatives:
         headers.append("instead")
-    least_likely = sorted(range(len(tokens)), key=lambda place: _order(tokens[place].logprob))[:ROW_LIMIT]
-    rows = {place: _row(place, tokens[place], has_entropy, has_alternatives) for place in least_likely}
+    first = sorted(range(len(tokens)), key=lambda place: _order(tokens[place]))[:ROW_LIMIT]
+    rows = {place: _row(place, tokens[place], has_change, has_entropy, has_alternatives) for place in first}
 
     # If the rows are too large, show as many as would fit if all had the same size.
     size = _bytes(table(rows.values(), headers))
-    shown = least_likely
+    shown = first
     if size > room - 100:
-        shown = least_likely[: len(rows) * max(0, room - 500) // size]
+        shown = first[: len(rows) * max(0, room - 500) // size]
     if not shown:
         return Html()
     title = f"{len(tokens):,} tokens as a table"
     if len(shown) < len(tokens):
-        title = f"the {len(shown):,} least likely of {len(tokens):,} tokens"
+        which = "most changed" if has_change else "least likely"
+        title = f"the {len(shown):,} {which} of {len(tokens):,} tokens"
     return details(title, table([rows[place] for place in sorted(shown)], headers))
 
 
-def _row(place: int, token: Token, has_entropy: bool, has_alternatives: bool) -> list[Any]:
+def _row(place: int, token: Token, has_change: bool, has_entropy: bool, has_alternatives: bool) -> list[Any]:
     row = [place, element("code", visible(token.text, 60)), token.probability, token.logprob]
+    if has_change:
+        row.append(signed(token.change))
     if has_entropy:
         row.append(token.entropy)
     if has_alternatives:
@@ -239,14 +266,21 @@ def _row(place: int, token: Token, has_entropy: bool, has_alternatives: bool) ->
     return row
 
 
-def _order(logprob: float) -> float:
-    """Sort key: unknown logprobs last."""
-    return math.inf if math.isnan(logprob) else logprob
+def _order(token: Token) -> float:
+    """Sort key: the most changed first or, where nobody has asked for changes, the least likely; unknown logprobs last."""
+    if not math.isnan(token.change):
+        return -abs(token.change)
+    return math.inf if math.isnan(token.logprob) else token.logprob
 
 
 def heat_legend(heat: Heat, numbers: str = "on hover, and in the tables") -> Html:
     """One line that explains the colours. numbers: where the tokens' numbers stand."""
     bounds = _BOUNDS[heat]
+    if heat == "change":
+        less = [_coloured(f" -{bound:g} ", level) for level, bound in enumerate(bounds, 1)]
+        more = [_coloured(f" +{bound:g} ", -level) for level, bound in enumerate(bounds, 1)]
+        said = "change of the log probability, in nats: less likely"
+        return element("div", f"{said} ", *less, ", more likely ", *more, f" · numbers {numbers}", class_="ft-heat")
     sign = "below" if heat == "probability" else "above"
     what = "probability of the sampled token" if heat == "probability" else "entropy in nats"
     marks = [_coloured(f" {sign} {bound:g} ", level) for level, bound in enumerate(bounds, 1)]
@@ -259,7 +293,9 @@ def summary(tokens: Sequence[Token]) -> str:
     known = [token.logprob for token in tokens if math.isfinite(token.logprob)]
     if not known:
         return said
-    return f"{said}, mean logprob {number(math.fsum(known) / len(known))}"
+    said += f", mean logprob {number(math.fsum(known) / len(known))}"
+    changes = [token.change for token in tokens if math.isfinite(token.change)]
+    return f"{said}, changed by {signed(math.fsum(changes) / len(changes))}" if changes else said
 
 
 def visible(text: str | None, limit: int) -> str:

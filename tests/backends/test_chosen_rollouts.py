@@ -108,3 +108,49 @@ async def test_what_cannot_be_learned_is_refused_before_anything_is_started():
             await a.submit_chosen(collection([trajectory(1.0, bad)]))
     assert torch.equal(before, weights(a)) and a.policy.version == 0
     await a.aclose()
+
+
+# ── log probabilities of recorded tokens ─────────────────────────────────────────────────────────────────────────────
+
+
+async def test_each_token_gets_its_own_log_probability_whatever_conversation_its_turn_belongs_to():
+    a = adapter(micro_batch_tokens=8)
+    one = turn([3, 10], [5, 6], [-1.0, -1.0])
+    goes_on = turn([3, 10, 5, 6, 9], [7], [-1.0])  # the prompt holds all of the turn before
+    elsewhere = turn([4], [8, 9, 10], [-1.0] * 3, temperature=0.5)
+    masked = EpisodeItem(role="assistant", content="said", logprobs=[])
+    found = await a.token_logprobs(trajectory(1.0, one, masked, goes_on, elsewhere))
+    expected = []
+    for each in (one, goes_on, elsewhere):
+        prompt, reply = each.metadata["prompt_token_ids"], each.metadata["token_ids"]
+        with torch.inference_mode():
+            logits = a.policy.model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
+        logprobs = (logits / each.metadata["temperature"]).log_softmax(-1).gather(1, torch.tensor(reply)[:, None])
+        expected.append(logprobs[:, 0].tolist())
+    assert [len(each) for each in found] == [2, 1, 3]
+    for ours, plain in zip(found, expected, strict=True):
+        assert ours == pytest.approx(plain, abs=1e-5)
+
+
+async def test_trl_s_adapters_say_the_same_of_the_same_weights(tmp_path):
+    pytest.importorskip("trl")
+    from finetune_nb.backends.trl.adapter import TRLAdapter
+    from finetune_nb.backends.trl.config import TRLSFTConfig
+
+    a = adapter()
+    rollout = trajectory(1.0, turn([3, 10], [5, 6], [-1.0, -1.0]))
+    expected = await a.token_logprobs(rollout)
+    first = TRLAdapter(TRLSFTConfig(), policy=a.policy)
+    await first.save_checkpoint(tmp_path / "one")
+    other = TRLAdapter(TRLSFTConfig(), policy=LocalPolicy(random_model(seed=1), byte_tokenizer()))
+    assert await other.token_logprobs(rollout) != expected
+    await other.load_weights(tmp_path / "one")
+    assert (await other.token_logprobs(rollout))[0] == pytest.approx(expected[0], abs=1e-6)
+
+
+async def test_a_model_that_is_another_one_and_ids_that_are_missing_are_refused():
+    a = adapter()
+    with pytest.raises(BackendError, match="Was it sampled by another model"):
+        await a.token_logprobs(trajectory(1.0, turn([3], [10**6], [-1.0])))
+    with pytest.raises(BackendError, match="prompt_token_ids"):
+        await a.token_logprobs(trajectory(1.0, turn(None, [5], [-1.0])))

@@ -590,3 +590,32 @@ async def test_nothing_in_a_checkpoint_is_pickled(whole):
     assert sorted(content(whole)) == ["manifest.json", OPTIMIZER, REFERENCE, WEIGHTS]
     for name, data in content(whole).items():
         assert data.lstrip()[:1] == b"{" if name == "manifest.json" else data[8:9] == b"{"
+
+
+# ── weights alone ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": {"rank": 2}}, {"kl_coef": 0.1}], ids=["all", "lora", "kl"])
+async def test_the_weights_alone_are_those_of_the_checkpoint_and_make_no_optimizer(tmp_path, settings):
+    first = await trained(**settings)
+    await first.save_checkpoint(tmp_path / "one")
+    other = adapter(**settings)
+    await other.load_weights(tmp_path / "one")
+    assert other.policy.version == 1 and other._learner is None
+    for name, weight in weights(first).items():
+        assert torch.equal(weights(other)[name], weight)
+
+
+async def test_weights_that_are_damaged_or_of_another_model_are_refused_and_change_nothing(tmp_path):
+    first = await trained()
+    await first.save_checkpoint(tmp_path / "one")
+    other = adapter("random")
+    before = weights(other)
+    with pytest.raises(BackendError, match="another architecture"):
+        await other.load_weights(tmp_path / "one")
+    (tmp_path / "one" / WEIGHTS).write_bytes(b"nothing")
+    again = adapter()
+    with pytest.raises(BackendError, match="damaged"):
+        await again.load_weights(tmp_path / "one")
+    assert all(torch.equal(weights(other)[name], weight) for name, weight in before.items())
+    assert again.policy.version == 0

@@ -97,6 +97,22 @@ def test_it_answers_while_a_cell_is_busy_and_follows_a_run_that_trains(lab, runs
     until(lambda: shown(notebook)[1] == "epoch 2", 40, "the newest epoch", lab._breathe)
 
 
+def test_an_epoch_is_read_while_it_is_sampled_and_after_it_has_ended(lab, runs_folder):
+    notebook = opened(lab, runs_folder, "run.start(1)", seconds=8, epochs=1, validation=None)
+    notebook.run(1)
+    notebook.page.wait_for_function(f"() => {VIEW}.epochs.length === 2", timeout=30_000)
+    focus(notebook)
+    press(notebook, "]", "l")
+    until(lambda: shown(notebook)[1] == "epoch 1, running", 10, "the epoch that is sampled", lab._breathe)
+    example = shown(notebook)[0]
+    chosen = notebook.page.locator(".ftb .switch [aria-pressed=true]")
+    generation = chosen.inner_text().split(":")[0]
+    assert chosen.inner_text().endswith("○")
+    until(lambda: shown(notebook)[1] == "epoch 1", 40, "its end", lab._breathe)
+    assert shown(notebook)[0] == example and chosen.inner_text().split(":")[0] == generation
+    until(lambda: chosen.inner_text()[-1] in "01", 10, "its reward", lab._breathe)
+
+
 def test_a_label_of_another_process_is_seen(lab, runs_folder):
     notebook = opened(lab, runs_folder)
     example, epoch = shown(notebook)

@@ -10,11 +10,13 @@ import pytest
 from factories import item, make_epoch, sampled
 from records import Views, failed, stored, with_tool
 
+from finetune_nb.errors import BackendError
+
 from .jupyterlab import until
 from .test_hostile_content import ATTACKS
 
 pytest.importorskip("playwright.sync_api", reason='no playwright: pip install "finetune_nb[dev]"')
-from .bare import NOTEBOOK, BarePage
+from .bare import NOTEBOOK, VIEW, BarePage
 
 
 def answer(generation, last=" so"):
@@ -186,6 +188,34 @@ def test_labels_are_added_shown_to_other_pages_and_removed(opened, tmp_path):
     assert len(run.labels()) == 0
 
 
+def test_groups_and_epochs_are_labelled_and_their_labels_are_seen_in_list_and_head(opened, tmp_path):
+    run = Folder(tmp_path / "run", *stored(tmp_path, *records()))
+    shown = opened(run)
+    for level, tag in (("group", "hard"), ("epoch", "early")):
+        shown.page.get_by_label("what is labelled").select_option(level)
+        shown.press("x")
+        shown.page.keyboard.type(tag)
+        shown.press("Enter")
+        shown.page.locator(".labels li", has_text=tag).wait_for()
+    assert run.labels()[["name", "level", "tag"]].values.tolist() == [
+        ["e1/a", "group", "hard"],
+        ["e1", "epoch", "early"],
+    ]
+    assert shown.page.locator(".row", has_text="⚑ hard").count() == 1
+    assert "⚑ early" in shown.text(".scrubber") and "labelled early" in shown.page.locator(".scrubber").get_attribute(
+        "title"
+    )
+    shown.press("l")
+    assert "hard of the group" in shown.text(".labels ul")
+    shown.press("f")
+    shown.page.get_by_label("filter by label").select_option("hard")
+    shown.settle()
+    assert shown.browser.filter == {"label": "hard"} and shown.page.locator(".row").count() == 1
+    shown.page.get_by_label("filter by label").select_option("early")
+    shown.settle()
+    assert shown.page.locator(".row").count() == 3
+
+
 def test_keys_are_typed_in_fields_and_escape_leaves_step_by_step(opened):
     shown = opened()
     shown.press("?")
@@ -220,6 +250,107 @@ def test_a_new_epoch_is_followed_and_a_kernel_that_is_gone_greys_it_out(opened):
     assert "Run the cell again, or: ft.Run.open('none').browse(epoch=0)" in shown.text(".banner")
     shown.press("n")
     assert "turn" in shown.said  # what is loaded can still be read
+
+
+class Running(Folder):
+    """A run in the middle of its second epoch. Each state of that is told from the one before by how much of it there is."""
+
+    state = "running"
+
+
+def running(rewards):
+    """Of the second epoch what there is so far; its conversations are long."""
+    epoch = make_epoch(rewards, 1, job=None)
+    for group in epoch.collection.trajectories:
+        for trajectory in group:
+            generation = trajectory.metadata["generation"]
+            lines = [item("user", f"question {turn}\n" * 12) for turn in range(5)]
+            trajectory.episode = [*lines, answer(generation), item("user", "and now?\n" * 12), answer(generation)]
+    return epoch
+
+
+def test_a_running_epoch_grows_and_ends_under_the_hand_of_who_reads_it(opened, tmp_path):
+    run = Running(tmp_path, records()[0])
+    run.partial = running({"b": [None, None]})
+    shown = opened(run)
+    assert "epoch 0" in shown.text(".what")  # nobody is taken to an epoch that is sampled
+    shown.page.wait_for_function(f"() => {VIEW}.epochs.length === 2")
+    shown.focus()
+    shown.press("]", "l", ".")
+    assert shown.text(".what .dim") == "epoch 1, running" and "not scored yet" in shown.text(".measures")
+    assert shown.page.locator(".row").count() == 1 and shown.text(".row .signal") == "running"
+    assert "running, 2 rollouts so far" in shown.text(".scrubber") and shown.page.locator(".error").count() == 0
+    shown.press("n")
+    place = f"() => [{VIEW}.readers[0].turn, {VIEW}.readers[0].token, {VIEW}.readers[0].element.scrollTop]"
+    before = shown.page.evaluate(place)
+    assert before[0] > 1 and before[2] > 100
+
+    run.partial = running({"a": [None], "b": [None, None, None]})
+    shown.page.locator(".row").nth(1).wait_for()
+    assert shown.page.locator(".row[aria-selected=true] .id").inner_text() == "b"
+    assert shown.text(".head .id") == "b" and shown.text(".switch [aria-pressed=true]") == "1: ○"
+    assert shown.page.evaluate(place) == before
+
+    run._records, run.partial = (run._records[0], running({"a": [1, 0], "b": [0, 0.5, 1]})), None
+    shown.page.get_by_text("epoch 1 has ended").wait_for()
+    shown.page.locator(".switch [aria-pressed=true]", has_text="1: 0.5").wait_for()
+    assert shown.text(".what .dim") == "epoch 1" and shown.text(".measures").startswith("reward 0.5")
+    assert shown.page.evaluate(place) == before and '" 1"' in shown.text(".inspector .which")
+    assert shown.page.locator(".row[aria-selected=true] .id").inner_text() == "b"
+    shown.press("k")
+    assert shown.text(".head .id") == "a"
+
+
+class Trained(Views):
+    """A run that knows what its tokens have changed by: after epoch 0 a little, after epoch 1 more."""
+
+    def kept_weights(self):
+        return [epoch for epoch in (0, 1) if epoch < len(self.records)]
+
+    def token_changes(self, trajectory, epoch=None):
+        if trajectory.metadata["id"] == "b":
+            raise BackendError("turn 3 has no prompt ids")
+        found = [0.0, 2.0, -0.1, -3.0, 0.3]
+        return [
+            [value * (0.1 + epoch) for value in found]
+            for each in trajectory.episode
+            if each.metadata and "tokens" in each.metadata
+        ]
+
+
+def test_tokens_are_tinted_by_what_training_has_changed(opened):
+    run = Trained(*records())
+    for epoch in run.records:
+        for group in epoch.collection.trajectories:
+            for trajectory in group:
+                trajectory.episode = [item("user", "2+2"), answer(0)]
+    shown = opened(run)
+    shown.press("t", "t")
+    assert shown.page.get_by_label("weights that the change is under").is_hidden()
+    shown.press("t")
+    shown.page.locator(".note", has_text="nats a token").wait_for()
+    tokens = shown.page.locator(".tokens span")
+    colours = [tokens.nth(place).evaluate("e => e.style.background") for place in range(5)]
+    assert colours[0] == "" and colours[1].startswith("rgba(0, 119, 204") and colours[3].startswith("rgba(217, 95, 2")
+    assert "likelier" in tokens.nth(1).get_attribute("class") and "unlikely" in tokens.nth(3).get_attribute("class")
+    shown.press(".")
+    assert shown.said == "changed token 1 of 5" and '" 0"' in shown.text(".inspector .which")
+    assert "-3.3 nats" in shown.text(".inspector") and "probability after epoch 1" in shown.text(".inspector")
+
+    shown.page.get_by_label("weights that the change is under").select_option("0")
+    shown.page.locator(".note", has_text="after epoch 0").wait_for()
+    shown.page.wait_for_function("() => " + VIEW + ".readers[0].changes?.[3] > -1")
+    assert "-0.3 nats" in shown.text(".inspector")
+    shown.focus()
+    shown.press("j")
+    shown.page.locator(".note", has_text="no change can be shown: turn 3 has no prompt ids").wait_for()
+    assert tokens.nth(3).evaluate("e => e.style.background") == ""
+    asked = len([each for each in shown.asked if each["op"] == "change"])
+    shown.press("k")
+    shown.page.locator(".note", has_text="nats a token").wait_for()
+    assert len([each for each in shown.asked if each["op"] == "change"]) == asked  # it was known
+    shown.press("t")
+    assert shown.page.locator(".note").is_hidden() and tokens.nth(3).evaluate("e => e.style.background") == ""
 
 
 def test_a_slow_kernel_is_said_and_a_late_answer_is_taken(opened):
@@ -338,7 +469,8 @@ def test_what_was_loaded_is_forgotten_beyond_a_limit(opened):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 1000, 700, 390])
 def test_axe_finds_no_serious_or_critical_violation(opened, axe, width, dark):
-    shown = opened(width=width, dark=dark)
+    run = Trained(*records())
+    shown = opened(run, width=width, dark=dark)
     shown.page.add_script_tag(content=axe)
     found = {}
     for name, keys in {
@@ -346,6 +478,7 @@ def test_axe_finds_no_serious_or_critical_violation(opened, axe, width, dark):
         "compare": ["c", "d"],
         "keys": ["c", "?"],
         "filter": ["Escape", "f"],
+        "change": ["Escape", "t", "t", "t", "."],
     }.items():
         shown.press(*keys)
         shown.page.wait_for_timeout(150)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import re
+import threading
+import time
 import weakref
 
 import numpy as np
@@ -12,7 +14,7 @@ from factories import make_epoch
 from hostile import HOSTILE, text_of
 from records import Views, failed, stored
 
-from finetune_nb.errors import ConfigError, RunError
+from finetune_nb.errors import BackendError, ConfigError, RunError, StoreError
 from finetune_nb.notebook import browser as browsers
 from finetune_nb.notebook.browser import Browser
 
@@ -148,7 +150,9 @@ def test_the_index_the_view_and_a_body_can_be_asked_for():
     about, columns = asked(browser, "index", epoch=0)
     assert about["epoch"] == 0 and np.frombuffer(columns[0], "<u4").tolist() == [0, 4, 6]
     about, (order, matched) = asked(browser, "view", epoch=0, filter={"failed": True}, sort="spread")
-    assert about == {"rollouts": 1} and np.frombuffer(order, "<u4").tolist() == [0] and sum(matched) == 1
+    assert (
+        about == {"rollouts": 1, "version": None} and np.frombuffer(order, "<u4").tolist() == [0] and sum(matched) == 1
+    )
     about, _ = asked(browser, "body", epoch=0, row=5)
     assert about["error"] == "TimeoutError: too slow"
     assert asked(browser, "python", epoch=1, rollout=6)[0]["text"] == "run.show('e1/c/d/1')"
@@ -190,6 +194,14 @@ def test_labels_are_written_seen_filtered_by_and_removed(tmp_path):
     browser.filter = {"label": "*"}
     assert browser.selection.trajectory.tolist() == ["e0/a/1", "e0/b/0", "e0/b/1"]
     assert run.labels().tag.tolist() == ["hacked", "odd"]
+    said, _ = asked(browser, "label", epoch=0, rollout=0, tag="early", level="epoch")
+    assert [each[:3] for each in said["labels"]][-1] == ["epoch", 0, "early"] and run.epochs().labels[0] == ("early",)
+    browser.filter = {"label": "early"}
+    assert len(browser.selection) == 6
+    browser.filter = {"label": "*"}  # a label of the epoch is none of a rollout
+    assert len(browser.selection) == 3
+    assert run.groups(epoch=0).labels.tolist() == [(), ("odd",)]
+    asked(browser, "label", epoch=0, rollout=0, tag="early", author=label[5], level="epoch", remove=True)
     left, _ = asked(browser, "label", epoch=0, rollout=1, tag="hacked", author=label[5], level="rollout", remove=True)
     assert [each[2] for each in left["labels"]] == ["odd"]
 
@@ -266,3 +278,190 @@ def test_a_run_that_can_train_is_not_kept_by_its_browser():
     gc.collect()
     assert kept() is None
     assert asked(browser, "body", epoch=1, row=0)[0]["turns"]
+
+
+# ── an epoch that has not ended ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Running(Views):
+    """A run in the middle of an epoch."""
+
+    state = "running"
+
+    def begins(self, epoch):
+        self.partial = epoch
+
+    def ends(self, epoch):
+        self._records, self.partial = (*self._records, epoch), None
+
+
+def sampled_so_far(rewards, index=1):
+    return make_epoch(rewards, index, job=None)
+
+
+def news(browser, count, seconds=10):
+    """The epochs as the page hears of them, once there are so many; what is read meanwhile comes a question later."""
+    until = time.monotonic() + seconds
+    while len(found := asked(browser, "news", stamp="", change=0, epoch=0)[0]["epochs"]) != count:
+        assert time.monotonic() < until, found
+        time.sleep(0.01)
+    return found
+
+
+def test_what_a_running_epoch_has_so_far_is_listed_and_becomes_the_epoch_that_has_ended():
+    run = Running(make_epoch({"a": [1, 0]}, 0))
+    browser = run.browse()
+    assert browser.epoch == 0 and news(browser, 1)[0][4] is None
+    run.begins(sampled_so_far({"b": [None]}))
+    running = news(browser, 2)[-1]
+    assert running[:4] == [1, None, 1, 0] and isinstance(running[4], int)
+    assert asked(browser, "news", stamp="", change=0, epoch=0)[0]["unfinished"] == "running"
+    about, _ = asked(browser, "index", epoch=1)
+    assert about["version"] == running[4] == asked(browser, "view", epoch=1, filter={}, sort="recorded")[0]["version"]
+    assert browser.epoch == 0  # nobody is taken away from what they read
+    browser.epoch = 1
+    assert browser.selection.trajectory.tolist() == ["e1/b/0"]
+
+    # The page still speaks of the first state, in which the rollout was the first of all.
+    before = dict(epoch=1, rollout=0, version=running[4], example="b", generation=0)
+    run.begins(sampled_so_far({"a": [None, None], "b": [None]}))
+    until = time.monotonic() + 10
+    while news(browser, 2)[-1][4] == running[4] and time.monotonic() < until:
+        time.sleep(0.01)
+    assert asked(browser, "python", **before)[0]["text"] == "run.show('e1/b/0')"
+    asked(browser, "at", **before)
+    assert (browser.epoch, browser.example, browser.generation) == (1, "b", 0)
+
+    run.ends(make_epoch({"a": [1, 0], "b": [0.5]}, 1))
+    assert news(browser, 2)[-1] == [1, 0.5, 3, 0, None]
+    assert asked(browser, "python", **before)[0]["text"] == "run.show('e1/b/0')"
+    assert asked(browser, "body", **before)[0]["scores"] == {}
+    assert asked(browser, "index", epoch=1)[0]["version"] is None
+    gone = {**before, "example": "zz"}
+    assert "not in it any more" in asked(browser, "body", **gone)[0]["problem"]
+
+
+def test_the_first_epoch_is_shown_while_it_runs_and_cannot_be_labelled(tmp_path):
+    run = Running()
+    run.folder = tmp_path
+    browser = run.browse()
+    assert browser.epoch is None
+    run.begins(sampled_so_far({"a": [None, 1.0]}, 0))
+    browser = run.browse()
+    assert browser.epoch == 0 and "epoch 0" in repr(browser) and "browse(epoch=0)" in browser._line()
+    problem = asked(browser, "label", epoch=0, rollout=0, tag="x", level="rollout")[0]["problem"]
+    assert "epoch 0 is not complete" in problem
+    assert len(asked(browser, "hello")[0]["epochs"]) == 1
+    browser.filter = {"text": "2+2"}
+    assert len(browser.selection) == 2
+    run.state, run.partial = "ready", None
+    assert news(browser, 0) == []
+    assert asked(browser, "hello")[0]["epoch"] is None
+
+
+def test_an_epoch_does_not_vanish_between_its_last_rollout_and_its_record():
+    run = Running(make_epoch({"a": [1, 0]}, 0))
+    browser = run.browse()
+    run.begins(sampled_so_far({"b": [None]}))
+    news(browser, 2)
+    run.partial = None  # the folder has it as an epoch, and the run has not said so yet
+    assert len(news(browser, 2)) == 2
+    run.ends(make_epoch({"b": [1]}, 1))
+    assert news(browser, 2)[-1][4] is None
+
+
+def test_an_unfinished_epoch_that_cannot_be_read_hides_no_other():
+    class Damaged(Running):
+        def partial_stamp(self):
+            return "something"
+
+        @property
+        def partial(self):
+            raise StoreError("damaged")
+
+    browser = Damaged(make_epoch({"a": [1, 0]}, 0)).browse()
+    assert len(news(browser, 1)) == 1
+
+
+# ── what tokens have changed by ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Trained(Views):
+    """A run that knows its weights."""
+
+    asked = 0
+
+    def kept_weights(self):
+        return [0, 1]
+
+    def token_changes(self, trajectory, epoch=None):
+        self.asked += 1
+        if epoch == 0:
+            raise BackendError("no ids\nwere recorded")
+        return [[0.5 + trajectory.metadata["generation"]] for item in trajectory.episode if item.role == "assistant"]
+
+
+def told_of_change(browser, *numbers):
+    """What the page is told of the questions with these ids."""
+    until = time.monotonic() + 10
+    while True:
+        found = {
+            told["of"]: (told, *buffers) for told, buffers in browser._widget.told if told.get("event") == "change"
+        }
+        if found.keys() >= set(numbers):
+            return [found[number] for number in numbers]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def ask_change(browser, number, **arguments):
+    browser._widget = browser._widget or Channel()
+    browser._answer({"op": "change", "id": number, **arguments})
+    assert {"id": number} in [content for content, _ in browser._widget.told]
+
+
+def test_the_changes_of_a_rollout_are_told_later_and_computed_once():
+    run = Trained(*two_epochs().records)
+    browser = run.browse()
+    assert asked(browser, "weights")[0] == {"epochs": [0, 1]}
+    ask_change(browser, 7, epoch=0, row=1, weights=1)
+    ((content, values),) = told_of_change(browser, 7)
+    assert "problem" not in content and np.frombuffer(values, "<f4").tolist() == [1.5]
+    ask_change(browser, 8, epoch=0, rollout=1, weights=1)
+    told_of_change(browser, 8)
+    assert run.asked == 1
+    ask_change(browser, 9, epoch=0, row=1, weights=0)
+    ask_change(browser, 10, epoch=0, row=5, weights=1)
+    (no_ids, _), (failed_one, _) = told_of_change(browser, 9, 10)
+    assert no_ids["problem"] == "no ids were recorded" and "failed" in failed_one["problem"]
+    assert "rows 0 to 5" in asked(browser, "change", epoch=0, row=99, weights=1)[0]["problem"]
+
+
+def test_a_run_without_weights_says_why():
+    run = two_epochs()
+    browser = run.browse()
+    assert asked(browser, "weights")[0] == {"epochs": []}
+    ask_change(browser, 7, epoch=0, row=1)
+    del run
+    gc.collect()
+    ask_change(browser, 8, epoch=0, row=1)
+    (without, _), (gone, _) = told_of_change(browser, 7, 8)
+    assert "no weights" in without["problem"] and "run = ft.Run.open(" in gone["problem"]
+
+
+def test_of_many_rollouts_that_are_asked_for_at_once_the_last_ones_are_computed():
+    blocked = threading.Event()
+
+    class Slow(Trained):
+        def token_changes(self, trajectory, epoch=None):
+            blocked.wait(10)
+            return super().token_changes(trajectory, epoch)
+
+    run = Slow(*two_epochs().records)
+    browser = run.browse()
+    for number in range(20):
+        ask_change(browser, number, epoch=0, row=number % 2, weights=1)
+    dropped = [content["of"] for content, _ in browser._widget.told if content.get("problem")]
+    blocked.set()
+    found = told_of_change(browser, *range(20))
+    assert "problem" not in found[19][0] and set(dropped) <= set(range(12)) and len(dropped) >= 10

@@ -112,15 +112,57 @@ def test_tags_are_for_preferences(run):
         ft.run_sync(run.train_on(["e0/sum-1/2"], tags="good"))
 
 
-def test_an_adapter_that_cannot_says_so_before_anything_is_done(tmp_path):
+@pytest.mark.parametrize("submit_chosen", [TrainerAdapter.submit_chosen, None])
+def test_an_adapter_that_cannot_says_so_before_anything_is_done(tmp_path, submit_chosen):
     class RewardsAlone(FakeAdapter):
-        submit_chosen = TrainerAdapter.submit_chosen
+        initialized = 0
 
+        async def initialize(self, run_config):
+            type(self).initialized += 1
+            await super().initialize(run_config)
+
+    RewardsAlone.submit_chosen = submit_chosen
     run = new_run(tmp_path, RewardsAlone())
     ft.run_sync(run.next_epoch())
-    with pytest.raises(RunError, match="RewardsAlone cannot train on rollouts that were chosen.*local_grpo"):
+    run.close()
+    again = ft.Run.open(run.folder, solve, spread, dataset=sums(3), adapter=RewardsAlone())
+    with pytest.raises(
+        ConfigError, match="RewardsAlone cannot train on rollouts that were chosen.*local_grpo.*trl_dpo"
+    ):
+        ft.run_sync(again.train_on(["e0/sum-1/2"]))
+    assert len(again) == 1 and again.state == "ready" and RewardsAlone.initialized == 1
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"_type": "openpipe_art", "base_model": "m"}, {"_type": "tinker", "model": "m", "base_url": "http://127.0.0.1:1"}],
+    ids=lambda section: section["_type"],
+)
+def test_the_adapters_of_other_backends_cannot_either_and_contact_nobody(tmp_path, section):
+    settings = {
+        "trainer_adapters": {"adapter": section},
+        "trajectory_builders": {"builder": {"_type": "eval_traj_builder"}},
+        "trainers": {"trainer": {"_type": "epoch_trainer"}},
+        "finetuning": {
+            "enabled": True,
+            "trainer": "trainer",
+            "trajectory_builder": "builder",
+            "trainer_adapter": "adapter",
+            "output_dir": str(tmp_path),
+        },
+    }
+    run = ft.Run.from_config(settings, name="run")
+    with pytest.raises(ConfigError, match="cannot train on rollouts that were chosen.*local_grpo"):
         ft.run_sync(run.train_on(["e0/sum-1/2"]))
-    assert len(run) == 1 and run.state == "ready"
+    assert not run.folder.exists()
+    run.close()
+
+
+def test_nor_can_a_trainer_on_a_cluster(tmp_path):
+    run = ft.Run(solve, spread, sums(3), output_dir=tmp_path, name="run", engine="ray", ray={"trainer": True})
+    with pytest.raises(ConfigError, match="Ray cluster.*cannot train on rollouts that were chosen"):
+        ft.run_sync(run.train_on(["e0/sum-1/2"]))
     run.close()
 
 

@@ -393,8 +393,12 @@ def test_epochs_are_recorded_in_order_each_once(store):
 
 def test_an_unfinished_epoch_can_be_looked_at_until_it_is_complete(store, folder):
     assert store.partial() is None
+    stamps = [store.partial_stamp()]
+    assert stamps == [None]
     store.begin_epoch(0, 12.0, 3)
+    stamps.append(store.partial_stamp())
     store.add_rollouts(0, collected([make_trajectory(1.0, "a", 0), make_trajectory(0.0, 1, 0)]))
+    stamps.append(RunStore.open(folder).partial_stamp())
     store.add_rollouts(0, collected([make_trajectory(0.5, "a", 1)], [RolloutFailure("b", 0, "E: no")]))
     ref = TrainingJobRef(run_id="run", backend="fake", metadata={"job_id": "j1"})
     status = TrainingJobStatus(run_id="run", backend="fake", status=TrainingStatusEnum.RUNNING, progress=50.0)
@@ -411,7 +415,10 @@ def test_an_unfinished_epoch_can_be_looked_at_until_it_is_complete(store, folder
     assert [f.example_id for f in partial.collection.failures] == ["b"]
     assert len(partial.validations) == 1
     epoch = make_epoch({"a": [1.0, 0.0], "b": [0.5, 0.5]}, failures=[RolloutFailure("c", 1, "E")])
+    stamps.append(store.partial_stamp())
     store.add_rollouts(0, epoch.collection, whole=True)
+    stamps.append(store.partial_stamp())
+    assert len(set(stamps)) == 5
     store.record_selection(0, epoch.selection, {"rollouts": 2.5})
     partial = RunStore.open(folder).partial()
     assert same(partial.collection, epoch.collection)
@@ -419,10 +426,25 @@ def test_an_unfinished_epoch_can_be_looked_at_until_it_is_complete(store, folder
     assert partial.selection.reasons.tolist() == epoch.selection.reasons.tolist()
     assert (partial.selection.state, partial.selection.settings) == (epoch.selection.state, epoch.selection.settings)
     store.append(make_epoch([[1.0]], validation=0.5), {})
-    assert store.partial() is None
+    assert store.partial() is None and store.partial_stamp() is None
     assert len(store.epochs[0].validations) == 1
     with pytest.raises(StoreError, match="Call begin_epoch first"):
         store.add_rollouts(0, collected([make_trajectory()]))
+
+
+def test_who_reads_an_unfinished_epoch_again_decodes_what_is_new_and_sees_what_was_replaced(store):
+    store.begin_epoch(0, 12.0, 3)
+    decoded = {}
+    for generation in range(3):
+        store.add_rollouts(0, collected([make_trajectory(None, "a", generation)]))
+        again = store.partial(decoded).collection
+        assert same(again, store.partial().collection) and len(decoded) == generation + 1
+    first = list(again.trajectories[0])
+    store.add_rollouts(0, collected([make_trajectory(None, "b", 0)]))
+    assert all(a is b for a, b in zip(store.partial(decoded).collection.trajectories[0], first, strict=True))
+    epoch = make_epoch({"a": [1.0, 0.0]})
+    store.add_rollouts(0, epoch.collection, whole=True)
+    assert same(store.partial(decoded).collection, epoch.collection) and len(decoded) == 1
 
 
 def test_rollouts_of_examples_whose_ids_look_alike_are_not_one_group(store):

@@ -22,7 +22,7 @@ from finetune_nb.text import plain
 from finetune_nb.types import EpisodeItem, Epoch, RolloutFailure, Trajectory
 from finetune_nb.views.conversation import fair_shares
 from finetune_nb.views.rollout import RolloutView, trajectory_html
-from finetune_nb.views.tokens import TINTS
+from finetune_nb.views.tokens import MORE_LIKELY, TINTS, heat_legend, heat_map, token_table
 
 
 def of(*turns: EpisodeItem, reward: float = 1.0) -> Trajectory:
@@ -81,6 +81,24 @@ def test_alternatives_give_an_entropy_and_are_named() -> None:
     markup = RolloutView(group, 0, heat="entropy")._repr_html_()
     assert spans_of(markup)[0][1] == TINTS[3]
     assert "entropy in nats: above 0.1" in text_of(markup)
+
+
+def test_changes_have_a_colour_for_each_direction_and_a_line_where_they_are_large() -> None:
+    tokens = [Token(f" {change:g}", -1.0, change=change) for change in (0.05, 0.2, 5.0, -0.2, -5.0, math.nan)]
+    markup = heat_map(tokens, 5_000, "change")
+    spans = spans_of(f"<div>{markup}</div>")
+    styles = {text: style for text, style, _ in spans}
+    assert styles[" 0.05"] is None and styles[" nan"] is None
+    assert (styles[" 0.2"], styles[" 5"]) == (MORE_LIKELY[1], MORE_LIKELY[5]) and "dotted" in styles[" 5"]
+    assert (styles[" -0.2"], styles[" -5"]) == (TINTS[1], TINTS[5]) and "<u " in markup
+    assert "changed by -5" in spans[4][2] and "changed" not in spans[5][2]
+    table = text_of(token_table(tokens, 5_000))
+    assert "change" in table and "+0.2" in table
+    many = [Token(" x", -1.0, change=0.0)] * 500 + [Token(" much", -0.1, change=3.0)]
+    table = text_of(token_table(many, 5_000))
+    assert "much" in table and "most changed of 501" in table
+    legend = text_of(heat_legend("change"))
+    assert "less likely -0.1" in legend and "more likely +0.1" in legend
 
 
 def test_openai_objects_and_dicts_give_the_same_tokens() -> None:
@@ -241,7 +259,7 @@ def test_what_is_not_there_is_said_with_what_is() -> None:
         view_of(make_epoch({}))
     with pytest.raises(RunError, match="example None has no rollouts in epoch 0"):
         view_of(make_epoch([[]]))
-    with pytest.raises(ConfigError, match="heat='hue'; expected 'probability' or 'entropy'"):
+    with pytest.raises(ConfigError, match="heat='hue'; expected 'probability', 'entropy' or 'change'"):
         view_of(epoch, heat="hue")
 
 

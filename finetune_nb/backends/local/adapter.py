@@ -18,7 +18,7 @@ from ...redaction import redacting_logger
 from ...threads import in_daemon_thread
 from ...training.batch import TrainingBatch, supervised_batch
 from ...training.jobs import PolicyAdapter, TrainingJob, check_exact
-from ...types import TrainingJobRef, TrajectoryCollection
+from ...types import TrainingJobRef, Trajectory, TrajectoryCollection
 from .config import LocalGRPOConfig, LoRAConfig
 
 if TYPE_CHECKING:
@@ -189,6 +189,32 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
                 self._submitted = self._trained = self._checkpoints_of(self.learner).load(Path(directory).absolute())
 
         await in_daemon_thread(load)
+
+    async def load_weights(self, directory: str | Path) -> None:
+        """Puts the weights of a checkpoint into the policy, and leaves the optimizer alone. Raises as `load_checkpoint`."""
+        policy = await in_daemon_thread(self._load)
+        self._require_no_job_at_work()
+
+        def load() -> None:
+            from .checkpoint import load_weights
+
+            with policy.exclusive.hold():
+                load_weights(policy, Path(directory).absolute())
+
+        await in_daemon_thread(load)
+
+    async def token_logprobs(self, trajectory: Trajectory) -> list[list[float]]:
+        """By one forward pass. Raises BackendError or MissingLogprobs where a turn lacks its ids or logprobs, and
+        BackendError where memory runs out."""
+        policy = await in_daemon_thread(self._load)
+
+        def score() -> list[list[float]]:
+            from .trajectory_logprobs import trajectory_logprobs
+
+            with policy.exclusive.hold():
+                return trajectory_logprobs(policy, trajectory, self.adapter_config.micro_batch_tokens)
+
+        return await in_daemon_thread(score)
 
     def _checkpoints_of(self, learner: Learner) -> Checkpoints:
         if self._checkpoints is None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +32,7 @@ from ...redaction import redact_text, redacting_logger
 from ...store.durable import FileDigest, atomic_directory, digest_of, plain_file
 from .lora import as_trained, is_lora, settings_of
 from .losses.entropy import EntropyWeight
+from .policy import LocalPolicy
 from .training import Learner
 from .weights import (
     all_tensors,
@@ -49,6 +50,7 @@ __all__ = [
     "Checkpoints",
     "Manifest",
     "Reference",
+    "load_weights",
 ]
 
 logger = redacting_logger(__name__)
@@ -229,15 +231,8 @@ class Checkpoints:
         """
         learner, model = self.learner, self.learner.policy.model
         manifest = _manifest(directory)
-        _check_architecture(manifest, model, directory)
-        if manifest.frozen_sha256 != self._frozen_sha256() and manifest.dtype == dtype_name(model):
-            raise BackendError(
-                f"the weights that are not trained differ from those that {directory / MANIFEST} was saved with. Load "
-                f"{_named(manifest)}, which the run began with."
-            )
         targets = trained_tensors(model)
-        weights = _read(directory, WEIGHTS, manifest)
-        check_like(weights, targets, directory / WEIGHTS)
+        weights = _weights(directory, manifest, model, self._frozen_sha256)
         tensors = _read(directory, OPTIMIZER, manifest)
         state = parameter_states(tensors, learner.trained, directory / OPTIMIZER)
         reference = self._read_reference(directory, manifest)
@@ -285,6 +280,32 @@ class Checkpoints:
                 "model that is loaded now began with others. Load that model, or set kl_coef to 0."
             )
         return {}
+
+
+def load_weights(policy: LocalPolicy, directory: Path) -> None:
+    """Puts the weights of a checkpoint into a policy that nobody trains. Whoever calls holds `policy.exclusive`. Raises
+    BackendError as `Checkpoints.load`."""
+    manifest = _manifest(directory)
+    weights = _weights(directory, manifest, policy.model, lambda: fingerprint(frozen_tensors(policy.model)))
+    with torch.no_grad():
+        for name, target in trained_tensors(policy.model).items():
+            target.copy_(weights[name])
+    policy.version = manifest.policy_version
+
+
+def _weights(
+    directory: Path, manifest: Manifest, model: Any, frozen_sha256: Callable[[], str | None]
+) -> dict[str, Tensor]:
+    """The trained weights of a checkpoint, which fit the model. Raises BackendError for those of another one."""
+    _check_architecture(manifest, model, directory)
+    if manifest.dtype == dtype_name(model) and manifest.frozen_sha256 != frozen_sha256():
+        raise BackendError(
+            f"the weights that are not trained differ from those that {directory / MANIFEST} was saved with. Load "
+            f"{_named(manifest)}, which the run began with."
+        )
+    weights = _read(directory, WEIGHTS, manifest)
+    check_like(weights, trained_tensors(model), directory / WEIGHTS)
+    return weights
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────

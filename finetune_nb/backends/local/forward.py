@@ -8,7 +8,7 @@ always speaks of token t, so column 0, which nothing predicts, is never trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...errors import BackendError
 from ...training.batch import TokenSequence
 from .families.caches import select_rows
 from .families.passes import forward_parameters, logits_only
@@ -26,6 +27,7 @@ from .prefill import prefill
 __all__ = [
     "TokenBatch",
     "TokenScores",
+    "check_fits",
     "collate",
     "micro_batches",
     "score_tokens",
@@ -104,6 +106,21 @@ class TokenBatch:
                     entropies_BT = entropies_BT + pad(found.entropies_BT, (0, last - known))
             begin = known + 1
         return TokenScores(logprobs_BT, entropies_BT)
+
+
+def check_fits(sequences: Iterable[TokenSequence], policy: Any) -> None:
+    """Raises BackendError for sequences that a LocalPolicy's model cannot hold."""
+    for sequence in sequences:
+        if max(sequence.ids) >= policy.vocabulary:
+            raise BackendError(
+                f"a trajectory has token id {max(sequence.ids)}, but the model knows {policy.vocabulary} tokens. "
+                "Was it sampled by another model?"
+            )
+        if policy.longest is not None and len(sequence) > policy.longest:
+            raise BackendError(
+                f"a trajectory has {len(sequence)} tokens, but the model holds {policy.longest}. End the episode before it grows "
+                "so long, or leave the trajectory out."
+            )
 
 
 def micro_batches(

@@ -21,7 +21,7 @@ from ...training.batch import TokenSequence, TrainingBatch
 from ...types import MessageKey
 from .config import LocalGRPOConfig
 from .families.positions import borders_of
-from .forward import TokenBatch, collate, micro_batches
+from .forward import TokenBatch, check_fits, collate, micro_batches
 from .lora import as_trained, is_lora, switched_off
 from .losses.entropy import EntropyWeight
 from .losses.importance import ImportanceBounds, Mismatch, importance_weights, mismatch
@@ -192,18 +192,7 @@ class Learner:
 
     def check(self, experience: TrainingBatch) -> None:
         """Raises BackendError for sequences that this model cannot hold."""
-        vocabulary, longest = self.policy.vocabulary, self.policy.longest
-        for sequence in experience.sequences():
-            if max(sequence.ids) >= vocabulary:
-                raise BackendError(
-                    f"a trajectory has token id {max(sequence.ids)}, but the model knows {vocabulary} tokens. "
-                    "Was it sampled by another model?"
-                )
-            if longest is not None and len(sequence) > longest:
-                raise BackendError(
-                    f"a trajectory has {len(sequence)} tokens, but the model holds {longest}. End the episode before it grows so "
-                    "long, or leave the trajectory out."
-                )
+        check_fits(experience.sequences(), self.policy)
 
     def train(
         self,

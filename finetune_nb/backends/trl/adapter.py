@@ -19,7 +19,7 @@ from ...redaction import redacting_logger
 from ...store.durable import atomic_directory, check_plain, size_of
 from ...threads import in_daemon_thread
 from ...training.jobs import PolicyAdapter, plain_name
-from ...types import TrainingJobRef, TrajectoryCollection
+from ...types import TrainingJobRef, Trajectory, TrajectoryCollection
 from .config import TRLConfig, TRLDPOConfig, TRLSFTConfig
 from .job import TRLJob
 from .rows import best_of_groups, preference_rows, supervised_rows
@@ -140,9 +140,30 @@ class TRLAdapter(PolicyAdapter[TRLJob]):
     async def load_checkpoint(self, directory: str | Path) -> None:
         """Puts the policy where it was when `save_checkpoint` wrote `directory`. Raises BackendError, and changes nothing,
         while a job is at work, and for one that is missing, damaged or of another model."""
+        self._submitted = await self._load_from(directory)
+
+    async def load_weights(self, directory: str | Path) -> None:
+        """Puts the weights of a checkpoint into the policy. Raises as `load_checkpoint`."""
+        await self._load_from(directory)
+
+    async def token_logprobs(self, trajectory: Trajectory) -> list[list[float]]:
+        """By one forward pass. Raises BackendError or MissingLogprobs where a turn lacks its ids or logprobs, and
+        BackendError where memory runs out."""
+        policy = await in_daemon_thread(self._load)
+
+        def score() -> list[list[float]]:
+            from ..local.trajectory_logprobs import trajectory_logprobs
+
+            with policy.exclusive.hold():
+                return trajectory_logprobs(policy, trajectory)
+
+        return await in_daemon_thread(score)
+
+    async def _load_from(self, directory: str | Path) -> int:
+        """Puts the weights of a checkpoint into the policy; how many jobs there were until then."""
         self._require_no_job_at_work()
 
-        def load() -> None:
+        def load() -> int:
             from .job import load_weights
 
             place = Path(directory).absolute()
@@ -154,9 +175,9 @@ class TRLAdapter(PolicyAdapter[TRLJob]):
                     f"{place.name} is no checkpoint of {self.backend}: {error}. Load another one."
                 ) from error
             load_weights(self.policy, place, version)
-            self._submitted = jobs
+            return jobs
 
-        await in_daemon_thread(load)
+        return await in_daemon_thread(load)
 
 
 @register_trainer_adapter(config_type=TRLDPOConfig)
