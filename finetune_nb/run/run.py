@@ -89,6 +89,8 @@ class Run(RunHistory):
             "mistral", ...). Default: the one that its tokenizer or its chat template shows.
         chat_template_kwargs: Variables of the model's chat template, such as {"enable_thinking": False}.
         training: Fields of the trainer adapter's config (learning_rate, ...).
+        sampler: "vllm": a vLLM server of the run's own samples; "http://host:8000/v1": one that runs; a mapping: its settings.
+            It needs training={"lora": {...}}. Default: this process samples by itself.
         num_epochs: How many epochs are planned; you may run fewer or more.
         max_concurrency: Rollouts at once.
         item_timeout: Seconds a rollout may take; None: no limit.
@@ -136,6 +138,7 @@ class Run(RunHistory):
         tool_parser: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
+        sampler: str | Mapping[str, Any] | None = None,
         num_epochs: int = 20,
         max_concurrency: int = 64,
         item_timeout: float | None = None,
@@ -158,9 +161,12 @@ class Run(RunHistory):
             raise ConfigError(
                 "Run needs workflow, reward and dataset, or a builder= of your own. See help(finetune_nb.Run)."
             )
-        if adapter is not None and (training or model != "embedded"):
-            raise ConfigError("adapter= brings its own model and settings: leave model= and training= out.")
+        if adapter is not None and (training or sampler or model != "embedded"):
+            raise ConfigError("adapter= brings its own model and settings: leave model=, sampler= and training= out.")
         scores, sections = evaluators_from(reward, evaluators)
+        training = dict(training or {})
+        if sampler is not None:
+            training["sampler"] = sampler if isinstance(sampler, str) else dict(sampler)
         asking: dict[str, Any] = dict(sampling or {})
         if tool_parser is not None:
             asking["tool_parser"] = tool_parser
@@ -179,7 +185,7 @@ class Run(RunHistory):
                     "examples_per_epoch": examples_per_epoch,
                 }
             },
-            "trainer_adapters": {"adapter": {"_type": "local_grpo", "model": model, **(training or {})}},
+            "trainer_adapters": {"adapter": {"_type": "local_grpo", "model": model, **training}},
             "trainers": {"trainer": {"_type": "epoch_trainer"}},
             "finetuning": {
                 "enabled": True,
