@@ -2,8 +2,10 @@
 loopback one that samples with a small true model and refuses as vLLM does."""
 
 import asyncio
+import copy
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -39,6 +41,28 @@ def model():
     return random_model()
 
 
+def policy_of(model):
+    return LocalPolicy(with_adapter(copy.deepcopy(model), LoRAConfig(rank=4)), byte_tokenizer(), threads=1)
+
+
+@pytest.fixture(scope="module")
+def shared(model):
+    """A policy whose adapter changes what the model computes."""
+    policy = policy_of(model)
+    changed(policy)
+    return policy
+
+
+def changed(policy):
+    """Other weights, as after a job."""
+    torch.manual_seed(policy.weights_id)
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight), alpha=0.05)
+    policy.version += 1
+
+
 @pytest.fixture
 def server(model):
     with VLLMServer(model, byte_tokenizer()) as server:
@@ -46,16 +70,15 @@ def server(model):
 
 
 @pytest.fixture
-async def make(model, server, tmp_path):
-    """Makes adapters whose policy the server samples; they are closed when the test is over."""
+async def make(model, shared, server, tmp_path):
+    """Makes adapters whose policy the server samples; they are closed when the test is over. fresh: with weights of its own,
+    that a test may change."""
     made = []
 
-    def make(base=model, rank=4, deterministic=False, sampler=None, **settings):
-        import copy
-
-        policy = LocalPolicy(with_adapter(copy.deepcopy(base), LoRAConfig(rank=rank)), byte_tokenizer(), threads=1)
+    def make(fresh=False, deterministic=False, sampler=None, **settings):
+        policy = policy_of(model) if fresh else shared
         sampler = {"url": server.url, "patience": 3.0, **(sampler or {})}
-        config = LocalGRPOConfig(lora={"rank": rank}, sampler=sampler, **{"learning_rate": 0.05, **settings})
+        config = LocalGRPOConfig(lora={"rank": 4}, sampler=sampler, **{"learning_rate": 0.05, **settings})
         made.append(LocalGRPOAdapter(config, deterministic=deterministic, policy=policy, folder=tmp_path / "run"))
         return made[-1]
 
@@ -160,7 +183,7 @@ async def test_temperature_that_vllm_would_change_is_refused(make):
 
 
 async def test_each_version_has_a_name_of_its_own_and_is_what_is_sampled(make, server):
-    adapter = make()
+    adapter = make(fresh=True)
     gaps = []
     for _ in range(3):
         status = await epoch(adapter)
@@ -172,14 +195,13 @@ async def test_each_version_has_a_name_of_its_own_and_is_what_is_sampled(make, s
     names = loads(server)
     assert len(set(names)) == 4
     # The steps are large enough that older weights would be seen.
-    old = [name for name in server.adapters if name != names[-1]]
-    assert server._model(old[-1]) is not None
-    (stale,) = score(server._model(old[-1]), PROMPT, found.ids, (1.0,))
+    before = server.adapters[names[-2]]
+    (stale,) = score(server.model_with(before), PROMPT, found.ids, (1.0,))
     assert max(abs(a - b) for a, b in zip(stale, found.logprobs, strict=True)) > 0.01
 
 
 async def test_old_names_are_unloaded_before_their_folders_are_deleted(make, server):
-    adapter = make()
+    adapter = make(fresh=True)
     for _ in range(4):
         await epoch(adapter)
     await sample(adapter)
@@ -192,33 +214,30 @@ async def test_old_names_are_unloaded_before_their_folders_are_deleted(make, ser
 
 
 async def test_request_that_is_under_way_keeps_its_weights_and_their_folder(make, server):
-    """It is slow, and two newer versions come in the meantime."""
-    adapter = make()
-    await sample(adapter)
-    before = here(adapter.policy, (await sample(adapter)).ids)
-    server.seconds, server.resident = 1.0, 1
-    slow = asyncio.create_task(sample(adapter))
-    await asyncio.sleep(0.2)
-    server.seconds = 0.0
+    """Newer versions come in the meantime, and the server reads each adapter again."""
+    adapter = make(fresh=True)
+    free = await sample(adapter)
     first = loads(server)[0]
+    server.hold, server.resident = threading.Event(), 1
+    slow = asyncio.create_task(sample(adapter))
+    while len(server.requests) < 4:  # two proofs and a reply
+        await asyncio.sleep(0.01)
+    hold, server.hold = server.hold, None
     for _ in range(3):
-        with torch.no_grad():
-            for weight in adapter.policy.model.parameters():
-                if weight.requires_grad:
-                    weight.add_(0.05)
-        adapter.policy.version += 1
+        changed(adapter.policy)
         await sample(adapter)
-    assert first not in server.adapters  # unloaded, and the folder is kept for the request
+    assert first not in server.adapters
     assert (adapter._vllm.adapters.folder / first).is_dir()
-    server.adapters[first] = str(adapter._vllm.adapters.folder / first)  # vLLM holds it for a request that it took
-    assert (await slow).logprobs == pytest.approx(before, abs=1e-5)
-    adapter.policy.version += 1
+    hold.set()
+    assert await slow == free
+    changed(adapter.policy)
     await sample(adapter)
     assert not (adapter._vllm.adapters.folder / first).exists()
+    assert not server.dead
 
 
 async def test_weights_that_were_loaded_from_a_checkpoint_are_sampled(make, server, tmp_path):
-    adapter = make()
+    adapter = make(fresh=True)
     await adapter.save_checkpoint(tmp_path / "start")
     start = await sample(adapter)
     await epoch(adapter)
@@ -235,22 +254,26 @@ async def test_many_callers_at_once_wait_for_one_load(make, server):
 
 
 async def test_everything_is_taken_off_the_server_at_the_end(make, server, tmp_path):
-    adapter = make()
+    adapter = make(fresh=True)
     await epoch(adapter)
     await sample(adapter)
     await adapter.aclose()
     assert server.adapters == {}
     assert not (tmp_path / "run" / "vllm").exists()
+    adapter.policy.version += 1
     with pytest.raises(BackendError, match="the run is closed"):
-        adapter.policy.version += 1
         await sample(adapter)
 
 
-async def test_folders_of_processes_that_have_ended_are_deleted(make, server, tmp_path):
-    import socket
+@pytest.fixture
+def ended():
+    """A process that has ended."""
+    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", ""])
+    process.wait()
+    return process
 
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
+
+async def test_folders_of_processes_that_have_ended_are_deleted(make, ended, tmp_path):
     place = tmp_path / "run" / "vllm"
     left, alive, elsewhere = (
         place / f"adapters-{host}-{pid}-abcd"
@@ -290,7 +313,7 @@ async def test_server_that_is_restarted_within_an_epoch_is_waited_for(make, serv
 
 
 async def test_server_that_stays_away_fails_the_rollout_and_loses_nothing(make, server):
-    adapter = make(sampler={"patience": 0.3})
+    adapter = make(fresh=True, sampler={"patience": 0.3})
     await epoch(adapter)
     server.stop()
     with pytest.raises(BackendError, match=r"does not answer: .* for 0.3 s \(sampler.patience\). Start it, then run"):
@@ -305,30 +328,32 @@ async def test_another_server_at_the_same_address_is_seen(make, server):
     adapter = make(sampler={"patience": 0.5})
     await sample(adapter)
     server.stop()
-    with VLLMServer(random_model(seed=7), byte_tokenizer(), name="other", port=server.port):
-        with pytest.raises(ConfigError, match=r"does not sample the model that is trained: .* It serves /models/other"):
-            await sample(adapter)
+    other = VLLMServer(random_model(seed=7), byte_tokenizer(), name="other", port=server.port)
+    expected = pytest.raises(
+        ConfigError, match=r"does not sample the model that is trained: .* It serves /models/other"
+    )
+    with other, expected:
+        await sample(adapter)
 
 
 async def test_wrong_base_model_is_refused_before_anything_is_sampled(make, server):
-    adapter = make(base=random_model(seed=3))
+    adapter = make()
+    server.model = random_model(seed=3)
     with pytest.raises(ConfigError, match=r"log probabilities of the same ids differ by .* nats .* at most 0.02"):
         await sample(adapter)
     assert loads(server) == []
 
 
 async def test_model_with_fewer_tokens_is_refused(make, server):
-    small = random_model()
-    small.config.vocab_size = 30
     server.model.config.vocab_size = 30
     with pytest.raises(ConfigError, match=r"refuses a prompt of \d+ ids \(400: Token id \d+ is out of vocabulary\)"):
         await sample(make())
 
 
 async def test_adapter_that_the_server_does_not_apply_is_seen_once_it_computes_something(make, server, monkeypatch):
-    adapter = make()
+    adapter = make(fresh=True)
     await epoch(adapter)
-    monkeypatch.setattr(server, "_model", lambda name: server.model)
+    monkeypatch.setattr(server, "model_with", lambda place: server.model)
     with pytest.raises(ConfigError, match="does not sample the adapter as it is trained"):
         await sample(adapter)
 
@@ -347,7 +372,9 @@ async def test_server_without_token_ids_is_refused(make, server):
 
 async def test_server_that_loads_no_adapters_is_refused_with_the_flag(make, server):
     server.loads_adapters = False
-    with pytest.raises(ConfigError, match=r"--enable-lora and the environment variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+    with pytest.raises(
+        ConfigError, match=r"--enable-lora and the environment variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+    ):
         await sample(make())
 
 
@@ -426,13 +453,24 @@ async def test_refused_request_is_told_as_the_server_says_it(make, server):
         ({"model": "base"}, "answers with model 'base'"),
         ({"choices": []}, "no completion"),
         ({"choices": [{"finish_reason": "stop", "token_ids": [5], "logprobs": None}]}, "no token ids"),
-        ({"choices": [{"finish_reason": "stop", "token_ids": [5, 6], "logprobs": {"token_logprobs": [-1]}}]}, "no token ids"),
+        (
+            {"choices": [{"finish_reason": "stop", "token_ids": [5, 6], "logprobs": {"token_logprobs": [-1]}}]},
+            "no token ids",
+        ),
         ({"choices": [{"finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [None]}}]}, "finite"),
-        ({"choices": [{"finish_reason": "stop", "token_ids": [999], "logprobs": {"token_logprobs": [-1]}}]}, "below 262"),
+        (
+            {"choices": [{"finish_reason": "stop", "token_ids": [999], "logprobs": {"token_logprobs": [-1]}}]},
+            "below 262",
+        ),
         (
             {
                 "choices": [
-                    {"finish_reason": "stop", "token_ids": [5], "prompt_token_ids": [9], "logprobs": {"token_logprobs": [-1]}}
+                    {
+                        "finish_reason": "stop",
+                        "token_ids": [5],
+                        "prompt_token_ids": [9],
+                        "logprobs": {"token_logprobs": [-1]},
+                    }
                 ]
             },
             "another prompt",
@@ -442,7 +480,10 @@ async def test_refused_request_is_told_as_the_server_says_it(make, server):
 def test_answer_that_is_not_the_whole_of_a_reply_is_an_error(change, problem):
     from finetune_nb.backends.local.vllm.replies import sample_in
 
-    good = {"model": "v0", "choices": [{"finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}]}
+    good = {
+        "model": "v0",
+        "choices": [{"finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}],
+    }
     assert sample_in(good, "v0", PROMPT, DRAWN, 262).ids == [5]
     with pytest.raises((BackendError, ConfigError), match=problem):
         sample_in({**good, **change}, "v0", PROMPT, DRAWN, 262)
@@ -458,7 +499,7 @@ async def test_key_is_sent_and_shown_nowhere(make, server, caplog):
 
 
 async def test_server_sleeps_while_a_job_trains_and_no_request_is_under_way(make, server):
-    adapter = make(sampler={"sleep": True})
+    adapter = make(fresh=True, sampler={"sleep": True})
     await epoch(adapter)
     await sample(adapter)
     assert [path for event, path in server.events if event == "switch"] == ["/sleep", "/wake_up"]
@@ -523,39 +564,34 @@ def test_run_takes_the_sampler_and_the_config_of_a_run_has_it(tmp_path):
 
 
 async def test_run_samples_and_trains_with_exact_ids(server, model, tmp_path):
-    import copy
-
     import finetune_nb as ft
 
-    copy.deepcopy(model).save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
 
     async def talk(question, llm):
         messages = [{"role": "user", "content": question}]
-        for _ in range(3):
+        for _ in range(2):
             reply = await llm.chat(messages)
             messages += [reply, {"role": "user", "content": "and?"}]
         return reply.content
 
-    def even(output):
-        return float(len(output) % 2)
-
     async with ft.Run(
         talk,
-        even,
-        [{"question": word} for word in ("one", "two", "three")],
+        lambda output: float(sum(map(ord, output))),
+        [{"question": "one"}, {"question": "two"}],
         model=str(tmp_path / "model"),
         training={"lora": {"rank": 4}, "learning_rate": 0.01},
         sampler=server.url,
-        sampling={"max_tokens": 5},
-        generations=4,
+        sampling={"max_tokens": 3},
+        generations=3,
         output_dir=tmp_path,
     ) as run:
         for _ in range(2):
             epoch = await run.next_epoch()
             assert epoch.job.metadata["metrics"]["logprob_gap"] < 1e-4
         assert run.epochs().drifted_turns.sum() == 0
-        assert "sampled by vLLM at http://127.0.0.1" in run.status.__class__.__name__ + str(run._driver.policy_told)
+        assert f"sampled by vLLM at {server.url.removesuffix('/v1')}" in run._driver.policy_told
 
 
 # ── a server of our own ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -648,14 +684,18 @@ def test_error_that_came_first_in_a_log_is_found(tmp_path, kind):
 
 
 def test_environment_without_vllm_is_refused_with_what_to_install():
-    with pytest.raises(ConfigError, match=r"there is no vLLM in the environment of .*pip install vllm.*FINETUNE_NB_VLLM_PYTHON"):
+    with pytest.raises(
+        ConfigError, match=r"there is no vLLM in the environment of .*pip install vllm.*FINETUNE_NB_VLLM_PYTHON"
+    ):
         process._environment(VLLMConfig(python=sys.executable))
     with pytest.raises(ConfigError, match="cannot be run"):
         process._environment(VLLMConfig(python="/no/such/python"))
 
 
 def test_options_of_a_server_depend_on_where_it_runs():
-    on_gpu = process.options(VLLMConfig(gpu_memory=0.8, sleep=True, max_model_len=4096), "m", "n", 1, 16, "bfloat16", False)
+    on_gpu = process.options(
+        VLLMConfig(gpu_memory=0.8, sleep=True, max_model_len=4096), "m", "n", 1, 16, "bfloat16", False
+    )
     text = " ".join(on_gpu)
     assert "--gpu-memory-utilization 0.8" in text and "--enable-sleep-mode" in text and "--max-model-len 4096" in text
     assert "--logprobs-mode processed_logprobs" in text and "--generation-config vllm" in text

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from finetune_nb.backends.local.sampling import SampleRequest, sample_batch
 from finetune_nb.backends.local.scoring import score
@@ -49,6 +50,8 @@ class VLLMServer:
         self.key: str | None = None
         self.seconds = 0.0
         """What a reply takes."""
+        self.hold: threading.Event | None = None
+        """Requests that come now are answered once it is set."""
         self.refusals: list[tuple[int, str]] = []
         """Answers to the next requests in place of replies."""
         self.finish_reason: str | None = None
@@ -61,6 +64,7 @@ class VLLMServer:
         self.requests: list[dict[str, Any]] = []
         self.cancelled = 0
         self._read: dict[str, Any] = {}
+        self._adapted: Any = None
         self._one = threading.Lock()
 
     # ── its life ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -180,14 +184,17 @@ class VLLMServer:
     async def _completions(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.requests.append(body)
+        place, hold = self.adapters.get(body["model"], ""), self.hold  # what it takes with it
         await asyncio.sleep(self.seconds)
+        while hold is not None and not hold.is_set():
+            await asyncio.sleep(0.01)
         if self.refusals:
             status, said = self.refusals.pop(0)
             return _error(status, said)
         if self.dead:
             return _error(500, DEAD)
         name, ids = body["model"], body["prompt"]
-        if name != self.name and name not in self.adapters:
+        if name != self.name and not place:
             said = f"The model `{name}` does not exist. Valid aliases: {self.name}."
             return _error(404, said, "NotFoundError", "model")
         vocabulary = self.model.config.vocab_size
@@ -199,12 +206,12 @@ class VLLMServer:
                 f"{len(ids)} input tokens. Please reduce the length of the input prompt."
             )
             return _error(400, said, "BadRequestError", "input_tokens")
-        answer = await asyncio.to_thread(self._sampled, body)
+        answer = await asyncio.to_thread(self._sampled, body, place)
         return _error(500, DEAD) if answer is None else web.json_response(answer)
 
-    def _sampled(self, body: dict[str, Any]) -> dict[str, Any] | None:
+    def _sampled(self, body: dict[str, Any], place: str) -> dict[str, Any] | None:
         with self._one:
-            model = self._model(body["model"])
+            model = self.model_with(place)
             if model is None:
                 self.dead = True
                 return None
@@ -243,15 +250,17 @@ class VLLMServer:
             "choices": [choice],
         }
 
-    def _model(self, name: str) -> Any:
-        """The model with that adapter; None if its folder is gone."""
-        if name == self.name:
+    def model_with(self, place: str) -> Any:
+        """The model with the adapter of that folder, "" for none; None if it is gone."""
+        if not place:
             return self.model
-        if name not in self._read:
-            place = self.adapters.get(name, "")
-            if not Path(place).is_dir():
+        if place not in self._read:
+            if not os.path.isdir(place):
                 return None
-            self._read[name] = PeftModel.from_pretrained(copy.deepcopy(self.model), place).eval()
+            self._read[place] = load_file(Path(place) / "adapter_model.safetensors")
             for old in list(self._read)[: -self.resident]:
                 del self._read[old]
-        return self._read[name]
+        if self._adapted is None:
+            self._adapted = PeftModel.from_pretrained(copy.deepcopy(self.model), place).eval()
+        set_peft_model_state_dict(self._adapted, self._read[place])
+        return self._adapted

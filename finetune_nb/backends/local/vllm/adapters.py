@@ -21,7 +21,7 @@ from typing import Any
 
 from ....errors import BackendError, ConfigError
 from ....redaction import redacting_logger
-from .client import ServerGone, VLLMClient, message_of
+from .client import ServerGone, VLLMClient, message_of, says_dead
 
 __all__ = ["ServedAdapters"]
 
@@ -161,6 +161,8 @@ class ServedAdapters:
             if status == 404 and "No adapter found" in said and time.monotonic() < deadline:
                 time.sleep(0.25)  # a disk that several machines share shows it a moment later
                 continue
+            if says_dead(answer):
+                raise ServerGone(f"the vLLM server at {client.root} has ended ({status}: {said})")
             raise _refusal(client, status, said, place)
 
     def _unload(self, client: VLLMClient, name: str) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "VLLMClient",
     "message_of",
     "require_aiohttp",
+    "says_dead",
 ]
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -121,6 +122,12 @@ class VLLMClient:
             else:
                 session.detach()
         self._sessions.clear()
+
+
+def says_dead(answer: Any) -> bool:
+    """Whether the server says that its engine has ended: it will end itself a moment later."""
+    said = message_of(answer)
+    return "EngineCore" in said or "EngineDead" in said
 
 
 def require_aiohttp() -> None:

@@ -26,7 +26,7 @@ from ..lora import settings_of
 from ..models import ADAPTER_CONFIG, EMBEDDED
 from ..scoring import score
 from .adapters import ServedAdapters
-from .client import ServerGone, VLLMClient, message_of, require_aiohttp
+from .client import ServerGone, VLLMClient, message_of, require_aiohttp, says_dead
 from .config import VLLMConfig
 from .process import VLLMProcess
 from .proof import prove
@@ -148,7 +148,7 @@ class VLLMSampler:
             if status == 404 and name in said:  # it was started anew, or somebody unloaded the adapter
                 if self.adapters.forget_name(name):
                     self._checked = False
-            elif status == 0 or _says_dead(said):
+            elif status == 0 or says_dead(answer):
                 self._checked = False
             elif status in BUSY:
                 deadline = deadline or time.monotonic() + self.config.patience
@@ -215,7 +215,7 @@ class VLLMSampler:
 
                 def work() -> None:
                     try:
-                        self._prepare()
+                        self._prepare_again()
                     except BaseException as error:
                         known = isinstance(error, BackendError | ConfigError)
                         future.set_exception(error.with_traceback(None) if known else BackendError(f"vLLM: {error}"))
@@ -224,6 +224,17 @@ class VLLMSampler:
 
                 start_daemon(work, "finetune_nb vllm", self._awake.set)
             return self._preparing
+
+    def _prepare_again(self) -> None:
+        """As `_prepare`, also where the server ends in the meantime."""
+        for attempt in range(MOST_LOST):
+            try:
+                self._prepare()
+                return
+            except ServerGone:
+                self._checked = False
+                if attempt == MOST_LOST - 1:
+                    raise
 
     def _prepare(self) -> None:
         while not self._awake.wait(0.5):
@@ -414,7 +425,3 @@ def _is_healthy(client: VLLMClient) -> bool:
         return client.ask("GET", "/health", timeout=10.0)[0] == 200
     except ServerGone:
         return False
-
-
-def _says_dead(said: str) -> bool:
-    return "EngineCore" in said or "EngineDead" in said

@@ -19,8 +19,8 @@ from contextlib import suppress
 LARGEST_LOG = 20_000_000
 """Bytes: a server that has failed writes a traceback for every request. Then what is there goes to LOG.1."""
 TURN_SECONDS = 0.25
-GRACE_SECONDS = 10.0
-"""What the server has to end after it was asked to; in this time it answers nobody and frees its memory."""
+GRACE_SECONDS, ORPHANS_SECONDS = 10.0, 0.5
+"""What the server has to end after it was asked to, and what its other processes have once it has ended."""
 
 
 def is_alive(group: int) -> bool:
@@ -33,15 +33,16 @@ def is_alive(group: int) -> bool:
 
 def end(server: subprocess.Popen[bytes]) -> None:
     """Ends all processes of the server's group: asks them to, and kills those that are left."""
-    for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
-        deadline = time.monotonic() + seconds
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(server.pid, number)
-        while time.monotonic() < deadline:
-            server.poll()
-            if not is_alive(server.pid):
-                return
-            time.sleep(0.05)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(server.pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while is_alive(server.pid) and time.monotonic() < deadline:
+        if server.poll() is not None:
+            deadline = min(deadline, time.monotonic() + ORPHANS_SECONDS)
+        time.sleep(0.05)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def main(log: str, *command: str) -> int:
@@ -50,7 +51,7 @@ def main(log: str, *command: str) -> int:
         server = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    print(server.pid, flush=True)
+    os.write(1, b"%d\n" % server.pid)
     try:
         while server.poll() is None and os.getppid() == owner:
             if select.select([0], [], [], TURN_SECONDS)[0]:  # its end: nothing is ever written
@@ -61,7 +62,7 @@ def main(log: str, *command: str) -> int:
                     os.truncate(log, 0)
     finally:
         end(server)
-    return abs(server.returncode or 0)
+    return 0
 
 
 if __name__ == "__main__":
