@@ -458,7 +458,7 @@ class Run(RunHistory):
             epochs=self.records,
             next_index=self.next_index,
             planned=self.planned,
-            notice=self._session.state.notice,
+            notice=self.notice,
             error=None if error is None else error_text(error),
             read_only=self._why_read_only(),
             writer=self.writer,
@@ -506,7 +506,7 @@ class Run(RunHistory):
     @property
     def notice(self) -> str | None:
         """Why it is paused, or what it is about to do."""
-        return self._session.state.notice
+        return self._session.state.notice or self._driver.components.doing
 
     @property
     def progress(self) -> Progress:

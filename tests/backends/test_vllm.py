@@ -304,9 +304,13 @@ async def test_server_that_is_restarted_within_an_epoch_is_waited_for(make, serv
     await asyncio.sleep(0.15)
     server.stop()
     server.forget()
+    told = []
+    adapter._vllm.tell = told.append
     await asyncio.sleep(0.5)
     server.start()
     found = await asyncio.gather(*asked)
+    assert told[0].startswith("waiting for the vLLM server at http://127.0.0.1")
+    assert told[-1] is None
     for reply in found:
         assert reply.logprobs == pytest.approx(here(adapter.policy, reply.ids), abs=1e-5)
     assert len(set(loads(server))) == 2
@@ -657,6 +661,102 @@ def test_log_that_grows_without_end_is_cut(tmp_path, monkeypatch):
     assert watchdog.main(str(log), sys.executable, "-c", code) == 0
     assert log.stat().st_size < 2500
     assert (tmp_path / "log.1").stat().st_size > 1000
+
+
+STARTED = """
+import http.server, json, os, sys
+options = dict(zip(sys.argv[1:], sys.argv[2:]))
+print("options", " ".join(sys.argv[1:]), os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"], flush=True)
+if "--fail" in sys.argv:
+    sys.exit("(EngineCore pid=1) ERROR [core.py:1] ValueError: no room for the model")
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        known = self.headers["Authorization"] == "Bearer " + os.environ["VLLM_API_KEY"]
+        name = "other" if "--other" in sys.argv else options["--served-model-name"]
+        content = json.dumps({"data": [{"id": name, "parent": None}]}).encode()
+        self.send_response(200 if known else 401)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+if "--deaf" in sys.argv:
+    import time; time.sleep(600)
+http.server.HTTPServer(("127.0.0.1", int(options["--port"])), Answer).serve_forever()
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Makes servers of our own, of an environment whose vLLM only tells what it serves."""
+    (tmp_path / "vllm.py").write_text(STARTED)
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\nif [ "$1" = -I ]; then echo \'{"vllm": "0.32.0"}\'; exit; fi\n'
+        f'shift 2; exec {sys.executable} -I {tmp_path / "vllm.py"} "$@"\n'
+    )
+    python.chmod(0o755)
+    made = []
+
+    def own(*args, **settings):
+        config = VLLMConfig(python=str(python), args=list(args), **settings)
+        made.append(process.VLLMProcess(config, "/models/base", 12, "bfloat16", tmp_path / "vllm"))
+        return made[-1]
+
+    yield own
+    for each in made:
+        each.stop()
+
+
+def test_own_server_serves_under_a_name_that_nobody_else_has_and_ends_with_all_its_processes(own):
+    server, told = own(), []
+    client = server.start()
+    server.wait(client, tell=told.append)
+    assert [model["id"] for model in client.models()] == [server.name]
+    said = server.log.read_text()
+    assert "--model /models/base" in said and "--max-lora-rank 16" in said and "--dtype bfloat16" in said
+    assert "--gpu-memory-utilization 0.4" in said and said.splitlines()[0].endswith(" 1")
+    assert told and told[0].startswith("vLLM is starting, 0 s")
+    pid, first = server.pid, server.name
+    assert is_alive(pid)
+    server.stop()
+    assert not is_alive(pid) and not server.running
+    server.start()
+    assert server.name != first
+
+
+def test_own_server_that_ends_while_it_starts_says_why(own):
+    server = own("--fail")
+    with pytest.raises(
+        BackendError, match=r"before it served anything: ValueError: no room for the model. Its log: .*server.log"
+    ):
+        server.wait(server.start())
+
+
+def test_own_server_that_does_not_answer_in_time_is_ended(own):
+    server = own("--deaf", startup_seconds=0.3)
+    client = server.start()
+    pid = server.pid
+    with pytest.raises(BackendError, match=r"does not serve after 0.3 s \(sampler.startup_seconds\)"):
+        server.wait(client)
+    assert not is_alive(pid)
+
+
+def test_another_server_on_the_port_is_not_taken_for_our_own(own):
+    server = own("--other")
+    with pytest.raises(BackendError, match="another server answers at .*: it serves other"):
+        server.wait(server.start())
+
+
+async def test_own_server_that_keeps_ending_is_not_started_for_ever(own, shared, tmp_path):
+    from finetune_nb.backends.local.vllm.sampler import MOST_STARTS, VLLMSampler
+
+    server = own("--fail")
+    sampler = VLLMSampler(shared, server.config, server, tmp_path / "adapters")
+    for _ in range(MOST_STARTS):
+        with pytest.raises(BackendError, match="before it served anything"):
+            await sampler.submit(PROMPT, DRAWN, 0)
+    with pytest.raises(BackendError, match="has ended 3 times in 60 minutes: ValueError: no room"):
+        await sampler.submit(PROMPT, DRAWN, 0)
+    await sampler.aclose()
 
 
 LOGS = {

@@ -5,6 +5,8 @@ Without torch this module can be imported, but not used.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -56,6 +58,8 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
     ) -> None:
         super().__init__(adapter_config, policy)
         self.seed, self.deterministic, self.folder = seed, deterministic, folder
+        self.tell: Callable[[str | None], None] = lambda text: None
+        """Told what a run has to wait for, in words; None: nothing any more."""
         self._vllm: VLLMSampler | None = None
         self._learner: Learner | None = None
         self._checkpoints: Checkpoints | None = None
@@ -106,7 +110,7 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
                 "deterministic is on, and what a vLLM server samples depends on the requests that come at the same time. Set "
                 "run.deterministic to False, or leave sampler out."
             )
-        return VLLMSampler.of(policy, config, self.folder)
+        return VLLMSampler.of(policy, config, self.folder, self.tell)
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
         await super().initialize(run_config)
@@ -240,5 +244,6 @@ async def local_grpo(config: LocalGRPOConfig, builder: Builder):
             "leave sampler out."
         )
     adapter = LocalGRPOAdapter(config, seed=run.seed, deterministic=run.deterministic, folder=builder.run_folder)
+    adapter.tell = functools.partial(setattr, builder, "doing")
     yield adapter
     await adapter.aclose()

@@ -103,8 +103,18 @@ class VLLMProcess:
         logger.info("vLLM is starting with %s; its log: %s", self.model, self.log)
         return VLLMClient(f"http://127.0.0.1:{port}", key)
 
-    def wait(self, client: VLLMClient, given_up: Callable[[], bool] = lambda: False) -> None:
+    def wait(
+        self,
+        client: VLLMClient,
+        given_up: Callable[[], bool] = lambda: False,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
         """Waits until it serves.
+
+        Args:
+            client: What `start` returned.
+            given_up: Asked again and again; True ends the server.
+            tell: Told how far it is, in words.
 
         Raises:
             BackendError: It has ended, or does not serve after `startup_seconds`; with its own error.
@@ -133,6 +143,7 @@ class VLLMProcess:
             if given_up() or interpreter_exiting.is_set():
                 self.stop()
                 raise BackendError("vLLM was ended while it was starting, as the run was closed")
+            tell(f"vLLM is starting, {now - started:.0f} s")
             if now - told > TELL_SECONDS:
                 told = now
                 logger.info("vLLM is starting: %.0f s; its log: %s", now - started, self.log)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -65,6 +65,7 @@ class VLLMSampler:
         self.adapters = ServedAdapters(folder)
         self.temporary: Path | None = None
         """A folder that is deleted at the end."""
+        self.tell: Callable[[str | None], None] = lambda text: None
         self._client: VLLMClient | None = None
         self._base = ""  # what the server that was compared calls the base model
         self._checked = False  # whether nothing has happened since that speaks against that server
@@ -78,13 +79,20 @@ class VLLMSampler:
         self._closed = False
 
     @classmethod
-    def of(cls, policy: LocalPolicy, config: VLLMConfig, run_folder: Path | None = None) -> VLLMSampler:
+    def of(
+        cls,
+        policy: LocalPolicy,
+        config: VLLMConfig,
+        run_folder: Path | None = None,
+        tell: Callable[[str | None], None] = lambda text: None,
+    ) -> VLLMSampler:
         """Has a server sample that policy. It is started, or asked, by `prepare` or by the first reply.
 
         Args:
             policy: What is trained.
             config: The server's settings.
             run_folder: Where the server's log goes, and adapters unless `config.folder` says otherwise. None: a temporary folder.
+            tell: Told what a run has to wait for, in words; None: nothing any more.
 
         Raises:
             ConfigError: The model cannot be served, or there is no vLLM in the environment that the settings name.
@@ -102,6 +110,7 @@ class VLLMSampler:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         sampler = cls(policy, config, process, config.folder or place)
+        sampler.tell = tell
         sampler.temporary = folder if run_folder is None else None
         policy.sampler = sampler
         return sampler
@@ -227,14 +236,17 @@ class VLLMSampler:
 
     def _prepare_again(self) -> None:
         """As `_prepare`, also where the server ends in the meantime."""
-        for attempt in range(MOST_LOST):
-            try:
-                self._prepare()
-                return
-            except ServerGone:
-                self._checked = False
-                if attempt == MOST_LOST - 1:
-                    raise
+        try:
+            for attempt in range(MOST_LOST):
+                try:
+                    self._prepare()
+                    return
+                except ServerGone:
+                    self._checked = False
+                    if attempt == MOST_LOST - 1:
+                        raise
+        finally:
+            self.tell(None)
 
     def _prepare(self) -> None:
         while not self._awake.wait(0.5):
@@ -270,6 +282,7 @@ class VLLMSampler:
         bounds = [bound for bound in (self._longest, longest) if bound is not None]
         self.policy.longest = min(bounds, default=None)
         if base != self._base:
+            self.tell("vLLM answers its first request, which takes long")
             self._prove(client, base, adapted=False)
         self._client, self._base, self._checked = client, base, True
         return client
@@ -301,7 +314,7 @@ class VLLMSampler:
         self._starts.append(now)
         self._lost_all()
         client = process.start()
-        process.wait(client, self._is_over)
+        process.wait(client, self._is_over, self.tell)
         return client
 
     def _reached(self) -> VLLMClient:
@@ -321,6 +334,7 @@ class VLLMSampler:
                         f"{gone} for {self.config.patience:g} s (sampler.patience). Start it, then run the epoch again: nothing "
                         "that was trained is lost."
                     ) from gone
+                self.tell(f"waiting for the vLLM server at {client.root}")
                 self._require_open()
                 time.sleep(0.1)
         if self.adapters.name_of(self.policy.weights_id) not in served:
