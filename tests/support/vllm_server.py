@@ -45,6 +45,9 @@ class VLLMServer:
         self.max_model_len: int | None = None
         self.max_rank = 16
         self.loads_adapters = True
+        self.reads_weights = True
+        self.without_weights = False
+        """As after a reload that failed: healthy, but the next request ends it."""
         self.raw_logprobs = False
         self.token_ids = True
         self.key: str | None = None
@@ -63,6 +66,8 @@ class VLLMServer:
         self.events: list[tuple[str, Any]] = []
         self.requests: list[dict[str, Any]] = []
         self.cancelled = 0
+        self.running = 0
+        """Replies that are being sampled."""
         self._read: dict[str, Any] = {}
         self._adapted: Any = None
         self._one = threading.Lock()
@@ -89,6 +94,8 @@ class VLLMServer:
                     web.post("/v1/completions", self._completions),
                     web.post("/sleep", self._switch),
                     web.post("/wake_up", self._switch),
+                    web.post("/collective_rpc", self._reload),
+                    web.post("/reset_prefix_cache", self._switch),
                     web.post("/v1/load_lora_adapter", self._load),
                     web.post("/v1/unload_lora_adapter", self._unload),
                 ]
@@ -153,6 +160,20 @@ class VLLMServer:
         self.events.append(("switch", request.path))
         return web.Response(status=200)
 
+    async def _reload(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        place = Path(body["kwargs"]["weights_path"])
+        if not self.reads_weights:
+            return web.json_response({"detail": "Not Found"}, status=404)
+        try:
+            weights = load_file(place / "model.safetensors")
+        except OSError as error:
+            self.without_weights = True
+            return _error(500, f"No weights found in {place}: {error}")
+        self.model.load_state_dict(weights, strict=False)
+        self.events.append(("reload", self.running))
+        return web.json_response({"results": [None]})
+
     async def _load(self, request: web.Request) -> web.Response:
         body = await request.json()
         name, place = body["lora_name"], Path(body["lora_path"])
@@ -206,13 +227,17 @@ class VLLMServer:
                 f"{len(ids)} input tokens. Please reduce the length of the input prompt."
             )
             return _error(400, said, "BadRequestError", "input_tokens")
-        answer = await asyncio.to_thread(self._sampled, body, place)
+        self.running += 1
+        try:
+            answer = await asyncio.to_thread(self._sampled, body, place)
+        finally:
+            self.running -= 1
         return _error(500, DEAD) if answer is None else web.json_response(answer)
 
     def _sampled(self, body: dict[str, Any], place: str) -> dict[str, Any] | None:
         with self._one:
             model = self.model_with(place)
-            if model is None:
+            if model is None or self.without_weights:
                 self.dead = True
                 return None
             params = SamplingParams(

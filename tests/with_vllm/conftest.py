@@ -45,6 +45,12 @@ class Server:
     def adapters(self):
         return {model["id"]: model["root"] for model in self.client.models() if model["parent"]}
 
+    def read_weights(self, folder):
+        """Puts the weights of that folder into the base model."""
+        asked = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        assert self.client.ask("POST", "/collective_rpc", asked)[0] == 200
+        assert self.client.ask("POST", "/reset_prefix_cache")[0] == 200
+
     def unload(self, name):
         status, answer = self.client.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
         assert status == 200, answer
@@ -59,7 +65,7 @@ def server(tmp_path_factory, model_folder):
 
 @pytest.fixture
 async def make(server, model_folder, tmp_path):
-    """Makes adapters of that model, sampled by the server that runs."""
+    """Makes adapters of that model, sampled by the server that runs. rank: None trains all weights."""
     from finetune_nb.backends.local.adapter import LocalGRPOAdapter
     from finetune_nb.backends.local.config import LocalGRPOConfig
 
@@ -67,7 +73,8 @@ async def make(server, model_folder, tmp_path):
 
     def make(rank=8, **settings):
         settings = {"learning_rate": 0.02, "sampler": server.sampler, **settings}
-        config = LocalGRPOConfig(model=str(model_folder), lora={"rank": rank}, **copy.deepcopy(settings))
+        lora = None if rank is None else {"rank": rank}
+        config = LocalGRPOConfig(model=str(model_folder), lora=lora, **copy.deepcopy(settings))
         made.append(LocalGRPOAdapter(config, folder=tmp_path / "run"))
         return made[-1]
 

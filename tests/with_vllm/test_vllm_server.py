@@ -63,7 +63,7 @@ async def test_trained_weights_are_sampled_in_each_epoch(make, server):
     assert max(gaps) < 1e-4
     assert all(metrics["weights_moved"] > 0.5 for metrics in (first, second, third))
     await adapter.policy.sample([5, 6, 7], SamplingParams(), 0)
-    assert len([name for name in server.adapters() if name.startswith(adapter._vllm.adapters.prefix)]) == 2
+    assert len([name for name in server.adapters() if name.startswith(adapter._vllm.served.prefix)]) == 2
 
 
 async def test_sync_takes_less_than_a_third_of_a_second(make):
@@ -219,7 +219,7 @@ async def test_many_versions_come_while_a_long_reply_is_sampled(make, server):
     adapter = make()
     params = SamplingParams(1.0, 150)
     slow = [asyncio.create_task(adapter.policy.sample([5, 6, 7], params, seed)) for seed in range(4)]
-    while not adapter._vllm.adapters.under_way:
+    while not len(adapter._vllm.served.under_way):
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.2)
     for _ in range(6):
@@ -229,7 +229,7 @@ async def test_many_versions_come_while_a_long_reply_is_sampled(make, server):
         assert gap(adapter.policy, [5, 6, 7], reply) < 1e-3
     adapter.policy.version += 1
     await adapter.policy.sample([5, 6, 7], SamplingParams(1.0, 2), 0)
-    own = adapter._vllm.adapters
+    own = adapter._vllm.served
     assert len(list(own.folder.iterdir())) == 2
     assert server.client.ask("GET", "/health")[0] == 200
 
@@ -275,7 +275,18 @@ async def test_cancelled_reply_is_not_sampled_any_further(make, server):
             break
         await asyncio.sleep(0.05)
     assert load == 0
-    assert adapter._vllm.adapters.under_way == 0
+    assert len(adapter._vllm.served.under_way) == 0
+
+
+async def test_all_weights_are_read_by_the_server_after_each_job(make, server, model_folder):
+    adapter = make(rank=None, learning_rate=0.003)
+    try:
+        for _ in range(2):
+            assert (await epoch(adapter))["logprob_gap"] < 1e-4
+        sample = await adapter.policy.sample([5, 6, 7], SamplingParams(1.0, 24), 0)
+        assert gap(adapter.policy, [5, 6, 7], sample) < 1e-3
+    finally:
+        await asyncio.to_thread(server.read_weights, model_folder)
 
 
 # ── a server of our own ──────────────────────────────────────────────────────────────────────────────────────────────

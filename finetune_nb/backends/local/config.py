@@ -101,8 +101,8 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     lora: LoRAConfig | None = None
     """Train a LoRA adapter: {} for its defaults. None: all weights are trained."""
     sampler: VLLMConfig | None = None
-    """Have a vLLM server sample: "vllm" for one of our own, the address of one that runs, or a mapping of settings. It needs
-    lora. None: this process samples by itself."""
+    """Have a vLLM server sample: "vllm" for one of our own, the address of one that runs, or a mapping of settings. With
+    lora it gets new weights in a moment. None: this process samples by itself."""
     learning_rate: float = Field(default=5e-4, gt=0, json_schema_extra=AT_TRAINING)
     """Of AdamW, at its highest. The default suits the embedded model; a real one wants 1e-6 to 1e-5, with LoRA 1e-5 to
     3e-4."""
@@ -194,15 +194,6 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     Models are saved in the dtype that they were stored in."""
     threads: int | None = Field(default=None, ge=1)
     """Torch threads; None: 1 for a small model, else torch's own setting (2 in a deterministic run)."""
-
-    @model_validator(mode="after")
-    def check_sampler(self) -> LocalGRPOConfig:
-        if self.sampler is not None and self.lora is None:
-            raise ValueError(
-                "sampler needs lora: a vLLM server takes over adapters, and no weights of the whole model. Set lora to {} for an "
-                "adapter of rank 16, or leave sampler out."
-            )
-        return self
 
     @property
     def baseline(self) -> Literal["mean", "leave one out"]:

@@ -13,15 +13,15 @@ import shutil
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ....errors import BackendError, ConfigError
 from ....redaction import redacting_logger
 from .client import ServerGone, VLLMClient, message_of, says_dead
+from .under_way import UnderWay
 
 __all__ = ["ServedAdapters"]
 
@@ -42,7 +42,7 @@ class ServedAdapters:
         self.prefix = f"finetune_nb-{secrets.token_hex(6)}"
         self._names: dict[Any, str] = {}  # id of the weights -> name, in the order in which they were loaded
         self._retired: list[str] = []  # unloaded, but their folder is still there
-        self._under_way: Counter[str] = Counter()
+        self.under_way = UnderWay()
         self._lock = threading.Lock()
         self._count = 0
 
@@ -50,26 +50,14 @@ class ServedAdapters:
         """What the server calls these weights; None where it does not have them."""
         return self._names.get(weights_id)
 
-    @contextmanager
-    def using(self, name: str) -> Iterator[None]:
-        """Inside, a request with that name is under way."""
-        with self._lock:
-            self._under_way[name] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._under_way[name] -= 1
-                if not self._under_way[name]:
-                    del self._under_way[name]
-
-    @property
-    def under_way(self) -> int:
-        """Requests that are under way."""
-        with self._lock:
-            return self._under_way.total()
-
-    def load(self, client: VLLMClient, weights_id: Any, save: Callable[[Path], object]) -> str:
+    def load(
+        self,
+        client: VLLMClient,
+        base: str,
+        weights_id: Any,
+        save: Callable[[Path], object],
+        given_up: Callable[[], bool],
+    ) -> str:
         """Writes the adapter with `save`, and has the server load it. It is not used before `take`. Returns its name.
 
         Raises:
@@ -135,16 +123,12 @@ class ServedAdapters:
             else:
                 self._retired.append(name)
         for name in list(self._retired):
-            with self._lock:
-                used = name in self._under_way
-            if not used:
+            if name not in self.under_way:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
                 self._retired.remove(name)
 
     def close(self, client: VLLMClient | None) -> None:
         """Unloads and deletes all."""
-        with self._lock:
-            self._under_way.clear()  # nobody waits for what is still sampled
         self.clean(client, keep=0)
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):

@@ -17,8 +17,8 @@ OWN = ("python", "args", "env", "gpu_memory", "sleep", "startup_seconds")
 class VLLMConfig(BaseModel):
     """A vLLM server that samples what is trained here: one that is started and ended with the run, or one that runs.
 
-    It gets token ids, and gives token ids and log probabilities. It needs `lora`: after each training job the adapter is written
-    to a folder and loaded by the server under a name of its own.
+    It gets token ids, and gives token ids and log probabilities. After each training job the trained weights are written to a
+    folder, which the server reads: with `lora` the adapter alone, under a name of its own.
     """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
@@ -28,8 +28,8 @@ class VLLMConfig(BaseModel):
     api_key: SecretStr | None = None
     """What a server that runs was started with as --api-key."""
     folder: Path | None = None
-    """Where adapters are written for the server to read: for one on another machine, a folder that both have under this name.
-    None: "vllm" in the run's folder."""
+    """Where trained weights are written for the server to read: for one on another machine, a folder that both have under this
+    name. None: "vllm" in the run's folder."""
     python: str | None = None
     """The Python of the environment in which vLLM is installed. None: $FINETUNE_NB_VLLM_PYTHON, else the one that runs this."""
     args: list[str] = []

