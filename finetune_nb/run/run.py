@@ -90,7 +90,7 @@ class Run(RunHistory):
         chat_template_kwargs: Variables of the model's chat template, such as {"enable_thinking": False}.
         training: Fields of the trainer adapter's config (learning_rate, ...).
         sampler: "vllm": a vLLM server of the run's own samples; "http://host:8000/v1": one that runs; a mapping: its settings.
-            It needs training={"lora": {...}}. Default: this process samples by itself.
+            With training={"lora": {...}} it gets new weights in a moment. Default: this process samples by itself.
         num_epochs: How many epochs are planned; you may run fewer or more.
         max_concurrency: Rollouts at once.
         item_timeout: Seconds a rollout may take; None: no limit.

@@ -818,6 +818,21 @@ def test_another_server_on_the_port_is_not_taken_for_our_own(own):
         server.wait(server.start())
 
 
+async def test_run_that_is_closed_does_not_wait_for_its_server_to_start(own, shared, tmp_path):
+    from finetune_nb.backends.local.vllm.sampler import VLLMSampler
+
+    server = own("--deaf")
+    sampler = VLLMSampler(shared, server.config, server, tmp_path / "adapters")
+    asked = asyncio.create_task(sampler.submit(PROMPT, DRAWN, 0))
+    while server.pid is None:
+        await asyncio.sleep(0.02)
+    pid = server.pid
+    await asyncio.wait_for(sampler.aclose(), 15.0)
+    assert not is_alive(pid)
+    with pytest.raises(BackendError, match="as the run was closed"):
+        await asked
+
+
 async def test_own_server_that_keeps_ending_is_not_started_for_ever(own, shared, tmp_path):
     from finetune_nb.backends.local.vllm.sampler import MOST_STARTS, VLLMSampler
 
