@@ -115,12 +115,12 @@ async def test_a_thousand_rollouts_have_exact_ids(server, model_folder, tmp_path
 
 
 async def test_agent_with_tools_carries_on_after_the_ids_that_were_sampled(server, model_folder, tmp_path):
-    """Three turns; the model is held to a call of the tool in the first two, and writes one that is read."""
+    """Three turns, with what a tool returned between them."""
 
     async def agent(question, llm):
         messages = [{"role": "user", "content": question}]
-        for turn in range(3):
-            reply = await llm.chat(messages, tools=[CALCULATOR] if turn < 2 else None)
+        for _ in range(3):
+            reply = await llm.chat(messages, tools=[CALCULATOR])
             messages += [reply, {"role": "tool", "content": "7", "tool_call_id": "call_0"}]
         return reply.content
 
