@@ -416,6 +416,27 @@ async def test_another_server_at_the_same_address_is_seen(make, server):
         await sample(adapter)
 
 
+@pytest.mark.parametrize("other", [False, True])
+async def test_server_that_was_started_again_between_epochs_is_compared_again(make, server, other):
+    adapter = make(fresh=True)
+    for _ in range(3):  # with more than the adapters that are compared on each server
+        await sample(adapter)
+        changed(adapter.policy)
+    server.stop()
+    server.forget()
+    if other:
+        server.model = random_model(seed=3)
+    asked = len(server.requests)
+    server.start()
+    if other:
+        with pytest.raises(ConfigError, match="does not sample the model that is trained"):
+            await sample(adapter)
+    else:
+        found = await sample(adapter)
+        assert found.logprobs == pytest.approx(here(adapter.policy, found.ids), abs=1e-5)
+        assert len(server.requests) - asked == 3  # the model, the adapter, and the reply
+
+
 async def test_wrong_base_model_is_refused_before_anything_is_sampled(make, server):
     adapter = make()
     server.model = random_model(seed=3)

@@ -50,6 +50,11 @@ class ServedAdapters:
         """What the server calls these weights; None where it does not have them."""
         return self._names.get(weights_id)
 
+    @property
+    def names(self) -> set[str]:
+        """What the server should know."""
+        return set(dict(self._names).values())
+
     def load(
         self,
         client: VLLMClient,

@@ -254,6 +254,8 @@ class VLLMSampler:
     def _prepare(self) -> None:
         while not self._awake.wait(0.5):
             self._require_open()
+        if self.served.name_of(self.policy.weights_id) is None:
+            self._checked = False  # it may have been started anew since the last epoch, with another model
         client = self._up()
         if self.served.name_of(self.policy.weights_id) is not None:
             return
@@ -270,7 +272,7 @@ class VLLMSampler:
                 if self.process is not None and not self.lora:
                     self.process.stop()  # it has no weights any more
                 raise
-        if self._proofs < PROOFS:
+        if self._proofs < PROOFS or not self.lora:
             try:
                 self._prove(client, name, adapted=True)
             except BaseException:
@@ -356,7 +358,7 @@ class VLLMSampler:
                 self.tell(f"waiting for the vLLM server at {client.root}")
                 self._require_open()
                 time.sleep(0.1)
-        if self.served.name_of(self.policy.weights_id) not in served:
+        if not self.served.names & served:
             self._lost_all()
         return client
 

@@ -38,6 +38,12 @@ class ServedWeights:
         loaded = self._loaded
         return loaded[1] if loaded is not None and loaded[0] == weights_id else None
 
+    @property
+    def names(self) -> set[str]:
+        """What the server should know."""
+        loaded = self._loaded
+        return set() if loaded is None else {loaded[1]}
+
     def load(
         self,
         client: VLLMClient,
