@@ -66,20 +66,26 @@ async def test_trained_weights_are_sampled_in_each_epoch(make, server):
     assert len([name for name in server.adapters() if name.startswith(adapter._vllm.served.prefix)]) == 2
 
 
-async def test_sync_takes_less_than_a_third_of_a_second(make):
+async def test_sync_costs_little_more_than_writing_the_adapter_and_asking_for_a_token(make, tmp_path):
     adapter = make()
-    await adapter.policy.sample([5, 6, 7], SamplingParams(max_tokens=1), 0)
-    seconds = []
-    for _ in range(7):
-        adapter.policy.version += 1
+    policy, one = adapter.policy, SamplingParams(max_tokens=1)
+    ratios, seconds = [], []
+    for turn in range(9):
+        policy.version += 1
         started = time.perf_counter()
         await asyncio.to_thread(adapter._vllm.prepare)
-        seconds.append(time.perf_counter() - started)
-    median = sorted(seconds)[3]
+        synced = time.perf_counter()
+        policy.model.save_pretrained(tmp_path / f"adapter{turn}", save_embedding_layers=False)
+        await policy.sample([5, 6, 7], one, turn)
+        alone = time.perf_counter() - synced
+        if turn > 1:  # with the first two the server is compared
+            seconds.append(synced - started)
+            ratios.append((synced - started) / alone)
+    seconds.sort()
     print(
-        f"\nsync of an adapter: {median * 1000:.0f} ms (median), {min(seconds) * 1000:.0f} to {max(seconds) * 1000:.0f}"
+        f"\nsync of an adapter: {seconds[3] * 1000:.0f} ms (median), {seconds[0] * 1000:.0f} to {seconds[-1] * 1000:.0f}"
     )
-    assert median < 0.3
+    assert sorted(ratios)[3] < 4
 
 
 async def test_a_thousand_rollouts_have_exact_ids(server, model_folder, tmp_path):

@@ -300,9 +300,7 @@ class VLLMSampler:
         base, longest = _base_of(client)
         bounds = [bound for bound in (self._longest, longest) if bound is not None]
         self.policy.longest = min(bounds, default=None)
-        if (
-            base != self._base and self.lora
-        ):  # without an adapter nothing here computes what the server does before it is told
+        if base != self._base and self.lora:  # without an adapter, only the weights that are loaded next are known here
             self.tell("vLLM answers its first request, which takes long")
             self._prove(client, base, adapted=False)
         self._client, self._base, self._checked = client, base, True
