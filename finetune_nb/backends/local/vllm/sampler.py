@@ -153,10 +153,10 @@ class VLLMSampler:
                 status, answer = await self._asked(name, body)
             except ServerGone as gone:
                 status, answer = 0, str(gone)
-            said = message_of(answer)
             if status == 200:
                 sample = sample_in(answer, name, ids, params, vocabulary)
                 return sample if params.reply_format is None else await self._scored(sample, ids, params)
+            said = message_of(answer)
             if status == 404 and name in said:  # it was started anew, or somebody unloaded the adapter
                 if self.served.forget_name(name):
                     self._checked = False
