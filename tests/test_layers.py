@@ -69,6 +69,7 @@ HEAVY = {
     "pyarrow",
     "ipywidgets",
     "anywidget",
+    "aiohttp",
     "numpy",
 }
 PRINTING = ("cli.*", "*.make")

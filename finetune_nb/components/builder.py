@@ -71,6 +71,8 @@ class Builder:
         self.config = config
         self.run_folder: Path | None = None
         """The folder of the run that it builds for; None outside a run."""
+        self.doing: str | None = None
+        """What a component makes the run wait for, in words for people; a waiting cell and the panel show it."""
         self._added: dict[Key, Any] = {}
         self._live: dict[Key, _Live] = {}
         self._built: list[_Live] = []  # in the order in which they became ready

@@ -108,6 +108,23 @@ class ReplyGuides:
             matcher = self._compiled[wanted, self._opens_thought(prompt)].deep_copy()
         return Guide(matcher, self._end_ids)
 
+    def grammar(self, wanted: ReplyFormat, prompt: Sequence[int]) -> str:
+        """A format as a grammar, for a server that holds replies to one.
+
+        Args:
+            wanted: The format.
+            prompt: As in `prepare`.
+
+        Returns:
+            The grammar, in Lark's syntax as llguidance has it.
+
+        Raises:
+            MissingExtra: llguidance is not installed.
+            ConfigError: The format cannot be kept.
+        """
+        self.prepare(wanted, prompt)
+        return self._grammar(wanted, self._opens_thought(prompt))
+
     def _opens_thought(self, prompt: Sequence[int]) -> bool:
         """Whether the prompt ends within a thought."""
         end = self._tokenizer.tokenizer.decode(list(prompt[-LONGEST_OPENING:]), skip_special_tokens=False)
@@ -129,9 +146,7 @@ class ReplyGuides:
                     f"replies cannot be held to a form (response_format, tool_choice) with a {type(tokenizer).__name__}: "
                     f"{error}. Use a model whose tokenizer has a tokenizer.json."
                 ) from error
-        grammar = LLMatcher.grammar_from_lark(
-            grammar_of(wanted, self._tokenizer, self._end_ids, thinking, self._tokens.is_special_token)
-        )
+        grammar = LLMatcher.grammar_from_lark(self._grammar(wanted, thinking))
         problem = LLMatcher.validate_grammar(grammar, self._tokens)
         if problem:
             raise ConfigError(
@@ -139,6 +154,9 @@ class ReplyGuides:
                 "schema."
             )
         return LLMatcher(self._tokens, grammar)
+
+    def _grammar(self, wanted: ReplyFormat, thinking: bool) -> str:
+        return grammar_of(wanted, self._tokenizer, self._end_ids, thinking, self._tokens.is_special_token)
 
 
 # ── grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -92,6 +92,8 @@ class Run(RunHistory):
             "mistral", ...). Default: the one that its tokenizer or its chat template shows.
         chat_template_kwargs: Variables of the model's chat template, such as {"enable_thinking": False}.
         training: Fields of the trainer adapter's config (learning_rate, ...).
+        sampler: "vllm": a vLLM server of the run's own samples; "http://host:8000/v1": one that runs; a mapping: its settings.
+            With training={"lora": {...}} it gets new weights in a moment. Default: this process samples by itself.
         num_epochs: How many epochs are planned; you may run fewer or more.
         max_concurrency: Rollouts at once.
         item_timeout: Seconds a rollout may take; None: no limit.
@@ -139,6 +141,7 @@ class Run(RunHistory):
         tool_parser: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
+        sampler: str | Mapping[str, Any] | None = None,
         num_epochs: int = 20,
         max_concurrency: int = 64,
         item_timeout: float | None = None,
@@ -161,9 +164,12 @@ class Run(RunHistory):
             raise ConfigError(
                 "Run needs workflow, reward and dataset, or a builder= of your own. See help(finetune_nb.Run)."
             )
-        if adapter is not None and (training or model != "embedded"):
-            raise ConfigError("adapter= brings its own model and settings: leave model= and training= out.")
+        if adapter is not None and (training or sampler or model != "embedded"):
+            raise ConfigError("adapter= brings its own model and settings: leave model=, sampler= and training= out.")
         scores, sections = evaluators_from(reward, evaluators)
+        training = dict(training or {})
+        if sampler is not None:
+            training["sampler"] = sampler if isinstance(sampler, str) else dict(sampler)
         asking: dict[str, Any] = dict(sampling or {})
         if tool_parser is not None:
             asking["tool_parser"] = tool_parser
@@ -182,7 +188,7 @@ class Run(RunHistory):
                     "examples_per_epoch": examples_per_epoch,
                 }
             },
-            "trainer_adapters": {"adapter": {"_type": "local_grpo", "model": model, **(training or {})}},
+            "trainer_adapters": {"adapter": {"_type": "local_grpo", "model": model, **training}},
             "trainers": {"trainer": {"_type": "epoch_trainer"}},
             "finetuning": {
                 "enabled": True,
@@ -456,7 +462,7 @@ class Run(RunHistory):
             epochs=self.records,
             next_index=self.next_index,
             planned=self.planned,
-            notice=self._session.state.notice,
+            notice=self.notice,
             error=None if error is None else error_text(error),
             read_only=self._why_read_only(),
             writer=self.writer,
@@ -504,7 +510,7 @@ class Run(RunHistory):
     @property
     def notice(self) -> str | None:
         """Why it is paused, or what it is about to do."""
-        return self._session.state.notice
+        return self._session.state.notice or self._driver.components.doing
 
     @property
     def progress(self) -> Progress:

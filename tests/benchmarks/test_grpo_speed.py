@@ -69,7 +69,7 @@ def ours(seed, folder):
     ft.run_sync(run.rollout(0))  # loads the model
     policy, clock = run._driver.adapter.policy, Clock()
     learner = run._driver.adapter.learner
-    policy._batcher._run = clock.timed("generation", policy._batcher._run)
+    policy.sampler._run = clock.timed("generation", policy.sampler._run)
     learner.train = clock.timed("training", learner.train)
     try:
         for _ in range(EPOCHS):

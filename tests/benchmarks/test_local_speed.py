@@ -75,7 +75,7 @@ def test_agents_of_several_turns_share_batches_as_large_as_one_generate(policy, 
     rows, of the same prompts."""
     agents, turns = 32, 3
     sizes, asked = [], [{} for _ in range(turns)]
-    run = policy._batcher._run
+    run = policy.sampler._run
 
     def watched(batch):
         sizes.append(len(batch))
@@ -103,11 +103,11 @@ def test_agents_of_several_turns_share_batches_as_large_as_one_generate(policy, 
             for batch in batches:
                 policy.model.generate(**batch, **lengths, do_sample=True, top_k=0, top_p=1.0)
 
-    policy._batcher._run = watched
+    policy.sampler._run = watched
     try:
         found = by_turns(9, ours=lambda: asyncio.run(all_agents()), generate=generate)
     finally:
-        policy._batcher._run = run
+        policy.sampler._run = run
     ours, theirs = (agents * NEW * turns / found[side] for side in ("ours", "generate"))
     share = found.ratio("generate", "ours")
     print(

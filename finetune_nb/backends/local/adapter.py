@@ -5,7 +5,9 @@ Without torch this module can be imported, but not used.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -13,7 +15,8 @@ import numpy as np
 
 from ...components.builder import Builder
 from ...components.registry import register_trainer_adapter
-from ...errors import BackendError, MissingExtra
+from ...config.sections import FinetuneConfig
+from ...errors import BackendError, ConfigError, MissingExtra
 from ...redaction import redacting_logger
 from ...threads import in_daemon_thread
 from ...training.batch import TrainingBatch, supervised_batch
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoints
     from .policy import LocalPolicy
     from .training import Learner, TrainingReport
+    from .vllm.config import VLLMConfig
+    from .vllm.sampler import VLLMSampler
 
 __all__ = ["LoRAConfig", "LocalGRPOAdapter", "LocalGRPOConfig"]
 
@@ -35,7 +40,8 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
     """Trains `policy` on the trajectories that it is given.
 
     seed: of the order in which trajectories are trained on. deterministic: a repeat is equal to the last digit. policy:
-    one that is loaded already; otherwise `adapter_config.model` is loaded by `initialize`, or at first use.
+    one that is loaded already; otherwise `adapter_config.model` is loaded by `initialize`, or at first use. folder: the
+    run's, where a vLLM server's log and adapters go; None: a temporary one.
     """
 
     adapter_config: LocalGRPOConfig
@@ -48,9 +54,13 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
         deterministic: bool = False,
         *,
         policy: LocalPolicy | None = None,
+        folder: Path | None = None,
     ) -> None:
         super().__init__(adapter_config, policy)
-        self.seed, self.deterministic = seed, deterministic
+        self.seed, self.deterministic, self.folder = seed, deterministic, folder
+        self.tell: Callable[[str | None], None] = lambda text: None
+        """Told what a run has to wait for, in words; None: nothing any more."""
+        self._vllm: VLLMSampler | None = None
         self._learner: Learner | None = None
         self._checkpoints: Checkpoints | None = None
 
@@ -80,6 +90,8 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
             seed=self.seed,
         )
         policy.record_entropy = config.record_entropy
+        if config.sampler is not None:
+            self._vllm = self._sample_with(config.sampler, policy)
         logger.info("local_grpo: %s", policy.description)
         if config.model != "embedded" and "learning_rate" not in config.model_fields_set:
             logger.warning(
@@ -88,6 +100,22 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
                 config.learning_rate,
             )
         return policy
+
+    def _sample_with(self, config: VLLMConfig, policy: LocalPolicy) -> VLLMSampler:
+        """Has a vLLM server sample the policy. It is started by `initialize`, or by the first reply."""
+        from .vllm.sampler import VLLMSampler
+
+        if self.deterministic:
+            raise ConfigError(
+                "deterministic is on, and what a vLLM server samples depends on the requests that come at the same time. Set "
+                "run.deterministic to False, or leave sampler out."
+            )
+        return VLLMSampler.of(policy, config, self.folder, self.tell)
+
+    async def initialize(self, run_config: FinetuneConfig) -> None:
+        await super().initialize(run_config)
+        if self._vllm is not None:
+            await in_daemon_thread(self._vllm.prepare)
 
     @property
     def learner(self) -> Learner:
@@ -123,7 +151,8 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
         rng = np.random.default_rng([self.seed % 2**64, number - 1])
         trim_heap()  # memory that sampling left
         try:
-            self.learner.train(batch, rng, report, job.stepped, job.stopped, number - 1, planned)
+            with nullcontext() if self._vllm is None else self._vllm.training():
+                self.learner.train(batch, rng, report, job.stepped, job.stopped, number - 1, planned)
         finally:
             trim_heap()
 
@@ -137,6 +166,14 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
                 "many epochs are planned. Call initialize with a FinetuneConfig, or keep the learning rate constant."
             )
         return 1
+
+    async def aclose(self) -> None:
+        """Cancels what still runs, waits for it, and ends a vLLM server of our own."""
+        try:
+            await super().aclose()
+        finally:
+            if self._vllm is not None:
+                await self._vllm.aclose()
 
     async def save(self, directory: str | Path, merge: bool = False, dtype: str | None = None) -> Path:
         """Writes model and tokenizer to `directory`; from_pretrained, and `model` in the config, read them.
@@ -227,6 +264,12 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
 @register_trainer_adapter(config_type=LocalGRPOConfig)
 async def local_grpo(config: LocalGRPOConfig, builder: Builder):
     run = builder.config.run
-    adapter = LocalGRPOAdapter(config, seed=run.seed, deterministic=run.deterministic)
+    if config.sampler is not None and run.engine != "local":
+        raise ConfigError(
+            f"run.engine is {run.engine!r}, and sampler a vLLM server, which samples for one process. Use engine 'local', or "
+            "leave sampler out."
+        )
+    adapter = LocalGRPOAdapter(config, seed=run.seed, deterministic=run.deterministic, folder=builder.run_folder)
+    adapter.tell = functools.partial(setattr, builder, "doing")
     yield adapter
     await adapter.aclose()

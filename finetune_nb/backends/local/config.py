@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...config.base import AT_TRAINING, TrainerAdapterConfig
+from .vllm.config import VLLMConfig
 
 __all__ = [
     "ImportanceBounds",
@@ -99,6 +100,9 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     """"embedded" (ships with finetune_nb), a Hugging Face model directory, or a name on the hub."""
     lora: LoRAConfig | None = None
     """Train a LoRA adapter: {} for its defaults. None: all weights are trained."""
+    sampler: VLLMConfig | None = None
+    """Have a vLLM server sample: "vllm" for one of our own, the address of one that runs, or a mapping of settings. With
+    lora it gets new weights in a moment. None: this process samples by itself."""
     learning_rate: float = Field(default=5e-4, gt=0, json_schema_extra=AT_TRAINING)
     """Of AdamW, at its highest. The default suits the embedded model; a real one wants 1e-6 to 1e-5, with LoRA 1e-5 to
     3e-4."""

@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from ...errors import ConfigError
 from ...llms.chat_tokenizer import ChatTokenizer, check_prompt
 from ...llms.constrained import ReplyGuides
 from ...store.durable import model_directory
@@ -28,7 +29,20 @@ from .weights import dtype_name
 __all__ = [
     "Exclusive",
     "LocalPolicy",
+    "Sampler",
 ]
+
+
+class Sampler(Protocol):
+    """What a policy's replies are sampled by: its own model in this process, or a server that has its weights."""
+
+    def episode(self, key: EpisodeKey) -> AbstractContextManager[None]:
+        """Entered for as long as a rollout lives."""
+        ...
+
+    async def submit(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
+        """One reply; the prompt and the parameters have been checked."""
+        ...
 
 
 class Exclusive:
@@ -121,8 +135,8 @@ class LocalPolicy(ChatTokenizer):
             """How prompts of different lengths are sampled together; it depends on what the model's layers keep."""
         self.record_entropy = record_entropy
         """Whether samples have the entropy in the place of each token."""
-        self._batcher = Batcher(self._sample_batch, deterministic)
-        self._guides = ReplyGuides(self, self.vocabulary, self._end_ids)
+        self.sampler: Sampler = Batcher(self._sample_batch, deterministic)
+        self.reply_guides = ReplyGuides(self, self.vocabulary, self._end_ids)
 
     @classmethod
     def load(
@@ -163,13 +177,20 @@ class LocalPolicy(ChatTokenizer):
     @property
     def description(self) -> str:
         """What is sampled and trained, where and in which dtype, in words."""
-        return f"{self.source or type(as_trained(self.model)).__name__}: {models.described(self.model, self.exclusive.threads)}"
+        what = f"{self.source or type(as_trained(self.model)).__name__}: {models.described(self.model, self.exclusive.threads)}"
+        where = getattr(self.sampler, "description", None)
+        return what if where is None else f"{what}; {where}"
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end a turn."""
+        return self._end_ids
 
     # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def episode(self, key: EpisodeKey) -> AbstractContextManager[None]:
         """Entered for as long as a rollout lives: batches wait until every live episode waits for a reply."""
-        return self._batcher.episode(key)
+        return self.sampler.episode(key)
 
     async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
         """One reply. The same ids, params, seed and weights give the same reply; the logprobs' last digits depend on
@@ -182,12 +203,14 @@ class LocalPolicy(ChatTokenizer):
         ids = list(ids)
         params = check_prompt(ids, params, self.longest, self.vocabulary)
         if params.reply_format is not None:
-            await in_daemon_thread(self._guides.prepare, params.reply_format, ids)
-        return await self._batcher.submit(ids, params, seed)
+            await in_daemon_thread(self.reply_guides.prepare, params.reply_format, ids)
+        return await self.sampler.submit(ids, params, seed)
 
     def _sample_batch(self, batch: list[Request]) -> None:
         rows = [
-            SampleRequest(r.ids, r.params, r.seed, r.future.cancelled, self._guides.guide(r.params.reply_format, r.ids))
+            SampleRequest(
+                r.ids, r.params, r.seed, r.future.cancelled, self.reply_guides.guide(r.params.reply_format, r.ids)
+            )
             for r in batch
         ]
         with self.exclusive.hold(
@@ -213,7 +236,13 @@ class LocalPolicy(ChatTokenizer):
     # ── replicas in other processes ──────────────────────────────────────────────────────────────────────────────────
 
     def replica(self) -> Callable[[], LocalPolicy]:
-        """Makes a replica elsewhere, without the trained weights. Waits for a batch at work."""
+        """Makes a replica elsewhere, without the trained weights. Waits for a batch at work. Raises ConfigError where a server
+        samples: a replica would sample by itself."""
+        if not isinstance(self.sampler, Batcher):
+            raise ConfigError(
+                "the policy is sampled by a server, and replicas of it would sample by themselves. Use engine='local', or leave "
+                "sampler out."
+            )
         with self.exclusive.hold():
             return functools.partial(_from_parts, Replica.of(self))
 

@@ -1,0 +1,1 @@
+"""A vLLM server that samples the model which is trained here."""

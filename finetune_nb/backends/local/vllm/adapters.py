@@ -1,0 +1,198 @@
+"""The trained adapter on a vLLM server: one name and one folder for each state of the weights.
+
+Nothing is loaded over what is there: a request that is under way keeps the weights that it began with. A name is unloaded
+before its folder is deleted, and not while one of its requests is under way: vLLM reads a folder again whenever its adapter is
+needed and is not in memory, and ends with all that it was doing if the folder is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ....errors import BackendError, ConfigError
+from ....redaction import redacting_logger
+from .client import ServerGone, VLLMClient, message_of, says_dead
+from .under_way import UnderWay
+
+__all__ = ["ServedAdapters"]
+
+logger = redacting_logger(__name__)
+
+KEPT = 2
+"""Names that stay loaded: the newest, and the one before it."""
+SHARED_DISK_SECONDS = 10.0
+"""How long a folder that was just written may be unknown to a server on another machine."""
+
+
+class ServedAdapters:
+    """folder: where adapters are written, which the server reads. Methods that talk to the server are called one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.parent = folder
+        self.folder = folder / f"adapters-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.prefix = f"finetune_nb-{secrets.token_hex(6)}"
+        self._names: dict[Any, str] = {}  # id of the weights -> name, in the order in which they were loaded
+        self._retired: list[str] = []  # unloaded, but their folder is still there
+        self.under_way = UnderWay()
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def name_of(self, weights_id: Any) -> str | None:
+        """What the server calls these weights; None where it does not have them."""
+        return self._names.get(weights_id)
+
+    @property
+    def names(self) -> set[str]:
+        """What the server should know."""
+        return set(dict(self._names).values())
+
+    def load(
+        self,
+        client: VLLMClient,
+        base: str,
+        weights_id: Any,
+        save: Callable[[Path], object],
+        given_up: Callable[[], bool],
+    ) -> str:
+        """Writes the adapter with `save`, and has the server load it. It is not used before `take`. Returns its name.
+
+        Raises:
+            ConfigError: The server was started without what this needs.
+            BackendError: It refuses the adapter, or it cannot be written.
+        """
+        self._count += 1
+        name = f"{self.prefix}-v{weights_id}-{self._count}"
+        place = self.folder / name
+        try:
+            if self._count == 1:
+                self._remove_leftovers()
+            place.mkdir(parents=True)
+            save(place)
+        except OSError as error:
+            shutil.rmtree(place, ignore_errors=True)
+            raise BackendError(
+                f"the adapter cannot be written to {place}: {error}. Expected a folder with room for it; nothing was sampled "
+                "with older weights. Make room, or name another one as sampler.folder."
+            ) from error
+        try:
+            self._ask_to_load(client, name, place)
+        except ServerGone:
+            self._retired.append(name)  # it may have been loaded all the same
+            raise
+        except BackendError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+        return name
+
+    def take(self, weights_id: Any, name: str) -> None:
+        """Requests for these weights use that name from now on."""
+        self._names[weights_id] = name
+
+    def drop(self, client: VLLMClient, name: str) -> None:
+        """Gives up an adapter that was loaded and shall not be used."""
+        self._unload(client, name)
+
+    def forget(self) -> None:
+        """The server has lost all of them: it was started anew."""
+        with self._lock:
+            self._retired += self._names.values()
+            self._names = {}
+
+    def forget_name(self, name: str) -> bool:
+        """The server does not know this one any more. Returns whether that is news."""
+        with self._lock:
+            known = [weights_id for weights_id, other in self._names.items() if other == name]
+            for weights_id in known:
+                del self._names[weights_id]
+                self._retired.append(name)
+        return bool(known)
+
+    def clean(self, client: VLLMClient | None, keep: int = KEPT) -> None:
+        """Unloads all but the newest, and deletes the folders of those that no request uses. client: None if the server is
+        gone."""
+        names = dict(self._names)
+        for weights_id, name in list(names.items())[: len(names) - keep]:
+            with self._lock:
+                self._names.pop(weights_id, None)
+            if client is not None:
+                self._unload(client, name)
+            else:
+                self._retired.append(name)
+        for name in list(self._retired):
+            if name not in self.under_way:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                self._retired.remove(name)
+
+    def close(self, client: VLLMClient | None) -> None:
+        """Unloads and deletes all."""
+        self.clean(client, keep=0)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.parent.rmdir()  # unless there is a log in it
+
+    def _ask_to_load(self, client: VLLMClient, name: str, place: Path) -> None:
+        deadline = time.monotonic() + SHARED_DISK_SECONDS
+        body = {"lora_name": name, "lora_path": str(place.absolute())}
+        while True:
+            status, answer = client.ask("POST", "/v1/load_lora_adapter", body, timeout=300.0)
+            said = message_of(answer)
+            if status == 200:
+                return
+            if status == 404 and "No adapter found" in said and time.monotonic() < deadline:
+                time.sleep(0.25)  # a disk that several machines share shows it a moment later
+                continue
+            if says_dead(answer):
+                raise ServerGone(f"the vLLM server at {client.root} has ended ({status}: {said})")
+            raise _refusal(client, status, said, place)
+
+    def _unload(self, client: VLLMClient, name: str) -> None:
+        try:
+            status, answer = client.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name}, timeout=60.0)
+        except ServerGone:
+            status, answer = 0, ""
+        if status not in (0, 200, 404):  # 404: it had forgotten it
+            logger.warning("the vLLM server does not unload %s (%d: %s)", name, status, message_of(answer))
+            return  # its folder stays, as the server may read it again
+        self._retired.append(name)
+
+    def _remove_leftovers(self) -> None:
+        """Deletes what processes of this machine left that have ended. Nobody asks for their adapters any more."""
+        begin = f"adapters-{socket.gethostname()}-"
+        for place in self.parent.glob(f"{begin}*"):
+            pid = place.name.removeprefix(begin).partition("-")[0]
+            if (
+                pid.isdigit()
+                and not place.is_symlink()
+                and not os.path.exists(f"/proc/{pid}")
+                and os.path.isdir("/proc")
+            ):
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def _refusal(client: VLLMClient, status: int, said: str, place: Path) -> BackendError | ConfigError:
+    """The error for an adapter that the server does not load."""
+    told = f"the vLLM server at {client.root} refuses the adapter ({status}: {said})."
+    if "No adapter found" in said:
+        return ConfigError(
+            f"{told} Expected that it sees {place}: on another machine, set sampler.folder to one that both have under the same "
+            "name."
+        )
+    if status in (404, 405):
+        return ConfigError(
+            f"{told} Expected a server that loads adapters while it runs: start it with --enable-lora and the environment "
+            "variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=1."
+        )
+    if "max_lora_rank" in said:
+        return ConfigError(f"{told} Start the server with a larger --max-lora-rank, or choose a smaller lora.rank.")
+    if "enable_lora" in said or "enable-lora" in said or "LoRA is not enabled" in said:
+        return ConfigError(f"{told} Start it with --enable-lora.")
+    return BackendError(f"{told} Choose other layers as lora.target, or sample without a server (leave sampler out).")
