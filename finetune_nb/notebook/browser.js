@@ -1,4 +1,4 @@
-// The trajectory browser's page side: one ES module without imports or a build step.
+// The trajectory browser's page side, in one ES module without imports or a build step. It begins with mount.js.
 //
 // Texts come from models, tools and datasets: they go in as text nodes only, never as markup. The kernel is asked by custom
 // messages; what it sends are plain records with binary columns.
@@ -221,11 +221,6 @@ class Kernel {
     this.gone = false;
     this.hear = (content, buffers) => this.heard(content, buffers);
     model.on("msg:custom", this.hear);
-    this.onClose = () => this.lose();
-    // What follows are ipywidgets' events, which other hosts may not have.
-    for (const name of ["comm:close", "destroy"]) model.on(name, this.onClose);
-    this.onLive = () => this.checkLive();
-    model.on("comm_live_update", this.onLive);
   }
 
   ask(op, args = {}) {
@@ -257,15 +252,6 @@ class Kernel {
     else waiting.done([content, buffers]);
   }
 
-  async checkLive() {
-    try {
-      const raw = await this.model.widget_manager?.get_model(this.model.get("mount"));
-      if (raw && raw.comm_live === false) this.lose();
-    } catch {
-      this.lose();
-    }
-  }
-
   lose() {
     this.gone = true;
     for (const { timers, fail } of this.waiting.values()) {
@@ -282,8 +268,6 @@ class Kernel {
     for (const { timers } of this.waiting.values()) timers.forEach(clearTimeout);
     this.waiting.clear();
     this.model.off("msg:custom", this.hear);
-    for (const name of ["comm:close", "destroy"]) this.model.off(name, this.onClose);
-    this.model.off("comm_live_update", this.onLive);
   }
 }
 
@@ -1006,12 +990,11 @@ const KEYS = [
   ["y", "copy the record as JSON"], ["Y", "copy the line of Python that shows this"], ["g G", "first, last example"], ["?", "these keys"], ["Esc", "leave: the keys are JupyterLab's again"],
 ];
 const EVERY = 1500; // milliseconds between two questions for news
-const AWAY = 60_000; // milliseconds out of the page until a mounted view is taken down
 let views = 0;
 
 class BrowserView {
-  constructor(model, host, onUnseen) {
-    Object.assign(this, { host, onUnseen, seen: performance.now() });
+  constructor(model, host) {
+    this.host = host;
     this.prefix = `ftb-${Math.floor(performance.now())}-${views++}`;
     this.kernel = new Kernel(model, (state) => this.onKernel(state));
     this.indexes = new Cache(24e6);
@@ -1141,10 +1124,7 @@ class BrowserView {
   }
 
   tick() {
-    if (this.host.isConnected) {
-      this.seen = performance.now();
-      if (!document.hidden) this.askNews();
-    } else if (performance.now() - this.seen > AWAY) this.onUnseen?.();
+    if (this.host.isConnected && !document.hidden) this.askNews();
   }
 
   async askNews() {
@@ -1646,85 +1626,31 @@ class BrowserView {
 
 // ── into the page ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-function render({ model, el, signal, onUnseen }) {
+function show(model, el) {
   const host = document.createElement("div");
   el.append(host);
-  const view = new BrowserView(model, host, onUnseen);
-  el.view = view;
+  el.view = new BrowserView(model, host);
+  return el.view;
+}
+
+// For front ends that make a widget's page only where an output shows it.
+function render({ model, el, signal }) {
+  const view = show(model, el);
+  const unwatch = watchKernel(model, () => view.kernel.lose());
   const close = () => {
+    unwatch();
     view.close();
-    host.remove();
+    view.host.remove();
   };
   signal?.addEventListener("abort", close);
   return close;
 }
 
-/** Puts views over the static HTML of the outputs, wherever it is shown. A model may have been restored from a file, or be
- * left over from a notebook that was closed: each place keeps its HTML until a kernel has answered for it. */
 function initialize({ model, signal }) {
-  const mount = model.get("mount");
-  if (!mount || typeof document === "undefined") return;
-  const places = new Map(); // element -> what takes its view away; null: the kernel was asked
-  const asked = new Map(); // id of a message -> element
-  let [due, over] = [false, false];
-  let next = Math.floor(Math.random() * 2 ** 40);
-
-  const scan = () => {
-    if (over) return;
-    for (const place of places.keys()) {
-      if (places.get(place) === null && !place.isConnected) places.delete(place);
-    }
-    for (const place of document.querySelectorAll(`[data-ftb="${CSS.escape(mount)}"]`)) {
-      if (places.has(place)) continue;
-      places.set(place, null);
-      asked.set(++next, place);
-      try {
-        model.send({ id: next, op: "ready" });
-      } catch {
-        return; // its channel is closed
-      }
-    }
-  };
-  const show = (place) => {
-    const still = [...place.children];
-    const el = document.createElement("div");
-    for (const child of still) child.hidden = true;
-    place.append(el);
-    const takeDown = () => {
-      close();
-      el.remove();
-      for (const child of still) child.hidden = false;
-      places.delete(place);
-    };
-    // A place that is out of the page for long was closed, or is scrolled far away: then it is mounted anew when it is back.
-    const close = render({ model, el, onUnseen: takeDown });
-    places.set(place, takeDown);
-  };
-  const watch = new MutationObserver(() => {
-    if (due) return;
-    due = true;
-    requestAnimationFrame(() => {
-      due = false;
-      scan();
-    });
+  mountOver({ model, signal }, () => {
+    let view = null;
+    return { attach: (el) => { view = show(model, el); }, remove: () => view?.close(), gone: () => view.kernel.lose() };
   });
-  const heard = (content) => {
-    const place = asked.get(content.id);
-    asked.delete(content.id);
-    if (place && !over && places.get(place) === null) show(place);
-  };
-  const end = () => {
-    over = true;
-    watch.disconnect();
-    model.off("msg:custom", heard);
-    for (const takeDown of [...places.values()]) takeDown?.();
-    places.clear();
-  };
-  model.on("msg:custom", heard);
-  model.on("comm:close", end);
-  signal?.addEventListener("abort", end);
-  watch.observe(document.body, { childList: true, subtree: true });
-  scan();
 }
 
 export default { initialize, render };

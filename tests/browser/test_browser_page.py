@@ -10,11 +10,13 @@ import pytest
 from factories import item, make_epoch, sampled
 from records import Views, failed, stored, with_tool
 
+from finetune_nb.notebook.mount import module
+
 from .jupyterlab import until
 from .test_hostile_content import ATTACKS
 
 pytest.importorskip("playwright.sync_api", reason='no playwright: pip install "finetune_nb[dev]"')
-from .bare import NOTEBOOK, BarePage
+from .bare import BarePage
 
 
 def answer(generation, last=" so"):
@@ -244,7 +246,7 @@ def test_it_mounts_on_the_static_html_once_a_kernel_answers_and_gives_it_back(br
     shown = BarePage(browser, Views(*records()).browse(), mounts=True)
     assert not shown.page.locator("#still").is_visible()
     shown.page.evaluate("document.body.append(Object.assign(document.createElement('div'), {id: 'second'}))")
-    shown.page.evaluate("document.getElementById('second').dataset.ftb = 'here'; document.body.append('x')")
+    shown.page.evaluate("document.getElementById('second').dataset.ftMount = 'here'; document.body.append('x')")
     shown.page.locator("#second .ftb .measures").wait_for()
     shown.page.evaluate("model.emit('comm:close')")
     assert shown.page.locator("#still").is_visible() and shown.page.locator(".ftb").count() == 0
@@ -298,7 +300,7 @@ def test_hostile_text_runs_nothing_and_makes_no_element(opened):
 
 
 def test_the_module_puts_no_text_in_as_markup():
-    source = (NOTEBOOK / "browser.js").read_text("utf-8")
+    source = module("browser.js")
     found = re.findall(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|\bimport\b", source
     )

@@ -236,7 +236,7 @@ def test_the_output_of_a_cell_has_no_widget_but_the_place_where_it_mounts(monkey
     browser = two_epochs().browse()
     bundle = browser._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html"}
-    assert bundle["text/html"].startswith(f'<div data-ftb="{browser._widget.mount}">')
+    assert bundle["text/html"].startswith(f'<div data-ft-mount="{browser._widget.mount}">')
     assert browser._widget.model_id == browser._widget.mount
     monkeypatch.setenv("VSCODE_PID", "1")
     assert "application/vnd.jupyter.widget-view+json" in browser._repr_mimebundle_()
