@@ -943,7 +943,7 @@ class Labels {
     this.tag = make("input", { type: "text", "aria-label": "label", placeholder: "label, such as hacked", list: `${view.prefix}-tags`, maxlength: "80" });
     this.score = make("input", { type: "number", step: "any", "aria-label": "score", placeholder: "score" });
     this.note = make("textarea", { rows: "2", "aria-label": "note", placeholder: "note" });
-    const form = make("form", {}, this.tag, this.suggestions, make("div", { kind: "line" }, this.score, this.level), this.note, make("button", { type: "submit", text: "add label", title: "add the label (Enter)" }));
+    const form = make("form", { kind: "live" }, this.tag, this.suggestions, make("div", { kind: "line" }, this.score, this.level), this.note, make("button", { type: "submit", text: "add label", title: "add the label (Enter)" }));
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.add();
@@ -974,7 +974,9 @@ class Labels {
       const when = new Date(time * 1000).toLocaleString();
       const said = [level === "rollout" ? "" : `of the ${level}`, score === null ? "" : number(score), author].filter(Boolean).join(", ");
       const item = make("li", {}, make("b", { text: tag }), make("span", { kind: "dim", text: ` ${said}`, title: when }));
-      item.append(button("×", `remove the label ${visible(tag)}`, () => this.view.changeLabel({ tag, level, author, remove: true })));
+      const remove = button("×", `remove the label ${visible(tag)}`, () => this.view.changeLabel({ tag, level, author, remove: true }));
+      remove.className = "live";
+      item.append(remove);
       if (note) item.append(make("blockquote", { text: note, dir: "auto" }));
       this.known.append(item);
     }
@@ -1089,7 +1091,8 @@ class BrowserView {
     const found = await this.ask("hello");
     if (!found) return;
     const [about] = found;
-    Object.assign(this, { line: about.line, signals: about.signals, sorts: about.sorts });
+    Object.assign(this, { line: about.line, signals: about.signals, sorts: about.sorts, still: Boolean(about.still) });
+    this.root.classList.toggle("still", this.still); // a page without a kernel
     this.sortChoice.replaceChildren(...Object.entries(about.sorts).map(([value, text]) => make("option", { value, text: `sort: ${text}` })));
     this.takeEpochs(about);
     this.buildFilters();
@@ -1343,6 +1346,12 @@ class BrowserView {
     const fetching = this.fetchBody(index, rollout);
     this.fetching = fetching;
     const body = await fetching;
+    if (!body && this.still && reader.ticket === ticket) {
+      reader.clear(this.status.textContent); // what it says is not in the page
+      reader.wanted = { index, rollout };
+      this.inspector.paintToken();
+      this.inspector.paintRollout();
+    }
     if (!body || reader.ticket !== ticket || this.closed) return;
     const came = performance.now();
     reader.show(body, { index, rollout });
@@ -1591,7 +1600,7 @@ class BrowserView {
       c: () => this.compare(), C: () => this.pin(), d: () => this.toParting(), "/": () => this.search.focus(), f: () => this.toggleFilters(),
       e: ready(() => reader.sections[reader.turn] && reader.fold(reader.sections[reader.turn])), E: ready(() => reader.foldAll()),
       t: () => this.setTint(TINTS[(TINTS.findIndex(([name]) => name === this.tint) + 1) % TINTS.length][0]),
-      x: () => this.labelBox.tag.focus(),
+      x: () => (this.still ? this.say("labels are made in a notebook") : this.labelBox.tag.focus()),
       y: async () => { const text = await this.rawText(); if (text !== null) this.copy(text, "the record as JSON"); }, Y: () => this.copyPython(), "?": () => this.toggleHelp(),
     };
   }

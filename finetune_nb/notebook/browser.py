@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BrowsedRun",
     "Browser",
+    "Source",
+    "words_of_signals",
 ]
 
 logger = redacting_logger(__name__)
@@ -69,7 +71,7 @@ class BrowsedRun(Protocol):
     def records(self) -> Sequence[Epoch]: ...
 
 
-class _Source:
+class Source:
     """The epochs of a run, with what was read of them last. Used by several threads."""
 
     def __init__(self, run: BrowsedRun) -> None:
@@ -184,6 +186,17 @@ class _Source:
                 found.append((label, place))
         return found
 
+    def labels_and_tags(self, number: int) -> dict[str, Any]:
+        """The labels of an epoch as plain values, and all tags of the run."""
+        if self.folder is None:
+            return {"epoch": number, "labels": [], "tags": [], "change": 0}
+        known = changed_since(self.folder, 0)
+        found = []
+        for label, place in self.labels(number):
+            found.append([label.level, place, label.tag, label.score, label.note, label.author, label.time])
+        tags = sorted({label.tag for label in known.labels if not label.removed})
+        return {"epoch": number, "labels": found, "tags": tags, "change": known.change}
+
     def labelled(self, number: int, tag: str) -> np.ndarray:
         """(N,) which rollouts, or their groups, have a label; "*": any."""
         index = self.index(number)
@@ -199,6 +212,11 @@ class _Source:
 
     def order(self, number: int, found: np.ndarray, sort: str) -> np.ndarray:
         return group_order(self.index(number), found, sort, self.least(number) if sort == "unlikely" else None)
+
+
+def words_of_signals() -> list[dict[str, str]]:
+    """What the page says of each signal, in the order of SIGNAL_NAMES."""
+    return [{"name": name, "meaning": SIGNALS[name][0], "advice": SIGNALS[name][1]} for name in SIGNAL_NAMES]
 
 
 def _query_of(wanted: BrowseFilter) -> Query | None:
@@ -231,7 +249,7 @@ class Browser(traitlets.HasTraits):
         self, run: BrowsedRun, epoch: int | None = None, example: Any = None, filter: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
-        self._source = _Source(run)
+        self._source = Source(run)
         self._name = run.id
         self._searches = 0
         self._heard = threading.local()  # whether this thread is doing what the page said
@@ -403,9 +421,7 @@ class Browser(traitlets.HasTraits):
         return {
             "run": short(self._name, 80),
             "line": self._line(),
-            "signals": [
-                {"name": name, "meaning": SIGNALS[name][0], "advice": SIGNALS[name][1]} for name in SIGNAL_NAMES
-            ],
+            "signals": words_of_signals(),
             "sorts": SORTS,
             **self._where(),
             **self._epochs(),
@@ -477,15 +493,7 @@ class Browser(traitlets.HasTraits):
 
     def _labels_of(self, epoch: int) -> dict[str, Any]:
         """The labels of an epoch as plain values, and all tags of the run."""
-        folder = self._source.folder
-        if folder is None:
-            return {"epoch": epoch, "labels": [], "tags": [], "change": 0}
-        known = changed_since(folder, 0)
-        found = []
-        for label, place in self._source.labels(epoch):
-            found.append([label.level, place, label.tag, label.score, label.note, label.author, label.time])
-        tags = sorted({label.tag for label in known.labels if not label.removed})
-        return {"epoch": epoch, "labels": found, "tags": tags, "change": known.change}
+        return self._source.labels_and_tags(epoch)
 
     def _label(self, asked: Mapping[str, Any]) -> _Answer:
         """A person labels a rollout, its group or its epoch, or takes a label away."""
