@@ -10,6 +10,7 @@ import base64
 import json
 import zlib
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def _compressed(items: Sequence[_Item]) -> str:
 
 
 def _masked(body: RolloutBody) -> RolloutBody:
-    """A body without known secrets. Of a turn whose tokens together are one, the text is told as a single token."""
+    """A body without known secrets. Of a turn whose tokens together are one, the text becomes a single token."""
     columns = list(body.columns)
     joined = columns[0] + columns[2] + columns[7]
     if redact_text(joined.decode("utf-8")) != joined.decode("utf-8"):
@@ -223,4 +224,4 @@ def _masked(body: RolloutBody) -> RolloutBody:
 
 def _texts(blob: bytes, offsets: bytes) -> list[str]:
     ends = np.frombuffer(offsets, "<u4").tolist()
-    return [blob[start:end].decode("utf-8") for start, end in zip(ends, ends[1:], strict=False)]
+    return [blob[start:end].decode("utf-8") for start, end in pairwise(ends)]

@@ -789,8 +789,9 @@ class RunHistory(ABC):
     ) -> Path:
         """Write the run to a file, in the format that its suffix names.
 
-        "report.html", which has the trajectory browser in it, without a kernel; a frame as ".csv", ".parquet" or ".jsonl"; "journal.yaml", the live changes for `replay=` of another run.
-        In a .csv, a text that a spreadsheet would run as a formula gets a ' in front.
+        "report.html", which has the trajectory browser in it, without a kernel; a frame as ".csv", ".parquet" or ".jsonl";
+        "journal.yaml", the live changes for `replay=` of another run. In a .csv, a text that a spreadsheet would run as a formula
+        gets a ' in front.
 
         Args:
             path: The file; missing folders are created.

@@ -1,8 +1,8 @@
 """Building blocks for HTML: escaping, tables, folds, bars, sparklines, and the style sheet that they share.
 
 Safe by construction: every function escapes its arguments unless they are `Html`, and only these functions make `Html`.
-No scripts but one that a page is given, no links, no images except those passed as bytes. Text and background colours are always set together, from
-JupyterLab's variables where they exist.
+No scripts but one that a page is given, no links, no images except those passed as bytes. Text and background colours are always
+set together, from JupyterLab's variables where they exist.
 
 A stored notebook is often shown without its style sheets: JupyterLab drops them, and drawings, until the notebook is trusted.
 What carries meaning (tints, bars, borders, lines) is therefore an inline style or an `<img>`, in literal colours that are seen
@@ -330,7 +330,8 @@ h1{font-size:24px;margin:8px 12px}h2{font-size:18px;margin:28px 12px 6px}.verdic
 figure{margin:8px 12px;break-inside:avoid}figcaption{font-size:13px;max-width:46em}
 section>details,.columns>details{margin:6px 12px;min-width:0}
 .note{margin:0 12px}#ft-rollouts{margin:6px 12px}
-@media print{:root{color-scheme:light}.ft-rollouts{display:none}#ft-rollouts>[hidden]{display:block}body{padding:0;max-width:none}.columns{grid-template-columns:1fr 1fr}
+@media print{:root{color-scheme:light}.ft-rollouts{display:none}#ft-rollouts>[hidden]{display:block}
+body{padding:0;max-width:none}.columns{grid-template-columns:1fr 1fr}
 .ft-turn,tr,h2{break-inside:avoid}h2{break-after:avoid}.ft .ft-wide{overflow:visible}}
 """.strip().replace("\n", "")
 

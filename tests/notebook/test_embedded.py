@@ -83,7 +83,7 @@ def test_a_secret_is_in_none_of_it_also_as_several_tokens(tmp_path):
     remember_secret(secret)
     run = Views(make_epoch({secret: [1.0, 0.0]}, failures=[failed(secret)], scores={"judge": 1.0}))
     run.id = secret
-    first, second = run.records[0].collection.trajectories[0]
+    first, _ = run.records[0].collection.trajectories[0]
     tokens = [(text, -0.5) for text in ("it is ", "sk-embedded", "-01234", "56789", ".")]
     first.episode = [
         item("system", f"key {secret}", reasoning_content=secret, name=secret),
