@@ -419,12 +419,15 @@ def packed_texts(texts: Sequence[str]) -> tuple[bytes, bytes]:
     offsets = np.zeros(len(texts) + 1, "<u4")
     joined = "".join(texts)
     if joined.isascii():
-        blob, lengths = joined.encode(), list(map(len, texts))
+        lengths = list(map(len, texts))
     else:
-        encoded = [text.encode("utf-8", "backslashreplace") for text in texts]
-        blob, lengths = b"".join(encoded), list(map(len, encoded))
+        lengths = [len(text) if text.isascii() else len(_utf8(text)) for text in texts]
     np.cumsum(lengths, out=offsets[1:])
-    return blob, offsets.tobytes()
+    return _utf8(joined), offsets.tobytes()
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
 
 
 def packed(index: BrowseIndex, examples: Sequence[str]) -> list[bytes]:

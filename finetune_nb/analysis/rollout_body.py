@@ -113,7 +113,9 @@ class _Tokens:
                 texts = [""] * len(logprobs)
             if type(entropies) is not list or len(entropies) != len(logprobs):
                 entropies = [math.nan] * len(logprobs)
-            return cls(texts, logprobs, [as_float(each) for each in entropies])
+            if not set(map(type, entropies)) <= {float}:
+                entropies = [as_float(each) for each in entropies]
+            return cls(texts, logprobs, entropies)
         tokens = tokens_of(item)
         return cls(
             [token.text or "" for token in tokens],
