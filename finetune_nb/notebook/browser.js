@@ -746,12 +746,19 @@ class Reader {
 
   /** The next less likely token, or the one before: from the least likely on. */
   nextUnlikely(step) {
-    this.unlikely ??= leastLikely(this.body.logprobs);
+    this.unlikely ??= leastLikely(this.view.sort === "call" ? this.inCalls() : this.body.logprobs);
     const count = this.unlikely.length;
     if (!count) return this.view.say("no token of this rollout was sampled by the policy");
     this.rank = this.rank < 0 ? (step > 0 ? 0 : count - 1) : (this.rank + step + count) % count;
     this.view.focusToken(this, this.unlikely[this.rank], true);
     this.view.say(`unlikely token ${this.rank + 1} of ${count}`);
+  }
+
+  /** The logprobs of what calls a tool. */
+  inCalls() {
+    const found = new Float32Array(this.body.logprobs.length).fill(NaN);
+    for (const { calls, start, stop } of this.body.turns) if (calls.length) found.set(this.body.logprobs.subarray(start, stop), start);
+    return found;
   }
 
   // ── beside another one ──
@@ -955,10 +962,18 @@ class Labels {
     const tag = this.tag.value.trim();
     if (!tag) return this.view.say("a label needs a name");
     const score = this.score.value === "" ? null : Number(this.score.value);
-    const done = await this.view.changeLabel({ tag, score, note: this.note.value, level: this.level.value });
+    const label = { tag, score, note: this.note.value, level: this.level.value };
+    const done = await this.view.changeLabel(label);
     if (!done) return;
+    this.last = label;
     for (const field of [this.tag, this.score, this.note]) field.value = "";
     this.view.root.focus();
+  }
+
+  /** What was labelled last is said of what is open now, too. */
+  again() {
+    if (this.last) this.view.changeLabel(this.last);
+    else this.view.say("nothing was labelled here yet: press x");
   }
 
   paint() {
@@ -986,9 +1001,9 @@ class Labels {
 // ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const KEYS = [
-  ["j k", "next, previous example"], ["h l", "previous, next generation"], ["[ ]", "previous, next epoch"], ["n p", "next, previous turn"],
+  ["j k", "next, previous example"], ["h l", "previous, next generation"], ["[ ]", "previous, next epoch"], ["{ }", "first, newest epoch"], ["s S", "next, previous order of the list"], ["n p", "next, previous turn"],
   [". ,", "next, previous unlikely token"], ["c", "compare with the other end of the group; again: end it"], ["C", "keep this rollout on the right, and go on reading on the left"],
-  ["d", "to where the two part"], ["/", "search"], ["f", "filter"], ["e E", "fold this turn, all turns"], ["t", "next tint"], ["x", "label"],
+  ["d", "to where the two part"], ["/", "search"], ["f", "filter"], ["e E", "fold this turn, all turns"], ["t", "next tint"], ["x", "label"], ["X", "the same label again"],
   ["y", "copy the record as JSON"], ["Y", "copy the line of Python that shows this"], ["g G", "first, last example"], ["?", "these keys"], ["Esc", "leave: the keys are JupyterLab's again"],
 ];
 const EVERY = 1500; // milliseconds between two questions for news
@@ -1200,6 +1215,7 @@ class BrowserView {
   takeView([about, buffers]) {
     this.order = column(Uint32Array, buffers[0]);
     this.matched = column(Uint8Array, buffers[1]);
+    this.leading = column(Uint32Array, buffers[2]); // of each listed group the rollout to open
     this.say(`${plural(this.order.length, "example")}, ${plural(about.rollouts, "rollout")}`);
   }
 
@@ -1299,6 +1315,16 @@ class BrowserView {
     label.value = filter.label ?? "";
   }
 
+  /** Another order, from its beginning. */
+  async stepSort(step) {
+    const names = Object.keys(this.sorts);
+    const sort = names[(names.indexOf(this.sort) + step + names.length) % names.length];
+    this.sortChoice.value = sort;
+    await this.refilter({ sort });
+    if (this.index) this.goToGroup(null);
+    this.say(`sort: ${this.sorts[sort]}`);
+  }
+
   toggleFilters(shown = this.filters.hidden) {
     this.filters.hidden = !shown;
     this.filterButton.setAttribute("aria-expanded", String(shown));
@@ -1318,19 +1344,14 @@ class BrowserView {
     }
     this.position = clamp(place, 0, this.order.length - 1);
     this.list.paint();
-    const group = this.order[this.position];
-    if (rollout === null) {
-      rollout = this.index.starts[group];
-      for (let i = this.index.starts[group + 1] - 1; i >= this.index.starts[group]; i--) if (this.matched[i]) rollout = i;
-    }
-    this.openIn(this.readers[0], this.index, rollout);
+    this.openIn(this.readers[0], this.index, rollout ?? this.leading[this.position]);
   }
 
   async fetchBody(index, rollout) {
     const key = `${index.epoch}/${index.rows[rollout]}`;
     const known = this.bodies.get(key);
     if (known) return known;
-    const found = await this.ask("body", { epoch: index.epoch, row: index.rows[rollout] });
+    const found = await this.ask("body", { epoch: index.epoch, row: index.rows[rollout], rollout });
     if (!found) return null;
     const body = readBody(...found);
     this.bodies.put(key, body, body.bytes);
@@ -1541,7 +1562,7 @@ class BrowserView {
   async rawText() {
     const { at } = this.reader;
     if (!at) return null;
-    const found = await this.ask("raw", { epoch: at.index.epoch, row: at.index.rows[at.rollout] });
+    const found = await this.ask("raw", { epoch: at.index.epoch, row: at.index.rows[at.rollout], rollout: at.rollout });
     return found && found[0].text;
   }
 
@@ -1595,12 +1616,14 @@ class BrowserView {
       j: () => this.stepExample(1), k: () => this.stepExample(-1), ArrowDown: () => this.stepExample(1), ArrowUp: () => this.stepExample(-1),
       h: () => this.stepGeneration(-1), l: () => this.stepGeneration(1), ArrowLeft: () => this.stepGeneration(-1), ArrowRight: () => this.stepGeneration(1),
       g: () => this.stepExample(-this.position), G: () => this.stepExample(this.order.length), "[": () => this.stepEpoch(-1), "]": () => this.stepEpoch(1),
+      "{": () => this.stepEpoch(-this.placeOfEpoch(this.index?.epoch)), "}": () => this.stepEpoch(this.epochs.length - 1 - this.placeOfEpoch(this.index?.epoch)),
+      s: () => this.stepSort(1), S: () => this.stepSort(-1),
       n: ready(() => reader.turnTo(reader.turn + 1)), p: ready(() => reader.turnTo(reader.turn - 1)),
       ".": ready(() => reader.nextUnlikely(1)), ",": ready(() => reader.nextUnlikely(-1)),
       c: () => this.compare(), C: () => this.pin(), d: () => this.toParting(), "/": () => this.search.focus(), f: () => this.toggleFilters(),
       e: ready(() => reader.sections[reader.turn] && reader.fold(reader.sections[reader.turn])), E: ready(() => reader.foldAll()),
       t: () => this.setTint(TINTS[(TINTS.findIndex(([name]) => name === this.tint) + 1) % TINTS.length][0]),
-      x: () => (this.still ? this.say("labels are made in a notebook") : this.labelBox.tag.focus()),
+      x: () => (this.still ? this.say("labels are made in a notebook") : this.labelBox.tag.focus()), X: () => this.labelBox.again(),
       y: async () => { const text = await this.rawText(); if (text !== null) this.copy(text, "the record as JSON"); }, Y: () => this.copyPython(), "?": () => this.toggleHelp(),
     };
   }

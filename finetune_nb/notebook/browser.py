@@ -23,6 +23,7 @@ from ..analysis.browse_index import (
     BrowseIndex,
     browse_index,
     group_order,
+    leading,
     least_likely,
     matching,
     means_before,
@@ -81,7 +82,7 @@ class Source:
         self._records: Sequence[Epoch] = run.records
         self.folder: Path | None = getattr(run, "folder", None)
         self._indexes: dict[int, tuple[Epoch, BrowseIndex]] = {}
-        self._least: tuple[Epoch, np.ndarray] | None = None
+        self._least: dict[bool, tuple[Epoch, np.ndarray]] = {}
         self._history: tuple[Epoch, np.ndarray] | None = None
         self._hits: tuple[Epoch, Query, np.ndarray] | None = None
         self.rows = RolloutRows()
@@ -127,11 +128,12 @@ class Source:
         self._indexes = dict([*kept[-(KEPT_INDEXES - 1) :], (number, (epoch, index))])
         return index
 
-    def least(self, number: int) -> np.ndarray:
+    def least(self, number: int, calls: bool = False) -> np.ndarray:
         epoch = self.epoch(number)
-        if self._least is None or self._least[0] is not epoch:
-            self._least = (epoch, least_likely(epoch))
-        return self._least[1]
+        known = self._least.get(calls)
+        if known is None or known[0] is not epoch:
+            known = self._least[calls] = (epoch, least_likely(epoch, calls))
+        return known[1]
 
     def history(self, number: int) -> np.ndarray:
         """(E, G) the mean reward of each group's example in the last epochs up to this one; NaN where it was not drawn."""
@@ -211,7 +213,13 @@ class Source:
         return found
 
     def order(self, number: int, found: np.ndarray, sort: str) -> np.ndarray:
-        return group_order(self.index(number), found, sort, self.least(number) if sort == "unlikely" else None)
+        return group_order(self.index(number), found, sort, self._least_for(number, sort))
+
+    def leading(self, number: int, found: np.ndarray, sort: str) -> np.ndarray:
+        return leading(self.index(number), found, sort, self._least_for(number, sort))
+
+    def _least_for(self, number: int, sort: str) -> np.ndarray | None:
+        return self.least(number, sort == "call") if sort in ("unlikely", "call") else None
 
 
 def words_of_signals() -> list[dict[str, str]]:
@@ -464,7 +472,8 @@ class Browser(traitlets.HasTraits):
         with self._as_heard():
             self.filter = wanted.as_dict()
             self.sort = sort
-        return {"rollouts": int(found.sum())}, [order.tobytes(), found.astype(np.uint8).tobytes()]
+        first = self._source.leading(epoch, found, sort)[order]
+        return {"rollouts": int(found.sum())}, [order.tobytes(), found.astype(np.uint8).tobytes(), first.tobytes()]
 
     def _body(self, asked: Mapping[str, Any]) -> _Answer:
         epoch = self._source.epoch(_whole(asked, "epoch"))

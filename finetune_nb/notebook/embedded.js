@@ -33,15 +33,23 @@ export function matching(index, signals, filter, hits, labelled) {
   return found;
 }
 
-/** The groups to list, in order; as `group_order` of analysis/browse_index.py. least: of each rollout, the logprob of its least
- * likely token. */
+/** What groups are sorted by the largest of, for a rollout; null for an order by something of the group itself. */
+function sortedBy(index, sort, least) {
+  if (sort === "length") return (i) => index.tokens[i];
+  if (sort === "advantage") return (i) => Math.abs(index.advantages[i]);
+  return least[sort] ? (i) => -least[sort][i] : null;
+}
+
+/** The groups to list, in order; as `group_order` of analysis/browse_index.py. least: by order, of each rollout the logprob of its
+ * least likely token. */
 export function groupOrder(index, found, sort, least) {
   const listed = [];
   for (let group = 0; group < index.groups; group++) {
     if (found.subarray(index.starts[group], index.starts[group + 1]).includes(1)) listed.push(group);
   }
   if (sort === "recorded") return Uint32Array.from(listed);
-  const largest = (value) => (group) => {
+  const value = sortedBy(index, sort, least);
+  const largest = (group) => {
     let most = NaN;
     for (let i = index.starts[group]; i < index.starts[group + 1]; i++) {
       if (found[i] && !Number.isNaN(value(i)) && !(value(i) <= most)) most = value(i);
@@ -52,13 +60,23 @@ export function groupOrder(index, found, sort, least) {
     mean: (group) => index.means[group],
     spread: (group) => -index.spreads[group],
     change: (group) => -Math.abs(Math.fround(index.means[group] - index.before[group])),
-    length: largest((i) => index.tokens[i]),
-    advantage: largest((i) => Math.abs(index.advantages[i])),
-    unlikely: largest((i) => -least[i]),
-  }[sort];
+  }[sort] ?? largest;
   const keys = new Map(listed.map((group) => [group, Number.isNaN(key(group)) ? Infinity : key(group)]));
   listed.sort((a, b) => (keys.get(a) < keys.get(b) ? -1 : keys.get(a) > keys.get(b) ? 1 : a - b));
   return Uint32Array.from(listed);
+}
+
+/** Of each group in an order the rollout to open first; as `leading` of analysis/browse_index.py. */
+export function leading(index, found, sort, least, order) {
+  const value = sortedBy(index, sort, least) ?? (() => 0);
+  const key = (i) => (Number.isNaN(value(i)) ? -Infinity : value(i));
+  return order.map((group) => {
+    let first = -1;
+    for (let i = index.starts[group]; i < index.starts[group + 1]; i++) {
+      if (found[i] && (first < 0 || key(i) > key(first))) first = i;
+    }
+    return first;
+  });
 }
 
 /** What anywidget calls a model, with its answers in the page. */
@@ -99,7 +117,8 @@ class PageModel {
     let found = this.indexes.get(number);
     if (!found) {
       const [[about, buffers]] = await inflated(this.data.epochs[number].index);
-      found = { about, buffers, index: readIndex(about, buffers), least: column(Float32Array, buffers.at(-1)) };
+      const [unlikely, call] = buffers.slice(-2).map((buffer) => column(Float32Array, buffer));
+      found = { about, buffers, index: readIndex(about, buffers), least: { unlikely, call } };
       this.indexes.set(number, found);
     }
     return found;
@@ -117,13 +136,12 @@ class PageModel {
     return found;
   }
 
-  async body(number, row) {
+  async body(number, rollout) {
     const { index } = await this.epoch(number);
-    const rollout = index.rows.indexOf(row);
     const group = groupOf(index, rollout);
     const found = await this.group(number, group);
     if (!found) throw new Error(`what this rollout says is not in this page; run.show(${JSON.stringify(nameOf(index, rollout))}) shows it`);
-    return { index, rollout, found: found[rollout - index.starts[group]] };
+    return { index, found: found[rollout - index.starts[group]] };
   }
 
   /** For each rollout of an epoch, whether it has the text, in upper or lower case. */
@@ -180,11 +198,13 @@ class PageModel {
       const labelled = filter.label ? model.labelled(epoch, index, filter.label) : null;
       const found = matching(index, model.data.hello.signals, filter, hits, labelled);
       const order = groupOrder(index, found, sort, least);
-      return [{ rollouts: found.reduce((sum, each) => sum + each, 0) }, [order, found].map((each) => new DataView(each.buffer))];
+      const first = leading(index, found, sort, least, order);
+      const rollouts = found.reduce((sum, each) => sum + each, 0);
+      return [{ rollouts, version: null }, [order, found, first].map((each) => new DataView(each.buffer))];
     },
-    body: async (model, { epoch, row }) => (await model.body(epoch, row)).found,
-    raw: async (model, { epoch, row }) => {
-      const { index, rollout, found } = await model.body(epoch, row);
+    body: async (model, { epoch, rollout }) => (await model.body(epoch, rollout)).found,
+    raw: async (model, { epoch, rollout }) => {
+      const { index, found } = await model.body(epoch, rollout);
       const body = readBody(...found);
       const messages = body.turns.map(({ role, name, calls, thought, start, stop }, i) => ({
         role, name, content: body.texts.at(i), calls, thought, logprobs: [...body.logprobs.subarray(start, stop)],

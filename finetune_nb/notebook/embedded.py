@@ -171,11 +171,11 @@ def _said(source: Source, shown: Sequence[Epoch], records: Sequence[Epoch], epoc
 def _index(source: Source, record: Epoch) -> dict[str, Any]:
     """What the page lists, filters and sorts an epoch by."""
     index = source.index(record.index)
-    least = source.least(record.index)[index.rows].astype("<f4")
+    least = [source.least(record.index, calls)[index.rows].astype("<f4").tobytes() for calls in (False, True)]
     columns = packed(index, redact_texts([text_of(example) for example in index.examples]))
     about = {"epoch": index.epoch, "inferred": record.selection.inferred}
     labels = redact(source.labels_and_tags(record.index))
-    return {"index": _compressed([(about, [*columns, least.tobytes()])]), "labels": labels, "bodies": {}}
+    return {"index": _compressed([(about, [*columns, *least])]), "labels": labels, "bodies": {}}
 
 
 def _bodies(source: Source, record: Epoch, room: _Room) -> dict[int, str]:

@@ -171,6 +171,31 @@ def test_two_rollouts_are_compared_where_they_part_also_of_two_epochs(opened):
     assert heads == ["b", "a"]
 
 
+def test_orders_and_the_ends_of_the_epochs_have_keys_and_a_label_is_repeated_by_one(opened, tmp_path):
+    run = Folder(tmp_path / "run", *stored(tmp_path, *records()))
+    shown = opened(run)
+    shown.press("l", "{")
+    assert "epoch 0" in shown.text(".what")
+    shown.press("}")
+    assert "epoch 1" in shown.text(".what")
+    shown.press("X")
+    assert shown.said == "nothing was labelled here yet: press x"
+    for _ in range(5):
+        shown.press("s")
+    assert shown.browser.sort == "call" and shown.said == "sort: least likely tool call"
+    shown.press(".")
+    assert "-3" in shown.text(".inspector")  # the reply has a token of -4
+    shown.press("S")
+    assert shown.browser.sort == "unlikely"
+    shown.press(".")
+    assert "-4" in shown.text(".inspector")
+    shown.press("x")
+    shown.page.keyboard.type("seen")
+    shown.press("Enter", "j", "X")
+    shown.page.locator(".labels li").wait_for()
+    assert len(run.labels()) == 2 and set(run.labels().tag) == {"seen"}
+
+
 def test_labels_are_added_shown_to_other_pages_and_removed(opened, tmp_path):
     run = Folder(tmp_path / "run", *stored(tmp_path, *records()))
     shown, other = opened(run), opened(run)

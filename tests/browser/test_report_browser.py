@@ -99,15 +99,16 @@ def test_what_it_lists_is_what_a_kernel_would_list(opened):
     shown, source = opened(run), Source(run)
     read = f"""async ([filter, sort]) => {{ const model = {MODEL};
         const [, views] = await model.constructor.answers.view(model, {{epoch: 1, filter, sort}});
-        return [[...new Uint32Array(views[0].buffer)], [...new Uint8Array(views[1].buffer)]]; }}"""
+        return [Uint32Array, Uint8Array, Uint32Array].map((Type, i) => [...new Type(views[i].buffer)]); }}"""
     filters = [{}, {"reward": (0.1, 0.5)}, {"reward": (None, 0.1)}, {"turns": (3, None)}, {"signal": "teaches"}]
     filters += [{"failed": False}, {"failed": True}, {"cut": True}, {"missing": True}, {"text": " 3"}]
     for wanted in filters:
         for sort in SORTS:
-            order, found = shown.page.evaluate(read, [wanted, sort])
+            order, found, first = shown.page.evaluate(read, [wanted, sort])
             expected = source.matching(1, BrowseFilter.of(wanted))
             assert found == expected.astype(int).tolist(), wanted
             assert order == source.order(1, expected, sort).tolist(), (wanted, sort)
+            assert first == source.leading(1, expected, sort)[order].tolist(), (wanted, sort)
         assert wanted in ({"failed": True}, {"cut": True}, {"missing": True}) or any(found), wanted
 
 

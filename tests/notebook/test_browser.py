@@ -147,8 +147,9 @@ def test_the_index_the_view_and_a_body_can_be_asked_for():
     browser = two_epochs().browse()
     about, columns = asked(browser, "index", epoch=0)
     assert about["epoch"] == 0 and np.frombuffer(columns[0], "<u4").tolist() == [0, 4, 6]
-    about, (order, matched) = asked(browser, "view", epoch=0, filter={"failed": True}, sort="spread")
+    about, (order, matched, first) = asked(browser, "view", epoch=0, filter={"failed": True}, sort="spread")
     assert about == {"rollouts": 1} and np.frombuffer(order, "<u4").tolist() == [0] and sum(matched) == 1
+    assert matched[np.frombuffer(first, "<u4")[0]] == 1
     about, _ = asked(browser, "body", epoch=0, row=5)
     assert about["error"] == "TimeoutError: too slow"
     assert asked(browser, "python", epoch=1, rollout=6)[0]["text"] == "run.show('e1/c/d/1')"
