@@ -150,7 +150,8 @@ def _by_interest(records: Sequence[Epoch]) -> list[Epoch]:
 
 def _in_short(record: Epoch) -> list[Any]:
     mean = record.metrics.mean_reward
-    return [record.index, mean if np.isfinite(mean) else None, record.metrics.trajectories, record.metrics.failures]
+    counts = record.metrics.trajectories, record.metrics.failures
+    return [record.index, mean if np.isfinite(mean) else None, *counts, None]
 
 
 def _said(source: Source, shown: Sequence[Epoch], records: Sequence[Epoch], epochs: dict[int, dict[str, Any]]) -> str:
@@ -173,7 +174,7 @@ def _index(source: Source, record: Epoch) -> dict[str, Any]:
     index = source.index(record.index)
     least = [source.least(record.index, calls)[index.rows].astype("<f4").tobytes() for calls in (False, True)]
     columns = packed(index, redact_texts([text_of(example) for example in index.examples]))
-    about = {"epoch": index.epoch, "inferred": record.selection.inferred}
+    about = {"epoch": index.epoch, "inferred": record.selection.inferred, "version": None}  # it has ended
     labels = redact(source.labels_and_tags(record.index))
     return {"index": _compressed([(about, [*columns, *least])]), "labels": labels, "bodies": {}}
 

@@ -59,7 +59,7 @@ def test_every_rollout_is_in_it_as_the_kernel_would_send_it(tmp_path):
         assert first == (json.loads(json.dumps(expected.about)), expected.columns)
         assert third[0]["error"] == "TimeoutError: too slow" and fourth[0]["turns"]  # by generation: 0, 1, 1, 2
         ((about, columns),) = inflated(data["epochs"]["1"]["index"])
-        assert about == {"epoch": 1, "inferred": False}
+        assert about == {"epoch": 1, "inferred": False, "version": None}
         assert np.frombuffer(columns[0], "<u4").tolist() == [0, 4, 6]
         assert np.frombuffer(columns[14], "<f4").tolist()[:1] == [-3.0]
 
