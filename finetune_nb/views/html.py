@@ -136,19 +136,20 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[Any] | None = None, c
             )
         head = element("thead", element("tr", *cells))
     body = []
+    wide = len(headers or ()) >= WIDE_TABLE
     for row in rows:
         cells = []
         for place, value in enumerate(row):
-            cells.append(_cell(value, named=not headers and place == 0, right=bool(headers)))
+            cells.append(_cell(value, named=not headers and place == 0, right=bool(headers), wide=wide))
         body.append(element("tr", *cells))
     made = element("table", caption and element("caption", caption), head, element("tbody", *body))
-    if len(headers or ()) < WIDE_TABLE:
+    if not wide:
         return made
     # On a narrow page it scrolls by itself, and the keyboard must reach it there.
     return element("div", made, class_="ft-wide", tabindex=0, role="group", aria_label=caption or "table")
 
 
-WIDE_TABLE = 5
+WIDE_TABLE = 4
 """Columns of a table that may be wider than a narrow page."""
 
 
@@ -156,12 +157,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _cell(value: Any, named: bool, right: bool) -> Html:
+def _cell(value: Any, named: bool, right: bool, wide: bool) -> Html:
     if named:
         return element("th", value, scope="row", style=LEFT)
     if _is_number(value):
         return element("td", number(value), class_="n" if right else None)
-    return element("td", value, style=LEFT)
+    return element("td", value, style=LEFT + (_width(value) if wide else ""))
+
+
+def _width(value: Any) -> str:
+    """In a table that scrolls where the page is narrow: a number stays beside its unit, and a sentence is no column of words."""
+    if isinstance(value, Html) or not isinstance(value, str):
+        return ""
+    if len(value) <= 12:
+        return ";white-space:nowrap" if " " in value else ""
+    return ";min-width:14em" if len(value) > 30 else ""
 
 
 LEFT = "text-align:left"
@@ -325,6 +335,8 @@ def page(title: str, *body: Any, script: str | None = None) -> str:
 _PAGE_STYLE = """
 :root{color-scheme:light dark;print-color-adjust:exact;-webkit-print-color-adjust:exact}
 body{margin:0 auto;max-width:100em;padding:12px 20px;font:15px/1.5 system-ui,sans-serif}
+main .ft{--bg:Canvas;--fg:CanvasText}
+@media screen and (prefers-color-scheme:dark){figure>img{filter:invert(.93) hue-rotate(180deg)}}
 h1{font-size:24px;margin:8px 12px}h2{font-size:18px;margin:28px 12px 6px}.verdict{margin:0 12px;max-width:64em;font-size:17px}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr));gap:8px 24px;align-items:start}
 figure{margin:8px 12px;break-inside:avoid}figcaption{font-size:13px;max-width:46em}
@@ -367,10 +379,10 @@ def scores(found: Any) -> str:
 
 def some_examples(examples: Sequence[Any], most: int = 5) -> Html:
     """The first few examples, in parentheses."""
-    ids = [short(example, 40) for example in examples[:most]]
+    ids = [element("span", short(example, 40), style="white-space:nowrap") for example in examples[:most]]
     if len(examples) > most:
-        ids.append("…")
-    return element("span", f" ({', '.join(ids)})", class_="ft-dim")
+        ids.append(Html("…"))
+    return element("span", " (", Html(", ").join(ids), ")", class_="ft-dim")
 
 
 def row(*parts: Any) -> Html:

@@ -1,5 +1,5 @@
-"""Pictures of the browser, the panel, the views and the report: light and dark, in windows of four widths. For looking at them, and
-for notebooks/images.
+"""Pictures of the browser, the panel, the views and the report: light and dark, in windows of four widths. To look at, and for
+notebooks/images.
 
     cd tests && PYTHONPATH=..:.:support python -m browser.pictures RUN OUT [NAME ...]
 
@@ -65,7 +65,7 @@ def of_cells(lab: Lab, folder: Path, names: Sequence[str], out: Path) -> None:
     for theme in THEMES:
         notebook.set_theme(theme)
         for width in WIDTHS:
-            page.set_viewport_size({"width": width, "height": 1100})
+            page.set_viewport_size({"width": width, "height": 2600})
             page.wait_for_timeout(700)
             for place, name in enumerate(names, 1):
                 output = notebook.output(place)
