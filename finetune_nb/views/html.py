@@ -379,10 +379,10 @@ def scores(found: Any) -> str:
 
 def some_examples(examples: Sequence[Any], most: int = 5) -> Html:
     """The first few examples, in parentheses."""
-    ids = [element("span", short(example, 40), style="white-space:nowrap") for example in examples[:most]]
+    ids = [short(example, 40) for example in examples[:most]]
     if len(examples) > most:
-        ids.append(Html("…"))
-    return element("span", " (", Html(", ").join(ids), ")", class_="ft-dim")
+        ids.append("…")
+    return element("span", f" ({', '.join(ids)})", class_="ft-dim")
 
 
 def row(*parts: Any) -> Html:

@@ -81,7 +81,7 @@ def test_reasons_say_how_many_and_what_to_do() -> None:
     assert reasons.share["all_worst"] == 0.5
     assert "take harder examples" in reasons.what_to_do["all_best"]
     shown = text_of(found._repr_html_())
-    for part in ("epoch 0 · 1 of 4 groups teach", "too hard as they are", "( q2 , q3 )", "larger or smaller groups"):
+    for part in ("epoch 0 · 1 of 4 groups teach", "too hard as they are", "(q2, q3)", "larger or smaller groups"):
         assert part in shown
     assert repr(found).startswith(
         "epoch 0: 1 of 4 groups teach\n    1  their rewards differ, and they are trained on (q0)"
