@@ -4,7 +4,7 @@ notebooks/images.
     cd tests && PYTHONPATH=..:.:support python -m browser.pictures RUN OUT [NAME ...]
 
 RUN is a run's folder, OUT where the pictures go; with names such as "browser" only those are made. A picture is called
-NAME-THEME-WIDTH.png. To have it small, they are saved with 64 colours where Pillow is installed.
+NAME-THEME-WIDTH.png. To have it small, they are saved with 256 colours where Pillow is installed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def main(folder: str, out: str, *names: str) -> None:
 
 def of_cells(lab: Lab, folder: Path, names: Sequence[str], out: Path) -> None:
     """Pictures of what cells show in JupyterLab."""
-    notebook = lab.open([f"import finetune_nb as ft\nrun = ft.Run.open({str(folder)!r})", *map(CELLS.__getitem__, names)])
+    notebook = lab.open(
+        [f"import finetune_nb as ft\nrun = ft.Run.open({str(folder)!r})", *map(CELLS.__getitem__, names)]
+    )
     page = notebook.page
     page.evaluate("jupyterapp.shell.collapseLeft()")
     page.set_viewport_size({"width": WIDTHS[0], "height": 1100})
@@ -118,7 +120,7 @@ def save(png: bytes, path: Path) -> None:
     except ImportError:
         path.write_bytes(png)
         return
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":
