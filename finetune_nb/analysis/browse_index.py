@@ -233,7 +233,8 @@ def least_likely(epoch: Epoch, calls: bool = False) -> np.ndarray:
     per_message = np.nan_to_num(tokens.value_lengths().to_numpy(zero_copy_only=False)).astype(np.int64)
     if calls:
         metadata = table.column("item_metadata").combine_chunks().flatten()  # JSON
-        has_call = pc.fill_null(pc.match_substring_regex(metadata, _CALL), False).to_numpy(zero_copy_only=False)
+        matching_regex: Any = pc.match_substring_regex  # type: ignore[attr-defined]  # made when it is imported
+        has_call = pc.fill_null(matching_regex(metadata, _CALL), False).to_numpy(zero_copy_only=False)
         values = np.where(np.repeat(has_call, per_message), values, np.nan)
     per_row = np.nan_to_num(messages.value_lengths().to_numpy(zero_copy_only=False)).astype(np.int64)
     ends = np.concatenate([[0], np.cumsum(per_message)])
