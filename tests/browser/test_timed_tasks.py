@@ -129,8 +129,7 @@ def test_five_tasks_by_keys_and_by_code(lab, tmp_path):
     assert "q17" in notebook.text(1)
 
     # What has changed between epochs 0 and 9 for one question.
-    focus(notebook)
-    notebook.press("S"), settle(notebook), notebook.press("S"), settle(notebook), notebook.press("S"), settle(notebook)
+    by_keys(notebook, "S", "S", "S")
     for _ in range(40):
         if page.locator(".ftb .head .id").first.inner_text() == "q7":
             break
