@@ -1137,7 +1137,7 @@ def logprob_values(logprobs: Any) -> list[float] | None:
     content = logprob_entries(logprobs)
     if content is None:
         return None
-    if type(content) is list and all(type(entry) is float for entry in content):
+    if type(content) is list and set(map(type, content)) <= {float}:
         return content.copy()
     return [
         float(entry["logprob"] if isinstance(entry, Mapping) else getattr(entry, "logprob", entry)) for entry in content

@@ -47,6 +47,9 @@ def test_the_wheel_has_what_is_not_python_too(wheel):
         "finetune_nb/py.typed",
         "finetune_nb/notebooks/01_first_run.ipynb",
         "finetune_nb/examples/calculator/config.yml",
+        "finetune_nb/notebook/mount.js",
+        "finetune_nb/notebook/panel.js",
+        "finetune_nb/notebook/embedded.js",
         "finetune_nb/notebook/browser.js",
         "finetune_nb/notebook/browser.css",
     ):

@@ -29,6 +29,7 @@ __all__ = [
     "BrowseIndex",
     "browse_index",
     "group_order",
+    "leading",
     "least_likely",
     "matching",
     "means_before",
@@ -46,6 +47,7 @@ SORTS = {
     "advantage": "largest advantage",
     "length": "longest",
     "unlikely": "least likely token",
+    "call": "least likely tool call",
     "change": "changed most since the epoch before",
 }
 """By what groups can be sorted, in words."""
@@ -212,9 +214,16 @@ def _narrow(values: np.ndarray) -> np.ndarray:
         return values.astype("<f4")
 
 
-def least_likely(epoch: Epoch) -> np.ndarray:
-    """(R,) the logprob of the least likely sampled token of each row of the epoch's file; NaN where there is none."""
-    table = trajectory_columns(epoch, ["logprobs"])
+def least_likely(epoch: Epoch, calls: bool = False) -> np.ndarray:
+    """(R,) the logprob of the least likely sampled token of each row of the epoch's file; NaN where there is none.
+
+    Args:
+        epoch: Its record.
+        calls: Whether only messages that call a tool count.
+    """
+    import pyarrow.compute as pc
+
+    table = trajectory_columns(epoch, ["logprobs", "item_metadata"] if calls else ["logprobs"])
     messages = table.column("logprobs").combine_chunks()
     found = np.full(len(messages) + epoch.metrics.failures, np.nan)
     tokens = messages.flatten()  # one list per message
@@ -222,12 +231,20 @@ def least_likely(epoch: Epoch) -> np.ndarray:
     if not len(values):
         return found
     per_message = np.nan_to_num(tokens.value_lengths().to_numpy(zero_copy_only=False)).astype(np.int64)
+    if calls:
+        metadata = table.column("item_metadata").combine_chunks().flatten()  # JSON
+        matching_regex: Any = pc.match_substring_regex  # type: ignore[attr-defined]  # made when it is imported
+        has_call = pc.fill_null(matching_regex(metadata, _CALL), False).to_numpy(zero_copy_only=False)
+        values = np.where(np.repeat(has_call, per_message), values, np.nan)
     per_row = np.nan_to_num(messages.value_lengths().to_numpy(zero_copy_only=False)).astype(np.int64)
     ends = np.concatenate([[0], np.cumsum(per_message)])
     starts = ends[np.concatenate([[0], np.cumsum(per_row)])]
     has = starts[1:] > starts[:-1]
     found[: len(messages)][has] = np.fmin.reduceat(values, starts[:-1][has])
     return found
+
+
+_CALL = r'"tool_calls":\s*(\[\s*)?[{"]'
 
 
 # ── which rollouts, in which order ───────────────────────────────────────────────────────────────────────────────────
@@ -371,7 +388,7 @@ def group_order(index: BrowseIndex, found: np.ndarray, sort: str, least: np.ndar
         index: The epoch's index.
         found: (N,) bool: which rollouts are listed. A group without any is not.
         sort: A key of SORTS.
-        least: (R,) as `least_likely` finds it; needed for "unlikely".
+        least: (R,) as `least_likely` finds it; needed for "unlikely" and, of calls, for "call".
 
     Returns:
         Places of groups, uint32. Groups without a value to sort by come last; equal ones stay as recorded.
@@ -393,15 +410,38 @@ def group_order(index: BrowseIndex, found: np.ndarray, sort: str, least: np.ndar
         key = -index.spreads
     elif sort == "change":
         key = -np.abs(index.means - index.before)
-    elif sort == "length":
-        key = -_largest(index.tokens.astype(np.float64), starts, found)
-    elif sort == "advantage":
-        key = -_largest(np.abs(index.advantages.astype(np.float64)), starts, found)
     else:
-        assert least is not None
-        key = -_largest(-least[index.rows], starts, found)
+        values = _sorted_by(index, sort, least)
+        assert values is not None
+        key = -_largest(values, starts, found)
     order = np.argsort(np.where(np.isnan(key), np.inf, key), kind="stable")
     return order[listed[order]].astype("<u4")
+
+
+def leading(index: BrowseIndex, found: np.ndarray, sort: str, least: np.ndarray | None = None) -> np.ndarray:
+    """(G,) of each group the listed rollout that it is sorted by, which is the one to open first; where a group is sorted by
+    something of its own, the first. uint32. A group without a listed rollout has any. Arguments as for `group_order`."""
+    values = _sorted_by(index, sort, least)
+    if not len(index):
+        return np.empty(0, "<u4")
+    starts = index.starts[:-1].astype(np.int64)
+    key = np.zeros(len(index)) if values is None else np.where(np.isnan(values), -np.inf, values)
+    largest = np.maximum.reduceat(np.where(found, key, -np.inf), starts)
+    is_largest = found & (key == largest[index.groups_of])
+    places = np.where(is_largest, np.arange(len(index)), len(index))
+    return np.minimum(np.minimum.reduceat(places, starts), len(index) - 1).astype("<u4")
+
+
+def _sorted_by(index: BrowseIndex, sort: str, least: np.ndarray | None) -> np.ndarray | None:
+    """(N,) what groups are sorted by the largest of; None for an order by something of the group itself."""
+    if sort == "length":
+        return index.tokens.astype(np.float64)
+    if sort == "advantage":
+        return np.abs(index.advantages.astype(np.float64))
+    if sort in ("unlikely", "call"):
+        assert least is not None
+        return -least[index.rows]
+    return None
 
 
 def _largest(values: np.ndarray, starts: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -419,12 +459,15 @@ def packed_texts(texts: Sequence[str]) -> tuple[bytes, bytes]:
     offsets = np.zeros(len(texts) + 1, "<u4")
     joined = "".join(texts)
     if joined.isascii():
-        blob, lengths = joined.encode(), list(map(len, texts))
+        lengths = list(map(len, texts))
     else:
-        encoded = [text.encode("utf-8", "backslashreplace") for text in texts]
-        blob, lengths = b"".join(encoded), list(map(len, encoded))
+        lengths = [len(text) if text.isascii() else len(_utf8(text)) for text in texts]
     np.cumsum(lengths, out=offsets[1:])
-    return blob, offsets.tobytes()
+    return _utf8(joined), offsets.tobytes()
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
 
 
 def packed(index: BrowseIndex, examples: Sequence[str]) -> list[bytes]:

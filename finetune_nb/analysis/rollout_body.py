@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from numbers import Real
 from typing import Any
 
@@ -112,7 +113,9 @@ class _Tokens:
                 texts = [""] * len(logprobs)
             if type(entropies) is not list or len(entropies) != len(logprobs):
                 entropies = [math.nan] * len(logprobs)
-            return cls(texts, logprobs, [as_float(each) for each in entropies])
+            if not set(map(type, entropies)) <= {float}:
+                entropies = [as_float(each) for each in entropies]
+            return cls(texts, logprobs, entropies)
         tokens = tokens_of(item)
         return cls(
             [token.text or "" for token in tokens],
@@ -297,6 +300,7 @@ class RolloutRows:
 
     def __init__(self) -> None:
         self._kept: list[tuple[Epoch, int, Any]] = []
+        self._in_memory: tuple[Epoch, list[Trajectory | RolloutFailure]] | None = None
 
     def rollout(self, epoch: Epoch, row: int, whole: bool = False) -> Trajectory | RolloutFailure:
         """One rollout.
@@ -315,13 +319,31 @@ class RolloutRows:
         """
         read = epoch.row_group if isinstance(epoch, StoredEpoch) else None
         if read is None:
-            collection = epoch.collection
             if row < 0:
                 raise IndexError(f"found row {row}")
-            return [*(each for group in collection.trajectories for each in group), *collection.failures][row]
+            kept = self._in_memory
+            if kept is None or kept[0] is not epoch:
+                collection = epoch.collection
+                rollouts = [*(each for group in collection.trajectories for each in group), *collection.failures]
+                kept = self._in_memory = (epoch, rollouts)
+            return kept[1][row]
         first, table = read(row, tuple(COLUMNS)) if whole else self._part(epoch, row, read)
         found = collection_of(table.take([row - first]), "", None)
         return found.failures[0] if found.failures else found.trajectories[0][0]
+
+    def rollouts(self, epoch: Epoch, rows: Sequence[int]) -> list[Trajectory | RolloutFailure]:
+        """The rollouts of one example, which are read together where they lie together. As `rollout` for each of the rows."""
+        read = epoch.row_group if isinstance(epoch, StoredEpoch) else None
+        if read is not None and rows:
+            parts = [self._part(epoch, row, read) for row in rows]
+            first, table = parts[0]
+            if all(part is table for _, part in parts):
+                order = sorted(rows)  # in a file, failures come last
+                found = collection_of(table.take([row - first for row in order]), "", None)
+                if len(found.trajectories) <= 1:
+                    by_row = dict(zip(order, [*chain(*found.trajectories), *found.failures], strict=True))
+                    return [by_row[row] for row in rows]
+        return [self.rollout(epoch, row) for row in rows]
 
     def _part(self, epoch: Epoch, row: int, read: Any) -> tuple[int, Any]:
         kept = list(self._kept)  # other threads may replace it

@@ -1,4 +1,4 @@
-// The trajectory browser's page side: one ES module without imports or a build step.
+// The trajectory browser's page side, in one ES module without imports or a build step. It begins with mount.js.
 //
 // Texts come from models, tools and datasets: they go in as text nodes only, never as markup. The kernel is asked by custom
 // messages; what it sends are plain records with binary columns.
@@ -235,11 +235,6 @@ class Kernel {
     this.gone = false;
     this.hear = (content, buffers) => this.heard(content, buffers);
     model.on("msg:custom", this.hear);
-    this.onClose = () => this.lose();
-    // What follows are ipywidgets' events, which other hosts may not have.
-    for (const name of ["comm:close", "destroy"]) model.on(name, this.onClose);
-    this.onLive = () => this.checkLive();
-    model.on("comm_live_update", this.onLive);
   }
 
   ask(op, args = {}) {
@@ -288,15 +283,6 @@ class Kernel {
     else waiting.done([content, buffers]);
   }
 
-  async checkLive() {
-    try {
-      const raw = await this.model.widget_manager?.get_model(this.model.get("mount"));
-      if (raw && raw.comm_live === false) this.lose();
-    } catch {
-      this.lose();
-    }
-  }
-
   lose() {
     this.gone = true;
     for (const { timers, fail } of this.waiting.values()) {
@@ -314,8 +300,6 @@ class Kernel {
     for (const { timers } of this.waiting.values()) timers.forEach(clearTimeout);
     this.waiting.clear();
     this.model.off("msg:custom", this.hear);
-    for (const name of ["comm:close", "destroy"]) this.model.off(name, this.onClose);
-    this.model.off("comm_live_update", this.onLive);
   }
 }
 
@@ -506,6 +490,8 @@ function sparkline(values, [low, high], width, height) {
 
 // ── the conversation ────────────────────────────────────────────────────────────────────────────────────────────────
 
+/** The name after that one in a list of [name, words], from the start again after the last one. */
+const after = (list, name) => list[(list.findIndex(([each]) => each === name) + 1) % list.length][0];
 export const TINTS = [["probability", "tint: probability"], ["entropy", "tint: entropy"], ["advantage", "tint: advantage"], ["change", "tint: change"], ["none", "no tint"]];
 const ORANGE = "217,95,2", GREEN = "27,127,59", RED = "192,57,43", BLUE = "0,119,204";
 const MUCH = 0.7; // nats beyond which a change is marked by a line as well
@@ -869,12 +855,20 @@ class Reader {
   /** The next less likely token, or the one before: from the least likely on. */
   nextUnlikely(step) {
     const changed = this.view.tint === "change" && this.changes;
-    this.unlikely ??= changed ? mostChanged(this.changes) : leastLikely(this.body.logprobs);
+    const logprobs = this.view.sort === "call" ? this.inCalls() : this.body.logprobs;
+    this.unlikely ??= changed ? mostChanged(this.changes) : leastLikely(logprobs);
     const count = this.unlikely.length;
     if (!count) return this.view.say("no token of this rollout was sampled by the policy");
     this.rank = this.rank < 0 ? (step > 0 ? 0 : count - 1) : (this.rank + step + count) % count;
     this.view.focusToken(this, this.unlikely[this.rank], true);
     this.view.say(`${changed ? "changed" : "unlikely"} token ${this.rank + 1} of ${count}`);
+  }
+
+  /** The logprobs of what calls a tool. */
+  inCalls() {
+    const found = new Float32Array(this.body.logprobs.length).fill(NaN);
+    for (const { calls, start, stop } of this.body.turns) if (calls.length) found.set(this.body.logprobs.subarray(start, stop), start);
+    return found;
   }
 
   // ── beside another one ──
@@ -1077,7 +1071,7 @@ class Labels {
     this.tag = make("input", { type: "text", "aria-label": "label", placeholder: "label, such as hacked", list: `${view.prefix}-tags`, maxlength: "80" });
     this.score = make("input", { type: "number", step: "any", "aria-label": "score", placeholder: "score" });
     this.note = make("textarea", { rows: "2", "aria-label": "note", placeholder: "note" });
-    const form = make("form", {}, this.tag, this.suggestions, make("div", { kind: "line" }, this.score, this.level), this.note, make("button", { type: "submit", text: "add label", title: "add the label (Enter)" }));
+    const form = make("form", { kind: "live" }, this.tag, this.suggestions, make("div", { kind: "line" }, this.score, this.level), this.note, make("button", { type: "submit", text: "add label", title: "add the label (Enter)" }));
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.add();
@@ -1089,10 +1083,18 @@ class Labels {
     const tag = this.tag.value.trim();
     if (!tag) return this.view.say("a label needs a name");
     const score = this.score.value === "" ? null : Number(this.score.value);
-    const done = await this.view.changeLabel({ tag, score, note: this.note.value, level: this.level.value });
+    const label = { tag, score, note: this.note.value, level: this.level.value };
+    const done = await this.view.changeLabel(label);
     if (!done) return;
+    this.last = label;
     for (const field of [this.tag, this.score, this.note]) field.value = "";
     this.view.root.focus();
+  }
+
+  /** What was labelled last is said of what is open now, too. */
+  again() {
+    if (this.last) this.view.changeLabel(this.last);
+    else this.view.say("nothing was labelled here yet: press x");
   }
 
   paint() {
@@ -1108,7 +1110,9 @@ class Labels {
       const when = new Date(time * 1000).toLocaleString();
       const said = [level === "rollout" ? "" : `of the ${level}`, score === null ? "" : number(score), author].filter(Boolean).join(", ");
       const item = make("li", {}, make("b", { text: tag }), make("span", { kind: "dim", text: ` ${said}`, title: when }));
-      item.append(button("×", `remove the label ${visible(tag)}`, () => this.view.changeLabel({ tag, level, author, remove: true })));
+      const remove = button("×", `remove the label ${visible(tag)}`, () => this.view.changeLabel({ tag, level, author, remove: true }));
+      remove.className = "live";
+      item.append(remove);
       if (note) item.append(make("blockquote", { text: note, dir: "auto" }));
       this.known.append(item);
     }
@@ -1118,18 +1122,17 @@ class Labels {
 // ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const KEYS = [
-  ["j k", "next, previous example"], ["h l", "previous, next generation"], ["[ ]", "previous, next epoch"], ["n p", "next, previous turn"],
+  ["j k", "next, previous example"], ["h l", "previous, next generation"], ["[ ]", "previous, next epoch"], ["{ }", "first, newest epoch"], ["s S", "next, previous order of the list"], ["n p", "next, previous turn"],
   [". ,", "next, previous unlikely token"], ["c", "compare with the other end of the group; again: end it"], ["C", "keep this rollout on the right, and go on reading on the left"],
-  ["d", "to where the two part"], ["/", "search"], ["f", "filter"], ["e E", "fold this turn, all turns"], ["t", "next tint; with the tint change, . and , go by the most changed token"], ["x", "label"],
+  ["d", "to where the two part"], ["/", "search"], ["f", "filter"], ["e E", "fold this turn, all turns"], ["t", "next tint; with the tint change, . and , go by the most changed token"], ["x", "label"], ["X", "the same label again"],
   ["y", "copy the record as JSON"], ["Y", "copy the line of Python that shows this"], ["g G", "first, last example"], ["?", "these keys"], ["Esc", "leave: the keys are JupyterLab's again"],
 ];
 const EVERY = 1500; // milliseconds between two questions for news
-const AWAY = 60_000; // milliseconds out of the page until a mounted view is taken down
 let views = 0;
 
 class BrowserView {
-  constructor(model, host, onUnseen) {
-    Object.assign(this, { host, onUnseen, seen: performance.now() });
+  constructor(model, host) {
+    this.host = host;
     this.prefix = `ftb-${Math.floor(performance.now())}-${views++}`;
     this.kernel = new Kernel(model, (state) => this.onKernel(state));
     this.indexes = new Cache(24e6);
@@ -1226,7 +1229,9 @@ class BrowserView {
     const found = await this.ask("hello");
     if (!found) return;
     const [about] = found;
-    Object.assign(this, { line: about.line, signals: about.signals, sorts: about.sorts });
+    Object.assign(this, { line: about.line, signals: about.signals, sorts: about.sorts, still: Boolean(about.still) });
+    this.root.classList.toggle("still", this.still); // a page without a kernel
+    if (this.still) this.tintChoice.querySelector("option[value=change]")?.remove(); // the kernel's to work out
     this.sortChoice.replaceChildren(...Object.entries(about.sorts).map(([value, text]) => make("option", { value, text: `sort: ${text}` })));
     this.takeEpochs(about);
     this.buildFilters();
@@ -1266,10 +1271,7 @@ class BrowserView {
   }
 
   tick() {
-    if (this.host.isConnected) {
-      this.seen = performance.now();
-      if (!document.hidden) this.askNews();
-    } else if (performance.now() - this.seen > AWAY) this.onUnseen?.();
+    if (this.host.isConnected && !document.hidden) this.askNews();
   }
 
   async askNews() {
@@ -1422,6 +1424,7 @@ class BrowserView {
   takeView([about, buffers], quiet = false) {
     this.order = column(Uint32Array, buffers[0]);
     this.matched = column(Uint8Array, buffers[1]);
+    this.leading = column(Uint32Array, buffers[2]); // of each listed group the rollout to open
     if (!quiet) this.say(`${plural(this.order.length, "example")}, ${plural(about.rollouts, "rollout")}`);
   }
 
@@ -1522,6 +1525,16 @@ class BrowserView {
     label.value = filter.label ?? "";
   }
 
+  /** Another order, from its beginning. */
+  async stepSort(step) {
+    const names = Object.keys(this.sorts);
+    const sort = names[(names.indexOf(this.sort) + step + names.length) % names.length];
+    this.sortChoice.value = sort;
+    await this.refilter({ sort });
+    if (this.index) this.goToGroup(null);
+    this.say(`sort: ${this.sorts[sort]}`);
+  }
+
   toggleFilters(shown = this.filters.hidden) {
     this.filters.hidden = !shown;
     this.filterButton.setAttribute("aria-expanded", String(shown));
@@ -1541,12 +1554,7 @@ class BrowserView {
     }
     this.position = clamp(place, 0, this.order.length - 1);
     this.list.paint();
-    const group = this.order[this.position];
-    if (rollout === null) {
-      rollout = this.index.starts[group];
-      for (let i = this.index.starts[group + 1] - 1; i >= this.index.starts[group]; i--) if (this.matched[i]) rollout = i;
-    }
-    this.openIn(this.readers[0], this.index, rollout);
+    this.openIn(this.readers[0], this.index, rollout ?? this.leading[this.position]);
   }
 
   /** How the kernel knows a rollout: by its place; in an epoch that may gain others meanwhile, by its name as well. */
@@ -1576,6 +1584,12 @@ class BrowserView {
     const fetching = this.fetchBody(index, rollout);
     this.fetching = fetching;
     const body = await fetching;
+    if (!body && this.still && reader.ticket === ticket) {
+      reader.clear(this.status.textContent); // what it says is not in the page
+      reader.wanted = { index, rollout };
+      this.inspector.paintToken();
+      this.inspector.paintRollout();
+    }
     if (!body || reader.ticket !== ticket || this.closed) return;
     const came = performance.now();
     reader.show(body, { index, rollout });
@@ -1888,12 +1902,14 @@ class BrowserView {
       j: () => this.stepExample(1), k: () => this.stepExample(-1), ArrowDown: () => this.stepExample(1), ArrowUp: () => this.stepExample(-1),
       h: () => this.stepGeneration(-1), l: () => this.stepGeneration(1), ArrowLeft: () => this.stepGeneration(-1), ArrowRight: () => this.stepGeneration(1),
       g: () => this.stepExample(-this.position), G: () => this.stepExample(this.order.length), "[": () => this.stepEpoch(-1), "]": () => this.stepEpoch(1),
+      "{": () => this.stepEpoch(-this.placeOfEpoch(this.index?.epoch)), "}": () => this.stepEpoch(this.epochs.length - 1 - this.placeOfEpoch(this.index?.epoch)),
+      s: () => this.stepSort(1), S: () => this.stepSort(-1),
       n: ready(() => reader.turnTo(reader.turn + 1)), p: ready(() => reader.turnTo(reader.turn - 1)),
       ".": ready(() => reader.nextUnlikely(1)), ",": ready(() => reader.nextUnlikely(-1)),
       c: () => this.compare(), C: () => this.pin(), d: () => this.toParting(), "/": () => this.search.focus(), f: () => this.toggleFilters(),
       e: ready(() => reader.sections[reader.turn] && reader.fold(reader.sections[reader.turn])), E: ready(() => reader.foldAll()),
-      t: () => this.setTint(TINTS[(TINTS.findIndex(([name]) => name === this.tint) + 1) % TINTS.length][0]),
-      x: () => this.labelBox.tag.focus(),
+      t: () => this.setTint(after(this.still ? TINTS.filter(([name]) => name !== "change") : TINTS, this.tint)),
+      x: () => (this.still ? this.say("labels are made in a notebook") : this.labelBox.tag.focus()), X: () => this.labelBox.again(),
       y: async () => { const text = await this.rawText(); if (text !== null) this.copy(text, "the record as JSON"); }, Y: () => this.copyPython(), "?": () => this.toggleHelp(),
     };
   }
@@ -1928,85 +1944,31 @@ class BrowserView {
 
 // ── into the page ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-function render({ model, el, signal, onUnseen }) {
+function show(model, el) {
   const host = document.createElement("div");
   el.append(host);
-  const view = new BrowserView(model, host, onUnseen);
-  el.view = view;
+  el.view = new BrowserView(model, host);
+  return el.view;
+}
+
+// For front ends that make a widget's page only where an output shows it.
+function render({ model, el, signal }) {
+  const view = show(model, el);
+  const unwatch = watchKernel(model, () => view.kernel.lose());
   const close = () => {
+    unwatch();
     view.close();
-    host.remove();
+    view.host.remove();
   };
   signal?.addEventListener("abort", close);
   return close;
 }
 
-/** Puts views over the static HTML of the outputs, wherever it is shown. A model may have been restored from a file, or be
- * left over from a notebook that was closed: each place keeps its HTML until a kernel has answered for it. */
 function initialize({ model, signal }) {
-  const mount = model.get("mount");
-  if (!mount || typeof document === "undefined") return;
-  const places = new Map(); // element -> what takes its view away; null: the kernel was asked
-  const asked = new Map(); // id of a message -> element
-  let [due, over] = [false, false];
-  let next = Math.floor(Math.random() * 2 ** 40);
-
-  const scan = () => {
-    if (over) return;
-    for (const place of places.keys()) {
-      if (places.get(place) === null && !place.isConnected) places.delete(place);
-    }
-    for (const place of document.querySelectorAll(`[data-ftb="${CSS.escape(mount)}"]`)) {
-      if (places.has(place)) continue;
-      places.set(place, null);
-      asked.set(++next, place);
-      try {
-        model.send({ id: next, op: "ready" });
-      } catch {
-        return; // its channel is closed
-      }
-    }
-  };
-  const show = (place) => {
-    const still = [...place.children];
-    const el = document.createElement("div");
-    for (const child of still) child.hidden = true;
-    place.append(el);
-    const takeDown = () => {
-      close();
-      el.remove();
-      for (const child of still) child.hidden = false;
-      places.delete(place);
-    };
-    // A place that is out of the page for long was closed, or is scrolled far away: then it is mounted anew when it is back.
-    const close = render({ model, el, onUnseen: takeDown });
-    places.set(place, takeDown);
-  };
-  const watch = new MutationObserver(() => {
-    if (due) return;
-    due = true;
-    requestAnimationFrame(() => {
-      due = false;
-      scan();
-    });
+  mountOver({ model, signal }, () => {
+    let view = null;
+    return { attach: (el) => { view = show(model, el); }, remove: () => view?.close(), gone: () => view.kernel.lose() };
   });
-  const heard = (content) => {
-    const place = asked.get(content.id);
-    asked.delete(content.id);
-    if (place && !over && places.get(place) === null) show(place);
-  };
-  const end = () => {
-    over = true;
-    watch.disconnect();
-    model.off("msg:custom", heard);
-    for (const takeDown of [...places.values()]) takeDown?.();
-    places.clear();
-  };
-  model.on("msg:custom", heard);
-  model.on("comm:close", end);
-  signal?.addEventListener("abort", end);
-  watch.observe(document.body, { childList: true, subtree: true });
-  scan();
 }
 
 export default { initialize, render };

@@ -24,6 +24,7 @@ from ..analysis.browse_index import (
     BrowseIndex,
     browse_index,
     group_order,
+    leading,
     least_likely,
     matching,
     means_before,
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BrowsedRun",
     "Browser",
+    "Source",
+    "words_of_signals",
 ]
 
 logger = redacting_logger(__name__)
@@ -80,7 +83,7 @@ class BrowsedRun(Protocol):
     def read_partial(self, decoded: DecodedBatches) -> Epoch | None: ...
 
 
-class _Source:
+class Source:
     """The epochs of a run, with what was read of them last. Used by several threads."""
 
     def __init__(self, run: BrowsedRun) -> None:
@@ -90,7 +93,7 @@ class _Source:
         self._records: Sequence[Epoch] = run.records
         self.folder: Path | None = getattr(run, "folder", None)
         self._indexes: dict[int, tuple[Epoch, BrowseIndex]] = {}
-        self._least: tuple[Epoch, np.ndarray] | None = None
+        self._least: dict[bool, tuple[Epoch, np.ndarray]] = {}
         self._history: tuple[Epoch, np.ndarray] | None = None
         self._hits: tuple[Epoch, Query, np.ndarray] | None = None
         self._unfinished: Epoch | None = None
@@ -195,11 +198,12 @@ class _Source:
         self._indexes = dict([*kept[-(KEPT_INDEXES - 1) :], (number, (epoch, index))])
         return index
 
-    def least(self, number: int) -> np.ndarray:
+    def least(self, number: int, calls: bool = False) -> np.ndarray:
         epoch = self.epoch(number)
-        if self._least is None or self._least[0] is not epoch:
-            self._least = (epoch, least_likely(epoch))
-        return self._least[1]
+        known = self._least.get(calls)
+        if known is None or known[0] is not epoch:
+            known = self._least[calls] = (epoch, least_likely(epoch, calls))
+        return known[1]
 
     def history(self, number: int) -> np.ndarray:
         """(E, G) the mean reward of each group's example in the last epochs up to this one; NaN where it was not drawn."""
@@ -254,6 +258,17 @@ class _Source:
                 found.append((label, place))
         return found
 
+    def labels_and_tags(self, number: int) -> dict[str, Any]:
+        """The labels of an epoch as plain values, and all tags of the run."""
+        if self.folder is None:
+            return {"epoch": number, "labels": [], "tags": [], "change": 0}
+        known = changed_since(self.folder, 0)
+        found = []
+        for label, place in self.labels(number):
+            found.append([label.level, place, label.tag, label.score, label.note, label.author, label.time])
+        tags = sorted({label.tag for label in known.labels if not label.removed})
+        return {"epoch": number, "labels": found, "tags": tags, "change": known.change}
+
     def labelled(self, number: int, tag: str) -> np.ndarray:
         """(N,) which rollouts have a label, they themselves, their group or, where its name is given, their epoch; "*": any."""
         index = self.index(number)
@@ -270,7 +285,18 @@ class _Source:
         return found
 
     def order(self, number: int, found: np.ndarray, sort: str) -> np.ndarray:
-        return group_order(self.index(number), found, sort, self.least(number) if sort == "unlikely" else None)
+        return group_order(self.index(number), found, sort, self._least_for(number, sort))
+
+    def leading(self, number: int, found: np.ndarray, sort: str) -> np.ndarray:
+        return leading(self.index(number), found, sort, self._least_for(number, sort))
+
+    def _least_for(self, number: int, sort: str) -> np.ndarray | None:
+        return self.least(number, sort == "call") if sort in ("unlikely", "call") else None
+
+
+def words_of_signals() -> list[dict[str, str]]:
+    """What the page says of each signal, in the order of SIGNAL_NAMES."""
+    return [{"name": name, "meaning": SIGNALS[name][0], "advice": SIGNALS[name][1]} for name in SIGNAL_NAMES]
 
 
 def _query_of(wanted: BrowseFilter) -> Query | None:
@@ -283,7 +309,7 @@ def _query_of(wanted: BrowseFilter) -> Query | None:
 class _Changes:
     """Computes what tokens have changed by, one rollout after the other in a thread of its own, and tells the page."""
 
-    def __init__(self, source: _Source, tell: Callable[[Mapping[str, Any], Sequence[bytes]], None]) -> None:
+    def __init__(self, source: Source, tell: Callable[[Mapping[str, Any], Sequence[bytes]], None]) -> None:
         self._source, self._tell = source, tell
         self._turn = threading.Lock()
         self._waiting: list[tuple[Any, Epoch, int, int | None]] = []
@@ -371,7 +397,7 @@ class Browser(traitlets.HasTraits):
         self, run: BrowsedRun, epoch: int | None = None, example: Any = None, filter: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
-        self._source = _Source(run)
+        self._source = Source(run)
         self._name = run.id
         self._searches = 0
         self._heard = threading.local()  # whether this thread is doing what the page said
@@ -564,9 +590,7 @@ class Browser(traitlets.HasTraits):
         return {
             "run": short(self._name, 80),
             "line": self._line(),
-            "signals": [
-                {"name": name, "meaning": SIGNALS[name][0], "advice": SIGNALS[name][1]} for name in SIGNAL_NAMES
-            ],
+            "signals": words_of_signals(),
             "sorts": SORTS,
             **self._where(),
             **self._epochs(),
@@ -614,7 +638,8 @@ class Browser(traitlets.HasTraits):
             self.sort = sort
         version = self._source.version(self._source.epoch(epoch))
         about = {"rollouts": int(found.sum()), "version": version}
-        return about, [order.tobytes(), found.astype(np.uint8).tobytes()]
+        first = self._source.leading(epoch, found, sort)[order]
+        return about, [order.tobytes(), found.astype(np.uint8).tobytes(), first.tobytes()]
 
     def _asked(self, asked: Mapping[str, Any]) -> tuple[Epoch, BrowseIndex, int]:
         """The rollout that a message speaks of, by its place in the index or its row in the file. Of an unfinished epoch by its
@@ -676,15 +701,7 @@ class Browser(traitlets.HasTraits):
 
     def _labels_of(self, epoch: int) -> dict[str, Any]:
         """The labels of an epoch as plain values, and all tags of the run."""
-        folder = self._source.folder
-        if folder is None:
-            return {"epoch": epoch, "labels": [], "tags": [], "change": 0}
-        known = changed_since(folder, 0)
-        found = []
-        for label, place in self._source.labels(epoch):
-            found.append([label.level, place, label.tag, label.score, label.note, label.author, label.time])
-        tags = sorted({label.tag for label in known.labels if not label.removed})
-        return {"epoch": epoch, "labels": found, "tags": tags, "change": known.change}
+        return self._source.labels_and_tags(epoch)
 
     def _label(self, asked: Mapping[str, Any]) -> _Answer:
         """A person labels a rollout, its group or its epoch, or takes a label away."""

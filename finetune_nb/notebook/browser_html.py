@@ -45,23 +45,24 @@ def browser_text(name: str, epochs: Sequence[Epoch], shown: int | None) -> str:
     return plain(f"Trajectory browser of {short(name, 80)}: {', '.join(parts)}")
 
 
-def browser_html(name: str, epochs: Sequence[Epoch], index: BrowseIndex | None, line: str) -> Html:
+def browser_html(name: str, epochs: Sequence[Epoch], index: BrowseIndex | None, line: str | None = None) -> Html:
     """What a notebook shows of a browser when no kernel answers.
 
     Args:
         name: The run's name.
         epochs: Its epochs.
         index: Of the epoch to show; None: there is none yet.
-        line: The Python that opens the browser again.
+        line: The Python that opens the browser again. None: it is in a page without a kernel.
 
     Returns:
         The mean rewards by epoch, and the groups whose rewards differ most.
     """
     title = element("div", element("strong", f"Trajectories of {short(name, 80)}"))
+    where = "In JupyterLab, with a running kernel, this is a browser: run the cell again, or "
     again = element(
         "div",
-        "A static summary. In JupyterLab, with a running kernel, this is a browser: run the cell again, or ",
-        element("code", line),
+        "A static summary. ",
+        [where, element("code", line)] if line else "Where scripts run, this is a browser of the rollouts.",
         style="opacity:.8;font-size:12px;margin-top:4px",
     )
     if index is None:

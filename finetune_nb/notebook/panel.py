@@ -368,12 +368,7 @@ class Panel:
         else:
             bundle = StaticPanel(self.run)._repr_mimebundle_()
             bundle.pop("image/png", None)  # it is in the HTML
-        bundle["text/html"] = str(self.mount.over(Html(bundle["text/html"])))
-        from .mount import WIDGET, mounts_itself
-
-        if not mounts_itself():
-            bundle[WIDGET] = {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}
-        return bundle
+        return self.mount.over(bundle["text/plain"], Html(bundle["text/html"]), self.view.model_id)
 
 
 def _get_tripwires(run: weakref.ref[PanelRun]) -> Callable[[], list[Any]]:

@@ -878,11 +878,14 @@ class RunHistory(ABC):
         epoch: Any = None,
         example: Any = None,
         columns: Columns = None,
+        browser: bool | None = None,
+        max_megabytes: float | None = None,
     ) -> Path:
         """Write the run to a file, in the format that its suffix names.
 
-        "report.html"; a frame as ".csv", ".parquet" or ".jsonl"; "journal.yaml", the live changes for `replay=` of another run.
-        In a .csv, a text that a spreadsheet would run as a formula gets a ' in front.
+        "report.html", which has the trajectory browser in it, without a kernel; a frame as ".csv", ".parquet" or ".jsonl";
+        "journal.yaml", the live changes for `replay=` of another run. In a .csv, a text that a spreadsheet would run as a formula
+        gets a ' in front.
 
         Args:
             path: The file; missing folders are created.
@@ -890,17 +893,23 @@ class RunHistory(ABC):
             epoch: As in `trajectories`.
             example: As in `trajectories`.
             columns: As in `trajectories`.
+            browser: Whether a report has the browser. Default: True.
+            max_megabytes: How large the browser's data in a report may be, in units of 1,000,000 bytes. Rollouts that do not
+                fit are left out, those of the newest epoch last, and the report says so. Default: 10.
 
         Returns:
             The path.
 
         Raises:
-            ConfigError: The suffix or the frame is unknown, or the format does not take a frame, an epoch, an example or columns.
+            ConfigError: The suffix or the frame is unknown, or the format does not take a frame, an epoch, an example, columns or
+                a browser.
             IndexError: There is no such epoch.
         """
+        from ..notebook.embedded import report_browser
         from ..views.export import export
 
-        return export(self, path, frame, {"epoch": epoch, "example": example, "columns": columns})
+        make = report_browser(self, path, browser, max_megabytes)
+        return export(self, path, frame, {"epoch": epoch, "example": example, "columns": columns}, make)
 
     def __repr__(self) -> str:
         return run_text(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -30,6 +31,8 @@ from ..types import EpisodeItem, Epoch, chat_fields
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .html import PagePart
+
 __all__ = [
     "EXPORTS",
     "FRAMES",
@@ -41,7 +44,13 @@ logger = redacting_logger(__name__)
 FRAMES = ("trajectories", "messages", "tokens", "groups", "epochs", "journal", "labels")
 
 
-def export(run: Any, path: str | Path, frame: str | None = None, filters: Mapping[str, Any] | None = None) -> Path:
+def export(
+    run: Any,
+    path: str | Path,
+    frame: str | None = None,
+    filters: Mapping[str, Any] | None = None,
+    browser: Callable[[], PagePart | None] | None = None,
+) -> Path:
     """Write a run to a file.
 
     Args:
@@ -49,6 +58,7 @@ def export(run: Any, path: str | Path, frame: str | None = None, filters: Mappin
         path: The file. Its suffix selects the format; missing folders are created.
         frame: Which frame to write, one of FRAMES. Default: depends on the format.
         filters: Arguments for that frame.
+        browser: Makes the trajectory browser of a report. None: it has none.
 
     Returns:
         The path.
@@ -64,6 +74,8 @@ def export(run: Any, path: str | Path, frame: str | None = None, filters: Mappin
         raise ConfigError(
             f"cannot export to {path.name!r}: the suffix must name a known format. {did_you_mean(path.suffix, EXPORTS)}"
         )
+    if write is _html:
+        write = partial(_html, browser=browser)
     if frame is not None and frame not in FRAMES:
         raise ConfigError(f"there is no frame {frame!r}. {did_you_mean(frame, FRAMES)}")
     chosen = {name: value for name, value in (filters or {}).items() if value is not None}
@@ -153,12 +165,18 @@ def _message(item: Any) -> dict[str, Any]:
     return {"role": str(item.role), "content": item.content, **chat_fields(item.metadata)}
 
 
-def _html(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any]) -> None:
+def _html(
+    run: Any,
+    file: BinaryIO,
+    frame: str | None,
+    filters: Mapping[str, Any],
+    browser: Callable[[], PagePart | None] | None = None,
+) -> None:
     from .report import report_html
 
     if frame is not None or filters:
         raise ConfigError("the HTML report shows the whole run: omit frame, epoch, example and columns.")
-    file.write(report_html(run).encode("utf-8"))
+    file.write(report_html(run, browser and browser()).encode("utf-8"))
 
 
 def _yaml(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Building blocks for HTML: escaping, tables, folds, bars, sparklines, and the style sheet that they share.
 
 Safe by construction: every function escapes its arguments unless they are `Html`, and only these functions make `Html`.
-No scripts, no links, no images except those passed as bytes. Text and background colours are always set together, from
-JupyterLab's variables where they exist.
+No scripts but one that a page is given, no links, no images except those passed as bytes. Text and background colours are always
+set together, from JupyterLab's variables where they exist.
 
 A stored notebook is often shown without its style sheets: JupyterLab drops them, and drawings, until the notebook is trusted.
 What carries meaning (tints, bars, borders, lines) is therefore an inline style or an `<img>`, in literal colours that are seen
@@ -12,11 +12,13 @@ on light and dark pages. Nothing is said by style alone, as some viewers strip t
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -28,8 +30,10 @@ __all__ = [
     "ACCENT",
     "ERROR_LIMIT",
     "Html",
+    "PagePart",
     "error_block",
     "bar",
+    "data_block",
     "details",
     "drifted",
     "FAINT",
@@ -132,19 +136,20 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[Any] | None = None, c
             )
         head = element("thead", element("tr", *cells))
     body = []
+    wide = len(headers or ()) >= WIDE_TABLE
     for row in rows:
         cells = []
         for place, value in enumerate(row):
-            cells.append(_cell(value, named=not headers and place == 0, right=bool(headers)))
+            cells.append(_cell(value, named=not headers and place == 0, right=bool(headers), wide=wide))
         body.append(element("tr", *cells))
     made = element("table", caption and element("caption", caption), head, element("tbody", *body))
-    if len(headers or ()) < WIDE_TABLE:
+    if not wide:
         return made
     # On a narrow page it scrolls by itself, and the keyboard must reach it there.
     return element("div", made, class_="ft-wide", tabindex=0, role="group", aria_label=caption or "table")
 
 
-WIDE_TABLE = 5
+WIDE_TABLE = 4
 """Columns of a table that may be wider than a narrow page."""
 
 
@@ -152,12 +157,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _cell(value: Any, named: bool, right: bool) -> Html:
+def _cell(value: Any, named: bool, right: bool, wide: bool) -> Html:
     if named:
         return element("th", value, scope="row", style=LEFT)
     if _is_number(value):
         return element("td", number(value), class_="n" if right else None)
-    return element("td", value, style=LEFT)
+    return element("td", value, style=LEFT + (_width(value) if wide else ""))
+
+
+def _width(value: Any) -> str:
+    """In a table that scrolls where the page is narrow: a number stays beside its unit, and a sentence is no column of words."""
+    if isinstance(value, Html) or not isinstance(value, str):
+        return ""
+    if len(value) <= 12:
+        return ";white-space:nowrap" if " " in value else ""
+    return ";min-width:14em" if len(value) > 30 else ""
 
 
 LEFT = "text-align:left"
@@ -281,9 +295,35 @@ def image(png: bytes, text: str, width: int) -> Html:
     )
 
 
-def page(title: str, *body: Any) -> str:
-    """A whole document. Its content security policy also forbids scripts and requests."""
+class PagePart(NamedTuple):
+    """A part of a page that a script makes alive."""
+
+    html: Html
+    script: str
+    """An ES module of this package; nothing of a run is in it."""
+
+
+def data_block(name: str, value: Any) -> Html:
+    """Plain data for a script, as JSON that no browser runs. name: the element's id."""
+    text = json.dumps(value, allow_nan=False).replace("<", "\\u003c")  # or a text could end the element
+    return Html(f'<script type="application/json" id="{escape(name)}">{text}</script>')
+
+
+def page(title: str, *body: Any, script: str | None = None) -> str:
+    """Make a whole document. Its content security policy forbids requests, and every script but the given one.
+
+    Args:
+        title: Of the document.
+        *body: The content.
+        script: An ES module, which is allowed by its hash.
+    """
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    if script is not None:
+        if "</script" in script or "<!--" in script:
+            raise ValueError("the script would end its element")
+        digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+        policy += f"; script-src 'sha256-{digest}'"
+        body = (*body, Html(f'<script type="module">{script}</script>'))
     head = element("title", title) + f"<style>{_PAGE_STYLE}</style>"
     metas = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     metas += '<meta name="viewport" content="width=device-width">'
@@ -295,11 +335,15 @@ def page(title: str, *body: Any) -> str:
 _PAGE_STYLE = """
 :root{color-scheme:light dark;print-color-adjust:exact;-webkit-print-color-adjust:exact}
 body{margin:0 auto;max-width:100em;padding:12px 20px;font:15px/1.5 system-ui,sans-serif}
+main .ft{--bg:Canvas;--fg:CanvasText}
+@media screen and (prefers-color-scheme:dark){figure>img{filter:invert(.93) hue-rotate(180deg)}}
 h1{font-size:24px;margin:8px 12px}h2{font-size:18px;margin:28px 12px 6px}.verdict{margin:0 12px;max-width:64em;font-size:17px}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr));gap:8px 24px;align-items:start}
 figure{margin:8px 12px;break-inside:avoid}figcaption{font-size:13px;max-width:46em}
 section>details,.columns>details{margin:6px 12px;min-width:0}
-@media print{:root{color-scheme:light}body{padding:0;max-width:none}.columns{grid-template-columns:1fr 1fr}
+.note{margin:0 12px}#ft-rollouts{margin:6px 12px}
+@media print{:root{color-scheme:light}.ft-rollouts{display:none}#ft-rollouts>[hidden]{display:block}
+body{padding:0;max-width:none}.columns{grid-template-columns:1fr 1fr}
 .ft-turn,tr,h2{break-inside:avoid}h2{break-after:avoid}.ft .ft-wide{overflow:visible}}
 """.strip().replace("\n", "")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..analysis.learning_signal import SIGNALS, Example, GroupSize, LearningSignal
 from ..text import count, duration, number, one_line, short
-from .html import Html, bar, details, element, row, some_examples, sparkline, table, title, view
+from .html import Html, bar, details, element, some_examples, sparkline, table, title, view
 
 __all__ = [
     "signal_html",
@@ -49,7 +49,9 @@ def signal_html(signal: LearningSignal) -> str:
             [
                 element("span", share, style="white-space:nowrap"),
                 element("strong", name),
-                row(SIGNALS[name][0], some_examples([example.id for example in examples])),
+                element(
+                    "div", SIGNALS[name][0], some_examples([example.id for example in examples]), style="min-width:14em"
+                ),
                 _what_to_do(signal, name),
             ]
         )

@@ -1,6 +1,6 @@
-"""Makes the HTML report of a run: plots, tables and a few trajectories in one self-contained file.
+"""Makes the HTML report of a run: plots, tables, a few trajectories and a browser of all in one self-contained file.
 
-It has no scripts and fetches nothing; every text is escaped, and known secrets are masked.
+It fetches nothing, and its only script is the browser's; every text is escaped, and known secrets are masked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..redaction import redact_text
 from ..store.folder import CONFIG
 from ..text import count, number, plain, signed, trend
 from ..types import Epoch
-from .html import Html, details, element, image, page, table, view
+from .html import Html, PagePart, details, element, image, page, table, view
 from .rollout import failure_html, trajectory_html
 from .summary import epoch_html, run_html
 from .tokens import PRE
@@ -29,14 +29,15 @@ MOST = 200
 """Most rows of a table; the newest are shown."""
 
 
-def report_html(run: Any) -> str:
+def report_html(run: Any, browser: PagePart | None = None) -> str:
     """Make the report of a run.
 
     It says what came of the run, and has the plots with captions, the epochs and live changes as tables, the best, the median and
-    the worst trajectory of the newest epoch, a failed rollout if there is one, and the configuration.
+    the worst trajectory of the newest epoch, a failed rollout if there is one, the browser, and the configuration.
 
     Args:
         run: The run.
+        browser: The trajectory browser; None: the report has none.
 
     Returns:
         An HTML document.
@@ -49,6 +50,8 @@ def report_html(run: Any) -> str:
         pieces += [_section("Plots", element("div", *_pictures(run, epochs), class_="columns"))]
         pieces += [_section("The newest epoch", Html(epoch_html(epochs[-1])))]
         pieces += [_section("Trajectories of it", element("div", *_rollouts(epochs[-1]), class_="columns"))]
+        if browser is not None:
+            pieces += [element("section", element("h2", "Rollouts"), browser.html)]
         steered = any(epoch.curriculum.enabled for epoch in epochs)
         columns = [name for name in _OF_EPOCHS if steered or name != "percentile"]
         pieces += [_section("Epochs", Html(view(_frame(run.epochs(), "epochs", columns), wide=True)))]
@@ -58,7 +61,7 @@ def report_html(run: Any) -> str:
     if config:
         shown = details(f"config.yml, {count(len(config.splitlines()), 'line')}", element("pre", config, style=PRE))
         pieces.append(_section("Configuration", Html(view(shown))))
-    return page(f"run {plain(run.id)}", *pieces)
+    return page(f"run {plain(run.id)}", *pieces, script=browser and browser.script)
 
 
 def _opening(run: Any, epochs: Sequence[Epoch]) -> Html:

@@ -19,6 +19,7 @@ from finetune_nb.analysis.browse_index import (
     BrowseFilter,
     browse_index,
     group_order,
+    leading,
     least_likely,
     matching,
     means_before,
@@ -133,10 +134,11 @@ def test_groups_are_sorted_by_every_order_and_groups_without_a_value_come_last(t
     assert order("mean")[:2] == ["b", "a"]
     assert order("change") == ["b", "a", "c", "lost"]
     assert order("length")[0] == "b" and order("unlikely")[0] == "b"
+    assert order("call") == ["b", "a", "c", "lost"]
     assert order("advantage")[-2:] == ["c", "lost"]
     with pytest.raises(ConfigError, match="Did you mean 'spread'"):
         order("spred")
-    assert set(SORTS) == {"recorded", "spread", "mean", "change", "length", "unlikely", "advantage"}
+    assert set(SORTS) == {"recorded", "spread", "mean", "change", "length", "unlikely", "call", "advantage"}
 
 
 def test_only_rollouts_that_the_filter_lets_through_count_for_the_order():
@@ -147,6 +149,36 @@ def test_only_rollouts_that_the_filter_lets_through_count_for_the_order():
 def test_the_least_likely_token_of_a_row_is_that_of_the_file(epoch):
     found = least_likely(epoch)
     assert found[:5].tolist() == [-0.5] * 5 and np.isnan(found[5:]).all()
+
+
+def test_the_least_likely_tool_call_is_that_of_the_messages_that_call_one(tmp_path):
+    made = make_epoch({"a": [1, 0, 0]}, failures=[failed("a")])
+    rollouts = made.collection.trajectories[0]
+    rollouts[0].episode = with_tool().episode  # -3 in its call
+    rollouts[0].episode[-1].logprobs = [-9.0]
+    rollouts[1].episode[1].metadata["tool_calls"] = []
+    rollouts[2].episode[1].metadata["reasoning_content"] = 'it has "tool_calls": [{}] in it'
+    for epoch in (made, *stored(tmp_path, made)):
+        assert least_likely(epoch)[0] == -9.0
+        found = least_likely(epoch, calls=True)
+        assert found[0] == -3.0 and np.isnan(found[1:]).all() and len(found) == 4
+
+
+def test_the_rollout_that_a_group_is_sorted_by_is_opened_first():
+    epoch = make_epoch({"a": [0, 0.5, 1], "b": [1, 0, 0], "c": [None, None]}, failures=[failed("lost")])
+    index = browse_index(epoch)
+    everything = matching(index, BrowseFilter())
+
+    def first(sort, found=everything):
+        return [
+            index.name_of(rollout) for rollout in leading(index, found, sort, -np.arange(float(len(index)))).tolist()
+        ]
+
+    assert first("spread") == ["e0/a/0", "e0/b/0", "e0/c/0", "e0/lost/9"]
+    assert first("unlikely") == ["e0/a/2", "e0/b/2", "e0/c/1", "e0/lost/9"]
+    assert first("advantage")[:2] == ["e0/a/0", "e0/b/0"]
+    assert first("spread", matching(index, BrowseFilter(reward=(0.5, 1))))[:2] == ["e0/a/1", "e0/b/0"]
+    assert leading(browse_index(make_epoch({})), np.zeros(0, bool), "spread").tolist() == []
 
 
 def test_the_mean_before_is_that_of_the_last_epoch_that_drew_the_example():

@@ -14,6 +14,7 @@ from playwright.sync_api import Page
 
 import finetune_nb
 from finetune_nb.notebook.browser import Browser
+from finetune_nb.notebook.mount import module
 
 NOTEBOOK = Path(finetune_nb.__file__).parent / "notebook"
 MODEL = """
@@ -48,7 +49,7 @@ async ([source, sheet, mount, initialize]) => {
 VIEW = "document.getElementById('place').view"
 """The page's BrowserView, where it was rendered and not mounted."""
 PAGE = """<!doctype html><html lang="en"><head><title>bare</title></head><body style="margin:8px"><main>
-<div id="place" data-ftb="here"><p id="still">static summary</p></div></main></body></html>"""
+<div id="place" data-ft-mount="here"><p id="still">static summary</p></div></main></body></html>"""
 
 
 class Channel:
@@ -84,11 +85,10 @@ class BarePage:
             self.page.add_style_tag(content=":root{color-scheme:dark;background:#111}")
         self.page.expose_function("askKernel", self._ask)
         self.page.add_script_tag(content=MODEL + "window.Model = Model")
-        source = (NOTEBOOK / "browser.js").read_text("utf-8")
         sheet = (NOTEBOOK / "browser.css").read_text("utf-8")
         if browser is not None:
             browser._widget = self.channel  # type: ignore[assignment]
-        self.page.evaluate(OPEN, [source, sheet, "here", mounts])
+        self.page.evaluate(OPEN, [module("browser.js"), sheet, "here", mounts])
         if browser is not None:
             self.page.locator(".head .measures").first.wait_for()
 

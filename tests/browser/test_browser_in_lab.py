@@ -14,7 +14,7 @@ from nbconvert import HTMLExporter
 from .jupyterlab import Notebook, until
 
 TESTS = Path(__file__).parents[1]
-VIEW = "[...document.querySelectorAll('[data-ftb] > div')].at(-1).view"
+VIEW = "[...document.querySelectorAll('[data-ft-mount] > div')].at(-1).view"
 LABEL = "import sys, finetune_nb as ft; ft.Run.open(sys.argv[1]).label(sys.argv[2], 'hacked')"
 
 
@@ -57,7 +57,7 @@ def wait_until_told(notebook):
 def test_it_mounts_keeps_its_keys_and_feeds_python(lab, runs_folder):
     where = "browser.epoch, browser.example, browser.generation, len(browser.selection)"
     notebook = opened(lab, runs_folder, where, "browser.open('e0/sum-3/2')")
-    assert notebook.output(0).locator("[data-ftb] table").first.is_hidden()
+    assert notebook.output(0).locator("[data-ft-mount] table").first.is_hidden()
     focus(notebook)
     press(notebook, "j", "j", "l", "[", "d", "d", "b")
     wait_until_told(notebook)
@@ -72,7 +72,7 @@ def test_it_mounts_keeps_its_keys_and_feeds_python(lab, runs_folder):
     # Ctrl+S is JupyterLab's, and after Escape the plain keys are, too.
     focus(notebook)
     notebook.press("Control+s")
-    until(lambda: "data-ftb" in notebook.path.read_text(), 10, "the saved notebook", lab._breathe)
+    until(lambda: "data-ft-mount" in notebook.path.read_text(), 10, "the saved notebook", lab._breathe)
     before = notebook.page.evaluate("jupyterapp.shell.currentWidget.content.activeCellIndex")
     press(notebook, "Escape", "k" if before else "j")
     assert notebook.page.evaluate("jupyterapp.shell.currentWidget.content.activeCellIndex") != before

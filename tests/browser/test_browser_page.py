@@ -11,12 +11,13 @@ from factories import item, make_epoch, sampled
 from records import Views, failed, stored, with_tool
 
 from finetune_nb.errors import BackendError
+from finetune_nb.notebook.mount import module
 
 from .jupyterlab import until
 from .test_hostile_content import ATTACKS
 
 pytest.importorskip("playwright.sync_api", reason='no playwright: pip install "finetune_nb[dev]"')
-from .bare import NOTEBOOK, VIEW, BarePage
+from .bare import VIEW, BarePage
 
 
 def answer(generation, last=" so"):
@@ -169,6 +170,31 @@ def test_two_rollouts_are_compared_where_they_part_also_of_two_epochs(opened):
     shown.press("C", "j")
     heads = shown.page.locator(".head .id").all_inner_texts()
     assert heads == ["b", "a"]
+
+
+def test_orders_and_the_ends_of_the_epochs_have_keys_and_a_label_is_repeated_by_one(opened, tmp_path):
+    run = Folder(tmp_path / "run", *stored(tmp_path, *records()))
+    shown = opened(run)
+    shown.press("l", "{")
+    assert "epoch 0" in shown.text(".what")
+    shown.press("}")
+    assert "epoch 1" in shown.text(".what")
+    shown.press("X")
+    assert shown.said == "nothing was labelled here yet: press x"
+    for _ in range(5):
+        shown.press("s")
+    assert shown.browser.sort == "call" and shown.said == "sort: least likely tool call"
+    shown.press(".")
+    assert "-3" in shown.text(".inspector")  # the reply has a token of -4
+    shown.press("S")
+    assert shown.browser.sort == "unlikely"
+    shown.press(".")
+    assert "-4" in shown.text(".inspector")
+    shown.press("x")
+    shown.page.keyboard.type("seen")
+    shown.press("Enter", "j", "X")
+    shown.page.locator(".labels li").wait_for()
+    assert len(run.labels()) == 2 and set(run.labels().tag) == {"seen"}
 
 
 def test_labels_are_added_shown_to_other_pages_and_removed(opened, tmp_path):
@@ -375,7 +401,7 @@ def test_it_mounts_on_the_static_html_once_a_kernel_answers_and_gives_it_back(br
     shown = BarePage(browser, Views(*records()).browse(), mounts=True)
     assert not shown.page.locator("#still").is_visible()
     shown.page.evaluate("document.body.append(Object.assign(document.createElement('div'), {id: 'second'}))")
-    shown.page.evaluate("document.getElementById('second').dataset.ftb = 'here'; document.body.append('x')")
+    shown.page.evaluate("document.getElementById('second').dataset.ftMount = 'here'; document.body.append('x')")
     shown.page.locator("#second .ftb .measures").wait_for()
     shown.page.evaluate("model.emit('comm:close')")
     assert shown.page.locator("#still").is_visible() and shown.page.locator(".ftb").count() == 0
@@ -429,7 +455,7 @@ def test_hostile_text_runs_nothing_and_makes_no_element(opened):
 
 
 def test_the_module_puts_no_text_in_as_markup():
-    source = (NOTEBOOK / "browser.js").read_text("utf-8")
+    source = module("browser.js")
     found = re.findall(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|\bimport\b", source
     )

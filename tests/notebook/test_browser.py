@@ -149,10 +149,10 @@ def test_the_index_the_view_and_a_body_can_be_asked_for():
     browser = two_epochs().browse()
     about, columns = asked(browser, "index", epoch=0)
     assert about["epoch"] == 0 and np.frombuffer(columns[0], "<u4").tolist() == [0, 4, 6]
-    about, (order, matched) = asked(browser, "view", epoch=0, filter={"failed": True}, sort="spread")
-    assert (
-        about == {"rollouts": 1, "version": None} and np.frombuffer(order, "<u4").tolist() == [0] and sum(matched) == 1
-    )
+    about, (order, matched, first) = asked(browser, "view", epoch=0, filter={"failed": True}, sort="spread")
+    assert about == {"rollouts": 1, "version": None}
+    assert np.frombuffer(order, "<u4").tolist() == [0] and sum(matched) == 1
+    assert matched[np.frombuffer(first, "<u4")[0]] == 1
     about, _ = asked(browser, "body", epoch=0, row=5)
     assert about["error"] == "TimeoutError: too slow"
     assert asked(browser, "python", epoch=1, rollout=6)[0]["text"] == "run.show('e1/c/d/1')"
@@ -248,7 +248,7 @@ def test_the_output_of_a_cell_has_no_widget_but_the_place_where_it_mounts(monkey
     browser = two_epochs().browse()
     bundle = browser._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html"}
-    assert bundle["text/html"].startswith(f'<div data-ftb="{browser._widget.mount}">')
+    assert bundle["text/html"].startswith(f'<div data-ft-mount="{browser._widget.mount}">')
     assert browser._widget.model_id == browser._widget.mount
     monkeypatch.setenv("VSCODE_PID", "1")
     assert "application/vnd.jupyter.widget-view+json" in browser._repr_mimebundle_()

@@ -177,12 +177,16 @@ def test_nothing_in_a_report_can_run_or_fetch_anything(tmp_path):
     run.records[0].collection.trajectories[0][0].episode[1].content = HOSTILE
     text = run.export(tmp_path / "x.html").read_text(encoding="utf-8")
     page = Reader(text)
-    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "link", "a", "form"}
+    assert not {tag for tag, _ in page.tags} & {"iframe", "object", "link", "a", "form"}
+    assert [a.get("type") for tag, a in page.tags if tag == "script"] == ["application/json", "module"]
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "href"]
     assert all(a.get("src", "data:").startswith("data:") for _, a in page.tags)
     assert "\x1b" not in text and "\u202e" not in text
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
-    assert policy.startswith("default-src 'none'")
+    assert policy.startswith("default-src 'none'") and policy.count("script-src") == policy.count("'sha256-") == 1
+    text = run.export(tmp_path / "x.html", browser=False).read_text(encoding="utf-8")
+    page = Reader(text)
+    assert "script" not in {tag for tag, _ in page.tags} and "script-src" not in text
 
 
 def test_a_report_has_gaps_where_only_some_epochs_have_a_number(tmp_path):
