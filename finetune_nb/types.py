@@ -639,7 +639,7 @@ class LLMCall:
     sequence: int
     """Counts the calls of the episode, from 0."""
     model: str
-    """The llm's name in the config."""
+    """The model's name: of an llm of type "policy" its trainer adapter's."""
     messages: list[dict[str, Any]]
     """The prompt, OpenAI chat format."""
     tools: list[dict[str, Any]] | None
@@ -665,6 +665,8 @@ class LLMCall:
     """Variables of the chat template with which the prompt was rendered; None: none, or not rendered here."""
     entropies: list[float] | None = None
     """Of each response token the policy's entropy in its place, see `Sample`; None where it was not measured."""
+    llm: str | None = None
+    """The llm's name in the config; None where it has none there."""
 
 
 # ── episodes and trajectories ─────────────────────────────────────────────────────────────────────────────────────────

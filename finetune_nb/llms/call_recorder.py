@@ -259,7 +259,7 @@ def _step(call: LLMCall, function: InvocationNode) -> IntermediateStep:
     payload = IntermediateStepPayload(
         event_type=IntermediateStepType.LLM_END,
         event_timestamp=time.time(),
-        name=call.model,
+        name=call.llm or call.model,
         data=data,
         metadata=metadata or None,
         UUID=f"{'/'.join(map(str, call.episode or ()))}/{call.sequence}",

@@ -64,6 +64,9 @@ class LLM:
     """What a workflow gets as `llm`: one model, asked by `chat`, or by a client of any OpenAI-compatible library."""
 
     name: str
+    """Of the model."""
+    config_name: str | None = None
+    """Its own, in the section `llms`."""
     policy: Policy | None = None
     sampling: SamplingParams = SamplingParams()
     takes_options: bool = False
@@ -265,6 +268,7 @@ class PolicyLLM(LLM):
             episode=episode.key,
             sequence=sequence,
             model=self.name,
+            llm=self.config_name,
             messages=messages,
             tools=None,
             reply={},
@@ -500,7 +504,8 @@ async def policy_llm(config: PolicyLLMConfig, builder: Builder):
             f"llm of type 'policy' names the trainer adapter {config.adapter!r}, which offers no policy to sample from. "
             "Use an adapter that does (local_grpo), or an llm of type 'openai'."
         )
-    llm = PolicyLLM(adapter.policy, builder.config.name_of_llm(config) or config.adapter)
+    llm = PolicyLLM(adapter.policy, config.adapter)
+    llm.config_name = builder.config.name_of_llm(config)
     llm.config = config
     llm.configured()
     yield llm

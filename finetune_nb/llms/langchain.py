@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import MissingExtra
+from ..errors import ConfigError, MissingExtra
 from .client import LLM
 from .rollout_transport import RolloutTransport
 
@@ -13,7 +13,7 @@ __all__ = [
 ]
 
 
-def chat_model(llm: LLM) -> Any:
+def chat_model(llm: Any) -> Any:
     """Make the ChatOpenAI of a model. Each of its calls goes to the rollout whose code makes it.
 
     Args:
@@ -23,6 +23,7 @@ def chat_model(llm: LLM) -> Any:
         The chat model. It leaves temperature and the like to the model, where they are live.
 
     Raises:
+        ConfigError: It is somebody else's component, which has no address of its own.
         MissingExtra: langchain-openai is not installed.
     """
     try:
@@ -30,6 +31,11 @@ def chat_model(llm: LLM) -> Any:
         from langchain_openai import ChatOpenAI
     except ImportError as error:
         raise MissingExtra('get_llm(..., wrapper_type="langchain")', "langchain") from error
+    if not isinstance(llm, LLM):
+        raise ConfigError(
+            f"wrapper_type='langchain' is for llms of type policy and openai; found {type(llm).__name__}. Leave wrapper_type "
+            "out, and give llm.base_url and llm.api_key to the framework's OpenAI client in the workflow."
+        )
     transport: Any = RolloutTransport(llm)
     return ChatOpenAI(
         model=llm.name,

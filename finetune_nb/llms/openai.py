@@ -335,6 +335,7 @@ class OpenAILLM(LLM):
             episode=episode.key,
             sequence=sequence,
             model=self.name,
+            llm=self.config_name,
             messages=messages,
             tools=None,
             reply={},
@@ -411,7 +412,7 @@ async def openai_llm(config: OpenAIModelConfig, builder: Builder):
 
     connect()  # what is wrong with the settings is said now
     llm = OpenAILLM(config, connect, await in_daemon_thread(_tokenizer, config))
-    llm.name = builder.config.name_of_llm(config) or config.model_name
+    llm.config_name = builder.config.name_of_llm(config)
     yield llm
     await llm.aclose()
     await close_clients()

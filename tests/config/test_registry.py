@@ -454,8 +454,9 @@ async def test_a_credential_that_was_not_stored_must_be_passed_again():
 
 async def test_a_framework_s_wrapper_cannot_be_asked_for():
     async with made(llms={"m": {}}) as builder:
-        with pytest.raises(ConfigError, match="wrapper_type='langchain'.*llm.base_url"):
-            await builder.get_llm("m", wrapper_type="langchain")
+        for wrapper in ("langchain", "crewai"):
+            with pytest.raises(ConfigError, match=f"wrapper_type='{wrapper}'.*llm.base_url"):
+                await builder.get_llm("m", wrapper_type=wrapper)
 
 
 async def test_a_closed_builder_says_so():

@@ -187,7 +187,7 @@ async def test_a_call_is_recorded_exactly_where_the_server_gives_ids(remote):
     assert (reply.content, reply.finish_reason) == ("seven", "stop")
     assert call.exact
     assert call.episode == EpisodeKey("train", 3, 1, 2)
-    assert (call.model, call.sequence, call.policy_version) == ("remote", 0, None)
+    assert (call.model, call.sequence, call.policy_version) == ("tiny", 0, None)
     assert call.messages == [{"role": "user", "content": "3+4"}]
     assert call.reply == {"role": "assistant", "content": "seven"}
     assert call.prompt_ids == [ord(c) for c in "3+4"]

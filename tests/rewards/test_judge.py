@@ -55,31 +55,46 @@ def client(server):
 # ── a server that does what servers do ───────────────────────────────────────────────────────────────────────────────
 
 
+class Counting:
+    """A client that counts how many requests are under way at most: a server would count those, too, that were given up."""
+
+    def __init__(self, client):
+        self.client = client.with_options(max_retries=0)
+        self.chat = self.completions = self
+        self.running = self.most = 0
+
+    def with_options(self, **options):
+        return self
+
+    async def create(self, **options):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            return await self.client.chat.completions.create(**options)
+        finally:
+            self.running -= 1
+
+
 @pytest.mark.parametrize("votes", [1, 2])
 def test_through_errors_junk_and_time_outs_every_reward_is_the_judges(tmp_path, closing, votes):
     tries: Counter[str] = Counter()
-    at_once, most = 0, 0
     lock = threading.Lock()
     troubles = [
         Refusal(429, "slow down"), Refusal(500, "no"), "I cannot judge this.", Fault(seconds=0.6), said(7), Fault(), said("0.5")
     ]  # fmt: skip
 
     def reply(request):
-        nonlocal at_once, most
         key = request.body["messages"][-1]["content"]
         with lock:
             number = tries[key]
             tries[key] += 1
-            at_once += 1
-            most = max(most, at_once)
         time.sleep(0.01)
-        with lock:
-            at_once -= 1
         return troubles[number % len(troubles)] if number < len(troubles) else said(len(shown(request)) / 10)
 
     with LoopbackServer(reply) as server:
+        asked = Counting(client(server))
         judge = ft.judge(
-            "Is it long?", client(server), model="m", votes=votes, retries=20, concurrency=3, timeout=0.4, wait=0.01
+            "Is it long?", asked, model="m", votes=votes, retries=20, concurrency=3, timeout=0.4, wait=0.01
         )
         run = closing(make_run({"long": judge}, tmp_path, ROWS[:3]))
         ft.run_sync(run.next_epoch())
@@ -89,7 +104,7 @@ def test_through_errors_junk_and_time_outs_every_reward_is_the_judges(tmp_path, 
     possible = {0.5, *(n / 10 for n in range(1, 10))}
     if votes == 1:
         assert set(frame.reward) <= possible
-    assert most <= 3
+    assert asked.most <= 3
     assert judge.usage.calls > 0 and judge.usage.retries > 0
 
 
