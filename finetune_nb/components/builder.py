@@ -157,15 +157,13 @@ class Builder:
             MissingExtra: The framework is not installed.
             RunError: The builder is closed, or works on another event loop.
         """
-        llm = await self._get("llm_provider", name)
-        if wrapper_type is None:
-            return llm
-        if str(wrapper_type) not in WRAPPERS:
+        if wrapper_type is not None and str(wrapper_type) not in WRAPPERS:
             raise ConfigError(
                 f"get_llm({name!r}, wrapper_type={str(wrapper_type)!r}): models are wrapped for {', '.join(WRAPPERS)} here. "
                 "Leave wrapper_type out, and give llm.base_url and llm.api_key to that framework's OpenAI client in the workflow."
             )
-        return resolve(WRAPPERS[str(wrapper_type)])(llm)
+        llm = await self._get("llm_provider", name)
+        return llm if wrapper_type is None else resolve(WRAPPERS[str(wrapper_type)])(llm)
 
     def get_max_concurrency(self) -> int:
         """Get how many rollouts run at once.

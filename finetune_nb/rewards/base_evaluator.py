@@ -6,7 +6,7 @@ import asyncio
 from abc import ABC, abstractmethod
 
 from ..types import EvalInput, EvalInputItem, EvalOutput, EvalOutputItem
-from ..user_code import as_exception
+from ..user_code import contained
 from .verdicts import no_score, output_of
 
 __all__ = [
@@ -51,11 +51,8 @@ class BaseEvaluator(ABC):
         async def verdict_on(item: EvalInputItem) -> EvalOutputItem:
             async with gate:
                 try:
-                    return await self.evaluate_item(item)
-                except BaseException as error:
-                    task = asyncio.current_task()
-                    if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                        raise
-                    return no_score(item.id, as_exception(error, f"evaluator {type(self).__name__}"))
+                    return await contained(f"evaluator {type(self).__name__}", self.evaluate_item(item))
+                except Exception as error:
+                    return no_score(item.id, error)
 
         return output_of(await asyncio.gather(*map(verdict_on, eval_input.eval_input_items)))

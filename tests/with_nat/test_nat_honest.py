@@ -4,32 +4,12 @@ import time
 
 import pytest
 import toolkit
-from loopback import LoopbackServer
 
 import finetune_nb as ft
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof]
 
 REWARDS: dict[str, list[float | None]] = {"q0": [0.0, 1.0], "q1": [1.0, 0.0], "q2": [0.0, 1.0]}
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # openpipe-art keeps a folder where it runs
-    toolkit.start_anew()
-    return tmp_path
-
-
-@pytest.fixture
-def llm():
-    with LoopbackServer() as server:
-        yield server
-
-
-@pytest.fixture
-def art():
-    with toolkit.ArtServer() as server:
-        yield server
 
 
 def config(place, llm, rewards=REWARDS, finetuning=None, **sections):

@@ -26,13 +26,6 @@ OURS = {
 }
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    toolkit.start_anew()
-    return tmp_path
-
-
 def percentiles(lines):
     return [
         (

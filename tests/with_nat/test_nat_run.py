@@ -8,30 +8,10 @@ import time
 import matplotlib
 import pytest
 import toolkit
-from loopback import LoopbackServer
 
 import finetune_nb as ft
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof]
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # openpipe-art keeps a folder where it runs
-    toolkit.start_anew()
-    return tmp_path
-
-
-@pytest.fixture
-def llm():
-    with LoopbackServer() as server:
-        yield server
-
-
-@pytest.fixture
-def art():
-    with toolkit.ArtServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...config.sections import FinetuneConfig
 from ...errors import ConfigError
@@ -40,6 +40,9 @@ from .conversion import (
     trajectory_from_nat,
 )
 
+if TYPE_CHECKING:
+    from .evaluation import Limit
+
 __all__ = [
     "NatAdapter",
     "NatBuilder",
@@ -63,14 +66,13 @@ class NatBuilder(TrajectoryBuilder):
 
     Args:
         nat: It.
-        most: How many of its rollouts run at once, over all generations; asked whenever one begins. Default: as many as the
-            Toolkit runs, the config's max_concurrency in each generation.
+        limit: How many of its rollouts run at once, over all generations. Default: as many as the Toolkit runs, the config's
+            max_concurrency in each generation.
     """
 
-    def __init__(self, nat: Any, most: Callable[[], int] | None = None) -> None:
+    def __init__(self, nat: Any, limit: Limit | None = None) -> None:
         super().__init__(nat.trajectory_builder_config)
-        self.nat, self._most = nat, most
-        self._limit: Any = None
+        self.nat, self._limit = nat, limit
         self._evaluated: list[Any] = []  # of the generations of this epoch, in order
         self._ask_start, self._ask_finalize = nat.start_run, nat.finalize
         default = resolve("nat.finetuning.interfaces.trajectory_builder:TrajectoryBuilder").run_eval
@@ -126,10 +128,8 @@ class NatBuilder(TrajectoryBuilder):
         from nat.data_models.evaluate_runtime import EvaluationRunConfig
         from nat.utils.io.supress_logs import suppress_logs
 
-        from .evaluation import Evaluated, EvaluationRun, Limit, limited
+        from .evaluation import Evaluated, EvaluationRun, limited
 
-        if self._limit is None and self._most is not None:
-            self._limit = Limit(self._most)
         evaluated = Evaluated(len(self._evaluated))
         self._evaluated.append(evaluated)
         run = self.nat.run_config.run_configuration

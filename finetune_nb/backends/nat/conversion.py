@@ -49,7 +49,7 @@ __all__ = [
     "steps_from_nat",
     "trajectory_from_nat",
     "trajectory_to_nat",
-    "was_dropped",
+    "workflow_error",
 ]
 
 # ── trajectories ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -185,8 +185,8 @@ def evaluation_from_nat(
             full_dataset_entry=item.full_dataset_entry,
         )
         items.append(ours)
-        if id(item) in known or was_dropped(item):
-            error = known.get(id(item), "WorkflowError: the workflow raised; the Toolkit's log has its error")
+        error = known.get(id(item)) or workflow_error(item)
+        if error is not None:
             failures.append(RolloutFailure(item.id, generation, error))
     return EvaluationRunOutput.model_construct(
         workflow_output_file=output.workflow_output_file,
@@ -209,9 +209,10 @@ def steps_from_nat(
     return [_step_from_nat(step, starts.get(step.UUID), call_of_id) for step in steps]
 
 
-def was_dropped(item: Any) -> bool:
-    """Whether the workflow raised for that item, or was not run because it raised for another."""
-    return not item.trajectory and item.output_obj in (None, "")
+def workflow_error(item: Any) -> str | None:
+    """What is known of an item for which a workflow elsewhere raised, or was not run because it raised for another."""
+    was_dropped = not item.trajectory and item.output_obj in (None, "")
+    return "WorkflowError: the workflow raised; the Toolkit's log has its error" if was_dropped else None
 
 
 _KEPT_STEPS = ("LLM_START", "LLM_END", "TOOL_START", "TOOL_END")

@@ -32,8 +32,8 @@ from ...rollouts.evaluation import evaluation_context, progress
 from ...rollouts.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from ...text import text_of
 from ...types import EpisodeKey, EvaluationRunOutput, LLMCall, RolloutFailure, SamplingParams, Trajectory
-from ...user_code import as_exception
-from .conversion import evaluation_error, evaluation_from_nat, steps_from_nat
+from ...user_code import contained
+from .conversion import evaluation_error, evaluation_from_nat, steps_from_nat, workflow_error
 
 __all__ = [
     "Evaluated",
@@ -257,7 +257,7 @@ class Evaluated:
                 unscored = {text_of(item.id): evaluation_error(item) or "none was given" for item in left_out}
                 result.eval_output_items = scored
         for item in output.eval_input.eval_input_items:
-            error = failed.get(id(item))
+            error = failed.get(id(item)) or workflow_error(item)
             if error is None and text_of(item.id) in unscored:
                 error = f"no score by the reward {reward!r}: {unscored[text_of(item.id)]}"
             if error is None:
@@ -279,12 +279,9 @@ async def _contained_run(original: Any, *args: Any, **kwargs: Any) -> AsyncItera
 
     async def result(original: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return await original(*args, **kwargs)
-        except BaseException as error:
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise
-            raise _RolloutFailed(as_exception(error, "the workflow")) from error
+            return await contained("the workflow", original(*args, **kwargs))
+        except Exception as error:
+            raise _RolloutFailed(error) from error
 
     async with original(*args, **kwargs) as runner:
         wrap_method(runner, "result", result)

@@ -32,6 +32,8 @@ PIN_ART = 'pip install "nvidia-nat-openpipe-art==1.9.0" "openpipe-art==0.5.17" p
 PIN_PROFILER = 'pip install "nvidia-nat-profiler==1.9.0"'
 PIN_LANGCHAIN = 'pip install "nvidia-nat-langchain[openai]==1.9.0"'
 PIN_CUSTOMIZER = 'pip install "nvidia-nat-nemo-customizer==1.9.0"'
+PARTS = ("trainer", "trajectory_builder", "trainer_adapter")
+"""What the `finetuning` section names of the sections that are called as they are, in the plural."""
 _PLUGINS = {"openpipe_art": PIN_ART, "nemo_customizer": PIN_CUSTOMIZER}
 """What the beginning of a `_type` needs."""
 
@@ -116,24 +118,12 @@ def check_names(tree: Mapping[str, Any], path: Path) -> None:
     Raises:
         ConfigError: Something is named that no section has.
     """
-    section = tree["finetuning"]
+    section, evaluation = tree["finetuning"], tree.get("eval") or {}
     reward = section.get("reward_function")
-    evaluation = tree.get("eval") if isinstance(tree.get("eval"), Mapping) else {}
-    named = {
-        "trainer": (section.get("trainer"), "trainers", tree.get("trainers")),
-        "trajectory_builder": (
-            section.get("trajectory_builder"),
-            "trajectory_builders",
-            tree.get("trajectory_builders"),
-        ),
-        "trainer_adapter": (section.get("trainer_adapter"), "trainer_adapters", tree.get("trainer_adapters")),
-        "reward_function.name": (
-            reward.get("name") if isinstance(reward, Mapping) else None,
-            "eval.evaluators",
-            (evaluation or {}).get("evaluators"),
-        ),
-    }
-    for field, (name, title, known) in named.items():
+    named = [(part, section.get(part), f"{part}s", tree.get(f"{part}s")) for part in PARTS]
+    if isinstance(reward, Mapping) and isinstance(evaluation, Mapping):
+        named.append(("reward_function.name", reward.get("name"), "eval.evaluators", evaluation.get("evaluators")))
+    for field, name, title, known in named:
         if name is not None and name not in (known or {}):
             raise ConfigError(
                 f"config {str(path)!r}: finetuning.{field} is {name!r}, which is not one of {title}. "

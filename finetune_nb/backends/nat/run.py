@@ -132,15 +132,12 @@ async def nat_trainer(config: NatTrainerConfig, builder: Builder):
         "validation_config_file": config.validation_config_file,
     }
     output_dir, general = Path(builder.config.finetuning.output_dir), builder.config.eval.general
-
-    def most() -> int:
-        return general.max_concurrency  # it may be changed while the run continues
-
     async with open_config(config.config_file, _pairs(config.override), output_dir, run) as opened:
-        if hasattr(opened.builder, "ours"):
-            from .evaluation import Limit
+        from .evaluation import Limit
 
-            opened.builder.ours.limit = Limit(most)
+        limit = Limit(lambda: general.max_concurrency)  # it may be changed while the run continues
+        if hasattr(opened.builder, "ours"):
+            opened.builder.ours.limit = limit
         if hasattr(opened.trainer, "ours"):  # ours.py's: then the Run needs no bridge to it
             for component in (opened.builder, opened.adapter):
                 await component.initialize(opened.finetuning)
@@ -148,11 +145,11 @@ async def nat_trainer(config: NatTrainerConfig, builder: Builder):
             reward = opened.finetuning.reward_function
             trainer.reward = reward and RewardFunctionConfig(name=reward.name)
             await trainer.bind_components(
-                unwrap(opened.builder, lambda nat: NatBuilder(nat, most)), unwrap(opened.adapter, NatAdapter)
+                unwrap(opened.builder, lambda nat: NatBuilder(nat, limit)), unwrap(opened.adapter, NatAdapter)
             )
             yield trainer
         else:
-            trajectory_builder = NatBuilder(opened.builder, most)
+            trajectory_builder = NatBuilder(opened.builder, limit)
             adapter = NatAdapter(opened.adapter, trajectory_builder)
             yield NatTrainer(opened.trainer, trajectory_builder, adapter, opened.finetuning)
 
