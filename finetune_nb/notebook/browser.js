@@ -1307,7 +1307,7 @@ class BrowserView {
     this.following = null;
     const place = this.placeOfEpoch(this.index?.epoch);
     if (place < 0) await this.openEpoch(this.epochs.at(-1)[0]);
-    else if (this.epochs[place][4] !== this.index.version) await this.renewEpoch();
+    else if (this.epochs[place][4] !== this.index.version || this.epochs[place][5] !== this.index.started) await this.renewEpoch();
     else if (following !== null) {
       await this.openEpoch(following);
       this.say(`epoch ${following} has ended`);
@@ -1328,7 +1328,8 @@ class BrowserView {
 
   async fetchIndex(epoch) {
     const place = this.placeOfEpoch(epoch);
-    const key = `${epoch} ${place} ${this.epochs[place]?.[4] ?? ""}`;
+    const [, , , , version, started] = this.epochs[place] ?? [];
+    const key = `${epoch} ${place} ${version ?? ""} ${started}`;
     const known = this.indexes.get(key);
     if (known) return known;
     const found = await this.ask("index", { epoch });
@@ -1565,7 +1566,7 @@ class BrowserView {
   }
 
   async fetchBody(index, rollout) {
-    const key = `${index.epoch}/${index.version ?? ""}/${index.rows[rollout]}`;
+    const key = `${index.epoch}/${index.started}/${index.version ?? ""}/${index.rows[rollout]}`; // an epoch can be run again
     const known = this.bodies.get(key);
     if (known) return known;
     const found = await this.ask("body", this.whereIs({ index, rollout }));

@@ -603,7 +603,7 @@ class Browser(traitlets.HasTraits):
         for record in records:
             metrics, version = record.metrics, self._source.version(record)
             mean = metrics.mean_reward if np.isfinite(metrics.mean_reward) else None
-            epochs.append([record.index, mean, metrics.trajectories, metrics.failures, version])
+            epochs.append([record.index, mean, metrics.trajectories, metrics.failures, version, record.started_at])
         state = "" if run is None else getattr(run, "state", "")
         last = f"{records[-1].index} {records[-1].started_at} {epochs[-1][4]}" if records else ""
         return {
@@ -624,7 +624,12 @@ class Browser(traitlets.HasTraits):
     def _index(self, asked: Mapping[str, Any]) -> _Answer:
         index = self._source.index(_whole(asked, "epoch"))
         record = self._source.epoch(index.epoch)
-        about = {"epoch": index.epoch, "inferred": record.selection.inferred, "version": self._source.version(record)}
+        about = {
+            "epoch": index.epoch,
+            "inferred": record.selection.inferred,
+            "version": self._source.version(record),
+            "started": record.started_at,
+        }
         return about, packed(index, [text_of(example) for example in index.examples])
 
     def _view(self, asked: Mapping[str, Any]) -> _Answer:

@@ -3,6 +3,7 @@ nobody should trust, and what assistive technology sees."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 
@@ -276,6 +277,25 @@ def test_a_new_epoch_is_followed_and_a_kernel_that_is_gone_greys_it_out(opened):
     assert "Run the cell again, or: ft.Run.open('none').browse(epoch=0)" in shown.text(".banner")
     shown.press("n")
     assert "turn" in shown.said  # what is loaded can still be read
+
+
+def test_an_epoch_that_was_run_again_is_shown_as_it_is_now(opened):
+    first, second = records()
+    run = Views(first, second)
+    shown = opened(run)
+    shown.press("[", "]")  # both epochs are known to the page
+    assert "epoch 1" in shown.text(".what") and "so 0" in shown.text(".turns")
+    again = dataclasses.replace(records()[1], started_at=second.started_at + 60)
+    for group in again.collection.trajectories:
+        for trajectory in group:
+            trajectory.episode[-1] = answer(0, last=" again")
+    run._records = (first, again)
+    until(
+        lambda: "again 0" in shown.text(".turns"),
+        10,
+        "the rollouts of the second time",
+        lambda: shown.page.wait_for_timeout(50),
+    )
 
 
 class Running(Folder):
