@@ -100,16 +100,27 @@ def press(notebook, key, may_end=False):
     return notebook.page.evaluate(f"{VIEW}.timings.at(-1)")
 
 
-def test_a_hundred_thousand_rollouts_are_read_while_a_run_trains(lab, runs_folder):
-    notebook = lab.open(
-        [MAKE.format(folder=str(runs_folder)), "browser = run.browse(epoch=7)\nbrowser", "browser.filter = {}; live.records[-1].index"]
-    )
-    notebook.run(0, 600)
+def first_paint(notebook):
+    """Runs the cell that shows the browser. Returns the seconds until a rollout is there."""
+    notebook.page.evaluate("() => document.querySelectorAll('.ftb').forEach((each) => each.remove())")
     began = time.monotonic()
     notebook.start(1)
     wait_until_mounted(notebook)
-    first_paint = time.monotonic() - began
+    seconds = time.monotonic() - began
     notebook.wait_idle(1)
+    return seconds
+
+
+def test_a_hundred_thousand_rollouts_are_read_while_a_run_trains(lab, runs_folder):
+    notebook = lab.open(
+        [
+            MAKE.format(folder=str(runs_folder)),
+            "browser = run.browse(epoch=7)\nbrowser",
+            "browser.filter = {}; live.records[-1].index",
+        ]
+    )
+    notebook.run(0, 600)
+    first_paints = [first_paint(notebook) for _ in range(3)]
     size = notebook.page.evaluate(
         f"Object.values({VIEW}.index).reduce((sum, each) => sum + (each?.byteLength ?? 0), 0)"
     )
@@ -150,15 +161,14 @@ def test_a_hundred_thousand_rollouts_are_read_while_a_run_trains(lab, runs_folde
     epochs = int(notebook.text(2)) - epochs_before
 
     heaps = [heap / 1e6 for heap, _ in warm]
-    print(f"\n100,000 rollouts: index {size / 1e6:.2f} MB (at most 4), painted after {first_paint:.2f} s (target 1)")
-    print(
-        f"18,000 tokens, new to the page: median {statistics.median(paints):.0f} ms, slowest {paints[-1]:.0f} (target 300)"
-    )
+    shown = " ".join(f"{each:.2f}" for each in first_paints)
+    print(f"\n100,000 rollouts: index {size / 1e6:.2f} MB (at most 4), painted after {shown} s (target 1)")
+    middle, slowest = statistics.median(paints), paints[-1]
+    print(f"18,000 tokens, new to the page: median {middle:.0f} ms, slowest {slowest:.0f} (target 300)")
     print(f"short rollouts: median {statistics.median(moved):.0f} ms, slowest {moved[-1]:.0f}")
     print(f"search of 800,000 rollouts: first hits after {first_hits:.2f} s (target 1), all after {all_hits:.1f} s")
-    print(
-        f"{keys} keys in {MINUTES:g} min beside {epochs} epochs: heap {' '.join(f'{each:.1f}' for each in heaps)} MB,"
-    )
+    used = " ".join(f"{each:.1f}" for each in heaps)
+    print(f"{keys} keys in {MINUTES:g} min beside {epochs} epochs: heap {used} MB,")
     print(f"nodes {' '.join(f'{nodes:.0f}' for _, nodes in warm)}")
     assert 0 < size <= 4e6
     assert epochs > 0
