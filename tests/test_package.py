@@ -67,9 +67,9 @@ def test_the_wheel_trains_and_brings_its_notebooks_in_an_empty_folder(wheel, tmp
     run("-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel, cwd=empty)
     found = run("-c", "import finetune_nb; print(finetune_nb.__file__)", cwd=empty, PYTHONPATH=str(site))
     assert Path(found.strip()).is_relative_to(site)
-    said = run("-m", "finetune_nb.cli", "demo", "--epochs", "1", cwd=empty, PYTHONPATH=str(site))
+    said = run("-m", "finetune_nb", "demo", "--epochs", "1", cwd=empty, PYTHONPATH=str(site))
     assert "epoch" in said and (empty / "finetune-nb-demo").is_dir()
-    run("-m", "finetune_nb.cli", "lab", "copies", "--no-open", cwd=empty, PYTHONPATH=str(site))
+    run("-m", "finetune_nb", "lab", "copies", "--no-open", cwd=empty, PYTHONPATH=str(site))
     assert (empty / "copies" / "01_first_run.ipynb").exists()
 
 

@@ -1,4 +1,4 @@
-"""The command line: `finetune-nb`, `python -m finetune_nb.cli`."""
+"""The command line: `finetune-nb`, `python -m finetune_nb`."""
 
 from .main import main
 

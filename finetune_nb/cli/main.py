@@ -1,9 +1,10 @@
-"""The command line: `finetune-nb demo` trains the example before your eyes, `finetune-nb lab` opens the notebooks,
-`finetune-nb runs` lists what was run, `finetune-nb find` searches the rollouts of a run, and `finetune-nb art-server` trains for
-the NeMo Agent Toolkit's ART plugin.
+"""The command line, `finetune-nb` or `python -m finetune_nb`.
 
-Exit codes: 0 it is done; 1 it failed, and standard error says why, or `runs` found a run that cannot be read; 2 the
-arguments are wrong; 130 it was interrupted. `lab` ends with JupyterLab's own code.
+`demo` trains the example before your eyes, `lab` opens the notebooks, `run` trains what a config says. `runs` lists what was
+run; `show`, `find`, `report` and `compare` are for reading it. `art-server` trains for the NeMo Agent Toolkit's ART plugin.
+
+Exit codes: 0 it is done; 1 it failed, and standard error says why, a tripwire paused the run, or `runs` found a run that cannot
+be read; 2 the arguments are wrong; 130 it was interrupted. `lab` ends with JupyterLab's own code.
 """
 
 from __future__ import annotations
@@ -86,6 +87,39 @@ def _parser() -> argparse.ArgumentParser:
     lab.add_argument("--no-open", action="store_true", help="only copy")
     lab.set_defaults(command=_lab)
 
+    run = commands.add_parser("run", help="train what a config says, a line an epoch")
+    run.add_argument("config", type=Path, help="YAML file")
+    run.add_argument("--set", type=_setting, action="append", default=[], metavar="PATH=VALUE", dest="settings",
+                     help="a setting in place of the config's, such as finetuning.num_epochs=3; may be given again")  # fmt: skip
+    run.add_argument("--import", action="append", default=[], metavar="FILE", dest="code",
+                     help="a Python file or module that registers components; may be given again")  # fmt: skip
+    run.add_argument("--name", help="the run's name (default: made from the date)")
+    run.add_argument("--resume", action="store_true", help="continue the run of that name where its record ends")
+    run.add_argument("--epochs", type=_positive, help="how many to run now (default: those that are left)")
+    run.add_argument("--quiet", action="store_true", help="no line for each epoch")
+    run.set_defaults(command=_run)
+
+    show = commands.add_parser("show", help="print a run, a line an epoch, or one of its rollouts as a conversation")
+    show.add_argument("run", type=Path, help="the run's folder")
+    show.add_argument("name", nargs="?", help='a rollout or a group, such as "e3/q17/2"')
+    show.add_argument("--epoch", type=int, help="the rollout's epoch; negative counts from the newest")
+    show.add_argument("--example", help="its example (default: the one whose rewards differ most)")
+    show.add_argument("--generation", type=int, help="its generation (default: the best)")
+    show.set_defaults(command=_show)
+
+    report = commands.add_parser("report", help="write a run as one HTML page")
+    report.add_argument("run", type=Path, help="the run's folder")
+    report.add_argument("--out", type=Path, help="the file (default: the run's name and .html, here)")
+    report.add_argument("--no-browser", action="store_true", help="without the trajectory browser: a smaller file")
+    report.set_defaults(command=_report)
+
+    compare = commands.add_parser("compare", help="how far runs are above or below the first one")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="run", help="folders of two runs or more")
+    compare.add_argument(
+        "--rewards", choices=("own", "all"), help="by what was recorded, or scored by every run's reward"
+    )
+    compare.set_defaults(command=_compare)
+
     runs = commands.add_parser("runs", help="list the runs of a directory, newest first")
     runs.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="default: runs")
     runs.add_argument("--archived", action="store_true", help="archived runs")
@@ -130,6 +164,13 @@ def _above_zero(text: str) -> float:
     return value
 
 
+def _setting(text: str) -> tuple[str, str]:
+    path, equals, value = text.partition("=")
+    if not (path and equals):
+        raise argparse.ArgumentTypeError(f"expected PATH=VALUE, found {text!r}")
+    return path, value
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from .demo import run_demo
 
@@ -165,6 +206,40 @@ def _trust(notebook: Path) -> None:
     from nbformat.sign import NotebookNotary
 
     NotebookNotary().sign(nbformat.read(notebook, as_version=4))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .train import run_config
+
+    if arguments.resume and arguments.name is None:
+        raise FinetuneError("--resume continues the run of that name: give it one, --name NAME.")
+    return run_config(
+        arguments.config,
+        arguments.settings,
+        arguments.code,
+        arguments.name,
+        arguments.resume,
+        arguments.epochs,
+        progress=not arguments.quiet,
+    )
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from .look import show_run
+
+    return show_run(arguments.run, arguments.name, arguments.epoch, arguments.example, arguments.generation)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .look import write_report
+
+    return write_report(arguments.run, arguments.out, browser=not arguments.no_browser)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from .look import compare_runs
+
+    return compare_runs(arguments.runs, arguments.rewards)
 
 
 def _runs(arguments: argparse.Namespace) -> int:

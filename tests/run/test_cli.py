@@ -45,7 +45,7 @@ def test_version_is_told(capsys):
 
 
 def test_the_module_can_be_run():
-    command = [sys.executable, "-m", "finetune_nb.cli", "--version"]
+    command = [sys.executable, "-m", "finetune_nb", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.startswith("finetune_nb ")
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 
 def demo(folder, seed, epochs):
-    command = [sys.executable, "-m", "finetune_nb.cli", "demo", "--seed", str(seed), "--epochs", str(epochs)]
+    command = [sys.executable, "-m", "finetune_nb", "demo", "--seed", str(seed), "--epochs", str(epochs)]
     done = subprocess.run(
         [*command, "--out", str(folder), "--json", str(folder / "figures.json")],
         capture_output=True,

@@ -30,7 +30,7 @@ def models(tmp_path, monkeypatch):
     options = ["--host", HOST, "--port", "7623", "--learning-rate", "1e-3", "--max-tokens", "8", "--out", str(folder)]
     with (tmp_path / "server.log").open("w") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "finetune_nb.cli", "art-server", *options],
+            [sys.executable, "-m", "finetune_nb", "art-server", *options],
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=log,
