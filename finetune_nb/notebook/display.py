@@ -7,8 +7,6 @@ state. Only in a notebook's kernel, and begun only from its main thread; everywh
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -24,7 +22,6 @@ __all__ = [
     "CellProgress",
     "CellRecord",
     "ProgressLine",
-    "print_line",
     "watch_progress",
 ]
 
@@ -59,15 +56,6 @@ class ProgressLine:
     def _repr_html_(self) -> str:
         line = bar(self.done, self.total or 1, self.text.replace("  ", " · "))
         return view(line, styled=False)  # it needs no style sheet, which would be stored with every cell that waits
-
-
-def print_line(line: str) -> None:
-    """Writes a line to standard error, for a script. Does nothing where there is none, or nobody reads it any more."""
-    if sys.stderr is None:
-        return
-    with contextlib.suppress(OSError, ValueError):  # a closed pipe or file must not end a run
-        sys.stderr.write(f"{plain(line)}\n")
-        sys.stderr.flush()
 
 
 _shown: tuple[int, Any] | None = None  # the cell's execution count, and the display that it has
@@ -112,15 +100,23 @@ class CellProgress:
             self._last = line
 
 
-async def watch_progress(work: Awaitable[T], show: Callable[[bool], ProgressLine]) -> T:
-    """Awaits `work`. In a notebook, shows meanwhile what `show(done)` returns, at most twice a second."""
-    if not in_notebook():
+async def watch_progress(
+    work: Awaitable[T], show: Callable[[bool], ProgressLine], tick: Callable[[], None] | None = None
+) -> T:
+    """Awaits `work`. In a notebook, shows meanwhile what `show(done)` returns, at most twice a second; elsewhere calls `tick`."""
+    progress = CellProgress(show) if in_notebook() else None
+    if progress is None and tick is None:
         return await work
-    progress, task = CellProgress(show), asyncio.ensure_future(work)
+    task = asyncio.ensure_future(work)
     try:
         while True:
             done, _ = await asyncio.wait({task}, timeout=INTERVAL)
-            if not done:
+            if progress is None:
+                assert tick is not None
+                if done:
+                    return task.result()
+                tick()
+            elif not done:
                 progress.tick()
             elif task.cancelled() or task.exception() is not None:
                 return task.result()

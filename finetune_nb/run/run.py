@@ -42,7 +42,7 @@ from .epoch_weights import EpochWeights, changes_of
 from .history import RunHistory
 from .labelling import names_in
 from .opening import Obstacle, branch_of, components_from, config_of, copy_for_fork, make_fork
-from .session import EpochLines, Session
+from .session import ScriptLines, Session
 
 if TYPE_CHECKING:
     from ..analysis.agreement import Agreement
@@ -652,10 +652,14 @@ class Run(RunHistory):
 
     # ── in a cell ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def next_epoch(self) -> Epoch:
+    async def next_epoch(self, *, progress: bool = True) -> Epoch:
         """Run one epoch: collect, select, train, record.
 
+        In a script it is one line on standard error, and in a terminal a bar moves meanwhile.
         The first interrupt lets the epoch finish, and ends a loop around it; the second aborts it.
+
+        Args:
+            progress: False shows nothing in a script. A notebook is not affected.
 
         Returns:
             The epoch's record.
@@ -669,7 +673,7 @@ class Run(RunHistory):
             EpochAborted: `abort()` was called; what was collected until then is in `partial`.
         """
         self._require_open()
-        return await self._session.run_in_cell(self._driver.next_epoch, self._progress_line)
+        return await self._session.run_in_cell(self._driver.next_epoch, self._progress_line, progress)
 
     async def train_on(self, rollouts: Any, *, tags: Tags | None = None) -> Epoch:
         """Train on recorded rollouts that you chose, by one training job of the run's adapter, recorded as an epoch.
@@ -892,7 +896,7 @@ class Run(RunHistory):
                 if state.state is not State.RUNNING:
                     return
 
-        lines = EpochLines(self._driver)
+        lines = ScriptLines(self._driver)
         if self._session.record is not None:
             self._session.record.settle()
         self._session.begin(run_epochs, in_background=True)
@@ -923,7 +927,8 @@ class Run(RunHistory):
     def wait(self, timeout: float | None = None, *, progress: bool = True) -> Self:
         """Wait until nothing is running.
 
-        In a notebook the cell shows how far the run is. In a script each epoch is one line on standard error.
+        In a notebook the cell shows how far the run is. In a script each epoch is one line on standard error, and in a terminal
+        a bar moves meanwhile.
         The first interrupt ends the run after the current epoch, the second aborts that.
 
         Args:

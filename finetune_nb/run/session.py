@@ -8,20 +8,22 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
 
 from ..engine.driver import Driver
-from ..engine.state import RunState
+from ..engine.state import RunState, State
 from ..errors import EpochAborted, FinetuneError, RunError
-from ..notebook.display import CellProgress, CellRecord, ProgressLine, print_line, watch_progress
+from ..notebook.display import CellProgress, CellRecord, ProgressLine, watch_progress
 from ..notebook.kernel import current_cell, in_kernel, in_notebook, interrupts, refuse_input
+from ..notebook.terminal import TerminalBar
 from ..redaction import error_text, redact_exception
 from ..threads import EngineThread, LoopTask
 from ..user_code import contained
 from ..views.summary import epoch_text
 
 __all__ = [
-    "EpochLines",
+    "ScriptLines",
     "Session",
 ]
 
@@ -47,7 +49,7 @@ class Session:
         self.engine = EngineThread(f"ft-{run_id}")
         self.record: CellRecord | None = None
         """The display in the cell that started the run in the background."""
-        self.lines: EpochLines | None = None
+        self.lines: ScriptLines | None = None
         """The lines of a script that started the run in the background."""
         self._turn = threading.RLock()  # an abort must meet the work that has begun, not the one before it
         self._work: LoopTask[Any] | None = None
@@ -134,8 +136,8 @@ class Session:
 
     # ── waiting ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def run_in_cell(self, work: Work[T], progress: Callable[[bool], ProgressLine]) -> T:
-        """Runs the work while a cell waits for it and shows its progress.
+    async def run_in_cell(self, work: Work[T], progress: Callable[[bool], ProgressLine], lines: bool = True) -> T:
+        """Runs the work while a cell waits for it and shows its progress; a script gets a line for each epoch, if `lines`.
 
         The first interrupt lets the work finish, and ends a loop around it in the same cell; the second aborts it.
 
@@ -149,14 +151,19 @@ class Session:
         left, self._left = self._left, None
         if left is not None:
             await left.wait_ended(LEFT_SECONDS)
+        script = ScriptLines(self.driver) if lines and not in_kernel() else None
         task, pressed = self.begin(work), InterruptHandler(self, cell)
+        tick = None if script is None else partial(script.tell, self.state, progress)
         with interrupts(pressed.first, pressed.second):
             try:
-                return await watch_progress(self.join(task), progress)
+                return await watch_progress(self.join(task), progress, tick)
             except EpochAborted:
                 if pressed.aborted:
                     raise KeyboardInterrupt from None
                 raise
+            finally:
+                if script is not None:
+                    script.settle()
 
     def wait(self, timeout: float | None, progress: Callable[[bool], ProgressLine], lines: bool) -> None:
         """Blocks until nothing is running, or for `timeout` seconds. Raises what the run raised. lines: whether a script
@@ -167,10 +174,10 @@ class Session:
         with interrupts(pressed.first, pressed.second):
             while not self.state.wait(0.1):
                 shown.tick()
-                self._print_lines(lines)
+                self._tell_script(lines, progress)
                 if self._given_up() or (deadline is not None and time.monotonic() >= deadline):
                     break
-            self._print_lines(lines)
+            self._settle_script(lines)
             shown.tick(done=not self.state.active and self.state.error is None)
         self._after_waiting(pressed.aborted)
 
@@ -182,20 +189,24 @@ class Session:
         async def waiting() -> None:
             while self.state.active and not self._given_up():
                 await asyncio.sleep(0.05)
-                self._print_lines(lines)
+                self._tell_script(lines, progress)
                 if deadline is not None and time.monotonic() >= deadline:
                     return
 
         pressed = InterruptHandler(self)
         with interrupts(pressed.first, pressed.second):
             await watch_progress(waiting(), progress)
-        self._print_lines(lines)
+        self._settle_script(lines)
         self._after_waiting(pressed.aborted)
 
-    def _print_lines(self, lines: bool) -> None:
-        """Prints the lines of new epochs. A notebook's cell shows its progress instead."""
+    def _tell_script(self, lines: bool, progress: Callable[[bool], ProgressLine]) -> None:
+        """Shows a script how far the run is. A notebook's cell shows its progress instead."""
         if lines and self.lines is not None and not in_kernel():
-            self.lines.print_new()
+            self.lines.tell(self.state, progress)
+
+    def _settle_script(self, lines: bool) -> None:
+        if lines and self.lines is not None and not in_kernel():
+            self.lines.settle()
 
     def _after_waiting(self, aborted: bool) -> None:
         if self.record is not None and in_notebook():
@@ -241,8 +252,9 @@ class Session:
             )
 
 
-class EpochLines:
-    """One line for each epoch that is recorded from now on, for a script that waits.
+class ScriptLines:
+    """What a script that waits sees: a line for each epoch that is recorded from now on, one when the run is paused, and in a
+    terminal how far the epoch is.
 
     Args:
         driver: The driver whose epochs these are.
@@ -251,14 +263,31 @@ class EpochLines:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._printed = len(driver.epochs)
+        self._paused: str | None = None
+        self._bar: TerminalBar | None = None
 
-    def print_new(self) -> None:
-        """Prints those that have not been printed."""
+    def tell(self, state: RunState, progress: Callable[[bool], ProgressLine]) -> None:
+        """Prints what is new."""
+        bar = self._print_new()
+        paused = (state.notice or "paused") if state.state is State.PAUSED else None
+        if paused is not None and paused != self._paused:
+            bar.print(f"{paused}. run.resume() continues the run, run.stop() ends it.")
+        self._paused = paused
+        if paused is None:
+            bar.show(progress(False))
+
+    def settle(self) -> None:
+        """Prints what is left to be printed."""
+        self._print_new().clear()
+
+    def _print_new(self) -> TerminalBar:
+        bar = self._bar = self._bar or TerminalBar()
         epochs = list(self._driver.epochs)
         first = min(self._printed, len(epochs))  # fewer than before, where the run went back to an earlier epoch
         self._printed = len(epochs)
         for epoch in epochs[first:]:
-            print_line(epoch_text(epoch))
+            bar.print(epoch_text(epoch))
+        return bar
 
 
 class InterruptHandler:

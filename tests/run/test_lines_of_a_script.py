@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import select
+import struct
 import sys
+import termios
 import time
 
 import pytest
+from small_agents import coin
 
 import finetune_nb as ft
+from finetune_nb.testing import FakeAdapter, ScriptedPolicy
 
 
 def lines(captured):
@@ -43,7 +50,7 @@ async def test_wait_async_prints_them_too(make_run, capsys):
 
 def test_epochs_that_ended_before_the_wait_are_printed_but_none_from_before_the_start(make_run, capsys):
     run = make_run()
-    ft.run_sync(run.next_epoch())
+    ft.run_sync(run.next_epoch(progress=False))
     run.wait(60)
     assert not lines(capsys.readouterr())
     run.start(2)
@@ -94,3 +101,44 @@ def test_a_script_without_standard_error_is_not_disturbed(make_run, monkeypatch,
         patched.setattr(sys, "stderr", stream)
         run.wait(60)
     assert len(run) == 2
+
+
+def test_an_epoch_that_is_awaited_is_a_line_too(make_run, capsys):
+    run = make_run()
+    epoch = ft.run_sync(run.next_epoch())
+    captured = capsys.readouterr()
+    assert lines(captured) == [repr(epoch)] and not captured.out
+
+
+def test_a_pause_is_told_with_its_reason(make_run, capsys):
+    run = make_run()
+    run.tripwires.append(lambda epoch: "the reward is odd" if epoch.index == 0 else None)
+    run.start(2)
+    run.wait(2)
+    assert (
+        "paused after epoch 0" in (told := capsys.readouterr().err)
+        and told.count("run.resume() continues the run") == 1
+    )
+    run.resume()
+    run.wait(60)
+    assert lines(capsys.readouterr()) == [repr(run[1])]
+
+
+def test_in_a_terminal_a_bar_moves_and_the_lines_stay_above_it(make_run, monkeypatch):
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    with open(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        run = make_run(adapter=FakeAdapter(policy=ScriptedPolicy(coin), delay=0.7))
+        run.start(2)
+        run.wait(60)
+        shown = b""
+        while select.select([ours], [], [], 0.2)[0]:
+            shown += os.read(ours, 65536)
+    os.close(ours)
+    text = shown.decode()
+    assert "rollouts" in text and "%" in text and "\r" in text
+    kept = [line.rpartition("\r")[2] for line in text.split("\r\n")]
+    assert [line for line in kept if line.startswith("epoch ") and "groups teach" in line] == [
+        repr(epoch) for epoch in run
+    ]
