@@ -10,6 +10,7 @@ be read; 2 the arguments are wrong; 130 it was interrupted. `lab` ends with Jupy
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
-from ..errors import FinetuneError
+from ..errors import FinetuneError, MissingExtra
 from ..redaction import error_text
 from ..text import plain
 from .output import PlainFormatter, complain, say
@@ -180,6 +181,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _lab(arguments: argparse.Namespace) -> int:
     from .demo import notebooks_folder
 
+    if not arguments.no_open and importlib.util.find_spec("jupyterlab") is None:
+        raise MissingExtra("opening the notebooks in JupyterLab", "lab")
     folder, source = arguments.folder, notebooks_folder()
     notebooks = sorted(source.glob("*.ipynb"))
     if not notebooks:

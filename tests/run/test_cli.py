@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import math
 import subprocess
@@ -135,6 +136,16 @@ def test_lab_leaves_even_a_dangling_link_as_it_is(notebooks, tmp_path):
     (target / "01_first_run.ipynb").symlink_to(elsewhere)
     assert main(["lab", "--no-open", str(target)]) == 0
     assert not elsewhere.exists()
+
+
+def test_without_jupyterlab_the_extra_is_named_and_nothing_is_copied(notebooks, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *more: None if name == "jupyterlab" else find(name, *more)
+    )
+    assert main(["lab", str(tmp_path / "here")]) == 1
+    assert 'pip install "finetune_nb[lab]"' in capsys.readouterr().err and not (tmp_path / "here").exists()
+    assert main(["lab", "--no-open", str(tmp_path / "here")]) == 0
 
 
 def test_lab_opens_the_folder_unless_told_not_to(notebooks, tmp_path, monkeypatch):
