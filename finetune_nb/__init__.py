@@ -26,6 +26,7 @@ _NAMES = {
     "rewards.labels": ("label_reward",),
     "rewards.length": ("length_penalty", "overlong_penalty"),
     "rewards.retrying": ("retrying",),
+    "rewards.steps": ("step_rewards",),
     "engine.sinks": ("JsonlSink", "MetricsSink", "WandbSink"),
     "threads": ("enable_nested_asyncio", "run_sync"),
     "components.loading": ("load_config",),
@@ -34,6 +35,7 @@ _NAMES = {
     "components.builder": ("Builder",),
     "components.info": ("EvaluatorInfo", "FunctionInfo"),
     "rewards.base_evaluator": ("BaseEvaluator",),
+    "llms.context": ("Context", "push_step"),
     "components.registry": (
         "register_evaluator",
         "register_function",
@@ -60,6 +62,7 @@ _NAMES = {
     "rollouts.trajectory_builder": ("EvalTrajectoryBuilder", "EvalTrajectoryBuilderConfig"),
     "training.trainer": ("EpochTrainer", "EpochTrainerConfig"),
     "rollouts.evaluation": ("EvaluationRun",),
+    "rollouts.episodes": ("episode_from_steps",),
     # records
     "types": (
         "DPOItem",
@@ -73,10 +76,14 @@ _NAMES = {
         "EvaluationRunConfig",
         "EvaluationRunOutput",
         "IntermediateStep",
+        "IntermediateStepPayload",
+        "IntermediateStepType",
         "LLMCall",
         "OpenAIMessage",
         "RolloutFailure",
         "SamplingParams",
+        "StreamEventData",
+        "TTCEventData",
         "TrainingJobRef",
         "TrainingJobStatus",
         "TrainingStatusEnum",
@@ -134,6 +141,8 @@ if TYPE_CHECKING:
     from .interfaces import Trainer as Trainer
     from .interfaces import TrainerAdapter as TrainerAdapter
     from .interfaces import TrajectoryBuilder as TrajectoryBuilder
+    from .llms.context import Context as Context
+    from .llms.context import push_step as push_step
     from .rewards.base_evaluator import BaseEvaluator as BaseEvaluator
     from .rewards.from_trl import from_trl as from_trl
     from .rewards.functions import group_reward as group_reward
@@ -142,6 +151,8 @@ if TYPE_CHECKING:
     from .rewards.length import length_penalty as length_penalty
     from .rewards.length import overlong_penalty as overlong_penalty
     from .rewards.retrying import retrying as retrying
+    from .rewards.steps import step_rewards as step_rewards
+    from .rollouts.episodes import episode_from_steps as episode_from_steps
     from .rollouts.evaluation import EvaluationRun as EvaluationRun
     from .rollouts.trajectory_builder import EvalTrajectoryBuilder as EvalTrajectoryBuilder
     from .rollouts.trajectory_builder import EvalTrajectoryBuilderConfig as EvalTrajectoryBuilderConfig

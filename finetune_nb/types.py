@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, SkipValidation, model_validator
 from pydantic.fields import FieldInfo
 
 from .errors import ConfigError, did_you_mean
@@ -69,6 +69,7 @@ __all__ = [
     "SamplingParams",
     "Selection",
     "StreamEventData",
+    "TTCEventData",
     "TrainingJobRef",
     "TrainingJobStatus",
     "TrainingStatusEnum",
@@ -81,6 +82,7 @@ __all__ = [
     "field_of",
     "finish_reason",
     "chat_fields",
+    "is_model_call",
     "is_sampled",
     "logprob_count",
     "logprob_entries",
@@ -158,6 +160,19 @@ class StreamEventData(BaseModel):
     payload: Any | None = None
 
 
+class TTCEventData(StreamEventData):
+    """One candidate among several of which test-time compute chose one: `input` is its prompt, `output` its text."""
+
+    turn_id: str | None = None
+    """Candidates of one turn have the same."""
+    turn_index: int | None = None
+    """Which turn of the rollout it was, from 0."""
+    candidate_index: int | None = None
+    """Which candidate of the turn this is, from 0."""
+    score: float | None = None
+    """What the candidate was chosen or left by: more is better."""
+
+
 class IntermediateStepPayload(BaseModel):
     """What happened in a step. Times are seconds since 1970, UTC; `span_event_timestamp` of an END is that of its START."""
 
@@ -170,7 +185,7 @@ class IntermediateStepPayload(BaseModel):
     name: str | None = None
     tags: list[str] | None = None
     metadata: dict[str, Any] | None = None
-    data: StreamEventData | None = None
+    data: SerializeAsAny[StreamEventData] | None = None
     usage_info: Any | None = None
     UUID: str = Field(default_factory=lambda: str(uuid.uuid4()))
 
@@ -187,6 +202,13 @@ class IntermediateStepPayload(BaseModel):
     def check_span_event_timestamp(self) -> IntermediateStepPayload:
         if self.event_state != IntermediateStepState.END and self.span_event_timestamp is not None:
             raise ValueError("span_event_timestamp can only be provided for events with an END state")
+        return self
+
+    @model_validator(mode="after")
+    def read_candidate(self) -> IntermediateStepPayload:
+        """Data that was read from a file or from a dict are a candidate's again."""
+        if self.event_category == IntermediateStepCategory.TTC and type(self.data) is StreamEventData:
+            self.data = TTCEventData.model_validate(self.data.model_dump())
         return self
 
 
@@ -1065,6 +1087,22 @@ def chat_fields(known: Mapping[str, Any] | None) -> dict[str, Any]:
         if known and known.get(key):
             fields[key] = known[key]
     return fields
+
+
+def is_model_call(step: IntermediateStep, functions: Sequence[str] | None = None, model: str | None = None) -> bool:
+    """Whether a step is a call of a language model that is trained on.
+
+    Args:
+        step: The step.
+        functions: Names of functions whose calls count, as in `finetuning.target_functions`. Default: all.
+        model: The model whose calls count, as in `finetuning.target_model`. Default: all.
+    """
+    if step.event_type != IntermediateStepType.LLM_END or step.data is None:
+        return False
+    if functions is not None and step.function_ancestry.function_name not in functions:
+        return False
+    call = step.data.payload
+    return model is None or model in (call.model if isinstance(call, LLMCall) else step.name, step.name)
 
 
 def is_sampled(item: EpisodeItem | DPOItem) -> bool:

@@ -49,14 +49,16 @@ PLACES = {
 }
 GROUPS = {
     "The notebook": "Run compare runs load_config run_sync enable_nested_asyncio CurriculumSettings",
-    "Rewards": "group_reward from_trl judge label_reward length_penalty overlong_penalty retrying",
+    "Rewards": "group_reward from_trl judge label_reward length_penalty overlong_penalty retrying step_rewards",
     "Where numbers go": "MetricsSink JsonlSink WandbSink",
-    "Contracts of components": "TrajectoryBuilder TrainerAdapter Trainer Policy Builder BaseEvaluator EvaluatorInfo FunctionInfo",
+    "Contracts of components": "TrajectoryBuilder TrainerAdapter Trainer Policy Builder BaseEvaluator EvaluatorInfo FunctionInfo"
+    " Context push_step episode_from_steps",
     "Registering components": "register_trajectory_builder register_trainer_adapter register_trainer register_evaluator"
     " register_function register_llm_provider",
     "Components that come with it": "EvalTrajectoryBuilder EpochTrainer EvaluationRun",
     "Records": "Epoch Trajectory EpisodeItem EpisodeItemRole DPOItem RolloutFailure TrajectoryCollection TrainingJobRef"
-    " TrainingJobStatus TrainingStatusEnum Validation LLMCall SamplingParams OpenAIMessage IntermediateStep EvalInput"
+    " TrainingJobStatus TrainingStatusEnum Validation LLMCall SamplingParams OpenAIMessage IntermediateStep"
+    " IntermediateStepPayload IntermediateStepType StreamEventData TTCEventData EvalInput"
     " EvalInputItem EvalOutput EvalOutputItem EvaluationRunConfig EvaluationRunOutput",
     "Errors": "FinetuneError ConfigError DatasetError MissingExtra RunError EpochAborted StoreError WorkflowError RolloutTimeout"
     " BackendError JobFailed MissingLogprobs StalePolicy UnknownJob",
@@ -102,13 +104,20 @@ def notes_of(cls: type) -> dict[str, tuple[str, str]]:
     return notes
 
 
+NEW = "new each time"
+
+
+def _default(field: FieldInfo) -> Any:
+    """A number or a text that is made by a factory is a time or an id."""
+    default = field.get_default(call_default_factory=True)
+    return NEW if field.default_factory is not None and isinstance(default, float | str) else default
+
+
 def fields_of(cls: type) -> list[tuple[str, str, str, str]]:
     """(name, type, default, text) of each public field, in order. A default of "" is none: the field is required."""
     notes, rows = notes_of(cls), []
     if issubclass(cls, BaseModel):
-        fields = {
-            name: (field.get_default(call_default_factory=True), field) for name, field in cls.model_fields.items()
-        }
+        fields = {name: (_default(field), field) for name, field in cls.model_fields.items()}
     else:
         fields = {field.name: (default_of(field), None) for field in dataclasses.fields(cls)}
     for name, (default, field) in fields.items():
@@ -136,6 +145,8 @@ def plain_type(annotation: str) -> str:
 def shown(default: Any) -> str:
     if default is PydanticUndefined:
         return ""
+    if default is NEW:
+        return NEW
     if isinstance(default, enum.Enum):
         return repr(default.value)
     if isinstance(default, BaseModel) or dataclasses.is_dataclass(default):

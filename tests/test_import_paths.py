@@ -29,6 +29,7 @@ TYPES = {
         "contains": {},
         "regex": {"pattern": "a"},
         "weighted": {"weights": {"correct": 1.0}},
+        "step_rewards": {},
         "calculator_reward": {},
         "calculator_episode": {"kind": "used_tool"},
     },

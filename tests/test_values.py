@@ -13,7 +13,7 @@ from factories import make_epoch
 from finetune_nb import plots
 from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.rewards.numbers import mean
-from finetune_nb.rollouts.episodes import episode_from_calls
+from finetune_nb.rollouts.episodes import episode_from_steps
 from finetune_nb.text import as_json
 from finetune_nb.types import (
     EpisodeKey,
@@ -96,7 +96,7 @@ def test_content_that_has_no_json_does_not_cost_the_rollout():
     )
     steps = CallRecorder(EpisodeKey("train", 0, 0, 0), calls=[call]).steps()
     row = EvalInputItem(id="q", input_obj="", expected_output_obj="", full_dataset_entry={}, trajectory=steps)
-    question, answer = episode_from_calls(row)[0]
+    question, answer = episode_from_steps(row.trajectory)[0]
     assert (question.content, answer.content) == ("[[...]]", "4")
     failed = RolloutFailure("q", 0, "ValueError: no", steps)
     assert "[[...]]" in failed._repr_html_()

@@ -80,6 +80,7 @@ OUR_TYPES: dict[str, dict[str, str]] = {
         "contains": f"{_EVALUATORS}:ContainsConfig",
         "regex": f"{_EVALUATORS}:RegexConfig",
         "weighted": f"{_EVALUATORS}:WeightedConfig",
+        "step_rewards": "finetune_nb.rewards.steps:StepRewardsConfig",
         "calculator_reward": f"{_CALCULATOR}:CalculatorRewardConfig",
         "calculator_episode": f"{_CALCULATOR}:CalculatorEpisodeConfig",
     },

@@ -91,6 +91,10 @@ class CallRecorder:
     """By sequence: which function made the call, where it was not the workflow itself."""
     _begun: int = 0
     _restarted: int = 0
+    _ended_at: dict[int, float] = field(default_factory=dict, repr=False)
+    """By sequence: seconds since 1970."""
+    _pushed: list[tuple[int, IntermediateStep]] = field(default_factory=list, repr=False)
+    """The workflow's own steps, each with the sequence of the last call before it."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -127,12 +131,25 @@ class CallRecorder:
             in_time = not self.ended and call.sequence >= self._restarted
             if in_time:
                 self.calls.append(call)
+                self._ended_at[call.sequence] = time.time()
         return in_time
+
+    def push(self, step: IntermediateStep) -> None:
+        """Writes a step of the workflow's own down, after the calls that have ended by now.
+
+        Raises:
+            RunError: The rollout has ended.
+        """
+        with self._lock:
+            self.require_running()
+            last = max((call.sequence for call in self.calls), default=-1)
+            self._pushed.append((last, step))
 
     def restart(self) -> None:
         """The rollout is tried again: what was recorded of it, and what is still on its way, is forgotten."""
         with self._lock:
             self.calls.clear()
+            self._pushed.clear()
             self._restarted = self._begun
             self.attempt += 1
 
@@ -178,9 +195,16 @@ class CallRecorder:
         return None
 
     def steps(self) -> list[IntermediateStep]:
-        """The calls as intermediate steps, the form in which evaluators and builders see them."""
-        calls = sorted(self.calls, key=lambda call: call.sequence)
-        return [_step(call, self.functions.get(call.sequence, WORKFLOW)) for call in calls]
+        """Calls and the workflow's own steps, the form in which evaluators and builders see them: in order of the calls'
+        start, each followed by the steps that were pushed after it."""
+        found: list[tuple[int, IntermediateStep]] = []
+        for call in self.calls:
+            function = self.functions.get(call.sequence, WORKFLOW)
+            ended_at = self._ended_at.get(call.sequence)
+            found.append((call.sequence, _step(call, function, time.time() if ended_at is None else ended_at)))
+        found += self._pushed
+        found.sort(key=lambda each: each[0])  # stable: a call goes before what was pushed after it
+        return [step for _, step in found]
 
     @contextmanager
     def current(self) -> Iterator[CallRecorder]:
@@ -249,7 +273,7 @@ def arguments_of(function: Mapping[str, Any]) -> Any:
     return arguments
 
 
-def _step(call: LLMCall, function: InvocationNode) -> IntermediateStep:
+def _step(call: LLMCall, function: InvocationNode, ended_at: float) -> IntermediateStep:
     data = StreamEventData(input=call.messages, output=call.reply.get("content"), payload=call)
     metadata: dict[str, Any] = {}
     if call.tools:
@@ -258,7 +282,7 @@ def _step(call: LLMCall, function: InvocationNode) -> IntermediateStep:
         metadata["ignored"] = list(call.ignored)
     payload = IntermediateStepPayload(
         event_type=IntermediateStepType.LLM_END,
-        event_timestamp=time.time(),
+        event_timestamp=ended_at,
         name=call.llm or call.model,
         data=data,
         metadata=metadata or None,

@@ -28,6 +28,7 @@ from ..types import (
     chat_fields,
     content_text,
     field_of,
+    is_model_call,
     is_sampled,
     logprob_values,
     readable_logprobs,
@@ -37,7 +38,7 @@ from ..types import (
 __all__ = [
     "SampledTurn",
     "drift",
-    "episode_from_calls",
+    "episode_from_steps",
     "is_sampled",
     "recorded_entropies",
     "sampled_turns",
@@ -51,24 +52,36 @@ _ROLES = {
 }
 
 
-def episode_from_calls(
-    item: EvalInputItem,
+def episode_from_steps(
+    steps: Sequence[IntermediateStep],
     target_functions: Sequence[str] | None = None,
     target_model: str | None = None,
     include_tool_calls: bool = True,
 ) -> tuple[list[EpisodeItem], int | None]:
-    """The episode of one finished rollout, and the oldest policy version that sampled in it.
+    """The episode of one finished rollout, which is the main work of a builder's `finalize`.
 
-    Steps of other functions or models than the targets are left out. Raises ValueError where nothing is left that could
-    be trained on, MissingLogprobs where a sampled turn has no logprobs.
+        episode, version = ft.episode_from_steps(item.trajectory)
+        metadata = {"id": item.id, "generation": 0, "policy_version": version}
+        ft.Trajectory(episode=episode, reward=reward, metadata=metadata)
+
+    Args:
+        steps: What the rollout recorded: the `trajectory` of an EvalInputItem. Only its model calls count.
+        target_functions: Functions whose calls count, as in `finetuning.target_functions`. Default: all.
+        target_model: The model whose calls count, as in `finetuning.target_model`. Default: all.
+        include_tool_calls: Whether messages of tools are part of it.
+
+    Returns:
+        The messages, in order, each sampled one with its ids and logprobs; and the oldest policy version that sampled one of
+        them, None where that is not known.
+
+    Raises:
+        ValueError: No model call is left, so there is nothing to train on.
+        MissingLogprobs: A message was sampled without logprobs.
     """
     calls = [
         call
-        for step in item.trajectory
-        if step.event_type == IntermediateStepType.LLM_END
-        and (target_functions is None or step.function_ancestry.function_name in target_functions)
-        and (call := call_from_step(step)) is not None
-        and (target_model is None or target_model in (call.model, step.name))
+        for step in steps
+        if is_model_call(step, target_functions, target_model) and (call := call_from_step(step)) is not None
     ]
     if not calls:
         targets = f" to {target_model!r}" if target_model else ""

@@ -37,7 +37,7 @@ from ..types import (
     UsageStats,
 )
 from .datasets import load_dataset
-from .episodes import episode_from_calls
+from .episodes import episode_from_steps
 from .executor import LocalExecutor
 from .rollout import Rollout
 from .workflow import Workflow
@@ -185,7 +185,7 @@ class EvaluationRun:
 def whole_trajectory(item: EvalInputItem) -> Trajectory:
     """The trajectory of a finished rollout with all its model calls, before it is scored. Raises ValueError where there are
     none."""
-    episode, _ = episode_from_calls(item)
+    episode, _ = episode_from_steps(item.trajectory)
     return Trajectory(episode=episode, reward=math.nan, metadata={"id": item.id})
 
 

@@ -39,7 +39,7 @@ from ..types import (
     is_sampled,
 )
 from ..user_code import contained
-from .episodes import drift, episode_from_calls, tools_from_calls
+from .episodes import drift, episode_from_steps, tools_from_calls
 from .evaluation import EvaluationContext, evaluation_context
 from .executor import LocalExecutor
 
@@ -317,8 +317,8 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
 
     def _episode(self, item: EvalInputItem) -> tuple[list[EpisodeItem], int | None]:
         config, run_config = self.trajectory_builder_config, self.run_config
-        episode, version = episode_from_calls(
-            item,
+        episode, version = episode_from_steps(
+            item.trajectory,
             target_functions=run_config.target_functions if run_config else None,
             target_model=run_config.target_model if run_config else None,
             include_tool_calls=getattr(config, "include_tool_calls", True),

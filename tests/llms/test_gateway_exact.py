@@ -18,7 +18,7 @@ from finetune_nb.examples.calculator.task import LEVELS, TOOLS, calculate, make_
 from finetune_nb.llms.call_recorder import CallRecorder  # noqa: E402
 from finetune_nb.llms.client import PolicyLLM  # noqa: E402
 from finetune_nb.llms.gateway import gateway  # noqa: E402
-from finetune_nb.rollouts.episodes import drift, episode_from_calls  # noqa: E402
+from finetune_nb.rollouts.episodes import drift, episode_from_steps  # noqa: E402
 from finetune_nb.types import EpisodeKey, EvalInputItem, SamplingParams, Trajectory  # noqa: E402
 
 
@@ -203,7 +203,7 @@ def check(llm, episodes):
     for n, episode in enumerate(episodes):
         item = EvalInputItem(id=n, input_obj="", expected_output_obj="", full_dataset_entry={})
         item.trajectory = episode.steps()
-        turns = drift([Trajectory(episode=episode_from_calls(item)[0], reward=0.0)])
+        turns = drift([Trajectory(episode=episode_from_steps(item.trajectory)[0], reward=0.0)])
         carried, drifted = carried + turns[0], drifted + turns[1]
     assert (carried, drifted) == (len(calls) - len(episodes), 0)
     return len(calls), sum(len(call.reply.get("tool_calls") or ()) for call in calls), worst

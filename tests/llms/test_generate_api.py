@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.llms.call_recorder import CallRecorder  # noqa: E402
 from finetune_nb.llms.client import PolicyLLM  # noqa: E402
-from finetune_nb.rollouts.episodes import episode_from_calls  # noqa: E402
+from finetune_nb.rollouts.episodes import episode_from_steps  # noqa: E402
 from finetune_nb.testing import ScriptedPolicy  # noqa: E402
 from finetune_nb.training.batch import token_sequences  # noqa: E402
 from finetune_nb.types import EpisodeKey, EvalInputItem, SamplingParams, Trajectory  # noqa: E402
@@ -84,7 +84,7 @@ async def test_turns_are_recorded_and_trained_as_those_of_any_other_request(llm,
     await post(llm, {"token_ids": second})
     item = EvalInputItem(id="q", input_obj="", expected_output_obj="", full_dataset_entry={})
     item.trajectory = episode.steps()
-    trajectory = Trajectory(episode=episode_from_calls(item)[0], reward=1.0)
+    trajectory = Trajectory(episode=episode_from_steps(item.trajectory)[0], reward=1.0)
     (sequence,) = token_sequences(trajectory, 1.0)
     assert sequence.ids == [*second, *episode.calls[1].response_ids]
     assert sequence.sampled == [False] * len(ids) + [True] * len(first) + [False] * (

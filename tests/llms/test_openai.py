@@ -21,7 +21,7 @@ from finetune_nb.config import EvaluatorBaseConfig, FunctionBaseConfig, TrainerA
 from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.openai import OpenAIModelConfig
 from finetune_nb.redaction import MASK, remember_secret
-from finetune_nb.rollouts.episodes import episode_from_calls
+from finetune_nb.rollouts.episodes import episode_from_steps
 from finetune_nb.testing import FakeAdapter, sums
 from finetune_nb.types import EpisodeKey, EvalInputItem
 
@@ -248,7 +248,7 @@ async def test_what_the_model_thought_and_nearly_said_is_recorded_and_shown(remo
     item = EvalInputItem(
         id="q", input_obj="", expected_output_obj="", full_dataset_entry={}, trajectory=episode.steps()
     )
-    turn = episode_from_calls(item)[0][-1]
+    turn = episode_from_steps(item.trajectory)[0][-1]
     assert turn.metadata["reasoning_content"] == "3 and 4"
     (token,) = tokens_of(turn)
     assert (token.text, token.logprob, token.alternatives) == ("7", -0.5, (("α", -3.0),))

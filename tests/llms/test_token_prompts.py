@@ -15,7 +15,7 @@ from loopback import LoopbackServer, Refusal
 import finetune_nb as ft
 from finetune_nb.errors import ConfigError
 from finetune_nb.llms.call_recorder import CallRecorder
-from finetune_nb.rollouts.episodes import drift, episode_from_calls
+from finetune_nb.rollouts.episodes import drift, episode_from_steps
 from finetune_nb.types import EpisodeKey, EvalInputItem, Trajectory
 
 QUESTION = [{"role": "user", "content": "3+4"}]
@@ -50,7 +50,7 @@ async def remote(tmp_path):
 def drift_of(episode):
     steps = episode.steps()
     item = EvalInputItem(id="q", input_obj="", expected_output_obj="", full_dataset_entry={}, trajectory=steps)
-    return drift([Trajectory(episode=episode_from_calls(item)[0], reward=0.0)])
+    return drift([Trajectory(episode=episode_from_steps(item.trajectory)[0], reward=0.0)])
 
 
 @pytest.mark.parametrize("by_client", [False, True])

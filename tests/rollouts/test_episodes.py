@@ -7,7 +7,7 @@ import pytest
 from finetune_nb.errors import BackendError
 from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.client import PolicyLLM
-from finetune_nb.rollouts.episodes import drift, episode_from_calls
+from finetune_nb.rollouts.episodes import drift, episode_from_steps
 from finetune_nb.testing import ScriptedPolicy, make_trajectory
 from finetune_nb.training.jobs import check_exact
 from finetune_nb.types import EpisodeKey, EvalInputItem, Trajectory
@@ -30,7 +30,7 @@ async def trajectory(policy, turns=3, anew=False):
     item = EvalInputItem(
         id="q", input_obj="", expected_output_obj="", full_dataset_entry={}, trajectory=episode.steps()
     )
-    return Trajectory(episode=episode_from_calls(item)[0], reward=1.0, metadata={"id": "q"})
+    return Trajectory(episode=episode_from_steps(item.trajectory)[0], reward=1.0, metadata={"id": "q"})
 
 
 async def test_turns_behind_the_sampled_ids_have_not_drifted():

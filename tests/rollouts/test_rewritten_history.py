@@ -19,7 +19,7 @@ from finetune_nb.examples.calculator.task import TOOLS, answer, calculate, first
 from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.client import PolicyLLM
 from finetune_nb.llms.gateway import gateway
-from finetune_nb.rollouts.episodes import drift, episode_from_calls
+from finetune_nb.rollouts.episodes import drift, episode_from_steps
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy
 from finetune_nb.types import EpisodeKey, EvalInputItem, SamplingParams, Trajectory, same_message
 
@@ -202,7 +202,7 @@ async def one_epoch(workflow, policy, folder, closing):
 def trajectory_of(episode):
     item = EvalInputItem(id="q", input_obj="", expected_output_obj="", full_dataset_entry={})
     item.trajectory = episode.steps()
-    return Trajectory(episode=episode_from_calls(item)[0], reward=0.0)
+    return Trajectory(episode=episode_from_steps(item.trajectory)[0], reward=0.0)
 
 
 def is_one_conversation(episode):

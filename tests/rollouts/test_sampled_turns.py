@@ -12,7 +12,7 @@ from finetune_nb.analysis.learning_signal import learning_signal
 from finetune_nb.analysis.rollout_group import rollout_group
 from finetune_nb.errors import BackendError, MissingLogprobs
 from finetune_nb.llms.call_recorder import CallRecorder
-from finetune_nb.rollouts.episodes import SampledTurn, chat_fields, episode_from_calls
+from finetune_nb.rollouts.episodes import SampledTurn, chat_fields, episode_from_steps
 from finetune_nb.training.batch import token_sequences, training_batch
 from finetune_nb.training.curriculum import group_statistics, select
 from finetune_nb.training.jobs import check_exact
@@ -65,7 +65,7 @@ def call(**changes) -> LLMCall:
 def episode(*calls: LLMCall) -> list[EpisodeItem]:
     steps = CallRecorder(EpisodeKey("train", 0, 0, 0), calls=list(calls)).steps()
     row = EvalInputItem(id="q", input_obj="", expected_output_obj="", full_dataset_entry={}, trajectory=steps)
-    return episode_from_calls(row)[0]
+    return episode_from_steps(row.trajectory)[0]
 
 
 def test_a_sampled_turn_says_all_that_the_recorded_call_said():

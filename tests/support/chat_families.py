@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.chat_tokenizer import ChatTokenizer
-from finetune_nb.rollouts.episodes import drift, episode_from_calls
+from finetune_nb.rollouts.episodes import drift, episode_from_steps
 from finetune_nb.types import EpisodeKey, EvalInputItem, Sample, SamplingParams, Trajectory
 
 ENDS = {
@@ -155,4 +155,4 @@ def drift_of(episode: CallRecorder) -> tuple[int, int]:
     """How many turns of an episode carry a conversation on, and how many of these have drifted."""
     item = EvalInputItem(id="q", input_obj="", expected_output_obj="", full_dataset_entry={})
     item.trajectory = episode.steps()
-    return drift([Trajectory(episode=episode_from_calls(item)[0], reward=0.0)])
+    return drift([Trajectory(episode=episode_from_steps(item.trajectory)[0], reward=0.0)])

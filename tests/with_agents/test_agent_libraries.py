@@ -14,7 +14,7 @@ from agent_libraries import AGAIN, LIBRARIES, TASKS, Answer
 from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.client import PolicyLLM
 from finetune_nb.llms.gateway import gateway
-from finetune_nb.rollouts.episodes import drift, episode_from_calls
+from finetune_nb.rollouts.episodes import drift, episode_from_steps
 from finetune_nb.testing import ScriptedPolicy
 from finetune_nb.types import EpisodeKey, EvalInputItem, Trajectory, content_text
 
@@ -136,7 +136,7 @@ async def test_a_librarys_calls_are_recorded_as_sampled(library, task):
         item = EvalInputItem(
             id="a", input_obj=AGAIN, expected_output_obj=None, full_dataset_entry={}, trajectory=episode.steps()
         )
-        turns, _ = episode_from_calls(item)
+        turns, _ = episode_from_steps(item.trajectory)
         _, drifted = drift([Trajectory(episode=turns, reward=0.0)])
         assert drifted == 0
 

@@ -9,7 +9,7 @@ from finetune_nb.backends.local.policy import LocalPolicy
 from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.client import PolicyLLM
 from finetune_nb.llms.gateway import gateway
-from finetune_nb.rollouts.episodes import episode_from_calls
+from finetune_nb.rollouts.episodes import episode_from_steps
 from finetune_nb.training.batch import token_sequences
 from finetune_nb.types import EpisodeKey, EvalInputItem, SamplingParams, Trajectory
 
@@ -45,7 +45,7 @@ async def test_turns_have_the_ids_and_log_probabilities_that_are_recorded(asked)
         assert call.logprobs == told["completion_logprobs"] and call.finish_reason == told["finish_reason"]
     item = EvalInputItem(id="q", input_obj="", expected_output_obj="", full_dataset_entry={})
     item.trajectory = episode.steps()
-    (sequence,) = token_sequences(Trajectory(episode=episode_from_calls(item)[0], reward=1.0), 1.0)
+    (sequence,) = token_sequences(Trajectory(episode=episode_from_steps(item.trajectory)[0], reward=1.0), 1.0)
     assert sequence.ids == [*ids, *second["completion_ids"]]
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from ...errors import BackendError
 from ...llms.call_recorder import CallRecorder
 from ...llms.chat_tokenizer import ChatTokenizer
-from ...rollouts.episodes import episode_from_calls
+from ...rollouts.episodes import episode_from_steps
 from ...types import EpisodeKey, EvalInputItem, LLMCall, SamplingParams, Trajectory, TrajectoryCollection
 
 __all__ = [
@@ -117,7 +117,7 @@ def collection_of(
                 id=f"group {g}", trajectory=CallRecorder(EpisodeKey("train", 0, g, n), calls=numbered).steps()
             )
             try:
-                episode, version = episode_from_calls(item)
+                episode, version = episode_from_steps(item.trajectory)
             except ValueError as error:
                 raise BackendError(f"{where}: {error}") from None
             metadata = {"id": item.id, "generation": n, "run_id": run_id, "policy_version": version}

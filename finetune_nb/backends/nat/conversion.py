@@ -34,6 +34,7 @@ from ...types import (
     TrainingJobStatus,
     Trajectory,
     TrajectoryCollection,
+    TTCEventData,
     field_of,
 )
 
@@ -203,7 +204,7 @@ def evaluation_from_nat(
 def steps_from_nat(
     given: Sequence[Any], call_of_id: Callable[[str], LLMCall | None] = lambda response_id: None
 ) -> list[IntermediateStep]:
-    """The model and tool calls among the Toolkit's steps, as ours."""
+    """The model and tool calls among the Toolkit's steps, and what the workflow pushed, as ours."""
     steps = [step for step in given if step.event_type in _KEPT_STEPS]
     starts = {step.UUID: step for step in steps if step.event_type == IntermediateStepType.LLM_START}
     return [_step_from_nat(step, starts.get(step.UUID), call_of_id) for step in steps]
@@ -215,7 +216,8 @@ def workflow_error(item: Any) -> str | None:
     return "WorkflowError: the workflow raised; the Toolkit's log has its error" if was_dropped else None
 
 
-_KEPT_STEPS = ("LLM_START", "LLM_END", "TOOL_START", "TOOL_END")
+_PUSHED_STEPS = ("CUSTOM_START", "CUSTOM_END", "TTC_START", "TTC_END")
+_KEPT_STEPS = ("LLM_START", "LLM_END", "TOOL_START", "TOOL_END", *_PUSHED_STEPS)
 
 
 def _verdicts(output: Any) -> EvalOutput:
@@ -243,6 +245,8 @@ def evaluation_error(item: Any) -> str | None:
 
 
 def _step_from_nat(step: Any, start: Any, call_of_id: Callable[[str], LLMCall | None]) -> IntermediateStep:
+    if step.event_type in _PUSHED_STEPS:
+        return _pushed_from_nat(step)
     data, given = step.data, step.payload
     payload, text = (data.payload, data.output) if data is not None else (None, None)
     messages = _messages((start.data.input if start is not None and start.data else None) or (data and data.input))
@@ -269,6 +273,31 @@ def _step_from_nat(step: Any, start: Any, call_of_id: Callable[[str], LLMCall | 
             tags=given.tags,
             metadata=None,
             data=data and StreamEventData.model_construct(input=messages, output=text, payload=payload),
+            usage_info=None,
+            UUID=given.UUID,
+        ),
+    )
+
+
+def _pushed_from_nat(step: Any) -> IntermediateStep:
+    """A step of the workflow's own, with all that it says."""
+    given, data, metadata = step.payload, step.data, step.metadata
+    kind = TTCEventData if str(step.event_type).startswith("TTC_") else StreamEventData
+    details = dict(data) | (data.model_extra or {}) if data is not None else None
+    if details is not None:
+        details["input"] = _messages(details.get("input"))
+    return IntermediateStep.model_construct(
+        parent_id=step.parent_id,
+        function_ancestry=InvocationNode.model_construct(**dict(step.function_ancestry)),
+        payload=IntermediateStepPayload.model_construct(
+            event_type=IntermediateStepType(str(step.event_type)),
+            event_timestamp=given.event_timestamp,
+            span_event_timestamp=given.span_event_timestamp,
+            framework=given.framework and str(given.framework),
+            name=given.name,
+            tags=given.tags,
+            metadata=metadata if metadata is None or isinstance(metadata, dict) else metadata.model_dump(),
+            data=None if details is None else kind.model_construct(**details),
             usage_info=None,
             UUID=given.UUID,
         ),
