@@ -199,13 +199,13 @@ class IntermediateStepPayload(BaseModel):
         return IntermediateStepState.CHUNK if last == "TOKEN" else IntermediateStepState(last)
 
     @model_validator(mode="after")
-    def check_span_event_timestamp(self) -> IntermediateStepPayload:
+    def _check_span_event_timestamp(self) -> IntermediateStepPayload:
         if self.event_state != IntermediateStepState.END and self.span_event_timestamp is not None:
             raise ValueError("span_event_timestamp can only be provided for events with an END state")
         return self
 
     @model_validator(mode="after")
-    def read_candidate(self) -> IntermediateStepPayload:
+    def _read_candidate(self) -> IntermediateStepPayload:
         """Data that was read from a file or from a dict are a candidate's again."""
         if self.event_category == IntermediateStepCategory.TTC and type(self.data) is StreamEventData:
             self.data = TTCEventData.model_validate(self.data.model_dump())

@@ -17,17 +17,20 @@ __all__ = [
 
 @dataclass(kw_only=True)
 class EvaluatorInfo:
-    """An evaluator that scores all rollouts in one call.
+    """An evaluator that scores all rollouts in one call, by one of two functions.
 
     A function that is registered by `register_evaluator` may yield one, or the evaluator itself.
     """
 
     config: EvaluatorBaseConfig
     """Its config."""
-    evaluate_fn: Callable[[EvalInput], Awaitable[EvalOutput]]
+    evaluate_fn: Callable[[EvalInput], Awaitable[EvalOutput]] | None = None
     """Scores the rollouts; `BaseEvaluator.evaluate` is one."""
     description: str = ""
     """For people."""
+    evaluate_atif_fn: Callable[[Any], Awaitable[EvalOutput]] | None = None
+    """Scores the rollouts in the Agent Trajectory Interchange Format; `AtifBaseEvaluator.evaluate_atif_fn` is one. It goes before
+    `evaluate_fn`, as in the Toolkit."""
 
 
 @dataclass(kw_only=True)

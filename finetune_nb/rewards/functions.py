@@ -160,7 +160,8 @@ def batch_method(evaluator: Any) -> Any:
     Returns:
         The method; None for a function.
     """
-    return getattr(evaluator, "evaluate_fn", None) or getattr(evaluator, "evaluate", None)
+    names = ("evaluate_atif_fn", "evaluate_fn", "evaluate")
+    return next((method for name in names if (method := getattr(evaluator, name, None)) is not None), None)
 
 
 class RewardFunction:

@@ -105,8 +105,10 @@ def needs_trajectories(evaluators: Mapping[str, Any]) -> bool:
         evaluators: Evaluators by name.
 
     Returns:
-        True if one has the parameter `trajectory` or `trajectories`.
+        True if one has the parameter `trajectory` or `trajectories`, or reads ATIF.
     """
+    if any(getattr(each, "evaluate_atif_fn", None) is not None for each in evaluators.values()):
+        return True
     functions = [each for each in evaluators.values() if callable(each) and not isinstance(each, WeightedSum)]
     return any(RewardFunction(function).wants_trajectory for function in functions)
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ..errors import ConfigError
 from ..text import text_of
 from ..threads import in_daemon_thread
 from ..types import EvalInput, EvalInputItem, EvalOutput, EvalOutputItem
 from ..user_code import contained, contained_call
+from .atif import atif_sample
 from .functions import RewardFunction, TrajectoryOf, batch_method, needs_group
 from .verdicts import no_score, output_of, verdict_of, weighted_sum
 
@@ -132,7 +134,8 @@ async def evaluate_items(
     """
     batch = batch_method(evaluator)
     if batch is not None:
-        return await _batched(batch, items)
+        reads_atif = batch == getattr(evaluator, "evaluate_atif_fn", None)
+        return await (_batched_as_atif(batch, items, trajectory_of) if reads_atif else _batched(batch, items))
     function = RewardFunction(evaluator, trajectory_of)
     calls = [_Call(function, [place], [item], partial(function.of_rollout, item)) for place, item in enumerate(items)]
     return await _made(function, calls, len(items), max_concurrency)
@@ -158,9 +161,34 @@ async def _evaluate_groups(
     return await _made(function, calls, len(items), max_concurrency)
 
 
-async def _batched(batch: Callable[[EvalInput], Awaitable[EvalOutput]], items: Sequence[EvalInputItem]) -> EvalOutput:
+async def _batched(batch: Callable[[Any], Awaitable[EvalOutput]], items: Sequence[EvalInputItem]) -> EvalOutput:
+    return await _asked(batch, EvalInput.model_construct(eval_input_items=list(items)), items)
+
+
+async def _batched_as_atif(
+    batch: Callable[[Any], Awaitable[EvalOutput]],
+    items: Sequence[EvalInputItem],
+    trajectory_of: TrajectoryOf | None,
+) -> EvalOutput:
+    """As _batched, for an evaluator that reads ATIF. A rollout that has no trajectory is not shown to it."""
+    samples, without = [], {}
+    for place, item in enumerate(items):
+        try:
+            if trajectory_of is None:
+                raise ConfigError("an evaluator of ATIF needs trajectories, which are not known here")
+            samples.append(atif_sample(item, trajectory_of(item)))
+        except Exception as error:
+            without[place] = no_score(item.id, error)
+    found = await _asked(batch, samples, items)
+    return output_of([without.get(place, verdict) for place, verdict in enumerate(found.eval_output_items)])
+
+
+async def _asked(
+    batch: Callable[[Any], Awaitable[EvalOutput]], rollouts: Any, items: Sequence[EvalInputItem]
+) -> EvalOutput:
+    """The verdicts on `items`, which `batch` is given as `rollouts`."""
     try:
-        asked = batch(EvalInput.model_construct(eval_input_items=list(items)))
+        asked = batch(rollouts)
         output = await contained("the evaluator", asked, PATIENCE)
         by_id = {text_of(item.id): item for item in output.eval_output_items}
     except Exception as error:

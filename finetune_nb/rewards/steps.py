@@ -41,7 +41,7 @@ def step_rewards(step: str | None = None, key: str = "value", **targets: Any) ->
         **targets: `target_functions` and `target_model`, if a run trains on the turns of some functions, or of one model, alone.
 
     Returns:
-        The reward, for `Run` or `rescore`.
+        The reward, for `Run`. It cannot rescore a recorded run: steps are not recorded.
     """
     return StepRewards(step, key, **targets)
 

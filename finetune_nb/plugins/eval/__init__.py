@@ -1,0 +1,1 @@
+"""Import paths of the NeMo Agent Toolkit, for components that were written for it."""
