@@ -56,7 +56,7 @@ async def agent(config: AgentConfig, builder: Any):
 class TableConfig(EvaluatorBaseConfig, name="test_table"):
     """Rewards from a table: the n-th verdict on an example is its n-th number, over and over."""
 
-    rewards: dict[str, list[float | None]]
+    rewards: dict[str, list[Any]]
 
 
 _seen: Counter[str] = Counter()
@@ -103,6 +103,8 @@ class ArtServer:
 
     host: str = "127.0.0.88"
     fails: bool = False
+    broken: bool = False
+    """Its model's server answers with an error."""
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     step: int = 0
 
@@ -111,7 +113,10 @@ class ArtServer:
 
         class Answer(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer({"data": []})
+                if server.broken:
+                    self.send_error(500)
+                else:
+                    self.answer({"data": []})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")

@@ -10,17 +10,16 @@ result are mended here, each with a comment.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from functools import partial
+import math
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ...config.sections import FinetuneConfig
-from ...errors import ConfigError
 from ...hooks import resolve, wrap_method
 from ...interfaces import TrainerAdapter, TrajectoryBuilder
-from ...rollouts.evaluation import progress
-from ...text import text_of
+from ...redaction import redacting_logger
+from ...text import text_of, told_once
 from ...types import (
     RolloutFailure,
     TrainingJobRef,
@@ -29,6 +28,7 @@ from ...types import (
     Trajectory,
     TrajectoryCollection,
 )
+from ...user_code import contained
 from .conversion import (
     collection_from_nat,
     collection_to_nat,
@@ -39,26 +39,21 @@ from .conversion import (
     steps_from_nat,
     trajectory_from_nat,
 )
+from .versions import ART_ADAPTER, is_one_of, mend_adapter, pass_on_beta, with_progress
 
 if TYPE_CHECKING:
-    from .evaluation import Limit
+    from .evaluation import Evaluated, Limit
 
 __all__ = [
     "NatAdapter",
     "NatBuilder",
-    "is_one_of",
     "unwrap",
 ]
 
-POLLS_ITSELF = {"nat.plugins.openpipe.trainer_adapter.ARTTrainerAdapter"}
-"""Adapters whose jobs are tasks of this process: asking them often costs nothing, and their 10 seconds are waited for
-nothing."""
+logger = redacting_logger(__name__)
+
 POLL_SECONDS = 0.1
-
-
-def is_one_of(component: Any, table: set[str]) -> bool:
-    """Whether a component's class, or one of its bases, is in a table."""
-    return any(f"{kind.__module__}.{kind.__qualname__}" in table for kind in type(component).__mro__)
+"""Between two looks at a job that is a task of this process: asking often costs nothing."""
 
 
 class NatBuilder(TrajectoryBuilder):
@@ -74,6 +69,7 @@ class NatBuilder(TrajectoryBuilder):
         super().__init__(nat.trajectory_builder_config)
         self.nat, self._limit = nat, limit
         self._evaluated: list[Any] = []  # of the generations of this epoch, in order
+        self._collecting = False
         self._ask_start, self._ask_finalize = nat.start_run, nat.finalize
         default = resolve("nat.finetuning.interfaces.trajectory_builder:TrajectoryBuilder").run_eval
         if getattr(type(nat), "run_eval", None) is default:
@@ -86,7 +82,7 @@ class NatBuilder(TrajectoryBuilder):
         self.run_config = run_config
 
     async def start_run(self, run_id: str, meta: dict | None = None) -> None:
-        self._evaluated = []
+        self._evaluated, self._collecting = [], True
         await self._ask_start(run_id=run_id, meta=meta)
 
     async def finalize(self, run_id: str, meta: dict | None = None) -> TrajectoryCollection:
@@ -95,13 +91,19 @@ class NatBuilder(TrajectoryBuilder):
         except BaseException:
             await self.aclose(run_id)
             raise
+        finally:
+            self._collecting = False
+        errors = [each.error for each in self._evaluated]
+        if errors and None not in errors:
+            raise errors[0]
+        unrewarded = _without_rewards(self._theirs)
         collection = collection_from_nat(self._theirs, self.ours)
-        collection.failures = self._failures(collection)
+        collection.failures = [*self._failures(collection, unrewarded), *unrewarded]
         return collection
 
-    def _failures(self, collection: TrajectoryCollection) -> list[RolloutFailure]:
+    def _failures(self, collection: TrajectoryCollection, unrewarded: Sequence[RolloutFailure]) -> list[RolloutFailure]:
         """The rollouts of the epoch that the Toolkit's builder left out: it says of none why."""
-        made: set[tuple[str, Any]] = set()
+        made: set[tuple[str, Any]] = {(text_of(failure.example_id), failure.generation) for failure in unrewarded}
         for trajectory in chain.from_iterable(collection.trajectories):
             about = trajectory.metadata or {}
             if "id" not in about or "generation" not in about:
@@ -122,23 +124,34 @@ class NatBuilder(TrajectoryBuilder):
         return self._known[id(trajectory)][1]
 
     async def _counted(self, original: Callable[[], Any]) -> Any:
-        """The Toolkit's evaluation as its builders ask for it, with its rollouts counted for whoever shows a Run."""
-        if progress.get() is None:
-            return await original()
-        from nat.data_models.evaluate_runtime import EvaluationRunConfig
-        from nat.utils.io.supress_logs import suppress_logs
-
-        from .evaluation import Evaluated, EvaluationRun, limited
+        """The Toolkit's evaluation as its builders ask for it, with its rollouts counted for whoever shows a Run. A generation
+        that fails is evaluated without a result: the others are as good as before."""
+        from .evaluation import Evaluated
 
         evaluated = Evaluated(len(self._evaluated))
+        if not self._collecting:  # a validation
+            output = await self._evaluate(evaluated)
+            if evaluated.failures:
+                logger.warning("validation: %s", told_once(failure.error for failure in evaluated.failures))
+            return output
         self._evaluated.append(evaluated)
+        try:
+            return await contained("run_eval", self._evaluate(evaluated))
+        except Exception as error:
+            logger.exception("generation %d failed", evaluated.generation)
+            return evaluated.failed(error)
+
+    async def _evaluate(self, evaluated: Evaluated) -> Any:
+        from nat.data_models.evaluate_runtime import EvaluationRunConfig
+
+        from .evaluation import EvaluationRun, limited
+
         run = self.nat.run_config.run_configuration
         asked = {name: getattr(run, name) for name in _ASKED}
         asked["config_file"] = limited(run.config_file, self._limit)
         # Nothing is written down by the Toolkit: credentials as they are, and every generation into the same files.
         evaluation = EvaluationRun(EvaluationRunConfig(**asked, write_output=False), limit=self._limit)
-        async with suppress_logs(prefix="nat.eval"):
-            output = await evaluation.run_and_evaluate()
+        output = await evaluation.run_and_evaluate()
         reward = self.nat.run_config.reward_function
         evaluated.take(output, evaluation.errors, reward and reward.name)
         return output
@@ -190,6 +203,21 @@ _ASKED = ("config_file", "dataset", "result_json_path", "endpoint", "endpoint_ti
 """What of a run configuration an evaluation is given."""
 
 
+def _without_rewards(collection: Any) -> list[RolloutFailure]:
+    """Takes trajectories whose reward is no finite number out of a collection of the Toolkit's: it would train on them, and
+    its curriculum's order would hang on where they are."""
+    failures: list[RolloutFailure] = []
+    for group in collection.trajectories:
+        for trajectory in group:
+            if not math.isfinite(trajectory.reward):
+                about = trajectory.metadata or {}
+                error = f"the reward is {trajectory.reward}"
+                failures.append(RolloutFailure(about.get("id"), about.get("generation", 0), error))
+        group[:] = [trajectory for trajectory in group if math.isfinite(trajectory.reward)]
+    collection.trajectories[:] = [group for group in collection.trajectories if group]
+    return failures
+
+
 class NatAdapter(TrainerAdapter):
     """A TrainerAdapter of the Toolkit. Its jobs get an id of their own (`metadata["job_id"]`), and their last status is
     kept: the Toolkit's ART adapter answers once and has then forgotten the job."""
@@ -197,16 +225,12 @@ class NatAdapter(TrainerAdapter):
     def __init__(self, nat: Any, builder: NatBuilder | None = None) -> None:
         super().__init__(nat.adapter_config)
         self.nat, self._builder = nat, builder
-        self._ask_submit, self._ask_wait = nat.submit, nat.wait_until_complete
+        self._ask_submit, self._ask_wait, self._ask_status = nat.submit, nat.wait_until_complete, nat.status
         self._theirs: dict[int, Any] = {}  # by id of our collection, while it is being submitted
         self._newest: tuple[Any, TrainingJobRef] | None = None  # the Toolkit's ref, and ours
         self._ended: dict[str, TrainingJobStatus] = {}
         self._jobs = 0
-        self._passes_on = False
-        training = getattr(nat.adapter_config, "training", None)
-        if is_one_of(nat, POLLS_ITSELF) and isinstance(training, dict):
-            # It asks the dict for attributes, and so would train with its defaults whatever the config says.
-            nat.adapter_config.training = _Settings(training)
+        mend_adapter(nat)
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
         """The Toolkit's is initialized by its own trainer, or by NatTrainer's owner."""
@@ -217,7 +241,8 @@ class NatAdapter(TrainerAdapter):
 
     async def submit(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
         theirs = self._theirs.get(id(trajectories))
-        self._pass_on_beta()
+        pass_on_beta(self.nat)
+        await self._forget_ended(trajectories.run_id)
         given = await self._ask_submit(collection_to_nat(trajectories) if theirs is None else theirs)
         if self._builder is not None:
             self._builder.forget()
@@ -228,28 +253,12 @@ class NatAdapter(TrainerAdapter):
         self._newest = (given, ref)
         return ref
 
-    def _pass_on_beta(self) -> None:
-        """Gives `training.beta` to ART under its name there: the Toolkit's adapter gives it under one that ART drops.
-
-        Raises:
-            ConfigError: This version of ART has no such setting.
-        """
-        beta = getattr(getattr(self.nat.adapter_config, "training", None), "beta", 0)
-        if self._passes_on or not beta or not is_one_of(self.nat, POLLS_ITSELF):
-            return
-        self._passes_on = True
-
-        def train(original: Callable[..., Any], *args: Any, config: Any, **options: Any) -> Any:
-            if "kl_penalty_coef" not in type(config).model_fields:
-                raise ConfigError(
-                    f"training.beta is {beta}, and the installed openpipe-art has no weight of the KL divergence. Leave beta "
-                    "out, or install a version whose TrainConfig has kl_penalty_coef."
-                )
-            return original(*args, config=config.model_copy(update={"kl_penalty_coef": float(beta)}), **options)
-
-        # ART's model lets nobody set what is no field of it.
-        original = self.nat.model.train
-        object.__setattr__(self.nat.model, "train", partial(train, original))
+    async def _forget_ended(self, run_id: str) -> None:
+        """The status of a job of that run that has ended and that nobody waited for: the Toolkit's ART adapter takes no other
+        job before it was asked for."""
+        task = getattr(self.nat, "training_jobs", {}).get(run_id)
+        if task is not None and task.done() and self._newest is not None:
+            await self.status(self._newest[1])
 
     def ours(self, ref: Any) -> TrainingJobRef:
         """The Toolkit's ref of a job as the Run knows it."""
@@ -258,15 +267,16 @@ class NatAdapter(TrainerAdapter):
 
     async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
         job = _job_of(ref)
-        return self._ended.get(job) or self._keep(job, status_from_nat(await self.nat.status(_plain(ref))))
+        return self._ended.get(job) or self._keep(job, status_from_nat(await self._ask_status(_plain(ref))))
 
     async def wait_until_complete(self, ref: TrainingJobRef, poll_interval: float = 10.0) -> TrainingJobStatus:
         job = _job_of(ref)
         if job in self._ended:
             return self._ended[job]
-        if is_one_of(self.nat, POLLS_ITSELF):
+        if is_one_of(self.nat, {ART_ADAPTER}):
             poll_interval = min(poll_interval, POLL_SECONDS)
-        return self._keep(job, status_from_nat(await self._ask_wait(_plain(ref), poll_interval)))
+        waited = await self._ask_wait(_plain(ref), poll_interval)
+        return self._ended.get(job) or self._keep(job, status_from_nat(waited))
 
     def _keep(self, job: str, status: TrainingJobStatus) -> TrainingJobStatus:
         if status.status not in (TrainingStatusEnum.PENDING, TrainingStatusEnum.RUNNING):
@@ -296,7 +306,11 @@ class NatAdapter(TrainerAdapter):
         async def wait_until_complete(_: Any, ref: Any, poll_interval: float = 10.0) -> Any:
             return status_to_nat(await self.wait_until_complete(self.ours(ref), poll_interval))
 
+        async def status(_: Any, ref: Any) -> Any:
+            return with_progress(self.nat, status_to_nat(await self.status(self.ours(ref))))
+
         wrap_method(self.nat, "submit", submit)
+        wrap_method(self.nat, "status", status)
         wrap_method(self.nat, "wait_until_complete", wait_until_complete)
 
     def log_progress(self, ref: TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
@@ -307,16 +321,6 @@ class NatAdapter(TrainerAdapter):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Settings(dict[str, Any]):
-    """Settings that can be asked for as attributes, too."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
 
 _OWN_ID = "finetune_nb_job"

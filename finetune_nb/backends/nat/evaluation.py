@@ -238,6 +238,27 @@ class Evaluated:
         self.failures: list[RolloutFailure] = []
         self.done: list[Any] = []
         """Items of the Toolkit's."""
+        self.error: Exception | None = None
+        """Why the whole generation failed."""
+
+    def failed(self, error: Exception) -> Any:
+        """The whole generation failed.
+
+        Returns:
+            An output without items, which a builder of the Toolkit's passes over.
+        """
+        from nat.data_models.evaluate_runtime import EvaluationRunOutput as NatOutput
+        from nat.data_models.evaluator import EvalInput
+
+        self.error = error
+        self.failures = [RolloutFailure(None, self.generation, error_text(error))]
+        return NatOutput.model_construct(
+            workflow_output_file=None,
+            evaluator_output_files=[],
+            workflow_interrupted=False,
+            eval_input=EvalInput(eval_input_items=[]),
+            evaluation_results=[],
+        )
 
     def take(self, output: Any, errors: Sequence[tuple[Any, str]], reward: str | None) -> None:
         """What the evaluation came to. A rollout whose reward has no number for a score is a failure: its score is taken out of

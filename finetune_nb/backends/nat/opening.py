@@ -10,14 +10,16 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, MissingExtra, did_you_mean
+from ...errors import ConfigError, DatasetError, MissingExtra, did_you_mean
 from ...hooks import resolve
 from ...redaction import is_text, names_credential, plain_data, redact_text, remember_secret
+from ...text import text_of
 from ..import_guard import undo_side_effects
 
 __all__ = [
@@ -158,6 +160,7 @@ async def open_config(
             config = validate_schema(tree, Config)
         except Exception as error:
             raise ConfigError(f"config {str(path)!r}: {redact_text(str(error))}") from error
+    check_ids(config, run.get("dataset"))
     tuning = config.finetuning
     # The Toolkit puts the config into itself here; each of its evaluations then fails to write it down, with a traceback.
     evaluated = config.model_copy(update={"finetuning": tuning.model_copy()})
@@ -205,6 +208,32 @@ def check_types(tree: Mapping[str, Any], path: Path) -> None:
                     f"config {str(path)!r}: {section}.{name} is of type {kind!r}, whose plugin is not installed, or could "
                     f"not be imported. {needs}"
                 )
+
+
+def check_ids(config: Any, file: str | None) -> None:
+    """Raises DatasetError for a dataset that has two rows of one id: the Toolkit evaluates the first, and says nothing.
+
+    Args:
+        config: The Toolkit's config.
+        file: A dataset in place of the config's.
+    """
+    from nat.data_models.dataset_handler import EvalDatasetJsonConfig
+
+    dataset = EvalDatasetJsonConfig(file_path=file) if file else config.eval.general.dataset
+    place = getattr(dataset, "file_path", None)
+    if place is None or not hasattr(dataset, "parser") or not Path(place).is_file():
+        return  # rows that are made or fetched by the Toolkit, or are not there, which it says itself
+    try:
+        parse, options = dataset.parser()
+        ids = [text_of(value) for value in parse(place, **options)[dataset.id_key]]
+    except Exception:
+        return  # the Toolkit says what is wrong with the file when it reads it
+    twice = [example for example, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise DatasetError(
+            f"{str(place)!r} has {len(twice)} ids more than once: {', '.join(map(repr, twice[:5]))}. Expected an id of its own "
+            f"for each row, in {dataset.id_key!r}: the Toolkit would leave out every row but the first."
+        )
 
 
 def check_art(adapter: Any) -> None:

@@ -151,7 +151,7 @@ async def nat_trainer(config: NatTrainerConfig, builder: Builder):
         else:
             trajectory_builder = NatBuilder(opened.builder, limit)
             adapter = NatAdapter(opened.adapter, trajectory_builder)
-            yield NatTrainer(opened.trainer, trajectory_builder, adapter, opened.finetuning)
+            yield NatTrainer(opened.trainer, trajectory_builder, adapter, opened.finetuning, builder.config.run.seed)
 
 
 @register_trajectory_builder(config_type=NatBuilderConfig)

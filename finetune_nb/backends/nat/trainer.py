@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from pathlib import Path
 from typing import Any
@@ -11,32 +12,40 @@ from ...errors import BackendError
 from ...hooks import wrap_method
 from ...interfaces import Trainer
 from ...redaction import redact_text, redacting_logger
+from ...threads import in_daemon_thread
 from ...types import TrainingJobRef, TrainingJobStatus, TrajectoryCollection
-from .bridges import NatAdapter, NatBuilder, is_one_of
+from .bridges import NatAdapter, NatBuilder
 from .conversion import collection_from_nat, collection_to_nat, status_from_nat
+from .versions import TRAINS_IN_RUN, forget_validations, is_one_of, mend_trainer
 
 __all__ = [
     "NatTrainer",
-    "TRAINS_IN_RUN",
 ]
 
 logger = redacting_logger(__name__)
 
-TRAINS_IN_RUN = {"nat.plugins.customizer.dpo.trainer.NeMoCustomizerTrainer"}
-"""Trainers of the Toolkit that only collect in `run_epoch`, and train once, at the end of `run`."""
-
 
 class NatTrainer(Trainer):
-    """A Trainer of the Toolkit, with its builder and its adapter. `finetuning`: the Toolkit's FinetuneConfig, with the
-    run configuration in it."""
+    """A Trainer of the Toolkit, with its builder and its adapter.
 
-    def __init__(self, nat: Any, builder: NatBuilder, adapter: NatAdapter, finetuning: Any) -> None:
+    Args:
+        nat: It.
+        builder: Its builder.
+        adapter: Its adapter.
+        finetuning: The Toolkit's FinetuneConfig, with the run configuration in it.
+        seed: Of what it draws at random.
+    """
+
+    def __init__(self, nat: Any, builder: NatBuilder, adapter: NatAdapter, finetuning: Any, seed: int = 0) -> None:
         self.nat, self._finetuning = nat, finetuning
         super().__init__(nat.trainer_config)
         self.trajectory_builder, self.trainer_adapter = builder, adapter
         self.trains_in_run = is_one_of(nat, TRAINS_IN_RUN)
+        mend_trainer(nat, seed)
         self._ask_log, self._ask_validation = nat.log_progress, nat.run_validation_evaluation
         self._validated: dict[str, Any] = {}
+        self._failed_validations: set[int] = set()
+        self._logs: list[asyncio.Future[None]] = []
         builder.route_through_bridge()
         adapter.route_through_bridge()
         wrap_method(nat, "log_progress", lambda _, *args, **kwargs: self.log_progress(*args, **kwargs))
@@ -88,7 +97,10 @@ class NatTrainer(Trainer):
     async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
         """The Toolkit's epoch. After the last one there is a validation, which the Toolkit leaves out."""
         self._name(run_id)
-        given = await self.nat.run_epoch(epoch, run_id)
+        try:
+            given = await self.nat.run_epoch(epoch, run_id)
+        finally:
+            await self._logged()
         ref = None if given is None else self.trainer_adapter.ours(given)  # type: ignore[attr-defined]
         run = self._finetuning.run_configuration
         if run.validation_dataset and epoch == self.run_config.num_epochs - 1 and not self.trains_in_run:
@@ -98,7 +110,10 @@ class NatTrainer(Trainer):
         return ref
 
     async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
-        return [status_from_nat(status) for status in await self.nat.run(num_epochs)]
+        try:
+            return [status_from_nat(status) for status in await self.nat.run(num_epochs)]
+        finally:
+            await self._logged()
 
     def _name(self, run_id: str) -> None:
         """The Toolkit's trainer invents a run id when it is initialized; its logs then bear the Run's."""
@@ -114,13 +129,32 @@ class NatTrainer(Trainer):
         await self.trainer_adapter.aclose()  # type: ignore[attr-defined]
 
     def log_progress(self, epoch: int, metrics: dict[str, Any], output_dir: str | None = None) -> None:
-        """Into the Run's folder. A log or a plot that fails is a warning; the Toolkit lets it end the epoch before it is
-        trained on."""
+        """Into the Run's folder, while the epoch continues: a plot takes a second. A log or a plot that fails is a warning; the
+        Toolkit lets it end the epoch before it is trained on."""
         folder = output_dir or (None if self.trains_in_run else str(self._folder(metrics)))
+        forget_validations(self.nat, self._failed_validations)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            self._log(epoch, metrics, folder)
+        else:
+            before = self._logs[-1:]
+            self._logs.append(asyncio.ensure_future(self._log_after(before, epoch, metrics, folder)))
+
+    async def _log_after(self, before: list[asyncio.Future[None]], *args: Any) -> None:
+        await asyncio.gather(*before)
+        await in_daemon_thread(self._log, *args)
+
+    def _log(self, epoch: int, metrics: dict[str, Any], folder: str | None) -> None:
         try:
             self._ask_log(epoch, metrics, folder)
         except Exception:
             logger.warning("epoch %d: the Toolkit's log could not be written", epoch, exc_info=True)
+
+    async def _logged(self) -> None:
+        """Waits for what is still being written."""
+        logs, self._logs = self._logs, []
+        await asyncio.gather(*logs)
 
     def _folder(self, metrics: dict[str, Any]) -> Path:
         run_id = getattr(self.nat, "_run_id", None) or metrics.get("run_id") or ""
@@ -132,6 +166,7 @@ class NatTrainer(Trainer):
         if metrics.get("error") or not metrics.get("num_examples"):
             metrics = {**metrics, "avg_reward": math.nan, "min_reward": math.nan, "max_reward": math.nan}
             metrics.setdefault("error", "no item has a score by the reward function")
+            self._failed_validations.add(epoch)
         return metrics
 
     async def _lead_validation(self, _: Any, epoch: int, run_id: str) -> dict[str, Any]:
