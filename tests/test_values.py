@@ -106,3 +106,10 @@ def test_nothing_has_no_mean():
     assert math.isnan(mean([]))
     assert math.isnan(mean(np.array([])))
     assert mean([1.0, 2.0]) == mean(np.array([1.0, 2.0])) == 1.5
+
+
+def test_a_missing_reward_is_read_again_from_its_json():
+    given = Trajectory(episode=[], reward=math.nan, shaped_rewards=[math.inf])
+    found = Trajectory.model_validate_json(given.model_dump_json())
+    assert math.isnan(found.reward)
+    assert found.shaped_rewards == [math.inf]

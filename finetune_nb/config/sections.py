@@ -305,6 +305,33 @@ def _models_of(llm: LLMBaseConfig) -> tuple[Any, Any]:
     return getattr(llm, "adapter", None), getattr(llm, "model_name", None)
 
 
+NAMED = {
+    "trainer": "trainers",
+    "trajectory_builder": "trajectory_builders",
+    "trainer_adapter": "trainer_adapters",
+    "reward_function.name": "eval.evaluators",
+}
+"""Field of `finetuning` -> the section in which the name that it has must be."""
+
+
+def unknown_names(named: Mapping[str, str | None], sections: Mapping[str, Collection[str]]) -> list[tuple[str, str]]:
+    """Find names in `finetuning` that no section has.
+
+    Args:
+        named: Field of NAMED -> the name that it has; None: none.
+        sections: Field of NAMED -> the names that there are.
+
+    Returns:
+        Field and what is wrong, of each mistake.
+    """
+    found = []
+    for field, title in NAMED.items():
+        name, known = named.get(field), sections[field]
+        if name is not None and name not in known:
+            found.append((field, f"{name!r} is not one of {title}. {did_you_mean(str(name), known)}"))
+    return found
+
+
 # ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -380,32 +407,33 @@ class Config(BaseModel):
         nothing could train.
 
         Returns:
-            The path of each mistake, and what is wrong; empty if finetuning is off.
+            The path of each mistake, and what is wrong.
         """
         tuning = self.finetuning
-        if not tuning.enabled:
-            return []
         found: list[tuple[KeyPath, str]] = []
+        for name in ("workflow", "<workflow>"):
+            if name in self.functions:
+                problem = (
+                    f"{name!r} is the name of the workflow, which would be called in this function's place. Rename it"
+                )
+                found.append((("functions", name), problem))
+        if not tuning.enabled:
+            return found
         if self.run.deterministic and self.run.engine_kind != "local":
             problem = (
                 f"found deterministic with engine {self.run.engine!r}; which rollouts share a batch, and so the last digit, "
                 "depends there on which worker is free. Take engine 'local', or leave deterministic out"
             )
             found.append((("run", "deterministic"), problem))
-        names: tuple[tuple[KeyPath, str | None, Collection[str], str], ...] = (
-            (("trainer",), tuning.trainer, self.trainers, "trainers"),
-            (("trajectory_builder",), tuning.trajectory_builder, self.trajectory_builders, "trajectory_builders"),
-            (("trainer_adapter",), tuning.trainer_adapter, self.trainer_adapters, "trainer_adapters"),
-            (
-                ("reward_function", "name"),
-                getattr(tuning.reward_function, "name", None),
-                self.eval.evaluators,
-                "eval.evaluators",
-            ),
-        )
-        for path, name, section, title in names:
-            if name is not None and name not in section:
-                found.append((("finetuning", *path), f"{name!r} is not one of {title}. {did_you_mean(name, section)}"))
+        named = {
+            "trainer": tuning.trainer,
+            "trajectory_builder": tuning.trajectory_builder,
+            "trainer_adapter": tuning.trainer_adapter,
+            "reward_function.name": getattr(tuning.reward_function, "name", None),
+        }
+        sections = (self.trainers, self.trajectory_builders, self.trainer_adapters, self.eval.evaluators)
+        for field, problem in unknown_names(named, dict(zip(NAMED, sections, strict=True))):
+            found.append((("finetuning", *field.split(".")), problem))
         for place, function in enumerate(tuning.target_functions if self.workflow is not None else ()):
             if function != "<workflow>" and function not in self.functions:
                 known = ["<workflow>", *self.functions]

@@ -354,6 +354,8 @@ def log_what_was_left(in_progress: EpochInProgress, epoch: Epoch, trainer: Train
     }
     if in_progress.refs:
         measured = dict(epoch.train_metrics)
+        if epoch.job is not None:
+            measured |= {"status": epoch.job.status.value, "message": epoch.job.message}
         calls["adapter"] = lambda: trainer.trainer_adapter.log_progress(in_progress.refs[-1], measured, str(folder))
     for part, call in calls.items():
         if part not in in_progress.logged:

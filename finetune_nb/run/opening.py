@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,14 @@ def config_of(
     datasets: Mapping[str, Any],
     trust: bool = False,
     ready: Mapping[str, Any] | None = None,
+    override: Iterable[tuple[str, Any]] = (),
 ) -> tuple[Config, Builder, Obstacle | None]:
     """The config of a run, and a builder with what was given again. scores: evaluators by name; datasets: by role. trust:
-    the user has read config.yml and vouches for it. ready: components of the user's own by kind. What comes last is why the
-    run can be opened but not resumed; None if it can."""
+    the user has read config.yml and vouches for it. ready: components of the user's own by kind. override: values in the config
+    of the Toolkit. What comes last is why the run can be opened but not resumed; None if it can."""
     tree, own = store.config_and_owner(trust)
+    for dotted, value in override:
+        tree = _with_override(tree, str(dotted), value)
     ready = {kind: component for kind, component in (ready or {}).items() if component is not None}
     tree = _with_known_types(tree, ready)
     problem = None
@@ -80,6 +83,29 @@ def config_of(
         for kind, component in ready.items():
             add_component(builder, kind, component)
     return config, builder, unable
+
+
+def _with_override(tree: Any, dotted: str, value: Any) -> Any:
+    """The tree with a value of the Toolkit's config. Raises ConfigError for a run that was not made by from_nat."""
+    tree = copy.deepcopy(tree)
+    tuning = tree.get("finetuning") or {}
+    trainer = (tree.get("trainers") or {}).get(tuning.get("trainer")) or {}
+    if trainer.get("_type") != "nat_trainer":
+        raise ConfigError(
+            f"override: {dotted!r} is for runs that were made by Run.from_nat, whose settings are in a config of the Toolkit. "
+            "This one was not: fork it with other settings, run.fork(...)."
+        )
+    if dotted == "finetuning.output_dir":
+        raise ConfigError("override: 'finetuning.output_dir' was found; the run's folder stays where it is.")
+    places = [(trainer.setdefault("override", {}), dotted.split("."), str(value))]
+    section, *rest = dotted.split(".")
+    if (section == "finetuning" and rest[0] in tuning) or dotted == "eval.general.max_concurrency":
+        places.append((tree, [section, *rest], value))  # the run's own copy
+    for node, path, new in places:
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = new
+    return tree
 
 
 _KNOWN_TYPES = {

@@ -321,6 +321,7 @@ class Run(RunHistory):
         adapter: TrainerAdapter | None = None,
         trainer: Trainer | None = None,
         trust: bool = False,
+        override: Iterable[tuple[str, Any]] = (),
     ) -> Run:
         """Open a run from its folder: to look at it, and to continue it where its record ends.
 
@@ -343,20 +344,28 @@ class Run(RunHistory):
             trainer: As in Run; needed if the run was made with one.
             trust: True: you have read config.yml, and let it name hosts, files, models and environment variables. The folder
                 is then signed with a key of your own and needs no `trust` again, until somebody else changes config.yml.
+            override: Of a run made by `from_nat`, as there: a credential that was overridden is not stored and is given again.
 
         Returns:
             The run.
 
         Raises:
             StoreError: The folder holds no run, or a damaged one.
+            ConfigError: `override` was given for a run that is running here, or that was not made by `from_nat`.
         """
         folder = Path(path)
-        functions_given = any(part is not None for part in (workflow, reward, dataset, builder, adapter, trainer))
+        given = (workflow, reward, dataset, builder, adapter, trainer)
+        override = list(override)
+        functions_given = bool(override) or any(part is not None for part in given)
         # A run that is written here comes before one that is only read.
         for run in sorted(_open_runs, key=lambda run: run._driver.writer is None):
             if run.folder.resolve() != folder.resolve():
                 continue
             trusted_now = trust and run._unable is not None and run._unable.untrusted
+            if run._driver.writer is not None and override:
+                raise ConfigError(
+                    f"override: run {run.id!r} is open here with its settings. Close it first: run.close()."
+                )
             if run._driver.writer is not None or not (functions_given or trusted_now):
                 run.refresh()
                 return run
@@ -364,7 +373,7 @@ class Run(RunHistory):
         store = RunStore.open(folder)
         datasets = {"train": dataset, "validation": validation}
         ready = {"trajectory_builder": builder, "trainer_adapter": adapter, "trainer": trainer}
-        config, components, unable = config_of(store, workflow, scores, datasets, trust, ready)
+        config, components, unable = config_of(store, workflow, scores, datasets, trust, ready, override)
         run = cls.__new__(cls)
         run._setup(config, components, folder.name, store, unable)
         return run

@@ -167,3 +167,9 @@ async def test_a_framework_for_which_no_model_is_wrapped_is_refused(tmp_path):
 
 def test_outside_of_every_function_it_is_the_workflow_that_runs():
     assert current_function() is WORKFLOW
+
+
+@pytest.mark.parametrize("name", ["workflow", "<workflow>"])
+def test_no_function_can_have_the_workflows_name(name):
+    with pytest.raises(ft.ConfigError, match=f"functions.{name}.*is the name of the workflow.*Rename it"):
+        ft.load_config({"functions": {name: {"_type": "search_by_model"}}})

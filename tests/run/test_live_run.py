@@ -89,6 +89,15 @@ def test_what_is_planned_is_what_start_runs_by_itself(make_run):
         run.start()
 
 
+def test_nothing_validates_beside_a_running_epoch(make_run):
+    run = make_run()
+    run.start(epochs=50)
+    with pytest.raises(RunError, match="the run is running"):
+        ft.run_sync(run.validate())
+    run.stop()
+    run.wait()
+
+
 def test_calls_that_do_not_fit_are_clear_errors(make_run):
     run = make_run()
     for call in (run.pause, run.resume, run.stop, run.abort):

@@ -87,11 +87,11 @@ async def test_max_concurrency_bounds_all_generations_together_and_is_live(place
     [
         (
             {"reward_function": {"name": "tabel"}},
-            "finetuning.reward_function.name is 'tabel'.*eval.evaluators.*'table'",
+            "finetuning.reward_function.name: 'tabel'.*eval.evaluators.*'table'",
         ),
-        ({"trainer": "trianer"}, "finetuning.trainer is 'trianer'.*'trainer'"),
-        ({"trajectory_builder": "bulider"}, "finetuning.trajectory_builder is 'bulider'.*'builder'"),
-        ({"trainer_adapter": "adaptor"}, "finetuning.trainer_adapter is 'adaptor'.*'adapter'"),
+        ({"trainer": "trianer"}, "finetuning.trainer: 'trianer'.*'trainer'"),
+        ({"trajectory_builder": "bulider"}, "finetuning.trajectory_builder: 'bulider'.*'builder'"),
+        ({"trainer_adapter": "adaptor"}, "finetuning.trainer_adapter: 'adaptor'.*'adapter'"),
     ],
 )
 def test_a_name_that_is_misspelt_is_an_error_before_the_first_rollout(place, llm, section, said):

@@ -34,6 +34,7 @@ from ...text import text_of
 from ...types import EpisodeKey, EvaluationRunOutput, LLMCall, RolloutFailure, SamplingParams, Trajectory
 from ...user_code import contained
 from .conversion import evaluation_error, evaluation_from_nat, steps_from_nat, workflow_error
+from .versions import missing_package
 
 __all__ = [
     "Evaluated",
@@ -165,7 +166,10 @@ class EvaluationRun(NatEvaluationRun):
         """The items whose rollout failed, each with its error."""
 
     async def run_and_evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        output = await super().run_and_evaluate(*args, **kwargs)
+        try:
+            output = await super().run_and_evaluate(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            raise missing_package(error) from error
         known = {id(item) for item in self.eval_input.eval_input_items}
         failed = [item for item, _ in self.errors if id(item) not in known]
         self.eval_input.eval_input_items += failed

@@ -1,6 +1,6 @@
 """A config of the Toolkit, opened: its own WorkflowBuilder makes trainer, builder and adapter as `nat finetune` does.
 
-What keeps version 1.9.0 from working as pip installs it is said here before anything runs, with the pin that heals it.
+What keeps the Toolkit from working as pip installs it is said here before anything runs, with the pin that heals it.
 """
 
 # pyright: reportMissingImports=false
@@ -16,11 +16,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, DatasetError, MissingExtra, did_you_mean
+from ...config.sections import NAMED, unknown_names
+from ...errors import ConfigError, DatasetError, MissingExtra
 from ...hooks import resolve
 from ...redaction import is_text, names_credential, plain_data, redact_text, remember_secret
 from ...text import text_of
 from ..import_guard import undo_side_effects
+from .versions import PLUGINS, missing_package, pin_of
 
 __all__ = [
     "Opened",
@@ -29,15 +31,6 @@ __all__ = [
     "open_config",
     "read_config",
 ]
-
-PIN_ART = 'pip install "nvidia-nat-openpipe-art==1.9.0" "openpipe-art==0.5.17" pyarrow'
-PIN_PROFILER = 'pip install "nvidia-nat-profiler==1.9.0"'
-PIN_LANGCHAIN = 'pip install "nvidia-nat-langchain[openai]==1.9.0"'
-PIN_CUSTOMIZER = 'pip install "nvidia-nat-nemo-customizer==1.9.0"'
-PARTS = ("trainer", "trajectory_builder", "trainer_adapter")
-"""What the `finetuning` section names of the sections that are called as they are, in the plural."""
-_PLUGINS = {"openpipe_art": PIN_ART, "nemo_customizer": PIN_CUSTOMIZER}
-"""What the beginning of a `_type` needs."""
 
 
 class Opened:
@@ -54,12 +47,12 @@ def require_nat() -> None:
     if not _has("nat.plugins.profiler"):
         raise ConfigError(
             "without nvidia-nat-profiler the Toolkit records no model call, without a word: there would be no trajectory to "
-            f"train on. {PIN_PROFILER}"
+            f"train on. {pin_of('profiler')}"
         )
     if importlib.util.find_spec("langchain_core") is None:
         raise ConfigError(
             "the Toolkit's evaluation imports langchain_core, which its own packages do not install: "
-            f"ModuleNotFoundError at the first rollout. {PIN_LANGCHAIN}"
+            f"ModuleNotFoundError at the first rollout. {pin_of('langchain')}"
         )
 
 
@@ -121,16 +114,14 @@ def check_names(tree: Mapping[str, Any], path: Path) -> None:
         ConfigError: Something is named that no section has.
     """
     section, evaluation = tree["finetuning"], tree.get("eval") or {}
+    named = {field: section.get(field) for field in NAMED}
+    sections = {field: tree.get(title) or {} for field, title in NAMED.items()}
     reward = section.get("reward_function")
-    named = [(part, section.get(part), f"{part}s", tree.get(f"{part}s")) for part in PARTS]
     if isinstance(reward, Mapping) and isinstance(evaluation, Mapping):
-        named.append(("reward_function.name", reward.get("name"), "eval.evaluators", evaluation.get("evaluators")))
-    for field, name, title, known in named:
-        if name is not None and name not in (known or {}):
-            raise ConfigError(
-                f"config {str(path)!r}: finetuning.{field} is {name!r}, which is not one of {title}. "
-                f"{did_you_mean(str(name), known or {})}"
-            )
+        named["reward_function.name"] = reward.get("name")
+        sections["reward_function.name"] = evaluation.get("evaluators") or {}
+    for field, problem in unknown_names(named, sections):
+        raise ConfigError(f"config {str(path)!r}: finetuning.{field}: {problem}")
 
 
 @asynccontextmanager
@@ -170,12 +161,7 @@ async def open_config(
         try:
             builder = await stack.enter_async_context(WorkflowBuilder.from_config(config=config))
         except ModuleNotFoundError as error:
-            if not str(error.name).startswith("langchain"):
-                raise
-            raise ConfigError(
-                f"config {str(path)!r} needs the Python package {str(error.name).replace('_', '-')}, which is not installed "
-                f"(the Toolkit's plugins install only a part of what they import). {PIN_LANGCHAIN}"
-            ) from error
+            raise missing_package(error) from error
         trajectory_builder = await builder.get_trajectory_builder(tuning.trajectory_builder)
         adapter = await builder.get_trainer_adapter(tuning.trainer_adapter)
         trainer = await builder.get_trainer(
@@ -202,7 +188,7 @@ def check_types(tree: Mapping[str, Any], path: Path) -> None:
             kind = component.get("_type") if isinstance(component, Mapping) else None
             if kind is None or kind in names:
                 continue
-            needs = next((pin for start, pin in _PLUGINS.items() if str(kind).startswith(start)), None)
+            needs = next((pin_of(part) for start, part in PLUGINS.items() if str(kind).startswith(start)), None)
             if needs is not None:
                 raise ConfigError(
                     f"config {str(path)!r}: {section}.{name} is of type {kind!r}, whose plugin is not installed, or could "
@@ -244,7 +230,7 @@ def check_art(adapter: Any) -> None:
         version = importlib.metadata.version("openpipe-art")
         raise ConfigError(
             f"the Toolkit's ART adapter calls TrainableModel.train, which openpipe-art {version} does not have: every "
-            f"submit would raise AttributeError. {PIN_ART}. Or train with finetune_nb's own adapter for the current "
+            f"submit would raise AttributeError. {pin_of('art')}. Or train with finetune_nb's own adapter for the current "
             "openpipe-art (_type: openpipe_art)."
         )
 

@@ -7,6 +7,7 @@ A fault is mended on an instance, for a Run alone, and so that what is trained o
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import random
@@ -23,14 +24,16 @@ __all__ = [
     "ART_ADAPTER",
     "ART_TRAINER",
     "CUSTOMIZER_ADAPTER",
-    "PINS",
+    "PLUGINS",
     "RELIED_ON",
     "TRAINS_IN_RUN",
     "forget_validations",
     "is_one_of",
     "mend_adapter",
     "mend_trainer",
+    "missing_package",
     "pass_on_beta",
+    "pin_of",
     "with_progress",
 ]
 
@@ -38,12 +41,27 @@ logger = redacting_logger(__name__)
 
 TRIED = "1.9.0"
 """The version that all of this was tried with."""
-PINS = {
-    "art": f'pip install "nvidia-nat-openpipe-art=={TRIED}" "openpipe-art==0.5.17" pyarrow',
-    "profiler": f'pip install "nvidia-nat-profiler=={TRIED}"',
-    "langchain": f'pip install "nvidia-nat-langchain[openai]=={TRIED}"',
-    "customizer": f'pip install "nvidia-nat-nemo-customizer=={TRIED}"',
+_PACKAGES = {
+    "art": ("nvidia-nat-openpipe-art=={version}", "openpipe-art==0.5.17", "pyarrow"),
+    "profiler": ("nvidia-nat-profiler=={version}",),
+    "langchain": ("nvidia-nat-langchain[{extra}]=={version}",),
+    "customizer": ("nvidia-nat-nemo-customizer=={version}",),
 }
+_EXTRAS = {
+    "langchain_aws": "aws",
+    "langchain_community": "community",
+    "langchain_exa": "exa",
+    "langchain_huggingface": "huggingface",
+    "langchain_litellm": "litellm",
+    "langchain_milvus": "milvus",
+    "langchain_nvidia_ai_endpoints": "nvidia",
+    "langchain_oci": "oci",
+    "langchain_openai": "openai",
+    "openevals": "judge",
+}
+"""Module -> the extra of nvidia-nat-langchain that installs it."""
+PLUGINS = {"openpipe_art": "art", "nemo_customizer": "customizer", "dpo_traj_builder": "customizer"}
+"""What the beginning of a `_type` needs."""
 ART_ADAPTER = "nat.plugins.openpipe.trainer_adapter.ARTTrainerAdapter"
 ART_TRAINER = "nat.plugins.openpipe.trainer.ARTTrainer"
 CUSTOMIZER_ADAPTER = "nat.plugins.customizer.dpo.trainer_adapter.NeMoCustomizerTrainerAdapter"
@@ -167,6 +185,40 @@ RELIED_ON = {
     "nat.plugins.customizer.dpo.trainer_adapter:NeMoCustomizerTrainerAdapter": ("is_healthy", "status"),
 }
 """What is used of the Toolkit: "module:name", and attributes or fields of it. A test looks each of them up."""
+
+
+def installed() -> str:
+    """The Toolkit's version; the one that all of this was tried with where it is not installed."""
+    try:
+        return importlib.metadata.version("nvidia-nat-core")
+    except importlib.metadata.PackageNotFoundError:
+        return TRIED
+
+
+def pin_of(part: str, extra: str = "openai") -> str:
+    """The command that installs a part of the Toolkit, of the version that is there.
+
+    Args:
+        part: "art", "profiler", "langchain" or "customizer".
+        extra: Of "langchain".
+    """
+    packages = [f'"{package.format(version=installed(), extra=extra)}"' for package in _PACKAGES[part]]
+    return f"pip install {' '.join(packages)}"
+
+
+def missing_package(error: ModuleNotFoundError) -> ConfigError:
+    """The package whose module the Toolkit, or the config's own code, did not find, as an error that says what to install."""
+    module = str(error.name).partition(".")[0]
+    if module in _EXTRAS:
+        fix = pin_of("langchain", _EXTRAS[module])
+    elif module.startswith("langchain"):
+        fix = pin_of("langchain")
+    else:
+        fix = f"Install the package that has the module {str(error.name)!r}"
+    return ConfigError(
+        f"the config needs the Python package {module.replace('_', '-')}, which is not installed (the Toolkit's plugins install "
+        f"only a part of what they import). {fix}"
+    )
 
 
 def is_one_of(component: Any, table: set[str]) -> bool:
