@@ -16,7 +16,7 @@ FAULTS = [row for row in ROWS if row[0].isdigit()]
 
 
 @cache
-def tests_in(path):
+def names_in(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
@@ -24,7 +24,7 @@ def tests_in(path):
 def is_there(named):
     file, _, name = named.partition("::")
     path = next((each for each in (TESTS / "with_nat" / file, TESTS / file) if each.is_file()), None)
-    return path is not None and name.startswith("test_") and name in tests_in(path)
+    return path is not None and name.startswith("test_") and name in names_in(path)
 
 
 def test_every_line_names_a_test_that_is_there():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from factories import make_epoch
 
+import finetune_nb as ft
 from finetune_nb import plots
 from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.rewards.numbers import mean
@@ -109,7 +110,7 @@ def test_nothing_has_no_mean():
 
 
 def test_a_missing_reward_is_read_again_from_its_json():
-    given = Trajectory(episode=[], reward=math.nan, shaped_rewards=[math.inf])
-    found = Trajectory.model_validate_json(given.model_dump_json())
+    given = ft.Trajectory(episode=[], reward=math.nan, shaped_rewards=[math.inf])
+    found = ft.Trajectory.model_validate_json(given.model_dump_json())
     assert math.isnan(found.reward)
     assert found.shaped_rewards == [math.inf]

@@ -29,7 +29,10 @@ CLASSES = {
 def section_of(field):
     """The config class that a field holds, if it holds one."""
     kinds = [field.annotation, *typing.get_args(field.annotation)]
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return next(
+        (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not BaseModel),
+        None,
+    )
 
 
 def options_of(cls, prefix=""):
