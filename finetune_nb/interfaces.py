@@ -58,7 +58,8 @@ class Policy(Protocol):
 
     A policy that renders a chat template may take more, by name: `render` takes `chat_template_kwargs` and
     `previous_template_kwargs` (variables of the template now and in the turn before), `parse` takes `tools` and `tool_parser`,
-    `encode` takes `add_special_tokens`. They are given to a policy whose methods have them.
+    `encode` takes `add_special_tokens`. They are given to a policy whose methods have them. `sample` takes `version` where
+    older weights can be sampled: see `TrainerAdapter.keep_sampling`.
     """
 
     version: int
@@ -331,6 +332,22 @@ class TrainerAdapter(ABC):
         raise BackendError(
             f"{type(self).__name__} learns from rewards alone, not from rollouts that were chosen. Expected an adapter with "
             "submit_chosen, such as local_grpo, trl_sft or trl_dpo."
+        )
+
+    async def keep_sampling(self) -> int:
+        """Keep the weights as they are now for sampling: `policy.sample(..., version=...)` gives replies of them while a job
+        trains, and after it, until this is called again. Called before `submit`, when no job is at work. Override it where the
+        backend can; a run with `max_staleness: 1` then samples an epoch while the epoch before it trains.
+
+        Returns:
+            Their policy version.
+
+        Raises:
+            ConfigError: The backend cannot sample while it trains.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} cannot sample while it trains. Expected an adapter with keep_sampling, such as tinker, or "
+            "local_grpo with a vLLM server as its sampler. Leave max_staleness at 0."
         )
 
     async def load_weights(self, directory: str | Path) -> None:

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic import Field
+
 from .config.base import TrainerAdapterConfig, TrajectoryBuilderConfig
 from .errors import UnknownJob, did_you_mean
 from .interfaces import Policy, TrainerAdapter, TrajectoryBuilder
@@ -31,6 +33,7 @@ from .types import (
 
 __all__ = [
     "FakeAdapter",
+    "FakeAdapterConfig",
     "ScriptedBuilder",
     "ScriptedPolicy",
     "make_trajectory",
@@ -65,8 +68,10 @@ class ScriptedPolicy(Policy):
         self._rendered[tuple(ids)] = list(messages)
         return ids
 
-    async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
-        await asyncio.sleep(0)
+    async def sample(
+        self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None
+    ) -> Sample:
+        await asyncio.sleep(0)  # a script says the same in every version
         whole = self.script(self._rendered.get(tuple(ids), []), seed)
         text = whole[: params.max_tokens]
         return Sample([ord(c) for c in text], [-1.0] * len(text), "stop" if text == whole else "length")
@@ -92,8 +97,16 @@ class ScriptedPolicy(Policy):
             self.live.discard(key)
 
 
+class FakeAdapterConfig(TrainerAdapterConfig, name="fake"):
+    """The settings of a FakeAdapter."""
+
+    max_staleness: int = Field(default=0, ge=0)
+    """Policy versions by which a trajectory may be older than the weights that it trains. 1: an epoch is sampled while the
+    epoch before it trains."""
+
+
 class FakeAdapter(TrainerAdapter):
-    """An adapter whose jobs train nothing: they complete, fail or are canceled as asked.
+    """An adapter whose jobs train nothing: they complete, fail or are canceled as asked. Its policy can be sampled meanwhile.
 
     `submitted` is every collection that was handed over, in order.
 
@@ -135,6 +148,10 @@ class FakeAdapter(TrainerAdapter):
 
     async def submit_chosen(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
         return await self.submit(trajectories)
+
+    async def keep_sampling(self) -> int:
+        assert self.policy is not None
+        return self.policy.version
 
     async def _train(self) -> None:
         await asyncio.sleep(self.delay)

@@ -988,6 +988,9 @@ class EpochMetrics:
     """Trajectories without a reward. None in records from before these were counted."""
     reward_error: str | None = None
     """Why most of them have none: the most frequent error."""
+    version_lag: int | None = field(default=None, metadata={"log": "rollouts/version_lag"})
+    """Policy versions by which the weights were older that sampled, than those that trained: 0 where no job came in between. None
+    where that is not known."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Mean of every evaluator, by name."""
 
@@ -1038,7 +1041,8 @@ class Epoch:
     started_at: float
     """Seconds since 1970, UTC."""
     seconds: Mapping[str, float]
-    """What each part took: rollouts, selection, training, validation, total."""
+    """What each part took: rollouts, selection, training, validation, total. Of the total, "ahead" is what overlapped with the
+    epoch before, and "paused" a pause."""
 
     @property
     def curriculum(self) -> CurriculumSettings:

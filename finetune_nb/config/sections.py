@@ -300,6 +300,25 @@ class EvalConfig(BaseModel):
     """What scores the rollouts, by name."""
 
 
+def overlap_problem(run: RunSettings, staleness: int) -> str | None:
+    """What speaks against sampling an epoch while the epoch before it trains, whatever the backend; None: nothing does.
+
+    Args:
+        run: How the run works.
+        staleness: `max_staleness` of the trainer adapter.
+    """
+    if staleness > 1:
+        return (
+            f"found max_staleness {staleness}; expected 0, or 1: the next epoch, and none after it, is sampled while one trains"
+        )
+    if staleness and run.deterministic:
+        return (
+            "found max_staleness 1 with run.deterministic; what is sampled while a job trains depends on when the run was begun "
+            "and continued, so that a repeat would not be equal. Set one of the two to 0 or False"
+        )
+    return None
+
+
 def _models_of(llm: LLMBaseConfig) -> tuple[Any, Any]:
     """What an llm's config says that it is sampled from."""
     return getattr(llm, "adapter", None), getattr(llm, "model_name", None)
@@ -425,6 +444,12 @@ class Config(BaseModel):
                 "depends there on which worker is free. Take engine 'local', or leave deterministic out"
             )
             found.append((("run", "deterministic"), problem))
+        adapter = self.trainer_adapters.get(tuning.trainer_adapter or "")
+        staleness = getattr(adapter, "max_staleness", 0)
+        if adapter is not None and staleness:
+            problem = overlap_problem(self.run, staleness) or adapter.overlap_problem(self.run.engine_kind)
+            if problem is not None:
+                found.append((("trainer_adapters", tuning.trainer_adapter or "", "max_staleness"), problem))
         named = {
             "trainer": tuning.trainer,
             "trajectory_builder": tuning.trajectory_builder,

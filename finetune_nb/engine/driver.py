@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..components.builder import Builder
-from ..config.sections import Config
+from ..config.sections import Config, overlap_problem
 from ..errors import BackendError, ConfigError, JobFailed, RunError, UnknownJob
 from ..interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from ..llms.call_recorder import CallRecorder
@@ -29,6 +29,7 @@ from ..store.store import FolderGone
 from ..text import short, text_of
 from ..threads import in_daemon_thread
 from ..training.curriculum import state_from_dict
+from ..training.trainer import EpochTrainer
 from ..types import (
     RESCORED,
     Change,
@@ -123,6 +124,8 @@ class Driver:
             self.adapter = await self.components.get_trainer_adapter(names.trainer_adapter)
             self._claim(trainer, self.trajectory_builder, self.adapter)
             await trainer.bind_components(self.trajectory_builder, self.adapter)
+            if isinstance(trainer, EpochTrainer):
+                self._check_overlap(trainer)
             await trainer.initialize(names)
         await self._playground.preflight(reads_rows=getattr(self.trajectory_builder, "reads_our_rows", False))
         if not await self.adapter.is_healthy():
@@ -141,6 +144,12 @@ class Driver:
         said.pass_on(self.writer)
         if self.policy_told is not None:
             self.writer.event("policy", text=self.policy_told)
+
+    def _check_overlap(self, trainer: EpochTrainer) -> None:
+        """Raises ConfigError where an epoch is to be sampled while the one before it trains, and that cannot be."""
+        trainer.check_overlap()
+        if trainer.overlaps and self.config.run.deterministic:
+            raise ConfigError(overlap_problem(self.config.run, 1))
 
     def _claim(self, *components: Any) -> None:
         """Takes the components for this run. Raises RunError for one that another open run has."""
@@ -261,11 +270,29 @@ class Driver:
 
     # ── what a run is asked for ──────────────────────────────────────────────────────────────────────────────────────
 
-    async def next_epoch(self) -> Epoch:
-        """One epoch, recorded. A job that failed raises JobFailed, with the record in its `epoch`."""
+    async def next_epoch(self, another_follows: Callable[[], bool] = lambda: False) -> Epoch:
+        """One epoch, recorded. A job that failed raises JobFailed, with the record in its `epoch`.
+
+        Args:
+            another_follows: Whether it is followed by the next one. With max_staleness 1 of the adapter that is then sampled
+                while this one trains, and whoever does not run it after all calls `end_ahead`.
+        """
         await self.open()
         self.require_single_epochs()
+        if isinstance(self.trainer, EpochTrainer):
+            self.trainer.another_follows = another_follows
         return await self._next(lambda in_progress: self.trainer.run_epoch(in_progress.epoch, self.run_id))
+
+    @property
+    def ahead(self) -> Progress | None:
+        """How far the epoch after the running one is, if it is sampled already."""
+        ahead = None if self._observer is None else self._observer.ahead
+        return None if ahead is None else ahead.progress
+
+    async def end_ahead(self) -> None:
+        """Ends rollouts that have begun for an epoch that is not run."""
+        if self._observer is not None:
+            await self._observer.end_ahead()
 
     async def whole_run(self, num_epochs: int) -> Epoch:
         """All of a Trainer that trains only in its run(), recorded as one epoch: whatever it collects, and its job."""
@@ -340,10 +367,12 @@ class Driver:
         given: EpochInProgress | None = None,
     ) -> Epoch:
         """given: an epoch that has begun, whose rollouts are there."""
-        in_progress = given or EpochInProgress(self.next_index, progress=Progress("rollouts"))
+        ahead = self._observer.take_ahead(self.next_index)
+        in_progress = given or ahead or EpochInProgress(self.next_index, progress=Progress("rollouts"))
         self.writer.journal(self.live_settings)
         if given is None:
-            await self.writer.on_epoch_begin(in_progress, self._observer.version)
+            version = self._observer.version if ahead is None else ahead.version
+            await self.writer.on_epoch_begin(in_progress, version)
         else:
             await self.writer.on_epoch_resumed(given.epoch)
         in_progress.begun, self.progress = True, in_progress.progress
@@ -352,6 +381,7 @@ class Driver:
                 await contained(self.trainer.shown_as, self._work(in_progress, work), PATIENCE)
             except asyncio.CancelledError:
                 await self._observer.cancel_jobs(in_progress)
+                await self._observer.end_ahead()
                 await self._observer.keep_what_came(in_progress)
                 await self.writer.on_epoch_stopped("aborted", in_progress.epoch)
                 raise

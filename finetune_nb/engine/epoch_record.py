@@ -100,6 +100,12 @@ class EpochInProgress:
     """Puts rollouts into the folder until all are in."""
     given: TrajectoryCollection | None = None
     """What is trained on in place of new rollouts."""
+    ahead: bool = False
+    """Whether its rollouts began while the epoch before was training."""
+    newest_result: float | None = None
+    """When the newest of its rollouts ended (time.perf_counter)."""
+    lag: int | None = None
+    """Policy versions between the weights that sampled and those that are trained."""
 
     @classmethod
     def again(cls, left: PartialEpoch) -> EpochInProgress:
@@ -143,6 +149,24 @@ class EpochInProgress:
             collection = self.collection.model_copy(update=update)
         self.collection = collection
         return collection
+
+    def on_result(self, result: RolloutResult) -> None:
+        """A rollout has ended."""
+        self.came_in.append(result)
+        self.newest_result = time.perf_counter()
+
+    def all_in_before(self) -> float | None:
+        """When the last rollout ended, if it was before now: time.perf_counter. None: some are running, or nobody counts them."""
+        meter = self.progress
+        return self.newest_result if self.ahead and meter.total and meter.done >= meter.total else None
+
+    def find_lag(self, version: int | None) -> None:
+        """Notes how much older the weights are that sampled, than the given version, which is trained next."""
+        groups = [] if self.collection is None else self.collection.trajectories
+        known = [(each.metadata or {}).get("policy_version") for group in groups for each in group]
+        sampled_by = [each for each in known if isinstance(each, int)]
+        if version is not None and sampled_by:
+            self.lag = version - min(sampled_by)
 
     async def end_keeping(self) -> None:
         """All rollouts are in: none is put into the folder any more by itself."""
@@ -199,6 +223,7 @@ def record(
         selection = infer_selection(statistics, kept, settings, state)
         metrics = epoch_metrics(collection, statistics, selection)
     job = in_progress.statuses[-1] if in_progress.statuses else None
+    metrics = replace(metrics, version_lag=in_progress.lag)
     return Epoch(
         index=in_progress.epoch,
         run_id=run_id,
@@ -247,11 +272,12 @@ def recounted(epoch: Epoch) -> Epoch:
     chosen = epoch.selection
     kept = [int(place) for place in np.atleast_1d(chosen.kept) if 0 <= place < len(statistics)]
     selection = infer_selection(statistics, kept, chosen.settings, None)
+    metrics = epoch_metrics(epoch.collection, statistics, selection)
     return replace(
         epoch,
         statistics=statistics,
         selection=selection,
-        metrics=epoch_metrics(epoch.collection, statistics, selection),
+        metrics=replace(metrics, version_lag=epoch.metrics.version_lag),
     )
 
 
@@ -262,6 +288,7 @@ def settled_late(epoch: Epoch, submitted: TrajectoryCollection, status: Training
         kept = _kept([submitted], epoch.collection)
         selection = infer_selection(epoch.statistics, kept, selection.settings, selection.state)
     metrics = epoch_metrics(epoch.collection, epoch.statistics, selection)
+    metrics = replace(metrics, version_lag=epoch.metrics.version_lag)
     return replace(epoch, job=status, reason=None, selection=selection, metrics=metrics)
 
 

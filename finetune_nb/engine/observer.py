@@ -21,7 +21,7 @@ from ..errors import RunError
 from ..hooks import unwrap_methods, wrap_method
 from ..interfaces import Trainer
 from ..redaction import redact_text, redacting_logger
-from ..rollouts.evaluation import EvaluationContext, evaluation_context, progress
+from ..rollouts.evaluation import EvaluationContext, Progress, evaluation_context, progress
 from ..training.curriculum import state_from_dict, state_to_dict, steer
 from ..training.trainer import EpochTrainer
 from ..types import (
@@ -106,6 +106,8 @@ class TrainerObserver:
         self._components, self._config = components, components.config
         self.in_progress: EpochInProgress | None = None
         """What is seen of the running epoch."""
+        self.ahead: EpochInProgress | None = None
+        """The same of the epoch after it, once its rollouts have begun."""
         self._recent: deque[tuple[int, TrajectoryCollection]] = deque(maxlen=3)  # epochs that may be submitted late
         self._late: list[tuple[int, TrajectoryCollection, TrainingJobRef]] = []  # submitted after their epoch's record
         self._ask = self.adapter.status
@@ -127,6 +129,8 @@ class TrainerObserver:
     def observing(self, in_progress: EpochInProgress) -> Iterator[EpochInProgress]:
         """Everything that is seen inside belongs to this epoch."""
         self.in_progress = in_progress
+        if in_progress.progress.on_result is not None:  # its rollouts began ahead of it
+            in_progress.keeping = asyncio.create_task(self._keep_rollouts(in_progress))
         token = progress.set(in_progress.progress)
         try:
             yield in_progress
@@ -143,7 +147,10 @@ class TrainerObserver:
 
     async def _start_run(self, original: Callable[..., Awaitable[None]], *args: Any, **kwargs: Any) -> None:
         in_progress = self.in_progress
-        if in_progress is not None:
+        meta = kwargs.get("meta") or (args[1] if len(args) > 1 else None) or {}
+        if in_progress is not None and meta.get("epoch") == in_progress.epoch + 1 and "policy_version" in meta:
+            await self._start_ahead(EpochInProgress(in_progress.epoch + 1, version=meta["policy_version"]))
+        elif in_progress is not None:
             await self._pass_gate(in_progress)
             self._put("rollouts", in_progress)
             in_progress.collected = time.perf_counter()
@@ -152,9 +159,40 @@ class TrainerObserver:
             in_progress.version = self.version
             in_progress.progress.gate = self.state.wait_while_paused
             if hasattr(self.trajectory_builder, "unscored"):
-                in_progress.progress.on_result = in_progress.came_in.append
+                in_progress.progress.on_result = in_progress.on_result
                 in_progress.keeping = asyncio.create_task(self._keep_rollouts(in_progress))
         await original(*args, **kwargs)
+
+    async def _start_ahead(self, ahead: EpochInProgress) -> None:
+        """The next epoch's rollouts begin, while the running epoch trains. They are put into the folder once that has ended."""
+        ahead.ahead = True
+        ahead.progress = Progress("rollouts", gate=self.state.wait_while_paused)
+        if hasattr(self.trajectory_builder, "unscored"):
+            ahead.progress.on_result = ahead.on_result
+        self.ahead = ahead
+        progress.set(ahead.progress)  # of the task that begins them
+        await self._pass_gate(ahead)
+        self._put("rollouts", ahead)
+        ahead.collected = time.perf_counter()
+
+    def take_ahead(self, epoch: int) -> EpochInProgress | None:
+        """That epoch, if its rollouts have begun: it is the one that runs now."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is None or ahead.epoch != epoch:
+            return None
+        ahead.seconds["ahead"] = time.perf_counter() - ahead.started
+        return ahead
+
+    async def end_ahead(self) -> None:
+        """Ends rollouts that have begun for an epoch that is not run."""
+        ahead, self.ahead = self.ahead, None
+        if isinstance(self.trainer, EpochTrainer):
+            await self._end("end_ahead of the trainer", self.trainer.end_ahead())
+        if ahead is not None:
+            logger.warning(
+                "epoch %d is not run now: %d rollouts that had ended ahead of it are dropped, and sampled again when it is",
+                ahead.epoch, ahead.progress.done,
+            )  # fmt: skip
 
     async def _keep_rollouts(self, in_progress: EpochInProgress) -> None:
         while not in_progress.all_in.is_set():
@@ -173,6 +211,8 @@ class TrainerObserver:
         self, original: Callable[..., Awaitable[TrajectoryCollection]], *args: Any, **kwargs: Any
     ) -> TrajectoryCollection:
         builder, in_progress = self.trajectory_builder, self.in_progress
+        waited_from = time.perf_counter()
+        all_in = None if in_progress is None else in_progress.all_in_before()
         if in_progress is not None and in_progress.given is not None:
             collection = in_progress.given
         else:
@@ -181,7 +221,10 @@ class TrainerObserver:
             await in_progress.end_keeping()
             in_progress.came_in.clear()
             everything = in_progress.collect(collection, joined=self.trainer.trains_in_run)
+            in_progress.find_lag(self.version)
             in_progress.add_seconds("rollouts", in_progress.collected or in_progress.started)
+            if all_in is not None:  # and then waited for the epoch before
+                in_progress.seconds["rollouts"] -= waited_from - all_in
             in_progress.collected = time.perf_counter()
             in_progress.kept = in_progress.kept or await self.writer.on_collected(
                 in_progress.epoch, everything, in_progress.seconds["rollouts"], self.adapter.finds_jobs_again

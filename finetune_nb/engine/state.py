@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from ..errors import RunError
 from ..rollouts.evaluation import Progress
@@ -21,6 +22,7 @@ from ..types import Epoch
 
 __all__ = [
     "ACTIVE",
+    "RolloutCount",
     "RunStatus",
     "RunState",
     "State",
@@ -74,6 +76,15 @@ _HINTS = {
 }
 
 
+class RolloutCount(NamedTuple):
+    """How many rollouts of an epoch have ended."""
+
+    done: int
+    failed: int
+    total: int
+    """0 as long as nobody knows."""
+
+
 @dataclass(frozen=True)
 class RunStatus:
     """A run at one moment: what the panel, a saved notebook and `repr` show of it."""
@@ -92,14 +103,16 @@ class RunStatus:
     job: str = ""
     """What it says of itself."""
     seconds: float = 0.0
+    ahead: RolloutCount | None = None
+    """Of the epoch after the running one, where that is sampled while this one trains."""
     notice: str | None = None
     error: str | None = None
     read_only: str | None = None
     """Why it can only be looked at; None where it can be steered."""
     writer: str | None = None
 
-    def during(self, progress: Progress) -> RunStatus:
-        """The same with how far the running epoch is."""
+    def during(self, progress: Progress, ahead: Progress | None = None) -> RunStatus:
+        """The same with how far the running epoch is, and the one after it."""
         return replace(
             self,
             phase=progress.phase,
@@ -109,6 +122,7 @@ class RunStatus:
             trained=progress.trained,
             job=progress.job,
             seconds=progress.seconds,
+            ahead=None if ahead is None else RolloutCount(ahead.done, ahead.failed, ahead.total),
         )
 
     @property
@@ -116,8 +130,12 @@ class RunStatus:
         return self.state in ACTIVE
 
     def seconds_left(self) -> float:
-        """At the pace of the last five epochs, pauses left out; NaN where there is no pace yet."""
-        took = [e.seconds.get("total", math.nan) - e.seconds.get("paused", 0.0) for e in self.epochs[-5:]]
+        """At the pace of the last five epochs, without pauses and without what overlapped with the epoch before; NaN where there
+        is no pace yet."""
+        took = [
+            e.seconds.get("total", math.nan) - e.seconds.get("paused", 0.0) - e.seconds.get("ahead", 0.0)
+            for e in self.epochs[-5:]
+        ]
         took = [seconds for seconds in took if math.isfinite(seconds)]
         if not took or self.state not in (State.RUNNING, State.STOPPING):
             return math.nan

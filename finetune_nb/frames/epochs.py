@@ -197,6 +197,8 @@ def epochs(
     drifted_turns           Int64          those of them that were rendered anew instead of continuing the sampled ids
     rewards_missing         Int64          trajectories without a reward
     reward_error            str            the most frequent reason why a reward is missing; NaN if none is
+    version_lag             Int64          policy versions by which the weights that sampled are older than those that were
+                                           trained: 1 with max_staleness 1, <NA> if that is not known
     trained_groups          Int64          kept groups that the job trained on: their rewards differ. 0 if nothing was
                                            trained; <NA> if the backend does not say
     curriculum              bool           whether the curriculum was on

@@ -80,6 +80,8 @@ class CallRecorder:
     """The model that the rollout's workflow got, if it got one."""
     ignore: frozenset[str] = frozenset()
     """Parameters of requests that the run says to ignore."""
+    version: int | None = None
+    """The policy version that is sampled; None: the newest one at each call."""
     number: int = field(default_factory=_numbers.__next__, repr=False)
     """Of this recorder among all of this process."""
     ended: bool = False

@@ -257,10 +257,12 @@ class PolicyLLM(LLM):
         params: SamplingParams,
     ) -> LLMCall:
         """The call, but for its reply as a message."""
-        policy = self.policy
-        assert policy is not None
-        version = policy.version
-        sample = await policy.sample(ids, params, seed)
+        policy: Any = self.policy
+        version, options = policy.version, {}
+        if episode.version is not None:  # by name: a job may end, and change what is newest, while this is on its way
+            _require(policy.sample, "version", f"the policy of llm {self.name!r}")
+            version, options = episode.version, {"version": episode.version}
+        sample = await policy.sample(ids, params, seed, **options)
         likeliest = None
         if sample.likeliest is not None:
             likeliest = [dict(zip(policy.tokens(list(top)), top.values(), strict=True)) for top in sample.likeliest]

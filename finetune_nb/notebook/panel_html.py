@@ -12,7 +12,7 @@ from typing import Any
 
 from ..analysis.diagnosis import epoch_warnings
 from ..engine.live_settings import LiveField
-from ..engine.state import RunStatus, State
+from ..engine.state import RolloutCount, RunStatus, State
 from ..text import cut, duration, number, plain
 from ..types import Change, CurriculumSettings, Epoch
 from ..views.html import Html, bar, drifted, element, table, view
@@ -55,6 +55,8 @@ def status_html(doing: RunStatus, number_: int) -> str:
     )
     head = [state, element("strong", plain(cut(doing.name, 80)), class_="ft-name"), _how_far(doing)]
     parts = [element("div", head, class_="ft-head"), element("div", _epoch_line(doing), class_="ft-now")]
+    if doing.ahead is not None:
+        parts.append(element("div", _ahead_line(doing.next_index + 1, doing.ahead), class_="ft-now"))
     if doing.error:
         error = ["▲ The last epoch failed: ", element("span", cut(doing.error, 600))]
         parts.append(element("div", error, class_="ft-banner ft-broken", role="alert"))
@@ -117,6 +119,16 @@ def _epoch_line(doing: RunStatus) -> list[Any]:
     if doing.failed:
         parts.append(element("span", f"{doing.failed:,} failed", class_="ft-bad"))
     parts.append(element("span", duration(doing.seconds), class_="ft-dim"))
+    return parts
+
+
+def _ahead_line(epoch: int, count: RolloutCount) -> list[Any]:
+    """The epoch that is sampled while the running one trains."""
+    parts: list[Any] = [element("span", f"epoch {epoch} · rollouts", class_="ft-phase")]
+    if count.total:
+        parts.append(bar(count.done, count.total, f"{count.done:,} of {count.total:,} rollouts"))
+    if count.failed:
+        parts.append(element("span", f"{count.failed:,} failed", class_="ft-bad"))
     return parts
 
 

@@ -68,6 +68,8 @@ class EvaluationContext:
     """Makes the trajectory of a finished rollout, for rewards that ask for it. None: all model calls are in it."""
     is_part: bool = False
     """Whether there are further rollouts of each example elsewhere. Rewards that compare them are then left to the caller."""
+    version: int | None = None
+    """The policy version that is sampled; None: the newest one at each call."""
 
 
 @dataclass
@@ -171,12 +173,13 @@ class EvaluationRun:
         policies = [llm.policy for llm in llms if llm.policy is not None]
         own = evaluation_context.get().executor
         executor = own or await builder.get_executor() or _executor_of(builder, general.max_concurrency)
+        version = evaluation_context.get().version
         # A pause would change which rollouts share a batch, and with it the last digit.
         gate = meter.gate if meter is not None and not config.run.deterministic else None
         # Clients read the environment when they are made, which may be before they are given an address.
         bypass_proxies()
         run = config.run
-        rollout = Rollout(workflow, run.seed, policies, general.item_timeout, general.retries, gate, run.gateway.ignore)
+        rollout = Rollout(workflow, run.seed, policies, general.item_timeout, general.retries, gate, run.gateway.ignore, version)
         if meter is not None:
             meter.total += len(requests)
         return await executor.map(rollout, requests, None if meter is None else meter.ended)

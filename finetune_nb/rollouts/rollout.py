@@ -33,7 +33,8 @@ class Rollout:
 
     seed: the run's. policies: they wait for the rollout when they form batches. timeout: seconds for all attempts
     together; None: as long as it likes. retries: attempts after a transient failure. gate: awaited before it begins. ignore:
-    parameters of requests to the gateway that are left out of account.
+    parameters of requests to the gateway that are left out of account. version: the policy version that is sampled; None: the
+    newest.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class Rollout:
         retries: int = 0,
         gate: Callable[[], Awaitable[float]] | None = None,
         ignore: Sequence[str] = (),
+        version: int | None = None,
     ) -> None:
         self.workflow, self.seed, self.policies, self.timeout, self.retries = workflow, seed, policies, timeout, retries
         self.gate = gate
         self.ignore = frozenset(ignore)
+        self.version = version
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "gate": None}  # a run is paused where it is driven, not where its rollouts run
@@ -57,7 +60,7 @@ class Rollout:
         if self.gate is not None:
             await self.gate()
         started = time.perf_counter()
-        episode = CallRecorder(request.key, self.seed, ignore=self.ignore)
+        episode = CallRecorder(request.key, self.seed, ignore=self.ignore, version=self.version)
         try:
             with episode.recording(self.policies):
                 if self.timeout is None:

@@ -83,6 +83,8 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
 
     reads_our_rows: bool = True
     """Whether `run_eval` runs the Config's workflow on the Config's dataset, which a Run then checks before it begins."""
+    samples_one_version: bool = True
+    """Whether all rollouts are of the policy version that `meta["policy_version"]` of `start_run` says, if it says one."""
 
     def __init__(
         self,
@@ -106,7 +108,8 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
 
         Args:
             run_id: Id of the run.
-            meta: Details of the caller; `meta["epoch"]` is the epoch's number, from 0.
+            meta: Details of the caller; `meta["epoch"]` is the epoch's number, from 0, and `meta["policy_version"]` the policy
+                version to sample. Default: the newest.
 
         Raises:
             ValueError: The run is already collecting.
@@ -116,20 +119,26 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         epoch = (meta or {}).get("epoch", 0)
         size = getattr(self.trajectory_builder_config, "examples_per_epoch", None)
         draw = functools.partial(draw_examples, size=size, epoch=epoch, seed=self.seed) if size else None
+        version = (meta or {}).get("policy_version")
         bound = self._max_concurrency
         executor = self._executor or LocalExecutor(bound if isinstance(bound, int) else bound())
         self.evaluation_runs[run_id] = [
             asyncio.create_task(
-                self._generation(self._context(epoch, generation, draw, executor)),
+                self._generation(self._context(epoch, generation, draw, executor, version)),
                 name=f"{run_id}-epoch-{epoch}-generation-{generation}",
             )
             for generation in range(self.num_generations)
         ]
 
     def _context(
-        self, epoch: int, generation: int, draw: Callable[[int], Sequence[int]] | None, executor: RolloutExecutor
+        self,
+        epoch: int,
+        generation: int,
+        draw: Callable[[int], Sequence[int]] | None,
+        executor: RolloutExecutor,
+        version: int | None,
     ) -> EvaluationContext:
-        return EvaluationContext("train", epoch, generation, draw, executor, self._unscored, is_part=True)
+        return EvaluationContext("train", epoch, generation, draw, executor, self._unscored, is_part=True, version=version)
 
     async def _generation(self, context: EvaluationContext) -> EvaluationRunOutput:
         evaluation_context.set(context)

@@ -476,9 +476,11 @@ class Run(RunHistory):
             read_only=self._why_read_only(),
             writer=self.writer,
         )
-        if not (state in ACTIVE and self._driver.at_work):
-            return status
-        return status.during(progress)
+        ahead = self._driver.ahead
+        if state in ACTIVE and self._driver.at_work:
+            return status.during(progress, ahead)
+        # Between two epochs, in a pause say, the one that is sampled already is the one that runs.
+        return status if state not in ACTIVE or ahead is None else status.during(ahead)
 
     def _state_name(self) -> str:
         state = self._session.state.state
@@ -575,10 +577,12 @@ class Run(RunHistory):
             text = f"{progress.done} of {progress.total} rollouts"
             if progress.failed:
                 text += f", {progress.failed} failed"
+        ahead = self._driver.ahead
         parts = [
             f"epoch {self.next_index}",
             progress.phase or "starting",
             text,
+            ahead and f"epoch {self.next_index + 1} rollouts {ahead.done} of {ahead.total}",
             duration(progress.seconds),
             self.notice,
         ]
@@ -893,17 +897,22 @@ class Run(RunHistory):
             if await self._driver.trains_in_run():
                 require_rewards(await self._driver.whole_run(count))
                 return
-            for _ in range(count):
-                epoch = await self._driver.next_epoch()
-                session.show_record()
-                require_rewards(epoch)
-                reason = tripped(self.tripwires, self.records)
-                if reason is not None:
-                    session.ask_quietly("pause", f"paused after epoch {epoch.index}: {reason}")
+            try:
+                for left in reversed(range(count)):
+                    goes_on = lambda left=left: left > 0 and state.state is not State.STOPPING  # noqa: E731
+                    epoch = await self._driver.next_epoch(goes_on)
                     session.show_record()
-                await state.wait_while_paused()
-                if state.state is not State.RUNNING:
-                    return
+                    require_rewards(epoch)
+                    reason = tripped(self.tripwires, self.records)
+                    if reason is not None:
+                        session.ask_quietly("pause", f"paused after epoch {epoch.index}: {reason}")
+                        session.show_record()
+                    await state.wait_while_paused()
+                    # An epoch that is half sampled is finished: nothing of it is to be sampled again.
+                    if state.state is not State.RUNNING and self._driver.ahead is None:
+                        return
+            finally:
+                await self._driver.end_ahead()
 
         lines = ScriptLines(self._driver)
         if self._session.record is not None:
@@ -923,8 +932,10 @@ class Run(RunHistory):
         self._session.state.transition("resume")
 
     def stop(self) -> None:
-        """End the run after the current epoch."""
-        self._session.state.transition("stop", "ends after this epoch")
+        """End the run after the current epoch. If the next one is sampled already (`max_staleness: 1`), after that one."""
+        half_done = self._driver.ahead is not None and self._driver.at_work
+        notice = f"ends after epoch {self.next_index + 1}, whose rollouts have begun" if half_done else "ends after this epoch"
+        self._session.state.transition("stop", notice)
 
     def abort(self) -> None:
         """End the running epoch at once; what was collected is kept, and shown by `partial`.

@@ -1,12 +1,24 @@
 """EpochTrainer, the Trainer that we ship: collect -> select -> submit -> wait -> write down.
 
+With `max_staleness: 1` of the adapter, the next epoch's rollouts begin when a job has been submitted:
+
+    epoch 0   collect  select  train
+    epoch 1                    collect  validate  select  train
+    epoch 2                                               collect ...
+
+All of them are sampled from the weights before that job, so that each epoch but the first trains on trajectories of the
+version before. They are finished before anything else of their epoch happens.
+
 Selection is curriculum.select, metrics are metrics.epoch_metrics; neither this file nor they know a Run, a store or a
 plot. The cost of an epoch does not depend on how many went before.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +26,8 @@ from ..components.builder import Builder
 from ..components.registry import register_trainer
 from ..config.base import TrainerConfig
 from ..config.sections import settings_from
-from ..errors import BackendError, JobFailed, RunError, StoreError
-from ..interfaces import Trainer
+from ..errors import BackendError, ConfigError, JobFailed, RunError, StoreError
+from ..interfaces import Trainer, TrainerAdapter
 from ..redaction import error_text, redacting_logger
 from ..rewards.numbers import mean
 from ..store.json import append_jsonl
@@ -63,6 +75,16 @@ class EpochTrainerConfig(TrainerConfig, name="epoch_trainer"):
     """Epochs with a curriculum by reward percentile."""
 
 
+@dataclass(frozen=True)
+class RolloutsAhead:
+    """Rollouts of an epoch that began while the job of the epoch before was at work."""
+
+    epoch: int
+    run_id: str
+    begun: asyncio.Task[None]
+    """Ends once they have begun, or raises what prevents it."""
+
+
 class EpochTrainer(Trainer):
     """Runs epochs one after the other. A failed or canceled job ends the run: JobFailed with the backend's reason."""
 
@@ -77,13 +99,48 @@ class EpochTrainer(Trainer):
         self.statistics: GroupStatistics | None = None
         self.metrics: EpochMetrics | None = None
         """What it chose from, and in numbers: whoever makes a record of the epoch need not count again."""
+        self.another_follows: Callable[[], bool] = lambda: False
+        """Whether the next epoch will be run after this one: asked when a job is submitted, before the next rollouts begin."""
+        self._ahead: RolloutsAhead | None = None
         self._jobs: list[TrainingJobRef] = []
         self._healthy = False
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether an epoch is sampled while the epoch before it trains."""
+        return getattr(self.trainer_adapter.adapter_config, "max_staleness", 0) > 0
+
+    def check_overlap(self) -> None:
+        """Check that an epoch can be sampled while the epoch before it trains, if it is to be.
+
+        Raises:
+            ConfigError: Builder or adapter cannot, or more than one epoch ahead is asked for.
+        """
+        if not self.overlaps:
+            return
+        adapter, builder = self.trainer_adapter, self.trajectory_builder
+        staleness = getattr(adapter.adapter_config, "max_staleness", 0)
+        if staleness > 1:
+            raise ConfigError(
+                f"max_staleness of the trainer adapter is {staleness}; expected 0, or 1: the next epoch, and none after it, is "
+                "sampled while one trains."
+            )
+        if type(adapter).keep_sampling is TrainerAdapter.keep_sampling:
+            raise ConfigError(
+                f"max_staleness is 1, and {type(adapter).__name__} cannot sample while it trains: it has no keep_sampling. Set "
+                "it to 0, or take an adapter that can: tinker, or local_grpo with a vLLM server as its sampler."
+            )
+        if not getattr(builder, "samples_one_version", False):
+            raise ConfigError(
+                f"max_staleness is 1, and {type(builder).__name__} does not say that it samples the policy version that it is "
+                "given (samples_one_version). Set it to 0, or take eval_traj_builder."
+            )
 
     async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
         """Run one epoch to its end, the job's included.
 
-        It validates before the rollouts if `epoch` is a multiple of the interval, and after the last epoch's update.
+        It validates before the rollouts if `epoch` is a multiple of the interval, and after the last epoch's update. Where the
+        rollouts began while the job before was at work, it validates after them; the weights are the same.
 
         Args:
             epoch: Its number, from 0.
@@ -100,20 +157,63 @@ class EpochTrainer(Trainer):
         await self._check_health()
         run = self.run_config.run_configuration
         validates = run is not None and run.validation_dataset is not None
-        if run is not None and validates and epoch % run.validation_interval == 0:
-            await self.run_validation_evaluation(epoch, run_id)
-        meta = {"epoch": epoch, "run_id": run_id, "trainer_config": self.trainer_config.model_dump()}
-        await self.trajectory_builder.start_run(run_id=run_id, meta=meta)
-        collection = await self.trajectory_builder.finalize(run_id=run_id, meta=meta)
+        validates_first = run is not None and validates and epoch % run.validation_interval == 0
+        meta = self._meta(epoch, run_id)
+        if await self._has_begun(epoch, run_id):
+            collection = await self.trajectory_builder.finalize(run_id=run_id, meta=meta)
+            if validates_first:
+                await self.run_validation_evaluation(epoch, run_id)
+        else:
+            if validates_first:
+                await self.run_validation_evaluation(epoch, run_id)
+            await self.trajectory_builder.start_run(run_id=run_id, meta=meta)
+            collection = await self.trajectory_builder.finalize(run_id=run_id, meta=meta)
         selected = self.apply_curriculum_learning(collection, epoch)
         job = await self._train(epoch, run_id, collection, selected)
         if validates and epoch == self.run_config.num_epochs - 1:
             await self.run_validation_evaluation(epoch, run_id)
         return job
 
+    def _meta(self, epoch: int, run_id: str) -> dict[str, Any]:
+        return {"epoch": epoch, "run_id": run_id, "trainer_config": self.trainer_config.model_dump()}
+
+    # ── sampling an epoch while the one before it trains ─────────────────────────────────────────────────────────────
+
+    def _begin_ahead(self, epoch: int, run_id: str, version: int) -> None:
+        """Begins the rollouts of an epoch, of that policy version, and does not wait for it."""
+        meta = {**self._meta(epoch, run_id), "policy_version": version}
+        begun = asyncio.create_task(self.trajectory_builder.start_run(run_id=run_id, meta=meta))
+        self._ahead = RolloutsAhead(epoch, run_id, begun)
+
+    async def _has_begun(self, epoch: int, run_id: str) -> bool:
+        """Whether the rollouts of that epoch began while the job before was at work. Raises what kept them from it."""
+        ahead = self._ahead
+        if ahead is None:
+            return False
+        if (ahead.epoch, ahead.run_id) != (epoch, run_id):
+            await self.end_ahead()
+            return False
+        self._ahead = None
+        await ahead.begun
+        return True
+
+    async def end_ahead(self) -> None:
+        """End rollouts that began ahead of their epoch, if there are any."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return
+        ahead.begun.cancel()
+        await asyncio.wait([ahead.begun])
+        if not ahead.begun.cancelled():
+            ahead.begun.exception()  # of rollouts that nobody wants
+        aclose = getattr(self.trajectory_builder, "aclose", None)
+        if aclose is not None:
+            await aclose()
+
     async def _check_health(self) -> None:
         if self._healthy:
             return
+        self.check_overlap()
         if not await self.trainer_adapter.is_healthy():
             name = type(self.trainer_adapter).__name__
             raise BackendError(f"the training backend is not healthy ({name}.is_healthy() is False). Nothing was run.")
@@ -157,8 +257,12 @@ class EpochTrainer(Trainer):
             logger.warning("epoch %d: nothing to train on (%d groups collected)", epoch, len(collection.trajectories))
             self._write(epoch, run_id, None, None, metrics)
             return None
+        ahead = self.overlaps and self.another_follows()
+        version = await self.trainer_adapter.keep_sampling() if ahead else None
         ref = await self.trainer_adapter.submit(TrajectoryCollection(trajectories=groups, run_id=run_id))
         self._jobs.append(ref)
+        if version is not None:
+            self._begin_ahead(epoch + 1, run_id, version)
         status = await self.trainer_adapter.wait_until_complete(ref)
         self._write(epoch, run_id, ref, status, metrics)
         if status.status in (TrainingStatusEnum.FAILED, TrainingStatusEnum.CANCELED):
@@ -259,14 +363,18 @@ class EpochTrainer(Trainer):
             raise RunError("this trainer is not initialized: call bind_components and initialize first.")
         run_id = f"run-{id(self):x}"
         statuses = []
-        for epoch in range(num_epochs):
-            try:
-                ref = await self.run_epoch(epoch, run_id)
-            except JobFailed:
-                statuses.append(await self.trainer_adapter.status(self._jobs[-1]))
-                break
-            if ref is not None:
-                statuses.append(await self.trainer_adapter.status(ref))
+        try:
+            for epoch in range(num_epochs):
+                self.another_follows = lambda epoch=epoch: epoch + 1 < num_epochs
+                try:
+                    ref = await self.run_epoch(epoch, run_id)
+                except JobFailed:
+                    statuses.append(await self.trainer_adapter.status(self._jobs[-1]))
+                    break
+                if ref is not None:
+                    statuses.append(await self.trainer_adapter.status(ref))
+        finally:
+            await self.end_ahead()
         return statuses
 
     async def get_metrics(self, run_id: str) -> dict[str, Any]:
@@ -290,6 +398,7 @@ class EpochTrainer(Trainer):
 
     async def cleanup(self) -> None:
         """Ends what builder and adapter still have going."""
+        await self.end_ahead()
         for component in (self.trajectory_builder, self.trainer_adapter):
             aclose = getattr(component, "aclose", None)
             if aclose is not None:
