@@ -268,9 +268,10 @@ class _Seen:
 
     # ── of training ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def trained_with(self, name: str) -> list[float]:
-        """A training metric of the newest epochs that trained."""
-        values = [as_float(epoch.train_metrics.get(name)) for epoch in self.newest if epoch.trained]
+    def trained_with(self, name: str, epochs: Sequence[Epoch] | None = None) -> list[float]:
+        """A training metric of those epochs that trained; of the newest ones by default."""
+        among = self.newest if epochs is None else epochs
+        values = [as_float(epoch.train_metrics.get(name)) for epoch in among if epoch.trained]
         return [value for value in values if math.isfinite(value)]
 
     # ── of rollouts ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -753,7 +754,9 @@ def _training(seen: _Seen) -> Iterator[Finding]:
 
 def _sampler(seen: _Seen, where: tuple[str, ...]) -> Iterator[Finding]:
     """Whether something else sampled than is trained."""
-    gap, effective = _mean(seen.trained_with("logprob_gap")), _mean(seen.trained_with("effective_samples"))
+    # Of older weights, log probabilities differ as they should.
+    on_policy = [epoch for epoch in seen.newest if not epoch.metrics.version_lag]
+    gap, effective = _mean(seen.trained_with("logprob_gap", on_policy)), _mean(seen.trained_with("effective_samples"))
     corrected = bool(seen.trained_with("importance_bounded"))
     if not corrected and gap > max(seen.trained_with("rounding_gap"), default=GAP):
         yield Finding(

@@ -476,7 +476,8 @@ class Driver:
                 f"it with the new reward: run.fork(epoch={index - 1}, reward=...)."
             )
         sampled_by, version = self.epochs[-1].policy_versions[0], self._observer.version
-        if self.epochs[-1].trained or version != sampled_by:
+        lag = self.epochs[-1].metrics.version_lag or 0
+        if self.epochs[-1].trained or (version or 0) - (sampled_by or 0) != lag:
             raise RunError(
                 f"epoch {index} was trained on with its own rewards, so they stay as they are. Continue from before it with the "
                 f"new reward: run.fork(epoch={index - 1}, reward=...)."

@@ -390,7 +390,8 @@ def validation_epoch(epoch: Epoch, validation: Validation) -> int:
         The number of the epoch whose rollouts are sampled from the validated policy.
     """
     before, after = epoch.policy_versions
-    is_updated = after is not None and after != before
+    lag = epoch.metrics.version_lag or 0  # so much older were the weights that sampled, than those that were trained
+    is_updated = after is not None and (before is None or after != before + lag)
     if is_updated and validation.policy_version == after:
         return epoch.index + 1
     return epoch.index

@@ -141,6 +141,8 @@ class TrainingBatch:
     """Trajectories that were submitted and whose last reply was cut at its longest length, trained on or not."""
     supervised: bool = False
     """Whether every sampled token is to become more likely, whatever the rewards were; advantages are then without meaning."""
+    version_lag: int = 0
+    """Policy versions by which the oldest weights that sampled are older than those that are trained."""
 
     def sequences(self) -> Iterator[TokenSequence]:
         return (sequence for trajectory in self.trajectories for sequence in trajectory)

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -306,15 +307,15 @@ class PolicyAdapter(JobAdapter[JobT]):
             trajectories, config.scale_rewards, config.truncated, getattr(config, "baseline", "mean")
         )
 
-        def check_again() -> None:  # a job before this one may have trained since
-            check_versions(trajectories, policy.version, config.max_staleness)
+        def check_again() -> int:  # a job before this one may have trained since
+            return check_versions(trajectories, policy.version, config.max_staleness)
 
         return self._start(trajectories.run_id, policy, batch, check_again)
 
     def _start(
-        self, run_id: str, policy: Any, batch: TrainingBatch, check_again: Callable[[], None] = lambda: None
+        self, run_id: str, policy: Any, batch: TrainingBatch, check_again: Callable[[], int] = lambda: 0
     ) -> TrainingJobRef:
-        """Starts a job on that batch. check_again: called right before it trains."""
+        """Starts a job on that batch. check_again: called right before it trains, gives the batch's `version_lag`."""
         report = self._check(batch)
         before: Any = self._newest_job()
         job = TrainingJob(run_id, self.backend, policy.version, batch, report, before)
@@ -325,9 +326,9 @@ class PolicyAdapter(JobAdapter[JobT]):
             with self._exclusive(job) as alone:
                 if not alone or job.stopped() or not batch.trajectories:
                     return
-                check_again()
+                current = replace(batch, version_lag=check_again())
                 try:
-                    self._train(job, batch, number)
+                    self._train(job, current, number)
                 finally:
                     self._trained = number
                     policy.version += bool(job.report.steps)
@@ -371,12 +372,19 @@ def plain_name(run_id: str) -> str:
     return re.sub(r"[^\w.-]", "_", run_id)
 
 
-def check_versions(trajectories: TrajectoryCollection, current: int, max_staleness: int) -> None:
-    """Raises StalePolicy for a trajectory that other weights sampled than those of version `current`, more than
-    `max_staleness` versions before it."""
+def check_versions(trajectories: TrajectoryCollection, current: int, max_staleness: int) -> int:
+    """How many versions before `current` the oldest weights are that sampled a trajectory; 0 where no version is known.
+
+    Raises:
+        StalePolicy: A trajectory was sampled by newer weights, or by some more than `max_staleness` versions older.
+    """
+    oldest = current
     for trajectory in (t for group in trajectories.trajectories for t in group):
         version = (trajectory.metadata or {}).get("policy_version")
-        if version is None or 0 <= current - version <= max_staleness:
+        if version is None:
+            continue
+        if 0 <= current - version <= max_staleness:
+            oldest = min(oldest, version)
             continue
         age = "older" if version < current else "newer"
         raise StalePolicy(
@@ -384,6 +392,7 @@ def check_versions(trajectories: TrajectoryCollection, current: int, max_stalene
             f"{version}, {age} than version {current}, which would be trained; expected at most "
             f"{max_staleness} older. Collect it anew, or raise max_staleness."
         )
+    return current - oldest
 
 
 def check_exact(trajectories: Iterable[Trajectory], allow_inexact: bool) -> None:

@@ -63,7 +63,7 @@ def epoch_html(epoch: Epoch) -> str:
         ("scores (mean)", scores(metrics.scores)),
         ("training", _training(epoch)),
         ("validation", [row(_validation(each)) for each in epoch.validations]),
-        ("policy version", _versions(*epoch.policy_versions)),
+        ("policy version", _versions(*epoch.policy_versions, metrics.version_lag or 0)),
         ("time", ", ".join(times)),
     ]
     return view(title(f"epoch {epoch.index}", short(epoch.run_id, 80)), facts_table(rows))
@@ -174,10 +174,12 @@ def _validation(validation: Validation) -> str:
     return f"{found} in {duration(validation.seconds)}" if math.isfinite(validation.seconds) else found
 
 
-def _versions(sampled: int | None, trained: int | None) -> str:
+def _versions(sampled: int | None, trained: int | None, lag: int) -> str:
     if sampled is None and trained is None:
         return ""
     before, after = ("unknown" if version is None else str(version) for version in (sampled, trained))
+    if sampled is not None and lag:
+        return f"{before} sampled, {sampled + lag} before training, {after} after it"
     return f"{before}, unchanged" if before == after else f"{before} sampled, {after} after training"
 
 

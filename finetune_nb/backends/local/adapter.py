@@ -127,6 +127,15 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
             self._learner = Learner(policy, self.adapter_config)
         return self._learner
 
+    async def keep_sampling(self) -> int:
+        """Has the vLLM server keep the adapter as it is now. Raises ConfigError where none samples, or where it cannot."""
+        policy = await in_daemon_thread(self._load)
+        problem = self.adapter_config.overlap_problem("local")
+        if self._vllm is None or problem is not None:
+            raise ConfigError(f"{problem or 'the policy is sampled by itself, and cannot be while it trains'}.")
+        await in_daemon_thread(self._vllm.keep, policy.version)
+        return policy.version
+
     async def submit_chosen(self, trajectories: TrajectoryCollection) -> TrainingJobRef:
         """Starts a job that makes the sampled tokens of these rollouts more likely, with the config's learning rate, steps and
         passes. They may be of older weights. Raises as `submit`; nothing is then started."""

@@ -107,8 +107,16 @@ class Batcher:
                     del self._live[key]
                 self._stir()
 
-    async def submit(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
-        """Waits for the reply. Cancelling it takes the request out of its batch."""
+    async def submit(
+        self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None
+    ) -> Sample:
+        """Waits for the reply. Cancelling it takes the request out of its batch. Raises BackendError where a version is asked
+        for: the weights of this process are those that are trained."""
+        if version is not None:
+            raise BackendError(
+                f"replies of policy version {version} are asked for, and this process samples the newest weights alone. Use a "
+                "vLLM server as the sampler, or leave max_staleness at 0."
+            )
         request = Request(ids, params, seed, _current_key(), next(self._order), time.monotonic())
         with self._changed:
             self._pending.append(request)

@@ -165,7 +165,8 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     """Compute activations again in the backward pass: about a third slower, much less memory. Prompts are not shared
     then."""
     max_staleness: int = Field(default=0, ge=0)
-    """Policy versions by which a trajectory may be older than the weights that it trains."""
+    """Policy versions by which a trajectory may be older than the weights that it trains. In a run, 1 samples each epoch while
+    the epoch before it trains; that needs a vLLM server as `sampler`, with lora."""
     allow_inexact: bool = False
     """Trains also on turns whose token ids are not known to be those that were sampled."""
     importance_cap: float | None = Field(default=None, gt=0, json_schema_extra=AT_TRAINING)
@@ -182,7 +183,7 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     max_logprob_gap: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
     """Mean |log probability in training - when sampled| (nats), before the first step of a job, beyond which the job
     fails: something else was sampled than is trained. "auto": 0.01 in float32, 0.1 where what trains or samples is in half
-    precision, 1 with a correction. None: never; so with max_staleness above 0, which makes a gap."""
+    precision, 1 with a correction. None: never; so for trajectories that older weights sampled, which makes a gap."""
     record_entropy: bool = True
     """Record the policy's entropy (nats) in the place of each sampled token, as float16: of the model's own distribution
     over its whole vocabulary, at temperature 1 whatever is sampled at. Costs about 2 % of the sampling."""
@@ -194,6 +195,21 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     Models are saved in the dtype that they were stored in."""
     threads: int | None = Field(default=None, ge=1)
     """Torch threads; None: 1 for a small model, else torch's own setting (2 in a deterministic run)."""
+
+    def overlap_problem(self, engine: str) -> str | None:
+        found = "found max_staleness 1, which samples an epoch while the epoch before it trains,"
+        if engine != "local":
+            return f"{found} with engine {engine!r}: a worker holds one version of the weights. Set it to 0"
+        if self.sampler is None:
+            return (
+                f"{found} without a sampler: this process samples from the very weights that it trains, on one device, so that "
+                'neither could begin before the other has ended. Take sampler "vllm" with lora, or set it to 0'
+            )
+        if self.lora is None:
+            return f"{found} without lora: a vLLM server holds one set of full weights. Give lora, or set it to 0"
+        if self.sampler.sleep:
+            return f"{found} with sampler.sleep, for which the server stops while a job trains. Set one of the two to 0 or False"
+        return None
 
     @property
     def baseline(self) -> Literal["mean", "leave one out"]:

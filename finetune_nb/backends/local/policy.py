@@ -40,8 +40,11 @@ class Sampler(Protocol):
         """Entered for as long as a rollout lives."""
         ...
 
-    async def submit(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
-        """One reply; the prompt and the parameters have been checked."""
+    async def submit(
+        self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None
+    ) -> Sample:
+        """One reply; the prompt and the parameters have been checked. version: of the weights; None: the newest. Raises
+        BackendError where there are none of that version."""
         ...
 
 
@@ -192,8 +195,10 @@ class LocalPolicy(ChatTokenizer):
         """Entered for as long as a rollout lives: batches wait until every live episode waits for a reply."""
         return self.sampler.episode(key)
 
-    async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
-        """One reply. The same ids, params, seed and weights give the same reply; the logprobs' last digits depend on
+    async def sample(
+        self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None
+    ) -> Sample:
+        """One reply. version: of the weights, see `TrainerAdapter.keep_sampling`; None: the newest. The same ids, params, seed and weights give the same reply; the logprobs' last digits depend on
         the batch, too, unless the policy is deterministic.
 
         A reply is cut, with "length", where the model holds no more tokens. Raises BackendError for a prompt that is
@@ -204,7 +209,7 @@ class LocalPolicy(ChatTokenizer):
         params = check_prompt(ids, params, self.longest, self.vocabulary)
         if params.reply_format is not None:
             await in_daemon_thread(self.reply_guides.prepare, params.reply_format, ids)
-        return await self.sampler.submit(ids, params, seed)
+        return await self.sampler.submit(ids, params, seed, version)
 
     def _sample_batch(self, batch: list[Request]) -> None:
         rows = [

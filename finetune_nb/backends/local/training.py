@@ -147,6 +147,7 @@ class Learner:
         self._idle: tuple[float, float] = (0, 0)
         self._length = 1
         self._supervised = False
+        self._version_lag = 0
         self._has_entropy = False
         self._log_ratios: list[Tensor] | None = None
         """Those of each sequence, while they are asked for."""
@@ -219,7 +220,7 @@ class Learner:
         # Part of the tokens and sequences that teach nothing and count all the same.
         self._idle = (experience.idle_tokens / parts, experience.idle_sequences / parts) if config.dilute else (0, 0)
         self._length = max(sum(sequence.sampled) for sequence in experience.sequences())
-        self._supervised = experience.supervised
+        self._supervised, self._version_lag = experience.supervised, experience.version_lag
         self._has_entropy = report.has_entropy and not experience.supervised
         self.entropy_weight.follow(config.entropy_coef)
         if not self._supervised:
@@ -377,9 +378,9 @@ class Learner:
 
     def _check_gap(self, gap: float) -> None:
         """Before the first step the weights are those that sampled: whatever differs by more than rounding is a mistake
-        that no training would get over, or what a correction has to weigh."""
+        that no training would get over, or what a correction has to weigh. Not so where older weights sampled."""
         longest = self.largest_gap
-        if longest is None or self.config.max_staleness or not gap > longest:
+        if longest is None or self._version_lag or not gap > longest:
             return
         raise BackendError(
             f"before the first step, training's log probabilities differ from the sampler's by {gap:.3g} nats a token in "

@@ -95,6 +95,8 @@ class TinkerAdapter(PolicyAdapter[TrainingJob]):
             try:
                 service.keep(_name(f"before-job-{number}"), version)
                 kept = True
+                if service.kept_version == version:  # it is sampled meanwhile, also if the service lost the session
+                    service.keep_sampler(version)
                 rng = np.random.default_rng([self.seed % 2**64, number - 1])
                 train(service, version, batch, config, rng, report, job.stepped, job.stopped)
                 return
@@ -110,9 +112,17 @@ class TinkerAdapter(PolicyAdapter[TrainingJob]):
                 job.canceled.wait(config.retry_delay * 2**attempt)
         raise AssertionError("unreachable")
 
+    async def keep_sampling(self) -> int:
+        """Keeps the sampler of the weights as they are now. Raises BackendError where the service does not give it."""
+        policy = await in_daemon_thread(self._load)
+        await in_daemon_thread(self._service.keep_sampler, policy.version)
+        return policy.version
+
     def _on_trained(self) -> None:
         """Offers the new weights for sampling. If that fails now, the next reply that is asked for tries again."""
         version = self.policy.version
+        if self._service.kept_version is not None:
+            return  # the next epoch is sampled by older ones; a service may have room for one sampler alone
         try:
             self._service.sampler(version)
         except BackendError as error:

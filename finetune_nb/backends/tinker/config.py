@@ -53,10 +53,12 @@ class TinkerConfig(TrainerAdapterConfig, name="tinker"):
     weight_decay: float = Field(default=0.0, ge=0)
     """Of AdamW: the share of a weight that a step takes away, times the learning rate."""
     max_staleness: int = Field(default=0, ge=0)
-    """Policy versions by which a trajectory may be older than the weights that it trains."""
+    """Policy versions by which a trajectory may be older than the weights that it trains. In a run, 1 samples each epoch while
+    the epoch before it trains."""
     max_logprob_gap: float | None = Field(default=0.1, gt=0)
     """Mean |log probability in training - when sampled| (nats), before the first step of a job, beyond which the job
-    fails: something else was sampled than is trained. None: never; so with max_staleness above 0, which makes a gap."""
+    fails: something else was sampled than is trained. None: never; so for trajectories that older weights sampled,
+    which makes a gap."""
     allow_inexact: bool = False
     """Trains also on turns whose token ids are not known to be those that were sampled."""
     retries: int = Field(default=2, ge=0)

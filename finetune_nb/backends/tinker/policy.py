@@ -33,8 +33,10 @@ class TinkerPolicy(ChatTokenizer):
         """Nothing waits for an episode: the service forms batches as it likes."""
         return nullcontext()
 
-    async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
-        """One reply of the newest weights. The same ids, params, seed and weights give the same reply where the service
+    async def sample(
+        self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None
+    ) -> Sample:
+        """One reply of the weights of that version, which is kept, or of the newest. The same ids, params, seed and weights give the same reply where the service
         is deterministic.
 
         A reply is cut, with "length", where the model holds no more tokens. Raises BackendError for a prompt that is
@@ -43,12 +45,15 @@ class TinkerPolicy(ChatTokenizer):
         ids, service, sampler = list(ids), self._service, None
         for attempt in range(service.config.retries + 1):
             try:
-                sampler = service.ready_sampler(self.version)
+                sampler = service.ready_sampler(self.version if version is None else version)
+                if sampler is None and version is not None:
+                    # Nothing but the job itself may touch the model now: it makes the sampler again before its first step.
+                    raise Unavailable(f"the service has no sampler of policy version {version} any more")
                 if sampler is None:
                     sampler = await in_daemon_thread(service.sampler, self.version)
                 return await self._ask(sampler, ids, check_prompt(ids, params, service.longest, None), seed)
             except Unavailable as error:
-                if isinstance(error, Gone) and sampler is not None:
+                if isinstance(error, Gone) and sampler is not None and version is None:
                     service.revive(self.version, sampler)
                 if attempt == service.config.retries:
                     raise

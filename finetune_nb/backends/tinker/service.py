@@ -87,7 +87,8 @@ class TinkerService:
         self._lock = threading.RLock()
         self._client: Any = None
         self._model: Any = None
-        self._sampler: tuple[int, Any] | None = None
+        self._samplers: dict[int, Any] = {}  # by policy version; the newest, and the one that is kept
+        self._kept: int | None = None
         self._saved: tuple[str | None, int] = (None, 0)  # state and its policy version; None: as a fresh model is
 
     # ── the session ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -219,20 +220,31 @@ class TinkerService:
     def sampler(self, version: int) -> Any:
         """The SDK's sampling client of the weights that have that policy version."""
         with self._lock:
-            if self._sampler is None or self._sampler[0] != version:
+            if version not in self._samplers:
                 try:
                     sampler = self.model(version).save_weights_and_get_sampling_client()
                 except BackendError:
                     raise
                 except Exception as error:
                     raise sorted_error(error, "putting the weights up for sampling") from error
-                self._sampler = (version, sampler)
-            return self._sampler[1]
+                kept = {old: each for old, each in self._samplers.items() if old == self._kept}
+                self._samplers = {**kept, version: sampler}
+            return self._samplers[version]
 
     def ready_sampler(self, version: int) -> Any:
         """The same where it is there already, else None; never waits."""
-        ready = self._sampler
-        return ready[1] if ready is not None and ready[0] == version else None
+        return self._samplers.get(version)
+
+    def keep_sampler(self, version: int) -> None:
+        """Has the sampler of that policy version, and keeps it beside newer ones until another one is kept."""
+        with self._lock:
+            self._kept = version
+            self.sampler(version)
+
+    @property
+    def kept_version(self) -> int | None:
+        """The policy version whose sampler is kept."""
+        return self._kept
 
     def revive(self, version: int, sampler: Any) -> None:
         """`sampler` is gone: forgets the session, where the weights of that policy version are saved to begin another one
@@ -266,7 +278,8 @@ class TinkerService:
         session's connections stay for others who are at it."""
         with self._lock:
             client, model = self._client, self._model
-            self._client = self._model = self._sampler = None
+            self._client = self._model = None
+            self._samplers = {}
             if client is None:
                 return
             if model is not None:

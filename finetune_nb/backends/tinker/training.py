@@ -65,8 +65,10 @@ class TinkerReport:
             "optimizer_steps": self.steps,
         }
 
-    def add(self, config: TinkerConfig, sequences: Sequence[TokenSequence], output: Any, update: Any) -> None:
-        """A step that was made. Raises BackendError where what came back is not finite, and where it shows that something
+    def add(
+        self, config: TinkerConfig, sequences: Sequence[TokenSequence], output: Any, update: Any, version_lag: int = 0
+    ) -> None:
+        """A step that was made, on trajectories of weights that are so many versions older. Raises BackendError where what came back is not finite, and where it shows that something
         else was sampled than is trained."""
         loss = float(output.metrics.get("loss:sum", math.nan))
         norms = [v for k, v in (update.metrics or {}).items() if "grad_norm" in k]
@@ -92,7 +94,7 @@ class TinkerReport:
             if first:
                 self.gap, self.gap_tokens = self.gap + float(np.abs(log_ratio).sum()), self.gap_tokens + len(log_ratio)
         longest, gap = config.max_logprob_gap, self.gap / max(self.gap_tokens, 1)
-        if first and longest is not None and not config.max_staleness and gap > longest:
+        if first and longest is not None and not version_lag and gap > longest:
             raise BackendError(
                 f"before the first step, the service's log probabilities in training differ from those in sampling by "
                 f"{gap:.3g} nats a token in the mean; expected at most {longest:g} (max_logprob_gap). The tokens were not "
@@ -177,5 +179,5 @@ def train(
             update = model.optim_step(adam)
             name = f"optimizer step {report.steps + 1} of {report.steps_planned}"
             output = service.result(gradient, f"the gradient of {name}")
-            report.add(config, sequences, output, service.result(update, name))
+            report.add(config, sequences, output, service.result(update, name), experience.version_lag)
             stepped()

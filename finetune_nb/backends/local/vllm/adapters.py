@@ -42,6 +42,8 @@ class ServedAdapters:
         self.prefix = f"finetune_nb-{secrets.token_hex(6)}"
         self._names: dict[Any, str] = {}  # id of the weights -> name, in the order in which they were loaded
         self._retired: list[str] = []  # unloaded, but their folder is still there
+        self.pinned: str | None = None
+        """The name that stays loaded, however old it is."""
         self.under_way = UnderWay()
         self._lock = threading.Lock()
         self._count = 0
@@ -97,6 +99,19 @@ class ServedAdapters:
         """Requests for these weights use that name from now on."""
         self._names[weights_id] = name
 
+    def load_again(self, client: VLLMClient, weights_id: Any, name: str) -> None:
+        """Has the server load an adapter that it has lost, from its folder. Raises as `load`."""
+        place = self.folder / name
+        if not place.is_dir():
+            raise BackendError(
+                f"the vLLM server has lost the adapter {name}, and {place} is gone: what was to be sampled with it cannot be. Run "
+                "the epoch again, with the newest weights."
+            )
+        self._ask_to_load(client, name, place)
+        with self._lock:
+            self._retired = [other for other in self._retired if other != name]
+            self._names = {weights_id: name, **self._names}  # before the newest
+
     def drop(self, client: VLLMClient, name: str) -> None:
         """Gives up an adapter that was loaded and shall not be used."""
         self._unload(client, name)
@@ -121,6 +136,8 @@ class ServedAdapters:
         gone."""
         names = dict(self._names)
         for weights_id, name in list(names.items())[: len(names) - keep]:
+            if name == self.pinned:
+                continue
             with self._lock:
                 self._names.pop(weights_id, None)
             if client is not None:
@@ -128,12 +145,13 @@ class ServedAdapters:
             else:
                 self._retired.append(name)
         for name in list(self._retired):
-            if name not in self.under_way:
+            if name not in self.under_way and name != self.pinned:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
                 self._retired.remove(name)
 
     def close(self, client: VLLMClient | None) -> None:
         """Unloads and deletes all."""
+        self.pinned = None
         self.clean(client, keep=0)
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ....errors import BackendError, ConfigError
 from ....redaction import redacting_logger
@@ -49,6 +49,17 @@ PROOFS = 2
 """Versions of the weights that are compared on each server: a fresh adapter changes nothing, so the second one shows that it is
 applied."""
 BUSY = (429, 502, 503, 504)
+KEPT_SECONDS = 0.2
+"""How often it is looked whether a lost version is there again."""
+
+
+class KeptVersion(NamedTuple):
+    """A version of the weights that is sampled while newer ones are made."""
+
+    version: int
+    weights_id: Any
+    name: str
+    """What the server calls it."""
 
 
 class VLLMSampler:
@@ -69,6 +80,7 @@ class VLLMSampler:
         self.temporary: Path | None = None
         """A folder that is deleted at the end."""
         self.tell: Callable[[str | None], None] = lambda text: None
+        self._kept: KeptVersion | None = None
         self._client: VLLMClient | None = None
         self._base = ""  # what the server that was compared calls the base model
         self._checked = False  # whether nothing has happened since that speaks against that server
@@ -131,8 +143,10 @@ class VLLMSampler:
 
     # ── replies ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def submit(self, ids: Sequence[int], params: SamplingParams, seed: int) -> Sample:
-        """One reply with the newest weights. A request that the server lost, because it ended or forgot the adapter, is sent
+    async def submit(
+        self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None
+    ) -> Sample:
+        """One reply with the weights of that version, which is kept, or with the newest. A request that the server lost, because it ended or forgot the adapter, is sent
         again.
 
         Raises:
@@ -144,11 +158,16 @@ class VLLMSampler:
         ids, vocabulary = list(ids), self.policy.vocabulary
         body = request_for(ids, params, seed, self.policy.end_ids)
         if params.reply_format is not None:
+            if version is not None:
+                raise ConfigError(
+                    "a reply that is held to a form is asked for while a job trains; its log probabilities are computed by the "
+                    "model that is trained, which has other weights by then. Set max_staleness to 0, or leave the form out."
+                )
             grammar = await in_daemon_thread(self.policy.reply_guides.grammar, params.reply_format, ids)
             body["structured_outputs"] = {"grammar": grammar}
         lost, pause, deadline = 0, BUSY_SECONDS[0], None
         while True:
-            name = await self._name()
+            name = await (self._name() if version is None else self._name_of_kept(version))
             try:
                 status, answer = await self._asked(name, body)
             except ServerGone as gone:
@@ -214,6 +233,37 @@ class VLLMSampler:
                 # One of its own for each caller: one that is raised in many tasks would gather all their tracebacks.
                 raise type(error)(*error.args) from None
 
+    async def _name_of_kept(self, version: int) -> str:
+        """What the server calls the version that is kept, once it has it."""
+        kept = self._kept
+        if kept is None or kept.version != version:
+            raise BackendError(
+                f"replies of policy version {version} are asked for, and the vLLM server keeps "
+                f"{'none' if kept is None else f'version {kept.version}'}. Run the epoch again."
+            )
+        while True:
+            if self._checked and self._awake.is_set() and self.served.name_of(kept.weights_id) == kept.name:
+                return kept.name
+            preparing = asyncio.wrap_future(self._prepared())
+            # Newest weights that are missing, too, are there only when the job at work has ended. Nobody here waits for those.
+            ended, _ = await asyncio.wait([preparing], timeout=KEPT_SECONDS)
+            for each in ended:
+                if isinstance(error := each.exception(), BackendError | ConfigError):
+                    raise type(error)(*error.args) from None
+
+    def keep(self, version: int) -> None:
+        """Keeps the weights as they are now, which have that version, on the server until another version is kept. Called when
+        no job is at work. Blocks; raises as `submit`."""
+        while True:
+            self.prepare()
+            weights_id = self.policy.weights_id
+            name = self.served.name_of(weights_id)
+            if name is not None:
+                break
+        self._kept = KeptVersion(version, weights_id, name)
+        if isinstance(self.served, ServedAdapters):
+            self.served.pinned = name
+
     def prepare(self) -> None:
         """Waits until the server is up and has the newest weights. Blocks; raises as `submit`."""
         self._prepared().result()
@@ -256,7 +306,9 @@ class VLLMSampler:
             self._require_open()
         if self.served.name_of(self.policy.weights_id) is None:
             self._checked = False  # it may have been started anew since the last epoch, with another model
-        client = self._up()
+        client, kept = self._up(), self._kept
+        if kept is not None and self.served.name_of(kept.weights_id) is None and isinstance(self.served, ServedAdapters):
+            self.served.load_again(client, kept.weights_id, kept.name)
         if self.served.name_of(self.policy.weights_id) is not None:
             return
         started = time.perf_counter()
