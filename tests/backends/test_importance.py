@@ -256,7 +256,6 @@ def test_where_sampler_and_trainer_agree_a_correction_changes_nothing():
         ({"importance_cap": 2.0}, False, 0.4, False),
         ({"importance_cap": 2.0}, False, 3.0, True),
         ({"importance_cap": 2.0, "max_logprob_gap": 0.01}, False, 0.4, True),
-        ({"importance_cap": 2.0, "max_staleness": 1}, False, 3.0, False),
     ],
 )
 def test_how_far_apart_they_may_be_depends_on_the_dtype_and_on_a_correction(settings, half, spread, stops):

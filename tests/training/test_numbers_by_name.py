@@ -24,7 +24,9 @@ FULL = make_epoch(
     train={"kl": 0.1, "trained_groups": 1},
     scores={"tidy": 1.0},
 )
-FULL = dataclasses.replace(FULL, metrics=dataclasses.replace(FULL.metrics, mean_entropy=0.75, length_correlation=0.5))
+FULL = dataclasses.replace(
+    FULL, metrics=dataclasses.replace(FULL.metrics, mean_entropy=0.75, length_correlation=0.5, version_lag=1)
+)
 NUMBERS = [
     field for field in dataclasses.fields(EpochMetrics) if field.type in ("float", "int", "int | None", "float | None")
 ]
@@ -48,6 +50,7 @@ def test_sinks_get_these_names_in_this_order():
         "rollouts/replies_cut",
         "rollouts/drifted_turns",
         "rollouts/rewards_missing",
+        "rollouts/version_lag",
         "curriculum/percentile",
         "validation/reward",
         "score/tidy",
