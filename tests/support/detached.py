@@ -12,15 +12,15 @@ from pathlib import Path
 from small_agents import coin
 
 from finetune_nb.errors import BackendError, UnknownJob
-from finetune_nb.testing import FakeAdapter, ScriptedPolicy
+from finetune_nb.testing import FakeAdapter, FakeAdapterConfig, ScriptedPolicy
 from finetune_nb.types import TrainingJobRef, TrainingJobStatus
 
 
 class Weights(FakeAdapter):
     """An adapter whose weights are a number in a file."""
 
-    def __init__(self, delay=0.0):
-        super().__init__(policy=ScriptedPolicy(coin), delay=delay)
+    def __init__(self, delay=0.0, staleness=0):
+        super().__init__(FakeAdapterConfig(max_staleness=staleness), policy=ScriptedPolicy(coin), delay=delay)
 
     async def save_checkpoint(self, directory):
         fresh = directory.with_name(f".{directory.name}")
@@ -41,8 +41,8 @@ class Detached(FakeAdapter):
 
     finds_jobs_again = True
 
-    def __init__(self, backend: Path, seconds=0.05):
-        super().__init__(policy=ScriptedPolicy(coin))
+    def __init__(self, backend: Path, seconds=0.05, staleness=0):
+        super().__init__(FakeAdapterConfig(max_staleness=staleness), policy=ScriptedPolicy(coin))
         self.backend, self.seconds, self.reachable = Path(backend), seconds, True
         self.backend.mkdir(exist_ok=True)
         self._see_version()

@@ -18,6 +18,7 @@ from detached import Detached, Weights
 from small_agents import guess, right
 
 import finetune_nb as ft
+from finetune_nb.engine import observer
 from finetune_nb.engine import run_writer as recorder
 from finetune_nb.store import checkpoints as rewind
 from finetune_nb.store import checkpoints as saved_weights
@@ -34,6 +35,9 @@ EPOCHS = 6
 POINTS = {
     "create": (store, "migrate"),
     "begin": (store.RunStore, "begin_epoch"),
+    "ahead": (trainer.EpochTrainer, "_begin_ahead"),
+    "begun ahead": (observer.TrainerObserver, "_start_ahead"),
+    "taken up": (observer.TrainerObserver, "take_ahead"),
     "rollout": (ft.EvalTrajectoryBuilder, "_episode"),
     "collected": (recorder.RunWriter, "on_collected"),
     "selected": (recorder.RunWriter, "on_selected"),
@@ -111,7 +115,11 @@ def die_at(point: str, when: str, nth: int, adapter: type) -> None:
 
 
 def make(folder: Path, backend: str, resume="auto", name="run"):
-    adapter = Detached(folder / "backend") if backend == "detached" else Weights(delay=0.002)
+    staleness = int(backend.endswith("ahead"))
+    if backend.startswith("detached"):
+        adapter = Detached(folder / "backend", staleness=staleness)
+    else:
+        adapter = Weights(delay=0.03 if staleness else 0.002, staleness=staleness)
     options = {
         "generations": 4,
         "output_dir": folder,
@@ -137,6 +145,8 @@ async def do(task: dict) -> None:
     if task.get("act") in ("archive", "delete"):
         getattr(run, task["act"])()
         return
+    if task["backend"].endswith("ahead"):
+        return await start(run, folder)
     every = task.get("every", 1)
     run.config.run.checkpoint_every = every
     while len(run) < EPOCHS:
@@ -147,9 +157,23 @@ async def do(task: dict) -> None:
     run.close()
 
 
+async def start(run, folder: Path) -> None:
+    """All epochs that are left, in the background: each is sampled while the one before it trains."""
+    told = len(run)
+    if told < EPOCHS:
+        run.start(EPOCHS - told)
+    while told < EPOCHS:
+        while told < len(run):
+            tell(folder, told)
+            told += 1
+        assert run.status.active or told == EPOCHS, run.error
+        await asyncio.sleep(0.002)
+    run.close()
+
+
 def child(task: dict) -> None:
     if "point" in task:
-        die_at(task["point"], task["when"], task["nth"], Detached if task["backend"] == "detached" else Weights)
+        die_at(task["point"], task["when"], task["nth"], Detached if task["backend"].startswith("detached") else Weights)
     else:
         threading.Thread(
             target=lambda: (time.sleep(task["after"]), os.kill(os.getpid(), signal.SIGKILL)), daemon=True

@@ -306,6 +306,31 @@ async def test_weights_that_are_gone_are_never_replaced_by_older_ones(adapters, 
         await adapter.policy.sample(PROMPT, SamplingParams(), 0)
 
 
+async def of_version(adapter, version):
+    return await adapter.policy.sample(PROMPT, SamplingParams(max_tokens=4), 5, version=version)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+async def test_a_version_that_is_kept_is_sampled_while_newer_ones_are_made(adapters, service, failing):
+    adapter = adapters(max_staleness=1)
+    trajectories = await rollouts(adapter)
+    assert await adapter.keep_sampling() == 0
+    before = await of_version(adapter, 0)
+    if failing:  # the job is begun again in another session, and so is the sampler
+        service.trouble["forward_backward"] = [SERVER_FAILED]
+    await train(adapter, trajectories)
+    assert adapter.policy.version == 1
+    assert await of_version(adapter, 0) == before
+    newest = await adapter.policy.sample(PROMPT, SamplingParams(max_tokens=4), 5)
+    assert newest.logprobs != before.logprobs
+    assert await of_version(adapter, 0) == before
+    stale = await train(adapter, trajectories)
+    assert stale.status == "completed" and stale.metadata["metrics"]["logprob_gap"] > 1e-3
+    await adapter.keep_sampling()
+    with pytest.raises(BackendError, match="no sampler of policy version 0"):
+        await of_version(adapter, 0)
+
+
 async def test_health_is_asked_of_the_service(adapters, service, caplog):
     assert await adapters().is_healthy()
     assert not service.models  # no slot is taken yet
@@ -347,9 +372,13 @@ def make_run(service, tmp_path, closing, monkeypatch):
     monkeypatch.setenv("TINKER_API_KEY", "tml-top-secret")
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
 
-    def make(workflow=ask, **options):
+    def make(workflow=ask, max_staleness=0, **options):
         config = TinkerConfig(
-            model=MODEL, tokenizer=str(tmp_path / "tokenizer"), base_url=service.base_url, learning_rate=3.0
+            model=MODEL,
+            tokenizer=str(tmp_path / "tokenizer"),
+            base_url=service.base_url,
+            learning_rate=3.0,
+            max_staleness=max_staleness,
         )
         settings = {"generations": 16, "sampling": {"max_tokens": 1}, "output_dir": tmp_path, "seed": 1, **options}
         return closing(ft.Run(workflow, is_printable, ROWS, adapter=TinkerAdapter(config, seed=1), **settings))
@@ -381,6 +410,17 @@ async def test_a_run_of_a_few_epochs_raises_the_reward_and_goes_on_after_a_resta
     branch = closing(again.fork(epoch=1))
     branched = await branch.next_epoch()
     assert branched.index == 2 and branched.policy_versions == (2, 3)
+
+
+async def test_a_run_learns_from_what_was_sampled_while_the_epoch_before_trained(make_run, service, tmp_path):
+    run = make_run(name="ahead", max_staleness=1)
+    run.start(6)
+    await run.wait_async()
+    rewards = run.epochs().mean_reward.tolist()
+    print(f"mean reward of 64 rollouts, one version behind: {' '.join(f'{r:.2f}' for r in rewards)}")
+    # Once all replies are right nothing is trained, and what is sampled is of the newest weights again.
+    assert run.epochs().version_lag.tolist()[:3] == [0, 1, 1]
+    assert rewards[0] < 0.5 and rewards[-1] > 0.8
 
 
 async def test_agents_on_other_libraries_are_recorded_exactly(make_run, service):

@@ -132,7 +132,7 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
         policy = await in_daemon_thread(self._load)
         problem = self.adapter_config.overlap_problem("local")
         if self._vllm is None or problem is not None:
-            raise ConfigError(f"{problem or 'the policy is sampled by itself, and cannot be while it trains'}.")
+            raise ConfigError(f"{problem or 'the policy was given its sampler, which keeps no weights'}.")
         await in_daemon_thread(self._vllm.keep, policy.version)
         return policy.version
 

@@ -197,7 +197,7 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     """Torch threads; None: 1 for a small model, else torch's own setting (2 in a deterministic run)."""
 
     def overlap_problem(self, engine: str) -> str | None:
-        found = "found max_staleness 1, which samples an epoch while the epoch before it trains,"
+        found = "found max_staleness above 0, which samples an epoch while the epoch before it trains,"
         if engine != "local":
             return f"{found} with engine {engine!r}: a worker holds one version of the weights. Set it to 0"
         if self.sampler is None:
