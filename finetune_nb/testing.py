@@ -68,9 +68,7 @@ class ScriptedPolicy(Policy):
         self._rendered[tuple(ids)] = list(messages)
         return ids
 
-    async def sample(
-        self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None
-    ) -> Sample:
+    async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None) -> Sample:
         await asyncio.sleep(0)  # a script says the same in every version
         whole = self.script(self._rendered.get(tuple(ids), []), seed)
         text = whole[: params.max_tokens]

@@ -179,7 +179,9 @@ class EvaluationRun:
         # Clients read the environment when they are made, which may be before they are given an address.
         bypass_proxies()
         run = config.run
-        rollout = Rollout(workflow, run.seed, policies, general.item_timeout, general.retries, gate, run.gateway.ignore, version)
+        rollout = Rollout(
+            workflow, run.seed, policies, general.item_timeout, general.retries, gate, run.gateway.ignore, version
+        )
         if meter is not None:
             meter.total += len(requests)
         return await executor.map(rollout, requests, None if meter is None else meter.ended)

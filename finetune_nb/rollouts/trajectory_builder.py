@@ -138,7 +138,9 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         executor: RolloutExecutor,
         version: int | None,
     ) -> EvaluationContext:
-        return EvaluationContext("train", epoch, generation, draw, executor, self._unscored, is_part=True, version=version)
+        return EvaluationContext(
+            "train", epoch, generation, draw, executor, self._unscored, is_part=True, version=version
+        )
 
     async def _generation(self, context: EvaluationContext) -> EvaluationRunOutput:
         evaluation_context.set(context)

@@ -934,7 +934,11 @@ class Run(RunHistory):
     def stop(self) -> None:
         """End the run after the current epoch. If the next one is sampled already (`max_staleness: 1`), after that one."""
         half_done = self._driver.ahead is not None and self._driver.at_work
-        notice = f"ends after epoch {self.next_index + 1}, whose rollouts have begun" if half_done else "ends after this epoch"
+        notice = (
+            f"ends after epoch {self.next_index + 1}, whose rollouts have begun"
+            if half_done
+            else "ends after this epoch"
+        )
         self._session.state.transition("stop", notice)
 
     def abort(self) -> None:

@@ -85,7 +85,9 @@ async def test_one_version_is_kept_and_older_ones_go(make, server):
     await sample(adapter)
     assert len(loads(server)) == 6 and len(server.adapters) == 2
     assert not server.dead
-    with pytest.raises(BackendError, match="replies of policy version 1 are asked for, and the vLLM server keeps version 4"):
+    with pytest.raises(
+        BackendError, match="replies of policy version 1 are asked for, and the vLLM server keeps version 4"
+    ):
         await of_version(adapter, 1)
 
 

@@ -58,7 +58,8 @@ def check_whole(folder, straight):
     assert all(epoch.metrics.version_lag in (0, 1) for epoch in epochs)
     assert all(
         epoch.policy_versions[0] == epoch.index - epoch.metrics.version_lag
-        and {t.metadata["policy_version"] for g in epoch.collection.trajectories for t in g} == {epoch.policy_versions[0]}
+        and {t.metadata["policy_version"] for g in epoch.collection.trajectories for t in g}
+        == {epoch.policy_versions[0]}
         for epoch in epochs
     )
     lines = (folder / "run" / "training_metrics.jsonl").read_text().splitlines()
@@ -91,7 +92,11 @@ def test_killed_once_in_every_phase_of_two_epochs_at_once(killer, tmp_path, neve
     tasks = [{"point": point, "when": when, "nth": 2} for point in POINTS for when in ("before", "after")]
     kills, reached = go_through(killer, tmp_path, never_killed, tasks)
     assert kills >= 15
-    assert reached >= {*POINTS} - {"prune", "selected", "collected"}  # rollouts that took no time are kept with their epoch
+    assert reached >= {*POINTS} - {
+        "prune",
+        "selected",
+        "collected",
+    }  # rollouts that took no time are kept with their epoch
 
 
 @pytest.mark.slow

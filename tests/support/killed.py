@@ -173,7 +173,9 @@ async def start(run, folder: Path) -> None:
 
 def child(task: dict) -> None:
     if "point" in task:
-        die_at(task["point"], task["when"], task["nth"], Detached if task["backend"].startswith("detached") else Weights)
+        die_at(
+            task["point"], task["when"], task["nth"], Detached if task["backend"].startswith("detached") else Weights
+        )
     else:
         threading.Thread(
             target=lambda: (time.sleep(task["after"]), os.kill(os.getpid(), signal.SIGKILL)), daemon=True

@@ -25,9 +25,8 @@ def main(directory: str) -> None:
     from vllm_server import VLLMServer
 
     torch.set_num_threads(1)
-    with VLLMServer(
-        AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
-    ) as server:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with VLLMServer(model, AutoTokenizer.from_pretrained(directory)) as server:
         print(server.url, flush=True)
         sys.stdin.read()
 

@@ -107,9 +107,7 @@ class Batcher:
                     del self._live[key]
                 self._stir()
 
-    async def submit(
-        self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None
-    ) -> Sample:
+    async def submit(self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None) -> Sample:
         """Waits for the reply. Cancelling it takes the request out of its batch. Raises BackendError where a version is asked
         for: the weights of this process are those that are trained."""
         if version is not None:

@@ -40,9 +40,7 @@ class Sampler(Protocol):
         """Entered for as long as a rollout lives."""
         ...
 
-    async def submit(
-        self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None
-    ) -> Sample:
+    async def submit(self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None) -> Sample:
         """One reply; the prompt and the parameters have been checked. version: of the weights; None: the newest. Raises
         BackendError where there are none of that version."""
         ...
@@ -195,11 +193,9 @@ class LocalPolicy(ChatTokenizer):
         """Entered for as long as a rollout lives: batches wait until every live episode waits for a reply."""
         return self.sampler.episode(key)
 
-    async def sample(
-        self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None
-    ) -> Sample:
-        """One reply. version: of the weights, see `TrainerAdapter.keep_sampling`; None: the newest. The same ids, params, seed and weights give the same reply; the logprobs' last digits depend on
-        the batch, too, unless the policy is deterministic.
+    async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None) -> Sample:
+        """One reply. The same ids, params, seed and weights give the same reply; the logprobs' last digits depend on the batch,
+        too, unless the policy is deterministic. version: of the weights, see `TrainerAdapter.keep_sampling`; None: the newest.
 
         A reply is cut, with "length", where the model holds no more tokens. Raises BackendError for a prompt that is
         empty, too long or of unknown tokens, and where the model fails; ConfigError for a reply format that cannot be kept,

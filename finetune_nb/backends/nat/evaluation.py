@@ -88,7 +88,8 @@ class Evaluations:
         context, evaluation = evaluation_context.get(), _current.get()
         # The same key would sample the same replies again, and a builder that is not ours says nothing of itself.
         number = next(_numbers) if evaluation is None else len(evaluation._episodes)
-        episode = CallRecorder(EpisodeKey(context.phase, context.epoch, number, context.generation), seed, version=context.version)
+        key = EpisodeKey(context.phase, context.epoch, number, context.generation)
+        episode = CallRecorder(key, seed, version=context.version)
         endpoint = gateway().endpoint(episode, llm)
         if evaluation is not None:
             evaluation._episodes[endpoint.id] = episode

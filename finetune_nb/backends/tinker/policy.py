@@ -33,11 +33,9 @@ class TinkerPolicy(ChatTokenizer):
         """Nothing waits for an episode: the service forms batches as it likes."""
         return nullcontext()
 
-    async def sample(
-        self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None
-    ) -> Sample:
-        """One reply of the weights of that version, which is kept, or of the newest. The same ids, params, seed and weights give the same reply where the service
-        is deterministic.
+    async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None) -> Sample:
+        """One reply of the newest weights, or of those of a version that is kept. The same ids, params, seed and weights give the
+        same reply where the service is deterministic.
 
         A reply is cut, with "length", where the model holds no more tokens. Raises BackendError for a prompt that is
         empty or too long, where the service refuses, and where it fails more often than `retries`.

@@ -68,8 +68,8 @@ class TinkerReport:
     def add(
         self, config: TinkerConfig, sequences: Sequence[TokenSequence], output: Any, update: Any, version_lag: int = 0
     ) -> None:
-        """A step that was made, on trajectories of weights that are so many versions older. Raises BackendError where what came back is not finite, and where it shows that something
-        else was sampled than is trained."""
+        """A step that was made, on trajectories of weights that are so many versions older. Raises BackendError where what came
+        back is not finite, and where it shows that something else was sampled than is trained."""
         loss = float(output.metrics.get("loss:sum", math.nan))
         norms = [v for k, v in (update.metrics or {}).items() if "grad_norm" in k]
         first = not self.losses

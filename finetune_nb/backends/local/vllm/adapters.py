@@ -104,8 +104,8 @@ class ServedAdapters:
         place = self.folder / name
         if not place.is_dir():
             raise BackendError(
-                f"the vLLM server has lost the adapter {name}, and {place} is gone: what was to be sampled with it cannot be. Run "
-                "the epoch again, with the newest weights."
+                f"the vLLM server has lost the adapter {name}, and {place} is gone: what was to be sampled with it cannot be. "
+                "Run the epoch again, with the newest weights."
             )
         self._ask_to_load(client, name, place)
         with self._lock:

@@ -143,11 +143,9 @@ class VLLMSampler:
 
     # ── replies ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def submit(
-        self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None
-    ) -> Sample:
-        """One reply with the weights of that version, which is kept, or with the newest. A request that the server lost, because it ended or forgot the adapter, is sent
-        again.
+    async def submit(self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None) -> Sample:
+        """One reply with the newest weights, or with those of a version that is kept. A request that the server lost, because it
+        ended or forgot the adapter, is sent again.
 
         Raises:
             BackendError: The server cannot be reached, or is full, for `patience` seconds; it is too slow, refuses the
@@ -307,7 +305,11 @@ class VLLMSampler:
         if self.served.name_of(self.policy.weights_id) is None:
             self._checked = False  # it may have been started anew since the last epoch, with another model
         client, kept = self._up(), self._kept
-        if kept is not None and self.served.name_of(kept.weights_id) is None and isinstance(self.served, ServedAdapters):
+        if (
+            kept is not None
+            and self.served.name_of(kept.weights_id) is None
+            and isinstance(self.served, ServedAdapters)
+        ):
             self.served.load_again(client, kept.weights_id, kept.name)
         if self.served.name_of(self.policy.weights_id) is not None:
             return
