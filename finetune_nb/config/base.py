@@ -136,11 +136,8 @@ class TrainerAdapterConfig(TypedBaseModel):
     reward: RewardFunctionConfig | None = None
     """Kept for the Toolkit: the reward is the trajectory builder's."""
 
-    def overlap_problem(self, engine: str) -> str | None:
+    def overlap_problem(self) -> str | None:
         """Why an epoch cannot be sampled while the epoch before it trains, where `max_staleness` of a subclass asks for that.
-
-        Args:
-            engine: The kind of `run.engine`.
 
         Returns:
             What was found and what to do; None: it can, as far as the config says.

@@ -314,6 +314,8 @@ def overlap_problem(run: RunSettings, staleness: int) -> str | None:
             "found max_staleness 1 with run.deterministic; what is sampled while a job trains depends on when the run was begun "
             "and continued, so that a repeat would not be equal. Set one of the two to 0 or False"
         )
+    if staleness and run.engine_kind != "local":
+        return f"found max_staleness 1 with engine {run.engine!r}; a worker holds one version of the weights. Set it to 0"
     return None
 
 
@@ -445,7 +447,7 @@ class Config(BaseModel):
         adapter = self.trainer_adapters.get(tuning.trainer_adapter or "")
         staleness = getattr(adapter, "max_staleness", 0)
         if adapter is not None and staleness:
-            problem = overlap_problem(self.run, staleness) or adapter.overlap_problem(self.run.engine_kind)
+            problem = overlap_problem(self.run, staleness) or adapter.overlap_problem()
             if problem is not None:
                 found.append((("trainer_adapters", tuning.trainer_adapter or "", "max_staleness"), problem))
         named = {

@@ -148,8 +148,9 @@ class Driver:
     def _check_overlap(self, trainer: EpochTrainer) -> None:
         """Raises ConfigError where an epoch is to be sampled while the one before it trains, and that cannot be."""
         trainer.check_overlap()
-        if trainer.overlaps and self.config.run.deterministic:
-            raise ConfigError(overlap_problem(self.config.run, 1))
+        problem = overlap_problem(self.config.run, 1) if trainer.overlaps else None
+        if problem is not None:
+            raise ConfigError(f"{problem}.")
 
     def _claim(self, *components: Any) -> None:
         """Takes the components for this run. Raises RunError for one that another open run has."""

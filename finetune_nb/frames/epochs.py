@@ -219,7 +219,8 @@ def epochs(
     score_<name>            float64        mean of evaluator <name>
     validation_score_<name> float64        the same on the validation dataset
     train_<metric>          float64        <metric> as measured by the backend
-    seconds_<part>          float64        duration of each part: rollouts, selection, training, validation, total
+    seconds_<part>          float64        duration of each part: rollouts, selection, training, validation, total; of the
+                                           total, ahead is what overlapped with the epoch before, and paused a pause
     ======================= ============== =====================================================================
 
     Args:

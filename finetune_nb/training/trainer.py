@@ -108,7 +108,12 @@ class EpochTrainer(Trainer):
     @property
     def overlaps(self) -> bool:
         """Whether an epoch is sampled while the epoch before it trains."""
-        return getattr(self.trainer_adapter.adapter_config, "max_staleness", 0) > 0
+        return self._staleness > 0
+
+    @property
+    def _staleness(self) -> int:
+        config = getattr(self.trainer_adapter, "adapter_config", None)
+        return getattr(config, "max_staleness", 0)
 
     def check_overlap(self) -> None:
         """Check that an epoch can be sampled while the epoch before it trains, if it is to be.
@@ -119,17 +124,19 @@ class EpochTrainer(Trainer):
         if not self.overlaps:
             return
         adapter, builder = self.trainer_adapter, self.trajectory_builder
-        staleness = getattr(adapter.adapter_config, "max_staleness", 0)
-        if staleness > 1:
+        if self._staleness > 1:
             raise ConfigError(
-                f"max_staleness of the trainer adapter is {staleness}; expected 0, or 1: the next epoch, and none after it, is "
-                "sampled while one trains."
+                f"max_staleness of the trainer adapter is {self._staleness}; expected 0, or 1: the next epoch, and none after "
+                "it, is sampled while one trains."
             )
         if type(adapter).keep_sampling is TrainerAdapter.keep_sampling:
             raise ConfigError(
                 f"max_staleness is 1, and {type(adapter).__name__} cannot sample while it trains: it has no keep_sampling. Set "
                 "it to 0, or take an adapter that can: tinker, or local_grpo with a vLLM server as its sampler."
             )
+        problem = getattr(adapter.adapter_config, "overlap_problem", lambda: None)()
+        if problem is not None:
+            raise ConfigError(f"{problem}.")
         if not getattr(builder, "samples_one_version", False):
             raise ConfigError(
                 f"max_staleness is 1, and {type(builder).__name__} does not say that it samples the policy version that it is "
@@ -184,6 +191,16 @@ class EpochTrainer(Trainer):
         meta = {**self._meta(epoch, run_id), "policy_version": version}
         begun = asyncio.create_task(self.trajectory_builder.start_run(run_id=run_id, meta=meta))
         self._ahead = RolloutsAhead(epoch, run_id, begun)
+
+    async def _version_ahead(self, epoch: int) -> int | None:
+        """The policy version from which the epoch after that one is sampled while it trains; None: nothing is sampled then."""
+        if not self.overlaps or not self.another_follows():
+            return None
+        try:
+            return await self.trainer_adapter.keep_sampling()
+        except BackendError as error:  # it is no reason not to train
+            logger.warning("epoch %d is not sampled while epoch %d trains: %s", epoch + 1, epoch, error_text(error))
+            return None
 
     async def _has_begun(self, epoch: int, run_id: str) -> bool:
         """Whether the rollouts of that epoch began while the job before was at work. Raises what kept them from it."""
@@ -257,8 +274,7 @@ class EpochTrainer(Trainer):
             logger.warning("epoch %d: nothing to train on (%d groups collected)", epoch, len(collection.trajectories))
             self._write(epoch, run_id, None, None, metrics)
             return None
-        ahead = self.overlaps and self.another_follows()
-        version = await self.trainer_adapter.keep_sampling() if ahead else None
+        version = await self._version_ahead(epoch)
         ref = await self.trainer_adapter.submit(TrajectoryCollection(trajectories=groups, run_id=run_id))
         self._jobs.append(ref)
         if version is not None:

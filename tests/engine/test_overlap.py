@@ -8,7 +8,7 @@ import pytest
 from small_agents import coin, guess, right
 
 import finetune_nb as ft
-from finetune_nb.errors import ConfigError, JobFailed, RunError
+from finetune_nb.errors import BackendError, ConfigError, JobFailed, RunError
 from finetune_nb.llms.call_recorder import current_episode
 from finetune_nb.notebook.panel_html import status_html
 from finetune_nb.testing import FakeAdapter, FakeAdapterConfig, ScriptedBuilder, ScriptedPolicy, sums
@@ -383,6 +383,19 @@ async def test_panel_shows_the_epoch_that_trains_and_the_one_that_is_sampled(mak
 
 class Sequential(FakeAdapter):
     keep_sampling = ft.TrainerAdapter.keep_sampling
+
+
+async def test_a_backend_that_cannot_keep_a_version_at_the_moment_trains_all_the_same(make_run, jobs, caplog):
+    async def away():
+        raise BackendError("the server is away")
+
+    jobs.keep_sampling = away
+    jobs.let_go.append("all")
+    run = make_run()
+    run.start()
+    run.wait()
+    assert run.epochs().version_lag.tolist() == [0, 0, 0]
+    assert "epoch 1 is not sampled while epoch 0 trains: BackendError: the server is away" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
     async def keep_sampling(self) -> int:
         """Has the vLLM server keep the adapter as it is now. Raises ConfigError where none samples, or where it cannot."""
         policy = await in_daemon_thread(self._load)
-        problem = self.adapter_config.overlap_problem("local")
+        problem = self.adapter_config.overlap_problem()
         if self._vllm is None or problem is not None:
             raise ConfigError(f"{problem or 'the policy was given its sampler, which keeps no weights'}.")
         await in_daemon_thread(self._vllm.keep, policy.version)

@@ -196,10 +196,8 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     threads: int | None = Field(default=None, ge=1)
     """Torch threads; None: 1 for a small model, else torch's own setting (2 in a deterministic run)."""
 
-    def overlap_problem(self, engine: str) -> str | None:
+    def overlap_problem(self) -> str | None:
         found = "found max_staleness above 0, which samples an epoch while the epoch before it trains,"
-        if engine != "local":
-            return f"{found} with engine {engine!r}: a worker holds one version of the weights. Set it to 0"
         if self.sampler is None:
             return (
                 f"{found} without a sampler: this process samples from the very weights that it trains, on one device, so that "
