@@ -69,7 +69,18 @@ class ScriptedPolicy(Policy):
         return ids
 
     async def sample(self, ids: Sequence[int], params: SamplingParams, seed: int, version: int | None = None) -> Sample:
-        await asyncio.sleep(0)  # a script says the same in every version
+        """Reply as the script says.
+
+        Args:
+            ids: Token ids of the prompt.
+            params: Sampling parameters.
+            seed: What the script gets beside the messages.
+            version: Of the weights; a script says the same in every version.
+
+        Returns:
+            Token ids of the reply, one a character.
+        """
+        await asyncio.sleep(0)
         whole = self.script(self._rendered.get(tuple(ids), []), seed)
         text = whole[: params.max_tokens]
         return Sample([ord(c) for c in text], [-1.0] * len(text), "stop" if text == whole else "length")
