@@ -308,14 +308,16 @@ def overlap_problem(run: RunSettings, staleness: int) -> str | None:
         staleness: `max_staleness` of the trainer adapter.
     """
     if staleness > 1:
-        return f"found max_staleness {staleness}; expected 0, or 1: the next epoch, and none after it, is sampled while one trains"
+        return f"found max_staleness {staleness}; expected 0, or 1: the next epoch alone is sampled while one trains"
     if staleness and run.deterministic:
         return (
             "found max_staleness 1 with run.deterministic; what is sampled while a job trains depends on when the run was begun "
             "and continued, so that a repeat would not be equal. Set one of the two to 0 or False"
         )
     if staleness and run.engine_kind != "local":
-        return f"found max_staleness 1 with engine {run.engine!r}; a worker holds one version of the weights. Set it to 0"
+        return (
+            f"found max_staleness 1 with engine {run.engine!r}; a worker holds one version of the weights. Set it to 0"
+        )
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 import weakref
@@ -897,10 +898,13 @@ class Run(RunHistory):
             if await self._driver.trains_in_run():
                 require_rewards(await self._driver.whole_run(count))
                 return
+
+            def goes_on(left: int) -> bool:
+                return left > 0 and state.state is not State.STOPPING
+
             try:
                 for left in reversed(range(count)):
-                    goes_on = lambda left=left: left > 0 and state.state is not State.STOPPING  # noqa: E731
-                    epoch = await self._driver.next_epoch(goes_on)
+                    epoch = await self._driver.next_epoch(functools.partial(goes_on, left))
                     session.show_record()
                     require_rewards(epoch)
                     reason = tripped(self.tripwires, self.records)
