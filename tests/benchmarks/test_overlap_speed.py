@@ -9,7 +9,7 @@ from small_agents import coin, right
 import finetune_nb as ft
 from finetune_nb.testing import FakeAdapter, FakeAdapterConfig, ScriptedPolicy, sums
 
-EPOCHS, SECONDS = 4, 0.5
+EPOCHS, SECONDS = 5, 1.0
 
 
 async def waits(question, llm):
@@ -29,7 +29,7 @@ def test_the_shorter_of_rollouts_and_training_takes_no_time_of_its_own(tmp_path)
         run.close()
         return seconds
 
-    found = by_turns(2, after=lambda: epochs(0), ahead=lambda: epochs(1))
+    found = by_turns(1, after=lambda: epochs(0), ahead=lambda: epochs(1))
     print(
         f"rollouts of {SECONDS:g} s and jobs of {SECONDS:g} s, {EPOCHS} epochs: {found['after']:.2f} s an epoch one after the "
         f"other, {found['ahead']:.2f} s with max_staleness 1"
