@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 
 from finetune_nb import redaction
 
+# Whether an example is slow depends on the machine: no test fails for that.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each of the processes that share the tests
     os.environ.setdefault("OMP_NUM_THREADS", "1")
