@@ -133,6 +133,9 @@ class TrajectoryBuilderConfig(TypedBaseModel):
 class TrainerAdapterConfig(TypedBaseModel):
     """Base of a TrainerAdapter's config."""
 
+    saves_elsewhere: ClassVar[bool] = False
+    """True where a checkpoint only names what a service keeps. The adapter then has `forget_checkpoints`."""
+
     reward: RewardFunctionConfig | None = None
     """Kept for the Toolkit: the reward is the trajectory builder's."""
 

@@ -43,6 +43,7 @@ from .epoch_weights import EpochWeights, changes_of
 from .history import RunHistory
 from .labelling import names_in
 from .opening import Obstacle, branch_of, components_from, config_of, copy_for_fork, make_fork
+from .service_checkpoints import forget_checkpoints
 from .session import ScriptLines, Session
 
 if TYPE_CHECKING:
@@ -1340,20 +1341,23 @@ class Run(RunHistory):
             StoreError: Another process writes the run.
         """
         self.close()
-        folder = archive_run(self.folder, checkpoints)
+        folder = archive_run(self.folder, checkpoints, self._forget_checkpoints)
         self.config.finetuning.output_dir, self.id = folder.parent, folder.name
         self._store = RunStore.open(folder)
         self._driver.writer, self._driver.epochs = None, list(self._store.epochs)  # type: ignore[assignment]
         return folder
 
     def delete(self) -> None:
-        """Close the run and delete its folder with all that is in it.
+        """Close the run and delete its folder with all that is in it, and what its checkpoints name on a training service.
 
         Raises:
             StoreError: Another process writes the run.
         """
         self.close()
-        delete_run(self.folder)
+        delete_run(self.folder, self._forget_checkpoints)
+
+    def _forget_checkpoints(self) -> None:
+        forget_checkpoints(self.folder, self.config, self._driver.components, self._driver.adapter)
 
     # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

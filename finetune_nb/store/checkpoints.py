@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, RunError, StoreError
+from ..errors import BackendError, ConfigError, RunError, StoreError
 from ..interfaces import TrainerAdapter
 from ..redaction import redacting_logger
 from ..threads import in_daemon_thread
@@ -173,6 +173,9 @@ class Checkpoints:
         self.resume_epoch: int | None = None
         """The epoch that the run continues after, if that is not the last one of the record."""
         self._every, self._keep = every, keep
+        self._forget: Callable[[Sequence[Path]], None] | None = (
+            None  # the adapter's, for checkpoints that name what lies elsewhere
+        )
         self._pinned = {e["epoch"] for e in store.events("forked") if isinstance(e.get("epoch"), int)}
         self.reload()
 
@@ -195,6 +198,7 @@ class Checkpoints:
 
         Raises RunError if no weights of this run are available.
         """
+        self._forget = getattr(adapter, "forget_checkpoints", None)
         state = self.store.state()
         held = await self._held(adapter, state)
         load, fresh = getattr(adapter, "load_checkpoint", None), getattr(adapter.policy, "version", None)
@@ -296,7 +300,16 @@ class Checkpoints:
             size = max(1, size_of(there[max(there)])) if there else 1
             keep = max(2, KEEP_BYTES // size)
         if len(there) > keep:
-            for index in there.keys() - to_keep(list(there), keep, _best(self.store.epochs), pinned):
+            gone = there.keys() - to_keep(list(there), keep, _best(self.store.epochs), pinned)
+            if self._forget is not None and gone:
+                try:
+                    for index in gone:
+                        check_tree(self.store.folder, there[index])
+                    self._forget([there[index] for index in sorted(gone)])
+                except (BackendError, StoreError) as error:
+                    logger.warning("no checkpoint was deleted; it is tried again after the next epoch: %s", error)
+                    return
+            for index in gone:
                 with suppress(OSError):  # tried again after the next epoch
                     remove_inside(self.store.folder, there[index])
 

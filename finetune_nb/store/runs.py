@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,11 +91,13 @@ _RUN_COLUMNS = {
 }
 
 
-def archive_run(folder: Path, checkpoints: bool = True) -> Path:
-    """Puts a run's folder away, with or without its checkpoints; returns where. Raises StoreError."""
+def archive_run(folder: Path, checkpoints: bool = True, forget: Callable[[], None] = lambda: None) -> Path:
+    """Puts a run's folder away, with or without its checkpoints; returns where. forget: called before checkpoints are
+    deleted. Raises StoreError."""
     with _alone(folder) as store:
         store.set_state("archived")
         if not checkpoints:
+            forget()
             with suppress(OSError):
                 remove_inside(folder, folder / CHECKPOINTS)
         place = free_in_archive(folder, folder.name)
@@ -103,10 +105,11 @@ def archive_run(folder: Path, checkpoints: bool = True) -> Path:
     return place
 
 
-def delete_run(folder: Path) -> None:
-    """Deletes a run's folder. Raises StoreError for a folder that is no run, or that somebody else writes."""
+def delete_run(folder: Path, forget: Callable[[], None] = lambda: None) -> None:
+    """Deletes a run's folder. forget: called before that. Raises StoreError for a folder that is no run, or that somebody else
+    writes."""
     with _alone(folder):
-        pass
+        forget()
     # First out of sight, in one step: what is left after a crash does not look like a run.
     gone = name_to_delete(folder)
     os.rename(folder, gone)

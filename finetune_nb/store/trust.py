@@ -22,6 +22,7 @@ from .durable import _BINARY, _NO_LINK, check_plain, write_durably
 __all__ = [
     "DATA_DIRECTORY",
     "SIGNATURE",
+    "data_directory",
     "is_signed",
     "sign",
 ]
@@ -31,7 +32,7 @@ logger = redacting_logger(__name__)
 SIGNATURE = "signature"
 """The file in a run's folder."""
 DATA_DIRECTORY = "FINETUNE_NB_DATA_DIR"
-"""The environment variable that names another directory for the key."""
+"""The environment variable that names another directory for this user's own files, such as the key."""
 KEY = "run_signing_key"
 KEY_BYTES = 32
 _SCHEME = "hmac-sha256"
@@ -97,7 +98,7 @@ def _key() -> bytes:
     """The user's key, which is made when it is first needed; this process's own where that cannot be kept."""
     with _turn:
         try:
-            path = _key_file()
+            path = data_directory() / KEY
             if not path.exists():
                 _make_key(path)
             key = path.read_bytes()
@@ -115,17 +116,17 @@ def _key() -> bytes:
             return _own_key
 
 
-def _key_file() -> Path:
-    """Where the key lies. Raises RuntimeError where this user has no place for it."""
+def data_directory() -> Path:
+    """Where this user's own files of this library lie. Raises RuntimeError where this user has no place for them."""
     named = os.environ.get(DATA_DIRECTORY)
     if named:
-        return Path(named).expanduser().absolute() / KEY
+        return Path(named).expanduser().absolute()
     from platformdirs import user_data_path
 
     directory = user_data_path("finetune_nb", appauthor=False)
     if not directory.is_absolute():  # "~" stays as it is for a user without a home
         raise RuntimeError(f"{str(directory)!r} is no directory of this user")
-    return directory / KEY
+    return directory
 
 
 def _make_key(path: Path) -> None:
