@@ -24,6 +24,11 @@ install_tinker() {
   pip_install -c constraints.txt "finetune_nb[tinker]"
 }
 
+# The oldest SDK that the extra takes.
+install_tinker_oldest() {
+  pip_install -c <(grep -v ^tinker== constraints.txt) "tinker==0.24.1"
+}
+
 # An older kernel goes before .venv's.
 install_kernel6() {
   pip_install --no-deps "ipykernel==6.30.1"

@@ -1,5 +1,6 @@
-"""The Tinker backend where its SDK is missing, what goes into a Datum, and the way to the tests with the real SDK, which
-lives in an environment of its own, whose python FINETUNE_NB_TINKER_PYTHON names."""
+"""The Tinker backend where its SDK is missing, what goes into a Datum, and the way to the tests with the real SDK, whose newest
+and oldest versions live in environments of their own: FINETUNE_NB_TINKER_PYTHON and FINETUNE_NB_TINKER_OLDEST_PYTHON name their
+pythons."""
 
 import os
 import subprocess
@@ -14,7 +15,7 @@ import finetune_nb as ft
 from finetune_nb.backends.tinker.adapter import TinkerAdapter
 from finetune_nb.backends.tinker.config import TinkerConfig
 from finetune_nb.backends.tinker.saved import Manifest, read_manifest, write_manifest
-from finetune_nb.backends.tinker.training import check, loss_inputs
+from finetune_nb.backends.tinker.training import advantage_scales, check, loss_inputs
 from finetune_nb.errors import BackendError, ConfigError, MissingExtra
 from finetune_nb.training.batch import training_batch
 
@@ -28,16 +29,34 @@ def learned(*groups):
 def test_inputs_of_the_loss_are_shifted_by_one_and_zero_where_nothing_was_sampled():
     turns = [turn([3, 9], [5, 6], [-1.0, -2.0]), turn([3, 9, 5, 6, 8], [7], [-3.0])]
     first, second = learned([trajectory(1.0, *turns), trajectory(0.0, turn([3], [5], [-0.5]))]).sequences()
-    inputs = loss_inputs(first, batch_tokens=4)
+    inputs = loss_inputs(first, scale=0.25, weights=True)
     assert inputs["target_tokens"].tolist() == first.ids[1:] == [9, 5, 6, 8, 7]
     assert inputs["logprobs"].tolist() == [0.0, -1.0, -2.0, 0.0, -3.0]
     assert inputs["advantages"].tolist() == [0.0, 0.125, 0.125, 0.0, 0.125]
-    assert loss_inputs(second, 4)["advantages"].tolist() == [-0.125]
+    assert inputs["weights"].tolist() == [0.0, 1.0, 1.0, 0.0, 1.0]
+    assert loss_inputs(second, 0.25, weights=False).keys() == {"target_tokens", "logprobs", "advantages"}
+    assert loss_inputs(second, 0.25, weights=False)["advantages"].tolist() == [-0.125]
     assert {name: array.dtype for name, array in inputs.items()} == {
         "target_tokens": np.int64,
         "logprobs": np.float32,
         "advantages": np.float32,
+        "weights": np.float32,
     }
+
+
+def test_either_reduction_of_a_service_gives_the_mean_over_all_sampled_tokens():
+    replies = [turn([3, 9], [5, 6, 7], [-1.0, -2.0, -1.0]), turn([3, *range(20, 60)], [5], [-1.0])]
+    sequences = list(learned([trajectory(float(i), reply) for i, reply in enumerate(replies)]).sequences())
+    advantages = np.array([*[-0.5] * 3, 0.5])  # of all sampled tokens
+    found = {}
+    for reduction in ("sum", "sequence_mean"):
+        scales = advantage_scales(TinkerConfig(model="m", loss_reduction=reduction), sequences)
+        given = [loss_inputs(sequence, scale, True) for sequence, scale in zip(sequences, scales, strict=True)]
+        sums = [(each["weights"] * each["advantages"]).sum() for each in given]
+        if reduction == "sequence_mean":
+            sums = [total / each["weights"].sum() / len(given) for total, each in zip(sums, given, strict=True)]
+        found[reduction] = sum(sums)
+    assert found["sum"] == pytest.approx(advantages.mean()) == found["sequence_mean"]
 
 
 def test_what_the_service_would_train_otherwise_is_refused():
@@ -102,11 +121,14 @@ def test_mistakes_in_the_settings_are_told():
 
 
 @pytest.mark.slow
-@pytest.mark.proof
-def test_with_the_real_sdk_against_a_service_that_learns():
-    python = os.environ.get("FINETUNE_NB_TINKER_PYTHON")
+@pytest.mark.parametrize(
+    "named",
+    [pytest.param("FINETUNE_NB_TINKER_PYTHON", marks=pytest.mark.proof), "FINETUNE_NB_TINKER_OLDEST_PYTHON"],
+)
+def test_with_the_real_sdk_against_a_service_that_learns(named):
+    python = os.environ.get(named)
     if not python:
-        pytest.skip("FINETUNE_NB_TINKER_PYTHON names no python that has the tinker SDK")
+        pytest.skip(f"{named} names no python that has the tinker SDK")
     command = [python, "-m", "pytest", "tests/support/tinker_sdk.py", "-m", "", "-q", "-s"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1200)
     print(done.stdout)

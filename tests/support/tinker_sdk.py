@@ -4,8 +4,8 @@ Run by test_tinker.py in an environment that has the SDK; by hand:
 
     <python with finetune_nb[tinker]> -m pytest tests/support/tinker_sdk.py -m ""
 
-The same against SkyRL's server, whose installation is described in its docs (extra "tinker", backend "jax"; a tiny Qwen3 of
-random weights will do), prints what it does and must end with "sampled, trained, saved, resumed":
+Against a server that runs already, this prints what it does and must end with "sampled, trained, saved, resumed" (for SkyRL's
+server there are tests, in with_skyrl):
 
     <python with finetune_nb[tinker]> tests/support/tinker_sdk.py http://127.0.0.1:8000 <base model> [<tokenizer directory>]
 """
@@ -13,19 +13,23 @@ random weights will do), prints what it does and must end with "sampled, trained
 import asyncio
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
-from tinker_service import LONGEST, MODEL, Http, TinkerService
+from tinker_service import LONGEST, MODEL, EngineError, Http, TinkerService, adapter_archive
 
 import finetune_nb as ft
 from finetune_nb.backends.tinker.adapter import TinkerAdapter
 from finetune_nb.backends.tinker.config import TinkerConfig
-from finetune_nb.backends.tinker.service import Refused
+from finetune_nb.backends.tinker.errors import Full, Lost
 from finetune_nb.errors import BackendError
 from finetune_nb.types import EpisodeItem, SamplingParams, Trajectory, TrajectoryCollection
 
@@ -46,7 +50,10 @@ async def adapters(service):
 
     def make(**settings):
         config = TinkerConfig(
-            **{"model": MODEL, "base_url": service.base_url, "learning_rate": 0.1, "retry_delay": 0.0, **settings}
+            **{
+                **{"model": MODEL, "base_url": service.base_url, "learning_rate": 0.1, "retry_delay": 0.0},
+                **{"slot_timeout": 0.0, **settings},
+            }
         )
         made.append(TinkerAdapter(config, tokenizer=byte_tokenizer()))
         return made[-1]
@@ -93,8 +100,7 @@ async def test_the_same_seed_samples_the_same_reply_with_its_logprobs(adapters):
 async def test_a_reply_ends_at_the_end_token_and_where_the_model_is_full(adapters, service):
     policy = adapters().policy
     await policy.sample(PROMPT, SamplingParams(1.0, 1), 0)
-    (sampler,) = service.samplers.values()
-    sampler.logits[4, 1] = 100.0  # the end token follows at once
+    service.model.logits[4, 1] = 100.0  # the end token follows at once
     ended = await policy.sample(PROMPT, SamplingParams(1.0, 5), 0)
     assert (ended.ids, ended.finish_reason) == ([1], "stop")
     full = await policy.sample([7] * (LONGEST - 2), SamplingParams(1.0, 50), 0)
@@ -141,6 +147,7 @@ async def test_the_service_is_given_the_very_tokens_that_were_sampled(adapters, 
     assert inputs["target_tokens"] == [9, 5, 6, 8, 7]
     assert inputs["logprobs"] == [0.0, -1.0, -2.0, 0.0, -3.0]
     assert inputs["advantages"] == pytest.approx([0.0, 0.125, 0.125, 0.0, 0.125])  # 0.5, over four sampled tokens
+    assert inputs["weights"] == [0.0, 1.0, 1.0, 0.0, 1.0]
 
 
 async def test_finished_job_tells_what_it_did_and_the_new_weights_are_sampled(adapters, service):
@@ -272,7 +279,7 @@ async def test_a_checkpoint_goes_on_as_if_nothing_had_happened(adapters, service
     await train(adapter, trajectories)
     straight = service.model.logits
     resumed = adapters(optimizer_steps=2)
-    with pytest.raises(Refused, match="Slots are held"):
+    with pytest.raises(Full, match="Slots are held"):
         await resumed.load_checkpoint(tmp_path / "epoch-000000")
     await adapter.aclose()
     await resumed.load_checkpoint(tmp_path / "epoch-000000")
@@ -289,7 +296,7 @@ async def test_a_session_that_the_service_forgot_is_begun_anew_from_what_was_sav
     await train(adapter)
     await adapter.save_checkpoint(tmp_path / "saved")
     weights = service.model.logits
-    for forgotten in (service.models, service.samplers):
+    for forgotten in (service.models, service.samplers, service.archives):
         forgotten.clear()
     trajectories = await rollouts(adapter)
     np.testing.assert_array_equal(service.model.logits, weights)
@@ -312,7 +319,7 @@ async def of_version(adapter, version):
 
 @pytest.mark.parametrize("failing", [False, True])
 async def test_a_version_that_is_kept_is_sampled_while_newer_ones_are_made(adapters, service, failing):
-    adapter = adapters(max_staleness=1)
+    adapter = adapters(max_staleness=1, sample_while_training=True)
     trajectories = await rollouts(adapter)
     assert await adapter.keep_sampling() == 0
     before = await of_version(adapter, 0)
@@ -340,9 +347,164 @@ async def test_health_is_asked_of_the_service(adapters, service, caplog):
     assert "no Tinker service answers at http://127.0.0.1:9" in caplog.text
     service.trouble["asample"] = [{"sequences": "in a new format"}]
     assert not await adapters().is_healthy()
-    assert 'pip install "tinker==0.24.1"' in caplog.text
+    assert 'pip install "tinker==0.38.0"' in caplog.text
     service.trouble["asample"] = [{"error": "only models in training", "category": "user"}]
     assert await adapters().is_healthy()
+
+
+# ── as unkind as the real ones ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_gradient_is_the_same_from_a_service_that_sums_and_from_one_that_averages(adapters, service, caplog):
+    adapter = adapters(learning_rate=1.0)
+    collected = await rollouts(adapter, tokens=4)
+    for group in collected.trajectories:  # replies and prompts of many lengths
+        for place, trajectory in enumerate(group):
+            turn = trajectory.episode[0]
+            turn.metadata["token_ids"] = turn.metadata["token_ids"][: 1 + place % 3]
+            turn.logprobs = turn.logprobs[: 1 + place % 3]
+            turn.metadata["prompt_token_ids"] = [3, *[9] * place, *turn.metadata["prompt_token_ids"][-1:]]
+    first = await train(adapter, collected)
+    assert caplog.text.count("set loss_reduction") == 1
+    with TinkerService(mean=True) as averaging:
+        other = adapters(learning_rate=1.0, base_url=averaging.base_url, loss_reduction="sequence_mean")
+        second = await train(other, collected)
+        np.testing.assert_allclose(averaging.model.mean, service.model.mean, atol=1e-9)
+        for name in ("loss", "grad_norm", "entropy", "importance_ratio"):
+            assert second.metadata["metrics"][name] == pytest.approx(first.metadata["metrics"][name], rel=1e-5)
+    assert math.isfinite(first.metadata["metrics"]["loss"])
+    assert caplog.text.count("set loss_reduction") == 1  # not of the one whose reduction was named
+
+
+async def test_a_service_that_takes_no_weights_is_sent_none(adapters, service):
+    service.takes_weights = False
+    adapter = adapters(retries=0)
+    assert (await train(adapter)).status == "completed"
+    assert len(service.asked("forward_backward")) == 2
+    assert (await train(adapter)).status == "completed"
+    assert len(service.asked("forward_backward")) == 3
+
+
+async def test_a_slot_is_waited_for_and_the_run_says_so(adapters, service):
+    first, second = adapters(), adapters(slot_timeout=60.0)
+    await first.policy.sample(PROMPT, SamplingParams(1.0, 1), 0)
+    told = []
+    second.tell = told.append
+    reply = asyncio.ensure_future(second.policy.sample(PROMPT, SamplingParams(1.0, 1), 0))
+    while not told:
+        await asyncio.sleep(0.02)
+    assert "waiting for one" in told[0] and not reply.done()
+    await first.aclose()
+    assert (await reply).ids and told[-1] is None
+
+
+async def test_the_model_of_a_process_that_died_is_unloaded(adapters, service, tmp_path):
+    """The slot would be held until the session times out, which no test waits for."""
+    client = """
+import asyncio, os, sys
+from byte_tokenizer import byte_tokenizer
+from finetune_nb.backends.tinker.adapter import TinkerAdapter, TinkerConfig
+from finetune_nb.types import SamplingParams
+adapter = TinkerAdapter(TinkerConfig(model=sys.argv[1], base_url=sys.argv[2]), tokenizer=byte_tokenizer())
+asyncio.run(adapter.policy.sample([3, 10, 4], SamplingParams(1.0, 1), 0))
+os._exit(9)
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", client, MODEL, service.base_url]
+    died = await asyncio.to_thread(subprocess.run, command, env={**os.environ, "PYTHONPATH": path}, timeout=120)
+    assert died.returncode == 9 and len(service.models) == 1
+    assert (await adapters().policy.sample(PROMPT, SamplingParams(1.0, 1), 0)).ids
+    assert len(service.models) == 1
+    with pytest.raises(Full):  # the model of one that lives is left alone
+        await adapters().policy.sample(PROMPT, SamplingParams(1.0, 1), 0)
+
+
+async def test_a_state_that_is_gone_is_told_at_once_and_once(adapters, service, tmp_path):
+    adapter = adapters()
+    await train(adapter)
+    await adapter.save_checkpoint(tmp_path / "saved")
+    for forgotten in (service.models, service.samplers, service.archives, service.states):
+        forgotten.clear()
+    replies = [adapter.policy.sample(PROMPT, SamplingParams(1.0, 1), seed) for seed in range(32)]
+    found = await asyncio.gather(*replies, return_exceptions=True)
+    assert all(isinstance(each, Lost) and "no longer has what that checkpoint names" in str(each) for each in found)
+    assert len(service.asked("load_weights")) == 1
+    assert not service.models  # no slot is held for nothing
+
+
+async def test_no_reply_is_sampled_between_two_steps_of_a_job(adapters, service):
+    adapter = adapters(optimizer_steps=4)
+    trajectories = await rollouts(adapter)
+    service.trouble["forward_backward"] = [None, None, {"try_again": "active", "times": 10**6}]
+    ref = await adapter.submit(trajectories)
+    while not service.waiting:
+        await asyncio.sleep(0.02)
+    asked = len(service.asked("asample"))
+    reply = asyncio.ensure_future(adapter.policy.sample(PROMPT, SamplingParams(1.0, 3), 5))
+    await asyncio.sleep(0.3)
+    assert not reply.done() and len(service.asked("asample")) == asked
+    for wait in service.waiting.values():
+        wait["times"] = 0
+    assert (await adapter.wait_until_complete(ref)).status == "completed"
+    sample = await reply
+    assert sample.logprobs[0] == pytest.approx(service.model.logprobs(4)[sample.ids[0]], abs=1e-6)
+
+
+async def test_prompts_are_checked_against_the_base_model_where_the_service_says_nothing(adapters, service, tmp_path):
+    service.tells_length = False
+    with pytest.raises(BackendError, match="holds 64 together"):
+        await adapters(context_length=64).policy.sample([7] * 64, SamplingParams(1.0, 1), 0)
+    settings = {"model_type": "qwen3", "max_position_embeddings": 48}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    service.models.clear()
+    with pytest.raises(BackendError, match="holds 48 together"):
+        await adapters(base=str(tmp_path)).policy.sample([7] * 48, SamplingParams(1.0, 1), 0)
+
+
+async def test_what_is_saved_on_the_service_follows_the_checkpoints(adapters, service, tmp_path):
+    adapter = adapters()
+    places = [tmp_path / "runs" / "run" / "checkpoints" / f"epoch-{epoch:06}" for epoch in range(3)]
+    for place in places:
+        await train(adapter)
+        await adapter.save_checkpoint(place)
+        await rollouts(adapter, 1, 1)
+    assert len(service.states) == 3  # those before each job were deleted with the next one
+    assert len(service.archives) == 1
+    adapter.forget_checkpoints(places[:1])
+    assert len(service.states) == 2
+    branch = tmp_path / "runs" / "branch" / "checkpoints" / places[1].name
+    shutil.copytree(places[1], branch)
+    adapter.forget_checkpoints(places[:2])  # the first is gone already, the second is the branch's too
+    assert len(service.states) == 2
+    adapter.forget_checkpoints([branch, places[1]])
+    assert len(service.states) == 1
+    adapter.forget_checkpoints(places[2:])  # training would continue from there until the adapter is closed
+    assert len(service.states) == 1
+    await adapter.aclose()
+    assert not service.states and not service.archives
+
+
+async def test_the_adapter_comes_home_from_the_service(adapters, service, tmp_path):
+    adapter = adapters()
+    await train(adapter)
+    saved = len(service.archives)
+    await adapter.save(tmp_path / "model", prove=False)
+    config = json.loads((tmp_path / "model" / "adapter_config.json").read_text())
+    assert (config["target_modules"], config["r"], config["base_model_name_or_path"]) == (["q_proj"], 4, MODEL)
+    assert (tmp_path / "model" / "tokenizer.json").exists()
+    assert len(service.archives) == saved  # the one that was fetched is deleted
+    service.packed = adapter_archive({"adapter_config.json": b"{}"})
+    with pytest.raises(BackendError, match="no adapter_model"):
+        await adapter.save(tmp_path / "other", prove=False)
+    assert not (tmp_path / "other").exists()
+
+
+async def test_a_failed_future_is_sorted_as_a_refused_request_is(adapters, service):
+    adapter = adapters(retries=0)
+    service.trouble["forward_backward"] = [EngineError("Loss functions ['ppo'] are not supported by the JAX backend")]
+    status = await train(adapter)
+    assert status.status == "failed" and "not supported by the JAX backend" in status.message
+    assert "Is this SDK" not in status.message
 
 
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -379,6 +541,7 @@ def make_run(service, tmp_path, closing, monkeypatch):
             base_url=service.base_url,
             learning_rate=3.0,
             max_staleness=max_staleness,
+            sample_while_training=bool(max_staleness) or None,
         )
         settings = {"generations": 16, "sampling": {"max_tokens": 1}, "output_dir": tmp_path, "seed": 1, **options}
         return closing(ft.Run(workflow, is_printable, ROWS, adapter=TinkerAdapter(config, seed=1), **settings))
@@ -421,6 +584,27 @@ async def test_a_run_learns_from_what_was_sampled_while_the_epoch_before_trained
     # Once all replies are right nothing is trained, and what is sampled is of the newest weights again.
     assert run.epochs().version_lag.tolist()[:3] == [0, 1, 1]
     assert rewards[0] < 0.5 and rewards[-1] > 0.8
+
+
+async def test_a_run_that_is_deleted_leaves_nothing_on_the_service(make_run, service, tmp_path, closing, caplog):
+    run = make_run(name="letters", generations=4)
+    await run.next_epoch()
+    assert len(service.states) == 1
+    run.delete()
+    assert not service.states and not service.archives and not service.models
+    run = make_run(name="letters", generations=4)
+    await run.next_epoch()
+    run.close()
+    assert len(service.states) == 1
+    closing(ft.Run.open(tmp_path / "letters")).delete()  # by its config alone
+    assert not service.states
+    run = make_run(name="unreachable", generations=4)
+    await run.next_epoch()
+    run.close()
+    service.__exit__()
+    run.delete()
+    assert "stays on the service" in caplog.text and not (tmp_path / "unreachable").exists()
+    service.__enter__()
 
 
 async def test_agents_on_other_libraries_are_recorded_exactly(make_run, service):

@@ -6,8 +6,11 @@ It decides what is refused, when a job is tried again, and when the policy versi
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import uuid
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +24,11 @@ from ...redaction import redact_text, redacting_logger
 from ...threads import in_daemon_thread
 from ...training.batch import TrainingBatch
 from ...training.jobs import PolicyAdapter, TrainingJob
+from ...types import SamplingParams
 from .config import TinkerConfig
-from .saved import Manifest, read_manifest, write_manifest
-from .service import TinkerService, Unavailable, sdk
+from .errors import Refused, Unavailable, WeightsRefused, sdk
+from .saved import Manifest, named_elsewhere, read_manifest, write_manifest
+from .service import TinkerService
 from .training import TinkerReport, check, train
 
 if TYPE_CHECKING:
@@ -33,6 +38,9 @@ __all__ = ["TinkerAdapter", "TinkerConfig"]
 
 logger = redacting_logger(__name__)
 
+DEFAULT_GAP = 0.1
+"""Nats a token: what `max_logprob_gap` is by default."""
+PROOF_TOKENS = 32
 PARTING_SECONDS = 10.0
 """What a step that is under way may still take when the adapter is closed."""
 
@@ -54,6 +62,15 @@ class TinkerAdapter(PolicyAdapter[TrainingJob]):
         self.seed = seed
         self._tokenizer = tokenizer
         self._service = TinkerService(adapter_config, seed)
+
+    @property
+    def tell(self) -> Callable[[str | None], None]:
+        """Told what a run has to wait for, in words; None: nothing any more."""
+        return self._service.tell
+
+    @tell.setter
+    def tell(self, tell: Callable[[str | None], None]) -> None:
+        self._service.tell = tell
 
     if TYPE_CHECKING:
 
@@ -84,12 +101,17 @@ class TinkerAdapter(PolicyAdapter[TrainingJob]):
         check(batch, self._service.longest)
         return TinkerReport()
 
+    def _exclusive(self, job: TrainingJob) -> AbstractContextManager[bool]:
+        service = self._service
+        return service.turns.training(job.stopped) if service.shares_weights else nullcontext(True)
+
     def _train(self, job: TrainingJob, batch: TrainingBatch, number: int) -> None:
         """The job's steps, begun again from the weights before them as often as `retries` says. Raises BackendError, and
         the policy is then what it was."""
         service, config, version = self._service, self.adapter_config, self.policy.version
         service.paused = job.say
-        for attempt in range(config.retries + 1):
+        failures = 0
+        while True:
             report = job.report = TinkerReport()
             kept = False
             try:
@@ -105,12 +127,16 @@ class TinkerAdapter(PolicyAdapter[TrainingJob]):
                 job.report = TinkerReport()  # its steps are not in the weights that continue
                 if kept:  # else the only copy of the weights is the one that has not been touched yet
                     service.drop()
-                if not isinstance(error, Unavailable) or attempt == config.retries or job.stopped():
+                if isinstance(error, WeightsRefused) and service.takes_weights:
+                    logger.info("the service takes no weights for tokens: %s", error)
+                    service.takes_weights = False
+                    continue
+                failures += 1
+                if not isinstance(error, Unavailable) or failures > config.retries or job.stopped():
                     raise
                 logger.warning("training job %s is begun again after %d steps: %s", job.id, made, error)
-                job.say(f"begun again (retry {attempt + 1} of {config.retries}): {redact_text(str(error))}")
-                job.canceled.wait(config.retry_delay * 2**attempt)
-        raise AssertionError("unreachable")
+                job.say(f"begun again (retry {failures} of {config.retries}): {redact_text(str(error))}")
+                job.canceled.wait(config.retry_delay * 2 ** (failures - 1))
 
     async def keep_sampling(self) -> int:
         """Keeps the sampler of the weights as they are now. Raises BackendError where the service does not give it."""
@@ -127,6 +153,56 @@ class TinkerAdapter(PolicyAdapter[TrainingJob]):
             self._service.sampler(version)
         except BackendError as error:
             logger.warning("the weights of policy version %d cannot be sampled yet: %s", version, error)
+
+    async def save(
+        self,
+        directory: str | Path,
+        merge: bool = False,
+        dtype: str | None = None,
+        base: str | None = None,
+        prove: bool | None = None,
+    ) -> Path:
+        """Brings the trained adapter home from the service, and writes it and the tokenizer to `directory`.
+
+        What PEFT makes of the adapter is compared with the service: log probabilities that the service told when it sampled are
+        computed again, which takes the base model, torch and peft.
+
+        Args:
+            directory: Where to. An older model there is replaced.
+            merge: Add the adapter to the base model's weights, which takes the base model.
+            dtype: With `merge`: of the weights, such as "float32". Default: the one that the base model is stored in.
+            base: The base model on this machine, a directory or a name in Hugging Face's cache. Default: the config's `base`.
+            prove: Whether the adapter is compared. Default: where the base model is here. False saves the time and the memory.
+
+        Returns:
+            The directory.
+
+        Raises:
+            BackendError: The service gives no archive, it is damaged, it is not the model that was sampled, or it cannot be
+                written. What was in the directory is then as it was.
+            ConfigError: `merge` or `prove`, and the base model is not on this machine.
+            MissingExtra: They take torch and peft.
+        """
+        from .archive import bring_home
+
+        policy, config = self.policy, self.adapter_config
+        await self._all_ended()
+        base = base or config.base or config.model
+        replies = [(ids, sample) for version, ids, sample in policy.recent if version == policy.version]
+        if prove is not False and not replies:
+            prompt = policy.render([{"role": "user", "content": "Hello"}])
+            replies = [(prompt, await policy.sample(prompt, SamplingParams(1.0, PROOF_TOKENS), 0))]
+
+        def fetch(place: Path, longest: int) -> None:
+            self._service.archive(_name("save-model"), policy.version, place, longest)
+
+        def save() -> Path:
+            limit = config.max_logprob_gap or DEFAULT_GAP
+            return bring_home(
+                Path(directory), fetch, base, policy.tokenizer, replies, limit, merge=merge, dtype=dtype, prove=prove
+            )
+
+        return await in_daemon_thread(save)
 
     async def save_checkpoint(self, directory: str | Path) -> int:
         """Saves weights and optimizer on the service, and writes to `directory` where they are; returns the bytes written.
@@ -176,6 +252,25 @@ class TinkerAdapter(PolicyAdapter[TrainingJob]):
 
         await in_daemon_thread(load)
 
+    def forget_checkpoints(self, directories: Sequence[Path]) -> None:
+        """Deletes on the service what these checkpoints name, and no other checkpoint does. They are about to be deleted.
+
+        Raises BackendError where the service cannot be asked at the moment.
+        """
+        config = self.adapter_config
+        for directory in directories:
+            try:
+                state = read_manifest(directory.absolute(), config.model, config.rank).state
+            except BackendError as error:
+                logger.warning("nothing is deleted on the service: %s", error)
+                continue
+            if named_elsewhere(state, directories):
+                continue
+            try:
+                self._service.forget(state)
+            except Refused as error:
+                logger.warning("the saved state %s stays on the service: %s", state, error)
+
     async def aclose(self) -> None:
         """Cancels what still runs, waits for the step that is under way, for a while, and gives up the model in training."""
         try:
@@ -194,5 +289,6 @@ def _name(what: str) -> str:
 @register_trainer_adapter(config_type=TinkerConfig)
 async def tinker(config: TinkerConfig, builder: Builder):
     adapter = TinkerAdapter(config, seed=builder.config.run.seed)
+    adapter.tell = functools.partial(setattr, builder, "doing")
     yield adapter
     await adapter.aclose()

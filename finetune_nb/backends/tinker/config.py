@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field, SecretStr
 
 from ...config.base import AT_TRAINING, TrainerAdapterConfig
+from .rest import is_hosted
 
 __all__ = [
     "TinkerConfig",
@@ -17,6 +19,7 @@ class TinkerConfig(TrainerAdapterConfig, name="tinker"):
     """A LoRA adapter, trained and sampled on a Tinker-compatible service."""
 
     model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
+    saves_elsewhere: ClassVar[bool] = True
 
     model: str
     """The base model, as the service calls it, such as "Qwen/Qwen3-8B"."""
@@ -26,6 +29,11 @@ class TinkerConfig(TrainerAdapterConfig, name="tinker"):
     """Of a server of your own; None: $TINKER_BASE_URL, else Thinking Machines' service."""
     api_key: SecretStr | None = None
     """None: $TINKER_API_KEY. A server of your own needs none."""
+    base: str | None = None
+    """The base model on this machine, a Hugging Face directory or a name in its cache: for `run.save_model`, and to know how
+    many tokens it holds. None: `model`, if it is here."""
+    context_length: int | None = Field(default=None, ge=2)
+    """Tokens that prompt and reply may have together. None: what the service says, else what the config of `base` says."""
     rank: int = Field(default=32, ge=1)
     """Of the LoRA adapter's matrices."""
     learning_rate: float = Field(default=1e-4, gt=0, json_schema_extra=AT_TRAINING)
@@ -46,6 +54,10 @@ class TinkerConfig(TrainerAdapterConfig, name="tinker"):
     truncated: Literal["train", "mask"] = "train"
     """Trajectories whose last reply was cut at max_tokens: "mask" does not train on them. Their rewards count in their
     group either way."""
+    loss_reduction: Literal["sum", "sequence_mean"] = "sum"
+    """What the service makes of the losses of a batch's tokens: their sum (Thinking Machines; SkyRL's fsdp and megatron), or
+    the mean over the sequences of each one's mean (SkyRL's jax). Advantages are scaled so that the mean over all tokens comes
+    out either way."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """A longer gradient is shortened to this; 0: never. SkyRL's server does not do it."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -68,8 +80,31 @@ class TinkerConfig(TrainerAdapterConfig, name="tinker"):
     """Seconds before the first retry; each further one waits twice as long."""
     step_timeout: float = Field(default=3600.0, gt=0)
     """Seconds that one request may take, waiting in the service's queue included."""
+    slot_timeout: float = Field(default=600.0, ge=0)
+    """Seconds to wait for an adapter slot of the service while all are held; 0: not at all. SkyRL's server frees those of
+    processes that died elsewhere after six minutes."""
+    sample_while_training: bool | None = None
+    """Whether replies are sampled while a job trains. None: only from Thinking Machines' service. Elsewhere sampler and trainer
+    may share their weights, as on SkyRL's jax, and a reply would be of a policy between two steps."""
     state_ttl: int | None = Field(default=None, ge=1)
     """Seconds after which the service may delete a saved state; None: it is kept. Checkpoints are as old as they get."""
+
+    def service_url(self) -> str | None:
+        """The address of the service: the setting's, else that of the environment; None: neither names one."""
+        return self.base_url or os.environ.get("TINKER_BASE_URL") or None
+
+    def samples_while_training(self) -> bool:
+        """Whether replies are sampled while a job trains."""
+        said = self.sample_while_training
+        return is_hosted(self.service_url()) if said is None else said
+
+    def overlap_problem(self) -> str | None:
+        if self.samples_while_training():
+            return None
+        return (
+            "found max_staleness 1, and replies of this service wait while a job trains (sample_while_training). Set "
+            "sample_while_training: true if its samplers keep the weights that they were made with, else max_staleness to 0"
+        )
 
     @property
     def clips(self) -> bool:

@@ -6,19 +6,24 @@ The service samples tokens and knows no chat: messages become ids here, with the
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from typing import Any
 
 from ...errors import BackendError
 from ...llms.chat_tokenizer import ChatTokenizer, check_prompt
 from ...threads import in_daemon_thread
 from ...types import EpisodeKey, Sample, SamplingParams
-from .service import Gone, TinkerService, Unavailable, sdk, sorted_error
+from .errors import Gone, Lost, Unavailable, sdk, sorted_error
+from .service import TinkerService
 
 __all__ = [
     "TinkerPolicy",
 ]
+
+
+KEPT_REPLIES = 4
 
 
 class TinkerPolicy(ChatTokenizer):
@@ -27,6 +32,8 @@ class TinkerPolicy(ChatTokenizer):
     def __init__(self, service: TinkerService, tokenizer: Any, end_ids: Sequence[int]) -> None:
         super().__init__(tokenizer, end_ids, service.config.tokenizer or service.config.model)
         self.version = 0
+        self.recent: deque[tuple[int, list[int], Sample]] = deque(maxlen=KEPT_REPLIES)
+        """The newest replies at temperature 1: policy version, prompt and reply."""
         self._service = service
 
     def episode(self, key: EpisodeKey) -> AbstractContextManager[None]:
@@ -43,20 +50,25 @@ class TinkerPolicy(ChatTokenizer):
         ids, service, sampler = list(ids), self._service, None
         for attempt in range(service.config.retries + 1):
             try:
-                sampler = service.ready_sampler(self.version if version is None else version)
-                if sampler is None and version is not None:
-                    # Nothing but the job itself may touch the model now: it makes the sampler again before its first step.
-                    raise Unavailable(f"the service has no sampler of policy version {version} any more")
-                if sampler is None:
-                    sampler = await in_daemon_thread(service.sampler, self.version)
-                return await self._ask(sampler, ids, check_prompt(ids, params, service.longest, None), seed)
+                async with self._turn() if version is None else nullcontext():
+                    sampler = service.ready_sampler(self.version if version is None else version)
+                    if sampler is None and version is not None:
+                        # Nothing but the job itself may touch the model now: it makes the sampler again before its first step.
+                        raise Unavailable(f"the service has no sampler of policy version {version} any more")
+                    if sampler is None:
+                        sampler = await in_daemon_thread(service.sampler, self.version)
+                    return await self._ask(sampler, ids, check_prompt(ids, params, service.longest, None), seed)
             except Unavailable as error:
                 if isinstance(error, Gone) and sampler is not None and version is None:
-                    service.revive(self.version, sampler)
+                    await in_daemon_thread(service.revive, self.version, sampler)
                 if attempt == service.config.retries:
                     raise
                 await asyncio.sleep(service.config.retry_delay * 2**attempt)
         raise AssertionError("unreachable")
+
+    def _turn(self) -> AbstractAsyncContextManager[None]:
+        """Waits for a job that trains the weights that are sampled."""
+        return self._service.turns.sampling() if self._service.shares_weights else nullcontext()
 
     async def _ask(self, sampler: Any, ids: list[int], params: SamplingParams, seed: int) -> Sample:
         tinker = sdk()
@@ -69,14 +81,20 @@ class TinkerPolicy(ChatTokenizer):
         what = "sampling a reply"
         try:
             future = sampler.sample(tinker.ModelInput.from_ints(ids), 1, asked)
-            (reply,) = (await asyncio.wrap_future(future)).sequences
+            pending = future.future() if hasattr(future, "future") else future
+            (reply,) = (await asyncio.wrap_future(pending)).sequences
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            raise sorted_error(error, what) from error
+            found = sorted_error(error, what)
+            # What was put up for sampling is made again from the weights, which are still there or are not.
+            raise (Gone(str(found)) if isinstance(found, Lost) else found) from error
         if reply.logprobs is None or len(reply.logprobs) != len(reply.tokens):
             raise BackendError(
                 f"{what}: the service gave {len(reply.tokens)} tokens with {len(reply.logprobs or ())} logprobs; expected "
                 "one each. Without them nothing can be trained on."
             )
-        return Sample(list(reply.tokens), list(reply.logprobs), reply.stop_reason)
+        sample = Sample(list(reply.tokens), list(reply.logprobs), reply.stop_reason)
+        if params.temperature == 1:
+            self.recent.append((self.version, ids, sample))
+        return sample

@@ -9,6 +9,8 @@ Copies of the file are as good as the file: a branch of a run starts from the ve
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import BackendError
 from ...store.durable import atomic_directory, plain_file
+from ...store.folder import ARCHIVE, CHECKPOINTS
 
 __all__ = [
     "MANIFEST",
     "Manifest",
+    "named_elsewhere",
     "read_manifest",
     "write_manifest",
 ]
@@ -75,3 +79,19 @@ def read_manifest(directory: Path, model: str, rank: int) -> Manifest:
             "trainer adapter says. Set them alike, or load another checkpoint."
         )
     return manifest
+
+
+def named_elsewhere(state: str, directories: Collection[Path]) -> bool:
+    """Whether a checkpoint beside these names that state too: another one of the run, or one of a run in the same folder, such
+    as a fork's."""
+    runs = {directory.parents[2] for directory in directories if len(directory.parents) > 2}
+    ours = {directory / MANIFEST for directory in directories}
+    for root in runs:
+        for pattern in (f"*/{CHECKPOINTS}/*/{MANIFEST}", f"{ARCHIVE}/*/{CHECKPOINTS}/*/{MANIFEST}"):
+            for path in root.glob(pattern):
+                if path in ours:
+                    continue
+                with suppress(OSError, ValueError):
+                    if path.stat().st_size <= LONGEST_MANIFEST and f'"{state}"' in path.read_text("utf-8"):
+                        return True
+    return False
