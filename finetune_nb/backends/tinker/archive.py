@@ -36,7 +36,7 @@ LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(?:\
 
 def bring_home(
     directory: Path,
-    fetch: Callable[[Path, int], None],
+    fetch: Callable[[Path, int], Any],
     base: str,
     tokenizer: Any,
     replies: Sequence[tuple[Sequence[int], Sample]],

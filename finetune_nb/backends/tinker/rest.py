@@ -42,10 +42,10 @@ def parts_of_path(path: str) -> tuple[str, str, str]:
 
 
 class ServiceRest:
-    """url: of the service; None: Thinking Machines' own. key: sent to that address alone."""
+    """url: of the service; None: Thinking Machines' own. key: sent to that address alone. seconds: for each answer."""
 
-    def __init__(self, url: str | None, key: str) -> None:
-        self.url, self._key = (url or HOSTED).rstrip("/"), key
+    def __init__(self, url: str | None, key: str, seconds: float = REACH_SECONDS) -> None:
+        self.url, self._key, self._seconds = (url or HOSTED).rstrip("/"), key, seconds
 
     def reach(self) -> None:
         """Raises Unavailable where nothing answers at the address."""
@@ -123,7 +123,7 @@ class ServiceRest:
         headers = {"X-API-Key": self._key}
         try:
             answer = httpx.request(
-                method, f"{self.url}/api/v1/{path}", headers=headers, json=body, timeout=REACH_SECONDS
+                method, f"{self.url}/api/v1/{path}", headers=headers, json=body, timeout=self._seconds
             )
             if answer.status_code >= 300:
                 raise _refusal(answer.status_code, answer.text, what)

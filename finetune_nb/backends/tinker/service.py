@@ -19,7 +19,7 @@ from ...errors import BackendError, ConfigError, did_you_mean
 from ...redaction import redact_text, redacting_logger, remember_secret
 from .config import TinkerConfig
 from .errors import Full, Gone, Lost, Refused, Unavailable, sdk, sorted_error
-from .rest import ServiceRest, is_hosted
+from .rest import REACH_SECONDS, ServiceRest, is_hosted
 from .slots import HeldSlot, dead_models
 from .turns import Turns
 
@@ -30,6 +30,8 @@ logger = redacting_logger(__name__)
 TELLING_SECONDS = 30.0
 """For so long at most the SDK tells the service of an error before it raises it; without its connection it would wait all
 of it."""
+PARTING_SECONDS = 3.0
+"""In which a service must answer once the adapter is closed."""
 SLOT_SECONDS = 5.0
 """Between two attempts to get an adapter slot."""
 
@@ -76,7 +78,8 @@ class TinkerService:
 
     def rest(self) -> ServiceRest:
         """What the SDK does not reach. Raises ConfigError without a key."""
-        return ServiceRest(*self._address())
+        # Who closes a run waits for some seconds only.
+        return ServiceRest(*self._address(), PARTING_SECONDS if self.closing.is_set() else REACH_SECONDS)
 
     def connect(self) -> Any:
         """The SDK's client, once the service is known to be there and to offer the model.
