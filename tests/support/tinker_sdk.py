@@ -319,6 +319,7 @@ async def of_version(adapter, version):
 
 @pytest.mark.parametrize("failing", [False, True])
 async def test_a_version_that_is_kept_is_sampled_while_newer_ones_are_made(adapters, service, failing):
+    service.shares_weights = False
     adapter = adapters(max_staleness=1, sample_while_training=True)
     trajectories = await rollouts(adapter)
     assert await adapter.keep_sampling() == 0
@@ -529,19 +530,25 @@ def is_printable(item):
 ROWS = [{"id": i, "question": f"letter {i}?", "answer": ""} for i in range(4)]
 
 
+async def test_an_epoch_ahead_needs_samplers_with_weights_of_their_own(make_run):
+    run = make_run(name="ahead", max_staleness=1, sample_while_training=None)
+    with pytest.raises(ft.ConfigError, match="sample_while_training: true if its samplers keep"):
+        await run.next_epoch()
+
+
 @pytest.fixture
 def make_run(service, tmp_path, closing, monkeypatch):
     monkeypatch.setenv("TINKER_API_KEY", "tml-top-secret")
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
 
-    def make(workflow=ask, max_staleness=0, **options):
+    def make(workflow=ask, max_staleness=0, sample_while_training=True, **options):
         config = TinkerConfig(
             model=MODEL,
             tokenizer=str(tmp_path / "tokenizer"),
             base_url=service.base_url,
             learning_rate=3.0,
             max_staleness=max_staleness,
-            sample_while_training=bool(max_staleness) or None,
+            sample_while_training=(sample_while_training if max_staleness else None),
         )
         settings = {"generations": 16, "sampling": {"max_tokens": 1}, "output_dir": tmp_path, "seed": 1, **options}
         return closing(ft.Run(workflow, is_printable, ROWS, adapter=TinkerAdapter(config, seed=1), **settings))
@@ -576,6 +583,7 @@ async def test_a_run_of_a_few_epochs_raises_the_reward_and_goes_on_after_a_resta
 
 
 async def test_a_run_learns_from_what_was_sampled_while_the_epoch_before_trained(make_run, service, tmp_path):
+    service.shares_weights = False
     run = make_run(name="ahead", max_staleness=1)
     run.start(6)
     await run.wait_async()

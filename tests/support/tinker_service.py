@@ -180,7 +180,7 @@ class _Http(ThreadingHTTPServer):
 class TinkerService:
     """`with TinkerService() as service:` answers at `service.base_url`. slots: models that may be in training at once.
     takes_weights: a Datum may have weights. mean: of sequences and of their tokens, not the sum. tells_length: how many tokens
-    the model holds.
+    the model holds. shares_weights: a sampler has no weights of its own.
 
     trouble["forward_backward"] = [...] is what happens to the next requests of that name, one each: a dict becomes the
     future's answer, `{"try_again": reason, "times": n}` makes it wait first, an Http is answered at once, an EngineError
@@ -191,6 +191,7 @@ class TinkerService:
     takes_weights: bool = True
     mean: bool = False
     tells_length: bool = True
+    shares_weights: bool = True
     trouble: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     models: dict[str, TableModel] = field(default_factory=dict)
@@ -425,7 +426,9 @@ class TinkerService:
 
     def _loaded(self, name: str, sampler: str, weights: TableModel) -> TableModel:
         """The model in training, with the weights of that sampler if it was not the last one that was sampled: it has them for
-        as long as no step is made."""
+        as long as no step is made. Elsewhere it keeps those that it was made with."""
+        if not self.shares_weights:
+            return weights
         model = self.models.get(name)
         if model is None:
             raise EngineError(f"Model {name} not loaded")
