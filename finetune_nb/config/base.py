@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -146,6 +146,10 @@ class TrainerAdapterConfig(TypedBaseModel):
             What was found and what to do; None: it can, as far as the config says.
         """
         return None
+
+    def to_score(self) -> Self:
+        """The same for an adapter that only scores what was recorded: it samples and trains nothing."""
+        return self
 
 
 class EvaluatorBaseConfig(TypedBaseModel):

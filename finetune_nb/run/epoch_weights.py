@@ -147,6 +147,7 @@ class EpochWeights:
             # What points back at the run's own components points at the copy's.
             own = self._config.builder
             config = copy.deepcopy(self._config, {id(own): None} if own is not None else {})
+            config.trainer_adapters[self._name] = config.trainer_adapters[self._name].to_score()
             self._builder = Builder(config)
         adapter = await self._builder.get_trainer_adapter(self._name)
         if type(adapter).token_logprobs is TrainerAdapter.token_logprobs:

@@ -33,6 +33,7 @@ from finetune_nb.errors import BackendError, ConfigError  # noqa: E402
 from finetune_nb.types import ReplyFormat, SamplingParams  # noqa: E402
 
 PROMPT = [3, 20, 21, 22]
+LOUDER = 12.0
 DRAWN = SamplingParams(temperature=1.0, max_tokens=6)
 
 
@@ -460,6 +461,50 @@ async def test_adapter_that_the_server_does_not_apply_is_seen_once_it_computes_s
         await sample(adapter)
 
 
+@pytest.fixture
+def half_precision(server):
+    """The server computes in bfloat16, with logits so large that it shows."""
+    server.model.lm_head.weight.data *= LOUDER
+    server.model.bfloat16()
+    return server
+
+
+@pytest.fixture
+def louder(shared):
+    """What is trained has such logits, too."""
+    head = shared.model.get_output_embeddings()
+    before = head.weight.data.clone()
+    head.weight.data *= LOUDER
+    yield
+    head.weight.data = before
+
+
+async def test_server_in_another_precision_is_refused_where_nobody_said_so(make, half_precision, louder):
+    with pytest.raises(ConfigError, match=r"set sampler.dtype to 'bfloat16', and importance_cap to 2.0"):
+        await sample(make(importance_cap=2.0))
+
+
+async def test_server_in_another_precision_samples_what_a_correction_is_set_for(make, half_precision, louder):
+    adapter = make(sampler={"dtype": "bfloat16"}, importance_cap=2.0)
+    found = await sample(adapter, SamplingParams(1.0, 32))
+    far = [abs(a - b) for a, b in zip(found.logprobs, here(adapter.policy, found.ids), strict=True)]
+    assert 1e-4 < sum(far) / len(far) < 0.15
+
+
+async def test_another_model_is_refused_in_half_precision_too(make, half_precision):
+    with pytest.raises(ConfigError, match=r"in float32 here and bfloat16 there at most 0.15 are expected"):
+        await sample(make(sampler={"dtype": "bfloat16"}, importance_cap=2.0))
+
+
+def test_other_precision_needs_a_correction_or_a_word_that_it_may_be_missing(make, caplog):
+    with pytest.raises(ConfigError, match=r"samples in bfloat16, and the model is trained in float32.* importance_cap"):
+        make(sampler={"dtype": "bfloat16"}).policy  # noqa: B018
+    assert "nothing corrects for it" not in caplog.text
+    make(sampler={"dtype": "bfloat16"}, max_logprob_gap=0.2).policy  # noqa: B018
+    assert "nothing corrects for it" in caplog.text
+    make(sampler={"dtype": "float32"}).policy  # noqa: B018
+
+
 async def test_raw_log_probabilities_are_refused_with_the_flag(make, server):
     server.raw_logprobs = True
     with pytest.raises(ConfigError, match="Start it with --logprobs-mode processed_logprobs"):
@@ -689,6 +734,11 @@ async def test_run_samples_and_trains_with_exact_ids(server, model, tmp_path):
             assert epoch.job.metadata["metrics"]["logprob_gap"] < 1e-4
         assert run.epochs().drifted_turns.sum() == 0
         assert f"sampled by vLLM at {server.url.removesuffix('/v1')}" in run._driver.policy_told
+    server.stop()
+    opened = ft.Run.open(run.folder)
+    (first,) = set(opened.trajectories(epoch=0).trajectory[:1])
+    assert opened.logprob_change(first, epoch=1).change.abs().max() > 1e-3  # scored here: no server is asked
+    opened.close()
 
 
 # ── a server of our own ──────────────────────────────────────────────────────────────────────────────────────────────

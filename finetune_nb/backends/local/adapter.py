@@ -110,7 +110,21 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
                 "deterministic is on, and what a vLLM server samples depends on the requests that come at the same time. Set "
                 "run.deterministic to False, or leave sampler out."
             )
+        self._check_dtypes(config.dtype or policy.dtype, policy.dtype)
         return VLLMSampler.of(policy, config, self.folder, self.tell)
+
+    def _check_dtypes(self, sampled: str, trained: str) -> None:
+        """A server with another dtype than training's draws from a distribution that is not quite the trained one."""
+        config = self.adapter_config
+        if sampled == trained or config.importance.on:
+            return
+        told = (
+            f"the vLLM server samples in {sampled}, and the model is trained in {trained}: their log probabilities differ by more "
+            "than rounding, and nothing corrects for it. Set importance_cap to 2.0"
+        )
+        if config.max_logprob_gap == "auto":
+            raise ConfigError(f"{told}, or leave sampler.dtype out.")
+        logger.warning("%s.", told)
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
         await super().initialize(run_config)

@@ -209,6 +209,9 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
             return f"{found} with sampler.sleep, for which the server stops while a job trains. Set one of the two to 0 or False"
         return None
 
+    def to_score(self) -> Self:
+        return self.model_copy(update={"sampler": None, "max_staleness": 0})  # no server is needed, nor what it is installed with
+
     @property
     def baseline(self) -> Literal["mean", "leave one out"]:
         """What is taken from a reward to make an advantage."""

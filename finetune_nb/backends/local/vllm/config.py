@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 __all__ = ["VLLMConfig"]
 
-OWN = ("python", "args", "env", "gpu_memory", "sleep", "startup_seconds")
-"""Settings of a server that is started here."""
+OWN = ("python", "args", "env", "gpu_memory", "startup_seconds")
+"""Settings of a server that is started here, and of no other."""
 
 
 class VLLMConfig(BaseModel):
@@ -41,6 +41,9 @@ class VLLMConfig(BaseModel):
     own."""
     sleep: bool = False
     """The server gives its GPU memory back while a job trains. `gpu_memory` can then be about 0.8."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the server computes in, where that is not the dtype of what is trained: one that is started here is started so, and one
+    that runs was. Log probabilities then differ by more than rounding, which `importance_cap` corrects for."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Tokens that prompt and reply may have together. None: as many as the model holds, which may not fit into the memory."""
     startup_seconds: float = Field(default=900.0, gt=0)
@@ -80,7 +83,8 @@ class VLLMConfig(BaseModel):
 
     @model_validator(mode="after")
     def check_together(self) -> VLLMConfig:
-        given = [name for name in OWN if name in self.model_fields_set and name != "sleep"]
+        # Not what was set: a stored config has all fields.
+        given = [name for name in OWN if getattr(self, name) != type(self).model_fields[name].default]
         if self.url is not None and given:
             raise ValueError(
                 f"{given[0]} is for a server that is started here, and url names one that runs. Leave one of the two out."

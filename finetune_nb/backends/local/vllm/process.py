@@ -57,7 +57,7 @@ class VLLMProcess:
         config: Its settings.
         model: Directory or name of the base model.
         rank: Of the adapter that is trained; None: all weights are.
-        dtype: Of the base model's weights.
+        dtype: What it computes in.
         folder: Where its log goes.
     """
 
@@ -188,7 +188,7 @@ def options(config: VLLMConfig, model: str, name: str, port: int, rank: int | No
         name: What the server calls it.
         port: Where it listens, on this machine alone.
         rank: Largest rank of an adapter; None: there is none.
-        dtype: Of the weights.
+        dtype: What it computes in.
         cpu: Whether it runs on a CPU.
     """
     # Log probabilities are those of the distribution that was drawn from, and nothing is drawn by a model's own settings.

@@ -27,9 +27,9 @@ TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3 4 5 6 7 8 9 10 11 12"
 TOKENS = 16
 TEMPERATURE = 0.5
 """Not 1, at which log probabilities of both distributions are the same."""
-TOLERANCE = {"float32": 0.02}
-OTHER_TOLERANCE = 0.15
-"""Mean difference of log probabilities (nats) beyond which the weights are others. In float32 it is 1e-5, in bfloat16 0.03."""
+TOLERANCE, TOLERANCE_HALF = 0.02, 0.15
+"""Mean difference of log probabilities (nats) beyond which the weights are others: where both compute in float32, which makes 1e-5,
+and where one of them is in half precision, which makes 0.03 in bfloat16."""
 
 
 def prove(
@@ -37,6 +37,7 @@ def prove(
     policy: LocalPolicy,
     name: str,
     adapted: bool,
+    dtype: str,
     timeout: float,
     given_up: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -47,6 +48,7 @@ def prove(
         policy: What is trained.
         name: What the server calls the base model, or the adapter.
         adapted: Whether that is the adapter.
+        dtype: What the server computes in.
         timeout: Seconds that the server may take: its first request takes long.
         given_up: Asked while somebody else has the weights; True ends it.
 
@@ -73,7 +75,8 @@ def prove(
         if not alone:
             raise BackendError("the vLLM server was not compared with the model: the run is closed")
         here, plain = score(policy.model, prompt, sample.ids, (TEMPERATURE, 1.0), adapted)
-    gap, most = _mean_gap(sample.logprobs, here), TOLERANCE.get(policy.dtype, OTHER_TOLERANCE)
+    gap = _mean_gap(sample.logprobs, here)
+    most = TOLERANCE if {policy.dtype, dtype} == {"float32"} else TOLERANCE_HALF
     logger.info("vLLM's log probabilities differ by %.1e nats on average from those of the model that is trained", gap)
     if gap <= most:
         return
@@ -83,15 +86,18 @@ def prove(
             "was drawn from: at another temperature than 1, training would see another policy than was sampled. Start it with "
             "--logprobs-mode processed_logprobs."
         )
-    raise _other_model(
-        client,
-        policy,
-        adapted,
-        f"log probabilities of the same ids differ by {gap:.2g} nats on average; in {policy.dtype} at most {most:g} are expected",
+    computed = policy.dtype if policy.dtype == dtype else f"{policy.dtype} here and {dtype} there"
+    found = f"log probabilities of the same ids differ by {gap:.2g} nats on average; in {computed} at most {most:g} are expected"
+    hint = (
+        "If it was started with --dtype bfloat16, that alone makes such a difference: set sampler.dtype to 'bfloat16', and "
+        "importance_cap to 2.0, which corrects for it. "
+        if gap <= TOLERANCE_HALF
+        else ""
     )
+    raise _other_model(client, policy, adapted, found, hint)
 
 
-def _other_model(client: VLLMClient, policy: LocalPolicy, adapted: bool, found: str) -> ConfigError:
+def _other_model(client: VLLMClient, policy: LocalPolicy, adapted: bool, found: str, hint: str = "") -> ConfigError:
     try:
         roots = ", ".join(str(model.get("root")) for model in client.models() if model.get("parent") is None)
     except BackendError:
@@ -103,7 +109,8 @@ def _other_model(client: VLLMClient, policy: LocalPolicy, adapted: bool, found: 
         else f"Start it with {policy.source or 'that model'} and --dtype {policy.dtype}, or train the model that it serves."
     )
     return ConfigError(
-        f"the vLLM server at {client.root} does not sample {where}: {found}. It serves {roots}. {cure} No rollout was started."
+        f"the vLLM server at {client.root} does not sample {where}: {found}. It serves {roots}. {hint}{cure} No rollout was "
+        "started."
     )
 
 

@@ -119,7 +119,7 @@ class VLLMSampler:
         try:
             if config.url is None:
                 rank = settings_of(policy.model)["lora"]["rank"] if is_lora(policy.model) else None
-                process = VLLMProcess(config, _served_model(policy), rank, policy.dtype, place)
+                process = VLLMProcess(config, _served_model(policy), rank, config.dtype or policy.dtype, place)
         except BaseException:
             if run_folder is None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -362,7 +362,8 @@ class VLLMSampler:
 
     def _prove(self, client: VLLMClient, name: str, adapted: bool) -> None:
         try:
-            prove(client, self.policy, name, adapted, self.config.startup_seconds, self._is_over)
+            dtype = self.config.dtype or self.policy.dtype
+            prove(client, self.policy, name, adapted, dtype, self.config.startup_seconds, self._is_over)
         except ConfigError:
             raise
         except BackendError as error:
