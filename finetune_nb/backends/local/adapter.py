@@ -119,8 +119,8 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
         if sampled == trained or config.importance.on:
             return
         told = (
-            f"the vLLM server samples in {sampled}, and the model is trained in {trained}: their log probabilities differ by more "
-            "than rounding, and nothing corrects for it. Set importance_cap to 2.0"
+            f"the vLLM server samples in {sampled}, and the model is trained in {trained}: their log probabilities differ by "
+            "more than rounding, and nothing corrects for it. Set importance_cap to 2.0"
         )
         if config.max_logprob_gap == "auto":
             raise ConfigError(f"{told}, or leave sampler.dtype out.")

@@ -14,14 +14,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ....errors import BackendError, ConfigError
 from ....redaction import redacting_logger
 from .client import ServerGone, VLLMClient, message_of, says_dead
-from .under_way import UnderWay
+from .served import ServedPolicy
 
 __all__ = ["ServedAdapters"]
 
@@ -33,28 +32,27 @@ SHARED_DISK_SECONDS = 10.0
 """How long a folder that was just written may be unknown to a server on another machine."""
 
 
-class ServedAdapters:
-    """folder: where adapters are written, which the server reads. Methods that talk to the server are called one at a time."""
+class ServedAdapters(ServedPolicy):
+    """See `ServedPolicy`. folder: where adapters are written, which the server reads."""
+
+    what = "the adapter"
 
     def __init__(self, folder: Path) -> None:
-        self.parent = folder
-        self.folder = folder / f"adapters-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        super().__init__(folder, f"adapters-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
         self.prefix = f"finetune_nb-{secrets.token_hex(6)}"
+        """With which all names begin: nobody else's on that server do."""
         self._names: dict[Any, str] = {}  # id of the weights -> name, in the order in which they were loaded
         self._retired: list[str] = []  # unloaded, but their folder is still there
         self.pinned: str | None = None
         """The name that stays loaded, however old it is."""
-        self.under_way = UnderWay()
         self._lock = threading.Lock()
         self._count = 0
 
     def name_of(self, weights_id: Any) -> str | None:
-        """What the server calls these weights; None where it does not have them."""
         return self._names.get(weights_id)
 
     @property
     def names(self) -> set[str]:
-        """What the server should know."""
         return set(dict(self._names).values())
 
     def load(
@@ -65,26 +63,12 @@ class ServedAdapters:
         save: Callable[[Path], object],
         given_up: Callable[[], bool],
     ) -> str:
-        """Writes the adapter with `save`, and has the server load it. It is not used before `take`. Returns its name.
-
-        Raises:
-            ConfigError: The server was started without what this needs.
-            BackendError: It refuses the adapter, or it cannot be written.
-        """
         self._count += 1
+        if self._count == 1:
+            self._remove_leftovers()
         name = f"{self.prefix}-v{weights_id}-{self._count}"
         place = self.folder / name
-        try:
-            if self._count == 1:
-                self._remove_leftovers()
-            place.mkdir(parents=True)
-            save(place)
-        except OSError as error:
-            shutil.rmtree(place, ignore_errors=True)
-            raise BackendError(
-                f"the adapter cannot be written to {place}: {error}. Expected a folder with room for it; nothing was sampled "
-                "with older weights. Make room, or name another one as sampler.folder."
-            ) from error
+        self._write(place, save)
         try:
             self._ask_to_load(client, name, place)
         except ServerGone:
@@ -96,7 +80,6 @@ class ServedAdapters:
         return name
 
     def take(self, weights_id: Any, name: str) -> None:
-        """Requests for these weights use that name from now on."""
         self._names[weights_id] = name
 
     def load_again(self, client: VLLMClient, weights_id: Any, name: str) -> None:
@@ -113,17 +96,14 @@ class ServedAdapters:
             self._names = {weights_id: name, **self._names}  # before the newest
 
     def drop(self, client: VLLMClient, name: str) -> None:
-        """Gives up an adapter that was loaded and shall not be used."""
         self._unload(client, name)
 
     def forget(self) -> None:
-        """The server has lost all of them: it was started anew."""
         with self._lock:
             self._retired += self._names.values()
             self._names = {}
 
     def forget_name(self, name: str) -> bool:
-        """The server does not know this one any more. Returns whether that is news."""
         with self._lock:
             known = [weights_id for weights_id, other in self._names.items() if other == name]
             for weights_id in known:
@@ -132,8 +112,7 @@ class ServedAdapters:
         return bool(known)
 
     def clean(self, client: VLLMClient | None, keep: int = KEPT) -> None:
-        """Unloads all but the newest, and deletes the folders of those that no request uses. client: None if the server is
-        gone."""
+        """Unloads all but the newest, and deletes the folders of those that no request uses."""
         names = dict(self._names)
         for weights_id, name in list(names.items())[: len(names) - keep]:
             if name == self.pinned:
@@ -150,12 +129,9 @@ class ServedAdapters:
                 self._retired.remove(name)
 
     def close(self, client: VLLMClient | None) -> None:
-        """Unloads and deletes all."""
         self.pinned = None
         self.clean(client, keep=0)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):
-            self.parent.rmdir()  # unless there is a log in it
+        super().close(client)
 
     def _ask_to_load(self, client: VLLMClient, name: str, place: Path) -> None:
         deadline = time.monotonic() + SHARED_DISK_SECONDS

@@ -42,8 +42,8 @@ class VLLMConfig(BaseModel):
     sleep: bool = False
     """The server gives its GPU memory back while a job trains. `gpu_memory` can then be about 0.8."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """What the server computes in, where that is not the dtype of what is trained: one that is started here is started so, and one
-    that runs was. Log probabilities then differ by more than rounding, which `importance_cap` corrects for."""
+    """What the server computes in, where that is not the dtype of what is trained: one that is started here is started so, and
+    one that runs was. Log probabilities then differ by more than rounding, which `importance_cap` corrects for."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Tokens that prompt and reply may have together. None: as many as the model holds, which may not fit into the memory."""
     startup_seconds: float = Field(default=900.0, gt=0)

@@ -28,8 +28,8 @@ TOKENS = 16
 TEMPERATURE = 0.5
 """Not 1, at which log probabilities of both distributions are the same."""
 TOLERANCE, TOLERANCE_HALF = 0.02, 0.15
-"""Mean difference of log probabilities (nats) beyond which the weights are others: where both compute in float32, which makes 1e-5,
-and where one of them is in half precision, which makes 0.03 in bfloat16."""
+"""Mean difference of log probabilities (nats) beyond which the weights are others: where both compute in float32, which makes
+1e-5, and where one of them is in half precision, which makes 0.03 in bfloat16."""
 
 
 def prove(
