@@ -29,6 +29,7 @@ def test_there_are_notebooks():
         "06_scale_out.ipynb",
         "07_rewards.ipynb",
         "08_maths_grpo.ipynb",
+        "09_one_gpu.ipynb",
     ]
 
 

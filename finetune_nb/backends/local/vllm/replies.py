@@ -94,12 +94,12 @@ def sample_in(answer: Any, name: str, ids: Sequence[int], params: SamplingParams
         )
     if prompt is not None and prompt != list(ids):
         raise BackendError("the vLLM server sampled after another prompt than the one that it was given")
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs):
+    if not _all_finite(logprobs):
         raise BackendError(
             "the vLLM server gives log probabilities that are no finite numbers: the weights have diverged. Start from saved "
             "ones."
         )
-    if not all(isinstance(token, int) and 0 <= token < vocabulary for token in reply):
+    if set(map(type, reply)) != {int} or min(reply) < 0 or max(reply) >= vocabulary:
         raise BackendError(
             f"the vLLM server sampled a token that the model does not know; expected ids below {vocabulary}. Start it with the "
             "model that is trained."
@@ -110,6 +110,13 @@ def sample_in(answer: Any, name: str, ids: Sequence[int], params: SamplingParams
         if len(likeliest) != len(reply):
             raise BackendError("the vLLM server gives no top_logprobs. Leave them out of the sampling parameters.")
     return Sample(reply, logprobs, reason, likeliest)
+
+
+def _all_finite(values: list[Any]) -> bool:
+    try:
+        return all(map(math.isfinite, values))
+    except (TypeError, OverflowError):
+        return False
 
 
 def _likeliest(top: Any, count: int) -> dict[int, float]:
