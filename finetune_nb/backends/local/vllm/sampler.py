@@ -120,6 +120,11 @@ class VLLMSampler:
             if config.url is None:
                 rank = settings_of(policy.model)["lora"]["rank"] if is_lora(policy.model) else None
                 process = VLLMProcess(config, _served_model(policy), rank, config.dtype or policy.dtype, place)
+                if process.cpu and policy.source == "embedded":
+                    raise ConfigError(
+                        "vLLM cannot serve the embedded model on a CPU: it has no kernel for attention heads of 16. Name a real "
+                        "model, or leave sampler out."
+                    )
         except BaseException:
             if run_folder is None:
                 shutil.rmtree(folder, ignore_errors=True)
