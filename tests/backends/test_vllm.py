@@ -29,6 +29,7 @@ from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.backends.local.scoring import score  # noqa: E402
 from finetune_nb.backends.local.vllm import process, watchdog  # noqa: E402
 from finetune_nb.backends.local.vllm.config import VLLMConfig  # noqa: E402
+from finetune_nb.backends.local.vllm.sampler import VLLMSampler  # noqa: E402
 from finetune_nb.errors import BackendError, ConfigError  # noqa: E402
 from finetune_nb.types import ReplyFormat, SamplingParams  # noqa: E402
 
@@ -864,6 +865,14 @@ def test_own_server_serves_under_a_name_that_nobody_else_has_and_ends_with_all_i
     assert not is_alive(pid) and not server.running
     server.start()
     assert server.name != first
+
+
+def test_embedded_model_is_refused_at_once_where_vllm_has_no_kernel_for_it(monkeypatch, tmp_path):
+    policy = LocalPolicy.load("embedded", device="cpu", lora=LoRAConfig(rank=4))
+    monkeypatch.setattr(process, "_environment", lambda config: (sys.executable, True))
+    with pytest.raises(ConfigError, match=r"cannot serve the embedded model on a CPU.*Name a real model"):
+        VLLMSampler.of(policy, VLLMConfig(), tmp_path)
+    assert not isinstance(policy.sampler, VLLMSampler)
 
 
 def test_own_server_that_ends_while_it_starts_says_why(own):
