@@ -148,7 +148,11 @@ class TrainerAdapterConfig(TypedBaseModel):
         return None
 
     def to_score(self) -> Self:
-        """The same for an adapter that only scores what was recorded: it samples and trains nothing."""
+        """The same for an adapter that only scores what was recorded, and neither samples nor trains.
+
+        Returns:
+            This config, or a copy without what only sampling needs.
+        """
         return self
 
 

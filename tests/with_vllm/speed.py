@@ -1,4 +1,5 @@
-"""Tokens a second of this process and of a vLLM server of its own, in turns, with a fresh adapter: for anybody to repeat.
+"""What sampling costs in this process and on a vLLM server of its own, in turns, with a fresh adapter: tokens a second, and CPU
+time, which means something on a busy machine too. For anybody to repeat:
 
 FINETUNE_NB_VLLM_PYTHON=~/vllm/bin/python python tests/with_vllm/speed.py embedded --concurrency 1 --concurrency 32
 """
@@ -21,19 +22,32 @@ from finetune_nb.types import EpisodeKey, SamplingParams
 TURNS, GENERATIONS = 3, 8
 
 
-async def tokens_per_second(
+async def sample(
     policy: LocalPolicy, prompts: list[list[int]], rollouts: int, tokens: int, turn: int
-) -> float:
-    """All at once, in groups with one prompt."""
+) -> tuple[float, int]:
+    """All at once, in groups with one prompt. Tokens a second, and tokens."""
 
     async def one(i: int) -> int:
         with policy.episode(EpisodeKey("train", turn, i // GENERATIONS, i % GENERATIONS)):
-            sample = await policy.sample(prompts[i // GENERATIONS], SamplingParams(1.0, tokens), 1000 * turn + i)
-        return len(sample.ids)
+            found = await policy.sample(prompts[i // GENERATIONS], SamplingParams(1.0, tokens), 1000 * turn + i)
+        return len(found.ids)
 
     started = time.perf_counter()
     sampled = sum(await asyncio.gather(*(one(i) for i in range(rollouts))))
-    return sampled / (time.perf_counter() - started)
+    return sampled / (time.perf_counter() - started), sampled
+
+
+def cpu_seconds(group: int) -> float:
+    """Of this process, and of those of a group."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            told = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(told[2]) == group:
+            ticks += int(told[11]) + int(told[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 async def main() -> None:
@@ -54,18 +68,23 @@ async def main() -> None:
         try:
             sampler.prepare()
             for policy in (here, there):
-                await tokens_per_second(policy, prompts, 2, 2, -1)
+                await sample(policy, prompts, 2, 2, 99)
+            assert sampler.process is not None and sampler.process.pid is not None
+            group = sampler.process.pid
             for rollouts in arguments.concurrency:
-                found: dict[str, list[float]] = {"here": [], "vLLM": []}
+                speed: dict[str, list[float]] = {"here": [], "vLLM": []}
+                cost: dict[str, list[float]] = {"here": [], "vLLM": []}
                 for turn in range(TURNS):
                     for side, policy in (("here", here), ("vLLM", there)):
-                        found[side].append(await tokens_per_second(policy, prompts, rollouts, arguments.tokens, turn))
-                sides = {side: statistics.median(values) for side, values in found.items()}
-                print(
-                    f"{rollouts} at once: here {sides['here']:.1f} tokens/s, vLLM {sides['vLLM']:.1f}, ratio "
-                    f"{sides['vLLM'] / sides['here']:.2f}; load {os.getloadavg()[0]:.0f}",
-                    flush=True,
-                )
+                        before = cpu_seconds(group)
+                        per_second, sampled = await sample(policy, prompts, rollouts, arguments.tokens, turn)
+                        speed[side].append(per_second)
+                        cost[side].append((cpu_seconds(group) - before) / sampled * 1000)
+                told = [
+                    f"{side} {statistics.median(speed[side]):.1f} tokens/s, {statistics.median(cost[side]):.1f} ms CPU a token"
+                    for side in speed
+                ]
+                print(f"{rollouts} at once: {'; '.join(told)}; load {os.getloadavg()[0]:.0f}", flush=True)
         finally:
             await sampler.aclose()
 
