@@ -210,7 +210,9 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
         return None
 
     def to_score(self) -> Self:
-        return self.model_copy(update={"sampler": None, "max_staleness": 0})  # no server is needed, nor what it is installed with
+        return self.model_copy(
+            update={"sampler": None, "max_staleness": 0}
+        )  # no server is needed, nor what it is installed with
 
     @property
     def baseline(self) -> Literal["mean", "leave one out"]:
