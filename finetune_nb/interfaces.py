@@ -620,7 +620,8 @@ def _run_configuration(config: FinetuneConfig) -> FinetuneRunConfig:
 
 def _missing_rewards(eval_output: EvaluationRunOutput, name: str) -> list[str]:
     """Why each item that has no finite score of the evaluator of that name has none."""
-    errors = [failure.error for failure in eval_output.failures]
+    failures = getattr(eval_output, "failures", ())  # of the Toolkit's own evaluations there are none
+    errors = [failure.error for failure in failures]
     for evaluator, output in eval_output.evaluation_results:
         if evaluator != name:
             continue

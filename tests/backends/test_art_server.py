@@ -67,11 +67,11 @@ class Client:
             said += [{"role": "user", "content": question}, choice]
         return {"messages_and_choices": said, "tools": None, "additional_histories": [], "reward": reward}
 
-    async def train(self, *groups, **changes):
+    async def train(self, *groups, kl_penalty_coef=0.0, **changes):
         body = {
             "model": {**MODEL, **changes},
             "trajectory_groups": [{"trajectories": group, "exceptions": [], "metadata": {}} for group in groups],
-            "config": {"learning_rate": 5e-05, "kl_penalty_coef": 0.0},
+            "config": {"learning_rate": 5e-05, "kl_penalty_coef": kl_penalty_coef},
             "dev_config": {},
             "verbose": False,
         }
@@ -112,6 +112,40 @@ async def test_a_game_is_trained_on_the_prompts_and_ids_that_were_sampled():
         assert any(not a.equal(b) for a, b in zip(before, after, strict=True))
         assert await client.ask("/_get_step", MODEL) == 1
         assert (await client.ask("/v1/models"))["data"][0]["id"] == "trainer_run@1"
+
+
+@pytest.mark.parametrize(
+    ("trainer_args", "asked", "used"), [({"beta": 0.25}, 0.0, 0.25), ({}, 0.5, 0.5), ({"beta": 0}, 0.5, 0.0), ({}, 0.0, 0.0)]
+)
+async def test_beta_of_the_config_is_the_weight_of_the_kl_divergence(trainer_args, asked, used):
+    model = {"_internal_config": {"trainer_args": {"learning_rate": 1e-3, **trainer_args}}}
+    async with serving() as client:
+        for _ in range(2):  # in the first job the weights are still the reference's
+            group = [await client.game(reward) for reward in (1.0, 0.0)]
+            metrics = await client.train(group, kl_penalty_coef=asked, **model)
+            assert client.server.adapter.adapter_config.kl_coef == used
+        assert (metrics.get("loss/kl_policy_ref", 0.0) > 0) == (used > 0)
+
+
+async def test_a_beta_that_is_no_weight_is_refused():
+    async with serving() as client:
+        group = [await client.game(reward) for reward in (1.0, 0.0)]
+        body = {"_internal_config": {"trainer_args": {"beta": -1}}}
+        with pytest.raises(HTTPClientError) as caught:
+            await client.train(group, **body)
+        assert "beta, the weight of the KL divergence, is -1" in json.loads(caught.value.response.body)["detail"]
+
+
+async def test_a_game_sampled_with_alternatives_is_trained_on_as_any_other():
+    async with serving() as client:
+        choice = await client.chat("1+1", logprobs=True, top_logprobs=2)
+        assert [len(each["top_logprobs"]) for each in choice["logprobs"]["content"]] == [2] * len(choice["logprobs"]["content"])
+        other = await client.chat("1+1", logprobs=True, top_logprobs=2)
+        told = [
+            {"messages_and_choices": [SYSTEM, {"role": "user", "content": "1+1"}, each], "reward": reward}
+            for each, reward in ((choice, 1.0), (other, 0.0))
+        ]
+        assert (await client.train(told))["num_gradient_steps"] > 0
 
 
 async def test_the_protocols_other_requests_are_answered_as_art_run_does():

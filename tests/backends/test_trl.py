@@ -303,7 +303,7 @@ async def test_a_run_from_yaml_learns_from_preferences(tmp_path):
                 "general": {"dataset": {"_type": "json", "file_path": str(tmp_path / "train.json")}},
                 "evaluators": {"right": {"_type": "calculator_reward"}},
             },
-            "trajectory_builders": {"b": {"_type": "preference_builder", "num_generations": 8}},
+            "trajectory_builders": {"b": {"_type": "preference_builder", "num_generations": 8, "exhaustive_pairs": False}},
             "trainer_adapters": {"trl": {"_type": "trl_dpo", "learning_rate": 1e-4, "device": "cpu", "threads": 1}},
             "trainers": {"t": {"_type": "epoch_trainer"}},
             "finetuning": {

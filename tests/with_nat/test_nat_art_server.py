@@ -71,7 +71,7 @@ async def test_nat_finetune_trains_a_game_over_several_turns_without_a_gpu(model
     log = (tmp_path / "server.log").read_text()
     assert "this server trains 'embedded' in its place" in log
     assert "not read here" in log
-    assert "training.beta" in log
+    assert "training.num_generations" in log
 
 
 async def test_the_notebook_trains_on_it_and_the_games_get_better(models, tmp_path, closing):

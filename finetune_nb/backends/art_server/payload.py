@@ -75,6 +75,15 @@ class TrainRequest(BaseModel):
             raise BackendError(f"the learning rate is {given!r}; expected a number above 0.")
         return given
 
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL divergence from the first weights: the user's `beta`, which the Toolkit's plugin passes on under a
+        name that ART does not know, or else ART's `kl_penalty_coef`."""
+        given = self.model.trainer_args.get("beta", self.config.get("kl_penalty_coef")) or 0.0
+        if not (isinstance(given, int | float) and 0 <= given < math.inf):
+            raise BackendError(f"beta, the weight of the KL divergence, is {given!r}; expected a number from 0.")
+        return float(given)
+
 
 class AnsweredCalls:
     """The calls that were answered here, found again by what a conversation keeps of them: the log probability of every

@@ -47,6 +47,7 @@ _METRICS = {
     "loss": "loss/train",
     "grad_norm": "loss/grad_norm",
     "kl": "loss/kl_div",
+    "reference_kl": "loss/kl_policy_ref",
     "learning_rate": "loss/learning_rate",
     "trained_tokens": "data/step_trainer_tokens",
     "trained_trajectories": "data/step_num_trajectories",
@@ -151,6 +152,7 @@ class ArtServer:
             rate = self.learning_rate or request.learning_rate
             if rate is not None:
                 self.adapter.adapter_config.learning_rate = float(rate)
+            self.adapter.adapter_config.kl_coef = request.kl_coef
             ref = await self.adapter.submit(collection)
             started(ref)
             status = await self.adapter.wait_until_complete(ref)
@@ -195,7 +197,7 @@ class ArtServer:
             logger.warning(
                 "the config names the model %r; this server trains %r in its place.", model.base_model, trained
             )
-        unread = sorted(model.trainer_args.keys() - {"learning_rate"})
+        unread = sorted(model.trainer_args.keys() - {"learning_rate", "beta"})
         if unread:
             logger.warning("not read here, see the options of finetune-nb art-server: training.%s", ", .".join(unread))
 

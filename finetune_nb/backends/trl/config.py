@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from ...config.base import AT_TRAINING, TrainerAdapterConfig
 
@@ -61,10 +61,27 @@ class TRLDPOConfig(TRLConfig, name="trl_dpo"):
     reference is the policy as it was when the job began."""
 
     beta: float = Field(default=0.1, gt=0, json_schema_extra=AT_TRAINING)
-    """How much it costs to leave the reference."""
+    """How much it costs to leave the reference. (`ref_policy_kl_penalty` of the NeMo Agent Toolkit's config.)"""
+    preference_loss_weight: float = Field(default=1.0, ge=0, json_schema_extra=AT_TRAINING)
+    """Weight of the preferences in the loss."""
+    preference_average_log_probs: bool = False
+    """A response's log probability is its tokens' mean. False: their sum, as in the paper."""
+    sft_loss_weight: float = Field(default=0.0, ge=0, json_schema_extra=AT_TRAINING)
+    """Weight of supervised learning of the chosen responses, in the same loss."""
+
+    @model_validator(mode="after")
+    def check_weights(self) -> Self:
+        if not self.preference_loss_weight and not self.sft_loss_weight:
+            raise ValueError("preference_loss_weight and sft_loss_weight are both 0, so nothing would be learned; raise one")
+        return self
 
     def settings(self, seed: int) -> dict[str, Any]:
-        return {**super().settings(seed), "beta": self.beta, **self.options}
+        loss = {"sigmoid_norm" if self.preference_average_log_probs else "sigmoid": self.preference_loss_weight}
+        if self.sft_loss_weight:
+            loss["sft"] = self.sft_loss_weight
+        loss = {name: weight for name, weight in loss.items() if weight}
+        own = {"beta": self.beta, "loss_type": list(loss), "loss_weights": list(loss.values())}
+        return {**super().settings(seed), **own, **self.options}
 
 
 class TRLSFTConfig(TRLConfig, name="trl_sft"):

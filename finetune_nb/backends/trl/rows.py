@@ -95,7 +95,13 @@ def _message(item: EpisodeItem) -> dict[str, Any]:
 
 
 def _prompt(item: DPOItem) -> str | list[dict[str, Any]]:
-    return item.prompt if isinstance(item.prompt, str) else [message.model_dump() for message in item.prompt]
+    """Without the chosen response, which some workflows of the NeMo Agent Toolkit have at the end of the prompt."""
+    if isinstance(item.prompt, str):
+        return item.prompt
+    messages = [message.model_dump() for message in item.prompt]
+    if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": item.chosen_response}:
+        messages.pop()
+    return messages
 
 
 def _response(item: DPOItem, text: str) -> str | list[dict[str, Any]]:
