@@ -7,8 +7,9 @@
     trainers:            {my_trainer: {_type: finetune_nb_epoch_trainer}}
 
 Each holds one of ours in `ours` and speaks the Toolkit's nouns. The trainer goes with any builder and adapter of the
-Toolkit's, the builder with any trainer; the adapter wants the ids that our builder brings. The Toolkit's own evaluation
-runs the workflow; what finetune_nb_policy is asked goes through our gateway, so that every id is exact.
+Toolkit's, the builder with any trainer; finetune_nb_local_grpo wants the ids that our builder brings, finetune_nb_trl_dpo
+preferences such as those of the Toolkit's builder for DPO. The Toolkit's own evaluation runs the workflow; what finetune_nb_policy
+is asked goes through our gateway, so that every id is exact.
 """
 
 # pyright: reportMissingImports=false
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -38,14 +40,17 @@ from nat.finetuning.interfaces.trainer_adapter import TrainerAdapter as NatAdapt
 from nat.finetuning.interfaces.trajectory_builder import TrajectoryBuilder as NatBuilderBase
 from pydantic import Field, create_model
 
+from ...config.base import TrainerAdapterConfig
 from ...config.sections import FinetuneConfig
 from ...errors import ConfigError
 from ...interfaces import Policy
+from ...redaction import redacting_logger
 from ...rollouts.trajectory_builder import EvalTrajectoryBuilderConfig
 from ...training.trainer import EpochTrainer, EpochTrainerConfig
-from ...types import SamplingParams
+from ...types import SamplingParams, TrainingStatusEnum
 from ..import_guard import restore_transformers
 from ..local.config import LocalGRPOConfig
+from ..trl.config import TRLDPOConfig
 from .bridges import NatAdapter, NatBuilder, unwrap
 from .conversion import collection_from_nat, collection_to_nat, ref_from_nat, ref_to_nat, status_to_nat
 from .evaluation import EvaluatingBuilder, Evaluations, SharedLLM, finetuning_from_nat, without_itself
@@ -55,6 +60,8 @@ __all__ = [
     "OursAsNatBuilder",
     "OursAsNatTrainer",
 ]
+
+logger = redacting_logger(__name__)
 
 
 # ── the builder ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -101,19 +108,33 @@ async def trajectory_builder(config: BuilderConfig, builder: Builder) -> AsyncIt
 
 # ── the adapter ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_own_fields: dict[str, Any] = {
-    name: (field.annotation, field)
-    for name, field in LocalGRPOConfig.model_fields.items()
-    if name not in ("type", "reward")
-}
-AdapterConfig: Any = create_model(
-    "AdapterConfig",
-    __base__=nat.TrainerAdapterConfig,
-    __cls_kwargs__={"name": "finetune_nb_local_grpo"},
-    __doc__="finetune_nb's GRPO in this process, with torch and transformers: the fields of its local_grpo.",
-    seed=(int, Field(default=0, ge=0)),
+def _config_of(ours: type[TrainerAdapterConfig], name: str, doc: str, **more: Any) -> Any:
+    """A config of the Toolkit's with the fields of one of ours."""
+    own: dict[str, Any] = {
+        field: (about.annotation, about) for field, about in ours.model_fields.items() if field not in ("type", "reward")
+    }
+    return create_model(
+        "AdapterConfig",
+        __base__=nat.TrainerAdapterConfig,
+        __cls_kwargs__={"name": name},
+        __module__=__name__,
+        __doc__=doc,
+        seed=(int, Field(default=0, ge=0)),
+        **more,
+        **own,
+    )
+
+
+AdapterConfig = _config_of(
+    LocalGRPOConfig,
+    "finetune_nb_local_grpo",
+    "finetune_nb's GRPO in this process, with torch and transformers: the fields of its local_grpo.",
     deterministic=(bool, False),
-    **_own_fields,
+)
+DPOAdapterConfig = _config_of(
+    TRLDPOConfig,
+    "finetune_nb_trl_dpo",
+    "finetune_nb's DPO on this machine, by TRL in a process of its own: the fields of its trl_dpo.",
 )
 
 _adapters: WeakValueDictionary[int, OursAsNatAdapter] = WeakValueDictionary()
@@ -122,14 +143,20 @@ set of weights."""
 
 
 class OursAsNatAdapter(NatAdapterBase):
-    """`ours` is a LocalGRPOAdapter."""
+    """`ours` is a LocalGRPOAdapter or a TRLAdapter. The trained model lies in the folder `model` of the output_dir."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        from ..local.adapter import LocalGRPOAdapter
-
         own = config.model_dump(exclude={"type", "reward", "seed", "deterministic"})
-        self.ours = LocalGRPOAdapter(LocalGRPOConfig(**own), seed=config.seed, deterministic=config.deterministic)
+        if isinstance(config, AdapterConfig):
+            from ..local.adapter import LocalGRPOAdapter
+
+            ours: Any = LocalGRPOAdapter(LocalGRPOConfig(**own), seed=config.seed, deterministic=config.deterministic)
+        else:
+            from ..trl.adapter import TRLAdapter
+
+            ours = TRLAdapter(TRLDPOConfig(**own), seed=config.seed)
+        self.ours = ours
         self.initialized = False
 
     @property
@@ -157,7 +184,16 @@ class OursAsNatAdapter(NatAdapterBase):
         return status_to_nat(await self.ours.status(ref_from_nat(ref)))
 
     async def wait_until_complete(self, ref: nat.TrainingJobRef, poll_interval: float = 10.0) -> nat.TrainingJobStatus:
-        return status_to_nat(await self.ours.wait_until_complete(ref_from_nat(ref), poll_interval))
+        status = await self.ours.wait_until_complete(ref_from_nat(ref), poll_interval)
+        if status.status == TrainingStatusEnum.COMPLETED:
+            await self.keep_model()
+        return status_to_nat(status)
+
+    async def keep_model(self) -> None:
+        """Writes the model, in place of the one before: `nat finetune` ends with this process, and its weights with it."""
+        place = Path(self.run_config.output_dir) / "model"
+        await self.ours.save(place)
+        logger.info("the trained model is in %s", place)
 
     def log_progress(self, ref: nat.TrainingJobRef, metrics: dict[str, Any], output_dir: str | None = None) -> None:
         self.ours.log_progress(ref_from_nat(ref), metrics, output_dir)
@@ -165,10 +201,19 @@ class OursAsNatAdapter(NatAdapterBase):
 
 @register_trainer_adapter(config_type=AdapterConfig)
 async def trainer_adapter(config: Any, builder: Builder) -> AsyncIterator[Any]:
+    yield _adapter_of(config)
+
+
+@register_trainer_adapter(config_type=DPOAdapterConfig)
+async def dpo_adapter(config: Any, builder: Builder) -> AsyncIterator[Any]:
+    yield _adapter_of(config)
+
+
+def _adapter_of(config: Any) -> OursAsNatAdapter:
     adapter = _adapters.get(id(config))
     if adapter is None:
         adapter = _adapters[id(config)] = OursAsNatAdapter(config)
-    yield adapter
+    return adapter
 
 
 # ── the trainer ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -213,7 +258,10 @@ class OursAsNatTrainer(NatTrainerBase):
         return None if ref is None else ref_to_nat(ref)
 
     async def run(self, num_epochs: int) -> list[Any]:
-        return [status_to_nat(status) for status in await self.ours.run(num_epochs)]
+        statuses = await self.ours.run(num_epochs)
+        if isinstance(self.trainer_adapter, OursAsNatAdapter):
+            await self.trainer_adapter.keep_model()
+        return [status_to_nat(status) for status in statuses]
 
     async def get_metrics(self, run_id: str) -> dict[str, Any]:
         return await self.ours.get_metrics(run_id)
@@ -280,7 +328,7 @@ async def _address(config: PolicyConfig, builder: Builder) -> AsyncIterator[Any]
     if not isinstance(adapter, OursAsNatAdapter):
         raise ConfigError(
             f"llm of type finetune_nb_policy names the trainer adapter {str(config.adapter)!r}, which has no weights here. "
-            "Name one of type finetune_nb_local_grpo."
+            "Name one of type finetune_nb_local_grpo or finetune_nb_trl_dpo."
         )
     llm = SharedLLM(lambda: adapter.policy, config.model_name, SamplingParams(config.temperature, config.max_tokens))
     with Evaluations.address(llm, adapter.ours.seed) as endpoint:
