@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -256,7 +256,9 @@ class PreferenceBuilder(EvalTrajectoryBuilder):
             made = {(text_of(_about(t)["id"]), _about(t)["generation"]) for group in groups for t in group}
             # A rollout of which there are candidates is none that failed, if no model call of it was recorded.
             failures = [each for each in failures if (text_of(each.example_id), each.generation) not in made]
-            why = f"no turn of theirs has two different responses with different scores in steps {config.ttc_step_name!r}"
+            why = (
+                f"no turn of theirs has two different responses with different scores in steps {config.ttc_step_name!r}"
+            )
         groups = self._selected([group for group in groups if group], (meta or {}).get("epoch", 0))
         if len(groups) < examples:
             logger.warning("%d of %d examples make no preference: %s.", examples - len(groups), examples, why)
@@ -280,7 +282,9 @@ class PreferenceBuilder(EvalTrajectoryBuilder):
         config = self.trajectory_builder_config
         assert isinstance(config, PreferenceBuilderConfig) and config.ttc_step_name is not None
         recorded = {
-            (text_of(_about(t)["id"]), _about(t)["generation"]): _about(t) for group in collection.trajectories for t in group
+            (text_of(_about(t)["id"]), _about(t)["generation"]): _about(t)
+            for group in collection.trajectories
+            for t in group
         }
         groups: dict[str, list[Trajectory]] = {}
         left_out = 0
@@ -301,9 +305,13 @@ class PreferenceBuilder(EvalTrajectoryBuilder):
                     for better, worse in candidate_pairs(
                         candidates, config.exhaustive_pairs, config.min_score_diff, config.max_pairs_per_turn
                     ):
-                        group.append(_turn_pair(better, worse, about | {"turn_id": turn_id}, config.reward_from_score_diff))
+                        group.append(
+                            _turn_pair(better, worse, about | {"turn_id": turn_id}, config.reward_from_score_diff)
+                        )
         if left_out:
-            logger.warning("%d steps %r have no turn_id or no finite score, and are left out.", left_out, config.ttc_step_name)
+            logger.warning(
+                "%d steps %r have no turn_id or no finite score, and are left out.", left_out, config.ttc_step_name
+            )
         return groups
 
     def _selected(self, groups: list[list[Trajectory]], epoch: int) -> list[list[Trajectory]]:

@@ -115,7 +115,8 @@ async def test_a_game_is_trained_on_the_prompts_and_ids_that_were_sampled():
 
 
 @pytest.mark.parametrize(
-    ("trainer_args", "asked", "used"), [({"beta": 0.25}, 0.0, 0.25), ({}, 0.5, 0.5), ({"beta": 0}, 0.5, 0.0), ({}, 0.0, 0.0)]
+    ("trainer_args", "asked", "used"),
+    [({"beta": 0.25}, 0.0, 0.25), ({}, 0.5, 0.5), ({"beta": 0}, 0.5, 0.0), ({}, 0.0, 0.0)],
 )
 async def test_beta_of_the_config_is_the_weight_of_the_kl_divergence(trainer_args, asked, used):
     model = {"_internal_config": {"trainer_args": {"learning_rate": 1e-3, **trainer_args}}}
@@ -139,7 +140,9 @@ async def test_a_beta_that_is_no_weight_is_refused():
 async def test_a_game_sampled_with_alternatives_is_trained_on_as_any_other():
     async with serving() as client:
         choice = await client.chat("1+1", logprobs=True, top_logprobs=2)
-        assert [len(each["top_logprobs"]) for each in choice["logprobs"]["content"]] == [2] * len(choice["logprobs"]["content"])
+        assert [len(each["top_logprobs"]) for each in choice["logprobs"]["content"]] == [2] * len(
+            choice["logprobs"]["content"]
+        )
         other = await client.chat("1+1", logprobs=True, top_logprobs=2)
         told = [
             {"messages_and_choices": [SYSTEM, {"role": "user", "content": "1+1"}, each], "reward": reward}

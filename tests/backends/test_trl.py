@@ -71,6 +71,34 @@ def test_a_preference_is_a_row_of_messages_or_of_text():
         preference_rows(collection([make_trajectory(1.0)]))
 
 
+def test_a_prompt_that_ends_with_its_own_response_is_given_without_it():
+    retried = [*PROMPT, {"role": "assistant", "content": "9"}, {"role": "user", "content": "again"}]
+    said = [*retried, {"role": "assistant", "content": "yes"}]
+    (row,) = preference_rows(collection([preference(prompt=said)]))
+    assert row["prompt"] == retried
+    (row,) = preference_rows(collection([preference("other", prompt=said)]))
+    assert row["prompt"] == said
+
+
+@pytest.mark.parametrize(
+    ("given", "loss"),
+    [
+        ({}, {"sigmoid": 1.0}),
+        ({"sft_loss_weight": 0.5, "preference_loss_weight": 2.0}, {"sigmoid": 2.0, "sft": 0.5}),
+        ({"preference_average_log_probs": True}, {"sigmoid_norm": 1.0}),
+        ({"preference_loss_weight": 0.0, "sft_loss_weight": 1.0}, {"sft": 1.0}),
+    ],
+)
+def test_the_weights_of_the_losses_are_given_to_trl(given, loss):
+    settings = TRLDPOConfig(**given).settings(0)
+    assert dict(zip(settings["loss_type"], settings["loss_weights"], strict=True)) == loss
+
+
+def test_weights_that_would_teach_nothing_are_refused():
+    with pytest.raises(ValueError, match="both 0"):
+        TRLDPOConfig(preference_loss_weight=0)
+
+
 def test_chosen_trajectories_are_the_best_of_each_group_above_the_bound():
     groups = collection(
         [make_trajectory(0.2, "p", 0), make_trajectory(0.9, "p", 1), make_trajectory(0.9, "p", 2)],
@@ -98,6 +126,21 @@ def test_without_ids_the_text_is_the_row():
 
 
 # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+async def test_with_a_weight_for_them_the_chosen_responses_are_learned_by_themselves(tmp_path):
+    gains = []
+    for weight in (0.0, 5.0):
+        loss = {"sft_loss_weight": weight} if weight else {}
+        config = TRLDPOConfig(learning_rate=2e-3, epochs=4, batch_size=4, device="cpu", threads=1, **loss)
+        trainer = await adapter(config, tmp_path / f"{weight}")
+        before = logprob(trainer.policy, "yes")
+        ref = await trainer.submit(collection(*[[preference()] for _ in range(8)]))
+        assert (await trainer.wait_until_complete(ref)).status == "completed"
+        gains.append(logprob(trainer.policy, "yes") - before)
+        await trainer.aclose()
+    assert gains[1] > gains[0] + 0.5
 
 
 @pytest.mark.slow
@@ -303,7 +346,9 @@ async def test_a_run_from_yaml_learns_from_preferences(tmp_path):
                 "general": {"dataset": {"_type": "json", "file_path": str(tmp_path / "train.json")}},
                 "evaluators": {"right": {"_type": "calculator_reward"}},
             },
-            "trajectory_builders": {"b": {"_type": "preference_builder", "num_generations": 8, "exhaustive_pairs": False}},
+            "trajectory_builders": {
+                "b": {"_type": "preference_builder", "num_generations": 8, "exhaustive_pairs": False}
+            },
             "trainer_adapters": {"trl": {"_type": "trl_dpo", "learning_rate": 1e-4, "device": "cpu", "threads": 1}},
             "trainers": {"t": {"_type": "epoch_trainer"}},
             "finetuning": {

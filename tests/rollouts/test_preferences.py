@@ -191,7 +191,9 @@ def choosing(tmp_path, closing):
         config = PreferenceBuilderConfig(num_generations=generations, ttc_step_name="move", **settings)
         rows = sums(3)
         rows[1] = {**rows[1], "question": "1+1"}
-        run = closing(ft.Run(choose, right, rows, builder=PreferenceBuilder(config), adapter=adapter, output_dir=tmp_path))
+        run = closing(
+            ft.Run(choose, right, rows, builder=PreferenceBuilder(config), adapter=adapter, output_dir=tmp_path)
+        )
         return run, adapter
 
     return make

@@ -38,7 +38,18 @@ def make_tokenizer() -> Any:
     phrases = [llm_agents.SYSTEM_TEMPLATE.format(symbol=symbol) for symbol in "XO"]
     phrases += [reply(row, column) for row, column in cells]
     phrases += [f"({row + 1},{column + 1})" for row, column in cells]
-    phrases += ["  1 2 3\n1", "\n2", "\n3", " _", " X", " O", COMPLAINT, LEFT, "\n. Current board:\n", "\nCurrent board:\n"]
+    phrases += [
+        "  1 2 3\n1",
+        "\n2",
+        "\n3",
+        " _",
+        " X",
+        " O",
+        COMPLAINT,
+        LEFT,
+        "\n. Current board:\n",
+        "\nCurrent board:\n",
+    ]
     vocabulary = {token: index for index, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -99,7 +110,7 @@ def game(rng: random.Random) -> list[dict[str, str]]:
     return messages
 
 
-def make_player(directory: Path, games: int = 4000, steps: int = 500, seed: int = 0) -> Path:
+def make_player(directory: Path, games: int = 2500, steps: int = 300, seed: int = 0) -> Path:
     """Writes the model to `directory`, with its tokenizer. The ART example can be imported."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -117,7 +128,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="of NVIDIA/NeMo-Agent-Toolkit")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.checkout / "examples/finetuning/rl_with_openpipe_art/src"))

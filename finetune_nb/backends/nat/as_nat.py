@@ -108,10 +108,13 @@ async def trajectory_builder(config: BuilderConfig, builder: Builder) -> AsyncIt
 
 # ── the adapter ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+
 def _config_of(ours: type[TrainerAdapterConfig], name: str, doc: str, **more: Any) -> Any:
     """A config of the Toolkit's with the fields of one of ours."""
     own: dict[str, Any] = {
-        field: (about.annotation, about) for field, about in ours.model_fields.items() if field not in ("type", "reward")
+        field: (about.annotation, about)
+        for field, about in ours.model_fields.items()
+        if field not in ("type", "reward")
     }
     return create_model(
         "AdapterConfig",

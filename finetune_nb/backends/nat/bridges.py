@@ -21,6 +21,7 @@ from ...interfaces import TrainerAdapter, TrajectoryBuilder
 from ...redaction import redacting_logger
 from ...text import text_of, told_once
 from ...types import (
+    DPOItem,
     RolloutFailure,
     TrainingJobRef,
     TrainingJobStatus,
@@ -69,6 +70,7 @@ class NatBuilder(TrajectoryBuilder):
         super().__init__(nat.trajectory_builder_config)
         self.nat, self._limit = nat, limit
         self._evaluated: list[Any] = []  # of the generations of this epoch, in order
+        self._collection = 0  # which one this is, for trainers that collect several times before they train
         self._collecting = False
         self._ask_start, self._ask_finalize = nat.start_run, nat.finalize
         default = resolve("nat.finetuning.interfaces.trajectory_builder:TrajectoryBuilder").run_eval
@@ -86,6 +88,7 @@ class NatBuilder(TrajectoryBuilder):
         await self._ask_start(run_id=run_id, meta=meta)
 
     async def finalize(self, run_id: str, meta: dict | None = None) -> TrajectoryCollection:
+        self._collection = (meta or {}).get("run_number", 0)
         try:
             self._theirs = await self._ask_finalize(run_id=run_id, meta=meta)
         except BaseException:
@@ -106,8 +109,9 @@ class NatBuilder(TrajectoryBuilder):
         made: set[tuple[str, Any]] = {(text_of(failure.example_id), failure.generation) for failure in unrewarded}
         for trajectory in chain.from_iterable(collection.trajectories):
             about = trajectory.metadata or {}
-            if "id" not in about or "generation" not in about:
-                return [failure for each in self._evaluated for failure in each.failures]  # pairs, say
+            has_pairs = any(isinstance(item, DPOItem) for item in trajectory.episode)
+            if has_pairs or "id" not in about or "generation" not in about:
+                return [failure for each in self._evaluated for failure in each.failures]
             made.add((text_of(about["id"]), about["generation"]))
         found: list[RolloutFailure] = []
         for each in self._evaluated:
@@ -120,7 +124,7 @@ class NatBuilder(TrajectoryBuilder):
     def ours(self, trajectory: Any) -> Trajectory:
         """The same object for the same trajectory, so that what was submitted is found in what was collected."""
         if id(trajectory) not in self._known:
-            self._known[id(trajectory)] = (trajectory, trajectory_from_nat(trajectory))
+            self._known[id(trajectory)] = (trajectory, self._named(trajectory_from_nat(trajectory)))
         return self._known[id(trajectory)][1]
 
     async def _counted(self, original: Callable[[], Any]) -> Any:
@@ -161,6 +165,15 @@ class NatBuilder(TrajectoryBuilder):
         from .evaluation import trying
 
         return await (await trying(self.nat.run_config)).rollout(example, run_id)
+
+    def _named(self, trajectory: Trajectory) -> Trajectory:
+        """With its example's id under the key that all trajectories have it under: pairs of the Toolkit's builder for DPO have it
+        under another one. Their generation is the number of the collection that they come from."""
+        about = trajectory.metadata or {}
+        if "example_id" not in about or "id" in about:
+            return trajectory
+        metadata = {"id": about["example_id"], "generation": self._collection, **about}
+        return trajectory.model_copy(update={"metadata": metadata})
 
     def forget(self) -> None:
         self._known.clear()

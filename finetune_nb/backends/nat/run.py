@@ -16,6 +16,7 @@ from ...components.builder import Builder
 from ...components.registry import register_trainer, register_trainer_adapter, register_trajectory_builder
 from ...config.base import RewardFunctionConfig, TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
 from ...errors import ConfigError
+from ...redaction import redacting_logger
 from .bridges import NatAdapter, NatBuilder, unwrap
 from .opening import check_names, finetuning_section, open_config, read_config
 from .trainer import NatTrainer
@@ -27,8 +28,12 @@ __all__ = [
     "settings_of",
 ]
 
+logger = redacting_logger(__name__)
+
 NAME = "nat"
 """What the three are called in the Config."""
+GROUP_ADAPTERS = ("finetune_nb_local_grpo", "openpipe_art_trainer_adapter")
+"""Adapters that learn from how the rewards in a group differ."""
 
 
 class NatTrainerConfig(TrainerConfig, name="nat_trainer"):
@@ -75,6 +80,7 @@ def settings_of(
     tree = read_config(place, pairs)
     section = finetuning_section(tree, place)
     check_names(tree, place)
+    check_generations(tree, place)
     kept = ("num_epochs", "output_dir", "curriculum_learning", "target_functions", "target_model")
     tuning: dict[str, Any] = {key: section[key] for key in kept if section.get(key) is not None}
     if output_dir is not None:
@@ -97,6 +103,33 @@ def settings_of(
             **tuning,
         },
     }
+
+
+def check_generations(tree: Mapping[str, Any], path: Path) -> None:
+    """Says before the first epoch what a single rollout of each example teaches.
+
+    Raises:
+        ConfigError: Nothing: a group of one has nothing to be compared with.
+    """
+    section = tree["finetuning"]
+    builder, adapter = (
+        (tree.get(f"{part}s") or {}).get(section.get(part)) or {} for part in ("trajectory_builder", "trainer_adapter")
+    )
+    field = f"config {str(path)!r}: trajectory_builders.{section.get('trajectory_builder')}.num_generations is 1"
+    if str(builder.get("num_generations")) != "1":
+        return
+    if builder.get("_type") == "openpipe_art_traj_builder":
+        logger.warning(
+            "%s: the Toolkit then makes one group of all rollouts of an epoch, and each is compared with the mean over all "
+            "examples. Where some examples are harder than others, it is mostly that which is learned. With 2 or more, the "
+            "rollouts of each example are compared with each other.",
+            field,
+        )
+    elif builder.get("_type") == "finetune_nb_eval_traj_builder" and adapter.get("_type") in GROUP_ADAPTERS:
+        raise ConfigError(
+            f"{field}, so nothing would be learned: an adapter of type {adapter['_type']} compares the rollouts of an example "
+            f"with each other. Set it to at least 2."
+        )
 
 
 def _nested(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:

@@ -72,7 +72,9 @@ class TRLDPOConfig(TRLConfig, name="trl_dpo"):
     @model_validator(mode="after")
     def check_weights(self) -> Self:
         if not self.preference_loss_weight and not self.sft_loss_weight:
-            raise ValueError("preference_loss_weight and sft_loss_weight are both 0, so nothing would be learned; raise one")
+            raise ValueError(
+                "preference_loss_weight and sft_loss_weight are both 0, so nothing would be learned; raise one"
+            )
         return self
 
     def settings(self, seed: int) -> dict[str, Any]:
