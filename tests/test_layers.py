@@ -34,6 +34,7 @@ BELOW_THE_EDGE = ("ground", "contracts", "engine")
 SHARED_EDGE = ("backends.local", "backends.import_guard")
 """What other backends may import: the models and their training on this machine."""
 NAMED_EXCEPTIONS = {
+    ("backends.nat.as_nat", "backends.trl"): "its adapter, for the Toolkit's configs",
     ("backends.local.tiny.make", "examples.calculator"): "a script: it makes the embedded model for that example",
     ("cli.demo", "examples.calculator"): "the demo shows that example",
     ("cli.main", "backends.art_server.server"): "a command",

@@ -57,7 +57,7 @@ def preferences(
         values: What each rollout is worth, by its name.
         epoch_of: As in `chosen_rollouts`.
         run_id: Of the run.
-        pairs: As in PreferenceBuilderConfig.
+        pairs: "best_worst" or "all_pairs", as in `preference_pairs`.
         max_pairs: Most pairs of one example.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A pytest plugin: the Toolkit's interfaces are finetune_nb's, for its own test files and for its plugins, which subclass them."""
+"""A pytest plugin: the Toolkit's interfaces are finetune_nb's, for its own tests and for its plugins, which subclass them."""
 
 from nat.finetuning.interfaces import finetuning_runner, trainer_adapter, trajectory_builder
 

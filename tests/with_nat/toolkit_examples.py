@@ -22,7 +22,11 @@ __all__ = [
 ]
 
 ART, DPO = "rl_with_openpipe_art", "dpo_tic_tac_toe"
-OVERRIDE = "import typing, typing_extensions\nif not hasattr(typing, 'override'):\n    typing.override = typing_extensions.override\n"
+OVERRIDE = """\
+import typing, typing_extensions
+if not hasattr(typing, "override"):
+    typing.override = typing_extensions.override
+"""
 """The examples say that they need Python 3.11, and import what typing has from 3.12 on."""
 
 

@@ -2,8 +2,8 @@
 
     .venv-nat/bin/python tests/with_nat/toolkit_figures.py CHECKOUT --seed 0 --seed 1 --seed 2
 
-The model is the small player, or any Hugging Face directory (--model); what trains it is `finetune-nb art-server`. Only the server
-is seeded: the example's opponent draws its moves from Python's own generator.
+The model is the small player, or any Hugging Face directory (--model); `finetune-nb art-server` trains it. Only the server is
+seeded: the example's opponent draws its moves from Python's own generator.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
 
 Each holds one of ours in `ours` and speaks the Toolkit's nouns. The trainer goes with any builder and adapter of the
 Toolkit's, the builder with any trainer; finetune_nb_local_grpo wants the ids that our builder brings, finetune_nb_trl_dpo
-preferences such as those of the Toolkit's builder for DPO. The Toolkit's own evaluation runs the workflow; what finetune_nb_policy
-is asked goes through our gateway, so that every id is exact.
+preferences such as those of the Toolkit's builder for DPO. The Toolkit's own evaluation runs the workflow; what is asked of
+finetune_nb_policy goes through our gateway, so that every id is exact.
 """
 
 # pyright: reportMissingImports=false
