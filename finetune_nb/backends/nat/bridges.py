@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config.sections import FinetuneConfig
 from ...hooks import resolve, wrap_method
-from ...interfaces import TrainerAdapter, TrajectoryBuilder
+from ...interfaces import Policy, TrainerAdapter, TrajectoryBuilder
 from ...redaction import redacting_logger
 from ...text import text_of, told_once
 from ...types import (
@@ -244,6 +244,19 @@ class NatAdapter(TrainerAdapter):
         self._ended: dict[str, TrainingJobStatus] = {}
         self._jobs = 0
         mend_adapter(nat)
+
+    @property
+    def policy(self) -> Policy | None:  # type: ignore[override]  # an attribute there
+        """Of one of ours that the Toolkit's trainer trains with (as_nat.py). Others have no weights here."""
+        ours = getattr(self.nat, "ours", None)
+        return None if ours is None else ours.policy
+
+    def __getattr__(self, name: str) -> Any:
+        """`save` of such a one: who has none cannot save its model."""
+        ours = getattr(self.__dict__.get("nat"), "ours", None)
+        if name == "save" and ours is not None:
+            return ours.save
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
         """The Toolkit's is initialized by its own trainer, or by NatTrainer's owner."""
