@@ -4,6 +4,8 @@ has seen random legal games. It makes mostly legal moves and no good ones, so tr
     python tests/with_nat/small_player.py CHECKOUT --out DIR
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import argparse
