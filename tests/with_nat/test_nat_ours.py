@@ -59,6 +59,7 @@ async def test_nat_finetune_and_the_notebook_select_the_same_groups_for_the_same
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Finetuning completed successfully" in done.stdout + done.stderr
+    assert (place / "runs" / "model" / "model.safetensors").exists()  # what was trained outlives the process
     (theirs,) = (place / "runs").glob("*/training_metrics.jsonl")
     run = closing(ft.Run.from_nat(path, name="notebook"))
     run.start()
