@@ -76,15 +76,17 @@ class LoopbackCustomizer:
                 self.namespaces += parse_qs(body.decode())["namespace"]
                 return {}
             case "POST", ["v1", "hf", "api", "repos", "create"]:
-                return {"url": self.url}
+                asked = json.loads(body)
+                return {"url": f"{self.url}/v1/hf/datasets/{asked.get('organization')}/{asked['name']}"}
             case "POST", ["v1", "hf", "api", "datasets", *_, "preupload", "main"]:
-                found = [{"path": each["path"], "uploadMode": "regular"} for each in json.loads(body)["files"]]
-                return {"files": found}
-            case "POST", ["v1", "hf", "api", "datasets", *_, "commit", "main"]:
+                plain = {"uploadMode": "regular", "shouldIgnore": False}
+                return {"files": [{"path": each["path"], **plain} for each in json.loads(body)["files"]]}
+            case "POST", ["v1", "hf", "api", "datasets", *repository, "commit", "main"]:
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
                         self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"]).decode()
-                return {"commitUrl": self.url, "commitOid": "0" * 40, "success": True}
+                place = f"{self.url}/v1/hf/datasets/{'/'.join(repository)}/commit/{'0' * 40}"
+                return {"commitUrl": place, "commitOid": "0" * 40, "success": True}
             case "POST", ["v1", "datasets"]:
                 return json.loads(body)
             case "POST", ["v1", "customization", "jobs"]:
