@@ -119,14 +119,15 @@ class StoreError(FinetuneError, RuntimeError):
 
 
 class MissingExtra(FinetuneError, ImportError):
-    """An optional package is missing."""
+    """An optional package is missing. package: what to install, where that is no extra of finetune_nb."""
 
-    def __init__(self, what: str, extra: str) -> None:
-        self.what, self.extra = what, extra
-        super().__init__(f'{what} needs packages that are not installed: pip install "finetune_nb[{extra}]"')
+    def __init__(self, what: str, extra: str, package: str | None = None) -> None:
+        self.what, self.extra, self.package = what, extra, package
+        install = package or f'"finetune_nb[{extra}]"'
+        super().__init__(f"{what} needs packages that are not installed: pip install {install}")
 
-    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
-        return type(self), (self.what, self.extra)  # so that it can come from another process
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str, str | None]]:
+        return type(self), (self.what, self.extra, self.package)  # so that it can come from another process
 
 
 _TRANSIENT_STATUS = {408, 409, 429, 500, 502, 503, 504}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .config.sections import CurriculumLearningConfig, FinetuneConfig, FinetuneRunConfig
 
 __all__ = [
+    "Environment",
     "Policy",
     "ReplicatedPolicy",
     "RolloutExecutor",
@@ -151,6 +152,77 @@ class Policy(Protocol):
             A context manager.
         """
         ...
+
+
+class Environment(ABC):
+    """Tasks, an agent for them and a reward, which come together: what `ft.Run(env=...)` takes.
+
+    Each kind of environment of other people has a subclass, which `components/environments.py` names. It is made anew when a run
+    is opened again from its folder, by the same arguments.
+
+    Args:
+        given: The name that follows "<kind>:", or an object or class of the user's.
+        options: The user's `env_options`; checked here.
+    """
+
+    package: str = ""
+    """What to install for it."""
+
+    @classmethod
+    def takes(cls, given: Any) -> bool:
+        """Say whether an object or class is an environment of this kind, without importing its package.
+
+        Args:
+            given: What the user passed; never a text.
+        """
+        return False
+
+    @abstractmethod
+    def __init__(self, given: Any, options: Mapping[str, Any]) -> None: ...
+
+    @abstractmethod
+    def rows(self, role: str) -> list[dict[str, Any]]:
+        """Make the dataset.
+
+        Args:
+            role: "train" or "validation".
+
+        Returns:
+            One row a task: its columns are what agent and reward may take by name. Empty: there is no such dataset.
+
+        Raises:
+            ConfigError: It has no tasks of its own: `dataset=` must be given.
+        """
+
+    @property
+    @abstractmethod
+    def workflow(self) -> Callable[..., Any]:
+        """The agent, as `Run` takes it. It can be pickled, to run elsewhere."""
+
+    @property
+    @abstractmethod
+    def reward(self) -> Any:
+        """The reward, as `Run` takes it, of what the agent returned: a recorded rollout can be scored again."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that differs where something else would be trained: versions, the source of a class. A run that continues
+        compares it with its record."""
+        return ""
+
+    def adapt_reward(self, reward: Any) -> Any:
+        """Turn a reward of the user's into one that `Run` takes.
+
+        Args:
+            reward: As it was given.
+
+        Returns:
+            The reward itself, unless it is written for this kind of environment.
+        """
+        return reward
+
+    async def aclose(self) -> None:
+        """Releases what it holds. Called when the run closes."""
 
 
 class ReplicatedPolicy(Policy, Protocol):

@@ -71,6 +71,8 @@ class Builder:
         self.config = config
         self.run_folder: Path | None = None
         """The folder of the run that it builds for; None outside a run."""
+        self.environment: Any = None
+        """The run's Environment, once it is given or made; None: it has none, or none that was needed yet."""
         self.doing: str | None = None
         """What a component makes the run wait for, in words for people; a waiting cell and the panel show it."""
         self._added: dict[Key, Any] = {}

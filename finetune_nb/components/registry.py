@@ -64,6 +64,7 @@ KINDS: dict[str, type[TypedBaseModel]] = {
 _EVALUATORS = "finetune_nb.rewards.evaluators"
 _CALCULATOR = "finetune_nb.examples.calculator.agent"
 _NAT = "finetune_nb.backends.nat.run"
+_ENVIRONMENTS = "finetune_nb.components.environments"
 OUR_TYPES: dict[str, dict[str, str]] = {
     "llm_provider": {
         "policy": "finetune_nb.llms.client:PolicyLLMConfig",
@@ -71,10 +72,12 @@ OUR_TYPES: dict[str, dict[str, str]] = {
     },
     "function": {
         "python_function": "finetune_nb.components.registry:PythonFunctionConfig",
+        "environment": f"{_ENVIRONMENTS}:EnvironmentWorkflowConfig",
         "calculator_agent": f"{_CALCULATOR}:CalculatorAgentConfig",
     },
     "evaluator": {
         "python_function": "finetune_nb.components.registry:PythonEvaluatorConfig",
+        "environment": f"{_ENVIRONMENTS}:EnvironmentRewardConfig",
         "exact_match": f"{_EVALUATORS}:ExactMatchConfig",
         "numeric_closeness": f"{_EVALUATORS}:NumericClosenessConfig",
         "contains": f"{_EVALUATORS}:ContainsConfig",

@@ -25,6 +25,7 @@ from .base import (
 from .sections import (
     Config,
     CurriculumLearningConfig,
+    EnvironmentSettings,
     EvalConfig,
     EvalGeneralConfig,
     FinetuneConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "Config",
     "CurriculumLearningConfig",
     "CurriculumSettings",
+    "EnvironmentSettings",
     "EvalConfig",
     "EvalDatasetBaseConfig",
     "EvalDatasetCsvConfig",

@@ -54,6 +54,7 @@ __all__ = [
     "Config",
     "CurriculumLearningConfig",
     "EvalConfig",
+    "EnvironmentSettings",
     "EvalGeneralConfig",
     "FinetuneConfig",
     "FinetuneRunConfig",
@@ -152,6 +153,20 @@ NEEDED_IN_REQUESTS = frozenset({"input", "messages", "previous_response_id", "pr
 """What no run can ignore."""
 
 
+class EnvironmentSettings(BaseModel):
+    """The `run.environment` section: somebody else's environment, from which agent, reward and dataset come where they are not
+    given by themselves. A component of `_type: environment` is the environment's own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    """Its kind and name, such as "reasoning_gym:basic_arithmetic"; of an object its class."""
+    is_object: bool = False
+    """Whether it was given as an object or a class, which no file can hold."""
+    options: dict[str, Any] = {}
+    """What Run takes as `env_options`."""
+
+
 class RunSettings(BaseModel):
     """The `run` section. Ours alone."""
 
@@ -164,6 +179,8 @@ class RunSettings(BaseModel):
     """What it takes of a Ray cluster."""
     gateway: GatewaySettings = GatewaySettings()
     """How requests of client libraries are answered."""
+    environment: EnvironmentSettings | None = None
+    """Where agent, reward and dataset come from; None: they are given."""
     seed: int = Field(default=0, ge=0)
     """Of every draw and every sampled token."""
     deterministic: bool = False

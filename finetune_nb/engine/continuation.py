@@ -97,6 +97,8 @@ def fingerprints(components: Builder) -> dict[str, str]:
                 found[f"{kind}.{name}"] = _digest([source])
         elif kind == "dataset":
             found[f"dataset.{name}"] = _digest(map(as_json, component))
+    if components.environment is not None:
+        found["environment"] = _digest([components.environment.fingerprint])
     return found
 
 

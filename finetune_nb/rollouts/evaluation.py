@@ -16,6 +16,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from ..components.builder import Builder
+from ..components.environments import rows_of
 from ..components.loading import load_config
 from ..config.sections import Config
 from ..interfaces import RolloutExecutor
@@ -223,7 +224,7 @@ def _outcome(results: Sequence[RolloutResult], generation: int) -> tuple[list[Ev
 
 def dataset_of(config: Config, builder: Builder, source: str | None = None) -> Sequence[EvalInputItem]:
     """The rows to evaluate on: `source` (a file, or the name of rows that the builder was given), else the config's."""
-    ready = builder.ready("dataset", source or "train")
+    ready = rows_of(builder, source or "train")
     return load_dataset(source if ready is None else ready, config.eval.general.dataset)
 
 

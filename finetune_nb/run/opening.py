@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ..components.builder import Builder
+from ..components.environments import environment_from, environment_of, rows_of
 from ..components.loading import load_config, load_received
 from ..config.base import changed
 from ..config.sections import Config, RewardFunctionConfig
 from ..engine.continuation import ARGUMENTS
 from ..engine.run_writer import settings_in
 from ..errors import ConfigError, RunError, StoreError
+from ..interfaces import Environment
 from ..rewards.evaluators import reward_name_of, weighted_reward
 from ..rewards.functions import Rewards, evaluators_from
 from ..rollouts.datasets import read_rows
@@ -46,15 +48,17 @@ __all__ = [
 def config_of(
     store: RunReader,
     workflow: Callable[..., Any] | None,
-    scores: Mapping[str, Callable[..., Any]],
+    reward: Rewards | None,
+    evaluators: Mapping[str, Callable[..., Any]] | None,
     datasets: Mapping[str, Any],
     trust: bool = False,
     ready: Mapping[str, Any] | None = None,
     override: Iterable[tuple[str, Any]] = (),
+    env: Any = None,
 ) -> tuple[Config, Builder, Obstacle | None]:
-    """The config of a run, and a builder with what was given again. scores: evaluators by name; datasets: by role. trust:
-    the user has read config.yml and vouches for it. ready: components of the user's own by kind. override: values in the config
-    of the Toolkit. What comes last is why the run can be opened but not resumed; None if it can."""
+    """The config of a run, and a builder with what was given again. datasets: by role. trust: the user has read config.yml and
+    vouches for it. ready: components of the user's own by kind. override: values in the config of the Toolkit. env: the
+    environment. What comes last is why the run can be opened but not resumed; None if it can."""
     tree, own = store.config_and_owner(trust)
     for dotted, value in override:
         tree = _with_override(tree, str(dotted), value)
@@ -72,8 +76,16 @@ def config_of(
         unable = Obstacle(problem)
     config.finetuning.output_dir = store.folder.resolve().parent
     builder = Builder(config)
+    if env is not None:
+        section = config.run.environment
+        if section is None:
+            raise ConfigError("env= was passed for a run that was made without an environment. Leave it out.")
+        builder.environment = environment_from(env, None if isinstance(env, Environment) else section.options)
     if workflow is not None:
         builder.add("function", "workflow", workflow)
+    if reward is not None and own and config.run.environment is not None:
+        reward = environment_of(builder).adapt_reward(reward)
+    scores, _ = evaluators_from(reward, evaluators)
     for key, function in scores.items():
         builder.add("evaluator", key, function)
     for role, rows in datasets.items():
@@ -245,6 +257,9 @@ def copy_for_fork(
     # The builder belongs to the run; what points at it points at the fork's own later.
     config = copy.deepcopy(config, {id(config.builder): None} if config.builder is not None else {})
     again = Builder(config)
+    again.environment = builder.environment
+    if reward is not None and config.run.environment is not None:
+        reward = environment_of(again).adapt_reward(reward)
     replaced = set() if reward is None else _replace_reward(config, again, reward)
     for kind, name, component in builder.added():
         if kind == "evaluator" and name in replaced:
@@ -297,6 +312,7 @@ def components_from(
     functions: Mapping[str, Mapping[str, Callable[..., Any]]],
     rows: Mapping[str, Any],
     ready: Mapping[str, Any],
+    environment: Environment | None = None,
 ) -> tuple[Config, Builder]:
     """A run's settings, plain functions, datasets and ready components, as a Config and the Builder that holds them.
 
@@ -305,6 +321,7 @@ def components_from(
         functions: Kind ("function", "evaluator") -> name -> function.
         rows: Role ("train", "validation") -> a dataset: a file's path, or rows. None: none.
         ready: Kind ("trajectory_builder", ...) -> a component of the user's own. None: the one that the settings name.
+        environment: Where what is not given comes from.
 
     Raises:
         ConfigError: What `load_config` finds wrong with the settings.
@@ -316,10 +333,15 @@ def components_from(
             components.add(kind, name, function)
     run_config = config.finetuning.run_configuration
     assert run_config is not None
+    components.environment = environment
     if rows.get("train") is not None:
         run_config.dataset = add_dataset(components, "train", rows["train"])
+    elif environment is not None and rows_of(components, "environment:train"):
+        run_config.dataset = "environment:train"
     if rows.get("validation") is not None:
         run_config.validation_dataset = add_dataset(components, "validation", rows["validation"])
+    elif environment is not None and rows_of(components, "environment:validation"):
+        run_config.validation_dataset = "environment:validation"
     for kind, component in ready.items():
         if component is not None:
             add_component(components, kind, component)

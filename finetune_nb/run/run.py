@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..components.builder import Builder
+from ..components.environments import environment_from
+from ..components.environments import section_of as describe_environment
 from ..components.loading import load_config
 from ..config.sections import Config, FinetuneRunConfig
 from ..engine.continuation import fingerprints, given_components, recorded_components, reward_digest
@@ -80,6 +82,9 @@ class Run(RunHistory):
             dict of scores that are added up, or a list with one number a sampled turn. Several rewards are a list, or a dict
             of functions or (function, weight): the weighted sum is the reward. See also `group_reward` and `from_trl`.
         dataset: A JSON, JSONL, CSV or Parquet file, a list of dicts, or a DataFrame.
+        env: Somebody else's environment, of which agent, reward and dataset are taken where they are not given here: a name
+            such as "reasoning_gym:basic_arithmetic", or an object or a class of the environment's own.
+        env_options: How it is used, such as {"size": 200}: see the reference of environments.
         question: The column that is the agent's `question`. Default: "question", if there is one.
         answer: The column that is the item's expected output. Default: "answer", if there is one.
         model: "embedded" (a tiny transformer that learns on a CPU), or the directory or name of a Hugging Face causal LM.
@@ -130,6 +135,8 @@ class Run(RunHistory):
         reward: Rewards | None = None,
         dataset: Any = None,
         *,
+        env: Any = None,
+        env_options: Mapping[str, Any] | None = None,
         question: str | None = None,
         answer: str | None = None,
         model: str = "embedded",
@@ -162,9 +169,16 @@ class Run(RunHistory):
         adapter: TrainerAdapter | None = None,
         trainer: Trainer | None = None,
     ) -> None:
-        if builder is None and (workflow is None or reward is None or dataset is None):
+        environment = None
+        if env is not None:
+            environment = environment_from(env, env_options)
+            reward = None if reward is None else environment.adapt_reward(reward)
+        elif env_options:
+            raise ConfigError("env_options are options of an environment, and there is none: give env=, too.")
+        elif builder is None and (workflow is None or reward is None or dataset is None):
             raise ConfigError(
-                "Run needs workflow, reward and dataset, or a builder= of your own. See help(finetune_nb.Run)."
+                "Run needs workflow, reward and dataset, or an env= that has them, or a builder= of your own. See "
+                "help(finetune_nb.Run)."
             )
         if adapter is not None and (training or sampler or model != "embedded"):
             raise ConfigError("adapter= brings its own model and settings: leave model=, sampler= and training= out.")
@@ -212,17 +226,22 @@ class Run(RunHistory):
         }
         if workflow is not None:
             settings["workflow"] = {"_type": "python_function"}
+        if environment is not None:
+            settings["run"]["environment"] = describe_environment(env, env_options)
+            settings.setdefault("workflow", {"_type": "environment"})
+            sections.setdefault("reward", {"_type": "environment"})
         columns = {"question_key": question, "answer_key": answer}
         columns = {key: column for key, column in columns.items() if column is not None}
         if columns:
             settings["eval"]["general"]["dataset"] = {"_type": "json", "structure": columns}
-        if reward is not None:
+        if "reward" in sections:
             settings["finetuning"]["reward_function"] = {"name": "reward"}
         config, components = components_from(
             settings,
             functions={"function": {} if workflow is None else {"workflow": workflow}, "evaluator": scores},
             rows={"train": dataset, "validation": validation},
             ready={"trajectory_builder": builder, "trainer_adapter": adapter, "trainer": trainer},
+            environment=environment,
         )
         self._begin_or_continue(config, components, name, resume, replay)
         self.sinks.extend(sinks)
@@ -316,6 +335,7 @@ class Run(RunHistory):
         workflow: Callable[..., Any] | None = None,
         reward: Rewards | None = None,
         *,
+        env: Any = None,
         dataset: Any = None,
         validation: Any = None,
         evaluators: Mapping[str, Callable[..., Any]] | None = None,
@@ -338,6 +358,7 @@ class Run(RunHistory):
             path: The run's folder.
             workflow: As in Run.
             reward: As in Run.
+            env: As in Run; needed if it was given as an object or a class. Its options are those of the record.
             dataset: As in Run.
             validation: As in Run.
             evaluators: As in Run.
@@ -356,7 +377,7 @@ class Run(RunHistory):
             ConfigError: `override` was given for a run that is running here, or that was not made by `from_nat`.
         """
         folder = Path(path)
-        given = (workflow, reward, dataset, builder, adapter, trainer)
+        given = (workflow, reward, dataset, env, builder, adapter, trainer)
         override = list(override)
         functions_given = bool(override) or any(part is not None for part in given)
         # A run that is written here comes before one that is only read.
@@ -371,11 +392,12 @@ class Run(RunHistory):
             if run._driver.writer is not None or not (functions_given or trusted_now):
                 run.refresh()
                 return run
-        scores, _ = evaluators_from(reward, evaluators)
         store = RunStore.open(folder)
         datasets = {"train": dataset, "validation": validation}
         ready = {"trajectory_builder": builder, "trainer_adapter": adapter, "trainer": trainer}
-        config, components, unable = config_of(store, workflow, scores, datasets, trust, ready, override)
+        config, components, unable = config_of(
+            store, workflow, reward, evaluators, datasets, trust, ready, override, env
+        )
         run = cls.__new__(cls)
         run._setup(config, components, folder.name, store, unable)
         return run
@@ -1320,7 +1342,8 @@ class Run(RunHistory):
     def _trusted(self) -> Self:
         """The same run of somebody else's folder, with its config as it is once it is trusted."""
         assert self._store is not None  # it was opened from that folder
-        config, components, unable = config_of(self._store, None, {}, {}, trust=True)
+        config, components, unable = config_of(self._store, None, None, None, {}, trust=True)
+        components.environment = self._driver.components.environment
         for kind, name, component in self._driver.components.added():
             components.add(kind, name, component)
         run = type(self).__new__(type(self))
