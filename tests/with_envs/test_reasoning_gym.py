@@ -30,7 +30,8 @@ def knowing(rows: list[dict[str, Any]]) -> FakeAdapter:
 async def test_a_task_goes_through_a_run(name, tmp_path):
     options = {"size": 4, "seed": 5, "system": "default"}
     tasks = reasoning_gym.create_dataset(name, size=4, seed=5)
-    run = ft.Run(env=f"reasoning_gym:{name}", env_options=options, adapter=knowing(list(tasks)), generations=2, output_dir=tmp_path)
+    long = {"sampling": {"max_tokens": 4096}}
+    run = ft.Run(env=f"reasoning_gym:{name}", env_options=options, adapter=knowing(list(tasks)), generations=2, output_dir=tmp_path, **long)
     await run.next_epoch()
     frame = run.trajectories()
     assert len(frame) == 8
@@ -97,16 +98,15 @@ async def test_the_reward_rises_in_three_epochs(tmp_path):
     async def solve(expression, llm):
         return await calculate(expression.replace(" ", ""), llm)
 
-    options = {"size": 40, "seed": 0, "min_terms": 2, "max_terms": 4, "max_digits": 2, "validation": 200}
-    run = ft.Run(
-        solve, env="reasoning_gym:chain_sum", env_options=options, generations=8, validation_interval=1, output_dir=tmp_path
-    )
-    for _ in range(3):
+    options = {"size": 100, "min_terms": 2, "max_terms": 3, "max_digits": 1}
+    training = {"learning_rate": 1e-3}
+    run = ft.Run(solve, env="reasoning_gym:chain_sum", env_options=options, training=training, output_dir=tmp_path)
+    for _ in range(4):
         await run.next_epoch()
     frame = run.trajectories()
     print(frame.groupby("epoch").reward.mean().round(3).to_dict())
-    low, high = interval(frame[frame.epoch == 0])
-    assert frame[frame.epoch == 2].reward.mean() > high
+    before, after = (interval(frame[frame.epoch == epoch]) for epoch in (0, 3))
+    assert after[0] > before[1]
     run.close()
 
 
