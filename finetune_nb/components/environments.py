@@ -6,6 +6,9 @@ components of `_type: environment` are the environment's own.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import json
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -15,6 +18,7 @@ from ..config.sections import Config, EnvironmentSettings
 from ..errors import ConfigError, MissingExtra, RunError, did_you_mean
 from ..hooks import resolve
 from ..interfaces import Environment
+from ..user_code import contained_call
 from .builder import Builder
 from .registry import register_evaluator, register_function
 
@@ -31,6 +35,12 @@ __all__ = [
 
 ENVIRONMENTS = {
     "reasoning_gym": "finetune_nb.environments.reasoning_gym:ReasoningGym",
+    "textarena": "finetune_nb.environments.textarena:TextArena",
+    "gem": "finetune_nb.environments.gem:Gem",
+    "skyrl_gym": "finetune_nb.environments.skyrl_gym:SkyRLGym",
+    "gymnasium": "finetune_nb.environments.gymnasium:Gymnasium",
+    "text": "finetune_nb.environments.text:TextEnvironment",
+    "trl": "finetune_nb.environments.trl:ToolEnvironment",
 }
 """Kind, which is what a name begins with, -> "module:class" of a subclass of Environment. Objects are offered to the classes
 in this order."""
@@ -65,9 +75,15 @@ def environment_from(given: Any, options: Mapping[str, Any] | None = None) -> En
             )
         found = _class_of(kind)
         return _made(found, name, options, f'the environment "{given}"')
+    offered = given
+    if inspect.isroutine(given) or isinstance(given, functools.partial):  # one is made to see what it is
+        offered = contained_call("the function that is given as env", given)
     for kind in ENVIRONMENTS:
         found = _class_of(kind)
-        if found.takes(given):
+        if found.takes(offered):
+            if offered is not given:
+                with contextlib.suppress(Exception):
+                    offered.close()
             return _made(found, given, options, f"an environment of {kind}")
     raise ConfigError(
         f"env is {_name_of(given)!r}, which no kind of environment takes. Expected a name such as "
@@ -115,8 +131,8 @@ def environment_of(builder: Builder) -> Environment:
         section = _section(builder.config)
         if builder.config._received:
             raise RunError(
-                f"environment {section.name!r} is named by a config that came with a run's folder and is not trusted yet. Read it, "
-                "then open the run with trust=True."
+                f"environment {section.name!r} is named by a config that came with a run's folder and is not trusted yet. Read "
+                "it, then open the run with trust=True."
             )
         if section.is_object:
             raise ConfigError(

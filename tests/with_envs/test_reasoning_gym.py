@@ -13,25 +13,34 @@ from finetune_nb.examples.calculator.agent import solve as calculate
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy
 
 pytestmark = pytest.mark.slow
-TASKS = (
-    "ab aiw arc_1d base_conversion basic_arithmetic binary_matrix calendar_arithmetic caesar_cipher chain_sum countdown "
-    "family_relationships gcd knights_knaves letter_counting mini_sudoku n_queens number_sequence prime_factorization "
-    "tower_of_hanoi word_ladder"
-).split()
+TASKS = """
+    ab aiw arc_1d base_conversion basic_arithmetic binary_matrix calendar_arithmetic caesar_cipher chain_sum countdown
+    family_relationships gcd knights_knaves letter_counting mini_sudoku n_queens number_sequence prime_factorization
+    tower_of_hanoi word_ladder
+"""
 
 
 def knowing(rows: list[dict[str, Any]]) -> FakeAdapter:
     """An adapter whose policy knows the stored answers."""
     answers = {row["question"]: row["answer"] for row in rows}
-    return FakeAdapter(policy=ScriptedPolicy(lambda messages, seed: f"<answer>{answers[messages[-1]['content']]}</answer>"))
+    return FakeAdapter(
+        policy=ScriptedPolicy(lambda messages, seed: f"<answer>{answers[messages[-1]['content']]}</answer>")
+    )
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", TASKS.split())
 async def test_a_task_goes_through_a_run(name, tmp_path):
     options = {"size": 4, "seed": 5, "system": "default"}
     tasks = reasoning_gym.create_dataset(name, size=4, seed=5)
-    long = {"sampling": {"max_tokens": 4096}}
-    run = ft.Run(env=f"reasoning_gym:{name}", env_options=options, adapter=knowing(list(tasks)), generations=2, output_dir=tmp_path, **long)
+    adapter = knowing(list(tasks))
+    run = ft.Run(
+        env=f"reasoning_gym:{name}",
+        env_options=options,
+        adapter=adapter,
+        generations=2,
+        sampling={"max_tokens": 4096},
+        output_dir=tmp_path,
+    )
     await run.next_epoch()
     frame = run.trajectories()
     assert len(frame) == 8
