@@ -207,7 +207,7 @@ class Play:
         seed = row.get("seed")
         seed = seed if isinstance(seed, int) else 0
         own = OwnRandom(seed) if self.isolated else None
-        async with CallThread(self.name, lambda: self.make(row), Game.close, own) as thread:
+        async with CallThread(self.name, lambda: self.make(row), _close, own) as thread:
             return await self._episode(thread, seed, row, llm)
 
     async def _episode(self, thread: CallThread, seed: int, row: Mapping[str, Any], llm: Any) -> dict[str, Any]:
@@ -243,6 +243,10 @@ class Play:
             "observation": _messages_of(step.observation)[-1]["content"] if step is not None else "",
             "info": _plain_info(step.info) if step is not None else {},
         }
+
+
+def _close(game: Game) -> Any:
+    return game.close()
 
 
 def step_rewards(output: Mapping[str, Any]) -> list[float]:

@@ -2,9 +2,9 @@
 
     run = ft.Run(env=WordleEnv, reward=reward_func, dataset=rows)
 
-`reset(**row)` begins an episode and may return a text, which is added to the last message of the prompt. Every other public method is
-a tool. The model is asked until it calls none. The reward is what `get_reward()` returns, and what reward functions say that take
-`environments`.
+`reset(**row)` begins an episode and may return a text, which is added to the last message of the prompt. Every other public
+method is a tool. The model is asked until it calls none. The reward is what `get_reward()` returns, and what reward functions say
+that take `environments`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..rewards.functions import GroupReward
 from ..text import text_of
 from ..types import EvalInputItem
 from ..user_code import Parameters, contained
+from .text import options_of
 from .thread import CallThread, OwnRandom
 
 __all__ = [
@@ -72,8 +73,6 @@ class ToolEnvironment(Environment):
         return callable(getattr(kind, "reset", None)) and (bool(tools_of(kind)) or hasattr(kind, "get_reward"))
 
     def __init__(self, given: Any, options: Mapping[str, Any]) -> None:
-        from .text import options_of
-
         self.options: ToolOptions = options_of(ToolOptions, options)
         self.factories: dict[str | None, Callable[[], Any]] = (
             dict(given) if isinstance(given, Mapping) else {None: given}
@@ -121,7 +120,7 @@ class ToolEnvironment(Environment):
     def reward(self) -> Any:
         if not self.own_rewards:
             raise ConfigError(
-                f"the environment has no reward: none of its classes has get_reward(). Give reward=, such as a function of "
+                "the environment has no reward: none of its classes has get_reward(). Give reward=, such as a function of "
                 "`environments`."
             )
         return SumOfRewards(tuple(self.own_rewards))
@@ -137,8 +136,8 @@ class ToolEnvironment(Environment):
         return f"{sources} {self.options!r}"
 
     def adapt_reward(self, reward: Any) -> Any:
-        """Functions of `environments` are called when an episode ends; other functions of TRL as `from_trl` takes them. Several in a
-        list add up as in TRL, without those that are None."""
+        """Functions of `environments` are called when an episode ends; other functions of TRL as `from_trl` takes them. Several
+        in a list add up as in TRL, without those that are None."""
         if isinstance(reward, Mapping):
             taken: dict[str, Any] = {}
             for name, entry in reward.items():
@@ -233,7 +232,10 @@ class UseTools:
                 pool.append(held)  # TRL's classes are made once and reset often: nothing else ends a connection
 
         def make() -> Any:
-            return pool.pop() if pool else of.factories[name]()
+            try:
+                return pool.pop()
+            except IndexError:
+                return of.factories[name]()
 
         seed = row.get("seed")
         own = OwnRandom(seed if isinstance(seed, int) else 0) if of.options.own_random else None
@@ -332,8 +334,8 @@ def _schema_of(method: Callable[..., Any]) -> dict[str, Any]:
         return get_json_schema(method)
     except Exception as error:
         raise ConfigError(
-            f"the tool {getattr(method, '__qualname__', method)!r} has no schema: {error}. Expected typed arguments, and a docstring "
-            "with a line for each of them below `Args:`. A method that is no tool begins with an underscore."
+            f"the tool {getattr(method, '__qualname__', method)!r} has no schema: {error}. Expected typed arguments, and a "
+            "docstring with a line for each of them below `Args:`. A method that is no tool begins with an underscore."
         ) from error
 
 
