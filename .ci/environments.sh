@@ -42,6 +42,13 @@ install_ray() {
   echo 'raise ImportError("its grammar takes seconds to load")' >"$(packages_of "$making")/rfc3987_syntax.py"
 }
 
+# Other people's environments. Some pin versions of what they need that do not go together.
+install_envs() {
+  pip_install -c "$(tests_with envs)/constraints.txt" reasoning-gym textarena gymnasium func-timeout omegaconf \
+    "math-verify[antlr4_13_2]" msgspec fastapi uvicorn fastmcp
+  pip_install --no-deps -c "$(tests_with envs)/constraints.txt" gem-llm skyrl-gym openenv
+}
+
 # Agent libraries that do not go together: all of their packages are pinned.
 install_agents() { pip_install --no-deps -r tests/with_agents/agents.txt; }
 install_agents_strands() { pip_install --no-deps -r tests/with_agents/agents_strands.txt; }

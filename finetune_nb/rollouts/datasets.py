@@ -1,4 +1,5 @@
-"""Datasets: rows from a file (JSON, JSONL, CSV, Parquet), a list of dicts or a DataFrame, as EvalInputItems.
+"""Datasets: rows from a file (JSON, JSONL, CSV, Parquet), a list of dicts, a DataFrame or a Dataset of Hugging Face, as
+EvalInputItems.
 
 Ids are kept as they are, missing ones are made from the row's position, and two rows with one id are an error: a group of
 trajectories belongs to exactly one example. A row without its question stays in; its rollout is then a failure that says so.
@@ -25,6 +26,8 @@ __all__ = [
     "to_items",
 ]
 
+TRL_COLUMNS = {"question": "prompt", "answer": "solution"}
+"""What TRL calls the columns of question and answer."""
 _SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -59,8 +62,15 @@ def read_rows(source: Any, id_key: str = "id") -> list[dict[str, Any]]:
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
         return _rows_of_frame(source)
     if not isinstance(source, str | Path):
+        if isinstance(source, Mapping) and source and all(hasattr(each, "column_names") for each in source.values()):
+            splits = ", ".join(map(repr, source))
+            raise DatasetError(
+                f"a {type(source).__name__} has several datasets: {splits}. Choose one of them by its name."
+            )
         if isinstance(source, Mapping) or not isinstance(source, Iterable):
-            raise DatasetError(f"a dataset is a file, a list of dicts or a DataFrame; got {type(source).__name__}.")
+            raise DatasetError(
+                f"a dataset is a file, a list of dicts, a DataFrame or a Dataset; got {type(source).__name__}."
+            )
         return [_row(row, i, "the list") for i, row in enumerate(source)]
     path = Path(source)
     kind = _SUFFIXES.get(path.suffix.lower())
@@ -125,14 +135,15 @@ def to_items(
 ) -> list[EvalInputItem]:
     """Rows as items: `structure` names the columns of question and answer (with `disable`, the whole row is the input).
 
-    A column that the config does not name itself may be missing: agent and reward may take others by their names.
+    A column that the config does not name itself may be missing: agent and reward may take others by their names. In place of
+    one that is missing, the name that TRL has for it counts.
     """
     config = config or EvalDatasetBaseConfig()
     rows = [row for row in rows if _passes(row, config.filter)]
     if not rows:
         raise DatasetError(f"{where} is empty. At least one row is needed (after its filters).")
     structure, columns = config.structure, list(dict.fromkeys(key for row in rows for key in row))
-    question = structure.question_key
+    question, answer = structure.question_key, structure.answer_key
     named = {
         key: getattr(structure, key) for key in ("question_key", "answer_key") if key in structure.model_fields_set
     }
@@ -143,12 +154,16 @@ def to_items(
                 f"{where} has no column {column!r} for the {what}. {did_you_mean(column, columns)} "
                 f"Name it: {what}=... of Run, eval.general.dataset.structure.{key} in a config."
             )
+    if "question_key" not in named and question not in columns:
+        question = TRL_COLUMNS["question"]
+    if "answer_key" not in named and answer not in columns:
+        answer = TRL_COLUMNS["answer"]
     ids = _ids([row.get(config.id_key) for row in rows], where)
     return [
         EvalInputItem(
             id=row_id,
             input_obj=row if structure.disable else row.get(question),
-            expected_output_obj=row.get(structure.answer_key),
+            expected_output_obj=row.get(answer),
             full_dataset_entry=row,
         )
         for row_id, row in zip(ids, rows, strict=True)

@@ -81,12 +81,13 @@ class Run(RunHistory):
             `item`, `trajectory`, `group`, or a column of the dataset). It returns a number, None where there is no reward, a
             dict of scores that are added up, or a list with one number a sampled turn. Several rewards are a list, or a dict
             of functions or (function, weight): the weighted sum is the reward. See also `group_reward` and `from_trl`.
-        dataset: A JSON, JSONL, CSV or Parquet file, a list of dicts, or a DataFrame.
+        dataset: A JSON, JSONL, CSV or Parquet file, a list of dicts, a DataFrame, or a Dataset of Hugging Face.
         env: Somebody else's environment, of which agent, reward and dataset are taken where they are not given here: a name
             such as "reasoning_gym:basic_arithmetic", or an object or a class of the environment's own.
         env_options: How it is used, such as {"size": 200}: see the reference of environments.
-        question: The column that is the agent's `question`. Default: "question", if there is one.
-        answer: The column that is the item's expected output. Default: "answer", if there is one.
+        question: The column that is the agent's `question`. Default: "question" or, as in TRL, "prompt", if there is one.
+        answer: The column that is the item's expected output. Default: "answer" or, as in TRL, "solution", if
+            there is one.
         model: "embedded" (a tiny transformer that learns on a CPU), or the directory or name of a Hugging Face causal LM.
         generations: Rollouts of each example, the size of a group.
         examples_per_epoch: Examples drawn for an epoch; None: all.

@@ -5,10 +5,12 @@ import json
 import pandas as pd
 import pytest
 
+import finetune_nb as ft
 from finetune_nb.config import EvalDatasetBaseConfig, EvalDatasetStructureConfig
 from finetune_nb.errors import DatasetError, WorkflowError
 from finetune_nb.rollouts.datasets import load_dataset, to_items
 from finetune_nb.rollouts.workflow import Workflow
+from finetune_nb.testing import FakeAdapter, ScriptedPolicy
 
 ROWS = [{"id": "007", "question": "3+4", "answer": "7"}, {"id": "b", "question": "1+1", "answer": "2"}]
 
@@ -71,7 +73,7 @@ def test_a_bad_file_is_a_clear_error(tmp_path, text, message):
 
 
 def test_a_column_that_nothing_names_may_be_missing():
-    rows = [{"prompt": "1+1", "solution": "2"}]
+    rows = [{"statement": "1+1", "result": "2"}]
     item = to_items(rows)[0]
     assert (item.input_obj, item.expected_output_obj, item.full_dataset_entry) == (None, None, rows[0])
 
@@ -126,3 +128,50 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert len(load_dataset(path)) == 2
     path.write_text(json.dumps([*ROWS, {"id": "c", "question": "2+2", "answer": "4"}]))
     assert len(load_dataset(path)) == 3
+
+
+def trl_rows():
+    from datasets import Dataset
+
+    conversation = [{"role": "user", "content": "3+4"}]
+    return Dataset.from_dict({"prompt": [conversation, conversation], "solution": ["7", "8"], "level": [1, 2]})
+
+
+@pytest.mark.slow
+def test_a_dataset_of_hugging_face_is_taken_with_the_columns_of_trl():
+    for source in (trl_rows(), trl_rows().to_iterable_dataset(), trl_rows().with_format("numpy").with_format(None)):
+        items = load_dataset(source)
+        assert [item.input_obj for item in items] == [[{"role": "user", "content": "3+4"}]] * 2
+        assert [item.expected_output_obj for item in items] == ["7", "8"]
+        assert [item.full_dataset_entry["level"] for item in items] == [1, 2]
+
+
+def test_columns_that_have_our_names_or_are_named_come_before_those_of_trl():
+    row = {"question": "a", "prompt": "b", "text": "c", "answer": "d", "solution": "e"}
+    assert (to_items([row])[0].input_obj, to_items([row])[0].expected_output_obj) == ("a", "d")
+    named = EvalDatasetBaseConfig(structure=EvalDatasetStructureConfig(question_key="text", answer_key="solution"))
+    item = to_items([row], named)[0]
+    assert (item.input_obj, item.expected_output_obj) == ("c", "e")
+
+
+@pytest.mark.slow
+def test_several_datasets_at_once_are_told_apart_by_their_names():
+    from datasets import DatasetDict
+
+    with pytest.raises(DatasetError, match="a DatasetDict has several datasets: 'train', 'test'. Choose one"):
+        load_dataset(DatasetDict(train=trl_rows(), test=trl_rows()))
+
+
+async def test_a_run_takes_a_dataset_of_trl_and_its_reward_function_as_they_are(tmp_path):
+    def accuracy(completions, solution, **kwargs):
+        return [float(each[0]["content"] == right) for each, right in zip(completions, solution, strict=True)]
+
+    async def answer(prompt, llm):
+        return (await llm.chat(prompt)).content
+
+    adapter = FakeAdapter(policy=ScriptedPolicy(lambda messages, seed: "7"))
+    rows = [{"prompt": [{"role": "user", "content": "3+4"}], "solution": solution} for solution in ("7", "8")]
+    run = ft.Run(answer, ft.from_trl(accuracy), rows, adapter=adapter, generations=2, output_dir=tmp_path)
+    await run.next_epoch()
+    assert run.trajectories().reward.tolist() == [1.0, 1.0, 0.0, 0.0]
+    run.close()
