@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from typing import Any
 
 import pytest
+from tool_calls import Calling, tries
 
 import finetune_nb as ft
 from finetune_nb.components.environments import environment_from
 from finetune_nb.environments.trl import tools_of
 from finetune_nb.errors import ConfigError
-from finetune_nb.testing import FakeAdapter, ScriptedPolicy
-
-
-class Calling(ScriptedPolicy):
-    """A reply such as 'guess {"number": 3}' calls the tool."""
-
-    def parse(self, ids: Any) -> dict[str, Any]:
-        message = super().parse(ids)
-        name, brace, arguments = message["content"].partition("{")
-        if not brace:
-            return message
-        function = {"name": name.strip(), "arguments": brace + arguments}
-        return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+from finetune_nb.testing import FakeAdapter
 
 
 class Guessing:
@@ -64,16 +52,6 @@ def reward_func(environments, **kwargs) -> list[float]:
 
 
 ROWS = [{"prompt": [{"role": "user", "content": "Guess."}], "target": target} for target in (2, 7)]
-
-
-def tries(*numbers: int) -> Any:
-    """A script that guesses one number after the other, and then says that it is done."""
-
-    def script(messages, seed):
-        turn = sum(message["role"] == "assistant" for message in messages)
-        return "guess " + json.dumps({"number": numbers[turn]}) if turn < len(numbers) else "done"
-
-    return script
 
 
 @pytest.fixture(autouse=True)
