@@ -30,13 +30,19 @@ def test_there_are_notebooks():
         "07_rewards.ipynb",
         "08_maths_grpo.ipynb",
         "09_one_gpu.ipynb",
+        "10_environments.ipynb",
     ]
+
+
+NEEDS = {"10_environments": "textarena"}
+"""What a notebook needs beside the extra "dev"; tests/with_envs runs it."""
 
 
 @pytest.mark.slow
 @pytest.mark.proof
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 async def test_notebook_runs_top_to_bottom(path, tmp_path):
+    pytest.importorskip(NEEDS.get(path.stem, "torch"))
     notebook = nbformat.read(path, as_version=4)
     set_parameters(notebook, CONFIG=None, SEED=0, EPOCHS=3, NAME="test")
     takes_config = any("from_config(CONFIG" in cell.source for cell in notebook.cells)

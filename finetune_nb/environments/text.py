@@ -229,7 +229,9 @@ class Play:
                 ended = "done" if step.done else "truncated"
                 break
             shown = _messages_of(step.observation)
-        final = await thread.call("final_reward()", game.final_reward)
+        final = None
+        if type(game).final_reward is not Game.final_reward:
+            final = await thread.call("final_reward()", game.final_reward)
         if final is not None:
             rewards[-1] = (rewards[-1] or 0.0) + _number(final, self.name)  # type: ignore[operator]
         if ended == "turn limit" and all(reward is None for reward in rewards):

@@ -119,8 +119,11 @@ class CallThread:
                 elif closed is not None:
                     loop.call_soon_threadsafe(_settle, closed, None, None)
 
-        # Whether something is made when the rollout is cancelled is known only in the thread.
-        self._work.put((lambda: self._close(self.held) if self._is_made else None, settle))
+        def close() -> Any:
+            # Whether something is made when the rollout is cancelled is known only in the thread.
+            return self._close(self.held) if self._is_made else None
+
+        self._work.put((close, settle))
         self._work.put(None)
 
     def _serve(self) -> None:
