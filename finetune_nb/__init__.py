@@ -31,7 +31,7 @@ _NAMES = {
     "threads": ("enable_nested_asyncio", "run_sync"),
     "components.loading": ("load_config",),
     # what components are made of
-    "interfaces": ("Policy", "Trainer", "TrainerAdapter", "TrajectoryBuilder"),
+    "interfaces": ("Environment", "Policy", "Trainer", "TrainerAdapter", "TrajectoryBuilder"),
     "components.builder": ("Builder",),
     "components.info": ("EvaluatorInfo", "FunctionInfo"),
     "rewards.base_evaluator": ("BaseEvaluator",),
@@ -137,6 +137,7 @@ if TYPE_CHECKING:
     from .engine.sinks import MetricsSink as MetricsSink
     from .engine.sinks import WandbSink as WandbSink
     from .errors import *  # noqa: F403
+    from .interfaces import Environment as Environment
     from .interfaces import Policy as Policy
     from .interfaces import Trainer as Trainer
     from .interfaces import TrainerAdapter as TrainerAdapter

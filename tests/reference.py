@@ -37,6 +37,7 @@ SECTIONS = {
     "run": config.RunSettings,
     "run.ray": config.RaySettings,
     "run.gateway": config.GatewaySettings,
+    "run.environment": config.EnvironmentSettings,
 }
 PLACES = {
     "llm_provider": "llms",
@@ -51,8 +52,8 @@ GROUPS = {
     "The notebook": "Run compare runs load_config run_sync enable_nested_asyncio CurriculumSettings",
     "Rewards": "group_reward from_trl judge label_reward length_penalty overlong_penalty retrying step_rewards",
     "Where numbers go": "MetricsSink JsonlSink WandbSink",
-    "Contracts of components": "TrajectoryBuilder TrainerAdapter Trainer Policy Builder BaseEvaluator EvaluatorInfo FunctionInfo"
-    " Context push_step episode_from_steps",
+    "Contracts of components": "TrajectoryBuilder TrainerAdapter Trainer Policy Environment Builder BaseEvaluator EvaluatorInfo"
+    " FunctionInfo Context push_step episode_from_steps",
     "Registering components": "register_trajectory_builder register_trainer_adapter register_trainer register_evaluator"
     " register_function register_llm_provider",
     "Components that come with it": "EvalTrajectoryBuilder EpochTrainer EvaluationRun",
