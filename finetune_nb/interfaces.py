@@ -174,6 +174,9 @@ class Environment(ABC):
 
         Args:
             given: What the user passed; never a text.
+
+        Returns:
+            True if it is.
         """
         return False
 

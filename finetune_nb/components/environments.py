@@ -144,11 +144,11 @@ def environment_of(builder: Builder) -> Environment:
 
 
 def rows_of(builder: Builder, name: str) -> list[dict[str, Any]] | None:
-    """The rows that a dataset's name stands for.
+    """Find the rows of a dataset by its name in the config.
 
     Args:
         builder: The run's components.
-        name: As it is in the config.
+        name: The name.
 
     Returns:
         Rows that were given under that name, or the environment's tasks; None for another name, such as a file's.

@@ -38,7 +38,7 @@ class Gem(TextEnvironment):
 
     def __init__(self, given: Any, options: Mapping[str, Any]) -> None:
         try:
-            from gem.envs.registration import ENV_REGISTRY
+            from gem.envs.registration import ENV_REGISTRY  # type: ignore[import-not-found]
         except ImportError as error:
             raise MissingExtra("GEM's environments", "", self.package) from error
 
@@ -62,9 +62,9 @@ class MakeGame:
         self.name, self.arguments = name, dict(arguments)
 
     def __call__(self, row: Mapping[str, Any]) -> Game:
-        import gem
+        from gem import make  # type: ignore
 
-        return GemGame(gem.make(self.name, **self.arguments))
+        return GemGame(make(self.name, **self.arguments))
 
 
 class GemGame(GymGame):

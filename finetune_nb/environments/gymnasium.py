@@ -36,18 +36,18 @@ class Gymnasium(TextEnvironment):
 
     def __init__(self, given: Any, options: Mapping[str, Any]) -> None:
         try:
-            import gymnasium
+            from gymnasium import make, spaces  # type: ignore
         except ImportError as error:
             raise MissingExtra("gymnasium's environments", "", self.package) from error
 
         self.options = options_of(TextOptions, options)
         try:
-            env = gymnasium.make(given, **self.options.make)
+            env = make(given, **self.options.make)
         except Exception as error:
             raise ConfigError(f"gymnasium cannot make {given!r}: {type(error).__name__}: {error}") from error
         actions = env.action_space
         env.close()
-        if not isinstance(actions, gymnasium.spaces.Text):
+        if not isinstance(actions, spaces.Text):
             raise ConfigError(
                 f"gymnasium's {given!r} takes actions of {actions}; expected texts (gymnasium.spaces.Text). Wrap it: a class "
                 "with reset() and step(text) that turns the model's words into its actions is taken as env, too."
@@ -69,6 +69,6 @@ class MakeGame:
         self.name, self.arguments = name, dict(arguments)
 
     def __call__(self, row: Mapping[str, Any]) -> Game:
-        import gymnasium
+        from gymnasium import make  # type: ignore
 
-        return GymGame(gymnasium.make(self.name, **self.arguments))
+        return GymGame(make(self.name, **self.arguments))

@@ -51,8 +51,8 @@ class ReasoningGym(Environment):
 
     def __init__(self, given: Any, options: Mapping[str, Any]) -> None:
         try:
-            from reasoning_gym.factory import DATASETS
-            from reasoning_gym.utils import SYSTEM_PROMPTS
+            from reasoning_gym.factory import DATASETS  # type: ignore[import-not-found]
+            from reasoning_gym.utils import SYSTEM_PROMPTS  # type: ignore[import-not-found]
         except ImportError as error:
             raise MissingExtra("reasoning-gym's tasks", "", self.package) from error
 
@@ -157,7 +157,7 @@ def answer_in(reply: str) -> str:
 
 
 def _create(name: str, options: Mapping[str, Any]) -> Any:
-    from reasoning_gym.factory import DATASETS, create_curriculum, has_curriculum
+    from reasoning_gym.factory import DATASETS, create_curriculum, has_curriculum  # type: ignore[import-not-found]
 
     dataset_class, config_class = DATASETS[name]
     rest = {"size": 200, "seed": 0, **options}

@@ -37,7 +37,7 @@ class SkyRLGym(TextEnvironment):
 
     def __init__(self, given: Any, options: Mapping[str, Any]) -> None:
         try:
-            from skyrl_gym.envs.registration import registry
+            from skyrl_gym.envs.registration import registry  # type: ignore[import-not-found]
         except ImportError as error:
             raise MissingExtra("skyrl-gym's environments", "", self.package) from error
 
@@ -69,9 +69,9 @@ class MakeGame:
         self.name, self.arguments = name, dict(arguments)
 
     def __call__(self, row: Mapping[str, Any]) -> Game:
-        import skyrl_gym
+        from skyrl_gym import make  # type: ignore
 
-        return SkyRLGame(skyrl_gym.make(self.name, env_config=self.arguments, extras=dict(row)))
+        return SkyRLGame(make(self.name, env_config=self.arguments, extras=dict(row)))
 
 
 class SkyRLGame(GymGame):

@@ -277,12 +277,13 @@ def _require_reward(output: Mapping[str, Any]) -> None:
 # ── what environments return ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def step_of(found: Any) -> Step:
+def step_of(returned: Any) -> Step:
     """What a step returned: five values, four, a mapping or an object with observation, reward and done.
 
     Raises:
         WorkflowError: It is none of these.
     """
+    found = returned
     if isinstance(found, Step):
         return found
     if isinstance(found, tuple) and len(found) == 5:
@@ -295,7 +296,7 @@ def step_of(found: Any) -> Step:
         observation = found.get("observations", found.get("observation"))
         return Step(observation, found.get("reward"), found["done"], info=found.get("metadata") or found.get("info"))
     if all(hasattr(found, name) for name in ("observation", "reward", "done")):
-        return Step(found.observation, found.reward, found.done, info=getattr(found, "metadata", None))
+        return Step(returned.observation, returned.reward, returned.done, info=getattr(returned, "metadata", None))
     shape = f"a tuple of {len(found)}" if isinstance(found, tuple) else type(found).__name__
     raise WorkflowError(
         f"step() returned {shape}; expected (observation, reward, terminated, truncated, info), (observation, reward, done, "

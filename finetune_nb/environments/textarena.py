@@ -42,7 +42,7 @@ class TextArena(TextEnvironment):
 
     def __init__(self, given: Any, options: Mapping[str, Any]) -> None:
         try:
-            from textarena.envs.registration import ENV_REGISTRY
+            from textarena.envs.registration import ENV_REGISTRY  # type: ignore[import-not-found]
         except ImportError as error:
             raise MissingExtra("TextArena's games", "", self.package) from error
 
@@ -55,7 +55,7 @@ class TextArena(TextEnvironment):
                     'env="textarena:TowerOfHanoi-v0".'
                 )
             raise ConfigError(f"TextArena has no game {name!r}. {did_you_mean(str(name), ENV_REGISTRY)}")
-        self.given = self.name = name
+        self.given = self.name = str(name)
 
     def maker(self) -> Callable[[Mapping[str, Any]], Game]:
         return MakeGame(self.name, self.options.make)
@@ -72,9 +72,9 @@ class MakeGame:
         self.name, self.arguments = name, dict(arguments)
 
     def __call__(self, row: Mapping[str, Any]) -> Game:
-        import textarena
+        from textarena import make  # type: ignore
 
-        return ArenaGame(textarena.make(self.name, **self.arguments))
+        return ArenaGame(make(self.name, **self.arguments))
 
 
 class ArenaGame(Game):

@@ -327,7 +327,7 @@ def tools_of(kind: type) -> list[str]:
 
 def _schema_of(method: Callable[..., Any]) -> dict[str, Any]:
     try:
-        from transformers.utils import get_json_schema
+        from transformers.utils.chat_template_utils import get_json_schema
     except ImportError as error:
         raise MissingExtra("an environment whose methods are tools", "local") from error
     try:

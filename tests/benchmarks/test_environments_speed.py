@@ -91,6 +91,7 @@ def test_256_games_at_once_leave_nothing_behind(tmp_path):
     sizes = []
     for epoch in range(25):
         ft.run_sync(run.next_epoch())
+        adapter.submitted.clear()
         if epoch in (4, 24):
             sizes.append(resident())
     print(f"\n{Counted.most} games at once; {(sizes[1] - sizes[0]):.1f} MB more after 20 epochs of 256 games")

@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
 import finetune_nb as ft
@@ -305,13 +306,25 @@ async def test_with_a_random_state_of_its_own_a_seed_is_one_episode():
 
 
 def test_the_global_generators_are_given_back():
-    before, own = random.getstate(), thread.OwnRandom(3)
-    with own.in_force():
-        first = random.random()
-    assert random.getstate() == before
-    with own.in_force():
-        assert random.random() != first
-    assert random.getstate() == before
+    def draw() -> tuple[float, float]:
+        return random.random(), float(np.random.random())
+
+    random.seed(7)
+    np.random.seed(7)
+    expected = [draw(), draw(), draw()]
+    random.seed(7)
+    np.random.seed(7)
+    own, twin = thread.OwnRandom(3), thread.OwnRandom(3)
+    drawn = {own: [], twin: []}
+    found = []
+    for _ in range(3):
+        found.append(draw())
+        for each in (own, twin):
+            with each.in_force():
+                drawn[each].append(draw())
+    assert found == expected
+    assert drawn[own] == drawn[twin]
+    assert len(set(drawn[own])) == 3
 
 
 async def test_a_reward_that_never_comes_is_missing_and_says_what_to_do():
