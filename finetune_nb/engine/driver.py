@@ -419,6 +419,8 @@ class Driver:
             )
             return None
         in_progress = EpochInProgress.again(left)
+        if not (isinstance(self.trainer, EpochTrainer) and self.trainer.overlaps):
+            in_progress.find_lag(left.policy_version)  # of an epoch that was sampled ahead nobody knows it any more
         self.progress = in_progress.progress
         await self.writer.on_epoch_resumed(left.index)
         with self._observer.observing(in_progress):

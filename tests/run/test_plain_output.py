@@ -101,7 +101,7 @@ def test_the_runs_command_shows_control_characters_as_symbols(column, whole, tmp
     sql(tmp_path / "received", f"UPDATE run SET {column} = ?, parent_epoch = 0", value)
     (tmp_path / "torn\x1b[2J").mkdir()
     (tmp_path / "torn\x1b[2J" / "run.db").write_bytes(b"torn")
-    command = [sys.executable, "-m", "finetune_nb.cli", "runs", str(tmp_path)]
+    command = [sys.executable, "-m", "finetune_nb", "runs", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, timeout=60)
     said = (done.stdout + done.stderr).decode()
     assert not CONTROL.search(said) and "␛" in said

@@ -31,7 +31,7 @@ NAT = [sys.executable, "-c", "from nat.cli.main import run_cli; run_cli()", "--l
 def art_server(model: Path, host: str, folder: Path, *options: str) -> Iterator[Path]:
     """`finetune-nb art-server` on an address of its own; the folder of the models of its steps."""
     models = folder / "models"
-    command = [sys.executable, "-m", "finetune_nb.cli", "art-server", "--model", str(model), "--host", host]
+    command = [sys.executable, "-m", "finetune_nb", "art-server", "--model", str(model), "--host", host]
     command += ["--port", "7623", "--out", str(models), *options]
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(
