@@ -34,15 +34,14 @@ def test_there_are_notebooks():
     ]
 
 
-NEEDS = {"10_environments": "textarena"}
-"""What a notebook needs beside the extra "dev"; tests/with_envs runs it."""
+ELSEWHERE = {"10_environments"}
+"""What needs more than the extra "dev"; tests/with_envs runs it."""
 
 
 @pytest.mark.slow
 @pytest.mark.proof
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in ELSEWHERE], ids=lambda path: path.stem)
 async def test_notebook_runs_top_to_bottom(path, tmp_path):
-    pytest.importorskip(NEEDS.get(path.stem, "torch"))
     notebook = nbformat.read(path, as_version=4)
     set_parameters(notebook, CONFIG=None, SEED=0, EPOCHS=3, NAME="test")
     takes_config = any("from_config(CONFIG" in cell.source for cell in notebook.cells)

@@ -7,7 +7,6 @@ import typing
 
 import pytest
 import typing_extensions
-from toolkit_checkout import code_of_page
 
 import finetune_nb as ft
 from finetune_nb.rewards.scoring import evaluate_items
@@ -19,8 +18,14 @@ pytestmark = pytest.mark.slow
 PAGE = "extend/custom-components/custom-evaluator.md"
 
 
+def code_of_page(checkout, page):
+    """The Python samples of a page, in order. page: its path below docs/source."""
+    text = (checkout / "docs" / "source" / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
 @pytest.fixture
-def samples(tmp_path, monkeypatch):
+def samples(checkout, tmp_path, monkeypatch):
     """A package with the page's modules, registered as the page says. Only `nat` is `finetune_nb` in their imports."""
     package = tmp_path / "page_of_evaluators"
     package.mkdir()
@@ -29,7 +34,7 @@ def samples(tmp_path, monkeypatch):
         "similarity_evaluator": "class SimilarityEvaluator(",
         "atif_only_evaluator_register": "register_atif_cosine_similarity_evaluator(",
     }
-    blocks = code_of_page(PAGE)
+    blocks = code_of_page(checkout, PAGE)
     (package / "__init__.py").write_text("")
     for name, said in files.items():
         (code,) = [block for block in blocks if said in block]
