@@ -71,10 +71,11 @@ def notebooks_folder() -> Path:
 
 
 def set_parameters(notebook: Any, **values: Any) -> None:
-    """Replaces the source of the cell that is tagged "parameters"."""
+    """Sets values in the cell that is tagged "parameters". What it sets beside them stays."""
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", ()):
-            cell.source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+            others = [line for line in cell.source.splitlines() if line.partition(" = ")[0] not in values]
+            cell.source = "\n".join([*others, *(f"{name} = {value!r}" for name, value in values.items())])
             return
     raise FinetuneError(f"{_NOTEBOOK} has no cell tagged 'parameters'.")
 
