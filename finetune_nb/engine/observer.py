@@ -137,6 +137,8 @@ class TrainerObserver:
         finally:
             progress.reset(token)
             self.in_progress = None
+            # Contexts of tasks that outlive the epoch have its progress; they must not keep its rollouts.
+            in_progress.progress.on_result = None
 
     @property
     def version(self) -> int | None:
