@@ -46,7 +46,7 @@ async def by_hand(seed: int, llm: Any) -> list[float]:
     return rewards
 
 
-@pytest.mark.parametrize(("own_random", "limit"), [(False, 1.6), (True, 2.0)])
+@pytest.mark.parametrize(("own_random", "limit"), [(False, 1.8), (True, 2.2)])
 def test_the_loop_adds_little_to_a_rollout(tmp_path, own_random, limit):
     """Rollouts of the embedded model without their training: 128 episodes of three turns."""
     rows = [{"id": str(seed), "seed": seed} for seed in range(128)]
