@@ -22,7 +22,7 @@ from .. import __version__
 from ..errors import FinetuneError, MissingExtra
 from ..redaction import error_text
 from ..text import plain
-from .output import PlainFormatter, complain, say
+from .output import complain, say, show_log_records
 
 __all__ = [
     "main",
@@ -309,9 +309,7 @@ def _art_server(arguments: argparse.Namespace) -> int:
     import asyncio
     import logging
 
-    handler = logging.StreamHandler()
-    handler.setFormatter(PlainFormatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    show_log_records(logging.INFO, "%(message)s")
     from ..backends.art_server.server import serve
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "out", "traceback")}

@@ -14,6 +14,7 @@ __all__ = [
     "PlainFormatter",
     "complain",
     "say",
+    "show_log_records",
     "without_colours",
 ]
 
@@ -47,3 +48,15 @@ class PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return plain(super().format(record))
+
+
+def show_log_records(level: int, layout: str) -> None:
+    """Print the log records of all libraries to standard error, without control characters.
+
+    Args:
+        level: From which level on, such as logging.WARNING.
+        layout: As `logging.Formatter` takes it.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter(layout))
+    logging.basicConfig(level=level, handlers=[handler])

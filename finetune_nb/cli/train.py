@@ -17,7 +17,7 @@ from ..engine.state import ACTIVE, State
 from ..errors import ConfigError
 from ..run.run import Run
 from ..text import count, number
-from .output import PlainFormatter, complain, say
+from .output import complain, say, show_log_records
 
 __all__ = [
     "import_code",
@@ -55,7 +55,7 @@ def run_config(
     """
     if not config.is_file():
         raise ConfigError(f"there is no file {config}. Name the YAML file of the run.")
-    _show_log_records()
+    show_log_records(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
     for each in code:
         import_code(each)
     overrides = {path.replace(".", "__"): value for path, value in settings}
@@ -134,10 +134,3 @@ def import_code(name: str) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
-
-
-def _show_log_records() -> None:
-    """Warnings of libraries reach the terminal, without control characters."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])

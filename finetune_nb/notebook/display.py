@@ -105,24 +105,17 @@ async def watch_progress(
 ) -> T:
     """Awaits `work`. In a notebook, shows meanwhile what `show(done)` returns, at most twice a second; elsewhere calls `tick`."""
     progress = CellProgress(show) if in_notebook() else None
-    if progress is None and tick is None:
+    if progress is not None:
+        tick = progress.tick
+    if tick is None:
         return await work
     task = asyncio.ensure_future(work)
     try:
-        while True:
-            done, _ = await asyncio.wait({task}, timeout=INTERVAL)
-            if progress is None:
-                assert tick is not None
-                if done:
-                    return task.result()
-                tick()
-            elif not done:
-                progress.tick()
-            elif task.cancelled() or task.exception() is not None:
-                return task.result()
-            else:
-                progress.tick(done=True)
-                return task.result()
+        while not (await asyncio.wait({task}, timeout=INTERVAL))[0]:
+            tick()
+        if progress is not None and not task.cancelled() and task.exception() is None:
+            progress.tick(done=True)
+        return task.result()
     except asyncio.CancelledError:
         task.cancel()
         await asyncio.wait({task}, timeout=2.0)

@@ -39,9 +39,7 @@ class TerminalBar:
             self.moves = sys.stderr.isatty()
 
     def show(self, line: ProgressLine) -> None:
-        """Draws how far something is."""
-        if not self.moves:
-            return
+        """Draws how far something is. Only where it `moves`."""
         with contextlib.suppress(OSError, ValueError):  # the terminal may be closed
             if self._bar is None:
                 from tqdm import tqdm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -12,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..llms.call_recorder import arguments_of
 from ..text import text_of
 from ..types import EpisodeItem, EpisodeItemRole, EvalInputItem, EvalOutput, EvalOutputItem, MessageKey, Trajectory
-from ..user_code import contained
-from .verdicts import no_score, output_of
+from .base_evaluator import score_each
 
 __all__ = [
     "AtifBaseEvaluator",
@@ -120,16 +118,9 @@ class AtifBaseEvaluator(ABC):
             One verdict a rollout, in their order. One for which `evaluate_atif_item` raised has no score, and the error. (The
             Toolkit gives it a score of 0.)
         """
-        gate = asyncio.Semaphore(self.max_concurrency)
-
-        async def verdict_on(sample: AtifEvalSample) -> EvalOutputItem:
-            async with gate:
-                try:
-                    return await contained(f"evaluator {type(self).__name__}", self.evaluate_atif_item(sample))
-                except Exception as error:
-                    return no_score(sample.item_id, error)
-
-        return output_of(await asyncio.gather(*map(verdict_on, atif_samples)))
+        return await score_each(
+            self, atif_samples, self.evaluate_atif_item, [sample.item_id for sample in atif_samples]
+        )
 
 
 def atif_sample(item: EvalInputItem, trajectory: Trajectory) -> AtifEvalSample:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from ..types import EvalInput, EvalInputItem, EvalOutput, EvalOutputItem
 from ..user_code import contained
@@ -11,7 +13,10 @@ from .verdicts import no_score, output_of
 
 __all__ = [
     "BaseEvaluator",
+    "score_each",
 ]
+
+T = TypeVar("T")
 
 
 class BaseEvaluator(ABC):
@@ -46,13 +51,22 @@ class BaseEvaluator(ABC):
             One verdict a rollout, in their order. One for which `evaluate_item` raised has no score, and the error. (The Toolkit
             gives it a score of 0.)
         """
-        gate = asyncio.Semaphore(self.max_concurrency)
+        items = eval_input.eval_input_items
+        return await score_each(self, items, self.evaluate_item, [item.id for item in items])
 
-        async def verdict_on(item: EvalInputItem) -> EvalOutputItem:
-            async with gate:
-                try:
-                    return await contained(f"evaluator {type(self).__name__}", self.evaluate_item(item))
-                except Exception as error:
-                    return no_score(item.id, error)
 
-        return output_of(await asyncio.gather(*map(verdict_on, eval_input.eval_input_items)))
+async def score_each(
+    evaluator: Any, items: Sequence[T], score: Callable[[T], Coroutine[Any, Any, EvalOutputItem]], ids: Sequence[Any]
+) -> EvalOutput:
+    """Scores items one by one, as many at a time as the evaluator's `max_concurrency` says. One for which `score` raised has no
+    score, and the error."""
+    gate = asyncio.Semaphore(evaluator.max_concurrency)
+
+    async def verdict_on(item: T, item_id: Any) -> EvalOutputItem:
+        async with gate:
+            try:
+                return await contained(f"evaluator {type(evaluator).__name__}", score(item))
+            except Exception as error:
+                return no_score(item_id, error)
+
+    return output_of(await asyncio.gather(*map(verdict_on, items, ids)))

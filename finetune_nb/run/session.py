@@ -170,14 +170,16 @@ class Session:
         gets a line for each epoch."""
         self.require_outside("wait")
         deadline = None if timeout is None else time.monotonic() + timeout
-        pressed, shown = InterruptHandler(self), CellProgress(progress)
+        pressed, shown, script = InterruptHandler(self), CellProgress(progress), self._script(lines)
         with interrupts(pressed.first, pressed.second):
             while not self.state.wait(0.1):
                 shown.tick()
-                self._tell_script(lines, progress)
+                if script is not None:
+                    script.tell(self.state, progress)
                 if self._given_up() or (deadline is not None and time.monotonic() >= deadline):
                     break
-            self._settle_script(lines)
+            if script is not None:
+                script.settle()
             shown.tick(done=not self.state.active and self.state.error is None)
         self._after_waiting(pressed.aborted)
 
@@ -186,27 +188,26 @@ class Session:
         self.require_outside("wait_async")
         deadline = None if timeout is None else time.monotonic() + timeout
 
+        script = self._script(lines)
+
         async def waiting() -> None:
             while self.state.active and not self._given_up():
                 await asyncio.sleep(0.05)
-                self._tell_script(lines, progress)
+                if script is not None:
+                    script.tell(self.state, progress)
                 if deadline is not None and time.monotonic() >= deadline:
                     return
 
         pressed = InterruptHandler(self)
         with interrupts(pressed.first, pressed.second):
             await watch_progress(waiting(), progress)
-        self._settle_script(lines)
+        if script is not None:
+            script.settle()
         self._after_waiting(pressed.aborted)
 
-    def _tell_script(self, lines: bool, progress: Callable[[bool], ProgressLine]) -> None:
-        """Shows a script how far the run is. A notebook's cell shows its progress instead."""
-        if lines and self.lines is not None and not in_kernel():
-            self.lines.tell(self.state, progress)
-
-    def _settle_script(self, lines: bool) -> None:
-        if lines and self.lines is not None and not in_kernel():
-            self.lines.settle()
+    def _script(self, lines: bool) -> ScriptLines | None:
+        """What a script is shown while it waits. A notebook's cell shows its progress instead."""
+        return self.lines if lines and not in_kernel() else None
 
     def _after_waiting(self, aborted: bool) -> None:
         if self.record is not None and in_notebook():
@@ -273,7 +274,7 @@ class ScriptLines:
         if paused is not None and paused != self._paused:
             bar.print(f"{paused}. run.resume() continues the run, run.stop() ends it.")
         self._paused = paused
-        if paused is None:
+        if paused is None and bar.moves:
             bar.show(progress(False))
 
     def settle(self) -> None:

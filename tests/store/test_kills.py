@@ -79,28 +79,28 @@ def check_whole(folder, straight):
     assert not [path for path in (folder / "run").rglob(".*") if path.is_file()]
 
 
-def go_through(killer, tmp_path, straight, tasks):
+def go_through(killer, tmp_path, straight, tasks, whole=check_whole, **options):
     """Kills a run again and again, resumes it each time, and begins another once it is complete. Returns how many kills
-    there were, and at which points."""
+    there were, and at which points. whole(folder, straight) checks a complete one; options are the killer's."""
     kills, reached, number = 0, set(), 0
     folder = tmp_path / "0"
     folder.mkdir()
     for task in tasks:
-        ended = killer(folder=folder, **task)
+        ended = killer(folder=folder, **options, **task)
         assert ended["killed"] or ended["code"] == 0
         check(folder)
         if ended["killed"]:
             kills += 1
             reached.add(task.get("point", "any time"))
         else:
-            check_whole(folder, straight)
+            whole(folder, straight)
             shutil.rmtree(folder)
             number += 1
             folder = tmp_path / str(number)
             folder.mkdir()
-    ended = killer(folder=folder, after=120)
+    ended = killer(folder=folder, **options, after=120)
     assert ended == {"killed": False, "code": 0}
-    check_whole(folder, straight)
+    whole(folder, straight)
     return kills, reached
 
 

@@ -3,11 +3,10 @@
 import asyncio
 import json
 import random
-import shutil
 
 import killed
 import pytest
-from test_kills import check, jobs_of
+from test_kills import go_through, jobs_of
 
 from finetune_nb.store.store import RunStore
 
@@ -66,31 +65,10 @@ def check_whole(folder, straight):
     assert [json.loads(line)["epoch"] for line in lines] == [*range(killed.EPOCHS)]
 
 
-def go_through(killer, tmp_path, straight, tasks):
-    kills, reached = 0, set()
-    folder = tmp_path / "0"
-    folder.mkdir()
-    for number, task in enumerate(tasks):
-        ended = killer(folder=folder, backend="ahead", **task)
-        assert ended["killed"] or ended["code"] == 0
-        check(folder)
-        if ended["killed"]:
-            kills += 1
-            reached.add(task.get("point", "any time"))
-        else:
-            check_whole(folder, straight)
-            shutil.rmtree(folder)
-            folder = tmp_path / str(number + 1)
-            folder.mkdir()
-    assert killer(folder=folder, backend="ahead", after=120) == {"killed": False, "code": 0}
-    check_whole(folder, straight)
-    return kills, reached
-
-
 @pytest.mark.slow
 def test_killed_once_in_every_phase_of_two_epochs_at_once(killer, tmp_path, never_killed):
     tasks = [{"point": point, "when": when, "nth": 2} for point in POINTS for when in ("before", "after")]
-    kills, reached = go_through(killer, tmp_path, never_killed, tasks)
+    kills, reached = go_through(killer, tmp_path, never_killed, tasks, check_whole, backend="ahead")
     assert kills >= 15
     assert reached >= {*POINTS} - {
         "prune",
@@ -102,7 +80,8 @@ def test_killed_once_in_every_phase_of_two_epochs_at_once(killer, tmp_path, neve
 @pytest.mark.slow
 def test_killed_at_random_moments(killer, tmp_path, never_killed):
     rng = random.Random(11)
-    kills, _ = go_through(killer, tmp_path, never_killed, [{"after": rng.uniform(0.01, 0.35)} for _ in range(30)])
+    tasks = [{"after": rng.uniform(0.01, 0.35)} for _ in range(30)]
+    kills, _ = go_through(killer, tmp_path, never_killed, tasks, check_whole, backend="ahead")
     assert kills >= 20
 
 

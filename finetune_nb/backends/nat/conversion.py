@@ -247,7 +247,7 @@ def evaluation_error(item: Any) -> str | None:
 def _step_from_nat(step: Any, start: Any, call_of_id: Callable[[str], LLMCall | None]) -> IntermediateStep:
     if step.event_type in _PUSHED_STEPS:
         return _pushed_from_nat(step)
-    data, given = step.data, step.payload
+    data = step.data
     payload, text = (data.payload, data.output) if data is not None else (None, None)
     messages = _messages((start.data.input if start is not None and start.data else None) or (data and data.input))
     if step.event_type == IntermediateStepType.LLM_END:
@@ -261,31 +261,23 @@ def _step_from_nat(step: Any, start: Any, call_of_id: Callable[[str], LLMCall | 
             MessageKey.TOKEN_IDS: None,
             MessageKey.PROMPT_TOKEN_IDS: None,
         }
-    return IntermediateStep.model_construct(
-        parent_id=step.parent_id,
-        function_ancestry=InvocationNode.model_construct(**dict(step.function_ancestry)),
-        payload=IntermediateStepPayload.model_construct(
-            event_type=IntermediateStepType(str(step.event_type)),
-            event_timestamp=given.event_timestamp,
-            span_event_timestamp=given.span_event_timestamp,
-            framework=given.framework and str(given.framework),
-            name=given.name,
-            tags=given.tags,
-            metadata=None,
-            data=data and StreamEventData.model_construct(input=messages, output=text, payload=payload),
-            usage_info=None,
-            UUID=given.UUID,
-        ),
-    )
+    return _step(step, None, data and StreamEventData.model_construct(input=messages, output=text, payload=payload))
 
 
 def _pushed_from_nat(step: Any) -> IntermediateStep:
     """A step of the workflow's own, with all that it says."""
-    given, data, metadata = step.payload, step.data, step.metadata
+    data, metadata = step.data, step.metadata
     kind = TTCEventData if str(step.event_type).startswith("TTC_") else StreamEventData
     details = dict(data) | (data.model_extra or {}) if data is not None else None
     if details is not None:
         details["input"] = _messages(details.get("input"))
+    plain = metadata if metadata is None or isinstance(metadata, dict) else metadata.model_dump()
+    return _step(step, plain, None if details is None else kind.model_construct(**details))
+
+
+def _step(step: Any, metadata: dict[str, Any] | None, data: Any) -> IntermediateStep:
+    """The Toolkit's step as ours, with this data."""
+    given = step.payload
     return IntermediateStep.model_construct(
         parent_id=step.parent_id,
         function_ancestry=InvocationNode.model_construct(**dict(step.function_ancestry)),
@@ -296,8 +288,8 @@ def _pushed_from_nat(step: Any) -> IntermediateStep:
             framework=given.framework and str(given.framework),
             name=given.name,
             tags=given.tags,
-            metadata=metadata if metadata is None or isinstance(metadata, dict) else metadata.model_dump(),
-            data=None if details is None else kind.model_construct(**details),
+            metadata=metadata,
+            data=data,
             usage_info=None,
             UUID=given.UUID,
         ),
