@@ -5,19 +5,18 @@ run = ft.Run(env="gem:game:GuessTheNumber-v0-easy", env_options={"examples": 16}
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError, MissingExtra, did_you_mean
-from .text import Game, GymGame, Step, TextEnvironment, TextOptions, options_of
+from .text import Game, GymGame, NamedEnvironment, Step, TextOptions, options_of
 
 __all__ = [
     "Gem",
 ]
 
 
-class Gem(TextEnvironment):
+class Gem(NamedEnvironment):
     """One environment of GEM.
 
     Args:
@@ -32,10 +31,6 @@ class Gem(TextEnvironment):
     package = "gem-llm"
     own_random = True  # its seeds are those of the global generators
 
-    @classmethod
-    def takes(cls, given: Any) -> bool:
-        return False  # one that is made has the gym's interface
-
     def __init__(self, given: Any, options: Mapping[str, Any]) -> None:
         try:
             from gem.envs.registration import ENV_REGISTRY  # type: ignore[import-not-found]
@@ -47,24 +42,11 @@ class Gem(TextEnvironment):
             raise ConfigError(f"GEM has no environment {given!r}. {did_you_mean(given, ENV_REGISTRY)}")
         self.given = self.name = given
 
-    def maker(self) -> Callable[[Mapping[str, Any]], Game]:
-        return MakeGame(self.name, self.options.make)
-
-    @property
-    def fingerprint(self) -> str:
-        return f"gem-llm {importlib.metadata.version('gem-llm')} {self.name} {self.options!r}"
-
-
-class MakeGame:
-    """Makes environments of one id."""
-
-    def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
-        self.name, self.arguments = name, dict(arguments)
-
-    def __call__(self, row: Mapping[str, Any]) -> Game:
+    @staticmethod
+    def game(name: str, arguments: Mapping[str, Any], row: Mapping[str, Any]) -> Game:
         from gem import make  # type: ignore
 
-        return GemGame(make(self.name, **self.arguments))
+        return GemGame(make(name, **arguments))
 
 
 class GemGame(GymGame):

@@ -5,18 +5,18 @@ run = ft.Run(env="gymnasium:my_package/MyGame-v0")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError, MissingExtra
-from .text import Game, GymGame, TextEnvironment, TextOptions, options_of
+from .text import Game, GymGame, NamedEnvironment, TextOptions, options_of
 
 __all__ = [
     "Gymnasium",
 ]
 
 
-class Gymnasium(TextEnvironment):
+class Gymnasium(NamedEnvironment):
     """One environment of gymnasium's registry, whose actions are texts.
 
     Args:
@@ -54,21 +54,12 @@ class Gymnasium(TextEnvironment):
             )
         self.given = self.name = given
 
-    def maker(self) -> Callable[[Mapping[str, Any]], Game]:
-        return MakeGame(self.name, self.options.make)
+    @staticmethod
+    def game(name: str, arguments: Mapping[str, Any], row: Mapping[str, Any]) -> Game:
+        from gymnasium import make  # type: ignore
+
+        return GymGame(make(name, **arguments))
 
     @property
     def fingerprint(self) -> str:
         return f"gymnasium {self.name} {self.options!r}"
-
-
-class MakeGame:
-    """Makes environments of one id."""
-
-    def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
-        self.name, self.arguments = name, dict(arguments)
-
-    def __call__(self, row: Mapping[str, Any]) -> Game:
-        from gymnasium import make  # type: ignore
-
-        return GymGame(make(self.name, **self.arguments))

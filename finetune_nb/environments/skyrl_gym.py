@@ -5,19 +5,18 @@ run = ft.Run(env="skyrl_gym:gsm8k", dataset=rows)  # rows with `prompt`, and wha
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError, MissingExtra, did_you_mean
-from .text import Game, GymGame, TextEnvironment, TextOptions, options_of
+from .text import Game, GymGame, NamedEnvironment, TextOptions, options_of
 
 __all__ = [
     "SkyRLGym",
 ]
 
 
-class SkyRLGym(TextEnvironment):
+class SkyRLGym(NamedEnvironment):
     """One environment of skyrl-gym.
 
     Args:
@@ -30,10 +29,6 @@ class SkyRLGym(TextEnvironment):
     """
 
     package = "skyrl-gym"
-
-    @classmethod
-    def takes(cls, given: Any) -> bool:
-        return False
 
     def __init__(self, given: Any, options: Mapping[str, Any]) -> None:
         try:
@@ -54,24 +49,11 @@ class SkyRLGym(TextEnvironment):
             "environment reads, such as `reward_spec`."
         )
 
-    def maker(self) -> Callable[[Mapping[str, Any]], Game]:
-        return MakeGame(self.name, self.options.make)
-
-    @property
-    def fingerprint(self) -> str:
-        return f"skyrl-gym {importlib.metadata.version('skyrl-gym')} {self.name} {self.options!r}"
-
-
-class MakeGame:
-    """Makes the environment of a row."""
-
-    def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
-        self.name, self.arguments = name, dict(arguments)
-
-    def __call__(self, row: Mapping[str, Any]) -> Game:
+    @staticmethod
+    def game(name: str, arguments: Mapping[str, Any], row: Mapping[str, Any]) -> Game:
         from skyrl_gym import make  # type: ignore
 
-        return SkyRLGame(make(self.name, env_config=self.arguments, extras=dict(row)))
+        return SkyRLGame(make(name, env_config=dict(arguments), extras=dict(row)))
 
 
 class SkyRLGame(GymGame):

@@ -9,6 +9,7 @@ the turns are used up. Every rollout has an environment of its own.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from .thread import CallThread, OwnRandom
 __all__ = [
     "Game",
     "GymGame",
+    "NamedEnvironment",
     "Play",
     "Step",
     "TextEnvironment",
@@ -150,7 +152,7 @@ class TextEnvironment(Environment):
 
     def maker(self) -> Callable[[Mapping[str, Any]], Game]:
         """What makes the Game of a row; it can be pickled."""
-        return MakeGym(self.given, self.options.make)
+        return functools.partial(_gym_game, self.given, self.options.make)
 
     @property
     def workflow(self) -> Any:
@@ -170,14 +172,28 @@ class TextEnvironment(Environment):
         return f"{source} {self.options!r}"
 
 
-class MakeGym:
-    """Makes games of a class."""
+class NamedEnvironment(TextEnvironment):
+    """One environment of a package, made by its name. A subclass checks `name` and `options`, and has `game`."""
 
-    def __init__(self, given: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-        self.given, self.arguments = given, dict(arguments)
+    @classmethod
+    def takes(cls, given: Any) -> bool:
+        return False  # one that is made has the interface of `TextEnvironment`
 
-    def __call__(self, row: Mapping[str, Any]) -> Game:
-        return GymGame(self.given(**self.arguments))
+    @staticmethod
+    def game(name: str, arguments: Mapping[str, Any], row: Mapping[str, Any]) -> Game:
+        """Make the environment of that name for a row. arguments: the option `make`."""
+        raise NotImplementedError
+
+    def maker(self) -> Callable[[Mapping[str, Any]], Game]:
+        return functools.partial(self.game, self.name, self.options.make)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.package} {importlib.metadata.version(self.package)} {self.name} {self.options!r}"
+
+
+def _gym_game(given: Callable[..., Any], arguments: Mapping[str, Any], row: Mapping[str, Any]) -> Game:
+    return GymGame(given(**arguments))
 
 
 class Play:

@@ -7,20 +7,19 @@ A game's reward is known when it is over, and is that of the last step.
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError, MissingExtra, did_you_mean
-from .text import Game, Step, TextEnvironment, TextOptions, options_of
+from .text import Game, NamedEnvironment, Step, TextOptions, options_of
 
 __all__ = [
     "TextArena",
 ]
 
 
-class TextArena(TextEnvironment):
+class TextArena(NamedEnvironment):
     """One game of TextArena.
 
     Args:
@@ -57,24 +56,11 @@ class TextArena(TextEnvironment):
             raise ConfigError(f"TextArena has no game {name!r}. {did_you_mean(str(name), ENV_REGISTRY)}")
         self.given = self.name = str(name)
 
-    def maker(self) -> Callable[[Mapping[str, Any]], Game]:
-        return MakeGame(self.name, self.options.make)
-
-    @property
-    def fingerprint(self) -> str:
-        return f"textarena {importlib.metadata.version('textarena')} {self.name} {self.options!r}"
-
-
-class MakeGame:
-    """Makes games of one id."""
-
-    def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
-        self.name, self.arguments = name, dict(arguments)
-
-    def __call__(self, row: Mapping[str, Any]) -> Game:
+    @staticmethod
+    def game(name: str, arguments: Mapping[str, Any], row: Mapping[str, Any]) -> Game:
         from textarena import make  # type: ignore
 
-        return ArenaGame(make(self.name, **self.arguments))
+        return ArenaGame(make(name, **arguments))
 
 
 class ArenaGame(Game):
