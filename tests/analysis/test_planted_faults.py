@@ -2,7 +2,7 @@
 
     python -m pytest tests/analysis/test_planted_faults.py -m slow -s
 
-prints the table that stands in the README.
+prints the table of notebooks/reference/troubleshooting.md.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def test_concurrent_requests_are_sampled_at_four_fifths_of_the_speed_of_one_gene
     ours, theirs = (ROWS * NEW / found[side] for side in ("ours", "generate"))
     share = found.ratio("generate", "ours")
     print(f"\n{ROWS} concurrent requests: {ours:,.0f} tokens/s; one generate: {theirs:,.0f} tokens/s; {share:.0%}")
-    assert share > 0.8  # what it comes to on a quiet machine stands in the README
+    assert share > 0.8  # what it comes to on a quiet machine is in notebooks/reference/measured.md
 
 
 def test_concurrent_requests_are_sampled_at_least_five_times_faster_than_one_by_one(policy, prompts):

@@ -184,9 +184,9 @@ def test_code_beside_the_config_is_imported_and_an_interrupt_ends_after_the_epoc
 
 
 @pytest.mark.slow
-def test_the_script_of_the_readme_prints_a_line_an_epoch_and_continues(tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (script,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "argparse" in code]
+def test_the_script_of_the_manual_prints_a_line_an_epoch_and_continues(tmp_path):
+    page = (Path(__file__).parents[2] / "notebooks/reference/terminal.md").read_text(encoding="utf-8")
+    (script,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "argparse" in code]
     (tmp_path / "script.py").write_text(script)
     rows = [{"question": f"{a}+{a + 1}", "answer": f"={2 * a + 1}"} for a in range(4)]
     (tmp_path / "train.json").write_text(json.dumps(rows))

@@ -146,4 +146,4 @@ def test_the_readme_has_a_row_for_the_library_with_its_version(library):
     version = LIBRARIES[library].version()
     cells = ["" if task in LIBRARIES[library].without else "yes" for task in TASKS]
     row = f"| {library} | {version} | {' | '.join(cells)} |"
-    assert row in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert row in (Path(__file__).parents[2] / "notebooks/reference/agents.md").read_text(encoding="utf-8")
