@@ -222,10 +222,22 @@ def _outcome(results: Sequence[RolloutResult], generation: int) -> tuple[list[Ev
     return done, failures
 
 
+_items: WeakKeyDictionary[Builder, dict[str, tuple[Any, Any, Sequence[EvalInputItem]]]] = WeakKeyDictionary()
+"""Of rows that a builder was given: by name the rows, what names their columns, and the items that were made of them."""
+
+
 def dataset_of(config: Config, builder: Builder, source: str | None = None) -> Sequence[EvalInputItem]:
     """The rows to evaluate on: `source` (a file, or the name of rows that the builder was given), else the config's."""
-    ready = rows_of(builder, source or "train")
-    return load_dataset(source if ready is None else ready, config.eval.general.dataset)
+    name, columns = source or "train", config.eval.general.dataset
+    rows = rows_of(builder, name)
+    if rows is None:
+        return load_dataset(source, columns)
+    of_builder = _items.setdefault(builder, {})
+    kept = of_builder.get(name)
+    if kept is None or kept[0] is not rows or kept[1] != columns:
+        named = columns and columns.model_copy(deep=True)  # the config's own may be changed
+        kept = of_builder[name] = (rows, named, tuple(load_dataset(rows, columns)))
+    return kept[2]
 
 
 async def workflow_of(config: Config, builder: Builder) -> Workflow:

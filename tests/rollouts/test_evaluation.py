@@ -11,7 +11,14 @@ from finetune_nb.components.loading import load_config
 from finetune_nb.errors import WorkflowError
 from finetune_nb.llms.call_recorder import CallRecorder, current_episode
 from finetune_nb.llms.client import ChatReply, PolicyLLM
-from finetune_nb.rollouts.evaluation import EvaluationContext, EvaluationRun, Progress, evaluation_context, progress
+from finetune_nb.rollouts.evaluation import (
+    EvaluationContext,
+    EvaluationRun,
+    Progress,
+    dataset_of,
+    evaluation_context,
+    progress,
+)
 from finetune_nb.rollouts.executor import LocalExecutor
 from finetune_nb.rollouts.workflow import Workflow
 from finetune_nb.testing import ScriptedPolicy, sums
@@ -420,3 +427,21 @@ async def test_context_draws_rows_and_names_the_generation():
     result = await evaluate(solve, rows=5)
     assert outputs(result) == [EpisodeKey("train", 4, 0, 2), EpisodeKey("train", 4, 1, 2)]
     assert [done.id for done in result.eval_input.eval_input_items] == ["sum-4", "sum-0"]
+
+
+async def test_rows_become_items_once_for_all_generations_and_epochs_until_they_or_their_columns_change():
+    config = load_config(
+        {"workflow": {"_type": "python_function"}, "eval": {"general": {"dataset": {"_type": "json"}}}}
+    )
+    async with Builder(config) as builder:
+        builder.add("dataset", "train", sums(3))
+        first = dataset_of(config, builder)
+        assert dataset_of(config, builder, "train") is first and [each.id for each in first] == [
+            "sum-0",
+            "sum-1",
+            "sum-2",
+        ]
+        config.eval.general.dataset.structure.question_key = "answer"
+        assert dataset_of(config, builder)[0].input_obj == first[0].expected_output_obj
+        builder.add("dataset", "train", sums(4))
+        assert len(dataset_of(config, builder)) == 4
