@@ -62,6 +62,14 @@ def test_notebook_is_stored_with_static_outputs_and_is_small(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_picture_is_on_the_first_screen_and_the_next_notebook_after_the_last_cell(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert "](images/" in "\n".join(cells[0].source.splitlines()[:5])
+    later = [*NOTEBOOKS[NOTEBOOKS.index(path) + 1 :], FOLDER / "reference/runs.md"]
+    assert cells[-1].source.startswith("**Next:**") and f"({later[0].relative_to(FOLDER)})" in cells[-1].source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cells_are_short_and_have_prose_before_them(path):
     cells = nbformat.read(path, as_version=4).cells
     assert cells[0].cell_type == "markdown"

@@ -111,11 +111,13 @@ def test_lab_copies_the_notebooks(notebooks, tmp_path, capsys):
     assert not notary.check_signature(copy)
 
 
-def test_lab_copies_the_reference_that_notebooks_link_to(notebooks, tmp_path):
-    (notebooks / "reference").mkdir()
-    (notebooks / "reference" / "scale.md").write_text("# Scale")
+def test_lab_copies_the_pictures_and_the_reference_that_notebooks_show_and_link_to(notebooks, tmp_path):
+    for name, content in (("reference/scale.md", b"# Scale"), ("images/panel.png", b"\x89PNG")):
+        (notebooks / name).parent.mkdir()
+        (notebooks / name).write_bytes(content)
     assert main(["lab", "--no-open", str(tmp_path / "here")]) == 0
     assert (tmp_path / "here" / "reference" / "scale.md").read_text() == "# Scale"
+    assert (tmp_path / "here" / "images" / "panel.png").read_bytes() == b"\x89PNG"
 
 
 def test_lab_never_overwrites_and_says_so(notebooks, tmp_path, capsys):
