@@ -187,7 +187,8 @@ def _lab(arguments: argparse.Namespace) -> int:
     notebooks = sorted(source.glob("*.ipynb"))
     if not notebooks:
         raise FinetuneError(f"there are no notebooks in {source}. Install finetune_nb again: its wheel brings them.")
-    beside = [*sorted(source.glob("images/*")), *sorted(source.glob("reference/*.md"))]  # what notebooks show and link to
+    # What notebooks show and link to.
+    beside = [*sorted(source.glob("images/*")), *sorted(source.glob("reference/*.md"))]
     for original in [*notebooks, *beside]:
         copy = folder / original.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
