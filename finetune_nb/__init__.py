@@ -66,6 +66,8 @@ _NAMES = {
     # records
     "types": (
         "DPOItem",
+        "Demonstration",
+        "Demonstrations",
         "Epoch",
         "EpisodeItem",
         "EpisodeItemRole",
@@ -81,6 +83,7 @@ _NAMES = {
         "LLMCall",
         "OpenAIMessage",
         "RolloutFailure",
+        "RowError",
         "SamplingParams",
         "StreamEventData",
         "TTCEventData",
@@ -90,6 +93,8 @@ _NAMES = {
         "Trajectory",
         "TrajectoryCollection",
         "Validation",
+        "WarmUp",
+        "WarmUpSettings",
     ),
     "errors": (
         "BackendError",

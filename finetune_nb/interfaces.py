@@ -20,6 +20,7 @@ from .hooks import resolve, without_wrappers
 from .redaction import error_text, redacting_logger
 from .text import most_frequent_error
 from .types import (
+    Demonstrations,
     EpisodeKey,
     EvalOutputItem,
     EvaluationRunConfig,
@@ -32,6 +33,7 @@ from .types import (
     TrainingJobStatus,
     Trajectory,
     TrajectoryCollection,
+    WarmUpSettings,
 )
 from .user_code import contained
 
@@ -407,6 +409,30 @@ class TrainerAdapter(ABC):
         raise BackendError(
             f"{type(self).__name__} learns from rewards alone, not from rollouts that were chosen. Expected an adapter with "
             "submit_chosen, such as local_grpo, trl_sft or trl_dpo."
+        )
+
+    async def submit_demonstrations(
+        self, run_id: str, demonstrations: Demonstrations, held_out: Demonstrations, settings: WarmUpSettings
+    ) -> TrainingJobRef:
+        """Hand over conversations, of which the assistant's tokens are to be learned. Override it where the backend can. Returns
+        at once. The job's metadata say kind "warm_up", and have what `Epoch.warm_up` reads.
+
+        Args:
+            run_id: Id of the run.
+            demonstrations: Those to learn, and the rows of which none could be made.
+            held_out: Those of which only the loss is measured.
+            settings: How.
+
+        Returns:
+            As `submit`.
+
+        Raises:
+            BackendError: The backend cannot learn them, or demonstrations at all.
+            DatasetError: None of them can be rendered.
+        """
+        raise BackendError(
+            f"{type(self).__name__} learns from rollouts alone, not from demonstrations. Expected an adapter with "
+            "submit_demonstrations, such as local_grpo."
         )
 
     async def keep_sampling(self) -> int:

@@ -37,6 +37,8 @@ __all__ = [
     "Change",
     "CurriculumSettings",
     "CurriculumState",
+    "Demonstration",
+    "Demonstrations",
     "DPOItem",
     "EpisodeItem",
     "EpisodeItemRole",
@@ -65,6 +67,7 @@ __all__ = [
     "RolloutFailure",
     "RolloutRequest",
     "RolloutResult",
+    "RowError",
     "Sample",
     "SamplingParams",
     "Selection",
@@ -93,6 +96,9 @@ __all__ = [
     "same_message",
     "sampled_outcome",
     "sampled_tokens",
+    "WARM_UP",
+    "WarmUp",
+    "WarmUpSettings",
 ]
 
 
@@ -1021,6 +1027,81 @@ class Validation:
     """The most frequent reason of these."""
 
 
+WARM_UP = "warm_up"
+"""The kind of an epoch that learned demonstrations."""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A conversation whose assistant's turns are to be learned."""
+
+    row: int
+    """Its position in what was given, from 0."""
+    messages: list[dict[str, Any]]
+    """OpenAI messages. An assistant's message with "weight": 0 is context, and not learned."""
+    tools: list[dict[str, Any]] | None = None
+    """OpenAI tool schemas."""
+
+
+@dataclass(frozen=True)
+class RowError:
+    """A row of demonstrations that cannot be learned."""
+
+    row: int
+    """Its position in what was given, from 0."""
+    error: str
+    held_out: bool = False
+    """Whether it is one of those that are held out."""
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """What was read of rows: conversations, and what is wrong with the other rows."""
+
+    rows: Sequence[Demonstration] = ()
+    errors: Sequence[RowError] = ()
+
+
+@dataclass(frozen=True)
+class WarmUpSettings:
+    """How demonstrations are learned."""
+
+    learning_rate: float | None = None
+    """Of an AdamW of the warm-up's own; constant. None: that of the trainer adapter."""
+    batch_size: int = 8
+    """Rows of one optimizer step."""
+    epochs: int = 1
+    """Passes over all rows."""
+    max_length: int | None = None
+    """Tokens of a row that count; what comes after them is cut off. None: as many as the model holds."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "max_length"):
+            value = getattr(self, name)
+            if value is not None or name != "max_length":
+                if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+                    raise ConfigError(f"{name} of a warm-up is {value!r}; expected a whole number from 1 up.")
+        rate = self.learning_rate
+        if rate is not None and (
+            isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < rate < math.inf
+        ):
+            raise ConfigError(f"learning_rate of a warm-up is {rate!r}; expected a number above 0.")
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What became of a warm-up."""
+
+    losses: Sequence[float]
+    """Cross entropy (nats a learned token), one an optimizer step; empty where it did not end."""
+    held_out_losses: Sequence[float]
+    """The same of the rows that were held out, before the first pass and after each; empty where none were given."""
+    errors: Sequence[RowError]
+    """Rows that were not learned; the first hundred."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Epoch:
     """All that is known of one epoch."""
@@ -1052,6 +1133,24 @@ class Epoch:
     def train_metrics(self) -> Mapping[str, float]:
         """What the backend measured while training; empty where it says nothing."""
         return ((self.job.metadata if self.job else None) or {}).get("metrics") or {}
+
+    @property
+    def kind(self) -> str:
+        """What it learned from: "rollouts", or "warm_up" for demonstrations (see `Run.warm_up`)."""
+        known = (self.job.metadata if self.job else None) or {}
+        return WARM_UP if known.get("kind") == WARM_UP else "rollouts"
+
+    @property
+    def warm_up(self) -> WarmUp | None:
+        """Losses and rows of a warm-up; None for an epoch of rollouts."""
+        if self.kind != WARM_UP or self.job is None:
+            return None
+        known = self.job.metadata or {}
+        losses, held_out = (
+            [as_float(each) for each in known.get(name) or ()] for name in ("losses", "held_out_losses")
+        )
+        errors = [RowError(int(e["row"]), str(e["error"]), bool(e["held_out"])) for e in known.get("row_errors") or ()]
+        return WarmUp(losses, held_out, errors)
 
     @property
     def trained_groups(self) -> int | None:

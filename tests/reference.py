@@ -58,7 +58,8 @@ GROUPS = {
     " register_function register_llm_provider",
     "Components that come with it": "EvalTrajectoryBuilder EpochTrainer EvaluationRun",
     "Records": "Epoch Trajectory EpisodeItem EpisodeItemRole DPOItem RolloutFailure TrajectoryCollection TrainingJobRef"
-    " TrainingJobStatus TrainingStatusEnum Validation LLMCall SamplingParams OpenAIMessage IntermediateStep"
+    " TrainingJobStatus TrainingStatusEnum Validation WarmUp RowError Demonstrations Demonstration WarmUpSettings LLMCall"
+    " SamplingParams OpenAIMessage IntermediateStep"
     " IntermediateStepPayload IntermediateStepType StreamEventData TTCEventData EvalInput"
     " EvalInputItem EvalOutput EvalOutputItem EvaluationRunConfig EvaluationRunOutput",
     "Errors": "FinetuneError ConfigError DatasetError MissingExtra RunError EpochAborted StoreError WorkflowError RolloutTimeout"

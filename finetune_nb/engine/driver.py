@@ -26,15 +26,17 @@ from ..rollouts.evaluation import EvaluationContext, Progress, dataset_of, evalu
 from ..rollouts.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from ..store.reader import PartialEpoch
 from ..store.store import FolderGone
-from ..text import short, text_of
+from ..text import count, short, text_of
 from ..threads import in_daemon_thread
 from ..training.curriculum import state_from_dict
 from ..training.trainer import EpochTrainer
 from ..types import (
     RESCORED,
+    WARM_UP,
     Change,
     CurriculumSettings,
     CurriculumState,
+    Demonstrations,
     EpisodeKey,
     Epoch,
     EvalInputItem,
@@ -44,6 +46,7 @@ from ..types import (
     Trajectory,
     TrajectoryCollection,
     Validation,
+    WarmUpSettings,
 )
 from ..user_code import contained
 from .continuation import (
@@ -327,9 +330,52 @@ class Driver:
 
         return await self._next(work)
 
+    async def warm_up(
+        self, demonstrations: Demonstrations, held_out: Demonstrations, settings: WarmUpSettings
+    ) -> Epoch:
+        """Learns demonstrations, and records that as an epoch.
+
+        Raises:
+            ConfigError: The adapter cannot.
+            DatasetError: None of them can be rendered.
+            RunError: An epoch has begun and has rollouts, or the trainer trains only in its run().
+        """
+        await self.require_warms_up()
+        await self.open()
+        self.require_single_epochs()
+        left = self._left.collection if self._left is not None else None
+        if self._left is not None and left is not None and (left.trajectories or left.failures):
+            raise RunError(
+                f"epoch {self._left.index} has begun and is not complete: end it first, with await run.next_epoch()."
+            )
+        told = count(len(demonstrations.rows), "demonstration")
+
+        async def work(in_progress: EpochInProgress) -> TrainingJobRef:
+            ref = await self._observer.submit_demonstrations(demonstrations, held_out, settings, in_progress)
+            self.live_settings.note([Change(time.time(), "code", WARM_UP, None, told, in_progress.epoch)])
+            return ref
+
+        return await self._next(work)
+
     async def require_trains_on_chosen(self) -> None:
-        """Raises ConfigError for an adapter that cannot train on rollouts that were chosen. No model is loaded for that, and
-        nothing is contacted."""
+        """Raises ConfigError for an adapter that cannot train on rollouts that were chosen."""
+        await self._require_able(
+            "submit_chosen",
+            "train on rollouts that were chosen. Expected an adapter that can: local_grpo and trl_sft learn them as they are, "
+            "trl_dpo as preferences. Name one of them as finetuning.trainer_adapter, for example in a fork.",
+        )
+
+    async def require_warms_up(self) -> None:
+        """Raises ConfigError for an adapter that cannot learn demonstrations."""
+        await self._require_able(
+            "submit_demonstrations",
+            "learn demonstrations. Expected an adapter that can: local_grpo. Warm up there, run.save_model(directory), and name "
+            "that directory as the model of this run; or finetune the model elsewhere, with TRL's SFTTrainer for example.",
+        )
+
+    async def _require_able(self, method: str, cannot: str) -> None:
+        """Raises ConfigError where the adapter does not override that method. No model is loaded for that, and nothing is
+        contacted. cannot: what it cannot do, and what to do then."""
         name = self.config.finetuning.trainer_adapter
         if self.config.run.trains_elsewhere:
             what = "a trainer on a Ray cluster (run.ray.trainer)"
@@ -337,13 +383,10 @@ class Driver:
             return  # `open` says that it is missing
         else:
             adapter = await self.components.get_trainer_adapter(name)
-            if getattr(type(adapter), "submit_chosen", None) not in (None, TrainerAdapter.submit_chosen):
+            if getattr(type(adapter), method, None) not in (None, getattr(TrainerAdapter, method)):
                 return
             what = type(adapter).__name__
-        raise ConfigError(
-            f"{what} cannot train on rollouts that were chosen. Expected an adapter that can: local_grpo and trl_sft learn them "
-            "as they are, trl_dpo as preferences. Name one of them as finetuning.trainer_adapter, for example in a fork."
-        )
+        raise ConfigError(f"{what} cannot {cannot}")
 
     async def _next(self, work: Callable[[EpochInProgress], Awaitable[TrainingJobRef | None]]) -> Epoch:
         with logging_to(self.writer):

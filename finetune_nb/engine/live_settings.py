@@ -26,7 +26,7 @@ from ..config.sections import Config
 from ..config.yaml import dump_yaml, read_yaml
 from ..errors import ConfigError, did_you_mean
 from ..rewards.evaluators import weighted_reward
-from ..types import Change, CurriculumSettings
+from ..types import WARM_UP, Change, CurriculumSettings
 
 __all__ = [
     "LiveSettings",
@@ -161,8 +161,12 @@ CHOSEN = "train_on"
 
 def _is_setting(change: Change) -> bool:
     """Whether a change can be made again: not what was found when a run was continued, no function that a fork was given, and
-    no training on chosen rollouts."""
-    return change.source != "resume" and change.field != CHOSEN and not change.field.startswith("evaluator.")
+    no training on chosen rollouts or demonstrations."""
+    return (
+        change.source != "resume"
+        and change.field not in (CHOSEN, WARM_UP)
+        and not change.field.startswith("evaluator.")
+    )
 
 
 class UnknownSetting(ConfigError, KeyError):

@@ -27,10 +27,12 @@ from ..training.trainer import EpochTrainer
 from ..types import (
     CurriculumSettings,
     CurriculumState,
+    Demonstrations,
     Epoch,
     TrainingJobRef,
     TrainingJobStatus,
     TrajectoryCollection,
+    WarmUpSettings,
     as_float,
 )
 from ..user_code import contained
@@ -299,11 +301,33 @@ class TrainerObserver:
 
     async def submit_chosen(self, chosen: TrajectoryCollection, in_progress: EpochInProgress) -> TrainingJobRef:
         """Hands over rollouts that somebody chose, which are all that the running epoch has."""
+        return await self._submit_given(chosen, self.adapter.submit_chosen, in_progress, chosen)
+
+    async def submit_demonstrations(
+        self,
+        demonstrations: Demonstrations,
+        held_out: Demonstrations,
+        settings: WarmUpSettings,
+        in_progress: EpochInProgress,
+    ) -> TrainingJobRef:
+        """Hands over demonstrations. The running epoch has no rollouts."""
+        nothing = TrajectoryCollection(trajectories=[], run_id=self.run_id)
+        submit = self.adapter.submit_demonstrations
+        return await self._submit_given(nothing, submit, in_progress, self.run_id, demonstrations, held_out, settings)
+
+    async def _submit_given(
+        self,
+        chosen: TrajectoryCollection,
+        submit: Callable[..., Awaitable[TrainingJobRef]],
+        in_progress: EpochInProgress,
+        *args: Any,
+    ) -> TrainingJobRef:
+        """Hands over what is not sampled in the running epoch. chosen: the rollouts that it then has."""
         started = time.perf_counter()
         in_progress.version = self.version
         in_progress.progress.phase = "training"
         self._put("training", in_progress)
-        ref = _expect(TrainingJobRef, await self.adapter.submit_chosen(chosen), self.adapter, "submit_chosen")
+        ref = _expect(TrainingJobRef, await submit(*args), self.adapter, submit.__name__)
         in_progress.collect(chosen, joined=False)
         if not any(ref is seen for seen in in_progress.refs):  # submit_chosen may have called submit
             in_progress.submitted.append(chosen)

@@ -88,6 +88,7 @@ def _metrics_columns() -> list[Column]:
 
 EPOCHS = (
     Column("epoch", "int64", source="index"),
+    Column("kind", "str", source="kind"),
     Column("started_at", "datetime, UTC", source="started_at"),
     *_metrics_columns(),
     Column("trained_groups", "Int64", source="trained_groups"),
@@ -174,6 +175,7 @@ def epochs(
 
     ======================= ============== =====================================================================
     epoch                   int64          counts from 0
+    kind                    str            "rollouts", or "warm_up" for an epoch that learned demonstrations
     started_at              datetime, UTC  when it began
     mean_reward             float64        over all finite rewards
     min_reward              float64        the smallest of them

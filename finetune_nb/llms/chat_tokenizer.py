@@ -22,6 +22,7 @@ __all__ = [
     "check_prompt",
     "load_tokenizer",
     "response_template",
+    "with_parsed_arguments",
 ]
 
 
@@ -142,7 +143,7 @@ class ChatTokenizer:
             ConfigError: There is no chat template.
             BackendError: The template refuses the messages.
         """
-        messages = [_with_parsed_arguments(message) for message in messages]
+        messages = [with_parsed_arguments(message) for message in messages]
         options, before = chat_template_kwargs or {}, previous_template_kwargs or {}
         if tools and not self._checked_tools:
             self._check_tools(messages, tools)
@@ -345,7 +346,7 @@ def _reads_types(tokenizer: type) -> bool:
     return parse is not None and "tools" in inspect.signature(parse).parameters
 
 
-def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
+def with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
     """OpenAI sends tool call arguments as a JSON string; chat templates expect the dict. Anything else stays."""
     if not message.get("tool_calls"):
         return message

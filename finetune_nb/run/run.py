@@ -6,7 +6,7 @@ import functools
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,6 +28,7 @@ from ..notebook.display import CellRecord, ProgressLine
 from ..notebook.kernel import in_notebook
 from ..redaction import error_text, redacting_logger
 from ..rewards.functions import Rewards, evaluators_from
+from ..rollouts.demonstrations import read_demonstrations
 from ..store.checkpoints import weights_of_epochs
 from ..store.durable import size_of
 from ..store.folder import checkpoints
@@ -39,7 +40,16 @@ from ..store.trajectories import DecodedBatches
 from ..text import count, cut, duration, plain
 from ..threads import before_exit, in_daemon_thread, run_sync
 from ..tripwires import Tripwire, tripped
-from ..types import Change, CurriculumSettings, Epoch, RolloutFailure, Trajectory, Validation
+from ..types import (
+    Change,
+    CurriculumSettings,
+    Demonstrations,
+    Epoch,
+    RolloutFailure,
+    Trajectory,
+    Validation,
+    WarmUpSettings,
+)
 from ..views.summary import epoch_text
 from .epoch_weights import EpochWeights, changes_of
 from .history import RunHistory
@@ -758,6 +768,75 @@ class Run(RunHistory):
         if not chosen.trajectories:
             raise ConfigError("no rollout was chosen: there is no name.")
         return await self._session.run_in_cell(lambda: self._driver.train_on(chosen, told), self._progress_line)
+
+    async def warm_up(
+        self,
+        demonstrations: Any,
+        *,
+        epochs: int = 1,
+        learning_rate: float | None = None,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        held_out: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> Epoch:
+        """Learn conversations that somebody wrote, before GRPO or between two epochs of it: supervised finetuning of the run's
+        own weights, recorded as an epoch of the kind "warm_up".
+
+            if not len(run):
+                await run.warm_up([{"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "=4"}]}])
+
+        Learned is what the assistant would have sampled: its texts and tool calls, each with the token that ends its turn, in the
+        prompts that a rollout would have. The loss is the mean cross entropy of these tokens in a step. The order of the rows is
+        drawn by the run's seed. The steps are those of an AdamW of its own, which ends with the warm-up. The epoch takes a number
+        of the run, has no rollouts and trains once; `epoch.warm_up` has its losses. If it is aborted or fails, the weights are as
+        before it. `kl_coef` measures from the weights before it, as ever from those that the run began with.
+
+        Args:
+            demonstrations: Rows with `messages`, a list of OpenAI messages, and `tools` where there are any: a list of such rows
+                or of lists of messages, a DataFrame, a Dataset of Hugging Face, or a JSON, JSONL or Parquet file. A message
+                with "weight": 0 is not learned. A row that cannot be read or rendered is left out; its error is in
+                `epoch.warm_up.errors`.
+            epochs: Passes over all rows.
+            learning_rate: Constant. Default: that of the trainer adapter.
+            batch_size: Rows of one optimizer step.
+            max_length: Tokens of a row that count; what comes after them is cut off. Default: as many as the model holds.
+            held_out: More rows, of which only the loss is measured, before the first pass and after each.
+            chat_template_kwargs: Variables of the chat template. Default: those of the run's llm.
+            progress: As in `next_epoch`.
+
+        Returns:
+            The epoch's record.
+
+        Raises:
+            ConfigError: The adapter cannot do this, and nothing was loaded; or a setting does not fit.
+            DatasetError: There are no such rows, or none that can be learned.
+            RunError: Something of this run is running.
+            JobFailed: The training job failed or was canceled; the record is in `.epoch`.
+            EpochAborted: `abort()` was called.
+        """
+        self._require_open()
+        self._session.require_outside("warm_up")
+        if chat_template_kwargs is None:
+            chat_template_kwargs = self._chat_template_kwargs()
+        settings = WarmUpSettings(learning_rate, batch_size, epochs, max_length, dict(chat_template_kwargs))
+        await self._session.ask(self._driver.require_warms_up)
+        learned = await in_daemon_thread(read_demonstrations, demonstrations)
+        other = Demonstrations() if held_out is None else await in_daemon_thread(read_demonstrations, held_out, True)
+
+        def work() -> Coroutine[Any, Any, Epoch]:
+            return self._driver.warm_up(learned, other, settings)
+
+        return await self._session.run_in_cell(work, self._progress_line, progress)
+
+    def _chat_template_kwargs(self) -> Mapping[str, Any]:
+        """Those of the llm that samples what is trained."""
+        adapter = self.config.finetuning.trainer_adapter
+        for llm in self.config.llms.values():
+            if getattr(llm, "adapter", None) == adapter:
+                return getattr(llm, "chat_template_kwargs", {})
+        return {}
 
     async def validate(self) -> Validation:
         """Evaluate the policy, as it is now, on the validation dataset.

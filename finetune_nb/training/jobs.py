@@ -319,16 +319,24 @@ class PolicyAdapter(JobAdapter[JobT]):
         report = self._check(batch)
         before: Any = self._newest_job()
         job = TrainingJob(run_id, self.backend, policy.version, batch, report, before)
+
+        def train(number: int) -> None:
+            self._train(job, replace(batch, version_lag=check_again()), number)
+
+        return self._begin(job, policy, train if batch.trajectories else None)
+
+    def _begin(self, job: TrainingJob, policy: Any, train: Callable[[int], None] | None) -> TrainingJobRef:
+        """Has a job trained alone with the weights, after those before it. train: is given the job's number; None: there is
+        nothing to train on."""
         self._jobs[job.id] = job  # type: ignore[assignment]  # such adapters have such jobs
         self._submitted = number = self._submitted + 1
 
         def work() -> None:
             with self._exclusive(job) as alone:
-                if not alone or job.stopped() or not batch.trajectories:
+                if not alone or job.stopped() or train is None:
                     return
-                current = replace(batch, version_lag=check_again())
                 try:
-                    self._train(job, current, number)
+                    train(number)
                 finally:
                     self._trained = number
                     policy.version += bool(job.report.steps)

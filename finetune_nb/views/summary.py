@@ -12,7 +12,16 @@ from typing import Any
 from ..analysis.diagnosis import epoch_warnings
 from ..analysis.reasons import REASONS
 from ..text import SHORT, count, cut, duration, kinds_of_errors, number, one_line, plain, short, trend
-from ..types import Epoch, EpochMetrics, GroupReason, RolloutFailure, TrainingStatusEnum, Validation
+from ..types import (
+    WARM_UP,
+    Epoch,
+    EpochMetrics,
+    GroupReason,
+    RolloutFailure,
+    TrainingStatusEnum,
+    Validation,
+    as_float,
+)
 from .html import (
     ERROR_LIMIT,
     bar,
@@ -50,6 +59,14 @@ def epoch_html(epoch: Epoch) -> str:
     rewards, the training job, validation, policy versions and times."""
     metrics, curriculum = epoch.metrics, epoch.curriculum
     times = [f"{short(part, 40)} {duration(took)}" for part, took in epoch.seconds.items()]
+    if epoch.kind == WARM_UP:
+        rows = [
+            ("warm-up", _warm_up(epoch)),
+            ("training", _training(epoch)),
+            ("policy version", _versions(*epoch.policy_versions, 0)),
+            ("time", ", ".join(times)),
+        ]
+        return view(title(f"epoch {epoch.index}", short(epoch.run_id, 80), "warm-up"), facts_table(rows))
     rows = [
         ("mean reward", _reward(metrics)),
         ("trajectories", [number(metrics.trajectories), f", {metrics.sampled_tokens:,} sampled tokens"]),
@@ -90,8 +107,51 @@ def _groups(epoch: Epoch) -> list[Any]:
     return lines
 
 
+def _warm_up(epoch: Epoch) -> list[Any]:
+    """How many demonstrations were learned, the loss of each step as a line, and the rows that were left out."""
+    found, metrics = epoch.warm_up, epoch.train_metrics
+    assert found is not None  # asked for such an epoch alone
+    lines: list[Any] = [row(f"{_demonstrations(epoch)}, passes: {number(as_float(metrics.get('passes')))}")]
+    for what, losses in (("loss", found.losses), ("held-out loss", found.held_out_losses)):
+        if losses:
+            said = f"{what} {number(losses[0])} → {number(losses[-1])}"
+            lines.append(row(element("span", said), " ", sparkline(losses, said)))
+    for error in found.errors[:5]:
+        what = "held-out row" if error.held_out else "row"
+        lines.append(row(element("strong", f"{what} {error.row}: ", cut(error.error, SHORT), class_="ft-bad")))
+    if len(found.errors) > 5:
+        lines.append(row(f"and {count(len(found.errors) - 5, 'other error')}"))
+    return lines
+
+
+def _demonstrations(epoch: Epoch) -> str:
+    metrics = epoch.train_metrics
+    rows, left_out = (as_float(metrics.get(name)) for name in ("rows", "rows_left_out"))
+    text = f"{number(rows)} demonstrations" if rows != 1 else "1 demonstration"
+    return f"{text}, {number(left_out)} left out" if left_out > 0 else text
+
+
+def _warm_up_text(epoch: Epoch) -> str:
+    """A warm-up as one line: `epoch 0  warm-up on 40 demonstrations  loss 4.1 → 0.6  trained in 0.5 s  0.6 s`."""
+    metrics = epoch.train_metrics
+    parts = [f"epoch {epoch.index}", f"warm-up on {_demonstrations(epoch)}"]
+    for what, before, after in _LOSSES:
+        if math.isfinite(as_float(metrics.get(after))):
+            parts.append(f"{what} {number(as_float(metrics.get(before)))} → {number(as_float(metrics.get(after)))}")
+    parts.append(_job(epoch))
+    if "total" in epoch.seconds:
+        parts.append(duration(epoch.seconds["total"]))
+    return "  ".join(parts)
+
+
+_LOSSES = (("loss", "first_loss", "last_loss"), ("held-out", "held_out_loss_before", "held_out_loss"))
+"""What a warm-up's line says, and the metrics in which it is found."""
+
+
 def epoch_text(epoch: Epoch) -> str:
     """An epoch as one line: `epoch 3  reward 0.61  31/40 groups teach  0 failures  trained in 0.5 s  1.2 s`."""
+    if epoch.kind == WARM_UP:
+        return _warm_up_text(epoch)
     metrics = epoch.metrics
     parts = [
         f"epoch {epoch.index}",
@@ -243,6 +303,8 @@ def _row(epoch: Epoch, with_missing: bool) -> list[Any]:
         newest = epoch.validations[-1]
         checked = "failed" if newest.error else number(newest.mean_reward)
     teach = f"{metrics.groups_with_spread:,} of {metrics.groups:,}"
+    if epoch.kind == WARM_UP:
+        teach = f"warm-up on {_demonstrations(epoch)}"
     return [
         epoch.index,
         metrics.mean_reward,

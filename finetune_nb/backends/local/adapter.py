@@ -6,8 +6,8 @@ Without torch this module can be imported, but not used.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -21,7 +21,8 @@ from ...redaction import redacting_logger
 from ...threads import in_daemon_thread
 from ...training.batch import TrainingBatch, supervised_batch
 from ...training.jobs import PolicyAdapter, TrainingJob, check_exact
-from ...types import TrainingJobRef, Trajectory, TrajectoryCollection
+from ...training.warm_up import Lesson, WarmUpJob, lesson_of, told
+from ...types import Demonstrations, TrainingJobRef, Trajectory, TrajectoryCollection, WarmUpSettings
 from .config import LocalGRPOConfig, LoRAConfig
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["LoRAConfig", "LocalGRPOAdapter", "LocalGRPOConfig"]
 
 logger = redacting_logger(__name__)
+
+WARM_UP_DRAWS = 1
+"""Tells the order of a warm-up's rows from other draws by the same seed."""
 
 
 class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
@@ -157,6 +161,32 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
         check_exact((t for group in trajectories.trajectories for t in group), self.adapter_config.allow_inexact)
         return self._start(trajectories.run_id, policy, supervised_batch(trajectories))
 
+    async def submit_demonstrations(
+        self, run_id: str, demonstrations: Demonstrations, held_out: Demonstrations, settings: WarmUpSettings
+    ) -> TrainingJobRef:
+        """Starts a job that learns these conversations, rendered by the policy's own chat template. Raises as its interface."""
+        from .training import DemonstrationReport
+
+        policy = await in_daemon_thread(self._load)
+
+        def read() -> tuple[Lesson, Lesson]:
+            read = lesson_of(demonstrations, policy, settings, policy.longest)
+            return read, lesson_of(held_out, policy, settings, policy.longest, held_out=True)
+
+        lesson, other = await in_daemon_thread(read)
+        told(lesson, other)
+        await in_daemon_thread(lambda: self.learner.check(lesson.batch))
+        report, before = DemonstrationReport(), self._newest_job()
+        job = WarmUpJob(run_id, self.backend, policy.version, lesson, other, settings, report, before)
+
+        def train(number: int) -> None:
+            # By the version and not by the number: a warm-up that was aborted leaves no trace.
+            rng = np.random.default_rng([self.seed % 2**64, policy.version, WARM_UP_DRAWS])
+            with self._training():
+                self.learner.learn(lesson.rows, other.rows, settings, rng, report, job.stepped, job.stopped)
+
+        return self._begin(job, policy, train)
+
     def _check(self, batch: TrainingBatch) -> TrainingReport:
         from .training import TrainingReport  # needs torch, which is known to be there by now
 
@@ -168,14 +198,20 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
         return self.policy.exclusive.hold(job.stopped)
 
     def _train(self, job: TrainingJob, batch: TrainingBatch, number: int) -> None:
-        from .memory import trim_heap
-
         planned, report = self._planned_epochs(), cast("TrainingReport", job.report)
         rng = np.random.default_rng([self.seed % 2**64, number - 1])
+        with self._training():
+            self.learner.train(batch, rng, report, job.stepped, job.stopped, number - 1, planned)
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Inside, memory and device are the learner's."""
+        from .memory import trim_heap
+
         trim_heap()  # memory that sampling left
         try:
             with nullcontext() if self._vllm is None else self._vllm.training():
-                self.learner.train(batch, rng, report, job.stepped, job.stopped, number - 1, planned)
+                yield
         finally:
             trim_heap()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import BackendError, ConfigError
 from ...rewards.numbers import mean
 from ...training.batch import TokenSequence, TrainingBatch
-from ...types import MessageKey
+from ...types import MessageKey, WarmUpSettings
 from .config import LocalGRPOConfig
 from .families.positions import borders_of
 from .forward import TokenBatch, check_fits, collate, micro_batches
@@ -32,6 +32,7 @@ from .prefill import can_share
 from .weights import HALF_PRECISION, TrainedWeights, known_by
 
 __all__ = [
+    "DemonstrationReport",
     "Learner",
     "Schedule",
     "TrainingReport",
@@ -131,6 +132,24 @@ class TrainingReport:
             "weights_moved": self.weights_moved,
             "trained_tokens": int(statistics.tokens),
             "optimizer_steps": self.steps,
+        }
+
+
+@dataclass
+class DemonstrationReport(TrainingReport):
+    """What a warm-up has done so far."""
+
+    held_out_losses: list[float] = field(default_factory=list)
+    """Cross entropy (nats a learned token) of the rows held out, before the first pass and after each."""
+
+    def metrics(self) -> dict[str, float]:
+        """As those of a job, and the first and the last of the losses."""
+        held_out = self.held_out_losses
+        return super().metrics() | {
+            "first_loss": self.losses[0] if self.losses else math.nan,
+            "last_loss": self.losses[-1] if self.losses else math.nan,
+            "held_out_loss_before": held_out[0] if held_out else math.nan,
+            "held_out_loss": held_out[-1] if held_out else math.nan,
         }
 
 
@@ -247,6 +266,89 @@ class Learner:
                         return
                 report.weights_moved = self.trained.share_changed(before)
                 stepped()
+
+    def learn(
+        self,
+        rows: list[list[TokenSequence]],
+        held_out: list[list[TokenSequence]],
+        settings: WarmUpSettings,
+        rng: np.random.Generator,
+        report: DemonstrationReport,
+        stepped: Callable[[], None] = lambda: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Learns the tokens of demonstrations, by an AdamW of its own: that of the run's other jobs stays as it was.
+
+        rows: each has at least one sequence. rng: draws the order of each pass. If it is stopped or raises, the weights are
+        those before it, and the report has no steps. Raises as `train`.
+        """
+        config, size = self.config, settings.batch_size
+        self._idle, self._length, self._version_lag = (0, 0), 1, 0
+        self._supervised, self._has_entropy = True, False
+        self.trained.follow()
+        self._scale = FLOAT16_SCALE if self.policy.model.dtype == torch.float16 else 1.0
+        report.steps_planned = math.ceil(len(rows) / size) * settings.epochs
+        report.learning_rate = config.learning_rate if settings.learning_rate is None else settings.learning_rate
+        before, ended = self.trained.sample(), False
+        with self._own_optimizer(report.learning_rate) as put_back:
+            try:
+                self._measure(held_out, report, stopped)
+                for _ in range(settings.epochs):
+                    order = rng.permutation(len(rows))
+                    for begin in range(0, len(rows), size):
+                        sequences = [sequence for i in order[begin : begin + size] for sequence in rows[i]]
+                        with _checkpointing(self.policy.model, config.gradient_checkpointing), self.trained.gathering():
+                            if not self._step(sequences, report, stopped):
+                                return
+                        stepped()
+                    self._measure(held_out, report, stopped)
+                report.weights_moved = self.trained.share_changed(before)
+                ended = not stopped()
+            finally:
+                if not ended:
+                    put_back()
+                    report.losses.clear()
+                    report.held_out_losses.clear()
+
+    @contextmanager
+    def _own_optimizer(self, learning_rate: float) -> Iterator[Callable[[], None]]:
+        """Inside, steps are those of a new optimizer. Gives what puts the weights back to what they are now."""
+        config, kept, moved = self.config, self.optimizer, self.moved
+        parameters = self.trained.parameters
+        values = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
+            self.trained.put()
+            self.moved = moved
+
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        try:
+            yield put_back
+        finally:
+            self.optimizer = kept
+
+    @torch.no_grad()
+    def _measure(
+        self, rows: list[list[TokenSequence]], report: DemonstrationReport, stopped: Callable[[], bool]
+    ) -> None:
+        """Adds the loss of rows that are held out to the report, if there are any."""
+        sequences = [sequence for row in rows for sequence in row]
+        if not sequences:
+            return
+        loss = tokens = 0.0
+        sharing = self._shares and max(map(len, sequences)) <= self._unchanged
+        for batch, shared in micro_batches(sequences, self.config.micro_batch_tokens, sharing):
+            if stopped():
+                return
+            of_batch, logprobs_BT = self._scored(batch, shared)
+            loss -= torch.where(of_batch.mask_BT, logprobs_BT, 0.0).sum().item()
+            tokens += int(of_batch.mask_BT.sum())
+        report.held_out_losses.append(loss / tokens)
 
     def _step(self, sequences: Sequence[TokenSequence], report: TrainingReport, stopped: Callable[[], bool]) -> bool:
         """One optimizer step; False if it was stopped before it changed anything."""

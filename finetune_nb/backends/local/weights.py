@@ -154,14 +154,15 @@ def known_by(model: torch.nn.Module) -> str | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: TrainedWeights) -> dict[str, Tensor]:
-    """AdamW's state and the masters, as `exp_avg/<name of the weight>` and so on; nothing for a weight without a step."""
+    """AdamW's state and the masters, as `exp_avg/<name of the weight>` and so on; nothing for a weight that no step has moved."""
     trained.follow()
     tensors = {}
     for name, parameter in trained.by_name.items():
-        if parameter not in optimizer.state:
-            continue
-        tensors |= {f"{key}/{name}": optimizer.state[parameter][key] for key in OPTIMIZER_STATE}
-        if name in trained.masters:
+        has_steps = parameter in optimizer.state
+        if has_steps:
+            tensors |= {f"{key}/{name}": optimizer.state[parameter][key] for key in OPTIMIZER_STATE}
+        # After a warm-up, whose optimizer is gone, a master may be more exact than its weight all the same.
+        if name in trained.masters and (has_steps or not torch.equal(parameter, trained.weights[name].float())):
             tensors[f"{MASTER}/{name}"] = parameter.detach()
     return tensors
 
@@ -172,11 +173,11 @@ def parameter_states(tensors: dict[str, Tensor], trained: TrainedWeights, path: 
     expected: dict[str, Tensor] = {}
     for position, (name, parameter) in enumerate(trained.by_name.items()):
         names = {key: f"{key}/{name}" for key in OPTIMIZER_STATE}
+        if name in trained.masters and f"{MASTER}/{name}" in tensors:  # not in an older checkpoint
+            expected[f"{MASTER}/{name}"] = parameter.detach()
         if tensors.keys().isdisjoint(names.values()):
             continue
         expected |= dict.fromkeys(names.values(), parameter.detach()) | {names["step"]: torch.zeros(())}
-        if f"{MASTER}/{name}" in tensors:  # not in float32, and not in an older checkpoint
-            expected[f"{MASTER}/{name}"] = parameter.detach()
         state[position] = {key: tensors[full] for key, full in names.items() if full in tensors}
     check_like(tensors, expected, path)
     for values in state.values():
