@@ -31,6 +31,7 @@ def test_there_are_notebooks():
         "08_maths_grpo.ipynb",
         "09_one_gpu.ipynb",
         "10_environments.ipynb",
+        "11_warm_start.ipynb",
     ]
 
 

@@ -22,6 +22,7 @@ from ..llms.client import LLM, ChatReply, PolicyLLM
 from ..redaction import error_text, redacting_logger
 from ..rewards.functions import needs_group
 from ..rewards.scoring import check_evaluator
+from ..rollouts.difficulty import Visits
 from ..rollouts.evaluation import EvaluationContext, Progress, dataset_of, evaluation_context, workflow_of
 from ..rollouts.trajectory_builder import EvalTrajectoryBuilder, EvalTrajectoryBuilderConfig
 from ..store.reader import PartialEpoch
@@ -58,6 +59,7 @@ from .continuation import (
     reward_digest,
 )
 from .epoch_record import EpochInProgress, log_what_was_left
+from .examples_seen import SeenExamples
 from .live_settings import CHOSEN, LiveSettings, write_live_values
 from .observer import TrainerObserver, set_curriculum
 from .run_writer import HeldLog, RunWriter, logging_to, restore_settings
@@ -106,6 +108,7 @@ class Driver:
         self._left: PartialEpoch | None = None  # begun by a process that has ended
         self._playground = Playground(config, components, run_id)
         self._claimed: list[Any] = []
+        self._seen = SeenExamples()
         self._given: dict[str, Any] = {}  # what the run was given, for whoever continues it
         self.sinks: list[MetricsSink] = []
         self._sink_dispatcher = SinkDispatcher(self.sinks, run_id, config.stored)
@@ -140,6 +143,10 @@ class Driver:
         if self.writer is None:
             await _to_its_end(self._open_writer())
         await self._take_up(trainer)
+        if hasattr(self.trajectory_builder, "visits_before"):
+            # An epoch that is sampled ahead is drawn before the one that trains has ended; so is every one, to draw the same.
+            lag = int(isinstance(trainer, EpochTrainer) and trainer.overlaps)
+            self.trajectory_builder.visits_before = lambda epoch: self.visits_before(epoch - lag)  # type: ignore[attr-defined]
         self._observer = TrainerObserver(
             trainer, self.run_id, self.live_settings, self.state, self.writer, self.components
         )
@@ -220,6 +227,15 @@ class Driver:
             logger.warning("%s", said)
             self.writer.event("changed", text=said)
         self.live_settings.note(changes)
+
+    def example_ids(self) -> list[Any]:
+        """Ids of the dataset's rows, in its order. Raises DatasetError."""
+        return self._playground.example_ids()
+
+    def visits_before(self, epoch: int) -> Visits:
+        """What the record says of each example, of the epochs before that one."""
+        epochs = [each for each in self.epochs if each.index < epoch]
+        return self._seen.visits(epochs, self.live_settings.journal, self.writer.store.start())
 
     @property
     def is_open(self) -> bool:
@@ -627,6 +643,10 @@ class Playground:
         if run and run.validation_dataset:
             dataset_of(self.config, self.components, str(run.validation_dataset))
 
+    def example_ids(self) -> list[Any]:
+        """Ids of the dataset's rows, in its order. Raises DatasetError."""
+        return [item.id for item in self._rows()]
+
     def _rows(self) -> Sequence[EvalInputItem]:
         run = self.config.finetuning.run_configuration
         return dataset_of(self.config, self.components, str(run.dataset) if run and run.dataset else None)
@@ -664,7 +684,7 @@ class Playground:
         raise RunError(f"no example {example!r}: the dataset has {len(ids)} rows, with ids like {ids[0]!r}.")
 
     @contextmanager
-    def _trying(self, draw: Callable[[int], Sequence[int]] | None = None) -> Iterator[None]:
+    def _trying(self, draw: Callable[[Sequence[EvalInputItem]], Sequence[int]] | None = None) -> Iterator[None]:
         """Evaluations inside are the next try, and sample anew. draw: as in EvaluationContext."""
         self._tries += 1
         token = evaluation_context.set(EvaluationContext("try", self._tries, 0, draw))

@@ -60,7 +60,7 @@ def live_fields(config: Config) -> list[LiveField]:
     for part, (_, _, section) in _sections(config).items():
         for name, info in type(section).model_fields.items():
             safe_point = _safe_point(info)
-            if safe_point not in SAFE_POINTS:
+            if safe_point not in SAFE_POINTS or not _counts(info, section):
                 continue
             limits = {
                 kind: getattr(m, kind) for m in info.metadata for kind in ("gt", "ge", "lt", "le") if hasattr(m, kind)
@@ -80,6 +80,13 @@ def live_fields(config: Config) -> list[LiveField]:
                 )
             )
     return found + _weight_fields(config)
+
+
+def _counts(info: FieldInfo, section: BaseModel) -> bool:
+    """Whether a field has an effect with the values that other fields of its section have."""
+    extra = info.json_schema_extra
+    where = extra.get("where") if isinstance(extra, dict) else None
+    return not isinstance(where, dict) or all(getattr(section, name) == value for name, value in where.items())
 
 
 def _weight_fields(config: Config) -> list[LiveField]:

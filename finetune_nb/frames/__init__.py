@@ -8,8 +8,9 @@ depend on the data. Join rows on `epoch` and `example`, or on `trajectory`. Work
 from __future__ import annotations
 
 from .epochs import epochs, groups, journal
+from .examples import examples
 from .labels import labels
 from .messages import messages, tokens
 from .trajectories import is_example, trajectories
 
-__all__ = ["epochs", "groups", "is_example", "journal", "labels", "messages", "tokens", "trajectories"]
+__all__ = ["epochs", "examples", "groups", "is_example", "journal", "labels", "messages", "tokens", "trajectories"]

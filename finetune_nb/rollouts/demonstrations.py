@@ -5,8 +5,7 @@ number, and the others are read all the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import FinetuneError
@@ -43,9 +42,9 @@ def read_demonstrations(source: Any, held_out: bool = False) -> Demonstrations:
     Raises:
         DatasetError: It is nothing of the kind, or a file that cannot be read.
     """
-    rows = (
-        source if isinstance(source, list | tuple) else read_rows(Path(source) if isinstance(source, str) else source)
-    )
+    if isinstance(source, Iterator):
+        source = list(source)
+    rows = source if isinstance(source, list | tuple) else read_rows(source)
     found: list[Demonstration] = []
     errors: list[RowError] = []
     for place, row in enumerate(rows):

@@ -63,8 +63,8 @@ class EvaluationContext:
     phase: str = "try"
     epoch: int = 0
     generation: int = 0
-    draw: Callable[[int], Sequence[int]] | None = None
-    """Dataset size -> positions of the rows to run; None = all."""
+    draw: Callable[[Sequence[EvalInputItem]], Sequence[int]] | None = None
+    """The dataset -> positions of the rows to run; None = all."""
     executor: RolloutExecutor | None = None
     trajectory_of: Callable[[EvalInputItem], Trajectory] | None = None
     """Makes the trajectory of a finished rollout, for rewards that ask for it. None: all model calls are in it."""
@@ -139,7 +139,7 @@ class EvaluationRun:
         started = time.time()
         context, general = evaluation_context.get(), config.eval.general
         items = dataset_of(config, builder, self.config.dataset)
-        positions = range(len(items)) if context.draw is None else context.draw(len(items))
+        positions = range(len(items)) if context.draw is None else context.draw(items)
         requests = [
             RolloutRequest(EpisodeKey(context.phase, context.epoch, n, context.generation), items[i].model_copy())
             for n, i in enumerate(positions)

@@ -7,15 +7,14 @@ without a valid reward is a trajectory with reward NaN.
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import format_exception
-from typing import Any
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..components.builder import Builder
 from ..components.registry import register_trajectory_builder
@@ -39,6 +38,7 @@ from ..types import (
     is_sampled,
 )
 from ..user_code import contained
+from .difficulty import DifficultySettings, Visits, draw_by_difficulty
 from .episodes import drift, episode_from_steps, tools_from_calls
 from .evaluation import EvaluationContext, evaluation_context
 from .executor import LocalExecutor
@@ -47,9 +47,14 @@ __all__ = [
     "EvalTrajectoryBuilder",
     "EvalTrajectoryBuilderConfig",
     "draw_examples",
+    "draw_of",
 ]
 
 logger = redacting_logger(__name__)
+
+
+BY_DIFFICULTY = {"live": "rollouts", "where": {"draw": "difficulty"}}
+"""Of a setting that counts only where examples are drawn by difficulty."""
 
 
 class EvalTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="eval_traj_builder"):
@@ -59,10 +64,36 @@ class EvalTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="eval_traj_build
     """Rollouts of each example: the size of a group. Advantages are relative to it, so 1 teaches nothing."""
     examples_per_epoch: int | None = Field(default=None, ge=1)
     """Examples drawn for an epoch, without replacement until the dataset is used up; None = all of them."""
+    draw: Literal["uniform", "difficulty"] = "uniform"
+    """Which examples an epoch draws: "difficulty" prefers those whose pass rate, as the run's record measures it, is near
+    `target_rate`. Solved examples and those that are too hard rest meanwhile."""
+    target_rate: float = Field(default=0.5, gt=0, lt=1, json_schema_extra=BY_DIFFICULTY)
+    """The pass rate to draw around: the mean reward of an example's rollouts, held to 0 .. 1."""
+    rate_width: float = Field(default=0.25, gt=0, json_schema_extra=BY_DIFFICULTY)
+    """How far from it examples are still drawn often: the standard deviation of a bell curve over pass rates."""
+    rest_epochs: int = Field(default=5, ge=0, json_schema_extra=BY_DIFFICULTY)
+    """Epochs that an example rests once all of its rollouts passed, or none in two epochs that drew it; then it is checked again,
+    and rests twice as long if nothing has changed, up to eight times."""
     include_tool_calls: bool = True
     """Whether the episode contains tool messages. What is trained on is the same either way: the sampled tokens."""
     min_episode_length: int = Field(default=2, ge=1)
     """Messages that an episode must have; a shorter one is a failure."""
+
+    @property
+    def difficulty(self) -> DifficultySettings | None:
+        """How examples are drawn by difficulty; None where they are drawn evenly."""
+        if self.draw == "uniform":
+            return None
+        return DifficultySettings(self.target_rate, self.rate_width, self.rest_epochs)
+
+    @model_validator(mode="after")
+    def check_draw(self) -> Self:
+        if self.draw == "difficulty" and self.examples_per_epoch is None:
+            raise ValueError(
+                "draw is 'difficulty' and examples_per_epoch is not given, so that every epoch would take all examples; say how "
+                "many it draws"
+            )
+        return self
 
 
 @dataclass
@@ -97,6 +128,8 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         self.evaluation_runs: dict[str, list[asyncio.Task[EvaluationRunOutput]]] = {}
         self.seed = seed
         self._executor, self._max_concurrency = executor, max_concurrency
+        self.visits_before: Callable[[int], Visits] | None = None
+        """Gives what the run's record says of each example before an epoch, for draws by difficulty. Set by whoever has one."""
 
     @property
     def num_generations(self) -> int:
@@ -118,7 +151,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
             raise ValueError(f"Run {run_id} is already in progress: finalize it before the next start_run.")
         epoch = (meta or {}).get("epoch", 0)
         size = getattr(self.trajectory_builder_config, "examples_per_epoch", None)
-        draw = functools.partial(draw_examples, size=size, epoch=epoch, seed=self.seed) if size else None
+        draw = draw_of(self.trajectory_builder_config, size, epoch, self.seed, self.visits_before) if size else None
         version = (meta or {}).get("policy_version")
         bound = self._max_concurrency
         executor = self._executor or LocalExecutor(bound if isinstance(bound, int) else bound())
@@ -134,7 +167,7 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         self,
         epoch: int,
         generation: int,
-        draw: Callable[[int], Sequence[int]] | None,
+        draw: Draw | None,
         executor: RolloutExecutor,
         version: int | None,
     ) -> EvaluationContext:
@@ -385,6 +418,50 @@ class EvalTrajectoryBuilder(TrajectoryBuilder):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+Draw = Callable[[Sequence[EvalInputItem]], Sequence[int]]
+
+
+def draw_of(
+    config: TrajectoryBuilderConfig, size: int, epoch: int, seed: int, visits_before: Callable[[int], Visits] | None
+) -> Draw:
+    """What draws the examples of an epoch. Every generation draws, and draws the same.
+
+    Args:
+        config: Says how.
+        size: How many.
+        epoch: Number of the epoch, from 0.
+        seed: The run's.
+        visits_before: Gives what the record says before an epoch.
+
+    Raises:
+        ConfigError: They are drawn by difficulty, and there is no record.
+    """
+    settings = config.difficulty if isinstance(config, EvalTrajectoryBuilderConfig) else None
+    if settings is None:
+        return lambda items: draw_examples(len(items), size, epoch, seed)
+    if visits_before is None:
+        raise ConfigError(
+            "draw is 'difficulty', which goes by the record of a run, and nobody keeps one here. Use ft.Run or Run.from_nat, or "
+            "draw 'uniform'."
+        )
+    visits, drawn = visits_before(epoch), dict[int, list[int]]()
+
+    def draw(items: Sequence[EvalInputItem]) -> list[int]:
+        if len(items) not in drawn:
+            check_size(len(items), size)
+            ids = [item.id for item in items]
+            drawn[len(items)] = draw_by_difficulty(ids, size, epoch, seed, visits, settings)
+        return drawn[len(items)]
+
+    return draw
+
+
+def check_size(rows: int, size: int) -> None:
+    """Raises ConfigError if the dataset is too small."""
+    if size > rows:
+        raise ConfigError(f"examples_per_epoch is {size}, but the dataset has {rows} rows. Lower it, or leave it out.")
+
+
 def draw_examples(rows: int, size: int, epoch: int, seed: int) -> list[int]:
     """Positions of the rows of one epoch: the epoch's share of a seeded shuffle; a new shuffle when too few are left.
 
@@ -392,8 +469,7 @@ def draw_examples(rows: int, size: int, epoch: int, seed: int) -> list[int]:
     """
     import numpy as np
 
-    if size > rows:
-        raise ConfigError(f"examples_per_epoch is {size}, but the dataset has {rows} rows. Lower it, or leave it out.")
+    check_size(rows, size)
     shuffle, place = divmod(epoch, rows // size)
     order = np.random.default_rng([seed, shuffle]).permutation(rows)
     return order[place * size : (place + 1) * size].tolist()

@@ -19,6 +19,7 @@ from ..components.loading import load_config, load_received
 from ..config.base import changed
 from ..config.sections import Config, RewardFunctionConfig
 from ..engine.continuation import ARGUMENTS
+from ..engine.examples_seen import EXAMPLES, SeenExamples
 from ..engine.run_writer import settings_in
 from ..errors import ConfigError, RunError, StoreError
 from ..interfaces import Environment
@@ -219,6 +220,9 @@ def branch_of(
         changes += (Change(time.time(), "fork", "evaluator.reward", *reward, epoch + 1),)
         state["live"] = {name: value for name, value in state["live"].items() if not name.startswith("reward.")}
     state["settings"] = {f.name: getattr(after, f.name) for f in fields(after)}
+    if reward is None:  # by another one, nothing is known of how hard an example is
+        before_it = [each for each in store.epochs if each.index <= epoch]
+        state[EXAMPLES] = SeenExamples().visits(before_it, store.journal(), store.start()).as_json()
     if state.get("curriculum") and after.percentile != before.percentile:
         state["curriculum"]["current_percentile"] = after.percentile
     return Branch(store.run_id, epoch, state, index, changes)

@@ -14,21 +14,25 @@ from ..components.builder import Builder
 from ..components.environments import environment_from
 from ..components.environments import section_of as describe_environment
 from ..components.loading import load_config
+from ..config.base import changed
 from ..config.sections import Config, FinetuneRunConfig
 from ..engine.continuation import fingerprints, given_components, recorded_components, reward_digest
 from ..engine.driver import Driver
 from ..engine.epoch_record import partial_record, require_rewards
+from ..engine.examples_seen import SeenExamples
 from ..engine.live_settings import LiveField, LiveSettings, LiveValues, live_fields, read_journal
 from ..engine.run_writer import restore_settings
 from ..engine.sinks import MetricsSink
 from ..engine.state import ACTIVE, RunState, RunStatus, State
-from ..errors import ConfigError, RunError, StoreError
+from ..errors import ConfigError, FinetuneError, RunError, StoreError
 from ..interfaces import Trainer, TrainerAdapter, TrajectoryBuilder
 from ..notebook.display import CellRecord, ProgressLine
 from ..notebook.kernel import in_notebook
 from ..redaction import error_text, redacting_logger
 from ..rewards.functions import Rewards, evaluators_from
 from ..rollouts.demonstrations import read_demonstrations
+from ..rollouts.difficulty import DifficultySettings, Visits
+from ..rollouts.trajectory_builder import EvalTrajectoryBuilderConfig, draw_of
 from ..store.checkpoints import weights_of_epochs
 from ..store.durable import size_of
 from ..store.folder import checkpoints
@@ -45,6 +49,7 @@ from ..types import (
     CurriculumSettings,
     Demonstrations,
     Epoch,
+    EvalInputItem,
     RolloutFailure,
     Trajectory,
     Validation,
@@ -59,6 +64,8 @@ from .service_checkpoints import forget_checkpoints
 from .session import ScriptLines, Session
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from ..analysis.agreement import Agreement
     from ..analysis.diagnosis import Diagnosis
     from ..analysis.rescoring import RescoredEpoch, Rescoring
@@ -101,6 +108,8 @@ class Run(RunHistory):
         model: "embedded" (a tiny transformer that learns on a CPU), or the directory or name of a Hugging Face causal LM.
         generations: Rollouts of each example, the size of a group.
         examples_per_epoch: Examples drawn for an epoch; None: all.
+        draw: Which they are: "uniform", or "difficulty": those whose pass rate is near 0.5, while solved ones rest. A mapping
+            draws by difficulty, too: target_rate, rate_width, rest_epochs.
         validation: A second dataset, evaluated before every `validation_interval`-th epoch and after the last one.
         validation_interval: Epochs between two validations.
         evaluators: More functions of the item, by name; their means are shown beside the reward.
@@ -153,6 +162,7 @@ class Run(RunHistory):
         model: str = "embedded",
         generations: int = 8,
         examples_per_epoch: int | None = None,
+        draw: str | Mapping[str, Any] = "uniform",
         validation: Any = None,
         validation_interval: int = 5,
         evaluators: Mapping[str, Callable[..., Any]] | None = None,
@@ -213,6 +223,7 @@ class Run(RunHistory):
                     "_type": "eval_traj_builder",
                     "num_generations": generations,
                     "examples_per_epoch": examples_per_epoch,
+                    **({"draw": draw} if isinstance(draw, str) else {"draw": "difficulty", **draw}),
                 }
             },
             "trainer_adapters": {"adapter": {"_type": "local_grpo", "model": model, **training}},
@@ -473,6 +484,7 @@ class Run(RunHistory):
         self._planned: int | None = None  # the epoch before which `start` will end
         self._panel: Any = None
         self._newest: NewestEpoch | None = None
+        self._seen = SeenExamples()
         self._epoch_weights = EpochWeights(config, components.added())
 
         self._settings = LiveSettings(
@@ -930,6 +942,97 @@ class Run(RunHistory):
                 f"run {self.id!r} has no weights of an epoch yet. Run one, with run.checkpoint_every above 0, then ask again."
             )
         return changes_of(trajectory, self._epoch_weights.logprobs(store, epoch, trajectory))
+
+    # ── examples ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def examples(self, columns: Sequence[str] | str | None = None) -> pd.DataFrame:
+        """One row = one example of the dataset: how often it was drawn, its pass rate, and what it is to the next epoch.
+
+        It is worked out from the rewards in the record. A fork counts its parent's epochs up to where it begins, unless it has
+        another reward. Epochs of `train_on` and `warm_up` do not count. A missing reward is no reward of 0.
+
+        Args:
+            columns: Only these columns, in this order. Default: all.
+
+        Returns:
+            The frame; its columns are those of `frames.examples`. Where the dataset is not at hand, as in a run that is only
+            read, it has the examples that were drawn.
+
+        Raises:
+            ConfigError: There is no such column.
+        """
+        from ..frames import examples
+
+        settings = self._drawing({}).difficulty or DifficultySettings()
+        return examples(self._visits(self.records), self.next_index, settings, self._example_ids(), columns)
+
+    def preview_draw(self, **changes: Any) -> pd.DataFrame:
+        """Which examples the next epoch draws, and which it would draw with other settings. Nothing is changed.
+
+            run.preview_draw(target_rate=0.3, rest_epochs=10)
+
+        Args:
+            **changes: Settings of the trajectory builder: draw, target_rate, rate_width, rest_epochs, examples_per_epoch.
+                Default: those in force, or asked for in `run.live`.
+
+        Returns:
+            The rows of `examples` that are drawn, in that order, with a column `change`: "enters" for one that is drawn only with
+            the changes. Those that are drawn only without them come last, and have "leaves".
+
+        Raises:
+            ConfigError: There is no such setting, a value does not fit, or the run's builder does not draw examples.
+            DatasetError: The dataset cannot be read.
+        """
+        if self._unable:
+            raise RunError(self._unable.text)
+        ids = self._driver.example_ids()
+        then, unchanged = (self._draw(self._drawing(values), ids) for values in (changes, {}))
+        frame = self.examples().iloc[[*then, *(place for place in unchanged if place not in set(then))]]
+        enters, leaves = set(then) - set(unchanged), set(unchanged) - set(then)
+        words = ["enters" if place in enters else "leaves" if place in leaves else "" for place in frame.index]
+        return frame.assign(change=words).reset_index(drop=True)
+
+    def _drawing(self, changes: Mapping[str, Any]) -> EvalTrajectoryBuilderConfig:
+        """The trajectory builder's settings as the next epoch reads them, with changes."""
+        name = self.config.finetuning.trajectory_builder
+        section = self.config.trajectory_builders.get(name or "")
+        if not isinstance(section, EvalTrajectoryBuilderConfig):
+            if not changes:
+                return EvalTrajectoryBuilderConfig()
+            raise ConfigError("this run has a trajectory builder of its own, which draws the examples by itself.")
+        asked = {
+            field.name.partition(".")[2]: field.value
+            for field in self._settings.live_fields
+            if field.name.startswith("builder.")
+        }
+        return changed(section, {**asked, **changes}, "preview_draw")
+
+    def _draw(self, drawing: EvalTrajectoryBuilderConfig, ids: Sequence[Any]) -> list[int]:
+        """Positions of the examples that the next epoch draws by these settings."""
+        if drawing.examples_per_epoch is None:
+            return [*range(len(ids))]
+        items = [EvalInputItem(id=each, input_obj="", expected_output_obj="", full_dataset_entry=None) for each in ids]
+        adapter = self.config.trainer_adapters.get(self.config.finetuning.trainer_adapter or "")
+        lag = min(getattr(adapter, "max_staleness", 0), 1)  # an epoch that is sampled ahead is drawn before that
+
+        def visits_before(epoch: int) -> Visits:
+            return self._visits([each for each in self.records if each.index < epoch - lag])
+
+        draw = draw_of(drawing, drawing.examples_per_epoch, self.next_index, self.config.run.seed, visits_before)
+        return [*draw(items)]
+
+    def _visits(self, epochs: Sequence[Epoch]) -> Visits:
+        store = self._stored()
+        return self._seen.visits(epochs, self.changes, None if store is None else store.start())
+
+    def _example_ids(self) -> Sequence[Any]:
+        """Ids of the dataset, in its order; none where it is not at hand."""
+        if self._unable or self._closed:
+            return ()
+        try:
+            return self._driver.example_ids()
+        except (FinetuneError, OSError):
+            return ()
 
     async def chat(self, messages: Any, **options: Any) -> ChatReply:
         """Get the policy's reply.

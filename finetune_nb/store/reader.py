@@ -399,6 +399,15 @@ class RunReader:
 
         return self._read(work)
 
+    def start(self) -> dict[str, Any] | None:
+        """What a fork starts from; None for a run that is none."""
+
+        def work(db: sqlite3.Connection) -> dict[str, Any] | None:
+            row = db.execute("SELECT start FROM run WHERE start IS NOT NULL").fetchone()
+            return None if row is None else decode(row[0], dict)
+
+        return self._read(work)
+
     def state_of(self, index: int) -> dict[str, Any]:
         """The same after another epoch; of a fork also after the one that it starts from."""
 

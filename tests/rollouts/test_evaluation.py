@@ -419,7 +419,7 @@ async def test_tool_calls_are_parsed_and_bad_arguments_are_empty():
 
 
 async def test_context_draws_rows_and_names_the_generation():
-    evaluation_context.set(EvaluationContext("train", 4, 2, draw=lambda rows: [rows - 1, 0]))
+    evaluation_context.set(EvaluationContext("train", 4, 2, draw=lambda rows: [len(rows) - 1, 0]))
 
     async def solve(question):
         return current_episode().key

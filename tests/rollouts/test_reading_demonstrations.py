@@ -13,7 +13,9 @@ ROW = {"messages": [ASKED, SAID]}
 
 
 def test_lists_of_messages_and_rows_with_messages_are_the_same():
-    assert read_demonstrations([ROW]) == read_demonstrations([[ASKED, SAID]])
+    assert (
+        read_demonstrations([ROW]) == read_demonstrations([[ASKED, SAID]]) == read_demonstrations(iter([[ASKED, SAID]]))
+    )
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "frame", "datasets"])
