@@ -1145,11 +1145,14 @@ class Epoch:
         """Losses and rows of a warm-up; None for an epoch of rollouts."""
         if self.kind != WARM_UP or self.job is None:
             return None
-        known = self.job.metadata or {}
-        losses, held_out = (
-            [as_float(each) for each in known.get(name) or ()] for name in ("losses", "held_out_losses")
-        )
-        errors = [RowError(int(e["row"]), str(e["error"]), bool(e["held_out"])) for e in known.get("row_errors") or ()]
+        # A folder may be somebody else's: what is there is taken as it can be read.
+        known = {name: each for name, each in (self.job.metadata or {}).items() if isinstance(each, list)}
+        losses, held_out = ([as_float(each) for each in known.get(name, ())] for name in ("losses", "held_out_losses"))
+        errors = [
+            RowError(int(each["row"]), text_of(each.get("error")), each.get("held_out") is True)
+            for each in known.get("row_errors", ())
+            if isinstance(each, Mapping) and isinstance(each.get("row"), int)
+        ]
         return WarmUp(losses, held_out, errors)
 
     @property

@@ -164,13 +164,10 @@ class Visits:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Visits:
         """Reads it. Raises ValueError, TypeError or KeyError for what is none."""
-        visits = cls(
-            examples=list(record["examples"]),
-            **{name: [int(each) for each in record[name]] for name in _WHOLE},
-            total=[float(each) for each in record["total"]],
-            rate=[math.nan if each is None else float(each) for each in record["rate"]],
-            newest=[math.nan if each is None else float(each) for each in record["newest"]],
-        )
+        values: dict[str, Any] = {name: [int(each) for each in record[name]] for name in _WHOLE}
+        for name in ("rate", "newest"):
+            values[name] = [math.nan if each is None else float(each) for each in record[name]]
+        visits = cls(examples=list(record["examples"]), total=[float(each) for each in record["total"]], **values)
         if {len(value) for name, value in vars(visits).items() if name != "place_of"} - {len(visits.examples)}:
             raise ValueError("its columns differ in length")
         visits.place_of = {text_of(example): place for place, example in enumerate(visits.examples)}

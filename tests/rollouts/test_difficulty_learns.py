@@ -13,16 +13,15 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from planted_faults import demo
+from planted_faults import demo, questions
 
 import finetune_nb as ft
-from finetune_nb.examples.calculator.agent import questions
 from finetune_nb.examples.calculator.task import TOOLS, first_operation
 
 SEEDS = 3
-EXAMPLES, GENERATIONS = 16, 8
-SOLVED, HOPELESS, LEARNABLE = 150, 150, 60
-LEVEL, MOST = 0.75, 40
+EXAMPLES, GENERATIONS = 8, 8
+SOLVED, HOPELESS, LEARNABLE = 40, 40, 6
+LEVEL, MOST = 0.85, 40
 
 
 def held_out(run):
@@ -68,7 +67,7 @@ def mixed(seed):
 def rollouts_needed(draw, seed, folder):
     """Rollouts until the held-out reward is at the level; those of all epochs where it never is."""
     rows = [
-        {"question": r["question"], "wanted": f">{first_operation(r['question'])}"} for r in questions("held_out")[:60]
+        {"question": r["question"], "wanted": f">{first_operation(r['question'])}"} for r in questions("held_out")[:40]
     ]
     run = ft.Run(
         first_move, reward, mixed(seed), validation=rows, validation_interval=1000, sampling={"max_tokens": 10}, seed=seed,
@@ -90,4 +89,4 @@ def test_with_many_solved_and_many_hopeless_examples_it_needs_fewer_rollouts(tmp
     for draw in ("uniform", "difficulty"):
         found[draw] = [rollouts_needed(draw, seed, tmp_path / draw / str(seed)) for seed in range(SEEDS)]
         print(f"\n{draw}: {np.mean(found[draw]):,.0f} rollouts ({', '.join(map(str, found[draw]))})", end="")
-    assert np.mean(found["difficulty"]) < 0.8 * np.mean(found["uniform"])
+    assert np.mean(found["difficulty"]) < 0.95 * np.mean(found["uniform"])

@@ -1,5 +1,6 @@
 """`run.warm_up`: demonstrations, learned into the run's own weights and recorded as an epoch."""
 
+import dataclasses
 import math
 import threading
 import time
@@ -133,6 +134,19 @@ def test_one_that_is_aborted_leaves_the_weights_as_they_were(run):
         time.sleep(0.05)
     assert torch.equal(weights(run), before) and not run.records
     assert warm(run).index == 0 and run._driver.adapter.policy.version == 1
+
+
+def test_a_hostile_record_of_one_is_shown_as_far_as_it_can_be_read(run):
+    epoch = warm(run, [*DEMONSTRATIONS, *BAD])
+    hostile = {
+        "losses": ["<script>", 1.0],
+        "held_out_losses": 7,
+        "row_errors": [3, {"row": "x"}, {"row": 1, "error": "<b>"}],
+    }
+    metadata = {**epoch.job.metadata, **hostile, "metrics": {"rows": "many", "passes": None}}
+    forged = dataclasses.replace(epoch, job=epoch.job.model_copy(update={"metadata": metadata}))
+    assert "warm-up on" in repr(forged) and "<b>" not in forged._repr_html_() and "<script>" not in forged._repr_html_()
+    assert [error.row for error in forged.warm_up.errors] == [1] and forged.warm_up.held_out_losses == []
 
 
 def test_it_takes_place_between_two_epochs(run):

@@ -173,7 +173,7 @@ def parameter_states(tensors: dict[str, Tensor], trained: TrainedWeights, path: 
     expected: dict[str, Tensor] = {}
     for position, (name, parameter) in enumerate(trained.by_name.items()):
         names = {key: f"{key}/{name}" for key in OPTIMIZER_STATE}
-        if name in trained.masters and f"{MASTER}/{name}" in tensors:  # not in an older checkpoint
+        if f"{MASTER}/{name}" in tensors:  # not in float32, and not in an older checkpoint
             expected[f"{MASTER}/{name}"] = parameter.detach()
         if tensors.keys().isdisjoint(names.values()):
             continue
