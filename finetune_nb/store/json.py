@@ -93,6 +93,8 @@ _LARGEST_INT = 10**600
 """Python refuses to read longer numbers where `sys.set_int_max_str_digits` is at its minimum, 640."""
 _MOST_VALUES = 2_000_000
 """In one value. A list that holds another one twice, and so on sixty times, would fill any memory."""
+_TOGETHER = 200
+"""Values that are encoded at once: each is looked at several times, and should not have to be fetched from memory again."""
 _MOST_CONVERTED = 200_000
 """Of those that JSON does not know, which take longer."""
 _MOST_BYTES = 64_000_000
@@ -404,6 +406,13 @@ def encode(value: Any, strict: bool = False, field: str = "") -> str:
 
 def encode_all(values: Sequence[Any], field: str = "") -> Sequence[str | bytes | None]:
     """The JSON text of each value, as text or as ASCII bytes; None for None. Of many small values several times as fast."""
+    texts: list[str | bytes | None] = []
+    for start in range(0, len(values), _TOGETHER):
+        texts += _encode_some(values[start : start + _TOGETHER], field)
+    return texts
+
+
+def _encode_some(values: Sequence[Any], field: str) -> Sequence[str | bytes | None]:
     try:
         texts = None
         if _are_flat(values) or all(map(_is_plain, values)):

@@ -48,7 +48,7 @@ from .folder import CONFIG, DATABASE, LOG, RUN_ID, TRAJECTORIES, WriteLock, remo
 from .json import encode, noting_replaced
 from .labels import remove_labels_after
 from .reader import RunReader, StoredEpoch, as_store_error
-from .trajectories import batch_of, write_trajectories
+from .trajectories import batches_of, write_trajectories
 from .trust import sign
 
 __all__ = [
@@ -143,7 +143,9 @@ class RunStore(RunReader):
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def begin_epoch(self, index: int, started_at: float, policy_version: int | None) -> bool:
-        """An epoch begins. What an earlier attempt at it left is removed; returns whether there was one."""
+        """An epoch begins. What an earlier attempt at it left is removed; returns whether there was one. The trajectories of the
+        epoch before make room: they are read again where they are asked for."""
+        self._newest = None
         with self._naming(f"epoch {index}"):
             version = whole_number(policy_version, "policy_version")
         with self._transaction(f"the begin of epoch {index}") as db:
@@ -161,13 +163,16 @@ class RunStore(RunReader):
         """Rollouts of the epoch that has begun, as they come in; best several at once, in any groups. They are there for
         the case that the epoch does not finish: `append` replaces them. whole: these are all of them, in their
         groups, in place of what came in before."""
+        first = None
         with self._naming(f"epoch {index}"):
-            batch = batch_of(rollouts, whole)
-        with self._transaction(f"rollouts of epoch {index}", durable=whole) as db:
-            self._require_begun(db, index)
-            if whole:
-                db.execute("DELETE FROM rollouts WHERE epoch = ?", (index,))
-            db.execute("INSERT INTO rollouts (epoch, data) VALUES (?, ?)", (index, batch))
+            for batch, is_last in batches_of(rollouts, whole):  # each by itself, so that nobody waits for all of them
+                replaces = whole and is_last
+                with self._transaction(f"rollouts of epoch {index}", durable=replaces) as db:
+                    self._require_begun(db, index)
+                    added = db.execute("INSERT INTO rollouts (epoch, data) VALUES (?, ?)", (index, batch)).lastrowid
+                    first = added if first is None else first
+                    if replaces:
+                        db.execute("DELETE FROM rollouts WHERE epoch = ? AND batch < ?", (index, first))
 
     def record_selection(self, index: int, selection: Selection, seconds: Mapping[str, float]) -> None:
         """Which groups of the epoch that has begun are trained on, right before they are handed over. seconds: what
@@ -326,6 +331,7 @@ class RunStore(RunReader):
             db, self._db = self._db, None
             if db is not None and os.getpid() == self._pid:
                 if _identity(self.folder / DATABASE) in (self._file, None):
+                    _give_back_space(db)
                     db.close()
                 else:
                     # SQLite removes its log by its path when it closes a file. This is another run's folder now.
@@ -442,6 +448,7 @@ class RunStore(RunReader):
             )
 
 
+_MOST_UNUSED = 16_000_000
 _A_CHANGE = "a change of the controls"
 _INSERT_VALIDATION = "INSERT INTO validations (epoch, mean_reward, error, record) VALUES (?, ?, ?, ?)"
 
@@ -458,6 +465,14 @@ def _opened(folder: Path, create: bool = False) -> Iterator[tuple[WriteLock, sql
             db.close()
         lock.release()
         raise
+
+
+def _give_back_space(db: sqlite3.Connection) -> None:
+    """Makes the file small where the rollouts of unfinished epochs have left it large; what is in it is little."""
+    with suppress(sqlite3.Error):  # somebody reads, or the disk is full
+        pages, size = (db.execute(f"PRAGMA {what}").fetchone()[0] for what in ("freelist_count", "page_size"))
+        if pages * size > _MOST_UNUSED:
+            db.execute("VACUUM")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from ..errors import StoreError
 from ..redaction import redact_texts, redacting_logger
@@ -66,7 +67,7 @@ __all__ = [
     "LISTED",
     "PREFERENCE",
     "FileColumn",
-    "batch_of",
+    "batches_of",
     "collection_of",
     "collection_of_batches",
     "read_columns",
@@ -88,6 +89,11 @@ LISTED: dict[str, tuple[str, type]] = {
     "entropies": (MessageKey.ENTROPIES, float),
 }
 """The columns that hold a list out of a message's metadata: its key there, and the type of its entries."""
+
+
+ROWS_PER_PART = 512
+"""So many rollouts are made columns at once: what was fetched from memory for one column is still near for the next, and only
+so much of a large epoch exists twice."""
 
 
 # ── trajectories -> columns ──────────────────────────────────────────────────────────────────────────────────────────
@@ -141,17 +147,42 @@ def _in_columns(trajectories: Iterable[Trajectory]) -> tuple[list[Trajectory], d
     return known, columns
 
 
+class _Part(NamedTuple):
+    """Some rollouts of a collection."""
+
+    groups: Sequence[tuple[int, Sequence[Trajectory]]]
+    """Groups, or parts of them, with their numbers."""
+    failures: Sequence[RolloutFailure]
+
+
+def _parts(groups: Sequence[Sequence[Trajectory]], failures: Sequence[RolloutFailure]) -> Iterator[_Part]:
+    """The rollouts in parts of ROWS_PER_PART at most, the trajectories first; an empty part where there is none."""
+    most = ROWS_PER_PART
+    part: list[tuple[int, Sequence[Trajectory]]] = []
+    size = 0
+    for number, group in enumerate(groups):
+        for start in range(0, len(group), most):
+            some = group if len(group) <= most else group[start : start + most]
+            if size + len(some) > most:
+                yield _Part(part, ())
+                part, size = [], 0
+            part.append((number, some))
+            size += len(some)
+    yield _Part(part, failures[: most - size])
+    for start in range(most - size, len(failures), most):
+        yield _Part((), failures[start : start + most])
+
+
 class _Rollouts:
     """Rollouts on their way into a table: the trajectories and, after them, the failures.
 
     Each method makes one column, with an entry a rollout.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Trajectory]], failures: Sequence[RolloutFailure]) -> None:
-        self._sizes = [len(group) for group in groups]
-        self._trajectories, self._known = _in_columns(chain.from_iterable(groups))
-        self._failures = failures
-        self._nothing = [None] * len(failures)
+    def __init__(self, part: _Part) -> None:
+        self._groups, self._failures = part
+        self._trajectories, self._known = _in_columns(chain.from_iterable(group for _, group in part.groups))
+        self._nothing = [None] * len(part.failures)
 
     def known(self, name: str) -> list[Any]:
         """One of the columns of `_in_columns`; a failure has none of it."""
@@ -166,8 +197,8 @@ class _Rollouts:
 
     def group(self) -> pa.Array:
         numbers: list[Any] = []
-        for number, size in enumerate(self._sizes):
-            numbers += [number] * size
+        for number, group in self._groups:
+            numbers += [number] * len(group)
         return _array(numbers + self._nothing, "int32")
 
     def example(self) -> pa.Array:
@@ -403,9 +434,13 @@ def table_of(
     Returns:
         The columns, in that order.
     """
+    return _table_of(_Part(list(enumerate(groups)), failures), names)
+
+
+def _table_of(part: _Part, names: Iterable[str] = tuple(COLUMNS)) -> pa.Table:
     import pyarrow as pa
 
-    rollouts = _Rollouts(groups, failures)
+    rollouts = _Rollouts(part)
     columns: dict[str, pa.Array] = {}
     for name in names:
         column = COLUMNS[name]
@@ -414,6 +449,43 @@ def table_of(
         else:
             columns[name] = column.make(rollouts)
     return pa.table(columns)
+
+
+def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """One table of all rows, with the wider type of a column where any of the tables has that."""
+    import pyarrow as pa
+
+    wide = frozenset().union(*map(_wide_columns, tables))
+    return pa.concat_tables([_widened(table, wide) for table in tables])
+
+
+def _wide_columns(table: pa.Table) -> frozenset[str]:
+    """The columns that have their wider type."""
+    wide = [name for name in table.column_names if _is_wide(table, name)]
+    return frozenset(wide)
+
+
+def _is_wide(table: pa.Table, name: str) -> bool:
+    wider = COLUMNS[name].wider
+    return wider is not None and table.schema.field(name).type == _arrow_type(wider)
+
+
+def _widened(table: pa.Table, wide: Iterable[str]) -> pa.Table:
+    """The same with the wider type of those columns."""
+    for name in wide:
+        if not _is_wide(table, name):
+            column = table.column(name).combine_chunks()
+            table = table.set_column(table.column_names.index(name), name, _of_doubles_or_longs(column))
+    return table
+
+
+def _of_doubles_or_longs(array: pa.Array) -> pa.Array:
+    import pyarrow as pa
+
+    if pa.types.is_list(array.type):
+        offsets = pa.array(array.offsets.to_numpy())  # of a slice, they cannot be taken as they are
+        return pa.ListArray.from_arrays(offsets, _of_doubles_or_longs(array.values), mask=array.is_null())
+    return pa.array(array.to_numpy().astype("int64" if pa.types.is_integer(array.type) else "float64"))
 
 
 # ── values -> an array ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -463,16 +535,16 @@ def _flat(lists: Sequence[list[Any] | None], kind: type, narrowest: str = "float
     import numpy as np
     import pyarrow as pa
 
-    entries = list(chain.from_iterable(value for value in lists if value))
-    if not set(map(type, entries)) <= {kind}:
+    entries = list(chain.from_iterable(filter(None, lists)))
+    if not {kind}.issuperset(map(type, entries)):
         raise TypeError
     if kind is str:
         return pa.array(entries, pa.string())
     if kind is int:
-        whole = np.array(entries, np.int64)
+        whole = np.fromiter(entries, np.int64, len(entries))
         narrow = whole.astype(np.int32)
     else:
-        whole = np.array(entries, np.float64)
+        whole = np.fromiter(entries, np.float64, len(entries))
         with np.errstate(over="ignore"):
             narrow = whole.astype(narrowest)
     exact = np.array_equal(narrow, whole, equal_nan=kind is float)
@@ -653,17 +725,16 @@ turn before it, which zstd finds where bytes are aligned."""
 _SPLIT = {_leaf("logprobs"): "BYTE_STREAM_SPLIT"}
 
 
-def _storable(collection: TrajectoryCollection) -> pa.Table:
-    """The table of a collection. A rollout that cannot be written is written with less: a failed one without its steps, then
+def _storable(part: _Part) -> pa.Table:
+    """The table of a part. A rollout that cannot be written is written with less: a failed one without its steps, then
     with its example and reward alone; no other rollout loses anything by it. What was left out is noted."""
-    table = attempt(lambda rollouts: table_of(rollouts.trajectories, rollouts.failures), collection)
+    table = attempt(_table_of, part)
     if table is not FAILED:
         return table
-    groups: list[list[Trajectory]] = []
-    for group in collection.trajectories:
-        groups.append([_with_less(trajectory) for trajectory in group])
-    failures = [_failure_with_less(failure) for failure in collection.failures]
-    return table_of(groups, failures)
+    groups: list[tuple[int, Sequence[Trajectory]]] = []
+    for number, group in part.groups:
+        groups.append((number, [_with_less(trajectory) for trajectory in group]))
+    return _table_of(_Part(groups, [_failure_with_less(failure) for failure in part.failures]))
 
 
 def _with_less(trajectory: Trajectory) -> Trajectory:
@@ -695,11 +766,9 @@ def write_trajectories(folder: Path, epoch: int, run_id: str, collection: Trajec
         StoreError: It could not be written; the folder is then as it was.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     path = trajectory_file(folder, epoch)
     try:
-        table = _storable(collection)
         about = {
             "format": FORMAT,
             "reader": OLDEST_READER,
@@ -708,30 +777,74 @@ def write_trajectories(folder: Path, epoch: int, run_id: str, collection: Trajec
             "epoch": epoch,
             "groups": len(collection.trajectories),
         }
-        table = table.replace_schema_metadata({KEY: encode(about)})
         check_plain(path.parent)
         path.parent.mkdir(exist_ok=True)
-
-        def write(file: Any) -> None:
-            with pq.ParquetWriter(
-                file,
-                table.schema,
-                compression="zstd",
-                use_dictionary=_DICTIONARY,  # type: ignore[arg-type]  # the stubs know the bool only
-                column_encoding=_SPLIT,
-                write_statistics=False,
-                write_page_checksum=True,
-            ) as writer:
-                for start, stop in pairwise(_row_groups(table)):
-                    writer.write_table(table.slice(start, stop - start), row_group_size=ROWS_PER_GROUP)
-
-        write_durably(path, write)
+        write_durably(path, lambda file: _write_parts(file, collection, {KEY: encode(about)}))
         return os.stat(path).st_size
     except (OSError, pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise StoreError(
             f"{path} could not be written: {type(error).__name__}: {error}. Epoch {epoch} is not recorded; everything "
             "before it is kept. Remove the cause (a full disk, say) and append the epoch again."
         ) from error
+
+
+def _write_parts(file: BinaryIO, collection: TrajectoryCollection, metadata: Mapping[Any, Any]) -> None:
+    """Writes a collection part by part, so that only a row group or two of it is in memory as columns."""
+    wide: frozenset[str] = frozenset()
+    while True:
+        found = _write_with(file, collection, metadata, wide)
+        if found <= wide:
+            return
+        wide |= found  # a column cannot become wider in the middle of a file
+        file.seek(0)
+        file.truncate()
+
+
+def _write_with(
+    file: BinaryIO, collection: TrajectoryCollection, metadata: Mapping[Any, Any], wide: frozenset[str]
+) -> frozenset[str]:
+    """Writes a collection with the wider type of those columns. Returns the columns that need it, once others do."""
+    import pyarrow.parquet as pq
+
+    writer: pq.ParquetWriter | None = None
+    with ExitStack() as stack:
+        for table in _row_group_tables(map(_storable, _parts(collection.trajectories, collection.failures))):
+            found = _wide_columns(table)
+            if writer is None:
+                wide |= found
+                table = _widened(table, wide)
+                writer = stack.enter_context(
+                    pq.ParquetWriter(
+                        file,
+                        table.schema.with_metadata(metadata),
+                        compression="zstd",
+                        use_dictionary=_DICTIONARY,  # type: ignore[arg-type]  # the stubs know the bool only
+                        column_encoding=_SPLIT,
+                        write_statistics=False,
+                        write_page_checksum=True,
+                    )
+                )
+            elif not found <= wide:
+                return wide | found
+            writer.write_table(_widened(table, wide), row_group_size=ROWS_PER_GROUP)
+    return wide
+
+
+def _row_group_tables(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Tables with consecutive rows -> one a row group."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) < 2 * ROWS_PER_GROUP:
+            continue
+        together = _joined(waiting)
+        *bounds, last = _row_groups(together)[:-1]
+        for start, stop in pairwise([*bounds, last]):
+            yield together.slice(start, stop - start)
+        waiting = [together.slice(last)]
+    together = _joined(waiting)
+    for start, stop in pairwise(_row_groups(together)):
+        yield together.slice(start, stop - start)
 
 
 def _row_groups(table: pa.Table) -> list[int]:
@@ -940,89 +1053,154 @@ def _checked(table: pa.Table) -> pa.Table:
 # ── batches of an unfinished epoch ───────────────────────────────────────────────────────────────────────────────────
 
 
-def batch_of(collection: TrajectoryCollection, whole: bool) -> bytes:
-    """Rollouts of an unfinished epoch as bytes.
+ROWS_PER_BATCH = 4096
+"""At most: SQLite takes no value of more than a gigabyte."""
+
+
+def batches_of(collection: TrajectoryCollection, whole: bool) -> Iterator[tuple[bytes, bool]]:
+    """Rollouts of an unfinished epoch as bytes, in one batch or several.
 
     Args:
         collection: The rollouts.
-        whole: Whether these are all of the epoch's, so that their groups are kept.
+        whole: Whether these are all of the epoch's, so that their groups are kept. They are then read again if all of these
+            batches are there.
+
+    Yields:
+        A batch, and whether it is the last one.
 
     Raises:
         StoreError: A rollout cannot be written down.
     """
     import pyarrow as pa
 
+    tables: Iterator[pa.Table] = map(_storable, _parts(collection.trajectories, collection.failures))
+    rows = sum(map(len, collection.trajectories)) + len(collection.failures)
+    count = max(1, math.ceil(rows / ROWS_PER_BATCH))
+    about: dict[str, Any] = {"groups": len(collection.trajectories)}
+    if count > 1:  # under another key, so that an earlier release does not take one of them for all
+        about = {"set": uuid.uuid4().hex, "batches": count, "groups_in_all": len(collection.trajectories)}
     try:
-        table = _storable(collection)
-        if whole:
-            table = table.replace_schema_metadata({KEY: encode({"groups": len(collection.trajectories)})})
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-            writer.write_table(table)
-        return sink.getvalue().to_pybytes()
+        for number in range(1, count + 1):
+            table = _joined(list(islice(tables, ROWS_PER_BATCH // ROWS_PER_PART)))
+            if whole:
+                table = table.replace_schema_metadata({KEY: encode(about)})
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+                writer.write_table(table)
+            yield sink.getvalue().to_pybytes(), number == count
     except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise StoreError(f"a rollout cannot be written down: {type(error).__name__}: {error}.") from error
 
 
-DecodedBatches = dict[bytes, tuple[TrajectoryCollection, bool]]
-"""Batches of rollouts by the digest of their bytes, each with whether it is all of an epoch."""
+DecodedBatches = dict[bytes, TrajectoryCollection]
+"""Batches of rollouts, or all batches of a whole epoch, by the digest of their bytes."""
 
 
 def collection_of_batches(
     batches: Sequence[bytes], run_id: str, decoded: DecodedBatches | None = None
 ) -> TrajectoryCollection:
-    """The rollouts of several batches, grouped by example; a whole one is alone, and in its own groups.
+    """The rollouts of several batches, grouped by example; those of a whole epoch are alone, and in their own groups.
 
     Args:
-        batches: As `batch_of` makes them.
+        batches: As `batches_of` makes them.
         run_id: Of the run.
         decoded: What earlier calls have decoded, which is not decoded again: whoever reads an epoch again and again while it
             grows keeps it, and changes nothing in what is returned. Left with the batches of this call.
 
     Raises:
-        StoreError: A batch is damaged.
+        StoreError: No batch can be read.
     """
     import pyarrow as pa
 
-    groups: dict[Any, list[Trajectory]] = {}
-    failures: list[RolloutFailure] = []
-    errors: list[StoreError] = []
-    known = dict(decoded or {})
-    if decoded is not None:
-        decoded.clear()
+    unreadable = (OSError, pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, RecursionError)
+    read = _Batches(run_id, decoded)
+    whole: dict[str, list[bytes]] = {}
+    said: dict[str, dict[str, Any]] = {}
+    others: list[tuple[int, bytes]] = []
     for number, batch in enumerate(batches):
         try:
-            if decoded is None:
-                found, whole = _of_batch(batch, run_id)
-            else:
-                digest = hashlib.blake2b(batch, digest_size=16).digest()
-                found, whole = decoded[digest] = known.get(digest) or _of_batch(batch, run_id)
-        except (OSError, pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            problem = f"{type(error).__name__}: {str(error)[:500]}"
-            what = f"batch {number} of the rollouts of the unfinished epoch cannot be read: {problem}."
-            errors.append(StoreError(f"{what} Completed epochs are not touched by that."))
+            about = _about_batch(batch)
+        except unreadable as error:
+            read.note(number, error)
             continue
-        if whole:
-            return found
+        if about is None:
+            others.append((number, batch))
+        else:
+            name = str(about.get("set"))
+            said[name] = about
+            whole.setdefault(name, []).append(batch)
+
+    # The newest one that was written to its end; an attempt that was not is passed over.
+    for name, found in reversed(whole.items()):
+        if len(found) == said[name].get("batches", 1):
+            try:
+                return read.decode(found, said[name]["groups" if len(found) == 1 else "groups_in_all"])
+            except unreadable as error:
+                read.note(batches.index(found[0]), error)
+
+    groups: dict[Any, list[Trajectory]] = {}
+    failures: list[RolloutFailure] = []
+    for number, batch in others:
+        try:
+            found = read.decode([batch], None)
+        except unreadable as error:
+            read.note(number, error)
+            continue
         for group in found.trajectories:
             groups.setdefault(encode((group[0].metadata or {}).get("id")), []).extend(group)
         failures += found.failures
-    if errors and len(errors) == len(batches):
-        raise errors[0]
-    for each in errors:
+    if read.errors and not groups and not failures:
+        raise read.errors[0]
+    for each in read.errors:
         logger.warning("%s The other batches are shown.", each)
     return TrajectoryCollection.model_construct(trajectories=list(groups.values()), run_id=run_id, failures=failures)
 
 
-def _of_batch(batch: bytes, run_id: str) -> tuple[TrajectoryCollection, bool]:
-    """The rollouts of a batch, and whether they are all of the epoch's."""
+class _Batches:
+    """Decodes batches, and keeps what it decoded for the next time."""
+
+    def __init__(self, run_id: str, decoded: DecodedBatches | None) -> None:
+        self._run_id, self._decoded = run_id, decoded
+        self._known = dict(decoded or {})
+        self.errors: list[StoreError] = []
+        if decoded is not None:
+            decoded.clear()
+
+    def decode(self, batches: Sequence[bytes], groups: int | None) -> TrajectoryCollection:
+        """The rollouts of batches that belong together. groups: as `collection_of` takes it."""
+        if self._decoded is None:
+            return self._collection(batches, groups)
+        digest = hashlib.blake2b(digest_size=16)
+        for batch in batches:
+            digest.update(batch)
+        key = digest.digest()
+        found = self._decoded[key] = self._known.get(key) or self._collection(batches, groups)
+        return found
+
+    def _collection(self, batches: Sequence[bytes], groups: int | None) -> TrajectoryCollection:
+        return collection_of(_joined(list(map(_table_of_batch, batches))), self._run_id, groups)
+
+    def note(self, number: int, error: Exception) -> None:
+        """Notes that a batch cannot be read."""
+        problem = f"{type(error).__name__}: {str(error)[:500]}"
+        what = f"batch {number} of the rollouts of the unfinished epoch cannot be read: {problem}."
+        self.errors.append(StoreError(f"{what} Completed epochs are not touched by that."))
+
+
+def _about_batch(batch: bytes) -> dict[str, Any] | None:
+    """What a batch of a whole epoch says of it; None for one of single rollouts."""
+    import pyarrow as pa
+
+    with pa.ipc.open_stream(pa.BufferReader(batch)) as reader:
+        about = (reader.schema.metadata or {}).get(KEY)
+    return None if about is None else decode(about.decode("ascii", "replace"), dict)
+
+
+def _table_of_batch(batch: bytes) -> pa.Table:
     import pyarrow as pa
 
     with pa.ipc.open_stream(pa.BufferReader(batch)) as reader:
         table = _checked(reader.read_all())
     # A batch does not say its format: a column that came later than the first one may be missing from any.
     _check_columns(table.schema, format=1)
-    about = (table.schema.metadata or {}).get(KEY)
-    if about is None:
-        return collection_of(table, run_id, None), False
-    return collection_of(table, run_id, int(decode(about.decode("ascii", "replace"), dict)["groups"])), True
+    return table.replace_schema_metadata(None)

@@ -182,14 +182,14 @@ trajectories = st.builds(
 )
 @given(groups=st.lists(st.lists(trajectories, max_size=3), max_size=3))
 def test_any_trajectory_comes_back_with_the_same_values_and_types(tmp_path, groups):
-    from finetune_nb.store.trajectories import batch_of, collection_of_batches, read_trajectories, write_trajectories
+    from finetune_nb.store.trajectories import batches_of, collection_of_batches, read_trajectories, write_trajectories
 
     collection = TrajectoryCollection(trajectories=groups, run_id="run")
     write_trajectories(tmp_path, 0, "run", collection)
     assert same(read_trajectories(tmp_path, 0, "run", sum(map(len, groups)), len(groups)), collection)
     flat = [trajectory for group in groups for trajectory in group]
-    assert same(collection_of_batches([batch_of(collection, whole=True)], "run"), collection)
-    batches = [batch_of(collected([trajectory]), whole=False) for trajectory in flat]
+    assert same(collection_of_batches([batch for batch, _ in batches_of(collection, whole=True)], "run"), collection)
+    batches = [batch for trajectory in flat for batch, _ in batches_of(collected([trajectory]), whole=False)]
     batched = [t for group in collection_of_batches(batches, "run").trajectories for t in group]
     assert sorted(map(repr, batched)) == sorted(map(repr, flat))
 
