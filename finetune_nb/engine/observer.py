@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import math
 import time
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from ..types import (
     Epoch,
     TrainingJobRef,
     TrainingJobStatus,
+    Trajectory,
     TrajectoryCollection,
     WarmUpSettings,
     as_float,
@@ -110,7 +112,9 @@ class TrainerObserver:
         """What is seen of the running epoch."""
         self.ahead: EpochInProgress | None = None
         """The same of the epoch after it, once its rollouts have begun."""
-        self._recent: deque[tuple[int, TrajectoryCollection]] = deque(maxlen=3)  # epochs that may be submitted late
+        self._recent: deque[tuple[int, dict[int, weakref.ref[Trajectory]]]] = deque(maxlen=3)
+        """Epochs whose trajectories may be submitted late: their number, and the trajectories by identity. Who submits them
+        holds them; nothing here keeps an epoch in memory."""
         self._late: list[tuple[int, TrajectoryCollection, TrainingJobRef]] = []  # submitted after their epoch's record
         self._ask = self.adapter.status
         wrap_method(self.trajectory_builder, "start_run", self._start_run)
@@ -456,7 +460,8 @@ class TrainerObserver:
 
     def remember(self, epoch: Epoch) -> None:
         """Jobs for its trajectories may still be submitted."""
-        self._recent.append((epoch.index, epoch.collection))
+        trajectories = (each for group in epoch.collection.trajectories for each in group)
+        self._recent.append((epoch.index, {id(each): weakref.ref(each) for each in trajectories}))
 
     async def settle_late_jobs(self, epochs: list[Epoch]) -> None:
         """Jobs that were submitted after their epoch's record: waited for, and put into that record."""
@@ -469,8 +474,9 @@ class TrainerObserver:
     def _owner_of(self, trajectories: TrajectoryCollection) -> int | None:
         """The recorded epoch to which submitted trajectories belong; None for those of the running one."""
         first = next((t for group in trajectories.trajectories for t in group), None)
-        for index, collection in self._recent:
-            if any(first is t for group in collection.trajectories for t in group):
+        for index, known in self._recent:
+            found = known.get(id(first))
+            if first is not None and found is not None and found() is first:
                 return index
         return None
 
