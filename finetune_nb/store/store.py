@@ -145,7 +145,6 @@ class RunStore(RunReader):
     def begin_epoch(self, index: int, started_at: float, policy_version: int | None) -> bool:
         """An epoch begins. What an earlier attempt at it left is removed; returns whether there was one. The trajectories of the
         epoch before make room: they are read again where they are asked for."""
-        self._newest = None
         with self._naming(f"epoch {index}"):
             version = whole_number(policy_version, "policy_version")
         with self._transaction(f"the begin of epoch {index}") as db:
@@ -157,6 +156,7 @@ class RunStore(RunReader):
                 "INSERT INTO unfinished (epoch, started_at, policy_version) VALUES (?, ?, ?)",
                 (index, started_at, version),
             )
+        self._newest = None
         return left
 
     def add_rollouts(self, index: int, rollouts: TrajectoryCollection, whole: bool = False) -> None:
