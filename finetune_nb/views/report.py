@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..analysis.run_comparison import compare_runs
+from ..errors import StoreError
 from ..redaction import redact_text
 from ..store.folder import CONFIG
 from ..text import count, number, plain, signed, trend
@@ -127,13 +128,18 @@ def _section(title: str | None, *body: Any) -> Html:
 
 
 def _pictures(run: Any, epochs: Sequence[Epoch]) -> Iterator[Html]:
-    drawn = [run.plot_rewards(), run.plot_reward_distribution(), run.plot_curriculum(), run.plot_groups()]
-    drawn += [run.plot_advantages(), run.plot_lengths()]
+    draws = [run.plot_rewards, run.plot_reward_distribution, run.plot_curriculum, run.plot_groups]
+    draws += [run.plot_advantages, run.plot_lengths]
     if any(epoch.metrics.scores for epoch in epochs):
-        drawn.append(run.plot_scores())
+        draws.append(run.plot_scores)
     if any(epoch.train_metrics for epoch in epochs):
-        drawn.append(run.plot_training())
-    for figure in drawn:
+        draws.append(run.plot_training)
+    for draw in draws:
+        try:
+            figure = draw()
+        except StoreError as error:  # the file of an epoch is gone; all else is worth a report
+            yield element("p", f"{draw.__name__} is left out: {error}")
+            continue
         caption = redact_text(figure.alt_text)
         picture = image(figure.png(), caption, round(96 * figure.get_figwidth()))
         yield element("figure", picture, element("figcaption", caption))
