@@ -126,6 +126,9 @@ class RaySettings(BaseModel):
     """How often a rollout is begun where its worker is lost each time, before it counts as failed."""
     start_timeout: float = Field(default=300.0, gt=0)
     """Seconds that workers and trainer may take to start, waiting for what others have of the cluster included."""
+    orphan_timeout: float | None = Field(default=3600.0, gt=0)
+    """Seconds after which the trainer's process ends by itself and frees its CPUs and GPUs: counted from when it last heard of a
+    kernel, or from the end of the job that it was working on. Then the run continues from the newest checkpoint. None: never."""
     runtime_env: dict[str, Any] = {}
     """Ray's own: `working_dir`, `py_modules`, `pip`, `env_vars` of workers and trainer, for modules that the cluster does not
     have."""

@@ -27,6 +27,15 @@ def test_engine_is_ray_with_or_without_an_address():
         ft.load_config({"run": {"engine": "ray", "ray": {"worker": 2}}})
 
 
+def test_orphans_stay_an_hour_or_as_long_as_asked_for():
+    def timeout(**ray):
+        return ft.load_config({"run": {"engine": "ray", "ray": ray}}).run.ray.orphan_timeout
+
+    assert (timeout(), timeout(orphan_timeout=60), timeout(orphan_timeout=None)) == (3600, 60, None)
+    with pytest.raises(ft.ConfigError, match="orphan_timeout"):
+        timeout(orphan_timeout=0)
+
+
 def test_deterministic_run_stays_on_one_engine(tmp_path):
     with pytest.raises(ft.ConfigError, match="Take engine 'local', or leave deterministic out"):
         make(tmp_path, engine="ray", deterministic=True)

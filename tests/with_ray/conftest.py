@@ -7,6 +7,7 @@ import importlib.util
 import time
 
 import pytest
+from hosts import Host, make_switch, why_not
 
 collect_ignore_glob = ["test_*.py"] if importlib.util.find_spec("ray") is None else []
 
@@ -27,3 +28,41 @@ def ray():
             time.sleep(2)
     yield ray
     ray.shutdown()
+
+
+# ── hosts made of namespaces ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where no host can be made, the tests with several of them are left out, which the summary says."""
+    needing = [item for item in items if "make_host" in getattr(item, "fixturenames", ())]
+    reason = why_not() if needing else None
+    if reason:
+        items[:] = [item for item in items if item not in needing]
+        config.hook.pytest_deselected(items=needing)
+        config.stash[_left_out] = f"{len(needing)} tests of Ray on several hosts did not run: {reason}."
+
+
+_left_out = pytest.StashKey[str]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if _left_out in config.stash:
+        terminalreporter.write_line(config.stash[_left_out])
+
+
+@pytest.fixture(scope="module")
+def make_host(tmp_path_factory):
+    """Makes hosts that share a folder, and have one of their own at the same path."""
+    switch, made, folder = make_switch(), [], tmp_path_factory.mktemp("hosts")
+    (folder / "shared").mkdir()
+    (folder / "own").mkdir()
+
+    def make(shm="200m"):
+        made.append(Host(switch, len(made) + 1, folder, shm))
+        return made[-1]
+
+    yield make
+    for host in made:
+        host.kill()
+    switch.kill()

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -18,10 +19,12 @@ from typing import Any
 
 from ...config.sections import RaySettings
 from ...errors import BackendError, ConfigError, MissingExtra
-from ...redaction import redact_text, remember_secret
+from ...redaction import redact_text, redacting_logger, remember_secret
+from .nodes import check_versions, clock_warning, store_warning
 
 __all__ = [
     "NAMESPACE",
+    "actor_options",
     "connect",
     "greet",
     "ray_package",
@@ -31,12 +34,18 @@ __all__ = [
     "workers_at_least",
 ]
 
+logger = redacting_logger(__name__)
+
 NAMESPACE = "finetune_nb"
 """In which the trainers of runs have their names."""
 
 ATTEMPTS = 3
 """Starts of a cluster of one's own: on a busy machine Ray gives up after 15 seconds, and is quicker the next time."""
 _connecting = threading.Lock()
+_uploaded: dict[str, Any] = {}
+"""What Ray took of this machine's folders when this process connected."""
+_looked_at: set[str] = set()
+"""Nodes, by their ids, of which was said what is wrong with them."""
 
 
 def ray_package() -> Any:
@@ -48,11 +57,14 @@ def ray_package() -> Any:
     return ray
 
 
-def connect(engine: str) -> Any:
+def connect(engine: str, runtime_env: Mapping[str, Any]) -> Any:
     """Ray, connected as `run.engine` says; blocks for seconds where it is not yet. A cluster that this process is connected
-    to already is taken. Raises BackendError where there is none to connect to."""
+    to already is taken. Folders of this machine in the runtime_env are uploaded. Raises BackendError where there is no cluster
+    to connect to, ConfigError where it is too late for the folders."""
+    global _uploaded
     ray = ray_package()
     address = engine.partition(":")[2]
+    folders = _folders(runtime_env)
     with _connecting:
         if ray.is_initialized():
             _remember_token()
@@ -62,8 +74,15 @@ def connect(engine: str) -> Any:
                     f"found engine {engine!r}, but this process is connected to the Ray cluster at {found}; it can be to one "
                     "only. Restart the kernel, or call ray.shutdown() first."
                 )
+            if folders and folders != _uploaded:
+                raise ConfigError(
+                    f"found {' and '.join(folders)} of this machine in run.ray.runtime_env, but this process is connected to Ray "
+                    "already, which takes them only when it connects. Restart the kernel, or call ray.shutdown() first."
+                )
             return ray
         options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+        if folders:
+            options["runtime_env"] = folders
         for attempt in range(1 if address else ATTEMPTS):
             try:
                 _in_lasting_thread(
@@ -76,13 +95,36 @@ def connect(engine: str) -> Any:
                 if attempt + 1 < (1 if address else ATTEMPTS):
                     continue
                 _remember_token()
-                where = f"no Ray cluster answers at {address!r}" if address else "Ray could not be started here"
-                raise BackendError(
-                    f"{where}: {redact_text(str(error))[:500]} Expected one for engine {engine!r}. Start one with `ray start "
-                    "--head`, take engine 'ray' for one of this machine alone, or 'local' for none."
-                ) from None
+                raise _no_cluster(engine, address, redact_text(" ".join(str(error).split()))[:500]) from None
+        _uploaded = folders
         _remember_token()
     return ray
+
+
+def _folders(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a runtime_env that lie on this machine. Ray uploads them for a whole process, and not for an actor."""
+    parts = {name: runtime_env[name] for name in ("working_dir", "py_modules") if runtime_env.get(name)}
+    return {name: part for name, part in parts.items() if "://" not in str(part)}
+
+
+def actor_options(settings: RaySettings) -> dict[str, Any]:
+    """What an actor is started with, beside its resources."""
+    folders = _folders(settings.runtime_env)
+    rest = {name: part for name, part in settings.runtime_env.items() if name not in folders}
+    return {"runtime_env": rest} if rest else {}
+
+
+def _no_cluster(engine: str, address: str, reason: str) -> BackendError:
+    if "Version mismatch" in reason:
+        return BackendError(
+            f"the Ray cluster at {address!r} has other versions than this process. {reason} Expected the same versions of Ray "
+            "and Python. Install those of the cluster here, and restart the kernel."
+        )
+    where = f"no Ray cluster answers at {address!r}" if address else "Ray could not be started here"
+    return BackendError(
+        f"{where}: {reason} Expected one for engine {engine!r}. Start one with `ray start --head`, take engine 'ray' for one of "
+        "this machine alone, or 'local' for none."
+    )
 
 
 def _in_lasting_thread(start: Callable[[], Any]) -> None:
@@ -129,12 +171,30 @@ def workers_at_least(settings: RaySettings, count: int | None = None) -> tuple[s
     return "rollout workers", count or settings.workers or 1, each
 
 
-async def greet(ray: Any, actor: Any, who: str, settings: RaySettings, asked: str, package: str) -> dict[str, str]:
-    """Waits until an actor is there; returns its versions. who, asked, package: what the errors call it, the resources that it
-    was to have, and what must be installed for it. Raises BackendError where it does not come."""
+async def greet(
+    ray: Any, actor: Any, who: str, settings: RaySettings, asked: str, package: str, remedy: str = ""
+) -> None:
+    """Waits until an actor is there, and says what is wrong with its node, once for each node.
+
+    Args:
+        ray: The package.
+        actor: It has `hello` and `clock`.
+        who: What the errors call it.
+        settings: Say how long to wait.
+        asked: The resources that it was to have.
+        package: What must be installed for it.
+        remedy: What else helps if its versions are others.
+
+    Raises:
+        BackendError: It does not come, or its node has other versions.
+    """
     seconds = settings.start_timeout
     try:
-        return await asyncio.wait_for(actor.hello.remote(), seconds)
+        seen = await asyncio.wait_for(actor.hello.remote(), seconds)
+        check_versions(who, seen, remedy)
+        before = time.time()
+        clock = await asyncio.wait_for(actor.clock.remote(), seconds)
+        after = time.time()
     except TimeoutError:
         free = ray.available_resources()
         raise BackendError(
@@ -147,6 +207,12 @@ async def greet(ray: Any, actor: Any, who: str, settings: RaySettings, asked: st
             f"{who} could not start: {redact_text(str(error))[:600]} Expected {package} to be installed on every node of the "
             "cluster. Install it there, or with run.ray.runtime_env."
         ) from None
+    if seen["node"] not in _looked_at:
+        _looked_at.add(seen["node"])
+        stores = {node["NodeID"]: node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes()}
+        warnings = store_warning(seen, stores.get(seen["node"], 0.0)), clock_warning(seen, clock, before, after)
+        for warning in filter(None, warnings):
+            logger.warning("%s", warning)
 
 
 def require(ray: Any, wanted: Sequence[tuple[str, int, Mapping[str, float]]]) -> None:

@@ -26,9 +26,9 @@ from ...interfaces import RolloutFunction
 from ...redaction import error_text, known_secrets, redacting_logger
 from ...threads import in_daemon_thread
 from ...types import RolloutRequest, RolloutResult
-from .cluster import connect, greet, require, total, trainer_resources, workers_at_least
+from .cluster import actor_options, connect, greet, require, total, trainer_resources, workers_at_least
 from .parcel import Parcel, PolicyParcel, packed
-from .worker import RolloutWorker, versions
+from .worker import RolloutWorker
 
 __all__ = [
     "RayExecutor",
@@ -103,7 +103,7 @@ class RayExecutor:
 
     async def open(self) -> None:
         """Reaches the cluster and starts the workers. Raises BackendError where it cannot give them, or they do not start."""
-        self._ray = await in_daemon_thread(connect, self.engine)
+        self._ray = await in_daemon_thread(connect, self.engine, self.settings.runtime_env)
         count = self.workers_wanted()
         trainer = ("the trainer", 1, trainer_resources(self._ray, self.settings))
         require(self._ray, [trainer, workers_at_least(self.settings, count)])
@@ -127,20 +127,14 @@ class RayExecutor:
 
     def _start(self) -> _Worker:
         settings = self.settings
-        options: dict[str, Any] = {"runtime_env": settings.runtime_env} if settings.runtime_env else {}
-        actor = self._ray.remote(
-            num_cpus=settings.worker_cpus, num_gpus=settings.worker_gpus, max_concurrency=1000, **options
-        )(RolloutWorker)
+        resources = {"num_cpus": settings.worker_cpus, "num_gpus": settings.worker_gpus}
+        actor = self._ray.remote(**resources, max_concurrency=1000, **actor_options(settings))(RolloutWorker)
         return _Worker(actor.remote(known_secrets(), [os.path.abspath(folder) for folder in sys.path]))
 
     async def _welcome(self, worker: _Worker) -> None:
         """Waits until it is there. Raises BackendError where it does not come, or is another version."""
         asked = f"{self.settings.worker_cpus:g} CPU and {self.settings.worker_gpus:g} GPU for each"
-        told = await greet(self._ray, worker.actor, "a rollout worker", self.settings, asked, "finetune_nb")
-        if told != versions():
-            raise BackendError(
-                f"a rollout worker has {told}; expected {versions()}, as here. Install the same versions there."
-            )
+        await greet(self._ray, worker.actor, "a rollout worker", self.settings, asked, "finetune_nb")
         self._failed_starts, worker.ready = 0, True
         self._fill()
 
@@ -162,6 +156,7 @@ class RayExecutor:
             await self._welcome(worker)
         except BackendError as error:
             self._failed_starts += 1
+            logger.warning("no rollout worker in place of one that was lost: %s", error)
             if worker in self._workers:
                 self._workers.remove(worker)
             self._ray.kill(worker.actor)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +18,11 @@ from typing import Any, NamedTuple
 from ...components.builder import Builder
 from ...config.base import TrainerAdapterConfig
 from ...config.sections import Config, RunSettings
-from ...redaction import remember_secret
+from ...redaction import redacting_logger, remember_secret
 from ...threads import in_daemon_thread
 from ...types import Sample, SamplingParams, TrainingJobRef, TrainingStatusEnum, TrajectoryCollection
 from .cluster import ray_package
-from .worker import versions
+from .nodes import look
 
 __all__ = [
     "Face",
@@ -28,6 +30,10 @@ __all__ = [
     "TrainerActor",
 ]
 
+logger = redacting_logger(__name__)
+
+LOOK_SECONDS = 15.0
+"""Between two looks whether this actor is an orphan, at most."""
 UNENDED = (TrainingStatusEnum.PENDING, TrainingStatusEnum.RUNNING)
 
 
@@ -73,10 +79,38 @@ class TrainerActor:
         self._adapter: Any = None
         self._opening = asyncio.Lock()
         self._jobs: list[TrainingJobRef] = []
+        self._timeout = run.ray.orphan_timeout
+        self._alone = 0.0
+        self._watch: asyncio.Task[None] | None = None
 
-    async def hello(self) -> dict[str, str]:
-        """That it is there."""
-        return versions()
+    async def hello(self) -> dict[str, Any]:
+        """That it is there, and on which node."""
+        await self.heard(self._timeout)
+        return look(ray_package())
+
+    async def clock(self) -> float:
+        """What time it is there."""
+        return time.time()
+
+    async def heard(self, timeout: float | None) -> None:
+        """A kernel is there. timeout: `run.ray.orphan_timeout`, as that kernel has it."""
+        self._timeout, self._alone = timeout, 0.0
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._end_as_orphan())
+
+    async def _end_as_orphan(self) -> None:
+        """Ends this actor when no kernel has been heard of for that long, and no job has run."""
+        while self._timeout is None or self._alone < self._timeout:
+            pause = LOOK_SECONDS if self._timeout is None else min(LOOK_SECONDS, self._timeout / 4)
+            await asyncio.sleep(pause)
+            # No clock is read: time in which this process itself was held up says nothing of the kernel.
+            self._alone = 0.0 if await self._works() else self._alone + pause
+        logger.warning("no kernel was heard of for %g s (run.ray.orphan_timeout): this trainer ends", self._timeout)
+        if self._adapter is not None:
+            with suppress(Exception):  # it ends, whatever is the matter with it
+                await asyncio.wait_for(self._adapter.aclose(), LOOK_SECONDS)
+        ray = ray_package()
+        ray.kill(ray.get_runtime_context().current_actor)
 
     async def pid(self) -> int:
         return os.getpid()
@@ -115,8 +149,11 @@ class TrainerActor:
 
     async def at_work(self) -> tuple[bool, RunState]:
         """Whether a job has not ended."""
+        return await self._works(), self._standing()
+
+    async def _works(self) -> bool:
         stand = [await self._adapter.status(ref) for ref in self._jobs]
-        return any(status.status in UNENDED for status in stand), self._standing()
+        return any(status.status in UNENDED for status in stand)
 
     def _standing(self) -> RunState:
         policy = self._adapter.policy

@@ -96,6 +96,7 @@ class RayTrainerAdapter(TrainerAdapter):
                 )
             return False
         self._link.found = False
+        self._link.keep()
         job_there = job is not None and await self._knows(job)
         unchanged = version is not None and not await self._link.ask("at_work") and version == self.policy.version
         holds = self._link.as_asked and (job_there or unchanged)

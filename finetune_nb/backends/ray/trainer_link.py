@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -21,11 +22,10 @@ from ...config.sections import RunSettings
 from ...engine.live_settings import live_names
 from ...errors import BackendError, FinetuneError
 from ...redaction import known_secrets, redact_text
-from ...threads import in_daemon_thread
-from .cluster import NAMESPACE, connect, greet, require, trainer_resources, workers_at_least
+from ...threads import in_daemon_thread, start_daemon
+from .cluster import NAMESPACE, actor_options, connect, greet, require, trainer_resources, workers_at_least
 from .remote_policy import RemotePolicy
 from .trainer_actor import RunState, TrainerActor
-from .worker import versions
 
 __all__ = [
     "TrainerLink",
@@ -33,6 +33,8 @@ __all__ = [
     "actor_name",
 ]
 
+HEARD_SECONDS = 60.0
+"""Between two signs of life, at most."""
 ENDING_SECONDS = 30.0
 """Until the name of an actor that was ended is free again."""
 
@@ -57,6 +59,7 @@ class TrainerLink:
         """The actor was there, and it is not known yet whether its weights are those that this run continues from."""
         self.as_asked = True
         """It was made with the settings that are asked for now."""
+        self._parted: threading.Event | None = None
 
     @property
     def policy(self) -> RemotePolicy:
@@ -68,7 +71,7 @@ class TrainerLink:
     async def open(self) -> None:
         """Finds the run's actor, or starts one and loads the model there. Raises BackendError where the cluster cannot
         give it, and what loading raises."""
-        self.ray = await in_daemon_thread(connect, self.run.engine)
+        self.ray = await in_daemon_thread(connect, self.run.engine, self.run.ray.runtime_env)
         settings = self.run.ray
         wanted = [("the trainer", 1, trainer_resources(self.ray, settings)), workers_at_least(settings)]
         require(self.ray, wanted)
@@ -83,7 +86,6 @@ class TrainerLink:
     async def _start(self) -> None:
         settings = self.run.ray
         resources = trainer_resources(self.ray, settings)
-        options: dict[str, Any] = {"runtime_env": settings.runtime_env} if settings.runtime_env else {}
         make = self.ray.remote(TrainerActor).options(
             name=self.name,
             namespace=NAMESPACE,
@@ -91,7 +93,7 @@ class TrainerLink:
             max_concurrency=1000,
             num_cpus=resources["CPU"],
             num_gpus=resources["GPU"],
-            **options,
+            **actor_options(settings),
         )
         there = self.run.model_copy(update={"engine": "local"})
         parts = self.section, there, self._made_of, known_secrets(), list(map(os.path.abspath, sys.path))
@@ -108,12 +110,11 @@ class TrainerLink:
 
     async def _meet(self) -> None:
         asked = "what run.ray asks for"
-        told = await greet(self.ray, self._actor, "the trainer's actor", self.run.ray, asked, "finetune_nb[local]")
-        if told != versions():
-            raise BackendError(
-                f"the trainer's actor {self.name!r} has {told}; expected {versions()}, as here. Install the same versions on "
-                f"every node; one that an older process left ends by ray.kill(ray.get_actor({self.name!r}, {NAMESPACE!r}))."
-            )
+        older = f" An actor that an older process left ends by ray.kill(ray.get_actor({self.name!r}, {NAMESPACE!r}))."
+        who, package = "the trainer's actor", "finetune_nb[local]"
+        await greet(self.ray, self._actor, who, self.run.ray, asked, package, older if self.found else "")
+        if not self.found:
+            self.keep()
         face, standing = await self._answer(self._actor.open.remote())
         self.as_asked = face.made_of == self._made_of
         if self._policy is None:
@@ -121,6 +122,22 @@ class TrainerLink:
         else:
             self._policy.moved(face)
         self._policy.heard(standing)
+
+    def keep(self) -> None:
+        """From now on the actor hears of this process regularly, until `end`: one that hears of none ends by itself."""
+        if self._parted is not None:
+            return
+        parted = self._parted = threading.Event()
+        timeout = self.run.ray.orphan_timeout
+        pause = HEARD_SECONDS if timeout is None else min(HEARD_SECONDS, timeout / 4)
+
+        def work() -> None:
+            while not parted.is_set():
+                with suppress(Exception):  # it is gone: that is an error of the next call
+                    self._actor.heard.remote(timeout)
+                parted.wait(pause)
+
+        start_daemon(work, "finetune_nb trainer's actor", parted.set)
 
     async def replace(self) -> None:
         """Ends the actor, and starts another one in its place."""
@@ -134,6 +151,9 @@ class TrainerLink:
 
     def end(self) -> None:
         """Ends the actor, unless it is one that another process may be using. The cluster keeps running."""
+        if self._parted is not None:
+            self._parted.set()
+            self._parted = None
         if self.is_ours and self.ray.is_initialized():
             self.ray.kill(self._actor)
         self._actor = None

@@ -6,33 +6,28 @@ from __future__ import annotations
 
 import asyncio
 import os
-import platform
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from ... import __version__
 from ...llms.proxies import bypass_proxies
 from ...redaction import remember_secret
 from ...threads import in_daemon_thread
 from ...types import RolloutRequest
+from .cluster import ray_package
+from .nodes import look
 from .parcel import Parcel, PolicyParcel, packed_answer, unpacked
 
 __all__ = [
     "RolloutWorker",
-    "versions",
 ]
 
 GATHER_SECONDS = 0.004
 """Rollouts that end within this time of each other go back together."""
 KEPT = 8
 """Parcels that are kept unpacked: those of an epoch's generations, and of a validation beside it."""
-
-
-def versions() -> dict[str, str]:
-    """What must be the same where a run is driven and where its rollouts are."""
-    return {"finetune_nb": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
 
 
 class RolloutWorker:
@@ -49,9 +44,13 @@ class RolloutWorker:
         self._unpacking = asyncio.Lock()
         self._tasks: dict[int, list[asyncio.Task[None]]] = {}
 
-    async def hello(self) -> dict[str, str]:
-        """That it is there."""
-        return versions()
+    async def hello(self) -> dict[str, Any]:
+        """That it is there, and on which node."""
+        return look(ray_package())
+
+    async def clock(self) -> float:
+        """What time it is there."""
+        return time.time()
 
     async def pid(self) -> int:
         return os.getpid()
