@@ -49,6 +49,11 @@ install_envs() {
   pip_install --no-deps -c "$(tests_with envs)/constraints.txt" gem-llm skyrl-gym openenv
 }
 
+# It wants an older openai than .venv has.
+install_envs_verifiers() {
+  pip_install -c <(grep -v ^openai== constraints.txt) -c "$(tests_with envs_verifiers)/constraints.txt" verifiers
+}
+
 # Agent libraries that do not go together: all of their packages are pinned.
 install_agents() { pip_install --no-deps -r tests/with_agents/agents.txt; }
 install_agents_strands() { pip_install --no-deps -r tests/with_agents/agents_strands.txt; }

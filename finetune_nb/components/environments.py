@@ -39,6 +39,7 @@ ENVIRONMENTS = {
     "gem": "finetune_nb.environments.gem:Gem",
     "skyrl_gym": "finetune_nb.environments.skyrl_gym:SkyRLGym",
     "gymnasium": "finetune_nb.environments.gymnasium:Gymnasium",
+    "verifiers": "finetune_nb.environments.verifiers.environment:Verifiers",
     "text": "finetune_nb.environments.text:TextEnvironment",
     "trl": "finetune_nb.environments.trl:ToolEnvironment",
 }

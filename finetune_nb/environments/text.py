@@ -33,6 +33,8 @@ __all__ = [
     "Step",
     "TextEnvironment",
     "TextOptions",
+    "mistakes_in",
+    "plain_info",
     "step_rewards",
 ]
 
@@ -259,7 +261,7 @@ class Play:
             "turns": len(turns),
             "ended": ended,
             "observation": _messages_of(step.observation)[-1]["content"] if step is not None else "",
-            "info": _plain_info(step.info) if step is not None else {},
+            "info": plain_info(step.info) if step is not None else {},
         }
 
 
@@ -331,8 +333,12 @@ def options_of(kind: type[BaseModel], options: Mapping[str, Any]) -> Any:
     try:
         return kind.model_validate(dict(options))
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
-        raise ConfigError(f"env_options: {wrong}.") from None
+        raise ConfigError(f"env_options: {mistakes_in(error)}.") from None
+
+
+def mistakes_in(error: ValidationError) -> str:
+    """What is wrong with which fields."""
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
 
 
 def _imported(path: str) -> Any:
@@ -377,8 +383,8 @@ def _number(value: Any, name: str) -> float | None:
     return number
 
 
-def _plain_info(info: Any) -> dict[str, Any]:
-    """The numbers and short texts of a step's info."""
+def plain_info(info: Any) -> dict[str, Any]:
+    """The numbers and short texts of what an environment says besides."""
     found: dict[str, Any] = {}
     for key, value in info.items() if isinstance(info, Mapping) else ():
         if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
