@@ -40,6 +40,7 @@ ENVIRONMENTS = {
     "skyrl_gym": "finetune_nb.environments.skyrl_gym:SkyRLGym",
     "gymnasium": "finetune_nb.environments.gymnasium:Gymnasium",
     "verifiers": "finetune_nb.environments.verifiers.environment:Verifiers",
+    "inspect_ai": "finetune_nb.environments.inspect_ai:InspectTask",
     "text": "finetune_nb.environments.text:TextEnvironment",
     "trl": "finetune_nb.environments.trl:ToolEnvironment",
 }

@@ -885,7 +885,7 @@ class RunHistory(ABC):
 
         "report.html", which has the trajectory browser in it, without a kernel; a frame as ".csv", ".parquet" or ".jsonl";
         "journal.yaml", the live changes for `replay=` of another run. In a .csv, a text that a spreadsheet would run as a formula
-        gets a ' in front.
+        gets a ' in front. "run.eval" is a log of Inspect AI, with every conversation and its scores.
 
         Args:
             path: The file; missing folders are created.

@@ -6,6 +6,7 @@
     .jsonl     one line per trajectory, with its messages in OpenAI's chat format; or rows of a frame
     .html      a report
     .yaml      the journal of live changes, for `replay=` of another run
+    .eval      a log of Inspect AI, with every conversation and its scores
 
 To add a format, add an entry to EXPORTS. The file is written to a temporary name and renamed once it is complete.
 """
@@ -116,15 +117,19 @@ def _parquet(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, 
 
 def _jsonl(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any]) -> None:
     if frame is None and "columns" not in filters:
-        # One epoch at a time: a long run has many conversations.
-        epochs = _with_rollouts(run, filters.get("epoch"))
-        lines = chain.from_iterable(_conversations(run, epoch, filters) for epoch in epochs)
+        lines = _all_conversations(run, filters)
     else:
         rows = _rows(run, frame, filters)
         columns = [rows[name].astype(object).where(rows[name].notna(), None).tolist() for name in rows.columns]
         lines = (dict(zip(rows.columns, row, strict=True)) for row in zip(*columns, strict=True))
     for line in lines:
         file.write(encode(finite(line)).encode("utf-8") + b"\n")
+
+
+def _all_conversations(run: Any, filters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One epoch at a time: a long run has many conversations."""
+    epochs = _with_rollouts(run, filters.get("epoch"))
+    return chain.from_iterable(_conversations(run, epoch, filters) for epoch in epochs)
 
 
 def _with_rollouts(run: Any, epoch: Any) -> list[Epoch]:
@@ -187,6 +192,14 @@ def _yaml(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any
     file.write(journal_text(run.id, run.changes).encode("utf-8"))
 
 
+def _inspect_log(run: Any, file: BinaryIO, frame: str | None, filters: Mapping[str, Any]) -> None:
+    from ..store.inspect_log import write_inspect_log
+
+    if frame is not None or "columns" in filters:
+        raise ConfigError("a .eval file holds whole conversations: omit frame and columns.")
+    write_inspect_log(file, run.id, _all_conversations(run, filters))
+
+
 EXPORTS: dict[str, Callable[[Any, BinaryIO, str | None, Mapping[str, Any]], None]] = {
     ".csv": _csv,
     ".parquet": _parquet,
@@ -194,6 +207,7 @@ EXPORTS: dict[str, Callable[[Any, BinaryIO, str | None, Mapping[str, Any]], None
     ".html": _html,
     ".yaml": _yaml,
     ".yml": _yaml,
+    ".eval": _inspect_log,
 }
 """The function that writes a run to an open file, by suffix. Called with (run, file, frame, filters)."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 from html.parser import HTMLParser
 
 import pandas as pd
@@ -60,6 +61,25 @@ def test_a_line_of_jsonl_is_a_trajectory_with_its_conversation(tmp_path):
         assert lines[0]["messages"][2]["tool_calls"][0]["function"]["name"] == "add"
         assert lines[0]["messages"][3]["tool_call_id"] == "c1"
     assert len(run.export(tmp_path / "x.jsonl", epoch=0).read_text().splitlines()) == 1
+
+
+def test_a_log_of_inspect_has_each_conversation_with_its_scores(tmp_path):
+    run = run_of(epoch_of([[with_tool()]]), make_epoch([[None]], 1, failures=[failed()]))
+    with zipfile.ZipFile(run.export(tmp_path / "x.eval")) as archive:
+        assert archive.namelist()[0] == "_journal/start.json" and archive.namelist()[-2:] == [
+            "summaries.json",
+            "header.json",
+        ]
+        header, summaries = (json.loads(archive.read(name)) for name in ("header.json", "summaries.json"))
+        samples = [json.loads(archive.read(f"samples/{each['id']}_epoch_{each['epoch']}.json")) for each in summaries]
+    assert (header["results"]["total_samples"], header["results"]["completed_samples"]) == (3, 1)
+    assert samples[0]["scores"]["reward"] == {"value": 1.0} and samples[1]["scores"] is None
+    assert samples[2]["error"]["message"] == summaries[2]["error"] == "TimeoutError: too slow"
+    called, answered = samples[0]["messages"][2:4]
+    assert called["tool_calls"][0]["function"] == "add" and isinstance(called["tool_calls"][0]["arguments"], dict)
+    assert answered["tool_call_id"] == called["tool_calls"][0]["id"]
+    with pytest.raises(ConfigError, match="holds whole conversations"):
+        run.export(tmp_path / "y.eval", "messages")
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "\tx", "\n=1", "＝1"])
