@@ -54,6 +54,20 @@ install_envs_verifiers() {
   pip_install -c <(grep -v ^openai== constraints.txt) -c "$(tests_with envs_verifiers)/constraints.txt" verifiers
 }
 
+# llama.cpp's converter, which is in no wheel, comes out of a source distribution.
+install_gguf() {
+  local packages source
+  packages=$(packages_of "$making")
+  pip_install -c constraints.txt -c "$(tests_with gguf)/constraints.txt" "finetune_nb[gguf]"
+  "$making/bin/python" -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest "$making/source" \
+    -c "$(tests_with gguf)/constraints.txt" llama-cpp-python
+  mkdir "$packages/llama.cpp"
+  source=$(echo "$making"/source/*.tar.gz)
+  tar -xzf "$source" -C "$packages/llama.cpp" --strip-components 3 --wildcards \
+    '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py/gguf'
+  rm -r "$making/source"
+}
+
 # Agent libraries that do not go together: all of their packages are pinned.
 install_agents() { pip_install --no-deps -r tests/with_agents/agents.txt; }
 install_agents_strands() { pip_install --no-deps -r tests/with_agents/agents_strands.txt; }

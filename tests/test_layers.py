@@ -26,7 +26,7 @@ LAYERS = {
     "contracts": "config* interfaces components* tripwires testing",
     "engine": "store* llms* rewards* rollouts* training* engine*",
     "views": "analysis* frames* plots* views* notebook*",
-    "surface": "run* cli* __main__ plugin_api* plugins* data_models*",
+    "surface": "run* saving* cli* __main__ plugin_api* plugins* data_models*",
     "edge": "backends* environments* examples*",
 }
 IN_ORDER = ("engine", "views")

@@ -604,6 +604,17 @@ class Driver:
                 "that can be written, with room for the whole model. Make room, or choose another folder, then save again."
             ) from error
 
+    async def save_description(self, directory: str, **options: Any) -> bool:
+        """Writes what `save_model` would write but for the weights; False where the adapter cannot tell."""
+        await self.open()
+        describe = getattr(self.adapter, "save_description", None)
+        if describe is None:
+            return False
+        described = describe(directory, **options)
+        if isinstance(described, Awaitable):
+            await described
+        return True
+
 
 def _is_rescored(collection: TrajectoryCollection) -> bool:
     """Whether all of its trajectories have the rewards that `Rescoring.apply` gave them."""

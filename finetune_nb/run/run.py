@@ -51,6 +51,7 @@ from ..types import (
     Epoch,
     EvalInputItem,
     RolloutFailure,
+    SamplingParams,
     Trajectory,
     Validation,
     WarmUpSettings,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from ..llms.client import ChatReply
     from ..rewards.labels import Tags
     from ..rollouts.evaluation import Progress
+    from ..saving.saved_model import SavedModel
     from ..training.preview import Preview
     from .rescoring import NewestEpoch
 
@@ -1050,25 +1052,66 @@ class Run(RunHistory):
         self._require_open()
         return await self._session.ask(lambda: self._driver.chat(messages, **options))
 
-    def save_model(self, directory: str | Path, **options: Any) -> Path:
-        """Write the trained model and its tokenizer, loadable by `from_pretrained`.
+    def save_model(
+        self,
+        directory: str | Path,
+        *,
+        push_to_hub: str | None = None,
+        private: bool | None = None,
+        gguf: str | None = None,
+        llama_cpp: str | Path | None = None,
+        **options: Any,
+    ) -> SavedModel:
+        """Write the trained model and its tokenizer, loadable by `from_pretrained`; as GGUF, and to the hub, where asked for.
 
         Args:
             directory: Where to.
+            push_to_hub: "me/name": upload what was saved, with a model card, to that repository of the Hugging Face hub, by the
+                token of its login or of HF_TOKEN. A README.md that you wrote, here or there, is kept.
+            private: Whether a new repository is private. Default: public, unless your organization says otherwise.
+            gguf: "f32", "f16", "bf16" or "q8_0": write model-q8_0.gguf beside the model, and a Modelfile for Ollama. Takes a
+                checkout of llama.cpp, and the extra `gguf`.
+            llama_cpp: The checkout. Default: the environment variable FINETUNE_NB_LLAMA_CPP.
             **options: Of the adapter's `save`; `merge=True` adds a LoRA adapter to the model's weights, which otherwise is
                 written alone. `dtype="float32"` writes another dtype than the one that the model was stored in.
 
         Returns:
-            The directory.
+            What was saved. It is the path of the directory, and shows how large the model is and the lines that load it with
+            transformers, vLLM and Ollama.
 
         Raises:
-            BackendError: It cannot be written, because the disk is full for example. An older model there is then as it was.
+            BackendError: It cannot be written, because the disk is full for example; an older model there is then as it was. Or
+                it cannot be converted or pushed; the model is then saved, and the same call can be made again.
+            ConfigError: No GGUF can be made of this model, or nothing is there to make it. Nothing was saved then.
             RunError: The adapter cannot save its model, or the run itself called this.
         """
+        from ..saving.card import training_of
+        from ..saving.save import Extras, save
+
         self._require_open()
         self._session.require_outside("save_model")
-        saved = self._session.engine.submit(self._driver.save_model(str(directory), **options))
-        return Path(saved.result())
+
+        def write() -> Path:
+            return Path(self._session.engine.submit(self._driver.save_model(str(directory), **options)).result())
+
+        def describe(folder: Path) -> bool:
+            return self._session.engine.submit(self._driver.save_description(str(folder), **options)).result()
+
+        return save(
+            write,
+            describe,
+            Path(directory),
+            Extras(push_to_hub, private, gguf, llama_cpp),
+            training=lambda: training_of(self.config, self.records),
+            sampling=self._sampling(),
+        )
+
+    def _sampling(self) -> SamplingParams | None:
+        """How the workflow's llm is sampled, if it says so."""
+        from ..llms.client import PolicyLLMConfig
+
+        llm = self.config.llms.get(self.config.llm_of_workflow or "")
+        return llm.sampling() if isinstance(llm, PolicyLLMConfig) else None
 
     def _require_open(self) -> None:
         if self._closed:

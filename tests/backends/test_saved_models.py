@@ -217,3 +217,17 @@ def test_saving_and_loading_changes_nothing(family, dtype, tmp_path):
     assert one.dtype == two.dtype == dtype
     assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
     assert gap(logprobs(one, IDS), logprobs(two, IDS)) == 0
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+async def test_description_is_what_is_saved_without_the_weights(lora, tmp_path):
+    a = await trained(stored(dense(), tmp_path / "base"), **({"lora": lora} if lora else {}))
+    for merge in (True, False):
+        saved, described = tmp_path / f"saved-{merge}", tmp_path / f"described-{merge}"
+        described.mkdir()
+        await a.save(saved, merge=merge)
+        await a.save_description(described, merge=merge)
+        whole = {path.name for path in saved.iterdir()} - {"README.md", "generation_config.json"}
+        assert {path.name for path in described.iterdir()} == {name for name in whole if "safetensors" not in name}
+        if merge or lora is None:
+            assert settings(described)["architectures"] == settings(saved)["architectures"] == ["Qwen2ForCausalLM"]

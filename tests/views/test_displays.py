@@ -15,6 +15,7 @@ import finetune_nb as ft
 from finetune_nb.analysis.agreement import agreement
 from finetune_nb.notebook.display import ProgressLine
 from finetune_nb.notebook.panel import Panel, StaticPanel
+from finetune_nb.saving.saved_model import SavedModel
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, sums
 from finetune_nb.types import RolloutFailure
 
@@ -89,6 +90,7 @@ def shown(tmp_path, closing, monkeypatch) -> list[Any]:
         still,
         panel,
         first.browse(),
+        SavedModel(tmp_path / "model", ()),
     ]
 
 

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -254,6 +254,11 @@ class LocalGRPOAdapter(PolicyAdapter[TrainingJob]):
         # Where the model is sampled in bfloat16, training has its weights in float32.
         values = dict if self._learner is None else self._learner.trained.exact
         return await in_daemon_thread(lambda: self.policy.save(directory, merge, dtype, values))
+
+    async def save_description(self, directory: str | Path, merge: bool = False, **options: Any) -> None:
+        """Writes config and tokenizer as `save` would with these options, and no weights."""
+        policy = await in_daemon_thread(self._load)
+        await in_daemon_thread(policy.save_description, directory, merge)
 
     async def save_checkpoint(self, directory: str | Path) -> int:
         """Writes what training on needs to `directory`, at once or not at all; returns the bytes written.

@@ -4,6 +4,7 @@ suit what is there, and written again. Only safetensors are read, and no code th
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ __all__ = [
     "load",
     "no_progress_bars",
     "write",
+    "write_config",
 ]
 
 EMBEDDED = Path(__file__).parent / "tiny" / "model"
@@ -127,6 +129,17 @@ def write(
     tied = _are_tied(inside, tensors)
     inside.save_pretrained(directory, state_dict=tensors)
     _correct_config(directory / MODEL_CONFIG, dtype, tied)
+
+
+def write_config(model: Any, directory: Path, merge: bool) -> None:
+    """Writes the config of what `write` would write; of an adapter alone, the adapter's."""
+    if is_lora(model) and not merge:
+        model.peft_config[model.active_adapter].save_pretrained(directory)
+        return
+    inside = as_trained(model)
+    config = copy.deepcopy(inside.config)
+    config.architectures = [type(inside).__name__]
+    config.save_pretrained(directory)
 
 
 def check_place(model: Any, directory: Path, merge: bool) -> None:

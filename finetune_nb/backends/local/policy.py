@@ -290,6 +290,16 @@ class LocalPolicy(ChatTokenizer):
             self.tokenizer.save_pretrained(unfinished)
         return directory
 
+    def save_description(self, directory: str | Path, merge: bool = False) -> None:
+        """Writes config and tokenizer as `save` would, without any weight, so that somebody can tell whether they take it.
+
+        Args:
+            directory: Where to; it is there.
+            merge: As in `save`: an adapter that would be written alone is described by its own config.
+        """
+        models.write_config(self.model, Path(directory), merge)
+        self.tokenizer.save_pretrained(directory)
+
 
 def _from_parts(parts: Replica) -> LocalPolicy:
     model = parts.model()
