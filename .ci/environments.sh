@@ -58,7 +58,7 @@ install_envs_verifiers() {
 install_gguf() {
   local packages source
   packages=$(packages_of "$making")
-  pip_install -c constraints.txt -c "$(tests_with gguf)/constraints.txt" "finetune_nb[gguf]"
+  pip_install -c constraints.txt -c "$(tests_with gguf)/constraints.txt" "finetune_nb[gguf]" xllamacpp
   "$making/bin/python" -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest "$making/source" \
     -c "$(tests_with gguf)/constraints.txt" llama-cpp-python
   mkdir "$packages/llama.cpp"
