@@ -3,7 +3,8 @@
 #
 # .venv-NAME is made anew each time, in no time: it has no package, and looks for them in two folders. The first has what was
 # installed for NAME alone. It is kept outside of the checkout, for the next run and for other checkouts, under a name that
-# ends with a key of all that it was made of, and nothing in it is changed later. The second is .venv's.
+# ends with a key of all that it was made of, and nothing in it is changed later. The second is .venv's. Some have less below
+# them (environment): those of another Python, and those that are exactly what they name.
 kept=${FINETUNE_NB_ENVIRONMENTS:-${XDG_CACHE_HOME:-~/.cache}/finetune_nb/environments}
 
 # ── what is installed ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -91,6 +92,31 @@ install_vllm() {
   apart uninstall --quiet --yes torchvision torchaudio torchcodec triton
 }
 
+# Other Pythons. PyPI's torch for them is the CUDA build, which takes 3 GB: they are without it.
+install_python312() { pip_install -c constraints.txt $(requirements_of tests); }
+install_python313() { install_python312; }
+install_python314() { install_python312; }
+
+# Every lower bound of pyproject.toml itself.
+install_floors() {
+  pip_install $(requirements_of --floors lab local | grep -v ^torch==) $(requirements_of tests | grep -E '^(pytest|hypothesis|openai|llguidance|aiohttp)')
+}
+
+# What hosted notebooks have, on the Python that they have it on, without torch; and on ours, with .venv's torch.
+install_colab() { pip_install --no-deps -r tests/with_hosted/colab.txt; }
+install_kaggle() { pip_install --no-deps -r tests/with_hosted/kaggle.txt; }
+install_colab_torch() { pip_install -r tests/with_hosted/colab.txt ruamel.yaml "peft==0.20.0" pytest pytest-asyncio pytest-benchmark hypothesis; }
+
+# python_of NAME: the Python of an environment. Nothing where this machine has no such Python.
+python_of() {
+  case $1 in
+    python3*) another_python "3.${1#python3}" ;;
+    colab) another_python 3.13 ;;
+    kaggle) another_python 3.12 ;;
+    *) echo .venv/bin/python ;;
+  esac
+}
+
 # ── how ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # install_packages NAME...: Debian's.
@@ -100,7 +126,33 @@ install_packages() {
   as_root apt-get install -q -y --no-install-recommends "$@"
 }
 
-pip_install() { "$making/bin/python" -m pip install --quiet "$@"; }
+pip_install() { .venv/bin/python -m pip --python "$making/bin/python" install --quiet "$@"; }
+
+# another_python VERSION: the newest such Python on the PATH, or among pyenv's.
+another_python() {
+  local found
+  for found in "python$1" $(ls -rd "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python 2>/dev/null); do
+    # A pyenv's name on the PATH may lead nowhere; some Pythons are without venv.
+    if "$found" -c 'import ensurepip, ssl, sqlite3, venv' 2>/dev/null; then
+      command -v "$found"
+      return
+    fi
+  done
+}
+
+# only_torch: a folder with .venv's torch, and the checkout.
+only_torch() {
+  local packages
+  packages=$(packages_of .venv)
+  mkdir -p .venv-only_torch
+  ln -sfn -t .venv-only_torch "$packages"/{torch,torchgen,functorch} "$packages"/torch-*.dist-info
+  echo "$PWD" >.venv-only_torch/checkout.pth
+  echo "$PWD/.venv-only_torch"
+}
+
+# requirements_of [EXTRA...]: what pyproject.toml asks for, and for these extras.
+requirements_of() { .venv/bin/python tests/support/requirements.py "$@"; }
+
 packages_of() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 tests_with() { find tests -type d -name "with_$1"; }
 
@@ -108,8 +160,15 @@ tests_with() { find tests -type d -name "with_$1"; }
 declare -A prepared
 environment() {
   [ -z "${prepared[$1]:-}" ] || return 0
-  local key own
+  local key own python below
   begin "environment $1"
+  python=$(python_of "$1")
+  case $1 in
+    python3*) below=$PWD ;;
+    colab | kaggle) below= ;;
+    floors | colab_torch) below=$(only_torch) ;;
+    *) below=$(packages_of .venv) ;;
+  esac
   key=$(made_of "$1" | sha256sum | cut -c1-16)
   own=$kept/$1-$key
   if [ -d "$own" ]; then
@@ -119,20 +178,20 @@ environment() {
     make_own "$1" "$own"
   fi
   touch "$own"  # when it was last used
-  empty_environment ".venv-$1" "$(packages_of "$own")" "$(packages_of .venv)"
+  empty_environment "$python" ".venv-$1" "$(packages_of "$own")" ${below:+"$below"}
   prepared[$1]=yes
 }
 
 # made_of NAME: all that what is installed depends on.
 made_of() {
-  .venv/bin/python -VV
-  declare -f "install_$1" pip_install
+  "$python" -VV
+  declare -f "install_$1" pip_install python_of
   .venv/bin/python -c 'import tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 print(project["dependencies"], project["optional-dependencies"])'
   cat constraints.txt
   find tests -path "*/with_$1/constraints.txt" -exec cat {} +
-  find tests/with_agents -name "$1.txt" -exec cat {} +
+  find tests/with_agents tests/with_hosted -name "${1%_torch}.txt" -exec cat {} +
   [ "$1" != agents_node ] || cat tests/with_agents/node/package-lock.json
   find "$(packages_of .venv)" -maxdepth 1 -name '*.dist-info' ! -name 'finetune_nb-*' -printf '%f\n' | sort
 }
@@ -141,9 +200,9 @@ print(project["dependencies"], project["optional-dependencies"])'
 make_own() {
   mkdir -p "$kept"
   making=$(mktemp -d "$kept/making-$1.XXXXXX")
-  empty_environment "$making" "$(packages_of .venv)"
+  empty_environment "$python" "$making" ${below:+"$below"}
   "install_$1"
-  rm "$(packages_of "$making")/layers.pth"
+  rm -f "$(packages_of "$making")/layers.pth"
   made_of "$1" >"$making/made_of.txt"
   mv -T "$making" "$2" 2>/dev/null || [ -d "$2" ]
   rm -rf "$making"
@@ -151,9 +210,10 @@ make_own() {
   find "$kept" -mindepth 1 -maxdepth 1 \( -name "$1-*" -o -name 'making-*' \) -mmin +1440 -exec rm -rf {} +
 }
 
-# empty_environment FOLDER PACKAGES...: a venv without a package, that looks for them in these folders, one after the other.
+# empty_environment PYTHON FOLDER PACKAGES...: a venv without a package, that looks for them in these folders, one after the
+# other.
 empty_environment() {
-  .venv/bin/python -m venv --clear --without-pip "$1"
+  "$1" -m venv --clear --without-pip "$2"
   # addsitedir: a folder's packages are partly named in files, such as the checkout.
-  printf "import site; site.addsitedir('%s')\n" "${@:2}" >"$(packages_of "$1")/layers.pth"
+  [ $# = 2 ] || printf "import site; site.addsitedir('%s')\n" "${@:3}" >"$(packages_of "$2")/layers.pth"
 }

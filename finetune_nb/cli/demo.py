@@ -7,6 +7,7 @@ leaves the executed notebook, an HTML page of it, and the run's folder.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import FinetuneError
+from ..errors import FinetuneError, MissingExtra
 from ..examples import calculator
 from ..store.json import finite
 from ..store.runs import free_id
@@ -31,7 +32,10 @@ _NOTEBOOK = "01_first_run.ipynb"
 
 
 def run_demo(seed: int, epochs: int, out: Path, figures: Path | None = None) -> int:
-    """Trains for `epochs` epochs in the folder `out`. `figures`: a JSON file to write. Returns the exit code."""
+    """Trains for `epochs` epochs in the folder `out`. `figures`: a JSON file to write. Returns the exit code. Raises
+    MissingExtra where notebooks cannot be executed."""
+    if any(importlib.util.find_spec(package) is None for package in ("nbclient", "nbconvert")):
+        raise MissingExtra("the demo, which executes a notebook,", "lab")
     import nbformat
 
     started = time.monotonic()

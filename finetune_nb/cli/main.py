@@ -207,8 +207,11 @@ def _lab(arguments: argparse.Namespace) -> int:
 
 def _trust(notebook: Path) -> None:
     """JupyterLab shows the outputs of a notebook as they are meant to look only where it has been signed here."""
-    import nbformat
-    from nbformat.sign import NotebookNotary
+    try:
+        import nbformat
+        from nbformat.sign import NotebookNotary
+    except ImportError:  # no JupyterLab here
+        return
 
     NotebookNotary().sign(nbformat.read(notebook, as_version=4))
 

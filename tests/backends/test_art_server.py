@@ -10,6 +10,8 @@ import pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.netutil import bind_sockets
 
+pytest.importorskip("torch")
+
 from finetune_nb.backends.art_server import server as server_module
 from finetune_nb.backends.art_server.payload import AnsweredCalls, SentGroup, collection_of
 from finetune_nb.backends.art_server.server import ArtServer, serve

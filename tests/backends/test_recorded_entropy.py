@@ -10,6 +10,9 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+
+pytest.importorskip("torch")
+
 import torch
 from factories import collected, item, make_epoch, sampled
 

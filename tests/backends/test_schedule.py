@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest.importorskip("torch")
+
 from finetune_nb.backends.local.training import rate
 
 

@@ -14,6 +14,7 @@ from measuring import by_turns
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 pytest.importorskip("aiohttp")
+pytest.importorskip("torch")
 
 from tiny_models import byte_tokenizer, random_model  # noqa: E402
 

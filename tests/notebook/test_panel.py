@@ -23,7 +23,8 @@ from finetune_nb.testing import FakeAdapter, ScriptedBuilder, ScriptedPolicy, su
 from finetune_nb.tripwires import SpreadBelow, ValidationFalls
 from finetune_nb.types import CurriculumSettings
 
-alive = ipywidgets.widgets.widget._instances
+IPYWIDGETS_7 = ipywidgets.__version__.startswith("7.")
+alive = ipywidgets.Widget.widgets if IPYWIDGETS_7 else ipywidgets.widgets.widget._instances
 
 
 @pytest.fixture
@@ -189,7 +190,8 @@ def test_an_input_of_the_curriculum_switches_it_on(tmp_path, closing, monkeypatc
         widget(panel, "percentile").value = 0.6
         assert widget(panel, "enabled").value and run._settings.draft["enabled"] is True
         for each in panel.inputs.all():
-            assert each.widget.description and (each.widget.tooltip or each.widget.tooltips), each.name
+            assert each.widget.description, each.name
+            assert IPYWIDGETS_7 or each.widget.tooltip or each.widget.tooltips, each.name
     finally:
         panel.close()
 

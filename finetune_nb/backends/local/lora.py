@@ -41,7 +41,7 @@ PARTS_OF_EXPERTS = {
 
 def is_lora(model: Any) -> bool:
     """Whether the model is wrapped by an adapter."""
-    return hasattr(model, "peft_config")
+    return hasattr(model, "get_base_model")  # peft 0.18 leaves `peft_config` on a model it has merged
 
 
 def with_adapter(model: Any, config: LoRAConfig, seed: int = 0) -> Any:
