@@ -69,16 +69,24 @@ WITHOUT = os.environ.get("FINETUNE_NB_WITHOUT", "").split()
 """Packages that this environment is without on purpose."""
 
 
-def is_without(reason: str) -> bool:
-    """Whether a test skips for want of a package that is meant to be missing here."""
-    return any(f"could not import {package!r}" in reason for package in WITHOUT)
+def is_without(error: BaseException | None) -> bool:
+    """Whether the error says, or comes from it, that a package is not there which is meant to be missing here."""
+    while error is not None:
+        if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in WITHOUT:
+            return True
+        if isinstance(error, pytest.skip.Exception) and any(f"import {name!r}" in str(error) for name in WITHOUT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     """In CI a skip is a failure: what a test needs is installed there. Captured text is made fit to go to another process."""
-    skipped = call.excinfo is not None and call.excinfo.errisinstance(pytest.skip.Exception)
-    if os.environ.get("CI") and skipped and not is_without(str(call.excinfo.value)):
+    if call.excinfo is not None and is_without(call.excinfo.value):
+        skip = pytest.skip.Exception(f"needs one of {WITHOUT}").with_traceback(call.excinfo.tb)
+        call.excinfo = pytest.ExceptionInfo.from_exception(skip)
+    elif os.environ.get("CI") and call.excinfo is not None and call.excinfo.errisinstance(pytest.skip.Exception):
         call.excinfo = pytest.ExceptionInfo.from_exception(
             AssertionError(f"skipped in CI: {call.excinfo.value}").with_traceback(call.excinfo.tb)
         )
