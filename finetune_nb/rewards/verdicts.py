@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ..types import EvalOutput, EvalOutputItem
 from ..user_code import contained_call, raised_text
+from .numbers import in_order
 
 __all__ = [
     "Verdict",
@@ -116,7 +117,7 @@ def _sum_of_parts(item_id: Any, values: Mapping[Any, Any]) -> EvalOutputItem:
             errors.append(f"{name}: {error}")
     if errors:
         return Verdict(id=item_id, score=None, reasoning={}, error="; ".join(errors), parts=parts)
-    total = sum(score for score in parts.values() if score is not None)
+    total = in_order(score for score in parts.values() if score is not None)
     return Verdict(id=item_id, score=total, reasoning={}, parts=parts)
 
 
@@ -164,7 +165,7 @@ def weighted_sum(item_id: Any, weights: Mapping[str, float], found: Mapping[str,
     missing = [f"{name}: {found[name].error}" for name in weights if scores[name] is None]
     if missing:
         return no_score(item_id, "; ".join(missing), scores)
-    total = sum(weight * scores[name] for name, weight in weights.items())
+    total = in_order(weight * scores[name] for name, weight in weights.items())
     score, error = _number(total)
     if error is not None:
         return no_score(item_id, error, scores)
