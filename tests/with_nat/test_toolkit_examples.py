@@ -19,15 +19,11 @@ HOST = "127.0.0.86"
 """An address of its own: the ART plugin's health check asks port 8000 whatever the config says."""
 SERVED = f"    _type: openai\n    model_name: small_player\n    base_url: http://{HOST}:8000/v1\n"
 """`training_llm` as the DPO example's README has it: a server of an OpenAI-compatible API."""
-TRAINED_HERE = """\
-    _type: finetune_nb_trl_dpo
-    model: {model}
-    epochs: 5
-    batch_size: 8
-    learning_rate: 1.0e-3
-    device: cpu
-    threads: 1
-"""
+
+
+def trained_here(player):
+    """Lines of the DPO example's trainer adapter."""
+    return toolkit_figures.TRAINED_HERE.format(model=player, learning_rate="1.0e-3")
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +136,7 @@ async def test_the_dpo_example_trains_by_nat_finetune_and_nemo_customizer(checko
 
 async def test_the_dpo_example_trains_on_this_machine_by_nat_finetune(checkout, player, served, tmp_path):
     path = toolkit_examples.install(checkout, toolkit_examples.DPO, tmp_path)
-    config = toolkit_examples.dpo_config(checkout, tmp_path, SERVED, TRAINED_HERE.format(model=player))
+    config = toolkit_examples.dpo_config(checkout, tmp_path, SERVED, trained_here(player))
     asked = ("finetune", "--config_file", str(config))
     await asyncio.to_thread(toolkit_figures.nat, *asked, path=path, folder=tmp_path)
     trained = tmp_path / ".tmp/nat/finetuning/dpo_tic_tac_toe/model"
@@ -152,7 +148,7 @@ async def test_the_dpo_example_trains_in_a_notebook_the_model_that_plays(
 ):
     installed(toolkit_examples.DPO)
     llm = "    _type: finetune_nb_policy\n    adapter: nemo_customizer_trainer_adapter\n    max_tokens: 40\n"
-    config = toolkit_examples.dpo_config(checkout, tmp_path, llm, TRAINED_HERE.format(model=player))
+    config = toolkit_examples.dpo_config(checkout, tmp_path, llm, trained_here(player))
     run = closing(ft.Run.from_nat(config, name="pairs"))
     run.start()
     await run.wait_async()

@@ -17,6 +17,7 @@ from pathlib import Path
 __all__ = [
     "art_config",
     "dpo_config",
+    "dpo_games_config",
     "environment",
     "install",
 ]
@@ -111,3 +112,10 @@ def dpo_config(checkout: Path, folder: Path, llm: str, adapter: str | None = Non
         begin = text.index("    _type: nemo_customizer_trainer_adapter\n")
         changes[text[begin : text.index("\n\ntrainers:")]] = adapter
     return filled_in(shipped, changes, folder / "config.yml")
+
+
+def dpo_games_config(checkout: Path, folder: Path) -> Path:
+    """The DPO example's config that plays games with the model that two variables of the environment name."""
+    shipped = example(checkout, DPO) / "configs" / "config_after_training.yml"
+    changes = {f"examples/finetuning/{DPO}/data/data.json": str(games(checkout, DPO, folder))}
+    return filled_in(shipped, changes, folder / shipped.name)

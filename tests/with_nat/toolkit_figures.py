@@ -1,9 +1,11 @@
-"""The Toolkit's ART example from its README's first step to its last, on the CPU: held-out games before, training, and after.
+"""The Toolkit's ART or DPO example from its README's first step to its last, on the CPU: games before training, and after.
 
     .venv-nat/bin/python tests/with_nat/toolkit_figures.py CHECKOUT --seed 0 --seed 1 --seed 2
+    .venv-nat/bin/python tests/with_nat/toolkit_figures.py CHECKOUT --example dpo --seed 0 --seed 1 --seed 2
 
-The model is the small player, or any Hugging Face directory (--model); `finetune-nb art-server` trains it. Only the server is
-seeded: the example's opponent draws its moves from Python's own generator.
+The model is the small player, or any Hugging Face directory (--model). `finetune-nb art-server` plays with it, and trains it in
+the ART example; in the DPO example TRL does. Only the server is seeded: the examples' opponents draw their moves from Python's
+own generator.
 """
 
 from __future__ import annotations
@@ -101,9 +103,55 @@ def train(checkout: Path, model: Path, seed: int, folder: Path, learning_rate: s
     }
 
 
+TRAINED_HERE = """\
+    _type: finetune_nb_trl_dpo
+    model: {model}
+    epochs: 5
+    batch_size: 8
+    learning_rate: {learning_rate}
+    device: cpu
+    threads: 1
+"""
+"""The trainer adapter of the DPO example."""
+
+
+def prefer(checkout: Path, model: Path, seed: int, folder: Path, learning_rate: str | None, host: str) -> dict:
+    """The DPO example: its pairs are collected from the model's games, and TRL learns them."""
+    path = toolkit_examples.install(checkout, toolkit_examples.DPO, folder)
+    options = ["--seed", str(seed), "--max-tokens", "40"]
+    llm = f"    _type: openai\n    model_name: small_player\n    base_url: http://{host}:8000/v1\n"
+    adapter = TRAINED_HERE.format(model=model, learning_rate=learning_rate or "1.0e-3")
+    config = toolkit_examples.dpo_config(checkout, folder, llm, adapter)
+    began = time.monotonic()
+    with art_server(model, host, folder, *options):
+        before = outcomes(checkout, folder, host, path)
+        nat("finetune", "--config_file", str(config), path=path, folder=folder)
+    trained = folder / ".tmp/nat/finetuning/dpo_tic_tac_toe/model"
+    with art_server(trained, host, folder, *options):
+        after = outcomes(checkout, folder, host, path)
+    return {
+        "seed": seed,
+        "held_out_before": before,
+        "held_out_after": after,
+        "seconds": round(time.monotonic() - began),
+        "cpu_seconds": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime),
+    }
+
+
+def outcomes(checkout: Path, folder: Path, host: str, path: list[str]) -> float:
+    """Mean outcome of 72 games of the model that is served, by the example's own evaluator."""
+    config = toolkit_examples.dpo_games_config(checkout, folder)
+    served = {"CUSTOMIZER_LLM_MODEL_NAME": "small_player", "CUSTOMIZER_NIM_URL": f"http://{host}:8000/v1"}
+    nat("eval", "--config_file", str(config), "--reps", "3", path=path, folder=folder, **served)
+    written = [*(folder / ".tmp/nat/dpo_tic_tac_toe/eval_after_training").rglob("game_outcome_output.json")]
+    newest = max(written, key=lambda file: file.stat().st_mtime)
+    return json.loads(newest.read_text())["average_score"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="of NVIDIA/NeMo-Agent-Toolkit")
+    parser.add_argument("--example", choices=("art", "dpo"), default="art")
     parser.add_argument("--model", type=Path, help="a Hugging Face directory; by default the small player is made")
     parser.add_argument("--seed", type=int, action="append")
     parser.add_argument(
@@ -121,7 +169,8 @@ def main() -> None:
         for seed in arguments.seed or [0]:
             folder = Path(place) / f"seed{seed}"
             folder.mkdir()
-            figures = train(arguments.checkout, model, seed, folder, arguments.learning_rate, arguments.host)
+            figures_of = train if arguments.example == "art" else prefer
+            figures = figures_of(arguments.checkout, model, seed, folder, arguments.learning_rate, arguments.host)
             print(json.dumps(figures), flush=True)
 
 
