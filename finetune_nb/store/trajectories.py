@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -791,19 +791,17 @@ def write_trajectories(folder: Path, epoch: int, run_id: str, collection: Trajec
 def _write_parts(file: BinaryIO, collection: TrajectoryCollection, metadata: Mapping[Any, Any]) -> None:
     """Writes a collection part by part, so that only a row group or two of it is in memory as columns."""
     wide: frozenset[str] = frozenset()
-    while True:
-        found = _write_with(file, collection, metadata, wide)
-        if found <= wide:
-            return
-        wide |= found  # a column cannot become wider in the middle of a file
+    while (wider := _write_with(file, collection, metadata, wide)) is not None:
+        wide = wider  # a column cannot become wider in the middle of a file
         file.seek(0)
         file.truncate()
 
 
 def _write_with(
     file: BinaryIO, collection: TrajectoryCollection, metadata: Mapping[Any, Any], wide: frozenset[str]
-) -> frozenset[str]:
-    """Writes a collection with the wider type of those columns. Returns the columns that need it, once others do."""
+) -> frozenset[str] | None:
+    """Writes a collection with the wider type of those columns and of those that need it in the first row group. If a later one
+    needs it for others, the file is not complete: returns all of them, to begin with."""
     import pyarrow.parquet as pq
 
     writer: pq.ParquetWriter | None = None
@@ -827,7 +825,7 @@ def _write_with(
             elif not found <= wide:
                 return wide | found
             writer.write_table(_widened(table, wide), row_group_size=ROWS_PER_GROUP)
-    return wide
+    return None
 
 
 def _row_group_tables(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -1073,15 +1071,15 @@ def batches_of(collection: TrajectoryCollection, whole: bool) -> Iterator[tuple[
     """
     import pyarrow as pa
 
-    tables: Iterator[pa.Table] = map(_storable, _parts(collection.trajectories, collection.failures))
-    rows = sum(map(len, collection.trajectories)) + len(collection.failures)
-    count = max(1, math.ceil(rows / ROWS_PER_BATCH))
+    # A part ends where a group does not fit, so parts are counted and not rows.
+    parts, together = list(_parts(collection.trajectories, collection.failures)), ROWS_PER_BATCH // ROWS_PER_PART
+    count = math.ceil(len(parts) / together)
     about: dict[str, Any] = {"groups": len(collection.trajectories)}
     if count > 1:  # under another key, so that an earlier release does not take one of them for all
         about = {"set": uuid.uuid4().hex, "batches": count, "groups_in_all": len(collection.trajectories)}
     try:
         for number in range(1, count + 1):
-            table = _joined(list(islice(tables, ROWS_PER_BATCH // ROWS_PER_PART)))
+            table = _joined(list(map(_storable, parts[(number - 1) * together : number * together])))
             if whole:
                 table = table.replace_schema_metadata({KEY: encode(about)})
             sink = pa.BufferOutputStream()

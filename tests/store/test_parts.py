@@ -54,9 +54,16 @@ def test_groups_are_cut_anywhere_and_failures_come_last(tmp_path):
     assert columns(tmp_path, "kind").to_pylist() == ["trajectory"] * 8 + ["failure"] * 5
 
 
-@pytest.mark.parametrize("place", [0, 3, 8])
-def test_a_column_that_needs_its_wider_type_late_has_it_from_the_beginning(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize(("place", "times"), [(0, 1), (3, 1), (8, 2)])
+def test_a_column_that_needs_its_wider_type_late_has_it_from_the_beginning(tmp_path, monkeypatch, place, times):
     monkeypatch.setattr(trajectories, "ROWS_PER_GROUP", 2)
+    written, write_with = [], trajectories._write_with
+
+    def counted(*arguments):
+        written.append(arguments)
+        return write_with(*arguments)
+
+    monkeypatch.setattr(trajectories, "_write_with", counted)
     exact, ids = -0.1, [2**40, 7]  # neither fits into 32 bits
     rollouts = [make_trajectory(1.0, "q", generation, "4") for generation in range(9)]
     rollouts[place].episode = [item("assistant", "ab", logprobs=[exact, -0.5], token_ids=ids, entropies=[0.1, 1e-9])]
@@ -65,6 +72,7 @@ def test_a_column_that_needs_its_wider_type_late_has_it_from_the_beginning(tmp_p
     assert (turns[place].logprobs, turns[place].ids, turns[place].entropies) == ([exact, -0.5], ids, [0.1, 1e-9])
     assert [turn.logprobs for turn in turns if turn is not turns[place]] == [[-0.5]] * 8
     assert str(columns(tmp_path, "logprobs").type).count("double") == 1
+    assert len(written) == times  # a second time only where what is written first does not need it
 
 
 def test_a_whole_unfinished_epoch_is_read_from_all_of_its_batches(store, tmp_path):
@@ -76,6 +84,14 @@ def test_a_whole_unfinished_epoch_is_read_from_all_of_its_batches(store, tmp_pat
     decoded = {}
     found = [RunStore.open(tmp_path / "run").partial(decoded) for _ in range(2)]
     assert found[0] and found[1] and found[0].collection is found[1].collection
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_rollout_is_lost_where_groups_do_not_fill_parts(store, tmp_path, whole):
+    rollouts = make_epoch([[1, 0, 1]] * 8, failures=[failed()]).collection
+    store.add_rollouts(0, rollouts, whole)
+    assert named(left(tmp_path)) == named(rollouts)
+    assert len(left(tmp_path).failures) == 1
 
 
 def test_batches_of_an_attempt_that_was_cut_off_are_passed_over(store, tmp_path, monkeypatch):
