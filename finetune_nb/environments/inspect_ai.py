@@ -17,8 +17,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from ..components.functions import running
 from ..errors import ConfigError, MissingExtra, WorkflowError
 from ..hooks import resolve
@@ -27,7 +25,7 @@ from ..redaction import error_text
 from ..rewards.verdicts import Verdict, no_score
 from ..text import text_of
 from ..types import EvalInputItem, EvalOutputItem, InvocationNode
-from .text import options_of
+from .text import TaskOptions, options_of
 
 __all__ = [
     "InspectOptions",
@@ -52,15 +50,9 @@ _MANAGED = {
 """Settings of a task that cannot be kept, and what to do."""
 
 
-class InspectOptions(BaseModel):
-    """The `env_options` of a task of Inspect."""
+class InspectOptions(TaskOptions):
+    """The `env_options` of a task of Inspect, whose samples are the tasks."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    examples: int | None = Field(default=None, ge=1)
-    """Samples of the dataset, from the first. None: all of them but those that are held out."""
-    validation: int = Field(default=0, ge=0)
-    """Held-out samples: those that follow after `examples`, or else the last ones."""
     scorer: str | None = None
     """Whose value is the reward: a scorer's name, or "name.key" of one that returns several. None: the first one. Several
     values of one add up."""
@@ -117,16 +109,10 @@ class InspectTask(Environment):
 
     def rows(self, role: str) -> list[dict[str, Any]]:
         """A row a sample: `sample` has it whole, and its metadata are columns, too."""
-        options, samples = self.options, list(self.task.dataset)
-        cut = len(samples) - options.validation if options.examples is None else options.examples
-        if cut < 1 or len(samples) - cut < options.validation:
-            raise ConfigError(
-                f"the dataset of {self.name!r} has {len(samples)} samples, too few for examples={options.examples} and "
-                f"validation={options.validation}. Lower them."
-            )
+        samples = list(self.task.dataset)
+        begin = self.options.begin_of_held_out(len(samples), f"the dataset of {self.name!r}", "samples")
         ids = [str(place + 1 if sample.id is None else sample.id) for place, sample in enumerate(samples)]
-        rows = [self._row(*each) for each in zip(ids, samples, strict=True)]
-        return rows[:cut] if role == "train" else rows[cut : cut + options.validation]
+        return self.options.of_role(role, [self._row(*each) for each in zip(ids, samples, strict=True)], begin)
 
     def _row(self, name: str, sample: Any) -> dict[str, Any]:
         if sample.sandbox is not None:

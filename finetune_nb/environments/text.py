@@ -12,7 +12,7 @@ import functools
 import importlib.metadata
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,6 +31,7 @@ __all__ = [
     "NamedEnvironment",
     "Play",
     "Step",
+    "TaskOptions",
     "TextEnvironment",
     "TextOptions",
     "mistakes_in",
@@ -320,6 +321,51 @@ def step_of(returned: Any) -> Step:
         f"step() returned {shape}; expected (observation, reward, terminated, truncated, info), (observation, reward, done, "
         "info), a mapping or an object with observation, reward and done."
     )
+
+
+class TaskOptions(BaseModel):
+    """The `env_options` that lists of tasks have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    examples: int | None = Field(default=None, ge=1)
+    """Tasks, from the first. None: all of them but those that are held out."""
+    validation: int = Field(default=0, ge=0)
+    """Held-out tasks: those that follow after `examples`, or else the last ones."""
+
+    def begin_of_held_out(self, count: int, whose: str, what: str) -> int:
+        """Find where the held-out tasks begin.
+
+        Args:
+            count: How many tasks there are.
+            whose: What errors call the list.
+            what: What they call its entries.
+
+        Returns:
+            The place of the first one.
+
+        Raises:
+            ConfigError: There are too few.
+        """
+        begin = count - self.validation if self.examples is None else self.examples
+        if begin < 1 or count - begin < self.validation:
+            raise ConfigError(
+                f"{whose} has {count} {what}, too few for examples={self.examples} and validation={self.validation}. Lower them."
+            )
+        return begin
+
+    def of_role(self, role: str, rows: Sequence[dict[str, Any]], begin: int) -> list[dict[str, Any]]:
+        """Choose the rows of a role.
+
+        Args:
+            role: "train" or "validation".
+            rows: All of them.
+            begin: Where the held-out ones begin.
+
+        Returns:
+            Those of the role, in their order.
+        """
+        return [*(rows[:begin] if role == "train" else rows[begin : begin + self.validation])]
 
 
 def options_of(kind: type[BaseModel], options: Mapping[str, Any]) -> Any:

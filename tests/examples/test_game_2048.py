@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
+from intervals import reward_interval
 
 import finetune_nb as ft
 from finetune_nb.examples.game_2048 import MOVES, Game2048, move_in, moved, moves_of
@@ -57,22 +57,17 @@ def test_the_embedded_model_learns_to_play(tmp_path):
     pytest.importorskip("torch")
     run = ft.Run(
         env=Game2048,
-        env_options={"examples": 12, "max_turns": 24, "history": 0},
+        env_options={"examples": 24, "max_turns": 16, "history": 0},
         generations=8,
-        max_concurrency=96,
+        max_concurrency=192,
+        deterministic=True,
         sampling={"max_tokens": 2},
         training={"learning_rate": 1e-3},
         output_dir=tmp_path,
     )
-    for _ in range(6):
+    for _ in range(12):
         ft.run_sync(run.next_epoch())
     frame = run.trajectories()
     run.close()
 
-    def interval(epoch):
-        """95 %, bootstrapped by example."""
-        means = frame[frame.epoch == epoch].groupby("example").reward.mean().to_numpy()
-        drawn = np.random.default_rng(0).choice(means, (2000, len(means))).mean(axis=1)
-        return np.quantile(drawn, (0.025, 0.975))
-
-    assert interval(5)[0] > interval(0)[1]
+    assert reward_interval(frame, 11)[0] > reward_interval(frame, 0)[1]

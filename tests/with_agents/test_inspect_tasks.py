@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 
-import numpy as np
 import pytest
+from intervals import reward_interval
 from tool_calls import Calling
 
 import finetune_nb as ft
@@ -99,17 +99,10 @@ async def test_the_reward_rises_in_three_epochs(tmp_path):
     frame = run.trajectories()
     print(frame.groupby("epoch").reward.mean().round(3).to_dict())
     assert frame.error.isna().all()
-    before, after = (interval(frame[frame.epoch == epoch]) for epoch in (0, 3))
+    before, after = (reward_interval(frame, epoch) for epoch in (0, 3))
     assert after[0] > before[1]
     assert run.messages().query("role == 'assistant'").tool_calls.notna().any()
     run.close()
-
-
-def interval(frame):
-    """A 95 % bootstrap interval of the mean reward, drawn by example."""
-    means = frame.groupby("example").reward.mean().to_numpy()
-    drawn = np.random.default_rng(0).choice(means, (2000, len(means))).mean(axis=1)
-    return np.quantile(drawn, (0.025, 0.975))
 
 
 async def test_samples_are_rows_with_their_metadata_and_ids(tmp_path):

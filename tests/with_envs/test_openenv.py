@@ -6,9 +6,9 @@ import random
 import threading
 import time
 
-import numpy as np
 import pytest
 import uvicorn
+from intervals import reward_interval
 from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
 from openenv.core.generic_client import GenericEnvClient
 from tool_calls import Calling, tries
@@ -157,10 +157,6 @@ async def test_a_class_of_tools_is_learned_in_three_epochs(tmp_path):
     frame = run.trajectories()
     print(frame.groupby("epoch").reward.mean().round(3).to_dict())
     assert frame.error.isna().all()
-    intervals = {}
-    for epoch in (0, 3):
-        means = frame[frame.epoch == epoch].groupby("example").reward.mean().to_numpy()
-        drawn = np.random.default_rng(0).choice(means, (2000, len(means))).mean(axis=1)
-        intervals[epoch] = np.quantile(drawn, (0.025, 0.975))
+    intervals = {epoch: reward_interval(frame, epoch) for epoch in (0, 3)}
     assert intervals[3][0] > intervals[0][1]
     run.close()

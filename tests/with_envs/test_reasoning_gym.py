@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import reasoning_gym
+from intervals import reward_interval
 
 import finetune_nb as ft
 from finetune_nb.errors import ConfigError
@@ -114,15 +115,6 @@ async def test_the_reward_rises_in_three_epochs(tmp_path):
         await run.next_epoch()
     frame = run.trajectories()
     print(frame.groupby("epoch").reward.mean().round(3).to_dict())
-    before, after = (interval(frame[frame.epoch == epoch]) for epoch in (0, 3))
+    before, after = (reward_interval(frame, epoch) for epoch in (0, 3))
     assert after[0] > before[1]
     run.close()
-
-
-def interval(frame) -> tuple[float, float]:
-    """A 95 % bootstrap interval of the mean reward, drawn by example."""
-    import numpy as np
-
-    means = frame.groupby("example").reward.mean().to_numpy()
-    drawn = np.random.default_rng(0).choice(means, (2000, len(means))).mean(axis=1)
-    return tuple(np.quantile(drawn, (0.025, 0.975)))

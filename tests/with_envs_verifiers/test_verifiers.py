@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import verifiers.v1 as vf
+from intervals import reward_interval
 from tool_calls import Calling
 
 import finetune_nb as ft
@@ -74,18 +75,11 @@ async def test_the_reward_rises_in_three_epochs(tmp_path):
     frame = run.trajectories()
     print(frame.groupby("epoch").reward.mean().round(3).to_dict())
     assert frame.error.isna().all()
-    before, after = (interval(frame[frame.epoch == epoch]) for epoch in (0, 3))
+    before, after = (reward_interval(frame, epoch) for epoch in (0, 3))
     assert after[0] > before[1]
     assert (frame.reward == 2 * frame.score_correct).all() and (frame.score_bonus == 0).all()
     assert set(frame.score_calls.unique()) <= {0.0, 1.0, 2.0} and frame.score_calls.nunique() > 1
     run.close()
-
-
-def interval(frame) -> tuple[float, float]:
-    """A 95 % bootstrap interval of the mean reward, drawn by example."""
-    means = frame.groupby("example").reward.mean().to_numpy()
-    drawn = np.random.default_rng(0).choice(means, (2000, len(means))).mean(axis=1)
-    return tuple(np.quantile(drawn, (0.025, 0.975)))
 
 
 async def test_tasks_are_rows_and_their_fields_are_columns(tmp_path):

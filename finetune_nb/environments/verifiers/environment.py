@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from ...errors import ConfigError, MissingExtra, WorkflowError
 from ...interfaces import Environment
@@ -24,7 +24,7 @@ from ...redaction import error_text
 from ...rewards.verdicts import Verdict, no_score
 from ...text import text_of
 from ...types import EvalInputItem, EvalOutputItem
-from ..text import mistakes_in, options_of, plain_info
+from ..text import TaskOptions, mistakes_in, options_of, plain_info
 from .serving import Serving, asking
 
 __all__ = [
@@ -35,15 +35,9 @@ __all__ = [
 ]
 
 
-class VerifiersOptions(BaseModel):
+class VerifiersOptions(TaskOptions):
     """The `env_options` of an environment of verifiers."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    examples: int | None = Field(default=None, ge=1)
-    """Tasks of the dataset, from the first. None: all of them but those that are held out."""
-    validation: int = Field(default=0, ge=0)
-    """Held-out tasks: those that follow after `examples`, or else the last ones."""
     client: Literal["chat", "train"] = "chat"
     """What asks the model. "chat": the harness's own request is passed on, whatever its API is. "train": verifiers' TrainClient,
     which renders prompts by itself and asks for token ids."""
@@ -114,17 +108,12 @@ class Verifiers(Environment):
             tasks = list(itertools.islice(taskset, end))
         except Exception as error:
             raise ConfigError(f"the taskset of {self.name!r} could not be loaded: {error_text(error)}") from error
-        cut = len(tasks) - options.validation if options.examples is None else options.examples
-        if cut < 1 or len(tasks) - cut < options.validation:
-            raise ConfigError(
-                f"the taskset of {self.name!r} has {len(tasks)} tasks, too few for examples={options.examples} and "
-                f"validation={options.validation}. Lower them."
-            )
+        begin = options.begin_of_held_out(len(tasks), f"the taskset of {self.name!r}", "tasks")
         names = [task.data.id or task.data.name or f"task-{task.data.idx}" for task in tasks]
         if len(set(names)) < len(names):
             names = [f"task-{task.data.idx}" for task in tasks]
         rows = [self._row(name, task) for name, task in zip(names, tasks, strict=True)]
-        return rows[:cut] if role == "train" else rows[cut:]
+        return options.of_role(role, rows, begin)
 
     def _row(self, name: str, task: Any) -> dict[str, Any]:
         data = task.data.model_dump(mode="json")
