@@ -138,7 +138,7 @@ def _pictures(run: Any, epochs: Sequence[Epoch]) -> Iterator[Html]:
         try:
             figure = draw()
         except StoreError as error:  # the file of an epoch is gone; all else is worth a report
-            yield element("p", f"{draw.__name__} is left out: {error}")
+            yield element("p", redact_text(f"{draw.__name__} is left out: {error}"))
             continue
         caption = redact_text(figure.alt_text)
         picture = image(figure.png(), caption, round(96 * figure.get_figwidth()))
