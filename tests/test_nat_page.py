@@ -7,11 +7,15 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "notebooks" / "reference" / "nat.md"
-ROWS = [
-    [cell.strip() for cell in line.strip("|").split(" | ")]
-    for line in PAGE.read_text(encoding="utf-8").splitlines()
-    if line.startswith("| ") and not line.startswith(("| option", "| #"))
-]
+
+
+def rows_of_tests(page):
+    """The rows of the tables whose last column is "test"."""
+    tables = re.findall(r"(?m)^\|.*\| test \|\n\|[-|]+\|\n((?:\|.*\n)+)", page)
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for table in tables for line in table.splitlines()]
+
+
+ROWS = rows_of_tests(PAGE.read_text(encoding="utf-8"))
 FAULTS = [row for row in ROWS if row[0].isdigit()]
 
 
