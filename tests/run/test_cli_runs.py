@@ -183,19 +183,35 @@ def test_code_beside_the_config_is_imported_and_an_interrupt_ends_after_the_epoc
     assert outputs.output.str.startswith("said: ").all() and outputs.epoch.max() >= 1
 
 
-@pytest.mark.slow
-def test_the_script_of_the_manual_prints_a_line_an_epoch_and_continues(tmp_path):
+def block(kind: str, word: str) -> str:
+    """The block of the manual's page on terminals and scripts that has the word in it."""
     page = (Path(__file__).parents[2] / "notebooks/reference/terminal.md").read_text(encoding="utf-8")
-    (script,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "argparse" in code]
-    (tmp_path / "script.py").write_text(script)
+    (found,) = [code for code in re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) if word in code]
+    return found
+
+
+@pytest.mark.slow
+def test_the_script_of_the_manual_and_its_yaml_print_a_line_an_epoch_and_are_the_same_run(tmp_path):
+    (tmp_path / "script.py").write_text(block("python", "argparse"))
+    (tmp_path / "task.py").write_text(block("python", "register_function"))
+    (tmp_path / "config.yml").write_text(block("yaml", "workflow"))
     rows = [{"question": f"{a}+{a + 1}", "answer": f"={2 * a + 1}"} for a in range(4)]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     environment = {**os.environ, "PYTHONPATH": str(Path(ft.__file__).parents[1])}
-    said = []
-    for _ in range(2):
-        done = subprocess.run([sys.executable, "script.py", "--epochs", "1"], cwd=tmp_path, env=environment, capture_output=True,
-                              text=True, timeout=300)  # fmt: skip
+
+    def lines_of(*arguments: str) -> list[str]:
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                              timeout=300)  # fmt: skip
         assert done.returncode == 0, done.stderr
-        said += [line.split("  ")[0] for line in done.stderr.splitlines() if line.startswith("epoch ")]
-    assert said == ["epoch 0", "epoch 1"]
+        return [line.split("  ")[0] for line in done.stderr.splitlines() if line.startswith("epoch ")]
+
+    assert lines_of("script.py", "--epochs", "1") == ["epoch 0"]
+    assert lines_of("script.py", "--epochs", "1") == ["epoch 1"]
     assert "<h1" in (tmp_path / "sums.html").read_text()
+
+    config = ["config.yml", "--import", "task.py", "--name", "again", "--set", "finetuning.num_epochs=2"]
+    assert lines_of("-m", "finetune_nb", "run", *config) == ["epoch 0", "epoch 1"]
+    columns = ["epoch", "example", "generation", "output", "reward"]
+    by_script, by_yaml = (ft.Run.open(tmp_path / "runs" / name).trajectories()[columns] for name in ("sums", "again"))
+    assert len(by_script) == 2 * 4 * 4
+    assert by_script.equals(by_yaml)
