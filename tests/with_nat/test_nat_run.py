@@ -239,6 +239,40 @@ async def test_an_unknown_plugin_is_named_with_its_pin(place, llm, closing):
         await run.next_epoch()
 
 
+INSTALLED_LATER = """
+from nat.cli.register_workflow import register_function
+from nat.data_models.function import FunctionBaseConfig
+
+
+class LateConfig(FunctionBaseConfig, name="test_installed_later"):
+    pass
+
+
+@register_function(config_type=LateConfig)
+async def agent(config, builder):
+    async def answer(question: str) -> str:
+        return question
+
+    yield answer
+"""
+
+
+async def test_a_package_that_a_cell_installs_after_the_first_try_is_found(place, llm, art, closing, monkeypatch):
+    path = toolkit.write_config(place, llm.base_url, workflow={"_type": "test_installed_later"})
+    run = closing(ft.Run.from_nat(path))
+    with pytest.raises(ft.ConfigError, match="test_installed_later"):
+        await run.next_epoch()
+    site = place / "site"
+    about = site / "installed_later-1.dist-info"
+    about.mkdir(parents=True)
+    (site / "installed_later.py").write_text(INSTALLED_LATER)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: installed-later\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[nat.components]\ninstalled_later = installed_later\n")
+    monkeypatch.syspath_prepend(site)
+    epoch = await run.next_epoch()
+    assert "no model call" in str(epoch)  # of an agent that asks none
+
+
 def test_a_config_without_finetuning_is_refused(place, llm):
     path = toolkit.write_config(place, llm.base_url, finetuning={"enabled": False})
     with pytest.raises(ft.ConfigError, match="finetuning.enabled: true"):

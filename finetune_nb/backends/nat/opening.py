@@ -141,9 +141,10 @@ async def open_config(
         from nat.builder.workflow_builder import WorkflowBuilder
         from nat.data_models.config import Config
         from nat.data_models.finetuning import FinetuneRunConfig
-        from nat.runtime.loader import PluginTypes, discover_and_register_plugins
+        from nat.runtime.loader import PluginTypes, discover_and_register_plugins, discover_entrypoints
         from nat.utils.data_models.schema_validator import validate_schema
 
+        discover_entrypoints.cache_clear()  # a cell may have installed a package since
         discover_and_register_plugins(PluginTypes.CONFIG_OBJECT)
         draw_without_pyplot()
         check_types(tree, path)

@@ -169,6 +169,7 @@ RELIED_ON = {
     ),
     "nat.runtime.loader:PluginTypes": ("CONFIG_OBJECT",),
     "nat.runtime.loader:discover_and_register_plugins": (),
+    "nat.runtime.loader:discover_entrypoints": ("cache_clear",),
     "nat.runtime.session:SessionManager": ("session",),
     "nat.runtime.session:Session": ("run",),
     "nat.runtime.runner:Runner": ("result",),
