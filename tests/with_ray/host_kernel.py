@@ -16,6 +16,8 @@ from pathlib import Path
 
 import finetune_nb as ft
 from finetune_nb.examples import calculator
+from finetune_nb.store.durable import write_durably
+from finetune_nb.store.store import RunStore
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
 
 
@@ -136,6 +138,24 @@ async def trained(folder, engine, epochs, trainer_cpus=2, orphan_timeout=3600.0,
                 rollouts=sum(map(len, epoch.collection.trajectories)) + len(epoch.collection.failures),
                 gap=epoch.train_metrics.get("logprob_gap"),
             )
+
+
+async def write_slowly(file, until):
+    """Writes a file into a folder of runs, which takes until there is a file `until`."""
+
+    def write(unfinished):
+        tell(pid=os.getpid())
+        while not exists(until):
+            time.sleep(0.05)
+        unfinished.write(b"whole")
+
+    write_durably(Path(file), write)
+
+
+async def sweep(folder):
+    """Makes a run, which removes what dead processes left in the folder of runs."""
+    RunStore.create(folder, "run", {}).close()
+    tell(processes=sorted(int(name) for name in os.listdir("/proc") if name.isdigit()))
 
 
 def main(what, options):
