@@ -83,7 +83,7 @@ def free_in_archive(folder: Path, name: str) -> Path:
 # ── what a process that died has left ────────────────────────────────────────────────────────────────────────────────
 
 STALE = 3600.0
-"""Seconds after which a leftover counts as nobody's, where its name does not say whose it is, or names a process of another host."""
+"""Seconds after which a leftover counts as nobody's, where its name does not name a process of this machine."""
 
 _PROCESS = r"(?P<pid>\d+)(?:-(?P<machine>[0-9a-f]{8}))?"
 """Whose a leftover is. Older releases left the machine out."""

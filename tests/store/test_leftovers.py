@@ -10,11 +10,10 @@ import time
 import pytest
 
 from finetune_nb.store import folder as folders
-from finetune_nb.store.durable import machine_id, write_durably
+from finetune_nb.store.durable import machine_id
 from finetune_nb.store.folder import name_to_delete, process_lives, remove_leftovers
 from finetune_nb.store.runs import delete_run, runs
 from finetune_nb.store.store import RunStore
-
 
 ANOTHER = "0" * 8
 """The id of another machine."""

@@ -3,6 +3,7 @@ JSON."""
 
 import asyncio
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+
+import small_agents
 
 import finetune_nb as ft
 from finetune_nb.examples import calculator
@@ -102,6 +105,32 @@ async def epochs_until(folder, engine, until, **options):
                 total=progress.total,
                 seconds=epoch.seconds["total"],
             )
+
+
+def waiting(seconds, slots, marks):
+    """An agent that waits in one of its worker's slots."""
+
+    async def wait(question, llm):
+        async with small_agents.slots(slots):
+            await asyncio.sleep(seconds)
+        leave_mark(marks)
+        return (await llm.chat([{"role": "user", "content": question}])).content
+
+    return wait
+
+
+async def epochs_by_turns(folder, engine, sides, turns, epochs, seconds, slots, marks, rows):
+    """What epochs take. sides: settings of Ray by name, which take turns. marks: a folder that has one for each side
+    of each turn. The first epoch of a turn is left out, as workers import then."""
+    options = {"generations": 4, "output_dir": folder, "engine": engine, "max_concurrency": 1000}
+    for turn, (side, settings) in itertools.product(range(turns), sides.items()):
+        agent, adapter = waiting(seconds, slots, Path(marks, f"{side}{turn}")), FakeAdapter(policy=ScriptedPolicy(say))
+        with closing(ft.Run(agent, lambda item: 1.0, sums(rows), adapter=adapter, ray=settings, **options)) as run:
+            await run.next_epoch()
+            for _ in range(epochs):
+                epoch = await run.next_epoch()
+                rollouts = sum(map(len, epoch.collection.trajectories))
+                tell(turn=turn, side=side, seconds=epoch.seconds["total"], rollouts=rollouts)
 
 
 async def trained(folder, engine, epochs, trainer_cpus=2, orphan_timeout=3600.0, die=None, **overrides):
