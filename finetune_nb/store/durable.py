@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ __all__ = [
     "plain_file",
     "atomic_directory",
     "digest_of",
+    "machine_id",
     "model_directory",
     "remove_inside",
     "size_of",
@@ -121,7 +123,7 @@ def write_durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Calls `write` with a new file that then takes the place of `path`. At every moment `path` is the old file or the
     whole new one, and after the return it survives a power failure. Raises OSError; `path` is then as it was."""
     check_plain(path.parent, path)
-    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}-{machine_id()}")
     with suppress(FileNotFoundError):
         os.unlink(temporary)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK | _BINARY, 0o666)
@@ -136,6 +138,18 @@ def write_durably(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.unlink(temporary)
         raise
     sync_folder(path.parent)
+
+
+def machine_id() -> str:
+    """Eight hexadecimal digits that are the same for all processes that can ask for each other by their ids.
+
+    Process ids mean nothing on another host, in another container of this one, or after a reboot, and a folder may be shared
+    with all of these.
+    """
+    known = [socket.gethostname()]
+    with suppress(OSError):  # only Linux has these
+        known += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]
 
 
 def sync_folder(folder: Path) -> None:

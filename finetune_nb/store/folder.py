@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import StoreError
-from .durable import _BINARY, _NO_LINK, _TEMPORARY, check_plain, remove_inside
+from .durable import _BINARY, _NO_LINK, _TEMPORARY, check_plain, machine_id, remove_inside
 
 __all__ = [
     "ARCHIVE",
@@ -83,21 +83,23 @@ def free_in_archive(folder: Path, name: str) -> Path:
 # ── what a process that died has left ────────────────────────────────────────────────────────────────────────────────
 
 STALE = 3600.0
-"""Seconds after which a leftover counts as nobody's, where its name does not say whose it is."""
+"""Seconds after which a leftover counts as nobody's, where its name does not name a process of this machine."""
 
-_BEGUN = re.compile(rf"\.(?P<name>.+){re.escape(_TEMPORARY)}(?P<pid>\d+)")
+_PROCESS = r"(?P<pid>\d+)(?:-(?P<machine>[0-9a-f]{8}))?"
+"""Whose a leftover is. Older releases left the machine out."""
+_BEGUN = re.compile(rf"\.(?P<name>.+){re.escape(_TEMPORARY)}{_PROCESS}")
 """What `write_durably` had begun to write."""
 _OF_WRITER = re.compile(rf"{re.escape(CONFIG)}|epoch-\d+\.parquet|.*\.jsonl")
 """Files that the writer of a run alone writes."""
 _CHECKPOINT = re.compile(r"\.(?P<name>epoch-\d+)\.(?P<kind>unfinished|replaced)")
-_DELETED = re.compile(rf"\.deleted-{RUN_ID.pattern}?(?:-pid(?P<pid>\d+))?-[0-9a-f]{{4}}")
+_DELETED = re.compile(rf"\.deleted-{RUN_ID.pattern}?(?:-pid{_PROCESS})?-[0-9a-f]{{4}}")
 _UNTIL = re.compile(rf"\.{RUN_ID.pattern}-until-\d+(?:-\d+)?")
 """A copy of a run for the archive that was not finished."""
 
 
 def name_to_delete(folder: Path) -> Path:
     """The hidden name that a run gets before its files are deleted. What a crash leaves of it is swept later."""
-    return folder.with_name(f".deleted-{folder.name}-pid{os.getpid()}-{secrets.token_hex(2)}")
+    return folder.with_name(f".deleted-{folder.name}-pid{os.getpid()}-{machine_id()}-{secrets.token_hex(2)}")
 
 
 def remove_temporary(folder: Path) -> None:
@@ -107,7 +109,7 @@ def remove_temporary(folder: Path) -> None:
     """
     for place in (folder, folder / TRAJECTORIES):
         for path, match in _leftovers(place, _BEGUN, folders=False):
-            if _OF_WRITER.fullmatch(match["name"]) or _is_stale(path, match["pid"]):
+            if _OF_WRITER.fullmatch(match["name"]) or _is_stale(path, match):
                 _remove(folder, path)
     for path, match in _leftovers(folder / CHECKPOINTS, _CHECKPOINT, folders=True):
         whole = path.with_name(match["name"])
@@ -122,13 +124,13 @@ def remove_leftovers(directory: Path) -> None:
     """Removes what processes that died have left in a directory of runs: runs that were being deleted, copies for the archive
     and files that were not finished. Nothing else is touched, and no link is followed."""
     for path, match in _leftovers(directory, _DELETED, folders=True):
-        if _is_stale(path, match["pid"]):
+        if _is_stale(path, match):
             _remove(directory, path)
     for path, match in _leftovers(directory, _BEGUN, folders=False):
-        if _is_stale(path, match["pid"]):
+        if _is_stale(path, match):
             _remove(directory, path)
     for path, _ in _leftovers(directory / ARCHIVE, _UNTIL, folders=True):
-        if _is_stale(path, None):
+        if _is_stale(path):
             _remove(directory, path)
 
 
@@ -149,9 +151,10 @@ def _leftovers(place: Path, pattern: re.Pattern[str], folders: bool) -> list[tup
     return found
 
 
-def _is_stale(path: Path, pid: str | None) -> bool:
-    """Whether nobody works on it any more: its process is dead, or it has not been changed for long."""
-    if pid is not None and not process_lives(int(pid)):
+def _is_stale(path: Path, whose: re.Match[str] | None = None) -> bool:
+    """Whether nobody works on it any more: its process was one of this machine and is dead, or it has not been changed
+    for long. whose: the match of its name."""
+    if whose is not None and whose["machine"] == machine_id() and not process_lives(int(whose["pid"])):
         return True
     try:
         return time.time() - os.lstat(path).st_mtime > STALE

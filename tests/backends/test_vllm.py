@@ -5,7 +5,6 @@ import asyncio
 import copy
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ from finetune_nb.backends.local.vllm import process, watchdog  # noqa: E402
 from finetune_nb.backends.local.vllm.config import VLLMConfig  # noqa: E402
 from finetune_nb.backends.local.vllm.sampler import VLLMSampler  # noqa: E402
 from finetune_nb.errors import BackendError, ConfigError  # noqa: E402
+from finetune_nb.store.durable import machine_id  # noqa: E402
 from finetune_nb.types import ReplyFormat, SamplingParams  # noqa: E402
 
 PROMPT = [3, 20, 21, 22]
@@ -288,9 +288,10 @@ def ended():
 
 async def test_folders_of_processes_that_have_ended_are_deleted(make, ended, tmp_path):
     place = tmp_path / "run" / "vllm"
+    here, another = machine_id(), "0" * 8
     left, alive, elsewhere = (
-        place / f"adapters-{host}-{pid}-abcd"
-        for host, pid in ((socket.gethostname(), ended.pid), (socket.gethostname(), os.getpid()), ("other", ended.pid))
+        place / f"adapters-{machine}-{pid}-abcd"
+        for machine, pid in ((here, ended.pid), (here, os.getpid()), (another, ended.pid))
     )
     for folder in (left, alive, elsewhere):
         folder.mkdir(parents=True)

@@ -10,15 +10,24 @@ import time
 import pytest
 
 from finetune_nb.store import folder as folders
+from finetune_nb.store.durable import machine_id
 from finetune_nb.store.folder import name_to_delete, process_lives, remove_leftovers
 from finetune_nb.store.runs import delete_run, runs
 from finetune_nb.store.store import RunStore
+
+ANOTHER = "0" * 8
+"""The id of another machine."""
 
 
 def dead_process() -> int:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     return ended.pid
+
+
+def whose(pid, machine=None):
+    """A process as the names of leftovers have it."""
+    return f"{pid}-{machine or machine_id()}"
 
 
 def make(path, old=False):
@@ -47,14 +56,16 @@ def opened(run):
 
 
 def test_leftovers_of_dead_processes_are_swept_when_a_run_is_opened_to_be_written(run):
-    dead = dead_process()
+    dead = whose(dead_process())
     left = [
         make(run / f".report.html.tmp-{dead}"),
-        make(run / f".config.yml.tmp-{os.getpid()}"),  # the lock says that no writer is at work
+        make(run / f".config.yml.tmp-{whose(os.getpid())}"),  # the lock says that no writer is at work
         make(run / "trajectories" / f".epoch-000001.parquet.tmp-{dead}"),
         make(run / "checkpoints" / ".epoch-000003.unfinished"),
         make(run.parent / f".deleted-other-pid{dead}-ab12"),
         make(run.parent / ".deleted-older-release-ab12", old=True),
+        make(run.parent / f".deleted-of-another-host-pid{whose(os.getpid(), ANOTHER)}-ab12", old=True),
+        make(run.parent / f".all.parquet.tmp-{whose(os.getpid(), ANOTHER)}", old=True),
         make(run.parent / f".report.html.tmp-{dead}"),
         make(run.parent / "archive" / ".run-until-7", old=True),
     ]
@@ -63,15 +74,15 @@ def test_leftovers_of_dead_processes_are_swept_when_a_run_is_opened_to_be_writte
 
 
 def test_leftovers_are_swept_when_a_new_run_is_made(tmp_path):
-    left = make(tmp_path / f".deleted-other-pid{dead_process()}-ab12")
+    left = make(tmp_path / f".deleted-other-pid{whose(dead_process())}-ab12")
     RunStore.create(tmp_path / "new", "new", {}).close()
     assert not left.exists()
 
 
 def test_what_is_in_progress_or_not_ours_stays(run):
     kept = [
-        make(run / f".report.html.tmp-{os.getpid()}"),
-        make(run.parent / f".deleted-other-pid{os.getpid()}-ab12"),
+        make(run / f".report.html.tmp-{whose(os.getpid())}"),
+        make(run.parent / f".deleted-other-pid{whose(os.getpid())}-ab12"),
         make(run.parent / ".deleted-other-ab12"),
         make(run.parent / "archive" / ".run-until-7"),
         make(run.parent / ".deleted-photos", old=True),
@@ -80,6 +91,20 @@ def test_what_is_in_progress_or_not_ours_stays(run):
         make(run.parent / ".cache", old=True),
         make(run / "checkpoints" / ".mine.unfinished", old=True),
         make(run / "checkpoints" / "epoch-000003"),
+    ]
+    opened(run)
+    assert not [path for path in kept if not path.exists()]
+
+
+def test_a_process_of_another_host_is_not_dead_because_its_id_is_not_in_use_here(run):
+    dead = dead_process()
+    kept = [
+        make(run / f".report.html.tmp-{whose(dead, ANOTHER)}"),
+        make(run.parent / f".all.parquet.tmp-{whose(dead, ANOTHER)}"),
+        make(run.parent / f".deleted-other-pid{whose(dead, ANOTHER)}-ab12"),
+        # Older releases did not say on which host.
+        make(run.parent / f".all.parquet.tmp-{dead}"),
+        make(run.parent / f".deleted-other-pid{dead}-ab12"),
     ]
     opened(run)
     assert not [path for path in kept if not path.exists()]
@@ -96,7 +121,7 @@ def test_a_checkpoint_that_was_moved_aside_and_not_replaced_gets_its_name_back(r
 
 def test_no_link_is_followed(run, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    dead = dead_process()
+    dead = whose(dead_process())
     (elsewhere / "precious").write_text("kept")
     make(elsewhere / ".epoch-000003.unfinished", old=True)
     make(elsewhere / ".run-until-7", old=True)
@@ -114,7 +139,7 @@ def test_no_link_is_followed(run, tmp_path_factory):
 
 
 def test_listing_runs_changes_nothing(run):
-    left = make(run.parent / f".deleted-other-pid{dead_process()}-ab12")
+    left = make(run.parent / f".deleted-other-pid{whose(dead_process())}-ab12")
     assert runs(run.parent).run.tolist() == ["run"]
     assert left.exists()
 
@@ -139,7 +164,7 @@ def test_a_run_is_deleted_whole(run):
 
 def test_the_hidden_name_says_whose_it_is(tmp_path):
     name = name_to_delete(tmp_path / "run").name
-    assert name.startswith(f".deleted-run-pid{os.getpid()}-")
+    assert name.startswith(f".deleted-run-pid{whose(os.getpid())}-")
     assert process_lives(os.getpid()) and not process_lives(dead_process())
 
 

@@ -197,4 +197,6 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--megabytes", type=float, default=10.0)
     given = parser.parse_args()
+    if given.trajectories % GENERATIONS:
+        parser.error(f"--trajectories {given.trajectories}: expected a multiple of {GENERATIONS}, the size of a group.")
     print(json.dumps(measure(given.folder, given.trajectories, given.epochs, given.megabytes)))

@@ -3,6 +3,7 @@ JSON."""
 
 import asyncio
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -14,8 +15,12 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
+import small_agents
+
 import finetune_nb as ft
 from finetune_nb.examples import calculator
+from finetune_nb.store.durable import write_durably
+from finetune_nb.store.store import RunStore
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
 
 
@@ -102,6 +107,32 @@ async def epochs_until(folder, engine, until, **options):
             )
 
 
+def waiting(seconds, slots, marks):
+    """An agent that waits in one of its worker's slots."""
+
+    async def wait(question, llm):
+        async with small_agents.slots(slots):
+            await asyncio.sleep(seconds)
+        leave_mark(marks)
+        return (await llm.chat([{"role": "user", "content": question}])).content
+
+    return wait
+
+
+async def epochs_by_turns(folder, engine, sides, turns, epochs, seconds, slots, marks, rows):
+    """What epochs take. sides: settings of Ray by name, which take turns. marks: a folder that has one for each side
+    of each turn. The first epoch of a turn is left out, as workers import then."""
+    options = {"generations": 4, "output_dir": folder, "engine": engine, "max_concurrency": 1000}
+    for turn, (side, settings) in itertools.product(range(turns), sides.items()):
+        agent, adapter = waiting(seconds, slots, Path(marks, f"{side}{turn}")), FakeAdapter(policy=ScriptedPolicy(say))
+        with closing(ft.Run(agent, lambda item: 1.0, sums(rows), adapter=adapter, ray=settings, **options)) as run:
+            await run.next_epoch()
+            for _ in range(epochs):
+                epoch = await run.next_epoch()
+                rollouts = sum(map(len, epoch.collection.trajectories))
+                tell(turn=turn, side=side, seconds=epoch.seconds["total"], rollouts=rollouts)
+
+
 async def trained(folder, engine, epochs, trainer_cpus=2, orphan_timeout=3600.0, die=None, **overrides):
     """Epochs of the demo in `folder`/run, begun or continued, with its trainer in an actor. die: "job": the kernel is killed
     while a job trains."""
@@ -136,6 +167,24 @@ async def trained(folder, engine, epochs, trainer_cpus=2, orphan_timeout=3600.0,
                 rollouts=sum(map(len, epoch.collection.trajectories)) + len(epoch.collection.failures),
                 gap=epoch.train_metrics.get("logprob_gap"),
             )
+
+
+async def write_slowly(file, until):
+    """Writes a file into a folder of runs, which takes until there is a file `until`."""
+
+    def write(unfinished):
+        tell(pid=os.getpid())
+        while not exists(until):
+            time.sleep(0.05)
+        unfinished.write(b"whole")
+
+    write_durably(Path(file), write)
+
+
+async def sweep(folder):
+    """Makes a run, which removes what dead processes left in the folder of runs."""
+    RunStore.create(folder, "run", {}).close()
+    tell(processes=sorted(int(name) for name in os.listdir("/proc") if name.isdigit()))
 
 
 def main(what, options):

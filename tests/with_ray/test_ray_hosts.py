@@ -51,3 +51,17 @@ def test_module_that_only_the_kernel_has_comes_by_runtime_env(cluster, tmp_path)
     assert there["told"] == here["told"]
     assert "!" in json.dumps(there["told"])
     assert marks_in(tmp_path) == ["host1", "host2"]
+
+
+def test_unfinished_file_of_one_host_is_left_alone_by_another(cluster):
+    first, second = cluster
+    runs, stop = first.shared / "runs", first.shared / "written"
+    runs.mkdir()
+    first.run("sh", "-c", "echo 20000 > /proc/sys/kernel/ns_last_pid")  # so that the second host has no such process
+    writer = first.kernel("write_slowly", file=runs / "all.parquet", until=stop)
+    writer.until(lambda: bool(writer.told()))
+    (swept,) = second.kernel("sweep", folder=runs / "run").found()
+    assert writer.told()[0]["pid"] not in swept["processes"]
+    stop.touch()
+    writer.found()
+    assert (runs / "all.parquet").read_bytes() == b"whole"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 
 from ....errors import BackendError, ConfigError
 from ....redaction import redacting_logger
+from ....store.durable import machine_id
 from .client import ServerGone, VLLMClient, message_of, says_dead
 from .served import ServedPolicy
 
@@ -38,7 +38,7 @@ class ServedAdapters(ServedPolicy):
     what = "the adapter"
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, f"adapters-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
+        super().__init__(folder, f"adapters-{machine_id()}-{os.getpid()}-{secrets.token_hex(4)}")
         self.prefix = f"finetune_nb-{secrets.token_hex(6)}"
         """With which all names begin: nobody else's on that server do."""
         self._names: dict[Any, str] = {}  # id of the weights -> name, in the order in which they were loaded
@@ -160,7 +160,7 @@ class ServedAdapters(ServedPolicy):
 
     def _remove_leftovers(self) -> None:
         """Deletes what processes of this machine left that have ended. Nobody asks for their adapters any more."""
-        begin = f"adapters-{socket.gethostname()}-"
+        begin = f"adapters-{machine_id()}-"
         for place in self.parent.glob(f"{begin}*"):
             pid = place.name.removeprefix(begin).partition("-")[0]
             if (
