@@ -7,6 +7,7 @@ import collections
 import contextlib
 import contextvars
 import inspect
+import os
 import queue
 import random
 import sys
@@ -182,6 +183,10 @@ class _Thread:
             else:
                 work()
             del work  # it holds the environment
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Thread._idle.clear)  # a child has none of these threads
 
 
 class _Mail:
