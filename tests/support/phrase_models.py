@@ -12,7 +12,9 @@ from tokenizers import AddedToken
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 
-def phrase_model(folder: Path, texts: Iterable[str], replies: Iterable[str], seed: int = 0, positions: int = 512) -> Path:
+def phrase_model(
+    folder: Path, texts: Iterable[str], replies: Iterable[str], seed: int = 0, positions: int = 512
+) -> Path:
     """Writes a model with random weights, and its tokenizer.
 
     Args:
