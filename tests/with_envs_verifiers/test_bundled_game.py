@@ -17,12 +17,13 @@ from finetune_nb.testing import FakeAdapter, ScriptedPolicy
 pytestmark = pytest.mark.slow
 WORDS = "tea eat ate net ten tan ant sea seat east nest neat"
 LETTERS = [f"[{letter}]" for letter in "EATNSOIRLUCD"]
-TASKS = 24
+TASKS = 12
 
 
 def hangman() -> vf.Env:
     taskset = {"id": "textarena", "game": "Hangman-v0"}
-    player = {"runtime": {"type": "subprocess"}}
+    harness = {"id": "vf_sums", "tools": False}  # in this process: the bundled ones start a program for every turn
+    player = {"runtime": {"type": "subprocess"}, "harness": harness}
     return vf.load_environment(vf.resolve_env_config({"taskset": taskset, "player": player}))
 
 
@@ -46,10 +47,10 @@ async def learned(folder: Path, seed: int = 0) -> ft.Run:
         env=hangman(),
         env_options={"examples": TASKS},
         model=str(phrase_model(folder / "model", texts, LETTERS, seed, positions=2048)),
-        generations=8,
+        generations=6,
         sampling={"max_tokens": 2},
         training={"learning_rate": 2e-3},
-        max_concurrency=192,
+        max_concurrency=72,
         seed=seed,
         output_dir=folder,
     )
