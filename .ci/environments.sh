@@ -52,7 +52,7 @@ install_envs() {
 
 # It wants an older openai than .venv has.
 install_envs_verifiers() {
-  pip_install -c "$(constraints_without openai)" -c "$(tests_with envs_verifiers)/constraints.txt" verifiers
+  pip_install -c "$(constraints_without openai)" -c "$(tests_with envs_verifiers)/constraints.txt" "verifiers[ta]"
 }
 
 # llama.cpp's converter, which is in no wheel, comes out of a source distribution.

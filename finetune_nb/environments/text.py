@@ -95,7 +95,7 @@ class Game:
         raise NotImplementedError
 
     def final_reward(self) -> float | None:
-        """A reward that is known only when the episode is over; it is added to that of the last step."""
+        """The reward of an episode that the loop ends, since its turns are used up; it is added to that of the last step."""
         return None
 
     def close(self) -> Any:
@@ -230,8 +230,10 @@ class Play:
             return await self._episode(thread, seed, row, llm)
 
     async def _episode(self, thread: CallThread, seed: int, row: Mapping[str, Any], llm: Any) -> dict[str, Any]:
-        options, game = self.options, thread.held
-        shown = _messages_of(await thread.call("reset()", lambda: game.reset(seed, row)))
+        options = self.options
+        # Made and reset in one call: each costs two changes of threads.
+        shown = _messages_of(await thread.call("reset()", lambda: thread.held.reset(seed, row)))
+        game: Game = thread.held
         system = [] if options.system is None else [{"role": "system", "content": options.system}]
         turns: list[list[Any]] = []
         rewards: list[float | None] = []
@@ -249,7 +251,7 @@ class Play:
                 break
             shown = _messages_of(step.observation)
         final = None
-        if type(game).final_reward is not Game.final_reward:
+        if ended == "turn limit" and type(game).final_reward is not Game.final_reward:
             final = await thread.call("final_reward()", game.final_reward)
         if final is not None:
             rewards[-1] = (rewards[-1] or 0.0) + _number(final, self.name)  # type: ignore[operator]

@@ -78,8 +78,10 @@ class ArenaGame(Game):
 
     def step(self, action: str) -> Step:
         done, info = self.env.step(action)
-        # What is shown after the last step is not asked for by the game's own loop, and not every game bears it.
-        return Step("" if done else self._new(), None, done, info=info)
+        if done:
+            # What is shown after the last step is not asked for by the game's own loop, and not every game bears it.
+            return Step("", self.final_reward(), done, info=info)
+        return Step(self._new(), None, done, info=info)
 
     def final_reward(self) -> float | None:
         rewards, _ = self._closed()

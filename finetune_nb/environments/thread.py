@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import contextvars
 import inspect
+import os
 import queue
 import random
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ..errors import WorkflowError, is_transient
 from ..redaction import error_text, redacting_logger
@@ -27,6 +30,8 @@ TURN_SECONDS = 1.0
 """After which a call loses the state of its own, if others wait for their turn."""
 CLOSING_SECONDS = 5.0
 """What a rollout waits for its environment to close. Later it closes in its thread, and nobody waits."""
+IDLE_SECONDS = 10.0
+"""After which a thread that no environment has ends."""
 
 
 class CallThread:
@@ -35,7 +40,7 @@ class CallThread:
 
     Args:
         name: What messages call the environment.
-        make: Makes it, in the thread.
+        make: Makes it, in the thread, before the first call.
         close: Closes it, in the thread. It may return something to await.
         own: The state of the random generators that its calls see. None: the global one.
     """
@@ -47,16 +52,11 @@ class CallThread:
         self.held: Any = None
         """The environment, once it is made."""
         self._is_made = False
-        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any, Any], None]] | None] = queue.SimpleQueue()
         self._context = contextvars.copy_context()
 
     async def __aenter__(self) -> Self:
-        threading.Thread(target=self._serve, name=f"ft-{self._name}", daemon=True).start()
-        try:
-            await self.call("making it", self._hold)
-        except BaseException:
-            self._finish(None)
-            raise
+        self._mail = _Mail.of(asyncio.get_running_loop())
+        self._thread = _Thread.take(f"ft-{self._name}")
         return self
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -65,15 +65,10 @@ class CallThread:
             return
         closed = asyncio.get_running_loop().create_future()
         self._finish(closed)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(closed), CLOSING_SECONDS)
-
-    def _hold(self) -> None:
-        self.held = self._make()
-        self._is_made = True
+        await asyncio.wait([closed], timeout=CLOSING_SECONDS)
 
     async def call(self, what: str, work: Callable[[], Any]) -> Any:
-        """Make a call in the thread, after those that were asked for before.
+        """Make a call in the thread, after those that were asked for before. The first one makes the environment, too.
 
         Args:
             what: What it is, for messages: "step()".
@@ -86,14 +81,15 @@ class CallThread:
             WorkflowError: It raised something.
             Exception: It raised this, after which trying again may help.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
+        future = asyncio.get_running_loop().create_future()
 
-        def settle(result: Any, error: BaseException | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(_settle, future, result, error)
+        def made() -> Any:
+            if not self._is_made:
+                self.held = self._make()
+                self._is_made = True
+            return work()
 
-        self._work.put((work, settle))
+        self._put(lambda: self._mail.send(_settle, future, *self._result_of(made)))
         try:
             found = await future
             return await found if inspect.isawaitable(found) else found
@@ -104,41 +100,128 @@ class CallThread:
         except Exception as error:
             if is_transient(error):
                 raise  # the rollout may be tried again
-            raise WorkflowError(f"{self._name} raised in {what}: {error_text(error)}") from error
+            where = what if self._is_made else "making it"
+            raise WorkflowError(f"{self._name} raised in {where}: {error_text(error)}") from error
 
     def _finish(self, closed: asyncio.Future[None] | None) -> None:
-        """Has it closed after the call that is running, and the thread ended."""
-        loop = asyncio.get_running_loop()
+        """Has it closed after the call that is running, and gives the thread back."""
 
-        def settle(result: Any, error: BaseException | None) -> None:
+        def close() -> None:
+            # Whether something is made when the rollout is cancelled is known only in the thread.
+            result, error = self._result_of(lambda: self._close(self.held) if self._is_made else None)
             if error is not None:
                 logger.warning("%s raised when it was closed: %s", self._name, error_text(error))
-            with contextlib.suppress(RuntimeError):
-                if inspect.isawaitable(result):
-                    loop.call_soon_threadsafe(_await_quietly, result, closed, self._name)
-                elif closed is not None:
-                    loop.call_soon_threadsafe(_settle, closed, None, None)
+            if self._random is not None:
+                self._random.release()
+            if inspect.isawaitable(result):
+                self._mail.send(_await_quietly, result, closed, self._name)
+            elif closed is not None:
+                self._mail.send(_settle, closed, None, None)
 
-        def close() -> Any:
-            # Whether something is made when the rollout is cancelled is known only in the thread.
-            return self._close(self.held) if self._is_made else None
+        if closed is None:
+            self._thread.work.put(close)  # after the call that may hang, and it takes no turn before
+            self._thread.work.put(None)
+        else:
+            self._put(close, None)
 
-        self._work.put((close, settle))
-        self._work.put(None)
+    def _put(self, *work: Callable[[], None] | None) -> None:
+        """Has the thread do it; if it draws from the random generators, when it is its turn."""
+
+        def begin() -> None:
+            for each in work:
+                self._thread.work.put(each)
+
+        if self._random is None:
+            begin()
+        else:
+            self._random.ask(begin)
+            OwnRandom.watch(asyncio.get_running_loop())
+
+    def _result_of(self, work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+        """What work returned, and what it raised. Called in the thread."""
+        own = contextlib.nullcontext() if self._random is None else self._random.in_force()
+        try:
+            with own:
+                return self._context.run(work), None
+        except BaseException as error:
+            return None, error if isinstance(error, Exception) else RuntimeError(error_text(error))
+
+
+class _Thread:
+    """A thread that one environment has for as long as it lives, and then the next one: starting a thread costs as much as
+    some calls."""
+
+    _idle: ClassVar[list[_Thread]] = []
+
+    def __init__(self) -> None:
+        self.work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        """None: the environment is closed, and needs it no longer."""
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls, name: str) -> _Thread:
+        try:
+            found = cls._idle.pop()
+        except IndexError:
+            found = cls()
+        found._thread.name = name
+        return found
 
     def _serve(self) -> None:
-        while (asked := self._work.get()) is not None:
-            work, settle = asked
+        while True:
             try:
-                if self._random is None:
-                    result = self._context.run(work)
-                else:
-                    with self._random.in_force():
-                        result = self._context.run(work)
-            except BaseException as error:
-                settle(None, error if isinstance(error, Exception) else RuntimeError(error_text(error)))
+                work = self.work.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                try:
+                    self._idle.remove(self)
+                except ValueError:
+                    continue  # an environment has it
+                return
+            if work is None:
+                self._idle.append(self)
             else:
-                settle(result, None)
+                work()
+            del work  # it holds the environment
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Thread._idle.clear)  # a child has none of these threads
+
+
+class _Mail:
+    """What threads tell an event loop: it is woken once for all that has come, since each time costs as much as a call."""
+
+    _known: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mail]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._sent: collections.deque[tuple[Callable[..., None], tuple[Any, ...]]] = collections.deque()
+        self._is_woken = False
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> _Mail:
+        """The one of the loop that runs here."""
+        found = cls._known.get(loop)
+        if found is None:
+            found = cls._known[loop] = cls(loop)
+        return found
+
+    def send(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Has the loop call it."""
+        self._sent.append((function, arguments))
+        loop = self._loop()
+        if self._is_woken or loop is None:
+            return
+        self._is_woken = True
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_woken = False  # first: what comes from here on wakes the loop again
+        while self._sent:
+            function, arguments = self._sent.popleft()
+            function(*arguments)
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
@@ -172,50 +255,105 @@ def _await_quietly(work: Any, closed: asyncio.Future[None] | None, name: str) ->
 class OwnRandom:
     """A state of the global random generators that belongs to one environment. Environments that have one take turns."""
 
-    _turn = threading.Condition()
-    _holder: OwnRandom | None = None
-    _since = 0.0
+    _lock = threading.Lock()
+    _holder: ClassVar[OwnRandom | None] = None
+    _since: ClassVar[float] = 0.0
+    _waiting: ClassVar[collections.deque[tuple[OwnRandom, Callable[[], None]]]] = collections.deque()
+    _outside: ClassVar[Any] = None
+    """The state outside of all environments. It is in force again when nobody waits for a turn."""
+    _watching: ClassVar[weakref.WeakSet[asyncio.AbstractEventLoop]] = weakref.WeakSet()
 
     def __init__(self, seed: int) -> None:
         self._state: Any = None
         self._seed = seed
-        self._outside: Any = None
+
+    def ask(self, begin: Callable[[], None]) -> None:
+        """Call `begin`, which must be short, once it is this environment's turn: now, or in the thread that had the last one.
+
+        Args:
+            begin: Has some thread enter `in_force`.
+        """
+        with OwnRandom._lock:
+            if OwnRandom._holder is None:
+                OwnRandom._outside = _random_state()
+                self._take(begin)
+            else:
+                OwnRandom._waiting.append((self, begin))
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
-        """Inside, the global generators are this environment's own."""
-        kind = OwnRandom
-        with kind._turn:
-            while (holder := kind._holder) is not None:
-                left = kind._since + TURN_SECONDS - time.monotonic()
-                if left <= 0:
-                    holder._give_up()  # it waits for something, or hangs
-                    break
-                kind._turn.wait(left)
-            kind._holder, kind._since = self, time.monotonic()
-            self._outside = _random_state()
+        """Inside, the global generators are this environment's own. Waits for its turn if it has none."""
+        while not self._begins():
+            turn = threading.Event()
+            self.ask(turn.set)
+            while not turn.wait(TURN_SECONDS):
+                OwnRandom.pass_on()
+        try:
+            yield
+        finally:
+            with OwnRandom._lock:
+                if OwnRandom._holder is self:
+                    self._state = _random_state()
+                    OwnRandom._next()  # else another one has taken its turn
+
+    def abandon(self) -> None:
+        """The call that is running may hang: the others do not wait for it."""
+        with OwnRandom._lock:
+            kept = [each for each in OwnRandom._waiting if each[0] is not self]
+            OwnRandom._waiting = collections.deque(kept)
+            if OwnRandom._holder is self:
+                OwnRandom._next()
+
+    @staticmethod
+    def pass_on() -> None:
+        """Gives the turn to the next one, if the call that has it takes long: it waits for something, or hangs."""
+        with OwnRandom._lock:
+            if OwnRandom._holder is not None and time.monotonic() - OwnRandom._since >= TURN_SECONDS:
+                OwnRandom._next()
+
+    @classmethod
+    def watch(cls, loop: asyncio.AbstractEventLoop) -> None:
+        """Has the loop look after the turns for as long as somebody waits for one."""
+        if cls._waiting and loop not in cls._watching:
+            cls._watching.add(loop)
+            loop.call_later(TURN_SECONDS, cls._look, loop)
+
+    @classmethod
+    def _look(cls, loop: asyncio.AbstractEventLoop) -> None:
+        cls._watching.discard(loop)
+        cls.pass_on()
+        cls.watch(loop)
+
+    def release(self) -> None:
+        """Nothing draws from it any more."""
+        if self._state is not None and self._state[1] is not None:
+            _spare.append(self._state[1])
+        self._state = None
+
+    def _begins(self) -> bool:
+        """Whether it is its turn; then its state is in force."""
+        with OwnRandom._lock:
+            if OwnRandom._holder is not self:
+                return False
+            OwnRandom._since = time.monotonic()
             if self._state is None:
                 _seed_random(self._seed)
             else:
                 _set_random_state(self._state)
-        try:
-            yield
-        finally:
-            with kind._turn:
-                if kind._holder is self:
-                    self._state = _random_state()
-                    self._give_up()  # else another one has taken its turn
+            return True
 
-    def abandon(self) -> None:
-        """The call that is running may hang: the others do not wait for it."""
-        with OwnRandom._turn:
-            if OwnRandom._holder is self:
-                self._give_up()
+    def _take(self, begin: Callable[[], None]) -> None:
+        OwnRandom._holder, OwnRandom._since = self, time.monotonic()
+        begin()
 
-    def _give_up(self) -> None:
-        _set_random_state(self._outside)
-        OwnRandom._holder = None
-        OwnRandom._turn.notify()
+    @staticmethod
+    def _next() -> None:
+        if OwnRandom._waiting:
+            following, begin = OwnRandom._waiting.popleft()
+            following._take(begin)
+        else:
+            OwnRandom._holder = None
+            _set_random_state(OwnRandom._outside)
 
 
 def _random_state() -> Any:
@@ -230,9 +368,13 @@ def _set_random_state(state: Any) -> None:
         sys.modules["numpy"].random.set_bit_generator(state[1])
 
 
+_spare: list[Any] = []
+"""NumPy's generators of environments that are closed: making one takes as long as some calls."""
+
+
 def _seed_random(seed: int) -> None:
     random.seed(seed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        numpy.random.set_bit_generator(numpy.random.MT19937())
+        numpy.random.set_bit_generator(_spare.pop() if _spare else numpy.random.MT19937(0))
         numpy.random.seed(seed % 2**32)

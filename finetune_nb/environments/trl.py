@@ -248,7 +248,8 @@ class UseTools:
     async def _episode(
         self, thread: CallThread, name: str | None, row: dict[str, Any], item: EvalInputItem, llm: Any
     ) -> dict[str, Any]:
-        of, held = self.environment, thread.held
+        of = self.environment
+        held = await thread.call("making it", lambda: thread.held)
         columns = row if "prompt" in row or item.input_obj is None else {**row, "prompt": item.input_obj}
         passed = columns if _is_given(row) else _taken_by(held.reset, columns)
         shown = await thread.call("reset()", lambda: held.reset(**passed))

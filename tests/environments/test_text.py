@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import pickle
 import random
 import threading
@@ -104,6 +105,20 @@ async def test_all_rollouts_of_an_example_begin_with_its_seed_and_each_has_an_in
     assert {game.closed for game in Counting.made} == {1}
     assert {len(game.threads) for game in Counting.made} == {1}
     assert threading.get_ident() not in set().union(*(game.threads for game in Counting.made))
+
+
+async def test_a_thread_is_used_again_and_ends_when_nobody_has_it(monkeypatch):
+    monkeypatch.setattr(thread, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(thread._Thread, "_idle", [])  # without those of other tests
+    before = threading.active_count()
+    run = playing(Counting, max_concurrency=1)
+    await run.next_epoch()
+    assert len(Counting.made) == 6
+    threads = set().union(*(game.threads for game in Counting.made))
+    assert len(threads) < 6
+    await until(lambda: not thread._Thread._idle)
+    run.close()
+    await until(lambda: threading.active_count() <= before)
 
 
 async def test_the_turns_are_limited_and_the_sum_can_be_the_reward():
@@ -325,6 +340,24 @@ def test_the_global_generators_are_given_back():
     assert found == expected
     assert drawn[own] == drawn[twin]
     assert len(set(drawn[own])) == 3
+
+
+def test_a_turn_at_the_generators_is_handed_on_in_order_and_passes_whoever_gave_up(monkeypatch):
+    monkeypatch.setattr(thread, "TURN_SECONDS", 0.05)
+    state = random.getstate()
+    first, second, third = (thread.OwnRandom(seed) for seed in range(3))
+    begun = []
+    for each in (first, second, third):
+        each.ask(functools.partial(begun.append, each))
+    assert begun == [first]
+    second.abandon()
+    with first.in_force():
+        random.random()
+    assert begun == [first, third]
+    with second.in_force():  # third never comes: it has lost its turn
+        random.random()
+    assert random.getstate() == state
+    assert not thread.OwnRandom._waiting and thread.OwnRandom._holder is None
 
 
 async def test_a_reward_that_never_comes_is_missing_and_says_what_to_do():
