@@ -113,13 +113,13 @@ install_floors() {
 # What hosted notebooks have, on the Python that they have it on, without torch; and on ours, with .venv's torch.
 install_colab() { pip_install --no-deps -r tests/with_hosted/colab.txt; }
 install_kaggle() { pip_install --no-deps -r tests/with_hosted/kaggle.txt; }
+# The extra comes second, as for whoever installs it there: it replaces what is too old for it, and torch stays.
 install_colab_torch() {
-  pip_install -r tests/with_hosted/colab.txt
+  install_colab
   pip_install $(requirements_of local) pytest pytest-asyncio pytest-benchmark hypothesis
 }
-# The extra replaces what is too old for it.
 install_kaggle_torch() {
-  pip_install -r tests/with_hosted/kaggle.txt
+  install_kaggle
   pip_install $(requirements_of local) pytest pytest-asyncio pytest-benchmark hypothesis
 }
 
