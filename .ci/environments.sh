@@ -36,6 +36,14 @@ install_kernel6() {
   pip_install -c "$(constraints_without ipykernel)" "papermill==2.7.0"
 }
 
+# Front ends beside JupyterLab. Notebook 7 looks in one folder for the schemas of its own plugins and of JupyterLab's.
+install_notebook7() {
+  pip_install -c constraints.txt "notebook==7.6.5"
+  cp -r .venv/share/jupyter/labextensions "$making/share/jupyter"
+  cp -r .venv/share/jupyter/lab/{schemas,themes} "$making/share/jupyter/lab"
+}
+install_marimo() { pip_install -c constraints.txt "marimo==0.25.2"; }
+
 install_ray() {
   # Compiled: the many processes that Ray starts at once would all do it themselves.
   pip_install --compile -c constraints.txt -c "$(tests_with ray)/constraints.txt" "finetune_nb[ray]"
@@ -105,7 +113,15 @@ install_floors() {
 # What hosted notebooks have, on the Python that they have it on, without torch; and on ours, with .venv's torch.
 install_colab() { pip_install --no-deps -r tests/with_hosted/colab.txt; }
 install_kaggle() { pip_install --no-deps -r tests/with_hosted/kaggle.txt; }
-install_colab_torch() { pip_install -r tests/with_hosted/colab.txt ruamel.yaml "peft==0.20.0" pytest pytest-asyncio pytest-benchmark hypothesis; }
+# The extra comes second, as for whoever installs it there: it replaces what is too old for it, and torch stays.
+install_colab_torch() {
+  install_colab
+  pip_install $(requirements_of local) pytest pytest-asyncio pytest-benchmark hypothesis
+}
+install_kaggle_torch() {
+  install_kaggle
+  pip_install $(requirements_of local) pytest pytest-asyncio pytest-benchmark hypothesis
+}
 
 # python_of NAME: the Python of an environment. Nothing where this machine has no such Python.
 python_of() {
@@ -172,7 +188,7 @@ environment() {
   case $1 in
     python3*) below=$PWD ;;
     colab | kaggle) below= ;;
-    floors | colab_torch) below=$(only_torch) ;;
+    floors | *_torch) below=$(only_torch) ;;
     *) below=$(packages_of .venv) ;;
   esac
   key=$(made_of "$1" | sha256sum | cut -c1-16)
@@ -185,6 +201,8 @@ environment() {
   fi
   touch "$own"  # when it was last used
   empty_environment "$python" ".venv-$1" "$(packages_of "$own")" ${below:+"$below"}
+  # What packages bring beside modules.
+  [ ! -d "$own/share" ] || ln -s "$own/share" ".venv-$1/share"
   prepared[$1]=yes
 }
 

@@ -1143,8 +1143,7 @@ class BrowserView {
       position: 0, range: [0, 1], hitsByEpoch: new Map(), labels: { epoch: null, labels: [], tags: [] }, tagsByGroup: new Map(), change: 0, weights: null, kept: [], unfinished: "running", opening: 0, stamp: "", line: "", ticket: 0, closed: false, following: null,
     });
     this.build(model);
-    this.guard = (event) => this.suppress(event);
-    window.addEventListener("keydown", this.guard, true);
+    this.giveKeysBack = keepKeys(this.root, () => true);
     this.kernel.onEvent = (event) => this.onEvent(event);
     this.timer = setInterval(() => this.tick(), EVERY);
     this.start();
@@ -1190,7 +1189,7 @@ class BrowserView {
   close() {
     this.closed = true;
     clearInterval(this.timer);
-    window.removeEventListener("keydown", this.guard, true);
+    this.giveKeysBack();
     this.resized.disconnect();
     this.kernel.close();
   }
@@ -1870,13 +1869,6 @@ class BrowserView {
   }
 
   // ── keys ──
-
-  /** JupyterLab listens on the document, Notebook 7 in the capture phase. Plain keys are the browser's while it has the focus;
-   * with Ctrl, Meta or Alt they stay theirs. */
-  suppress(event) {
-    if (!event.composedPath().includes(this.root)) return;
-    event.target.toggleAttribute("data-lm-suppress-shortcuts", !(event.ctrlKey || event.metaKey || event.altKey));
-  }
 
   onKey(event) {
     const target = event.composedPath()[0];

@@ -80,10 +80,18 @@ def has_frontend() -> bool:
 
 
 def no_frontend_message() -> str | None:
-    """What to tell whoever reads the notebook later: why there are no widgets; None where there may be."""
+    """What to tell whoever looks at the notebook: why there are no widgets; None where there may be."""
+    if _in_marimo():
+        return "no widgets: marimo does not show Jupyter's; run.curriculum and run.live change settings"
     if _kernel() is None or has_frontend():
         return None
     return "no widgets: this notebook was executed without a front end"
+
+
+def _in_marimo() -> bool:
+    """Whether a cell of a marimo notebook is running in this thread."""
+    running = getattr(sys.modules.get("marimo"), "running_in_notebook", None)
+    return running is not None and running()
 
 
 def _comms() -> list[Any]:

@@ -34,6 +34,17 @@ function watchKernel(model, gone) {
   };
 }
 
+/** Keeps keys from the shortcuts of the notebook while `el` has the focus: those for which `isOurs(event)`, and none with Ctrl,
+ * Meta or Alt. JupyterLab listens on the document, Notebook 7 in the capture phase. Gives the function that ends it. */
+function keepKeys(el, isOurs) {
+  const guard = (event) => {
+    if (!event.composedPath().includes(el)) return;
+    event.target.toggleAttribute("data-lm-suppress-shortcuts", !(event.ctrlKey || event.metaKey || event.altKey) && isOurs(event));
+  };
+  window.addEventListener("keydown", guard, true);
+  return () => window.removeEventListener("keydown", guard, true);
+}
+
 /** Puts a view over each element that has the model's id, wherever it is shown. A model may have been restored from a file, or
  * be left over from a notebook that was closed: each place keeps its HTML until a kernel has answered for it.
  *

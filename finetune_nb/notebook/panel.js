@@ -1,18 +1,24 @@
 // The control panel's page side: its widgets, over the static panel in the output. It begins with mount.js.
 
+// What moves a slider, presses a button and opens a list.
+const KEYS = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "PageUp", "PageDown", "Home", "End", "Enter", " "];
+
 async function panelView(model) {
   const manager = model.widget_manager;
   const child = await manager.get_model(model.get("view"));
   if (child.comm_live === false) return null; // the notebook was opened again in this page, after its kernel had ended
   const view = await manager.create_view(child);
+  let giveKeysBack;
   return {
     attach(el) {
+      giveKeysBack = keepKeys(el, (event) => !event.shiftKey && KEYS.includes(event.key));
       const widget = view.luminoWidget ?? view.pWidget;
       widget.constructor.attach(widget, el);
       // One of both is enough: the record that `run.start()` keeps in the same cell is hidden under a panel.
       el.closest(".jp-OutputArea")?.classList.add("ft-has-panel");
     },
     remove(el) {
+      giveKeysBack?.();
       view.remove();
       el?.closest(".jp-OutputArea")?.classList.remove("ft-has-panel");
     },

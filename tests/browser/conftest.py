@@ -7,6 +7,7 @@ is also why the fixtures end with this package and not with the session.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+OTHERS = {"test_notebook7.py": "FINETUNE_NB_NOTEBOOK7_PYTHON", "test_marimo.py": "FINETUNE_NB_MARIMO_PYTHON"}
+"""Front ends in environments of their own, which .ci/all makes and whose pythons it names."""
+collect_ignore = [name for name, variable in OTHERS.items() if variable not in os.environ]
 
 
 @pytest.hookimpl(tryfirst=True)

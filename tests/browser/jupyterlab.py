@@ -64,9 +64,13 @@ def until(
 class Lab:
     """A JupyterLab server on 127.0.0.1 with folders of its own, and a browser window on it.
 
-    folder: where it keeps everything. kernels: name -> python; "python3" is the interpreter of the tests. settings: of
-    `@jupyterlab/apputils-extension`, by plugin, such as {"kernels-settings": {"commsOverSubshells": "disabled"}}.
+    folder: where it keeps everything. kernels: name -> python; "python3" is `python`. settings: of
+    `@jupyterlab/apputils-extension`, by plugin, such as {"kernels-settings": {"commsOverSubshells": "disabled"}}. python: what
+    the server runs on.
     """
+
+    module, app, place = "jupyterlab", "LabApp", "lab/tree"
+    """What is started, the class that its options are of, and where a notebook is in its addresses."""
 
     def __init__(
         self,
@@ -74,8 +78,9 @@ class Lab:
         browser: Browser,
         kernels: Mapping[str, str] | None = None,
         settings: Mapping[str, Any] | None = None,
+        python: str = sys.executable,
     ) -> None:
-        self.folder, self.browser = folder, browser
+        self.folder, self.browser, self.python = folder, browser, python
         self.notebooks = folder / "notebooks"
         self._notes = folder / "notes.jsonl"
         self._token = secrets.token_hex(8)
@@ -120,9 +125,9 @@ class Lab:
             "ServerApp.port_retries": 0,
             "ServerApp.root_dir": self.notebooks,
             "IdentityProvider.token": self._token,
-            "LabApp.expose_app_in_browser": True,
+            f"{self.app}.expose_app_in_browser": True,
         }
-        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+        command = [self.python, "-m", self.module, "--no-browser", "--allow-root"]
         command += [f"--{name}={value}" for name, value in options.items()]
         log = self.folder / "server.log"
         with log.open("wb") as file:
@@ -131,7 +136,7 @@ class Lab:
         def answers() -> bool:
             assert self._server is not None
             if self._server.poll() is not None:
-                raise RuntimeError(f"JupyterLab ended with {self._server.returncode}:\n{log.read_text()[-3000:]}")
+                raise RuntimeError(f"{self.module} ended with {self._server.returncode}:\n{log.read_text()[-3000:]}")
             with contextlib.suppress(OSError):
                 return bool(self.ask("api/status"))
             return False
@@ -164,7 +169,7 @@ class Lab:
         return self.page
 
     def address(self, name: str) -> str:
-        return f"{self.url}/lab/tree/{name}.ipynb?token={self._token}&reset"
+        return f"{self.url}/{self.place}/{name}.ipynb?token={self._token}&reset"
 
     # ── what is in it ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -210,6 +215,17 @@ class Lab:
     def _breathe(self) -> None:
         """Lets the browser's own events through while something is waited for."""
         self.page.wait_for_timeout(20)
+
+
+class Notebook7(Lab):
+    """Notebook 7: JupyterLab's parts with one notebook a page."""
+
+    module, app, place = "notebook", "JupyterNotebookApp", "notebooks"
+
+    def close_notebooks(self) -> None:
+        if not self.page.is_closed():
+            self.page.goto("about:blank")
+        super().close_notebooks()
 
 
 class Notebook:

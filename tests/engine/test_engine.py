@@ -29,7 +29,7 @@ async def name_of_thread():
     return threading.current_thread().name
 
 
-def script(code: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+def script(code: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Runs code in a Python of its own."""
     command = [sys.executable, "-c", textwrap.dedent(code)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
@@ -338,10 +338,10 @@ def test_a_process_that_leaves_a_run_open_with_a_hanging_workflow_ends(way, tmp_
             hanging.wait(10)
         print(time.time(), flush=True)
     """
-    done = script(code, timeout=60)
+    done = script(code)
     ended = time.time()
     assert done.returncode == 0, done.stderr
-    assert ended - float(done.stdout) < 3
+    assert ended - float(done.stdout) < 30  # the workflow hangs for 600 s
 
 
 # ── asyncio.run in somebody's cells ──────────────────────────────────────────────────────────────────────────────────

@@ -70,6 +70,7 @@ STEERED = (
     "run.panel()",
     "run.start(epochs=2); run.wait()",
     "run.panel()",
+    "run.browse()",
     "import ipykernel; print(len(run), run.state, ipykernel.__version__, 'ipywidgets' in sys.modules)",
 )
 
@@ -102,17 +103,19 @@ def check(cells, release):
     )
     assert "count when this cell has ended" not in str(cells[2].outputs)  # nobody is there to move a slider
     assert "2 epochs" in displays(cells[2])[0]["text/html"]
-    assert cells[4].outputs[0].text.startswith("2 ready " + release) and cells[4].outputs[0].text.endswith("False\n")
+    (browser,) = displays(cells[4])
+    assert set(browser) == {"text/plain", "text/html"} and "A static summary" in browser["text/html"]
+    assert cells[5].outputs[0].text.startswith("2 ready " + release) and cells[5].outputs[0].text.endswith("False\n")
 
 
 @pytest.mark.slow
-def test_jupyter_execute_runs_it_and_saves_a_panel_without_widgets(tmp_path):
+def test_jupyter_execute_runs_it_and_saves_panel_and_browser_without_widgets(tmp_path):
     check(executed_by(jupyter_execute, Path(sys.executable), tmp_path), "7.")
 
 
 @pytest.mark.slow
 @pytest.mark.proof
-def test_papermill_with_ipykernel_6_runs_it_and_saves_a_panel_without_widgets(tmp_path):
+def test_papermill_with_ipykernel_6_runs_it_and_saves_panel_and_browser_without_widgets(tmp_path):
     python = os.environ.get("FINETUNE_NB_KERNEL6_PYTHON")
     if python is None:
         pytest.skip("FINETUNE_NB_KERNEL6_PYTHON names no environment with ipykernel 6 and papermill; .ci/run makes one")

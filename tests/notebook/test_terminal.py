@@ -18,6 +18,7 @@ epoch = await run.next_epoch()
 run
 run.start(epochs=1); run.wait()
 run.panel()
+run.browse()
 run.plot_rewards().png()[:4]
 print(len(run), "epochs, torch:", "torch" in __import__("sys").modules)
 exit
@@ -39,3 +40,4 @@ def test_ipython_in_a_terminal_runs_epochs_and_shows_them_as_text(tmp_path):
     assert "Traceback" not in done.stdout and "Error" not in done.stdout, done.stdout
     assert "2 epochs, torch: False" in done.stdout and "PNG" in done.stdout
     assert "epoch 0" in done.stdout  # the run, as text
+    assert "ready  2 epochs" in done.stdout and "epoch 1 of 2 epochs" in done.stdout  # the panel, and the browser
