@@ -105,7 +105,7 @@ _SHORT = 200
 _SIMPLE = frozenset({str, float, bool, type(None)})
 _TEXT = frozenset({str})
 _WHOLE = frozenset({int})
-_FLAT = frozenset({dict, type(None)})
+_NESTED = frozenset({dict, list, tuple})
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -182,19 +182,29 @@ def _is_plain(value: Any, depth: int = 0, left: list[int] | None = None) -> bool
     return True
 
 
-def _are_flat(values: Sequence[Any]) -> bool:
-    """Whether all values are plain, and none holds a list or a mapping that holds another. False also where that is not
-    seen in one look at their types, which takes a fifth of the time of a look at each value."""
-    kinds = set(map(type, values))
-    if kinds <= _SIMPLE:
-        return True
-    if not kinds <= _FLAT:
-        return False
-    records = list(filter(None, values))
-    if not records or max(map(len, records)) > _MOST_VALUES:
-        return not records
-    names, leaves = chain.from_iterable(records), chain.from_iterable(map(dict.values, records))
-    return _TEXT.issuperset(map(type, names)) and _SIMPLE.issuperset(map(type, leaves))
+def _are_plain(values: Sequence[Any]) -> bool:
+    """Whether all values are plain, seen level by level: at each, what all lists and mappings of the level before hold is looked
+    at together, which takes a fraction of the time of a look at each. False also where there are too many levels or values
+    to see it like that."""
+    left = _MOST_VALUES
+    for _ in range(DEEPEST):
+        kinds = set(map(type, values))
+        if int in kinds:
+            whole = [value for value in values if type(value) is int]
+            if not -_LARGEST_INT < min(whole) <= max(whole) < _LARGEST_INT:
+                return False
+        nested = kinds - _SIMPLE - _WHOLE
+        if not nested:
+            return True
+        if not nested <= _NESTED:
+            return False
+        mappings = [value for value in values if type(value) is dict]
+        lists = [value for value in values if type(value) is list or type(value) is tuple]
+        left -= sum(map(len, mappings)) + sum(map(len, lists))
+        if left < 0 or not _TEXT.issuperset(map(type, chain.from_iterable(mappings))):
+            return False
+        values = list(chain(chain.from_iterable(map(dict.values, mappings)), chain.from_iterable(lists)))
+    return False
 
 
 def is_plain(value: Any) -> bool:
@@ -415,7 +425,7 @@ def encode_all(values: Sequence[Any], field: str = "") -> Sequence[str | bytes |
 def _encode_some(values: Sequence[Any], field: str) -> Sequence[str | bytes | None]:
     try:
         texts = None
-        if _are_flat(values) or all(map(_is_plain, values)):
+        if _are_plain(values) or all(map(_is_plain, values)):
             texts = [None if value is None else to_json(value, inf_nan_mode="constants") for value in values]
     except Exception:  # as in is_plain and _quickly
         texts = None

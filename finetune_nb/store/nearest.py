@@ -19,9 +19,9 @@ __all__ = [
     "all_of",
     "is_whole",
     "known_items",
-    "known_trajectory",
     "known_number",
     "known_numbers",
+    "known_trajectories",
     "preference",
     "stored_text",
 ]
@@ -29,9 +29,17 @@ __all__ = [
 ROLES = {str(role): role for role in EpisodeItemRole}
 
 
-def known_trajectory(trajectory: Trajectory) -> Trajectory:
-    """The trajectory; where it was made without pydantic's checks and is not what it should be, the nearest to it that can
-    be stored."""
+def known_trajectories(trajectories: Sequence[Trajectory]) -> Sequence[Trajectory]:
+    """The trajectories; in place of one that was made without pydantic's checks and is not what it should be, the nearest to
+    it that can be stored."""
+    # Nearly always they are what they should be, which takes a fraction of the time to see in columns.
+    metadata, episodes = [each.metadata for each in trajectories], [each.episode for each in trajectories]
+    if all_of({dict, type(None)}, metadata) and all_of({list}, episodes):
+        return trajectories
+    return [_known_trajectory(each) for each in trajectories]
+
+
+def _known_trajectory(trajectory: Trajectory) -> Trajectory:
     metadata, episode = trajectory.metadata, trajectory.episode
     if (metadata is None or type(metadata) is dict) and type(episode) is list:
         return trajectory
@@ -47,7 +55,6 @@ def known_trajectory(trajectory: Trajectory) -> Trajectory:
 
 def known_items(items: Sequence[Any]) -> Sequence[EpisodeItem | DPOItem]:
     """The same of messages."""
-    # Nearly always they are what they should be, which takes a fraction of the time to see in columns.
     if all_of({EpisodeItem}, items):
         roles, contents = [item.role for item in items], [item.content for item in items]
         metadata = [item.metadata for item in items]

@@ -30,6 +30,7 @@ from records import epoch_of
 from finetune_nb import frames
 from finetune_nb.store.json import DEEPEST, decode, encode, encode_all, finite, noting_replaced, plain
 from finetune_nb.store.store import RunStore
+from finetune_nb.store.trajectories import table_of
 from finetune_nb.types import (
     Change,
     DPOItem,
@@ -203,6 +204,42 @@ def test_any_value_becomes_text_in_its_own_field_and_the_others_stay(name):
     for text in encode_all([around, None, {"plain": 1}]):
         assert text is None or decode(text if isinstance(text, str) else text.decode())
     assert json.loads(json.dumps(finite(around), allow_nan=False))["after"] == {"x": 0.5}
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+NOT_PLAIN = st.sampled_from(
+    [10**600, -(10**600), {9, 2}, {1: 2, "1": 3}, b"a", np.float64(0.5), Color.RED, (1, {2: 3, "2": 4}), [[{9, 2}]]]
+)
+
+
+@given(st.lists(PLAIN | st.tuples(PLAIN) | NOT_PLAIN, max_size=6))
+def test_values_that_are_encoded_together_are_encoded_as_each_by_itself(values):
+    together = encode_all(values)
+    alone = [None if value is None else encode(value) for value in values]
+    assert [text.decode() if isinstance(text, bytes) else text for text in together] == alone
+
+
+def test_values_of_too_many_levels_are_encoded_as_each_by_itself():
+    for levels in (DEEPEST - 1, DEEPEST, DEEPEST + 1, DEEPEST + 2):
+        deep = [0.5]
+        for _ in range(levels):
+            deep = {"in": [deep]} if isinstance(deep, list) else [deep]
+        texts = [text.decode() if isinstance(text, bytes) else text for text in encode_all([deep, {"a": 1}])]
+        assert texts == [encode(deep), encode({"a": 1})]
+
+
+def test_a_trajectory_that_is_not_what_it_should_be_costs_no_other_in_its_part_a_value():
+    names = ["example", "policy_version", "turns", "tokens"]
+    groups = [[make_trajectory(0.5, f"q{number}", 0, policy_version=number)] for number in range(300)]
+    expected = table_of(groups, [], names).to_pylist()
+    expected[140] |= {"example": None, "policy_version": None}
+    (odd,) = groups[140]
+    groups[140] = [Trajectory.model_construct(episode=tuple(odd.episode), reward=0.5, metadata="nothing")]
+    assert table_of(groups, [], names).to_pylist() == expected
 
 
 @pytest.mark.slow
