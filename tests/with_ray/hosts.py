@@ -31,7 +31,10 @@ RAY = "from ray.scripts.scripts import main; main()"
 QUICK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000"}
 QUICK |= {"RAY_health_check_failure_threshold": "3", "RAY_health_check_initial_delay_ms": "3000"}
 QUICK |= {"RAY_raylet_start_wait_time_s": "120"}
-QUICK |= {"PYTHONPATH": PATHS}
+# Said, since Ray decides it by what lies in the home folder: a head takes a token that it finds there, and a node that
+# joins it does not. A cluster of several machines is one with a token, as Ray advises.
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
+QUICK |= {"PYTHONPATH": PATHS, **TOKEN}
 NEEDED = ("ip", "unshare", "nsenter", "mount")
 
 
@@ -131,9 +134,9 @@ class Host(Machine):
         """Ends what is left of a node."""
         self.python("-c", RAY, "stop", "--force")
 
-    def kernel(self, what: str, path: str | Path = "", **options: Any) -> Kernel:
+    def kernel(self, what: str, path: str | Path = "", env: Mapping[str, str] = {}, **options: Any) -> Kernel:
         """Starts host_kernel.py. path: a folder in which it finds modules first."""
-        return Kernel(self, what, {"PYTHONPATH": f"{path}{os.pathsep}{PATHS}"}, options)
+        return Kernel(self, what, {"PYTHONPATH": f"{path}{os.pathsep}{PATHS}", **env}, options)
 
     def python(self, *args: str | os.PathLike[str], env: Mapping[str, str] = {}) -> str:
         return self.run(sys.executable, *args, env={**os.environ, **QUICK, **env}, timeout=300)

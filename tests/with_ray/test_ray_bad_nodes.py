@@ -1,7 +1,7 @@
 """What a run says at once of nodes that it cannot work with, or not well."""
 
 import pytest
-from hosts import ENGINE
+from hosts import ENGINE, TOKEN
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +36,17 @@ def test_kernel_with_another_ray_is_told_so(first, tmp_path):
     assert "BackendError: the Ray cluster at '10.77.0.1:6379' has other versions than this process" in ended["error"]
     assert "started with: Ray: 2.51.0 Python: 3." in ended["error"]
     assert "Expected the same versions of Ray and Python. Install those of the cluster here" in ended["error"]
+
+
+def test_kernel_without_the_token_is_told_how_to_give_it(first):
+    without = first.kernel(
+        "an_epoch", env={"RAY_AUTH_MODE": "disabled"}, folder=first.own / "t", engine=ENGINE, ray=TWO
+    )
+    (ended,) = without.found()
+    assert "BackendError: the Ray cluster at '10.77.0.1:6379' wants its token" in ended["error"]
+    assert "Expected RAY_AUTH_MODE=token in the environment of this process when it starts" in ended["error"]
+    assert "Set them, and restart the kernel" in ended["error"]
+    assert TOKEN["RAY_AUTH_TOKEN"] not in ended["error"] + without.said()
 
 
 def test_other_versions_little_shared_memory_and_a_clock_apart_are_said(first, make_host, tmp_path):

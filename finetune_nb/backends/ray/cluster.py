@@ -95,7 +95,7 @@ def connect(engine: str, runtime_env: Mapping[str, Any]) -> Any:
                 if attempt + 1 < (1 if address else ATTEMPTS):
                     continue
                 _remember_token()
-                raise _no_cluster(engine, address, redact_text(" ".join(str(error).split()))[:500]) from None
+                raise _no_cluster(engine, address, error) from None
         _uploaded = folders
         _remember_token()
     return ray
@@ -114,11 +114,18 @@ def actor_options(settings: RaySettings) -> dict[str, Any]:
     return {"runtime_env": rest} if rest else {}
 
 
-def _no_cluster(engine: str, address: str, reason: str) -> BackendError:
+def _no_cluster(engine: str, address: str, error: Exception) -> BackendError:
+    reason = redact_text(" ".join(str(error).split()))[:500]
     if "Version mismatch" in reason:
         return BackendError(
             f"the Ray cluster at {address!r} has other versions than this process. {reason} Expected the same versions of Ray "
             "and Python. Install those of the cluster here, and restart the kernel."
+        )
+    if "InvalidAuthToken" in f"{error} {error.__cause__}":
+        return BackendError(
+            f"the Ray cluster at {address!r} wants its token, and did not get it from this process. Expected RAY_AUTH_MODE=token "
+            "in the environment of this process when it starts, and the cluster's token in RAY_AUTH_TOKEN or in "
+            "~/.ray/auth_token. Set them, and restart the kernel."
         )
     where = f"no Ray cluster answers at {address!r}" if address else "Ray could not be started here"
     return BackendError(
