@@ -37,7 +37,6 @@ def texts(tokenizer, messages, tools=None, **options):
     return [tokenizer.tokenizer.decode([i for i, on in zip(p.ids, p.learned, strict=True) if on]) for p in pieces]
 
 
-@pytest.mark.skipif(chat_families.folder() is None, reason="TRL's templates are the oracle")
 @pytest.mark.parametrize("family", EQUAL_TO_TRL)
 @pytest.mark.parametrize(("messages", "tools"), [(ONE, None), (TWO, None), (TOOL, TOOLS)], ids=["one", "two", "tool"])
 def test_as_trl_marks_them(family, messages, tools):
@@ -63,7 +62,6 @@ def messages_with_objects(messages):
     return [{**message, "tool_calls": [call]} if "tool_calls" in message else message for message in messages]
 
 
-@pytest.mark.skipif(chat_families.folder() is None, reason="TRL's templates are the oracle")
 def test_a_later_prompt_without_the_thoughts_of_an_earlier_reply_begins_another_piece():
     thought = [TWO[0], {**TWO[1], "reasoning_content": "Count."}, *TWO[2:]]
     assert texts(tokenizer_of("qwen3"), thought) == [
@@ -73,7 +71,6 @@ def test_a_later_prompt_without_the_thoughts_of_an_earlier_reply_begins_another_
     assert len(texts(tokenizer_of("qwen3"), TWO)) == 1  # an empty thought is kept: nothing is lost of it
 
 
-@pytest.mark.skipif(chat_families.folder() is None, reason="TRL's templates are the oracle")
 def test_the_prompt_is_that_of_a_rollout():
     tokenizer = tokenizer_of("qwen3_5_think")  # its prompt opens a thought
     (piece,) = learned_tokens(tokenizer, ONE)
@@ -85,7 +82,6 @@ def test_the_prompt_is_that_of_a_rollout():
     assert texts(tokenizer, ONE, enable_thinking=False) == ["It is 7.<|im_end|>"]
 
 
-@pytest.mark.skipif(chat_families.folder() is None, reason="TRL's templates are the oracle")
 def test_a_reply_that_cannot_be_sampled_after_its_prompt_is_refused():
     with pytest.raises(BackendError, match="otherwise than a reply begins"):
         learned_tokens(tokenizer_of("nemotron_3_nano"), ONE)

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("openai")
 
-from chat_families import CALL_ENDS, ENDS, ScriptedModel, drift_of, folder, spelled, template_of, tokenizer_of
+from chat_families import CALL_ENDS, ENDS, ScriptedModel, drift_of, spelled, template_of, tokenizer_of
 
 from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.client import PolicyLLM
@@ -65,8 +65,6 @@ ANSWERS = {"openai": "<|channel|>final<|message|>%s"}
 def model_of(name, cut=False):
     """A model that calls the calculator twice and answers, then again; spelled as its tokenizer would not."""
     family, call = FORMATS[name]
-    if family not in OWN and folder() is None:
-        pytest.skip("this chat template is one that TRL ships")
     ends = ENDS.get(family, ["</s>"])
     tokenizer = tokenizer_of(OWN[family] if family in OWN else template_of(family), ends, "<s>")
     script = []

@@ -7,12 +7,11 @@ import pytest
 pytest.importorskip("transformers")
 
 from byte_tokenizer import byte_tokenizer
-from chat_families import ENDS, folder, template_of, tokenizer_of
+from chat_families import ENDS, template_of, tokenizer_of
 
 from finetune_nb.saving.modelfile import TEMPLATE_NOTE, modelfile, turns_of
 from finetune_nb.types import SamplingParams
 
-ships_templates = pytest.mark.skipif(folder() is None, reason="TRL ships the templates")
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -129,7 +128,6 @@ def test_template_that_does_more_is_left_to_ollama_and_told(template):
     assert notes == [TEMPLATE_NOTE] and {name for name, *_ in lines} == {"FROM"}
 
 
-@ships_templates
 @pytest.mark.parametrize("name", ["gemma", "cohere", "llama3", "qwen2_5_vl"])
 def test_template_of_a_known_model_is_taken_over_exactly(name):
     tokenizer = tokenizer_of(template_of(name), ENDS[name], "<|begin|>")
@@ -138,7 +136,6 @@ def test_template_of_a_known_model_is_taken_over_exactly(name):
     assert prompt(lines, TALK) in (rendered, rendered.removeprefix("<|begin|>"))
 
 
-@ships_templates
 @pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "gptoss"])
 def test_template_of_a_known_model_with_thoughts_or_tools_is_left_out(name):
     assert turns_of(tokenizer_of(template_of(name), ENDS[name])) is None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -85,9 +86,10 @@ def folder() -> Path | None:
 
 
 def template_of(name: str) -> str:
-    """The text of a template."""
+    """The text of a template. Skips the test where there is no TRL."""
     found = folder()
-    assert found is not None
+    if found is None:
+        pytest.skip("could not import 'trl', which ships the templates")
     return (found / f"{name}.jinja").read_text(encoding="utf-8")
 
 
