@@ -60,6 +60,7 @@ from .continuation import (
 )
 from .epoch_record import EpochInProgress, log_what_was_left
 from .examples_seen import SeenExamples
+from .garbage import older_objects_set_aside
 from .live_settings import CHOSEN, LiveSettings, write_live_values
 from .observer import TrainerObserver, set_curriculum
 from .run_writer import HeldLog, RunWriter, logging_to, restore_settings
@@ -405,7 +406,7 @@ class Driver:
         raise ConfigError(f"{what} cannot {cannot}")
 
     async def _next(self, work: Callable[[EpochInProgress], Awaitable[TrainingJobRef | None]]) -> Epoch:
-        with logging_to(self.writer):
+        with logging_to(self.writer), older_objects_set_aside():
             if await self.writer.rewind():
                 await self._take_up(self.trainer)
             await self._observer.settle_late_jobs(self.epochs)

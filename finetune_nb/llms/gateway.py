@@ -97,8 +97,9 @@ class Endpoint:
     """The function that asked for the address: what is called here is recorded as called by it."""
     tasks: set[asyncio.Task[Any]] = field(default_factory=set, repr=False)
     """Requests that are being answered. Touched on the gateway's loop alone."""
-    answered: dict[str, tuple[WireRequest, list[LLMCall]]] = field(default_factory=dict, repr=False)
-    """What was answered, by request: one that comes again because its answer got lost is not sampled again."""
+    answered: dict[str, tuple[WireRequest, list[LLMCall], int]] = field(default_factory=dict, repr=False)
+    """What was answered and when (Unix seconds), by request. One that comes again because its answer got lost is not sampled
+    again."""
     responses: ResponseStore = field(default_factory=ResponseStore, repr=False)
     """What clients of the Responses API may refer to."""
 
@@ -543,7 +544,7 @@ class Completions(_Api):
         again, key = _identity(self.request, self.parts)
         self.parts = []
         if again and key in endpoint.answered:
-            request, calls = endpoint.answered[key]
+            request, calls, created = endpoint.answered[key]
         else:
             calls = await self._sampled(endpoint, request)
             if self.gone:
@@ -552,8 +553,9 @@ class Completions(_Api):
                 raise Refused(
                     410, "the rollout ended, or was begun again, before there was an answer.", "episode_closed"
                 )
-            endpoint.answered[key] = request, calls
-        self.answer(endpoint, request, calls, f"{endpoint.id}-{calls[0].sequence}", int(time.time()))
+            created = int(time.time())
+            endpoint.answered[key] = request, calls, created
+        self.answer(endpoint, request, calls, f"{endpoint.id}-{calls[0].sequence}", created)
 
     def read(self, body: bytes, endpoint: Endpoint) -> WireRequest:
         return read_request(body, self.chat, endpoint.abilities(self.library()))

@@ -13,6 +13,7 @@ import socket
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -524,7 +525,10 @@ async def test_a_client_that_went_away_leaves_no_record_and_its_next_try_one():
 
 
 @pytest.mark.parametrize("header", [{"Idempotency-Key": "k"}, {"x-stainless-retry-count": "1"}])
-async def test_a_request_that_comes_again_because_its_answer_got_lost_is_recorded_once(header):
+async def test_a_request_that_comes_again_because_its_answer_got_lost_is_recorded_once(header, monkeypatch):
+    # Whenever it comes again, it is answered as the first time.
+    clock = SimpleNamespace(time=itertools.count(1).__next__)
+    monkeypatch.setattr(gateway_module, "time", clock)
     llm = PolicyLLM(Caller(lambda messages, seed: str(seed)))
     with episode().recording() as this:
         address, key, body = f"{llm.base_url}/chat/completions", llm.api_key, {"messages": QUESTION}

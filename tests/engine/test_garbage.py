@@ -1,0 +1,101 @@
+"""While an epoch runs, the garbage collector visits what is new, and loses nothing of what was there before."""
+
+import gc
+import weakref
+
+import pytest
+
+from finetune_nb.engine.garbage import older_objects_set_aside
+
+
+class Cycle:
+    """Garbage that only the collector finds."""
+
+    def __init__(self):
+        self.itself = self
+
+
+def cycle():
+    """Makes one, and something that says whether it is still there."""
+    return weakref.ref(Cycle())
+
+
+@pytest.fixture(autouse=True)
+def as_python_starts():
+    gc.unfreeze()
+    gc.collect()
+    yield
+    gc.unfreeze()
+    gc.enable()
+
+
+def test_garbage_of_an_epoch_is_gone_when_it_ends():
+    with older_objects_set_aside():
+        made = cycle()
+    assert made() is None
+
+
+def test_older_garbage_waits_until_the_epoch_has_ended():
+    with older_objects_set_aside():  # the first one visits everything
+        pass
+    gc.disable()
+    older = cycle()
+    gc.enable()
+    with older_objects_set_aside():
+        gc.collect()
+        assert older() is not None
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert older() is None
+
+
+def test_much_older_garbage_does_not_wait():
+    with older_objects_set_aside():
+        held = gc.get_freeze_count()
+    gc.disable()
+    older = [cycle() for _ in range(held)]
+    gc.enable()
+    with older_objects_set_aside():
+        assert not any(made() for made in older)
+
+
+def test_several_epochs_at_once_are_one():
+    first, second = older_objects_set_aside(), older_objects_set_aside()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert gc.get_freeze_count() > 0
+    second.__exit__(None, None, None)
+    assert gc.get_freeze_count() == 0
+
+
+def test_it_ends_with_an_epoch_that_fails():
+    with pytest.raises(ValueError), older_objects_set_aside():
+        raise ValueError
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_somebody_else_has_set_aside_stays_so():
+    gc.freeze()
+    with older_objects_set_aside():
+        pass
+    assert gc.get_freeze_count() > 0
+
+
+def test_collector_that_is_off_stays_off():
+    gc.disable()
+    with older_objects_set_aside():
+        assert gc.get_freeze_count() == 0 and not gc.isenabled()
+    assert not gc.isenabled()
+
+
+async def test_an_epoch_of_a_run_sets_aside_what_was_there(make_run):
+    counts = []
+
+    def right(item):
+        counts.append(gc.get_freeze_count())
+        return 1.0
+
+    await make_run(reward=right).next_epoch()
+    assert min(counts) > 1000
+    assert gc.get_freeze_count() == 0
