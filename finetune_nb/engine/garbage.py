@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,12 +17,12 @@ __all__ = [
     "older_objects_set_aside",
 ]
 
-GROWTH = 1.25
-"""Objects that came between epochs, and were never visited in one, are visited once they are this much: Python's own rule."""
+EVERY = 60.0
+"""Seconds after which an epoch begins with a full collection: garbage from between the epochs is set aside with the rest."""
 _lock = threading.Lock()
 _inside = 0
 _ours = False
-_visited = 0
+_visited = time.monotonic()
 
 
 @contextmanager
@@ -47,9 +48,7 @@ def older_objects_set_aside() -> Iterator[None]:
 
 def _set_aside() -> None:
     global _visited
-    gc.freeze()
-    if gc.get_freeze_count() > GROWTH * _visited:
-        gc.unfreeze()
+    if time.monotonic() - _visited > EVERY:
         gc.collect()
-        gc.freeze()
-        _visited = gc.get_freeze_count()
+        _visited = time.monotonic()
+    gc.freeze()

@@ -264,6 +264,31 @@ def test_logits_behind_prompts_with_a_common_beginning_are_those_of_each_alone(k
     assert mask.sum(1).tolist() == list(map(len, prompts))
 
 
+def test_short_sequences_are_not_padded_to_long_ones_with_the_same_gradient(monkeypatch):
+    model, sequences = random_model("llama"), groups_of_replies(groups=5, replies=6)
+    for sequence in sequences[::7]:
+        more = 40 + len(sequence) % 3
+        sequence.ids = [7] * more + sequence.ids
+        sequence.sampled = [False] * more + sequence.sampled
+        sequence.logprobs = [0.0] * more + sequence.logprobs
+        sequence.advantages = [0.0] * more + sequence.advantages
+    batches = [batch for batch, _ in micro_batches(sequences, 10_000)]
+    assert sorted(map(id, sequences)) == sorted(id(s) for batch in batches for s in batch)
+    assert len(batches) == 2
+    assert sum(collate(batch).size for batch in batches) < 0.6 * collate(sequences).size
+    value, gradient, _ = value_and_gradient(model, sequences, 10_000, sharing=False)
+
+    monkeypatch.setattr("finetune_nb.backends.local.forward.WORTH_CUTTING", 10_000)
+    assert len(list(micro_batches(sequences, 10_000))) == 1
+    whole, same_gradient, _ = value_and_gradient(model, sequences, 10_000, sharing=False)
+    assert value == pytest.approx(whole, rel=1e-5)
+    assert ((same_gradient - gradient).norm() / gradient.norm()).item() < 1e-5
+
+
+def test_no_sequences_make_no_micro_batch():
+    assert list(micro_batches([], 100)) == []
+
+
 def test_short_prompts_are_not_worth_a_pass_of_their_own():
     sequences = groups_of_replies(prompt=12)
     saved = sum(len(s.ids) - sum(s.sampled) for s in sequences) / sum(map(len, sequences))

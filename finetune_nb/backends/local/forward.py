@@ -37,6 +37,9 @@ __all__ = [
 WORTH_SHARING = 1 / 3
 """Prompts are shared where this part of all tokens is saved: a pass of their own costs something, too."""
 
+WORTH_CUTTING = 512
+"""Tokens of padding that a micro-batch more must save. Its passes cost what 250 tokens do (embedded model, CPU)."""
+
 Batch = Sequence[TokenSequence]
 
 
@@ -129,13 +132,31 @@ def micro_batches(
     """Splits an optimizer batch, and says of each part whether its prompts are shared.
 
     Rows times longest row stay within `max_tokens`, and with them prompts times longest prompt where they are shared; a
-    sequence that is longer by itself excepted. Those of like length, or of one prompt, come together. sharing: whether
-    the model can.
+    sequence that is longer by itself excepted. Those of like length, or of one prompt, come together, and short ones
+    are not padded to long ones where that would cost much. sharing: whether the model can.
     """
     shared = sharing and _saved(sequences) >= WORTH_SHARING
+    for part in [sorted(sequences, key=_by_prompt)] if shared else _of_like_length(sorted(sequences, key=len)):
+        yield from _within(part, max_tokens, shared)
+
+
+def _of_like_length(sequences: Batch) -> Iterator[Batch]:
+    """Cuts sorted sequences where that saves the most padding, as long as it saves enough."""
+    lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+    saved = np.arange(1, len(lengths)) * (lengths[-1:] - lengths[:-1])
+    if not saved.size or saved.max() < WORTH_CUTTING:
+        yield sequences
+        return
+    cut = int(saved.argmax()) + 1
+    yield from _of_like_length(sequences[:cut])
+    yield from _of_like_length(sequences[cut:])
+
+
+def _within(sequences: Batch, max_tokens: int, shared: bool) -> Iterator[tuple[list[TokenSequence], bool]]:
+    """Those of one order, in micro-batches of at most so many tokens."""
     batch: list[TokenSequence] = []
     prompts, longest_prompt, longest = set(), 0, 0
-    for sequence in sorted(sequences, key=_by_prompt if shared else len):
+    for sequence in sequences:
         prompt = _prompt(sequence) if shared else ()
         longest, longest_prompt = max(longest, len(sequence) - len(prompt)), max(longest_prompt, len(prompt))
         size = (len(batch) + 1) * longest + len(prompts | {prompt}) * longest_prompt
