@@ -17,14 +17,16 @@ __all__ = [
     "older_objects_set_aside",
 ]
 
-EVERY = 60.0
-"""Seconds after which an epoch begins with a full collection: garbage from between the epochs is set aside with the rest."""
+PART_OF_TIME = 1 / 100
+"""At most this goes into the full collections with which epochs begin: what became garbage since the last one, such as what was
+left of an epoch, would otherwise be set aside with the rest."""
 IMMORTAL = 2000
 """Objects that Python 3.12 sets aside by itself are fewer; gc.freeze in the barest of interpreters sets aside 5,000."""
 _lock = threading.Lock()
 _inside = 0
 _ours = False
-_visited = time.monotonic()
+_due = 0.0
+"""When the next full collection may be, by time.monotonic."""
 
 
 @contextmanager
@@ -49,8 +51,10 @@ def older_objects_set_aside() -> Iterator[None]:
 
 
 def _set_aside() -> None:
-    global _visited
-    if time.monotonic() - _visited > EVERY:
+    global _due
+    began = time.monotonic()
+    if began >= _due:
         gc.collect()
-        _visited = time.monotonic()
+        ended = time.monotonic()
+        _due = ended + (ended - began) / PART_OF_TIME
     gc.freeze()

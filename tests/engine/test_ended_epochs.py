@@ -13,6 +13,7 @@ def test_no_trajectory_of_an_ended_epoch_is_alive_while_the_next_one_is_collecte
 
     class Builder(ScriptedBuilder):
         async def finalize(self, run_id, meta=None):
+            gc.unfreeze()  # what was there before the epoch is set aside
             gc.collect()
             alive.append([trajectory() is not None for trajectory in held])
             collection = await super().finalize(run_id, meta)

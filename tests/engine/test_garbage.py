@@ -42,7 +42,7 @@ def test_garbage_of_an_epoch_is_gone_when_it_ends():
 
 
 def test_older_garbage_waits_until_the_epoch_has_ended(monkeypatch):
-    monkeypatch.setattr(garbage, "_visited", time.monotonic())
+    monkeypatch.setattr(garbage, "_due", time.monotonic() + 1000)
     gc.disable()
     older = cycle()
     gc.enable()
@@ -54,14 +54,16 @@ def test_older_garbage_waits_until_the_epoch_has_ended(monkeypatch):
     assert older() is None
 
 
-def test_older_garbage_does_not_wait_for_ever(monkeypatch):
-    monkeypatch.setattr(garbage, "_visited", time.monotonic() - garbage.EVERY - 1)
+def test_older_garbage_is_collected_before_an_epoch_now_and_then(monkeypatch):
+    monkeypatch.setattr(garbage, "_due", time.monotonic())
     gc.disable()
     older = cycle()
     gc.enable()
+    began = time.monotonic()
     with older_objects_set_aside():
         assert older() is None
-    assert time.monotonic() - garbage._visited < garbage.EVERY
+    took = time.monotonic() - began
+    assert 0 < garbage._due - time.monotonic() < took / garbage.PART_OF_TIME
 
 
 def test_several_epochs_at_once_are_one():
