@@ -164,6 +164,8 @@ def test_an_old_run_is_shown_compared_and_previewed(runs):
     assert "first" in run._repr_html_()
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_an_old_run_is_plotted_and_exported(runs, tmp_path):
     run, other = ft.Run.open(runs / "first"), ft.Run.open(runs / "first-fork")
     for plot in (

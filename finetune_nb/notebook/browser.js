@@ -220,6 +220,7 @@ const painted = () => new Promise((done) => requestAnimationFrame(() => setTimeo
 
 const SLOW = 1500; // milliseconds until a person is told that the kernel has not answered
 const LOST = 10_000; // ... and, if it has answered nothing else meanwhile, until what is shown is greyed out
+const UNANSWERED = "the kernel has not answered yet: it is busy, or gone";
 
 /** Asks the kernel. Several views of a model hear each other's answers, so ids are unique over views. */
 class Kernel {
@@ -1202,8 +1203,8 @@ class BrowserView {
 
   onKernel(state) {
     if (this.closed) return;
-    if (state === "slow" && this.state !== "slow") this.say("the kernel has not answered yet: it is busy, or gone");
-    if (state === "ready" && this.state === "slow") this.say("");
+    if (state === "slow" && this.state !== "slow") this.say(UNANSWERED);
+    if (state === "ready" && this.status.textContent === UNANSWERED) this.say(""); // and nothing that was said since
     this.state = state;
     const lost = state === "lost";
     this.root.classList.toggle("lost", lost);

@@ -188,6 +188,8 @@ def test_the_mean_before_is_that_of_the_last_epoch_that_drew_the_example():
     assert found[:2].tolist() == [0.5, 1] and math.isnan(found[2])
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_the_columns_take_few_bytes_a_rollout_and_hostile_ids_can_be_packed():
     index = browse_index(make_epoch({f"q{i}": [0, 1, 1, 0, 1, 0, 1, 1] for i in range(500)}))
     columns = packed(index, [str(example) for example in index.examples])

@@ -26,6 +26,8 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("module", "adapter", "config", "settings"),
     [

@@ -332,6 +332,8 @@ async def test_checkpointed_activations_give_the_same_weights_without_dropout(lo
     assert torch.allclose(*after, atol=2e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_out_of_memory_says_which_micro_batch_would_fit(monkeypatch):
     a = adapter(micro_batch_tokens=1000, optimizer_steps=1)
     trajectories = await rollouts(a, by_first_token)

@@ -125,6 +125,8 @@ async def test_weights_of_this_process_have_no_kept_version(make):
         await of_version(alone, 0)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_run_trains_each_epoch_on_what_the_version_before_sampled(server, model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")

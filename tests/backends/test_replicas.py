@@ -16,6 +16,8 @@ from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 IDS = [*PROMPT, *range(30, 50)]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2)])

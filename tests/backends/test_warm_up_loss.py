@@ -81,6 +81,8 @@ def test_the_gradient_is_that_of_transformers_own_loss(embedded):
     assert norm > 0.1 and statistics.tokens == sum(map(sum, (s.sampled for s in sequences)))
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_loss_gradient_and_steps_are_those_of_trls_trainer(embedded, tmp_path):
     trl = trl_module()
     datasets = pytest.importorskip("datasets")

@@ -411,6 +411,14 @@ def test_a_slow_kernel_is_said_and_a_late_answer_is_taken(opened):
     shown.page.keyboard.press("j")
     shown.page.get_by_text("the kernel has not answered yet").wait_for()
     shown.page.locator(".head .id", has_text="b").wait_for()
+    until(lambda: shown.said == "", 10, "the end of that", lambda: shown.page.wait_for_timeout(50))
+
+    shown.page.keyboard.press("j")
+    shown.page.get_by_text("the kernel has not answered yet").wait_for()
+    shown.page.keyboard.press("n")
+    shown.page.locator(".head .id", has_text="c").wait_for()
+    shown.settle()
+    assert shown.said.startswith("turn ")  # what was said since stays
 
 
 def test_it_mounts_on_the_static_html_once_a_kernel_answers_and_gives_it_back(browser):

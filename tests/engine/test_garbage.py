@@ -27,9 +27,9 @@ def set_aside():
 
 
 @pytest.fixture(autouse=True)
-def as_python_starts():
+def as_python_starts(monkeypatch):
     gc.unfreeze()
-    gc.collect()
+    monkeypatch.setattr(garbage, "_due", time.monotonic() + 1000)
     yield
     gc.unfreeze()
     gc.enable()
@@ -41,8 +41,7 @@ def test_garbage_of_an_epoch_is_gone_when_it_ends():
     assert made() is None
 
 
-def test_older_garbage_waits_until_the_epoch_has_ended(monkeypatch):
-    monkeypatch.setattr(garbage, "_due", time.monotonic() + 1000)
+def test_older_garbage_waits_until_the_epoch_has_ended():
     gc.disable()
     older = cycle()
     gc.enable()

@@ -176,6 +176,8 @@ def test_an_epoch_row_has_metrics_curriculum_validation_job_and_times() -> None:
     assert pd.isna([second["job"], second["validation_reward"], second["train_loss"]]).all()
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_100000_trajectories_take_less_than_250_bytes_a_row() -> None:
     turn = EpisodeItem.model_construct(role="assistant", content="4", logprobs=[-1.0] * 8, metadata=None)
     groups = [
@@ -193,6 +195,8 @@ def test_100000_trajectories_take_less_than_250_bytes_a_row() -> None:
     assert frame.memory_usage(deep=True).sum() < 25e6
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_views_load_pandas_and_matplotlib_only_when_they_are_used() -> None:
     code = (
         "import sys, finetune_nb.frames.epochs, finetune_nb.views.summary, finetune_nb.plots.curves;"

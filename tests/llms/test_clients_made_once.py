@@ -223,6 +223,8 @@ async def test_an_llm_that_was_kept_is_refused_where_nobody_can_tell_who_asks(ru
     assert all("this llm belongs to the rollout of example" in error for error in errors)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_a_client_that_is_shared_without_an_address_serves_all_rollouts(run_of):
     """Its connections are used by one rollout after the other, each with its own address and key."""
     httpx = pytest.importorskip("httpx")
@@ -315,6 +317,8 @@ def sync_client():
     return openai.OpenAI(base_url=RolloutTransport.base_url, api_key="none", http_client=http, max_retries=0)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("kind", [asks_async, asks_in_tasks, asks_in_a_thread])
 async def test_one_client_with_the_transport_serves_all_rollouts(run_of, kind):
     epoch, foreign, errors = await turns_and_errors(run_of(kind(async_client())))

@@ -21,7 +21,6 @@ from small_agents import coin, right
 
 import finetune_nb as ft
 from finetune_nb.errors import RunError
-from finetune_nb.llms import gateway as gateway_http
 from finetune_nb.llms import gateway as gateway_module
 from finetune_nb.llms.call_recorder import CallRecorder
 from finetune_nb.llms.client import PolicyLLM, SyncLLM
@@ -440,7 +439,7 @@ async def test_a_prompt_is_one_text_or_one_list_of_ids(seven, prompt):
 
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_request_that_is_too_large_is_refused(seven, monkeypatch, chunked):
-    monkeypatch.setattr(gateway_http, "LARGEST_REQUEST", 10_000)
+    monkeypatch.setattr(gateway_module, "LARGEST_REQUEST", 10_000)
 
     def send():
         parts = urlsplit(seven_url)

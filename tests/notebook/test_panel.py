@@ -296,6 +296,8 @@ def test_a_panel_is_one_and_is_gone_when_it_is_closed(run, panel):
     assert "application/vnd.jupyter.widget-view+json" not in panel._repr_mimebundle_()
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_panel_keeps_no_run_alive(tmp_path, monkeypatch):
     monkeypatch.setattr("finetune_nb.notebook.panel.has_frontend", lambda: True)
     before = len(alive)

@@ -139,6 +139,8 @@ def test_an_error_inside_an_imported_module_is_not_taken_for_a_missing_one(tmp_p
         import_code("needs_another")
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_paused_run_ends_and_says_why(config, capsys, monkeypatch):
     pytest.importorskip("torch")
 

@@ -86,6 +86,8 @@ def test_after_training_it_is_the_difference_that_a_plain_forward_pass_gives(run
     assert moved > 0.01
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_run_that_is_asked_goes_on_as_if_it_was_not(run, tmp_path):
     asked = new_run(tmp_path, 1)
     asked.logprob_change("e0/sum-1/0")

@@ -159,6 +159,8 @@ async def test_an_archived_run_is_still_own(own, closing):
 # ── received: read ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_received_run_is_read_as_ever_and_nothing_in_it_changes(received, tmp_path, closing):
     before = {path: path.read_bytes() for path in received.rglob("*") if path.is_file()}
     run = opened(received, closing)

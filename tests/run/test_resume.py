@@ -294,6 +294,8 @@ def start(tmp_path, epochs):
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_two_processes_do_not_write_one_run(make_run, tmp_path):
     process = start(tmp_path, 10_000)
     try:

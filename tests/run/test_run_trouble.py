@@ -71,6 +71,8 @@ async def test_a_disk_that_fills_up_costs_no_epoch(make_run, tmp_path, monkeypat
     assert reached or call == "write"  # only the log is written so
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_a_database_that_cannot_grow_costs_no_epoch(make_run, tmp_path, caplog):
     run = make_run()
     await run.next_epoch()

@@ -65,6 +65,8 @@ def test_it_is_an_epoch_of_its_own_kind(run):
     assert [(change.field, change.new, change.epoch) for change in run.changes] == [("warm_up", "10 demonstrations", 0)]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_every_view_shows_a_run_with_it(run, tmp_path):
     pytest.importorskip("matplotlib")
     epoch = warm(run, [*DEMONSTRATIONS, *BAD], held_out=DEMONSTRATIONS[:2])
@@ -86,6 +88,8 @@ def test_every_view_shows_a_run_with_it(run, tmp_path):
     assert again[0].warm_up == epoch.warm_up
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_repeat_and_a_continued_run_are_equal(tmp_path):
     def whole(name, stop):
         run = new_run(tmp_path, name, deterministic=True, seed=5)
@@ -149,6 +153,8 @@ def test_a_hostile_record_of_one_is_shown_as_far_as_it_can_be_read(run):
     assert [error.row for error in forged.warm_up.errors] == [1] and forged.warm_up.held_out_losses == []
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_it_takes_place_between_two_epochs(run):
     ft.run_sync(run.next_epoch(progress=False))
     assert warm(run, DEMONSTRATIONS[:3]).index == 1

@@ -121,6 +121,8 @@ class Saving(FakeAdapter):
         return directory
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_a_run_whose_folder_is_deleted_says_so_at_once_and_its_memory_can_be_saved(make_run, tmp_path):
     run = make_run(name="run", adapter=Saving())
     for _ in range(2):

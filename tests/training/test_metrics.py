@@ -122,6 +122,9 @@ def test_preferences_have_rewards_and_no_sampled_tokens():
     assert (found.mean_reward, found.sampled_tokens, found.scores) == (1.0, 0, {})
 
 
+@pytest.mark.slow
+@pytest.mark.proof
+@pytest.mark.measures
 def test_metrics_cost_little_beside_validating_the_same_epoch():
     groups = [[rollout(float(g % 8 == i), scores={"right": 1.0}) for i in range(8)] for g in range(100)]
     collection, stats = TrajectoryCollection(trajectories=groups, run_id="r"), group_statistics(groups)

@@ -44,6 +44,8 @@ def test_a_constant_gain_is_clear_and_its_interval_is_a_point():
     assert difference.is_clear
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_the_interval_covers_the_true_difference_about_as_often_as_it_says():
     rng = random.Random(0)
     covered = 0
