@@ -209,6 +209,14 @@ def groups_of_replies(groups=3, replies=4, prompt=12, seed=0):
     return made
 
 
+def put_before(sequence, ids):
+    """Makes its prompt begin with these ids."""
+    sequence.ids = ids + sequence.ids
+    sequence.sampled = [False] * len(ids) + sequence.sampled
+    sequence.logprobs = [0.0] * len(ids) + sequence.logprobs
+    sequence.advantages = [0.0] * len(ids) + sequence.advantages
+
+
 def value_and_gradient(model, sequences, max_tokens, sharing):
     model.zero_grad()
     total, shared_any = 0.0, False
@@ -241,10 +249,7 @@ def test_what_all_prompts_begin_with_is_computed_once_with_the_same_gradient(kin
     model, begin = random_model(kind), [7] * 20 + list(range(60, 80))
     sequences = groups_of_replies(prompt=3)
     for sequence in sequences:
-        sequence.ids = begin + sequence.ids
-        sequence.sampled = [False] * 40 + sequence.sampled
-        sequence.logprobs = [0.0] * 40 + sequence.logprobs
-        sequence.advantages = [0.0] * 40 + sequence.advantages
+        put_before(sequence, begin)
     whole, gradient, _ = value_and_gradient(model, sequences, 10_000, sharing=False)
     shapes = passes_of(model, monkeypatch)
     value, same_gradient, shared = value_and_gradient(model, sequences, 10_000, sharing=True)
@@ -267,11 +272,7 @@ def test_logits_behind_prompts_with_a_common_beginning_are_those_of_each_alone(k
 def test_short_sequences_are_not_padded_to_long_ones_with_the_same_gradient(monkeypatch):
     model, sequences = random_model("llama"), groups_of_replies(groups=5, replies=6)
     for sequence in sequences[::7]:
-        more = 40 + len(sequence) % 3
-        sequence.ids = [7] * more + sequence.ids
-        sequence.sampled = [False] * more + sequence.sampled
-        sequence.logprobs = [0.0] * more + sequence.logprobs
-        sequence.advantages = [0.0] * more + sequence.advantages
+        put_before(sequence, [7] * (40 + len(sequence) % 3))
     batches = [batch for batch, _ in micro_batches(sequences, 10_000)]
     assert sorted(map(id, sequences)) == sorted(id(s) for batch in batches for s in batch)
     assert len(batches) == 2

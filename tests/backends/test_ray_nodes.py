@@ -1,5 +1,7 @@
 """What is said of a node of a Ray cluster, with or without Ray."""
 
+from importlib.util import find_spec
+
 import pytest
 
 import finetune_nb as ft
@@ -15,7 +17,8 @@ def seen(**versions):
 
 def test_other_versions_are_an_error_that_names_them():
     here = nodes._versions()
-    assert {"finetune_nb", "python", "pydantic"} <= set(here)
+    installed = {package for package in ("torch", "transformers") if find_spec(package)}
+    assert {"finetune_nb", "python", "pydantic", *installed} <= set(here)
     check_versions("a worker", seen())
     for package in here:
         with pytest.raises(ft.BackendError) as raised:

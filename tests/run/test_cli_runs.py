@@ -142,8 +142,6 @@ def test_an_error_inside_an_imported_module_is_not_taken_for_a_missing_one(tmp_p
 @pytest.mark.slow
 @pytest.mark.proof
 def test_a_paused_run_ends_and_says_why(config, capsys, monkeypatch):
-    pytest.importorskip("torch")
-
     def pauses(run_epochs):
         def tripped(tripwires, epochs):
             return "the reward is odd"

@@ -138,8 +138,6 @@ class Reader(HTMLParser):
         self.text += data
 
 
-@pytest.mark.slow
-@pytest.mark.proof
 def test_the_report_is_one_page_with_plots_tables_and_trajectories(tmp_path):
     run = run_of(*(make_epoch({"q": [1.0, 0.5, 0.0], "r": [0.0, 0.0]}, i, failures=[failed("q")]) for i in range(3)))
     for each in (run, run_of(*stored(tmp_path, *run.records))):
@@ -188,8 +186,6 @@ async def test_a_report_has_the_configuration_without_its_secrets(tmp_path, clos
     assert "config.yml, " in text and "finetuning:" in text and "num_generations" not in text
 
 
-@pytest.mark.slow
-@pytest.mark.proof
 def test_nothing_in_a_report_can_run_or_fetch_anything(tmp_path):
     run = run_of(
         make_epoch(

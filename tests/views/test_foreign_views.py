@@ -31,8 +31,6 @@ async def test_frames_say_what_its_trainer_chose_and_that_reasons_are_concluded(
     assert foreign.journal().empty
 
 
-@pytest.mark.slow
-@pytest.mark.proof
 @pytest.mark.parametrize("name", PLOTS)
 async def test_every_plot_draws_it(foreign, name):
     figure = getattr(foreign, f"plot_{name}")(theme="dark")
