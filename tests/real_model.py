@@ -58,6 +58,7 @@ def train(
     held_out_every: int = 1000,
     rank: int = 16,
     sampler: str = "local",
+    whole_groups: bool = False,
 ) -> dict:
     """One run; its figures. Of fewer epochs it is the beginning of the whole one. Peak memory is the process's so far, in GB.
 
@@ -80,6 +81,7 @@ def train(
             "lora": {"rank": rank},
             "learning_rate": 3e-4,
             "optimizer_steps": 3,
+            "whole_groups": whole_groups,
             "clip_high": 0.28,
             "micro_batch_tokens": 1024,
             "threads": threads,
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--examples", type=int, default=12, help="an epoch; each is answered 8 times")
     parser.add_argument("--rank", type=int, default=16, help="of the adapter")
+    parser.add_argument("--whole-groups", action="store_true", help="a group's prompt is computed in one step alone")
     parser.add_argument("--held-out", type=int, default=60, help="requests about cities that are not trained on")
     parser.add_argument("--held-out-every", type=int, default=1000, metavar="EPOCHS", help="also before and after all")
     parser.add_argument(
@@ -180,7 +183,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output_dir:
         sizes = (arguments.epochs, arguments.threads, arguments.examples, arguments.held_out, arguments.held_out_every)
         runs = [
-            train(model, seed, output_dir, *sizes, arguments.rank, sampler)
+            train(model, seed, output_dir, *sizes, arguments.rank, sampler, arguments.whole_groups)
             for sampler in arguments.sampler or ["local"]
             for seed in arguments.seed or [0]
         ]

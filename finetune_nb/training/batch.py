@@ -128,7 +128,8 @@ class TrainingBatch:
     """What one training job learns from."""
 
     trajectories: list[list[TokenSequence]] = field(repr=False)
-    """Those with a reward and a sampled token, in groups whose rewards differ; each has at least one sequence."""
+    """Those with a reward and a sampled token, in groups whose rewards differ, one group after the other; each has at least
+    one sequence."""
     groups: int
     """Groups that they belong to."""
     groups_without_signal: int
@@ -143,6 +144,19 @@ class TrainingBatch:
     """Whether every sampled token is to become more likely, whatever the rewards were; advantages are then without meaning."""
     version_lag: int = 0
     """Policy versions by which the oldest weights that sampled are older than those that are trained."""
+    sizes: list[int] | None = None
+    """Trajectories of each group; None: each trajectory counts as a group."""
+
+    def parts(self, count: int, rng: np.random.Generator, whole_groups: bool = False) -> list[np.ndarray]:
+        """The places of all trajectories in random order, in `count` parts of as many: one for each optimizer step.
+
+        whole_groups: those of a group stay together, except where a part ends within a group.
+        """
+        order = rng.permutation(len(self.trajectories))
+        if whole_groups and self.sizes is not None:
+            group_of = np.repeat(rng.permutation(len(self.sizes)), self.sizes)
+            order = order[np.argsort(group_of[order], kind="stable")]
+        return np.array_split(order, count)
 
     def sequences(self) -> Iterator[TokenSequence]:
         return (sequence for trajectory in self.trajectories for sequence in trajectory)
@@ -170,7 +184,8 @@ def training_batch(
         factor = 1 / (deviation_of_all(statistics) + 1e-4)
     idle_tokens = idle_sequences = 0
     trained: list[list[TokenSequence]] = []
-    with_signal, cut = 0, 0
+    sizes: list[int] = []
+    cut = 0
     for group in groups:
         cut += sum(finish_reason(trajectory) == "length" for trajectory in group)
         weights = [next(advantage_of) for _ in group]
@@ -192,9 +207,11 @@ def training_batch(
             _check_size(advantage, trajectory)
             if sequences := token_sequences(trajectory, advantage):
                 of_group.append(sequences)
-        trained += of_group
-        with_signal += bool(of_group)
-    return TrainingBatch(trained, with_signal, len(groups) - with_signal, idle_tokens, idle_sequences, truncated=cut)
+        if of_group:
+            trained += of_group
+            sizes.append(len(of_group))
+    without_signal = len(groups) - len(sizes)
+    return TrainingBatch(trained, len(sizes), without_signal, idle_tokens, idle_sequences, truncated=cut, sizes=sizes)
 
 
 def supervised_batch(collection: TrajectoryCollection) -> TrainingBatch:
@@ -210,7 +227,8 @@ def supervised_batch(collection: TrajectoryCollection) -> TrainingBatch:
                     f"{where(trajectory)} has no turn that a policy sampled, so nothing can be learned from it."
                 )
             learned.append(sequences)
-    return TrainingBatch(learned, len(collection.trajectories), 0, truncated=cut, supervised=True)
+    sizes = list(map(len, collection.trajectories))
+    return TrainingBatch(learned, len(sizes), 0, truncated=cut, supervised=True, sizes=sizes)
 
 
 LARGEST_ADVANTAGE = 1e15

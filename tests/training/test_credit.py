@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -100,6 +101,26 @@ def test_cut_episode_is_trained_on_as_configured_and_its_reward_counts_either_wa
     learned = training_batch(TrajectoryCollection(trajectories=[group], run_id="r"), False, truncated)
     assert (len(learned.trajectories), learned.truncated) == (trained, 1)
     assert next(learned.sequences()).advantages[-1] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_steps_take_each_trajectory_once_and_cut_through_few_groups_where_these_stay_whole(steps):
+    groups = [[rollout(float(i == 0), 1) for i in range(4)] for _ in range(5)]
+    groups[2] = [rollout(1.0, 1), rollout(1.0, 1)]  # teaches nothing
+    learned = training_batch(TrajectoryCollection(trajectories=groups, run_id="r"))
+    assert (learned.sizes, learned.groups, learned.groups_without_signal) == ([4] * 4, 4, 1)
+    orders = set()
+    for seed in range(20):
+        parts = learned.parts(steps, np.random.default_rng(seed), whole_groups=True)
+        assert sorted(place for part in parts for place in part) == list(range(16))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert sum(len({place // 4 for place in part}) for part in parts) <= 4 + steps - 1
+        orders.add(tuple(place for part in parts for place in part))
+        mixed = learned.parts(steps, np.random.default_rng(seed))
+        assert [part.tolist() for part in mixed] == [
+            part.tolist() for part in np.array_split(np.random.default_rng(seed).permutation(16), steps)
+        ]
+    assert len(orders) == 20
 
 
 def one_turn(example, reward):

@@ -112,6 +112,9 @@ class LocalGRPOConfig(TrainerAdapterConfig, name="local_grpo"):
     """Part of the planned epochs in which the learning rate climbs to its highest."""
     optimizer_steps: int = Field(default=8, ge=1, json_schema_extra=AT_TRAINING)
     """Steps in one pass over all trajectories of an epoch; fewer where there are fewer trajectories."""
+    whole_groups: bool = Field(default=False, json_schema_extra=AT_TRAINING)
+    """Whether the trajectories of a group come in the same step, where their prompt is computed once. That is much faster with
+    long prompts and short replies, but each step then learns from fewer examples. False: each step draws from all of them."""
     inner_epochs: int = Field(default=1, ge=1)
     """Passes over the trajectories of an epoch."""
     loss: Literal["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo", "sapo", "rloo", "reinforce++"] = "dapo"

@@ -255,7 +255,7 @@ class Learner:
                 return
             trajectories = corrected
         for _ in range(config.inner_epochs):
-            for part in np.array_split(rng.permutation(len(trajectories)), parts):
+            for part in experience.parts(parts, rng, config.whole_groups):
                 factor = rate(config.lr_schedule, done + report.steps / steps, planned, 1 / steps, config.warmup)
                 report.learning_rate = config.learning_rate * factor
                 for group in self.optimizer.param_groups:  # it may also have been changed since the last job

@@ -221,7 +221,7 @@ def train(
         grad_clip_norm=config.max_grad_norm,
     )
     for _ in range(config.inner_epochs):
-        for part in np.array_split(rng.permutation(len(trajectories)), parts):
+        for part in experience.parts(parts, rng):
             if stopped():
                 return
             sequences = [sequence for i in part for sequence in trajectories[i]]
