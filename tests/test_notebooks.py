@@ -37,11 +37,19 @@ def test_there_are_notebooks():
 
 ELSEWHERE = {"10_environments"}
 """What needs more than the extra "dev"; tests/with_envs runs it."""
+IN_A_BROWSER = {"03_live_curriculum"}
+"""What tests/browser runs too, so that it proves nothing more here."""
 
 
 @pytest.mark.slow
-@pytest.mark.proof
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in ELSEWHERE], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=() if path.stem in IN_A_BROWSER else pytest.mark.proof, id=path.stem)
+        for path in NOTEBOOKS
+        if path.stem not in ELSEWHERE
+    ],
+)
 async def test_notebook_runs_top_to_bottom(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     set_parameters(notebook, CONFIG=None, SEED=0, EPOCHS=3, NAME="test")

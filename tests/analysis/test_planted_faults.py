@@ -19,7 +19,7 @@ from planted_faults import HEALTHY, PLANTED, after_epochs
 import finetune_nb as ft
 from finetune_nb.analysis.diagnosis import Diagnosis
 
-pytestmark = [pytest.mark.slow, pytest.mark.proof]
+pytestmark = pytest.mark.slow
 
 
 @dataclass

@@ -107,6 +107,8 @@ async def job(a):
     return (await train(a, await rollouts(a, by_first_token))).metadata["metrics"]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_a_job_changes_the_weight_at_each_step_and_a_checkpoint_keeps_it(tmp_path):
     a = adapter(entropy_target=50.0, entropy_coef=0.01)  # always below it
     assert (await job(a))["entropy_coef"] == pytest.approx(0.025)  # 0 at first, then 0.015, 0.02, 0.025

@@ -116,6 +116,7 @@ async def test_a_game_is_trained_on_the_prompts_and_ids_that_were_sampled():
         assert (await client.ask("/v1/models"))["data"][0]["id"] == "trainer_run@1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer_args", "asked", "used"),
     [({"beta": 0.25}, 0.0, 0.25), ({}, 0.5, 0.5), ({"beta": 0}, 0.5, 0.0), ({}, 0.0, 0.0)],

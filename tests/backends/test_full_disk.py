@@ -151,6 +151,8 @@ def run(tmp_path_factory):
     run.close()
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("name", ["r.html", "r.csv", "r.parquet", "r.jsonl", "r.yaml"])
 @pytest.mark.parametrize("older", [False, True])
 def test_a_report_that_does_not_fit_is_an_error_and_an_older_one_stays(run, tmp_path, name, older):

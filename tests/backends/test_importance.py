@@ -188,6 +188,7 @@ def train(learner, made):
     return report.metrics(), torch.cat([p.detach().flatten() for p in learner.policy.model.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("micro_batch_tokens", [4096, 40])
 def test_a_corrected_job_trains_like_one_whose_tokens_were_weighed_by_hand(level, micro_batch_tokens):

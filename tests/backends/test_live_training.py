@@ -103,6 +103,8 @@ LIVE = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_what_is_changed_live_is_in_force_in_the_next_job_and_in_the_journal(tmp_path, closing):
     run = closing(demo(tmp_path, examples_per_epoch=6, num_epochs=3))
     first = ft.run_sync(run.next_epoch()).train_metrics
@@ -125,6 +127,8 @@ def test_what_is_changed_live_is_in_force_in_the_next_job_and_in_the_journal(tmp
         run.live["adapter.importance_level"] = "sequence"
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_run_that_is_continued_has_its_live_settings(tmp_path, closing):
     run = demo(tmp_path, examples_per_epoch=6, num_epochs=3, name="it")
     ft.run_sync(run.next_epoch())

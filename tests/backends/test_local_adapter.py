@@ -206,6 +206,8 @@ async def test_size_of_micro_batches_changes_nothing_but_rounding():
     assert not torch.allclose(after[0], weights(adapter()), atol=2e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_kl_holds_the_policy_to_its_initial_weights():
     reached = []
     for kl_coef in (1e-9, 5.0):

@@ -146,6 +146,8 @@ async def test_going_on_in_a_new_process_is_equal_to_never_having_stopped(tmp_pa
         assert [file for file in two if again[file] != two[file]] == []
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_loading_goes_back_within_one_process(tmp_path):
     a = await trained(model="random", kl_coef=0.1)
     await a.save_checkpoint(tmp_path / "one")
@@ -265,6 +267,8 @@ async def test_stored_reference_that_is_gone_or_damaged_is_written_anew(tmp_path
     assert state(b) == state(a)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_reference_of_the_embedded_model_is_found_by_name_and_that_of_a_directory_is_stored(tmp_path):
     shutil.copytree(EMBEDDED, tmp_path / "model")
     for model, found in (("embedded", "by_model_name"), (tmp_path / "model", "in_file")):
@@ -309,6 +313,8 @@ async def test_weights_that_are_not_trained_are_not_stored_but_must_be_the_same(
         await adapter(model="random").load_checkpoint(tmp_path / "one")
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_checkpoint_moves_between_dtypes_rounded_where_it_must(tmp_path):
     narrow = await trained(model="embedded", dtype="bfloat16", kl_coef=0.1)
     await narrow.save_checkpoint(tmp_path / "narrow")
@@ -562,6 +568,8 @@ for n in count():
 """
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_killed_at_any_moment_the_name_stands_for_a_whole_directory_or_for_nothing(tmp_path):
     whole = 0
     for moment in range(8):
@@ -595,6 +603,8 @@ async def test_nothing_in_a_checkpoint_is_pickled(whole):
 # ── weights alone ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("settings", [{}, {"lora": {"rank": 2}}, {"kl_coef": 0.1}], ids=["all", "lora", "kl"])
 async def test_the_weights_alone_are_those_of_the_checkpoint_and_make_no_optimizer(tmp_path, settings):
     first = await trained(**settings)

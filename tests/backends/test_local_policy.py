@@ -83,6 +83,8 @@ async def test_reply_depends_on_its_seed_and_not_on_the_rest_of_the_batch():
     assert len({tuple(s.ids) for s in await asyncio.gather(*(p.sample([3, 10], TEN, seed=i) for i in range(20)))}) > 10
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_tokens_come_as_often_as_their_probability_says():
     p = policy()
     prompt, temperature = [3, 10, 11], 0.8

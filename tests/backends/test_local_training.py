@@ -74,6 +74,8 @@ async def test_fresh_adapter_changes_nothing_and_is_drawn_by_the_seed():
     assert not torch.equal(adapter_weights(first), adapter_weights(other))
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_kl_is_measured_from_the_model_with_its_adapter_switched_off():
     reached = []
     for kl_coef in (1e-9, 5.0):
@@ -154,6 +156,8 @@ def test_lora_setting_that_makes_no_sense_is_refused(lora):
 # ── losses by name ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("loss", LOSSES)
 async def test_every_loss_teaches_what_is_rewarded(loss):
     a = adapter(learning_rate=1e-3, loss=loss, optimizer_steps=4, inner_epochs=2)
@@ -163,6 +167,8 @@ async def test_every_loss_teaches_what_is_rewarded(loss):
     assert chance_of_reward(a.policy.model) > before + 0.02
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_an_entropy_bonus_keeps_the_policy_undecided():
     found = {}
     for coef in (0.0, 0.5):

@@ -22,14 +22,16 @@ from model_families import FAMILIES, family, names  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.errors import BackendError  # noqa: E402
 
-FAST = ["llama", "lfm2", "mamba2", "phi3_longrope"]
-"""One of each kind; the others are slow together."""
+PROOFS = ["lfm2", "mamba2", "phi3_longrope"]
+"""One of each kind, beside the fast one; the others are slow together."""
 KINDS = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 REFUSED = [made.name for made in FAMILIES if made.refused is not None]
 
 
 def each_family(test):
-    cases = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names()]
+    slow, proof = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.proof]
+    marks = {"llama": [], **dict.fromkeys(PROOFS, proof)}
+    cases = [pytest.param(name, marks=marks.get(name, slow)) for name in names()]
     return pytest.mark.parametrize("name", cases)(test)
 
 

@@ -69,6 +69,8 @@ def kept_in(directory):
 # ── ties ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(
     "target", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"], ["q_proj"], "all-linear"]
 )

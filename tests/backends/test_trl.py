@@ -144,7 +144,6 @@ async def test_with_a_weight_for_them_the_chosen_responses_are_learned_by_themse
 
 
 @pytest.mark.slow
-@pytest.mark.proof
 async def test_twenty_labelled_pairs_move_the_policy_their_way(tmp_path):
     """Replies that the policy sampled, of which people say which they like: those become more likely than the others."""
     config = TRLDPOConfig(learning_rate=2e-3, epochs=4, batch_size=4, device="cpu", threads=1)
@@ -193,7 +192,6 @@ async def test_twenty_labelled_pairs_move_the_policy_their_way(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.proof
 async def test_preferences_move_the_policy_that_is_sampled(tmp_path):
     config = TRLDPOConfig(learning_rate=1e-2, epochs=6, batch_size=4, device="cpu", threads=1)
     trainer = await adapter(config, tmp_path)

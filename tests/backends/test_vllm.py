@@ -211,6 +211,8 @@ async def test_each_version_has_a_name_of_its_own_and_is_what_is_sampled(make, s
     assert max(abs(a - b) for a, b in zip(stale, found.logprobs, strict=True)) > 0.01
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_old_names_are_unloaded_before_their_folders_are_deleted(make, server):
     adapter = make(fresh=True)
     for _ in range(5):
@@ -374,6 +376,8 @@ async def test_adapters_that_were_unloaded_behind_our_back_are_loaded_again(make
     assert len(loads(server)) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_server_that_is_restarted_within_an_epoch_is_waited_for(make, server):
     adapter = make()
     await sample(adapter)

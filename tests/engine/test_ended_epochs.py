@@ -4,10 +4,13 @@ import collections
 import gc
 import weakref
 
+import pytest
+
 import finetune_nb as ft
 from finetune_nb.testing import FakeAdapter, ScriptedBuilder
 
 
+@pytest.mark.slow
 def test_no_trajectory_of_an_ended_epoch_is_alive_while_the_next_one_is_collected(tmp_path):
     held, alive = [], []
 

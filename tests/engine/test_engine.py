@@ -99,6 +99,8 @@ async def test_cancelling_run_cancels_the_coroutine_there_and_waits_for_its_end(
     assert ended.is_set()
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_cancelling_run_does_not_wait_for_ever_for_what_will_not_end(engine):
     started = threading.Event()
 
@@ -290,6 +292,8 @@ async def test_after_an_aborted_epoch_the_next_one_can_begin_at_once(tmp_path):
     await asyncio.to_thread(run.close)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_a_run_that_nobody_holds_any_more_is_closed(tmp_path, caplog):
     class Trainer(ft.EpochTrainer):
         ended = threading.Event()
@@ -317,6 +321,8 @@ async def test_a_run_that_nobody_holds_any_more_is_closed(tmp_path, caplog):
     assert "destroyed" not in caplog.text
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("way", ["background thread", "cancelled task"])
 def test_a_process_that_leaves_a_run_open_with_a_hanging_workflow_ends(way, tmp_path):
     code = f"""
@@ -375,6 +381,8 @@ def test_enable_nested_asyncio_lets_asyncio_run_be_nested():
     assert done.stdout.strip() == "inner ran", done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_run_works_where_asyncio_is_nested(tmp_path):
     pytest.importorskip("nest_asyncio")
     done = script(

@@ -95,6 +95,8 @@ def test_collector_that_is_off_stays_off():
     assert not gc.isenabled()
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_an_epoch_of_a_run_sets_aside_what_was_there(make_run):
     found = []
 

@@ -310,6 +310,8 @@ async def test_ids_recorded_are_the_ids_sampled_and_every_turn_carries_the_last_
     assert sum(turns) > 50
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_concurrent_rollouts_are_kept_apart_also_in_threads_and_in_one_client():
     llm = PolicyLLM(Caller(lambda messages, seed: "to " + messages[0]["content"]))
 

@@ -179,6 +179,8 @@ def test_headers_without_end_are_not_kept(address, lines):
     assert not answer or status_of(answer) >= 400
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(
     "sent",
     ["", "POST / HTT", "POST / HTTP/1.1\r\nHost: x\r\n", "{head}Content-Length: 100\r\n\r\nab", "{head}"],
@@ -212,6 +214,8 @@ def test_an_idle_connection_is_closed_after_a_time(impatient, address):
         assert b" 200 " in read_all(line)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_a_model_that_thinks_longer_than_connections_may_idle_gets_its_answer_through(impatient):
     class Thoughtful(ScriptedPolicy):
         async def sample(self, ids, params, seed):

@@ -256,6 +256,8 @@ def test_the_output_of_a_cell_has_no_widget_but_the_place_where_it_mounts(monkey
     assert set(browser._repr_mimebundle_()) == {"text/plain", "text/html"}
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_closed_browser_keeps_nothing_alive(monkeypatch):
     monkeypatch.setattr(browsers, "has_frontend", lambda: True)
     browser = two_epochs().browse()
@@ -266,6 +268,8 @@ def test_a_closed_browser_keeps_nothing_alive(monkeypatch):
     assert [each() for each in kept] == [None, None]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_run_that_can_train_is_not_kept_by_its_browser():
     class Trains(Views):
         pass

@@ -103,12 +103,15 @@ def test_a_secret_is_in_none_of_it_also_as_several_tokens(tmp_path):
     assert columns[2] == b"it is **********.fine" and np.frombuffer(columns[4], "<f4").tolist()[5] == np.float32(-0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_text_cannot_end_the_data(tmp_path):
     run = Views(make_epoch({"</script><!--<script>": [1, 0]}))
     text = run.export(tmp_path / "x.html").read_text()
     assert text.count("<script") == text.count("</script>") == 2 and "<!--" not in text
 
 
+@pytest.mark.slow
 def test_options_of_a_report_s_browser_are_checked(tmp_path):
     run = Views(*epochs(1))
     assert "<script" not in run.export(tmp_path / "x.html", browser=False).read_text()

@@ -1,5 +1,6 @@
 """`input()` in a real kernel: refused to the code that a run runs, answered in a cell as ever."""
 
+import pytest
 from jupyter_client.manager import start_new_kernel
 
 SETUP = """
@@ -20,6 +21,8 @@ def errors(workflow, name):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_question_in_a_rollout_is_refused_and_a_cell_may_still_ask(tmp_path):
     manager, client = start_new_kernel()
     said: list[str] = []

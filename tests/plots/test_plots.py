@@ -229,6 +229,7 @@ def test_the_map_places_groups_by_mean_and_spread_and_tells_their_reasons_by_col
     assert ax.get_xlabel() == "mean reward of the group (1 groups have none)"
 
 
+@pytest.mark.slow
 def test_several_runs_have_a_map_and_a_distribution_each_on_one_scale() -> None:
     runs = [run_of(make_epoch([[1, 0]]), name="a"), run_of(make_epoch([[0.25, 0]]), name="b")]
     for plot in (plots.plot_groups, plots.plot_reward_distribution, plots.plot_advantages):
@@ -277,7 +278,8 @@ def test_a_run_draws_itself_and_others() -> None:
     assert "1 kept" in run.plot_groups(epoch=0).alt_text
 
 
-@pytest.mark.parametrize("count", [45, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [45, 1000])
 def test_many_plots_leave_no_figure_and_no_memory_behind(count) -> None:
     import gc
     import tracemalloc
@@ -307,6 +309,8 @@ def test_a_given_ax_is_drawn_on_and_returned_and_keeps_its_look(plot) -> None:
     assert ax.xaxis.label.get_color() == colour
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("plot", ALL)
 @pytest.mark.parametrize("theme", [None, "light", "dark"])
 def test_figures_show_themselves_and_touch_nothing_global(plot, theme) -> None:
@@ -453,6 +457,7 @@ def test_an_unknown_theme_is_named() -> None:
         plots.plot_rewards([], theme="solarized")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("theme", "corner"), [("light", (255, 255, 255, 255)), ("dark", (17, 17, 17, 255)), (None, (255, 255, 255, 255))]
 )

@@ -75,6 +75,7 @@ class Counting:
             self.running -= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("votes", [1, 2])
 def test_through_errors_junk_and_time_outs_every_reward_is_the_judges(tmp_path, closing, votes):
     tries: Counter[str] = Counter()
@@ -243,6 +244,7 @@ def test_what_cannot_be_asked_is_refused():
         ft.judge("Good?", openai.AsyncOpenAI(api_key="key"))
 
 
+@pytest.mark.slow
 def test_a_long_reply_full_of_braces_is_read_in_no_time():
     async def ask(messages):
         return '{"a":' * 200_000

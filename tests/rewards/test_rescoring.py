@@ -99,6 +99,8 @@ def check_prediction(rescored, real):
             assert scores.items() <= each.metadata["scores"].items()
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("reopened", [False, True])
 @pytest.mark.parametrize("name", REWARDS)
 def test_what_is_predicted_is_what_a_run_with_that_reward_records(tmp_path, closing, name, reopened):
@@ -267,6 +269,7 @@ def test_a_closed_run_is_scored_anew_too(tmp_path):
 # ── what it shows ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 2])
 @pytest.mark.parametrize("reopened", [False, True])
 def test_an_epoch_that_was_not_trained_on_is_given_the_rewards_that_were_missing(tmp_path, closing, index, reopened):
@@ -412,9 +415,13 @@ def rarest(outputs):
 
 
 @pytest.mark.slow
-@pytest.mark.proof
 @pytest.mark.parametrize(
-    ("seed", "reward"), [(0, accurate), (1, rarest), (2, {"near": (accurate, 0.7), "rare": (rarest, 0.3)})]
+    ("seed", "reward"),
+    [
+        pytest.param(0, accurate, marks=pytest.mark.proof),
+        (1, rarest),
+        (2, {"near": (accurate, 0.7), "rare": (rarest, 0.3)}),
+    ],
 )
 def test_the_demo_with_another_reward_is_what_was_predicted(tmp_path, closing, seed, reward):
     """A fork before epoch k has the weights and the seeds of epoch k: with another reward it makes the same rollouts."""

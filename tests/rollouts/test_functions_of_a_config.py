@@ -120,6 +120,8 @@ async def asked(run):
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("settings", "turns"),
     [

@@ -253,6 +253,8 @@ def trajectories(epoch):
     return [trajectory for group in epoch.collection.trajectories for trajectory in group]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_these_clients_really_rewrite_the_arguments(client):
     llm = PolicyLLM(Calculating())
@@ -446,6 +448,8 @@ def test_arguments_are_the_same_in_any_spelling(arguments, separators, ascii_onl
 # ── drift ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_turns_rendered_from_rewritten_arguments_are_counted_as_drifted(client, tmp_path, closing):
     continued = 2 * sum(TURNS.values()) - 6
@@ -479,6 +483,8 @@ class RenderingServer(LoopbackServer):
         return status, found
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("client", [by_chat, *CLIENTS])
 async def test_drift_is_counted_when_a_server_renders_the_rewritten_history(client):
     with RenderingServer() as server:
@@ -492,6 +498,8 @@ async def test_drift_is_counted_when_a_server_renders_the_rewritten_history(clie
     assert drift([trajectory_of(episode)]) == (3, 0 if client is by_chat else 3)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_ids_stay_exact_with_a_real_model_whose_json_is_rewritten():
     for package in ("torch", "transformers", "pydantic_ai"):
         pytest.importorskip(package)

@@ -113,6 +113,8 @@ async def test_a_fork_shares_nothing_that_is_written(make_run):
     assert not inodes & {path.stat().st_ino for path in again.folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_a_fork_of_the_embedded_model_trains_other_settings_on_the_same_weights(tmp_path):
     pytest.importorskip("torch")
     options = {"output_dir": tmp_path, "generations": 2, "sampling": {"max_tokens": 4}, "deterministic": True}

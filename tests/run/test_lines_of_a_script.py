@@ -124,6 +124,8 @@ def test_a_pause_is_told_with_its_reason(make_run, capsys):
     assert lines(capsys.readouterr()) == [repr(run[1])]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_in_a_terminal_a_bar_moves_and_the_lines_stay_above_it(make_run, monkeypatch):
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))

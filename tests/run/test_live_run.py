@@ -580,6 +580,8 @@ def test_what_the_run_runs_may_steer_it_and_is_told_not_to_wait_for_it(make_run,
     assert [("would wait" in error) for error in errors] == [True, True, True, False, False]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_thousand_calls_from_four_threads_lose_no_change_and_lock_nothing_up(make_run):
     """Every call that a person, a widget or another thread can make; the run goes on after all of them."""
     run = make_run(curriculum=dict(initial_percentile=0.3))

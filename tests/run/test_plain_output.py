@@ -94,6 +94,8 @@ def test_a_directory_of_damaged_runs_alone_is_told_without_a_table_of_nothing(wh
     assert "torn" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("column", ["state", "parent"])
 def test_the_runs_command_shows_control_characters_as_symbols(column, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "received")

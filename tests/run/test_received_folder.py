@@ -123,6 +123,8 @@ ACTIONS = list(actions(None))
 # ── own ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_a_run_that_was_made_here_continues_with_nothing_extra_wherever_it_lies(own, tmp_path, closing):
     place = tmp_path / "elsewhere"
     shutil.move(own, place)

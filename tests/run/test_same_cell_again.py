@@ -19,6 +19,8 @@ def make(folder, reward=1.0, **parts):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("kept", ["idle", "shown", "panel"])
 def test_a_run_whose_first_object_is_kept_is_continued_with_the_new_functions(kept, tmp_path):
     first = make(tmp_path)

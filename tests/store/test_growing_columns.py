@@ -102,6 +102,8 @@ def test_these_tests_know_every_column():
     assert REQUIRED == ["kind", "group", "reward", "metadata", "roles", "contents"]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("column", MADE_OF)
 def test_what_is_made_of_a_column_that_the_file_lacks_is_missing_and_all_else_is_as_before(folder, column):
     before = frames_of(folder)
@@ -295,6 +297,7 @@ assert table.to_pydict() == {{"seed": [7], "thoughts": [["2+2", "4"]]}}
 """
 
 
+@pytest.mark.slow
 def test_a_new_column_is_one_line_and_older_and_newer_releases_read_each_others_files(folder, tmp_path):
     later = tmp_path / "later"
     shutil.copytree(Path(ft.__file__).parent, later / "finetune_nb", ignore=shutil.ignore_patterns("__pycache__"))

@@ -182,7 +182,7 @@ def jobs_of(folder):
 @pytest.mark.parametrize(
     ("point", "when"),
     [
-        ("submitted", "after"),
+        pytest.param("submitted", "after", marks=[pytest.mark.slow, pytest.mark.proof]),
         *(
             pytest.param(point, when, marks=pytest.mark.slow)
             for point, when in (("job", "before"), ("job", "after"), ("waited", "after"), ("log", "after"))

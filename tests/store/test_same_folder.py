@@ -140,6 +140,8 @@ async def test_a_run_whose_folder_is_deleted_says_so_at_once_and_its_memory_can_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_a_run_whose_folder_is_deleted_within_an_epoch_fails_and_has_its_rollouts_in_memory(make_run, tmp_path):
     class Deleting(FakeAdapter):
         async def wait_until_complete(self, ref, poll_interval=10.0):
@@ -220,6 +222,8 @@ def test_somebodys_own_views_and_indexes_are_left_alone(store, folder):
         again.append(make_epoch([[1.0]], index=1), {})
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("write", [False, True])
 def test_pages_that_lead_back_to_themselves_end(folder, write):
     """Every child of the inner page of a table is the same leaf, and its first child is the page itself."""

@@ -109,6 +109,8 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_reader_sees_what_a_writer_of_another_process_adds(store, folder):
     store.append(make_epoch([[1.0, 0.0]]), {})
     store.close()
@@ -165,6 +167,8 @@ except StoreError as error:
 """
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs Unix permissions")
 @pytest.mark.parametrize("left_behind", [False, True])
 def test_a_folder_that_cannot_be_written_can_be_read(store, folder, left_behind):

@@ -427,6 +427,8 @@ anything = st.recursive(
 HEALTH = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @settings(max_examples=15, deadline=None, suppress_health_check=HEALTH)
 @given(value=anything)
 def test_any_nested_value_in_every_place_leaves_a_run_that_can_be_read(tmp_path, value):

@@ -107,6 +107,8 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_every_display_of_every_class_is_of_plain_values(shown) -> None:
     classes = classes_with_displays()
     assert len(classes) >= 14

@@ -97,6 +97,8 @@ def test_a_number_stays_one_in_a_spreadsheet(tmp_path):
     assert frame.content.tolist() == ["-7", "␛[31m"]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_known_secrets_are_in_no_export(tmp_path):
     secret = "sk-export-0123456789abcdef"
     remember_secret(secret)
@@ -186,6 +188,8 @@ async def test_a_report_has_the_configuration_without_its_secrets(tmp_path, clos
     assert "config.yml, " in text and "finetuning:" in text and "num_generations" not in text
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_nothing_in_a_report_can_run_or_fetch_anything(tmp_path):
     run = run_of(
         make_epoch(
@@ -209,6 +213,7 @@ def test_nothing_in_a_report_can_run_or_fetch_anything(tmp_path):
     assert "script" not in {tag for tag, _ in page.tags} and "script-src" not in text
 
 
+@pytest.mark.slow
 def test_a_report_has_gaps_where_only_some_epochs_have_a_number(tmp_path):
     epochs = [make_epoch([[1, 0]], 0), epoch_of([[with_tool()]], 1)]  # what the second was trained on is not known
     assert "trained groups" in Reader(run_of(*epochs).export(tmp_path / "x.html").read_text()).text

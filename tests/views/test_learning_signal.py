@@ -115,6 +115,8 @@ def test_hostile_ids_are_text(text: str) -> None:
     assert not unsafe_tags(markup)
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_large_epoch_stays_below_200_kb() -> None:
     rng = np.random.default_rng(0)
     rewards = {f"'\u202e<{i}" + "\u202e" * 500: rng.integers(0, 2, 4).tolist() for i in range(2000)}

@@ -300,6 +300,8 @@ SIZES = [(2, 20, 45_000), (4, 100, 65_000), (10, 150, 110_000), (47, 380, 185_00
 """Turns of the policy, tokens of each, and bytes of the view of eight such rollouts."""
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(("turns", "tokens", "most"), SIZES)
 def test_every_turn_is_shown_and_bytes_are_spent_on_what_is_unlikely(turns: int, tokens: int, most: int) -> None:
     """Every eighth token is unlikely; the least likely one of each turn stands in the middle of it."""
