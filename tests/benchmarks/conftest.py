@@ -1,4 +1,5 @@
-"""Everything in this folder measures: when a machine has nothing else to do, in CI and not before each commit."""
+"""Everything in this folder measures: when a machine has nothing else to do, in CI and not before each commit. Those that
+.ci/run takes too are marked as proofs."""
 
 from pathlib import Path
 
@@ -13,4 +14,3 @@ def pytest_collection_modifyitems(items):
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.measures)
-            item.add_marker(pytest.mark.proof)

@@ -17,7 +17,7 @@ from finetune_nb.training.preview import PreviewInput, preview
 from finetune_nb.types import CurriculumState, EpisodeItem, EpisodeItemRole, Trajectory, TrajectoryCollection
 from finetune_nb.views.preview_card import preview_html
 
-pytestmark = pytest.mark.benchmark
+pytestmark = [pytest.mark.benchmark, pytest.mark.proof]
 
 GROUPS, GENERATIONS = 100_000, 8
 SETTINGS = CurriculumSettings(enabled=True)

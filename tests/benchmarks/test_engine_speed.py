@@ -24,6 +24,7 @@ def cpu_of(code: str) -> float:
     return float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.proof
 @pytest.mark.benchmark(group="import")
 def test_importing_costs_less_than_importing_pandas(benchmark):
     names = "import finetune_nb as ft\nft.TrajectoryBuilder, ft.Trainer, ft.FinetuneConfig, ft.EvaluationRunOutput"
@@ -48,6 +49,7 @@ def test_importing_loads_nothing_heavy():
     )
 
 
+@pytest.mark.proof
 @pytest.mark.benchmark(group="evaluation")
 def test_a_do_nothing_workflow_costs_little_more_than_gathering_it(benchmark):
     rows = 5_000

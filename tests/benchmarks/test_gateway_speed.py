@@ -64,6 +64,7 @@ def canned():
     loop.close()
 
 
+@pytest.mark.proof
 def test_a_request_through_the_gateway_costs_less_than_the_openai_client_that_makes_it(canned):
     llm = PolicyLLM(ScriptedPolicy(lambda messages, seed: "seven"))
 

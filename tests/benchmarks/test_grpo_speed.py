@@ -16,7 +16,7 @@ from finetune_nb.backends.local.models import EMBEDDED  # noqa: E402
 from finetune_nb.examples.calculator.task import TOOLS, first_operation, make_question  # noqa: E402
 from finetune_nb.rollouts.trajectory_builder import draw_examples  # noqa: E402
 
-pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
+pytestmark = [pytest.mark.benchmark, pytest.mark.slow, pytest.mark.proof]
 PROMPTS, GENERATIONS, TOKENS, STEPS, EPOCHS, SEEDS = 40, 8, 10, 4, 6, 3
 TARGET, LIMIT = 0.65, 0.80
 

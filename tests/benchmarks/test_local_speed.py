@@ -42,6 +42,7 @@ async def rollouts(policy, prompts):
     return await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts)))
 
 
+@pytest.mark.proof
 def test_concurrent_requests_are_sampled_at_four_fifths_of_the_speed_of_one_generate_or_more(policy, prompts):
     batch = policy.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     lengths = {"max_new_tokens": NEW, "min_new_tokens": NEW}
@@ -71,6 +72,7 @@ def test_concurrent_requests_are_sampled_at_least_five_times_faster_than_one_by_
     assert times > 5
 
 
+@pytest.mark.proof
 def test_agents_of_several_turns_share_batches_as_large_as_one_generate(policy, prompts):
     """32 agents of three turns, their tools between them a few milliseconds apart, beside three times one `generate` of 32
     rows, of the same prompts."""
@@ -142,6 +144,7 @@ def test_training_step_costs_less_than_the_rollouts_that_it_learns_from(policy, 
     assert found.ratio("training", "sampling") < 8
 
 
+@pytest.mark.proof
 def test_whole_groups_train_faster_with_long_prompts_and_short_replies(policy):
     draw = random.Random(0)
 

@@ -56,6 +56,7 @@ def epoch_of(groups, index=0):
     return replace(base, collection=collection, statistics=group_statistics(groups))
 
 
+@pytest.mark.proof
 @pytest.mark.benchmark(group="store")
 def test_an_epoch_of_10000_trajectories_is_saved_smaller_than_its_json(benchmark, tmp_path):
     draw = random.Random(0)

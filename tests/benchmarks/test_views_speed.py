@@ -31,6 +31,7 @@ def groups(count, tokens):
     return [[rollout(g, k, tokens, draw) for k in range(8)] for g in range(count // 8)]
 
 
+@pytest.mark.proof
 @pytest.mark.benchmark(group="views")
 def test_100000_trajectories_become_a_frame_faster_and_smaller_than_their_dumps(benchmark, tmp_path):
     rollouts = groups(100_000, 8)

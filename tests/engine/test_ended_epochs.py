@@ -11,6 +11,7 @@ from finetune_nb.testing import FakeAdapter, ScriptedBuilder
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_no_trajectory_of_an_ended_epoch_is_alive_while_the_next_one_is_collected(tmp_path):
     held, alive = [], []
 

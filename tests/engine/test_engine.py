@@ -295,6 +295,9 @@ async def test_after_an_aborted_epoch_the_next_one_can_begin_at_once(tmp_path):
 @pytest.mark.slow
 @pytest.mark.proof
 async def test_a_run_that_nobody_holds_any_more_is_closed(tmp_path, caplog):
+    gc.collect()
+    caplog.clear()  # what is said of tasks that another test left behind
+
     class Trainer(ft.EpochTrainer):
         ended = threading.Event()
 
