@@ -130,6 +130,8 @@ def test_micro_batches_hold_every_sequence_once_and_stay_within_their_tokens():
 # ── learning ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 async def test_training_makes_rewarded_replies_likelier(kind):
     a = adapter(kind, learning_rate=3e-3)
@@ -226,6 +228,8 @@ async def test_optimizer_state_lives_on_over_epochs():
         assert state["step"].item() == 2 * epoch
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_the_same_seed_trains_the_same_weights_to_the_last_digit():
     async def run(seed):
         a = adapter(deterministic=True, seed=seed)
@@ -372,6 +376,8 @@ async def test_job_of_another_adapter_is_unknown():
         await adapter().status(TrainingJobRef(run_id="r", backend="local_grpo", metadata={"job_id": "abc"}))
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_replies_wait_for_the_end_of_training_and_come_from_the_new_weights():
     a = adapter(optimizer_steps=30, inner_epochs=5, learning_rate=1e-2)
     trajectories = await rollouts(a, by_first_token)

@@ -505,6 +505,8 @@ class FullDisk:
         return wrapped
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_failure_of_any_call_that_writes_leaves_a_whole_checkpoint_and_can_be_repeated(tmp_path, monkeypatch):
     a, checked = await trained(model="random", kl_coef=0.1), adapter(model="random", model_seed=9, kl_coef=0.1)
     one = tmp_path / "one"

@@ -51,6 +51,8 @@ def chance_of_reward(model):
 # ── LoRA ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 async def test_only_the_adapter_is_trained_and_it_learns(kind):
     a = adapter(kind, LoRAConfig(rank=8), learning_rate=2e-2)

@@ -41,6 +41,8 @@ def test_garbage_of_an_epoch_is_gone_when_it_ends():
     assert made() is None
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_older_garbage_waits_until_the_epoch_has_ended():
     gc.disable()
     older = cycle()
@@ -53,6 +55,8 @@ def test_older_garbage_waits_until_the_epoch_has_ended():
     assert older() is None
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_older_garbage_is_collected_before_an_epoch_now_and_then(monkeypatch):
     monkeypatch.setattr(garbage, "_due", time.monotonic())
     gc.disable()

@@ -441,6 +441,8 @@ def test_the_changes_of_a_rollout_are_told_later_and_computed_once():
     assert "rows 0 to 5" in asked(browser, "change", epoch=0, row=99, weights=1)[0]["problem"]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_run_without_weights_says_why():
     run = two_epochs()
     browser = run.browse()

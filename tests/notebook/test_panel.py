@@ -235,6 +235,8 @@ def test_buttons_start_step_and_say_why_something_cannot_be(run, panel):
     assert len(run) == 3 and shows(panel, "status", "3 of 3 epochs") and shows(panel, "record", "<svg")
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_tripwire_pauses_with_its_words_and_the_panel_offers_what_can_be_done_then(run, panel):
     run.tripwires = [lambda epoch: "look at <this>" if epoch.index == 1 else None]
     panel.buttons["start"].click()
@@ -369,6 +371,8 @@ def test_what_a_saved_notebook_shows_of_a_panel_is_brought_up_to_date_when_the_r
     assert "run.panel() brings it back" in panel._repr_mimebundle_()["text/html"]
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_screen_reader_hears_states_and_epochs_not_every_rollout(run, panel):
     said = []
     panel.shown["spoken"].observe(lambda change: said.append(change.new), "value")

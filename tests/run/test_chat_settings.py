@@ -32,6 +32,8 @@ async def solve(question, llm):
     return (await llm.chat([{"role": "user", "content": question}], tools=TOOLS, max_tokens=2)).content
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_a_run_says_how_its_model_is_asked_and_its_log_what_is_of_no_use(model, tmp_path, closing):
     settings = {"tool_parser": "hermes", "chat_template_kwargs": {"brief": True}}
     run = closing(

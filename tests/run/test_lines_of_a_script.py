@@ -110,6 +110,8 @@ def test_an_epoch_that_is_awaited_is_a_line_too(make_run, capsys):
     assert lines(captured) == [repr(epoch)] and not captured.out
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_pause_is_told_with_its_reason(make_run, capsys):
     run = make_run()
     run.tripwires.append(lambda epoch: "the reward is odd" if epoch.index == 0 else None)

@@ -44,6 +44,8 @@ def words(markup):
     return " ".join(re.sub(r"<style.*?</style>|<[^>]+>", " ", markup, flags=re.S).split())
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 async def test_a_few_missing_rewards_are_said_in_every_place(make_run, caplog, tmp_path):
     run = make_run(reward=failing(3))
     with caplog.at_level(logging.WARNING, "finetune_nb"):

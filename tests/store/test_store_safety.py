@@ -372,6 +372,8 @@ def test_a_writer_killed_at_any_moment_loses_no_completed_epoch(tmp_path):
 # ── damaged and hostile folders ──────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 def test_a_cell_reads_while_the_engine_writes(store):
     seen: list[int] = []
 

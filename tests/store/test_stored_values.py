@@ -466,6 +466,8 @@ def test_an_epoch_of_which_something_was_replaced_is_shown_as_it_is_on_the_disk(
     assert found.collection.trajectories[0][0].metadata["id"] == found.statistics.example_ids[0] == "b'\\xff'"
 
 
+@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(
     "name",
     [
