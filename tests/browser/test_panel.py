@@ -50,11 +50,16 @@ def press_many(lab, notebook, slider=0, presses=PRESSES):
     return took
 
 
-@pytest.mark.parametrize("warm", [False, pytest.param(True, marks=SLOW)], ids=["cold", "warm"])
 @pytest.mark.parametrize(
-    "cell",
-    [BACKGROUND, pytest.param(NEXT_EPOCH, marks=[SLOW, PROOF]), pytest.param(WAIT, marks=[SLOW, PROOF])],
-    ids=["background", "next_epoch", "wait"],
+    ("cell", "warm"),
+    [
+        pytest.param(BACKGROUND, False, id="background-cold"),
+        pytest.param(NEXT_EPOCH, False, marks=[SLOW, PROOF], id="next_epoch-cold"),
+        pytest.param(WAIT, False, marks=[SLOW, PROOF], id="wait-cold"),
+        pytest.param(BACKGROUND, True, marks=SLOW, id="background-warm"),
+        pytest.param(NEXT_EPOCH, True, marks=SLOW, id="next_epoch-warm"),
+        pytest.param(WAIT, True, marks=SLOW, id="wait-warm"),
+    ],
 )
 def test_a_slider_moved_by_keyboard_reaches_the_draft_while_the_run_goes_on(lab, runs_folder, cell, warm):
     notebook = opened(lab, runs_folder, cell, seconds=6)

@@ -336,10 +336,9 @@ def test_a_turn_is_shown_at_full_length_where_it_is_asked_for() -> None:
         ]
     assert "line 1500 of" not in text_of(view_of(epoch)._repr_html_())
     view = view_of(epoch, turn=1)._repr_html_()
-    assert all(line in text_of(view) for line in long)
-    assert (
-        "from turn 1 of 11" in text_of(view) and "0 · user" not in text_of(view) and "10 · assistant" in text_of(view)
-    )
+    text = text_of(view)
+    assert all(line in text for line in long)
+    assert "from turn 1 of 11" in text and "0 · user" not in text and "10 · assistant" in text
     assert len(view.encode()) <= 200_000
     with pytest.raises(RunError, match=r"11 turns; found turn=11, expected 0 to 10"):
         view_of(epoch, turn=11)
