@@ -66,13 +66,14 @@ def report_html(run: Any, browser: PagePart | None = None) -> str:
 
 
 def _opening(run: Any, epochs: Sequence[Epoch]) -> Html:
-    """The title, and in one sentence what came of the run."""
+    """The title, and in a few sentences what came of the run."""
     title = element("h1", "Run ", plain(run.id))
     return Html(redact_text(element("header", title, element("p", verdict(epochs), class_="verdict"))))
 
 
 def verdict(epochs: Sequence[Epoch]) -> str:
-    """What came of a run: whether the reward of the examples that its first and newest epoch share rose, fell, or neither."""
+    """What came of a run: whether the reward of the examples that its first and newest epoch share rose, fell, or neither, and
+    how that of held-out examples went."""
     if not epochs:
         return "No epoch has ended yet."
     first, newest = epochs[0], epochs[-1]
@@ -82,13 +83,15 @@ def verdict(epochs: Sequence[Epoch]) -> str:
     (found,) = compare_runs({"first": [first], "newest": [same_index]}).differences  # type: ignore[list-item]
     course = trend([epoch.metrics.mean_reward for epoch in epochs], none="has no value")
     said = f"The mean reward per epoch went {course} in {count(len(epochs), 'epoch')}."
+    held_out = [v.mean_reward for epoch in epochs for v in epoch.validations if math.isfinite(v.mean_reward)]
+    validated = f" On held-out examples it went {trend(held_out)}." if len(held_out) > 1 else ""
     if not found.examples:
-        return f"{said} Its first and its newest epoch share no example, so that they cannot be compared."
+        return f"{said} Its first and its newest epoch share no example, so that they cannot be compared.{validated}"
     both = f"of the {count(found.examples, 'example')} that epochs {first.index} and {newest.index} share"
     interval = f"{signed(found.mean)}, 95 % interval {signed(found.low)} to {signed(found.high)}"
     if found.is_clear:
-        return f"{said} The reward {both} {'rose' if found.mean > 0 else 'fell'}: {interval}."
-    return f"{said} Whether the reward {both} changed is not clear: {interval}."
+        return f"{said} The reward {both} {'rose' if found.mean > 0 else 'fell'}: {interval}.{validated}"
+    return f"{said} Whether the reward {both} changed is not clear: {interval}.{validated}"
 
 
 def _config(run: Any) -> str:

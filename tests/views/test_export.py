@@ -177,6 +177,9 @@ def test_a_report_says_in_a_sentence_what_came_of_the_run(newest, said):
     other = make_epoch({"r": [1.0, 0.0]}, 1)
     assert "share no example" in verdict([make_epoch(first), other])
     assert verdict([other]) == "One epoch has ended, with a mean reward of 0.5."
+    validated = [make_epoch(first, validation=0.25), make_epoch(then, 1), make_epoch(then, 2, validation=0.75)]
+    assert verdict(validated).endswith(" On held-out examples it went from 0.25 to 0.75.")
+    assert "held-out" not in verdict(validated[:2])
 
 
 async def test_a_report_has_the_configuration_without_its_secrets(tmp_path, closing):
