@@ -130,8 +130,8 @@ class TrainingBatch:
     trajectories: list[list[TokenSequence]] = field(repr=False)
     """Those with a reward and a sampled token, in groups whose rewards differ, one group after the other; each has at least
     one sequence."""
-    groups: int
-    """Groups that they belong to."""
+    sizes: list[int]
+    """Trajectories of each group."""
     groups_without_signal: int
     """Groups of which nothing is trained on: their rewards do not differ, are missing or infinite."""
     idle_tokens: int = 0
@@ -144,8 +144,11 @@ class TrainingBatch:
     """Whether every sampled token is to become more likely, whatever the rewards were; advantages are then without meaning."""
     version_lag: int = 0
     """Policy versions by which the oldest weights that sampled are older than those that are trained."""
-    sizes: list[int] | None = None
-    """Trajectories of each group; None: each trajectory counts as a group."""
+
+    @property
+    def groups(self) -> int:
+        """Groups that the trajectories belong to."""
+        return len(self.sizes)
 
     def parts(self, count: int, rng: np.random.Generator, whole_groups: bool = False) -> list[np.ndarray]:
         """The places of all trajectories in random order, in `count` parts of as many: one for each optimizer step.
@@ -153,7 +156,7 @@ class TrainingBatch:
         whole_groups: those of a group stay together, except where a part ends within a group.
         """
         order = rng.permutation(len(self.trajectories))
-        if whole_groups and self.sizes is not None:
+        if whole_groups:
             group_of = np.repeat(rng.permutation(len(self.sizes)), self.sizes)
             order = order[np.argsort(group_of[order], kind="stable")]
         return np.array_split(order, count)
@@ -210,8 +213,7 @@ def training_batch(
         if of_group:
             trained += of_group
             sizes.append(len(of_group))
-    without_signal = len(groups) - len(sizes)
-    return TrainingBatch(trained, len(sizes), without_signal, idle_tokens, idle_sequences, truncated=cut, sizes=sizes)
+    return TrainingBatch(trained, sizes, len(groups) - len(sizes), idle_tokens, idle_sequences, truncated=cut)
 
 
 def supervised_batch(collection: TrajectoryCollection) -> TrainingBatch:
@@ -228,7 +230,7 @@ def supervised_batch(collection: TrajectoryCollection) -> TrainingBatch:
                 )
             learned.append(sequences)
     sizes = list(map(len, collection.trajectories))
-    return TrainingBatch(learned, len(sizes), 0, truncated=cut, supervised=True, sizes=sizes)
+    return TrainingBatch(learned, sizes, 0, truncated=cut, supervised=True)
 
 
 LARGEST_ADVANTAGE = 1e15

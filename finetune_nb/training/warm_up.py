@@ -53,7 +53,7 @@ class Lesson:
     @property
     def batch(self) -> TrainingBatch:
         """The same as what a training job learns from."""
-        return TrainingBatch(self.rows, 0, 0, truncated=self.truncated, supervised=True)
+        return TrainingBatch(self.rows, [], 0, truncated=self.truncated, supervised=True)
 
 
 def lesson_of(

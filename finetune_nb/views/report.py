@@ -82,16 +82,19 @@ def verdict(epochs: Sequence[Epoch]) -> str:
     same_index = SimpleNamespace(index=first.index, statistics=newest.statistics)
     (found,) = compare_runs({"first": [first], "newest": [same_index]}).differences  # type: ignore[list-item]
     course = trend([epoch.metrics.mean_reward for epoch in epochs], none="has no value")
-    said = f"The mean reward per epoch went {course} in {count(len(epochs), 'epoch')}."
-    held_out = [v.mean_reward for epoch in epochs for v in epoch.validations if math.isfinite(v.mean_reward)]
-    validated = f" On held-out examples it went {trend(held_out)}." if len(held_out) > 1 else ""
-    if not found.examples:
-        return f"{said} Its first and its newest epoch share no example, so that they cannot be compared.{validated}"
     both = f"of the {count(found.examples, 'example')} that epochs {first.index} and {newest.index} share"
     interval = f"{signed(found.mean)}, 95 % interval {signed(found.low)} to {signed(found.high)}"
-    if found.is_clear:
-        return f"{said} The reward {both} {'rose' if found.mean > 0 else 'fell'}: {interval}.{validated}"
-    return f"{said} Whether the reward {both} changed is not clear: {interval}.{validated}"
+    said = [f"The mean reward per epoch went {course} in {count(len(epochs), 'epoch')}."]
+    if not found.examples:
+        said.append("Its first and its newest epoch share no example, so that they cannot be compared.")
+    elif found.is_clear:
+        said.append(f"The reward {both} {'rose' if found.mean > 0 else 'fell'}: {interval}.")
+    else:
+        said.append(f"Whether the reward {both} changed is not clear: {interval}.")
+    held_out = [v.mean_reward for epoch in epochs for v in epoch.validations if math.isfinite(v.mean_reward)]
+    if len(held_out) > 1:
+        said.append(f"On held-out examples it went {trend(held_out)}.")
+    return " ".join(said)
 
 
 def _config(run: Any) -> str:

@@ -184,7 +184,7 @@ def sequences(spread=0.4, prompt=9):
 def train(learner, made):
     report = TrainingReport()
     with learner.policy.exclusive.hold():  # one thread: the model is tiny
-        learner.train(TrainingBatch([[each] for each in made], 3, 0), np.random.default_rng(0), report)
+        learner.train(TrainingBatch([[each] for each in made], [1] * 3, 0), np.random.default_rng(0), report)
     return report.metrics(), torch.cat([p.detach().flatten() for p in learner.policy.model.parameters()])
 
 
@@ -277,6 +277,6 @@ def test_how_far_apart_they_may_be_depends_on_the_dtype_and_on_a_correction(sett
 def test_a_job_that_is_stopped_while_it_compares_changes_nothing():
     made = learner(importance_cap=2.0)
     report, asked = TrainingReport(), []
-    given = TrainingBatch([[each] for each in sequences()], 3, 0)
+    given = TrainingBatch([[each] for each in sequences()], [1] * 3, 0)
     made.train(given, np.random.default_rng(0), report, stopped=lambda: bool(asked.append(1)) or True)
     assert asked == [1] and report.steps == 0

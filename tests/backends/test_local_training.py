@@ -294,18 +294,27 @@ def test_short_sequences_are_not_padded_to_long_ones_with_the_same_gradient(monk
     assert ((same_gradient - gradient).norm() / gradient.norm()).item() < 1e-5
 
 
+async def prompts_of_steps(monkeypatch, whole_groups):
+    """What a job reports, and the token that tells the prompts apart, of each sequence of each step."""
+    a = adapter(optimizer_steps=4, whole_groups=whole_groups, learning_rate=1e-3)
+    collection = await rollouts(a, by_first_token, examples=8, tokens=1)
+    before, steps, step = adapter_weights(a), [], a.learner._step
+
+    def watched(sequences, *rest):
+        steps.append([sequence.ids[len(PROMPT)] for sequence in sequences])
+        return step(sequences, *rest)
+
+    monkeypatch.setattr(a.learner, "_step", watched)
+    metrics = (await train(a, collection)).metadata["metrics"]
+    assert metrics["optimizer_steps"] == len(steps) == 4
+    assert not torch.equal(adapter_weights(a), before)
+    return metrics, steps
+
+
 async def test_whole_groups_compute_each_prompt_in_one_step_alone(monkeypatch):
     prompts = {}
     for whole_groups in (False, True):
-        a = adapter(optimizer_steps=4, whole_groups=whole_groups, learning_rate=1e-3)
-        collection = await rollouts(a, by_first_token, examples=8, tokens=1)
-        before, steps = adapter_weights(a), []
-        monkeypatch.setattr(a.learner, "_step", lambda sequences, *rest, s=steps, f=a.learner._step: (
-            s.append([sequence.ids[len(PROMPT)] for sequence in sequences]), f(sequences, *rest)
-        )[1])  # fmt: skip
-        metrics = (await train(a, collection)).metadata["metrics"]
-        assert metrics["optimizer_steps"] == len(steps) == 4
-        assert not torch.equal(adapter_weights(a), before)
+        metrics, steps = await prompts_of_steps(monkeypatch, whole_groups)
         trained = metrics["trained_groups"]
         assert len({prompt for step in steps for prompt in step}) == trained
         prompts[whole_groups] = sum(len(set(step)) for step in steps)

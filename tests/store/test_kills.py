@@ -179,14 +179,15 @@ def jobs_of(folder):
     return [json.loads(path.read_text())["trajectories"] for path in sorted((folder / "backend").glob("*.json"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("point", "when"),
     [
-        pytest.param("submitted", "after", marks=[pytest.mark.slow, pytest.mark.proof]),
-        *(
-            pytest.param(point, when, marks=pytest.mark.slow)
-            for point, when in (("job", "before"), ("job", "after"), ("waited", "after"), ("log", "after"))
-        ),
+        pytest.param("submitted", "after", marks=pytest.mark.proof),
+        ("job", "before"),
+        ("job", "after"),
+        ("waited", "after"),
+        ("log", "after"),
     ],
 )
 def test_a_job_that_outlives_its_process_is_asked_for_and_not_submitted_again(

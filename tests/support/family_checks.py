@@ -130,7 +130,7 @@ def trained_gradient(
     """Of an optimizer step of the training backend, by weight, and what the step reports. The step is taken."""
     # Twice each, so that prompts are shared where a model's can be.
     trajectories = [[_sequence(episode, number)] for number, episode in enumerate(episodes) for _ in range(2)]
-    batch = TrainingBatch(trajectories, groups=len(episodes), groups_without_signal=0)
+    batch = TrainingBatch(trajectories, sizes=[2] * len(episodes), groups_without_signal=0)
     settings = {"optimizer_steps": 1, "learning_rate": 1e-3, "micro_batch_tokens": 100, "max_grad_norm": 1e9} | settings
     learner, report = Learner(policy, LocalGRPOConfig(**settings)), TrainingReport()
     gradient: dict[str, Tensor] = {}
