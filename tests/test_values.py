@@ -13,19 +13,11 @@ from factories import make_epoch
 import finetune_nb as ft
 from finetune_nb import plots
 from finetune_nb.llms.call_recorder import CallRecorder
+from finetune_nb.llms.chat_messages import content_text, field_of
 from finetune_nb.rewards.numbers import mean
 from finetune_nb.rollouts.episodes import episode_from_steps
 from finetune_nb.text import as_json
-from finetune_nb.types import (
-    EpisodeKey,
-    EvalInputItem,
-    LLMCall,
-    RolloutFailure,
-    SamplingParams,
-    as_float,
-    content_text,
-    field_of,
-)
+from finetune_nb.types import EpisodeKey, EvalInputItem, LLMCall, RolloutFailure, SamplingParams, as_float
 
 
 class Mute:

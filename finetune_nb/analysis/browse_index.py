@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import ConfigError, did_you_mean
 from ..store.reader import trajectory_columns
-from ..store.trajectories import table_of
+from ..store.trajectory_table import table_of
 from ..text import text_of
 from ..training.metrics import advantages
 from ..types import Epoch, same_id

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
+from ..llms.chat_messages import field_of
 from ..rollouts.episodes import SampledTurn
-from ..types import DPOItem, EpisodeItem, MessageKey, as_float, field_of, logprob_entries
+from ..types import DPOItem, EpisodeItem, MessageKey, as_float, logprob_entries
 
 __all__ = [
     "Token",

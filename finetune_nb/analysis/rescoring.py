@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, RunError, did_you_mean
 from ..hooks import shown_by
+from ..store.arrays import to_python
 from ..store.json import decode
 from ..store.reader import trajectory_columns
-from ..store.trajectories import to_python
 from ..text import plain, text_of
 from ..types import (
     RESCORED,

@@ -16,21 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from ..llms.chat_messages import content_text
 from ..rollouts.episodes import SampledTurn, call_from_step
 from ..store.reader import StoredEpoch
-from ..store.trajectories import COLUMNS, collection_of
+from ..store.trajectory_table import COLUMNS, collection_of
 from ..text import as_json, short, text_of
-from ..types import (
-    DPOItem,
-    EpisodeItem,
-    EpisodeItemRole,
-    Epoch,
-    MessageKey,
-    RolloutFailure,
-    Trajectory,
-    as_float,
-    content_text,
-)
+from ..types import DPOItem, EpisodeItem, EpisodeItemRole, Epoch, MessageKey, RolloutFailure, Trajectory, as_float
 from .browse_index import packed_texts
 from .messages import preference_text, tokens_of
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..store.arrays import to_python
 from ..store.json import decode
 from ..store.reader import trajectory_columns
-from ..store.trajectories import to_python
 from ..types import Epoch, as_float
 from .trajectory_names import generations_of, trajectory_names
 

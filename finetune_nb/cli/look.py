@@ -12,10 +12,11 @@ from typing import Any
 
 from ..analysis.messages import called_functions
 from ..errors import FinetuneError
+from ..llms.chat_messages import content_text
 from ..run.comparison import compare
 from ..run.run import Run
 from ..text import count, number, one_line
-from ..types import DPOItem, EpisodeItem, MessageKey, content_text
+from ..types import DPOItem, EpisodeItem, MessageKey
 from ..views.rollout import RolloutView
 from ..views.summary import epoch_text
 from .output import say

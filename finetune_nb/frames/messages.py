@@ -7,18 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..store.arrays import to_python
 from ..store.json import decode, encode
-from ..store.trajectories import LISTED, PREFERENCE, table_of, to_python
-from ..types import (
-    DPOItem,
-    EpisodeItem,
-    EpisodeItemRole,
-    Epoch,
-    IntermediateStep,
-    LLMCall,
-    Trajectory,
-    logprob_values,
-)
+from ..store.trajectory_table import LISTED, PREFERENCE, table_of
+from ..types import DPOItem, EpisodeItem, EpisodeItemRole, Epoch, IntermediateStep, LLMCall, Trajectory, logprob_values
 from .columns import Column, asked_for, column_of, framed, sources_of
 from .trajectories import KEYS, EpochColumns, FramePart, Rollouts, key_columns, positions
 

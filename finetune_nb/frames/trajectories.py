@@ -13,10 +13,11 @@ from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..analysis.trajectory_names import generations_of, trajectory_names
+from ..store.arrays import to_python
 from ..store.json import decode, decode_steps
 from ..store.labels import Label
 from ..store.reader import trajectory_columns
-from ..store.trajectories import table_of, to_python
+from ..store.trajectory_table import table_of
 from ..text import plain
 from ..training.metrics import advantages
 from ..types import GROUP_REASONS, Epoch, IntermediateStep, same_id

@@ -29,8 +29,8 @@ from ..types import (
     InvocationNode,
     LLMCall,
     StreamEventData,
-    same_message,
 )
+from .chat_messages import same_message
 
 __all__ = [
     "Address",

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import BackendError
 from ..text import short
-from ..types import plain_content
+from .chat_messages import plain_content
 from .chat_tokenizer import ChatTokenizer, with_parsed_arguments
 
 __all__ = [

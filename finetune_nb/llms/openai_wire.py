@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import did_you_mean
-from ..types import LLMCall, SamplingParams, plain_content
+from ..types import LLMCall, SamplingParams
+from .chat_messages import plain_content
 from .protocols.options import (
     KNOWN_OPTIONS,
     NO_NAMES,

@@ -37,8 +37,8 @@ from ..errors import ConfigError, FinetuneError, RunError, did_you_mean
 from ..frames.names import find_names
 from ..frames.search import Query, query_of, rows_with
 from ..redaction import error_text, redacting_logger
+from ..store.batches import DecodedBatches
 from ..store.labels import Label, Labelled, changed_since, new_labels, put_labels, read_labels, remove_labels
-from ..store.trajectories import DecodedBatches
 from ..text import one_line, short, text_of
 from ..types import Epoch, Trajectory, same_id
 from .browser_html import browser_html, browser_text

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, FinetuneError, is_transient
+from ..llms.chat_messages import content_text, field_of
 from ..text import text_of
-from ..types import EvalInputItem, content_text, field_of
+from ..types import EvalInputItem
 from .retrying import CallLimit, call_again
 from .verdicts import Verdict
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MissingLogprobs
+from ..llms.chat_messages import content_text, field_of, same_message
 from ..types import (
     DPOItem,
     EpisodeItem,
@@ -26,13 +27,10 @@ from ..types import (
     Trajectory,
     as_float,
     chat_fields,
-    content_text,
-    field_of,
     is_model_call,
     is_sampled,
     logprob_values,
     readable_logprobs,
-    same_message,
 )
 
 __all__ = [

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from ..components.builder import Builder
 from ..components.registry import register_trajectory_builder
+from ..llms.chat_messages import field_of
 from ..redaction import redacting_logger
 from ..text import text_of
 from ..types import (
@@ -32,7 +33,6 @@ from ..types import (
     Trajectory,
     TrajectoryCollection,
     TTCEventData,
-    field_of,
     is_sampled,
 )
 from .episodes import SampledTurn

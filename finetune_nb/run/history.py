@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ..engine.state import RunStatus
 from ..errors import ConfigError, RunError, did_you_mean
+from ..store.batches import DecodedBatches
 from ..store.labels import Label, read_labels, remove_labels
-from ..store.trajectories import DecodedBatches
 from ..text import short
 from ..types import Epoch
 from ..views.summary import run_html, run_text

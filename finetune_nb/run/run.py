@@ -33,6 +33,7 @@ from ..rewards.functions import Rewards, evaluators_from
 from ..rollouts.demonstrations import read_demonstrations
 from ..rollouts.difficulty import DifficultySettings, Visits
 from ..rollouts.trajectory_builder import EvalTrajectoryBuilderConfig, draw_of
+from ..store.batches import DecodedBatches
 from ..store.checkpoints import weights_of_epochs
 from ..store.durable import size_of
 from ..store.folder import checkpoints
@@ -40,7 +41,6 @@ from ..store.labels import read_labels
 from ..store.reader import RunReader
 from ..store.runs import archive_run, delete_run, free_id
 from ..store.store import RunStore
-from ..store.trajectories import DecodedBatches
 from ..text import count, cut, duration, plain
 from ..threads import before_exit, in_daemon_thread, run_sync
 from ..tripwires import Tripwire, tripped

@@ -29,6 +29,7 @@ from ..types import (
     Validation,
     as_float,
 )
+from .batches import DecodedBatches, collection_of_batches
 from .database import (
     change_from_row,
     epoch_from_row,
@@ -40,15 +41,8 @@ from .database import (
 from .durable import check_plain, size_of
 from .folder import CONFIG, DATABASE, LOG, RUN_ID, trajectory_file, writer_of
 from .json import decode
-from .trajectories import (
-    COLUMNS,
-    DecodedBatches,
-    collection_of_batches,
-    read_columns,
-    read_row_group,
-    read_trajectories,
-    table_of,
-)
+from .trajectories import read_columns, read_row_group, read_trajectories
+from .trajectory_table import COLUMNS, table_of
 from .trust import is_signed, sign
 
 if TYPE_CHECKING:
@@ -104,7 +98,7 @@ class StoredEpoch(Epoch):
 
     @property
     def columns(self) -> Callable[[Sequence[str]], pa.Table] | None:
-        """`columns(["generation", "reward"])`: those columns, by their names in store.trajectories.COLUMNS, straight from
+        """`columns(["generation", "reward"])`: those columns, by their names in store.trajectory_table.COLUMNS, straight from
         the file and without making the trajectories. None where the epoch has no file."""
         return self._columns
 
@@ -120,7 +114,7 @@ def trajectory_columns(epoch: Epoch, names: Sequence[str]) -> pa.Table:
 
     Args:
         epoch: Its record.
-        names: The columns, by their names in store.trajectories.COLUMNS.
+        names: The columns, by their names in store.trajectory_table.COLUMNS.
 
     Returns:
         (N) rows.
@@ -299,7 +293,7 @@ class RunReader:
 
         Args:
             index: The epoch's number.
-            names: The columns, by their names in store.trajectories.COLUMNS.
+            names: The columns, by their names in store.trajectory_table.COLUMNS.
 
         Returns:
             One row a trajectory, in the collection's order, and then one a failure. A column that the file of an older

@@ -27,6 +27,7 @@ from ..errors import StoreError
 from ..redaction import redacting_logger
 from ..text import one_line
 from ..types import Change, Epoch, Selection, TrainingJobRef, TrainingJobStatus, TrajectoryCollection, Validation
+from .batches import batches_of
 from .database import (
     EmptyRun,
     UnreadableRecord,
@@ -48,7 +49,7 @@ from .folder import CONFIG, DATABASE, LOG, RUN_ID, TRAJECTORIES, WriteLock, remo
 from .json import encode, noting_replaced
 from .labels import remove_labels_after
 from .reader import RunReader, StoredEpoch, as_store_error
-from .trajectories import batches_of, write_trajectories
+from .trajectories import write_trajectories
 from .trust import sign
 
 __all__ = [

@@ -14,8 +14,9 @@ from numbers import Real
 from typing import Any
 
 from ..analysis.messages import Token, preference_text, tokens_of
+from ..llms.chat_messages import content_text
 from ..text import as_json, beginning, count, cut, duration, short
-from ..types import DPOItem, EpisodeItem, EpisodeItemRole, MessageKey, content_text
+from ..types import DPOItem, EpisodeItem, EpisodeItemRole, MessageKey
 from .html import ACCENT, FAINT, Html, details, element, escape
 from .tokens import PRE, Detail, Heat, heat_legend, heat_map, summary, token_table
 

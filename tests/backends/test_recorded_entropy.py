@@ -21,7 +21,7 @@ from finetune_nb.analysis.messages import tokens_of
 from finetune_nb.backends.local.policy import LocalPolicy
 from finetune_nb.frames import tokens
 from finetune_nb.plots import plot_training
-from finetune_nb.store.trajectories import COLUMNS, collection_of, table_of
+from finetune_nb.store.trajectory_table import COLUMNS, collection_of, table_of
 from finetune_nb.testing import sums
 from finetune_nb.training.curriculum import group_statistics, select
 from finetune_nb.training.metrics import epoch_metrics

@@ -17,11 +17,12 @@ from loopback import LoopbackServer
 import finetune_nb as ft
 from finetune_nb.examples.calculator.task import TOOLS, answer, calculate, first_operation
 from finetune_nb.llms.call_recorder import CallRecorder
+from finetune_nb.llms.chat_messages import same_message
 from finetune_nb.llms.client import PolicyLLM
 from finetune_nb.llms.gateway import gateway
 from finetune_nb.rollouts.episodes import drift, episode_from_steps
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy
-from finetune_nb.types import EpisodeKey, EvalInputItem, SamplingParams, Trajectory, same_message
+from finetune_nb.types import EpisodeKey, EvalInputItem, SamplingParams, Trajectory
 
 openai = pytest.importorskip("openai")
 

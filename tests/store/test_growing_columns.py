@@ -21,7 +21,7 @@ import pytest
 import finetune_nb as ft
 from finetune_nb.errors import StoreError
 from finetune_nb.store.store import RunStore
-from finetune_nb.store.trajectories import COLUMNS, FORMAT, OLDEST_READER, MessageColumn
+from finetune_nb.store.trajectory_table import COLUMNS, FORMAT, OLDEST_READER, MessageColumn
 from finetune_nb.types import EpisodeItem, Trajectory, TrajectoryCollection
 
 DATA = Path(__file__).parents[1] / "data"
@@ -269,7 +269,7 @@ def test_a_file_that_this_release_would_misread_is_refused(folder, words):
 # ── a release with one column more ───────────────────────────────────────────────────────────────────────────────────
 
 NEW_COLUMNS = f"""
-    "seed": FileColumn("int64", lambda rollouts: _counts(rollouts.of_metadata("seed")), since={FORMAT + 1}, required=True),
+    "seed": FileColumn("int64", lambda rollouts: counts_of(rollouts.of_metadata("seed")), since={FORMAT + 1}, required=True),
     "thoughts": MessageColumn("list<string>", lambda messages: messages.contents(), since={FORMAT + 2}),
 """
 LATER_RELEASE = f"""
@@ -277,12 +277,12 @@ import sys
 from pathlib import Path
 
 import finetune_nb as ft
-from finetune_nb.store import trajectories
+from finetune_nb.store import trajectories, trajectory_table
 from finetune_nb.store.store import RunStore
 from finetune_nb.types import EpisodeItem, Trajectory, TrajectoryCollection
 
 old, new = map(Path, sys.argv[1:])
-assert trajectories.FORMAT == {FORMAT + 2}, trajectories.FORMAT
+assert trajectory_table.FORMAT == {FORMAT + 2}, trajectory_table.FORMAT
 store = RunStore.open(old)
 table = store.columns(3, ["seed", "thoughts", "reward"])
 assert table["seed"].null_count == 36
@@ -301,7 +301,7 @@ assert table.to_pydict() == {{"seed": [7], "thoughts": [["2+2", "4"]]}}
 def test_a_new_column_is_one_line_and_older_and_newer_releases_read_each_others_files(folder, tmp_path):
     later = tmp_path / "later"
     shutil.copytree(Path(ft.__file__).parent, later / "finetune_nb", ignore=shutil.ignore_patterns("__pycache__"))
-    module = later / "finetune_nb" / "store" / "trajectories.py"
+    module = later / "finetune_nb" / "store" / "trajectory_table.py"
     code, line = module.read_text(encoding="utf-8"), '    "steps": FileColumn('
     assert code.count(line) == 1
     module.write_text(code.replace(line, NEW_COLUMNS.lstrip("\n") + line), encoding="utf-8")

@@ -8,15 +8,15 @@ from records import epoch_of, failed, stored
 
 from finetune_nb.errors import StoreError
 from finetune_nb.rollouts.episodes import SampledTurn
-from finetune_nb.store import trajectories
+from finetune_nb.store import batches, trajectories, trajectory_table
 from finetune_nb.store.store import RunStore
 from finetune_nb.types import TrajectoryCollection
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(trajectories, "ROWS_PER_PART", 2)
-    monkeypatch.setattr(trajectories, "ROWS_PER_BATCH", 4)
+    monkeypatch.setattr(trajectory_table, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(batches, "PARTS_PER_BATCH", 2)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_no_rollout_is_lost_where_groups_do_not_fill_parts(store, tmp_path, whol
 def test_batches_of_an_attempt_that_was_cut_off_are_passed_over(store, tmp_path, monkeypatch):
     whole = make_epoch([[1, 0, 1], [0, 1, 1], [1, 1, 0]]).collection
     store.add_rollouts(0, collected([make_trajectory(None, "q0", 0)]))
-    written = trajectories.batches_of
+    written = batches.batches_of
 
     def full_disk(collection, whole):
         for batch, is_last in written(collection, whole):

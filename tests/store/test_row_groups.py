@@ -10,7 +10,7 @@ from records import epoch_of, failed, stored
 from finetune_nb.errors import StoreError
 from finetune_nb.store import trajectories
 from finetune_nb.store.folder import trajectory_file
-from finetune_nb.store.trajectories import COLUMNS
+from finetune_nb.store.trajectory_table import COLUMNS
 
 
 def long_rollout(example, generation, characters):

@@ -182,7 +182,8 @@ trajectories = st.builds(
 )
 @given(groups=st.lists(st.lists(trajectories, max_size=3), max_size=3))
 def test_any_trajectory_comes_back_with_the_same_values_and_types(tmp_path, groups):
-    from finetune_nb.store.trajectories import batches_of, collection_of_batches, read_trajectories, write_trajectories
+    from finetune_nb.store.batches import batches_of, collection_of_batches
+    from finetune_nb.store.trajectories import read_trajectories, write_trajectories
 
     collection = TrajectoryCollection(trajectories=groups, run_id="run")
     write_trajectories(tmp_path, 0, "run", collection)

@@ -30,7 +30,7 @@ from records import epoch_of
 from finetune_nb import frames
 from finetune_nb.store.json import DEEPEST, decode, encode, encode_all, finite, noting_replaced, plain
 from finetune_nb.store.store import RunStore
-from finetune_nb.store.trajectories import table_of
+from finetune_nb.store.trajectory_table import table_of
 from finetune_nb.types import (
     Change,
     DPOItem,

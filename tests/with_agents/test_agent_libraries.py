@@ -12,11 +12,12 @@ import pytest
 from agent_libraries import AGAIN, LIBRARIES, TASKS, Answer
 
 from finetune_nb.llms.call_recorder import CallRecorder
+from finetune_nb.llms.chat_messages import content_text
 from finetune_nb.llms.client import PolicyLLM
 from finetune_nb.llms.gateway import gateway
 from finetune_nb.rollouts.episodes import drift, episode_from_steps
 from finetune_nb.testing import ScriptedPolicy
-from finetune_nb.types import EpisodeKey, EvalInputItem, Trajectory, content_text
+from finetune_nb.types import EpisodeKey, EvalInputItem, Trajectory
 
 pytestmark = pytest.mark.slow
 

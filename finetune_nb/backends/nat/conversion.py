@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ...llms.chat_messages import field_of
 from ...types import (
     DPOItem,
     EpisodeItem,
@@ -35,7 +36,6 @@ from ...types import (
     Trajectory,
     TrajectoryCollection,
     TTCEventData,
-    field_of,
 )
 
 __all__ = [

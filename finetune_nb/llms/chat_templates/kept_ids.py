@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import BackendError
-from ...types import plain_content
+from ..chat_messages import plain_content
 from .template import ChatTemplate
 
 __all__ = [

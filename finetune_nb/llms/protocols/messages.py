@@ -8,8 +8,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...types import LLMCall, plain_content
+from ...types import LLMCall
 from ..call_recorder import arguments_of
+from ..chat_messages import plain_content
 from ..openai_wire import WireRequest, json_object, request_of, usage_of
 from .options import Abilities, Refused, how_to_ignore, without_ignored
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...types import LLMCall, plain_content
+from ...types import LLMCall
 from ..call_recorder import CallRecorder
+from ..chat_messages import plain_content
 from ..openai_wire import WireRequest, chat_logprobs, json_object, request_of, usage_of
 from .options import Abilities, Refused, how_to_ignore, without_ignored
 
