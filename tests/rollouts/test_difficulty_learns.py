@@ -2,8 +2,8 @@
 
     python -m pytest tests/rollouts/test_difficulty_learns.py -m slow -s
 
-prints the held-out reward on the demo after the same rollouts and, on the other task, the rollouts that a held-out level took (the
-median of nine seeds) and the share of the groups that taught.
+prints the held-out reward on the demo after the same rollouts and, on the other task, the rollouts that a held-out level took
+(the median of nine seeds) and the share of the groups that taught.
 """
 
 from __future__ import annotations
@@ -95,8 +95,10 @@ def test_with_many_solved_and_many_hopeless_examples_it_needs_fewer_rollouts(tmp
         runs = [rollouts_needed(draw, seed, tmp_path / draw / str(seed)) for seed in range(3 * SEEDS)]
         needed, shares = zip(*runs, strict=True)
         rollouts[draw], taught[draw] = np.median(needed), np.mean(shares)
-        told = f"{rollouts[draw]:,.0f} rollouts ({', '.join(map(str, needed))}), {taught[draw]:.1%} of the groups taught"
+        told = (
+            f"{rollouts[draw]:,.0f} rollouts ({', '.join(map(str, needed))}), {taught[draw]:.1%} of the groups taught"
+        )
         print(f"\n{draw}: {told}", end="")
-    # The share differs by a third from seed to seed, the rollouts by half and more: one run may never get there.
+    # The share differs by a third from seed to seed, the rollouts by more: a run may solve its six examples and never get there.
     assert taught["difficulty"] > 1.2 * taught["uniform"]
     assert rollouts["difficulty"] < 1.1 * rollouts["uniform"]
