@@ -281,8 +281,9 @@ class Notebook:
     def set_theme(self, theme: str) -> None:
         """theme: "light" or "dark"."""
         self.command("apputils:change-theme", {"theme": f"JupyterLab {theme.capitalize()}"})
-        light = str(theme != "dark").lower()
+        light = str(theme.lower() != "dark").lower()
         self.page.wait_for_selector(f"body[data-jp-theme-light='{light}']", state="attached")
+        self.page.wait_for_selector("#jupyterlab-splash", state="detached")
 
     def command(self, name: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Runs a command of JupyterLab, such as "docmanager:save"."""

@@ -207,7 +207,7 @@ def test_axe_finds_nothing_serious_in_the_panel_and_on_a_narrow_page_the_curve_c
     notebook.run(1)
     page, panel = notebook.page, notebook.output(0).locator(".ft-panel")
     page.emulate_media(color_scheme=theme.lower())
-    page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {theme}")
+    notebook.set_theme(theme)
     page.evaluate("jupyterapp.shell.collapseLeft()")
     page.evaluate(axe)
     found = {}
@@ -224,7 +224,7 @@ def test_axe_finds_nothing_serious_in_the_panel_and_on_a_narrow_page_the_curve_c
         if width < 830:
             panel.get_by_role("button", name="Settings").click()
     page.set_viewport_size({"width": 1300, "height": 1000})
-    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+    notebook.set_theme("light")
     assert found == {}
 
 
