@@ -271,7 +271,7 @@ def test_a_new_epoch_is_followed_and_a_kernel_that_is_gone_greys_it_out(opened):
     assert "epoch 0" in shown.text(".what")
     run._records = records()
     shown.page.get_by_text("epoch 1 has ended").wait_for()
-    assert "epoch 1" in shown.text(".what")
+    shown.page.locator(".what").filter(has_text="epoch 1").wait_for()  # its rollouts have to come first
     shown.page.evaluate("model.answers = false; model.emit('comm:close')")
     assert shown.page.locator(".ftb.lost").count() == 1
     assert "Run the cell again, or: ft.Run.open('none').browse(epoch=0)" in shown.text(".banner")
