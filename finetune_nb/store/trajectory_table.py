@@ -615,5 +615,6 @@ def check_columns(schema: pa.Schema, format: int) -> None:
 
 
 def checked(table: pa.Table) -> pa.Table:
+    """The same table. Raises ArrowInvalid, a ValueError, where what was read does not hold together."""
     table.validate(full=True)
     return table

@@ -101,4 +101,4 @@ def test_with_many_solved_and_many_hopeless_examples_it_needs_fewer_rollouts(tmp
         print(f"\n{draw}: {told}", end="")
     # The share differs by a third from seed to seed, the rollouts by more: a run may solve its six examples and never get there.
     assert taught["difficulty"] > 1.2 * taught["uniform"]
-    assert rollouts["difficulty"] < 1.1 * rollouts["uniform"]
+    assert rollouts["difficulty"] < 0.95 * rollouts["uniform"]
