@@ -96,6 +96,17 @@ def test_the_demo_gets_its_arguments(monkeypatch, tmp_path):
     assert given == [(3, 2, tmp_path, Path("f.json")), (0, 15, Path("finetune-nb-demo"), None)]
 
 
+def test_the_demo_reads_its_notebook_without_a_grammar_that_takes_seconds_to_load():
+    code = """if True:
+        import sys
+        from finetune_nb.cli import demo
+        nbformat = demo._nbformat()
+        nbformat.validate(nbformat.read(demo.notebooks_folder() / "01_first_run.ipynb", as_version=4))
+        sys.exit("lark" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 # ── lab ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
