@@ -23,10 +23,10 @@ from finetune_nb.backends.local.config import LOSSES
 EPOCHS, SEEDS = 8, 3
 
 
-def curves(loss: str, folder: Path) -> np.ndarray:
-    """(SEEDS, EPOCHS) mean rewards."""
+def curves(loss: str, folder: Path, seeds: int = SEEDS) -> np.ndarray:
+    """(seeds, EPOCHS) mean rewards."""
     rewards = []
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         run = demo(folder, seed=seed, training={"loss": loss}, num_epochs=EPOCHS)
         for _ in range(EPOCHS):
             ft.run_sync(run.next_epoch())

@@ -1,9 +1,9 @@
 """Samplers that differ from what is trained: with importance sampling the demo is learned, without it there is a warning, or
 training stops.
 
-    python -m pytest tests/backends/test_importance_learns.py -m slow -s
+    SEEDS=3 python -m pytest tests/backends/test_importance_learns.py -m slow -s
 
-prints, over three seeds, the mean reward of what was trained, and what the two differ by, as the reference has it.
+prints, over three seeds in place of one, the mean reward of what was trained and what the two differ by: the reference's figures.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from planted_faults import OtherSampler, other_sampler
+from planted_faults import SEEDS, OtherSampler, other_sampler
 
 import finetune_nb as ft
 from finetune_nb.errors import JobFailed
 
-EPOCHS, SEEDS = 8, 3
+EPOCHS = 8
 SAMPLERS = {
     "other weights": {"nudge": 0.05},
     "1.5 times the temperature": {"heat": 1.5},

@@ -1,9 +1,9 @@
 """The embedded model's adapter, trained here and sampled by a server in a process of its own: what is learned from the version
 before, and what that takes.
 
-    python -m pytest tests/backends/test_overlap_learns.py -m slow -s
+    SEEDS=3 python -m pytest tests/backends/test_overlap_learns.py -m slow -s
 
-prints the mean rewards of three seeds, an epoch a column, and the seconds an epoch, with and without overlap in turns.
+prints the mean rewards of three seeds in place of one, an epoch a column, and the seconds an epoch, with and without overlap.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("aiohttp")
 
-from planted_faults import questions
+from planted_faults import SEEDS, questions
 from vllm_process import served
 
 import finetune_nb as ft
 from finetune_nb.backends.local.models import EMBEDDED
 from finetune_nb.examples.calculator.agent import correct, solve
 
-EPOCHS, SEEDS = 8, 3
+EPOCHS = 8
 
 
 @pytest.mark.slow

@@ -23,8 +23,7 @@ NOTICED = 100
 BACKGROUND = "run.start(3)"
 NEXT_EPOCH = "epoch = await run.next_epoch()"
 WAIT = "run.start(2); run.wait()"
-SLOW, PROOF = pytest.mark.slow, pytest.mark.proof
-pytestmark = pytest.mark.measures
+SLOW, PROOF, MEASURES = pytest.mark.slow, pytest.mark.proof, pytest.mark.measures
 
 
 def opened(lab, folder, *cells, kernel="python3", **options):
@@ -50,6 +49,7 @@ def press_many(lab, notebook, slider=0, presses=PRESSES):
     return took
 
 
+@MEASURES
 @pytest.mark.parametrize(
     ("cell", "warm"),
     [
@@ -78,8 +78,8 @@ def test_a_slider_moved_by_keyboard_reaches_the_draft_while_the_run_goes_on(lab,
     assert found < max(NOTICED, 5 * quiet)
 
 
-@pytest.mark.slow
-@pytest.mark.proof
+@SLOW
+@PROOF
 def test_what_is_applied_while_a_cell_waits_is_used_by_that_epoch(lab, runs_folder):
     cell = (
         f"{NEXT_EPOCH}\nprobe.note('used', percentile=epoch.curriculum.percentile, schedule=epoch.curriculum.schedule)"
@@ -247,6 +247,7 @@ def sizes():
 
 
 @SLOW
+@MEASURES
 def test_a_cell_beside_the_running_demo_answers_as_if_there_were_none(lab, runs_folder):
     pytest.importorskip("torch")
     notebook = lab.open(

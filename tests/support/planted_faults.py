@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import random
 import re
 from collections.abc import Callable
@@ -26,6 +27,9 @@ from finetune_nb.errors import JobFailed
 from finetune_nb.examples import calculator, json_tools
 from finetune_nb.examples.calculator.agent import correct, kind_of, solve
 from finetune_nb.testing import FakeAdapter, ScriptedPolicy, sums
+
+SEEDS = int(os.environ.get("SEEDS", "1"))
+"""Of a test whether something is learned. The figures in the reference are those of SEEDS=3."""
 
 Make = Callable[[Path], ft.Run]
 HEALTHY: dict[str, tuple[int, Make]] = {}
