@@ -279,7 +279,7 @@ def test_a_run_draws_itself_and_others() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [45, 1000])
+@pytest.mark.parametrize("count", [45, 300])
 def test_many_plots_leave_no_figure_and_no_memory_behind(count) -> None:
     import gc
     import tracemalloc
