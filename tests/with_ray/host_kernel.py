@@ -148,8 +148,8 @@ async def trained(folder, engine, epochs, trainer_cpus=2, orphan_timeout=3600.0,
         ending, training = asyncio.create_task(run.wait_async(progress=False)), None
         while not ending.done():
             await asyncio.sleep(0.05)
-            left = run.partial if run._driver.progress.trained else None
-            if left is not None and left.job is not None and training != left.index:
+            left = run._stored().partial() if run._driver.progress.phase == "training" else None
+            if left is not None and left.job is not None and training != left.index:  # it was handed over
                 training = left.index
                 tell(training=training, job=left.job.metadata["job_id"])
                 if die == "job":
