@@ -5,6 +5,7 @@ import asyncio
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from finetune_nb.backends.local.lora import with_adapter  # noqa: E402
 from finetune_nb.backends.local.policy import LocalPolicy  # noqa: E402
 from finetune_nb.backends.local.scoring import score  # noqa: E402
 from finetune_nb.backends.local.vllm import process, watchdog  # noqa: E402
+from finetune_nb.backends.local.vllm.client import ServerGone  # noqa: E402
 from finetune_nb.backends.local.vllm.config import VLLMConfig  # noqa: E402
 from finetune_nb.backends.local.vllm.sampler import VLLMSampler  # noqa: E402
 from finetune_nb.errors import BackendError, ConfigError  # noqa: E402
@@ -929,6 +931,27 @@ async def test_own_server_that_keeps_ending_is_not_started_for_ever(own, shared,
     with pytest.raises(BackendError, match="has ended 3 times in 60 minutes: ValueError: no room"):
         await sampler.submit(PROMPT, DRAWN, 0)
     await sampler.aclose()
+
+
+@pytest.mark.parametrize(("adapted", "kind"), [(True, ServerGone), (False, BackendError)])
+def test_own_server_that_ends_while_it_is_compared_is_gone_if_it_had_replied_before(
+    own, shared, tmp_path, monkeypatch, adapted, kind
+):
+    from finetune_nb.backends.local.vllm import sampler as module
+
+    server = own()
+    sampler = module.VLLMSampler(shared, server.config, server, tmp_path / "adapters")
+    client = server.start()
+    server.wait(client)
+
+    def ends(*args):
+        os.killpg(server.pid, signal.SIGKILL)
+        raise BackendError("the vLLM server refuses a request (500: EngineCore encountered an issue)")
+
+    monkeypatch.setattr(module, "prove", ends)
+    with pytest.raises(BackendError, match="the vLLM server has ended. Its log: ") as raised:
+        sampler._prove(client, server.name, adapted)
+    assert type(raised.value) is kind
 
 
 LOGS = {

@@ -374,7 +374,10 @@ class VLLMSampler:
         except BackendError as error:
             if self.process is None or not self.process.has_failed():
                 raise
-            raise BackendError(self.process.death()) from error
+            # One that has replied before is started again; one that ends with its first reply would do it every time.
+            replied = self._proofs > 0 or (adapted and self.lora)  # an adapter is compared after its base
+            kind = ServerGone if replied else BackendError
+            raise kind(self.process.death()) from error
 
     def _started(self, process: VLLMProcess) -> VLLMClient:
         """A server of our own that serves."""
