@@ -13,7 +13,7 @@ from measuring import Measured
 pytestmark = pytest.mark.slow
 
 SIDES = {"one": {"workers": 1, "worker_cpus": 1}, "two": {"workers": 2, "worker_cpus": 1}}
-TURNS, EPOCHS = 3, 3
+TURNS, EPOCHS = 2, 3
 ROWS, GENERATIONS, SLOTS, SECONDS = 24, 4, 8, 0.5
 
 
