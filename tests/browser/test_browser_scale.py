@@ -18,7 +18,7 @@ from .test_browser_in_lab import VIEW, focus, wait_until_mounted
 
 pytestmark = [pytest.mark.slow, pytest.mark.measures]
 
-MINUTES = float(os.environ.get("BROWSE_MINUTES", "1"))
+MINUTES = float(os.environ.get("BROWSE_MINUTES", "0.3"))
 """How long a hand goes through the rollouts."""
 
 MAKE = """

@@ -9,7 +9,7 @@ import pytest
 from .jupyterlab import Lab, until
 from .test_panel import BACKGROUND, NEXT_EPOCH, NOTICED, WAIT, opened, press_many
 
-pytestmark = [pytest.mark.slow, pytest.mark.measures]
+pytestmark = pytest.mark.slow
 
 WORD = "changes made in widgets count when this cell has ended"
 KINDS = {
@@ -41,7 +41,7 @@ def deaf(request, browser, tmp_path_factory):
 def test_what_a_slider_does_while_a_cell_waits_counts_after_it_and_that_is_said_once(deaf, runs_folder, cell):
     lab, kernel, reason = deaf
     lab.forget_events()
-    notebook = opened(lab, runs_folder, cell, "await run.next_epoch()", kernel=kernel, seconds=6)
+    notebook = opened(lab, runs_folder, cell, "await run.next_epoch()", kernel=kernel, seconds=8)
     notebook.start(1)
     until(lambda: "running" in notebook.text(0), 30, "a running run", lab._breathe)
     notebook.wait_for_text(1, WORD, 30)
@@ -64,6 +64,7 @@ def test_what_a_slider_does_while_a_cell_waits_counts_after_it_and_that_is_said_
     assert WORD not in notebook.text(2)
 
 
+@pytest.mark.measures
 def test_with_a_run_in_the_background_a_slider_is_heard_at_once(deaf, runs_folder):
     lab, kernel, _ = deaf
     lab.forget_events()
