@@ -237,9 +237,10 @@ run = ft.Run.from_config(calculator.CONFIG, name="demo", finetuning__output_dir=
 run.panel()
 """
 MEMORY = """
-import gc, ipywidgets, matplotlib.pyplot
+import ctypes, gc, ipywidgets, matplotlib.pyplot
 def sizes():
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # so that what is free is not counted
     resident = int(open("/proc/self/statm").read().split()[1]) * 4096
     return dict(widgets=len(ipywidgets.widgets.widget._instances), resident=resident,
                 figures=len(matplotlib.pyplot.get_fignums()), epochs=len(run))

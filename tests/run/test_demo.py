@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+from planted_faults import SEEDS  # noqa: E402
+
 pytestmark = pytest.mark.slow
 
 
@@ -24,7 +26,7 @@ def demo(folder, seed, epochs):
     return json.loads((folder / "figures.json").read_text()), done.stdout
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_the_demo_learns_to_use_its_tool(tmp_path, seed):
     figures, printed = demo(tmp_path, seed, 15)
     assert figures["held_out_before"] <= 0.45
@@ -49,4 +51,4 @@ def test_a_repeat_of_a_seed_is_equal_to_the_last_digit(tmp_path):
 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    assert numbers(demo(tmp_path / "a", 5, 4)[0]) == numbers(demo(tmp_path / "b", 5, 4)[0])
+    assert numbers(demo(tmp_path / "a", 5, 3)[0]) == numbers(demo(tmp_path / "b", 5, 3)[0])
