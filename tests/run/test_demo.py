@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from planted_faults import SEEDS  # noqa: E402
+from planted_faults import SEEDS
 
 pytestmark = pytest.mark.slow
 
