@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -31,6 +34,19 @@ def groups(count, tokens):
     return [[rollout(g, k, tokens, draw) for k in range(8)] for g in range(count // 8)]
 
 
+def collecting(work: Callable[[], Any]) -> Callable[[], Any]:
+    """The same as in a notebook, where garbage is collected meanwhile: what makes many objects pays for it."""
+
+    def side() -> Any:
+        gc.enable()
+        try:
+            return work()
+        finally:
+            gc.disable()
+
+    return side
+
+
 @pytest.mark.proof
 @pytest.mark.benchmark(group="views")
 def test_100000_trajectories_become_a_frame_faster_and_smaller_than_their_dumps(benchmark, tmp_path):
@@ -38,9 +54,9 @@ def test_100000_trajectories_become_a_frame_faster_and_smaller_than_their_dumps(
     epoch = epoch_of(rollouts)
     read = stored(tmp_path, epoch)
     sides = {
-        "own": lambda: frames.trajectories([epoch]),
-        "read": lambda: frames.trajectories(read),
-        "plain": lambda: pd.DataFrame([t.model_dump() for group in rollouts for t in group]),
+        "own": collecting(lambda: frames.trajectories([epoch])),
+        "read": collecting(lambda: frames.trajectories(read)),
+        "plain": collecting(lambda: pd.DataFrame([t.model_dump() for group in rollouts for t in group])),
     }
     found = benchmark.pedantic(by_turns, (3,), sides, rounds=1)
     own, plain = found.made["own"], found.made["plain"]
@@ -49,7 +65,7 @@ def test_100000_trajectories_become_a_frame_faster_and_smaller_than_their_dumps(
           f"{size:.0f} MB (targets 0.20 s, 25 MB); of model_dump: {found['plain']:.2f} s, {plain_size:.0f} MB")  # fmt: skip
     assert len(own) == 100_000
     pd.testing.assert_frame_equal(found.made["read"], own)
-    assert found.ratio("plain", "own") > 1.3
+    assert found.ratio("plain", "own") > 2
     assert found.ratio("own", "read") > 1.5  # no trajectory is made, or looked at
     assert size < 25
 
