@@ -37,14 +37,17 @@ class Measured:
         return statistics.median(a / b for a, b in zip(self.seconds[side], self.seconds[other], strict=True))
 
 
-def by_turns(rounds: int, /, **sides: Callable[[], Any]) -> Measured:
-    """Runs each side once to warm up, then `rounds` times, in turns. Garbage collection rests: it would fall on either side
-    by chance.
+def by_turns(rounds: int, collecting: bool = False, /, **sides: Callable[[], Any]) -> Measured:
+    """Runs each side once to warm up, then `rounds` times, in turns. Garbage collection rests, since it would fall on either
+    side by chance, unless it is to be `collecting`: then a side that makes many objects pays for it.
 
     A side that returns a float has measured itself, in seconds."""
     found = Measured({name: [] for name in sides})
     gc.collect()
-    gc.disable()
+    if collecting:
+        gc.enable()  # pytest-benchmark has disabled it
+    else:
+        gc.disable()
     try:
         for turn in range(rounds + 1):
             for name, work in sides.items():
